@@ -1,0 +1,3 @@
+"""Pretraining of discrete diffusion language models on Megatron-Core."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""State dicts to disk and back: save, load, manifest."""

@@ -1,0 +1,1 @@
+"""Corpus to clean rows: documents, tokenizers, indexed files, blends, packed rows, loader."""

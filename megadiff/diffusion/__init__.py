@@ -1,0 +1,1 @@
+"""The mathematics on one device: rates, mixing, noising, conditioning, objective."""

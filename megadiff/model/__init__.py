@@ -1,0 +1,1 @@
+"""The denoiser: a bidirectional Megatron-Core Transformer that returns logits and knows no noise."""

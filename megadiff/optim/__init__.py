@@ -1,0 +1,1 @@
+"""Optimizers (a family), parameter groups and learning-rate schedules."""

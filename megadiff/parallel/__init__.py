@@ -1,0 +1,1 @@
+"""Many devices: topology, the objective on vocabulary shards, the pipeline step."""

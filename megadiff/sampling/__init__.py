@@ -1,0 +1,1 @@
+"""Noise to text through any function from token ids to logits."""

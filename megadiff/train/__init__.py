@@ -1,0 +1,1 @@
+"""Optimizer steps: the step, the loop, metrics, hooks."""

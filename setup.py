@@ -1,0 +1,48 @@
+"""Packaging metadata of megadiff; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megadiff",
+    version="0.1.0",
+    description="Pretraining of discrete diffusion language models on Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["megadiff", "megadiff.*"]),
+    install_requires=[
+        "torch>=2.10",
+        "megatron-core>=0.16,<0.17",
+        "psutil",  # megatron-core needs it to save a checkpoint and does not declare it
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+        "pydantic>=2.7,<3",
+        "tokenizers>=0.20",
+        "sentencepiece>=0.2",
+        "orjson>=3.9",
+        "zstandard>=0.22",
+        "filelock>=3.12",
+        "rich>=13",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "hf": ["transformers>=4.57,<6", "safetensors>=0.5"],
+        "eval": ["lm-eval>=0.4.9"],
+        "parquet": ["pyarrow>=15"],
+        "wandb": ["wandb>=0.18"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "scipy>=1.11",
+            "ruff>=0.6",
+            "pyright>=1.1.380",
+            "import-linter>=2.0",
+        ],
+    },
+)
