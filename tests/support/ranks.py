@@ -32,7 +32,9 @@ def on_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: flo
         return _collect(ranks, queue, timeout_s)
 
 
-def _rank_main(rank: int, world_size: int, folder: str, queue: Any, fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def _rank_main(
+    rank: int, world_size: int, folder: str, queue: Any, fn: Callable[..., Any], args: Any, kwargs: Any
+) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -63,7 +65,9 @@ def _collect(ranks: list[Any], queue: Any, timeout_s: float) -> list[Any]:
                 continue
             dead = [i for i, p in enumerate(ranks) if not p.is_alive() and p.exitcode != 0]
             assert not dead, f"rank(s) {dead} died with exit code {[ranks[i].exitcode for i in dead]}"
-            assert time.monotonic() < end, f"ranks did not end in {timeout_s} s; missing {set(range(len(ranks))) - set(results)}"
+            assert time.monotonic() < end, (
+                f"ranks did not end in {timeout_s} s; missing {set(range(len(ranks))) - set(results)}"
+            )
             time.sleep(0.01)
         for process in ranks:
             process.join(10)
@@ -72,5 +76,3 @@ def _collect(ranks: list[Any], queue: Any, timeout_s: float) -> list[Any]:
             if process.is_alive():
                 process.kill()
     return [results[rank] for rank in range(len(ranks))]
-
-

@@ -1,0 +1,135 @@
+"""`P.json` beside `P.bin` and `P.idx`: where indexed tokens come from and which tokenizer gave them.
+
+Megatron's own format has no room for these facts and its readers ignore the file; data without one are read too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+from pydantic import Field, ValidationError
+
+from megadiff.config.section import Section
+from megadiff.data.tokenizers import Tokenizer
+from megadiff.errors import DataError
+
+MANIFEST_VERSION = 1
+_MAX_MANIFEST_BYTES = 2**26
+
+
+class TokenizerFacts(Section):
+    """The tokenizer that made the ids."""
+
+    name: str
+    """For people."""
+
+    fingerprint: str
+    """SHA-256 of its meaning; what decides whether data fit a tokenizer."""
+
+    vocab_size: int = Field(gt=0)
+    """V, the mask included."""
+
+    mask_id: int = Field(ge=0)
+    """The mask, which the data never hold."""
+
+    bos_id: int | None
+    """Begin of text, where there is one."""
+
+    eos_id: int | None
+    """End of text, where there is one."""
+
+    pad_id: int | None
+    """Padding, where there is one."""
+
+
+class InputFacts(Section):
+    """One corpus file."""
+
+    name: str
+    """Without its folder."""
+
+    bytes: int = Field(ge=0)
+    """As it lies on disk, compressed or not."""
+
+    sha256: str
+    """Of the same bytes."""
+
+
+class IndexedManifest(Section):
+    """Everything in `P.json`."""
+
+    version: int = MANIFEST_VERSION
+    """Of this file's layout."""
+
+    tokenizer: TokenizerFacts
+    """The tokenizer that made the ids."""
+
+    documents: int = Field(ge=0)
+    """Documents in the index."""
+
+    tokens: int = Field(ge=0)
+    """Tokens in the `.bin`, added bos and eos included."""
+
+    source_bytes: int = Field(ge=0)
+    """UTF-8 bytes of the text behind them: bits per byte needs it."""
+
+    dtype: str
+    """`uint16` or `int32`."""
+
+    bin_sha256: str
+    """Of the `.bin` file."""
+
+    appended_eod: bool
+    """Whether eos ends every document."""
+
+    prepended_bos: bool
+    """Whether bos starts every document."""
+
+    inputs: tuple[InputFacts, ...]
+    """Corpus files in the order read."""
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
+    """What the manifest says of a tokenizer."""
+    return TokenizerFacts(
+        name=tokenizer.name,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def manifest_bytes(manifest: IndexedManifest) -> bytes:
+    """The file's content: JSON, the same for the same facts."""
+    return orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def read_manifest(path: Path) -> IndexedManifest | None:
+    """Read `P.json`; None where there is no such file.
+
+    Raises:
+        DataError: the file is no manifest, or one of a newer version.
+    """
+    try:
+        if not path.exists():
+            return None
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise DataError(f"{path}: wanted a manifest of at most {_MAX_MANIFEST_BYTES} bytes; make the data again")
+        found = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: the manifest cannot be read ({error.strerror}); check its permissions") from error
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{path}: the manifest is not JSON ({error}); make the data again or remove it") from error
+    version = found.get("version") if isinstance(found, dict) else None
+    if isinstance(version, int) and version > MANIFEST_VERSION:
+        raise DataError(f"{path}: wanted manifest version {MANIFEST_VERSION}, found {version}; upgrade megadiff")
+    try:
+        return IndexedManifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path}: `{key}` in the manifest: {first['msg']}; make the data again or remove it") from error

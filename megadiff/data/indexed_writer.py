@@ -1,0 +1,215 @@
+"""Write indexed tokens: byte for byte what Megatron's builder writes, and never an index without its data.
+
+Everything is written under temporary names (`P.bin.tmp`, ...), flushed to disk, and renamed in the order .bin, .json,
+.idx; readers look for the .idx. A killed run leaves temporaries, which the next run on the same prefix overwrites.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from io import BufferedWriter
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megadiff.data.indexed_format import CODES, HEADER, MAGIC, VERSION, bin_path, idx_path, manifest_path, token_dtype
+from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, TokenizerFacts, manifest_bytes
+from megadiff.errors import DataError
+
+_INDEX_CHUNK = 2**20
+
+
+class IndexedWriter:
+    """Collects documents for one prefix; a context manager that removes its temporaries unless `finish` was called.
+
+    Args:
+        prefix: P; its folder is made where missing.
+        vocab_size: ids must be below it; it also fixes the integer type.
+        overwrite: replace finished data of the same prefix, which otherwise are refused.
+
+    Raises:
+        DataError: data are there, the folder cannot be written, or another process is writing this prefix.
+    """
+
+    def __init__(self, prefix: str | Path, *, vocab_size: int, overwrite: bool = False) -> None:
+        self.prefix = str(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.num_tokens = 0
+        self._lengths = array("i")
+        self._sha256 = hashlib.sha256()
+        self._finals = [bin_path(prefix), manifest_path(prefix), idx_path(prefix)]
+        self._temporaries = [Path(f"{path}.tmp") for path in self._finals]
+        self._refuse_existing(overwrite)
+        self._file = self._open_locked()
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._lengths)
+
+    def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Add one document of at least one token; see `add_documents`."""
+        self.add_documents(np.asarray(ids), [len(ids)])
+
+    def add_documents(self, ids: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+        """Add documents that lie one after another in `ids` ([sum(lengths)], any integer type); all of them or none.
+
+        Raises:
+            DataError: an id outside 0 .. V - 1, an empty document, or a full disk.
+        """
+        lengths = np.asarray(lengths, dtype=np.int64)
+        if lengths.sum() != ids.size:
+            raise ValueError(f"lengths must add up to the {ids.size} ids, got {lengths.sum()}")
+        if lengths.size == 0:
+            return
+        if lengths.min() < 1 or lengths.max() > np.iinfo(np.int32).max:
+            wrong = self.num_documents + int(np.flatnonzero((lengths < 1) | (lengths > np.iinfo(np.int32).max))[0])
+            raise DataError(
+                f"{self.prefix}: document {wrong} must hold 1 to 2**31 - 1 tokens; leave it out or split it"
+            )
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            place = int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])
+            wrong = self.num_documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+            raise DataError(
+                f"{self.prefix}: document {wrong} has the token id {int(ids[place])}, wanted 0 to "
+                f"{self.vocab_size - 1}; the tokenizer and its vocab_size do not agree"
+            )
+        content = ids.astype(self.dtype).tobytes()
+        self._write(content)
+        self._sha256.update(content)
+        self._lengths.extend(lengths.tolist())
+        self.num_tokens += int(ids.size)
+
+    def finish(
+        self,
+        *,
+        tokenizer: TokenizerFacts,
+        source_bytes: int,
+        inputs: Sequence[InputFacts] = (),
+        appended_eod: bool = False,
+        prepended_bos: bool = False,
+    ) -> IndexedManifest:
+        """Write the index and the manifest, then give all three files their names.
+
+        Raises:
+            DataError: nothing was added, or the disk is full.
+        """
+        if not self.num_documents:
+            raise DataError(f"{self.prefix}: no documents to write; check the input files and the text key")
+        manifest = IndexedManifest(
+            tokenizer=tokenizer,
+            documents=self.num_documents,
+            tokens=self.num_tokens,
+            source_bytes=source_bytes,
+            dtype=self.dtype.name,
+            bin_sha256=self._sha256.hexdigest(),
+            appended_eod=appended_eod,
+            prepended_bos=prepended_bos,
+            inputs=tuple(inputs),
+        )
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            _write_whole(self._temporaries[1], [manifest_bytes(manifest)])
+            _write_whole(self._temporaries[2], self._index_parts())
+            idx_path(self.prefix).unlink(missing_ok=True)
+            for temporary, final in zip(self._temporaries, self._finals, strict=True):
+                os.replace(temporary, final)
+            _sync_folder(self._finals[0].parent)
+        except OSError as error:
+            raise DataError(
+                f"{self.prefix}: writing failed ({error.strerror}); free disk space and run again"
+            ) from error
+        self._file.close()
+        return manifest
+
+    def abort(self) -> None:
+        """Remove this writer's temporaries; after `finish` there are none."""
+        if self._file.closed:
+            return
+        for temporary in self._temporaries:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # closing flushes, and the disk may be full
+            self._file.close()
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _refuse_existing(self, overwrite: bool) -> None:
+        there = [path for path in self._finals if path.exists()]
+        if there and not overwrite and not self._half_renamed():
+            raise DataError(f"{there[0]}: data are there already; choose another --output-prefix or give --overwrite")
+
+    def _half_renamed(self) -> bool:
+        """A run killed between its renames leaves .bin and .json without .idx, but then also its .idx.tmp."""
+        return self._temporaries[2].exists() and not self._finals[2].exists()
+
+    def _open_locked(self) -> BufferedWriter:
+        path = self._temporaries[0]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Not "wb": the file may be another process's until the lock says otherwise.
+            file = open(path, "ab")  # noqa: SIM115 - closed by `finish` or `abort`
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror}); choose another --output-prefix") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise DataError(f"{path}: another process is writing it; wait for it or choose another prefix") from None
+        except OSError:
+            pass  # a file system without locks, such as some NFS: then two runs must not share a prefix
+        file.truncate(0)
+        stale = self._finals[:2] if self._half_renamed() else []
+        for path in (*stale, *self._temporaries[1:]):
+            path.unlink(missing_ok=True)
+        return file
+
+    def _write(self, content: bytes) -> None:
+        try:
+            self._file.write(content)
+        except OSError as error:
+            where = self._temporaries[0]
+            raise DataError(f"{where}: writing failed ({error.strerror}); free disk space and run again") from error
+
+    def _index_parts(self) -> Iterator[bytes]:
+        lengths = np.frombuffer(self._lengths, dtype=np.intc)
+        yield HEADER.pack(MAGIC, VERSION, CODES[self.dtype], lengths.size, lengths.size + 1)
+        yield lengths.astype("<i4").tobytes()
+        offset = 0
+        for start in range(0, lengths.size, _INDEX_CHUNK):
+            ends = offset + np.cumsum(lengths[start : start + _INDEX_CHUNK], dtype=np.int64) * self.dtype.itemsize
+            yield np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes()
+            offset = int(ends[-1])
+        for start in range(0, lengths.size + 1, _INDEX_CHUNK):
+            yield np.arange(start, min(start + _INDEX_CHUNK, lengths.size + 1), dtype="<i8").tobytes()
+
+
+def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,44 @@
+"""Tokenizers: a folder as a registry. A member's file offers `accepts(path) -> bool` and `build(path) -> Tokenizer`.
+
+Files that start with `_` are no members. Which member a path means is decided in `megadiff.data.tokenizer_files`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Ids are 0 .. vocab_size - 1, and the mask is one of them.
+
+    Text never yields the mask, bos, eos or pad id, not even where it spells one of their names.
+    """
+
+    name: str
+    """For people: the member's name and, where there is one, the file's."""
+
+    fingerprint: str
+    """SHA-256 (hex) of what fixes text -> ids and the special ids; the same on every machine and path."""
+
+    vocab_size: int
+    """V: real ids, the mask among them; rows that only pad a weight matrix are not counted."""
+
+    mask_id: int
+    """The mask's own id: never one that text can yield."""
+
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; nothing is put before or after it. `DataError` where it is no valid Unicode."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, faster."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of any ids below V, in any order; special ones are left out and broken UTF-8 becomes U+FFFD."""
+        ...

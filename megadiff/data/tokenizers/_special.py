@@ -1,0 +1,80 @@
+"""Special tokens: the ids our own tokenizers pin, and the names to look for in those of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megadiff.errors import DataError
+
+BOS_ID, EOS_ID, PAD_ID, MASK_ID = 0, 1, 2, 3
+"""In every tokenizer trained here and in the byte tokenizer (as in the released GIDD checkpoints)."""
+
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|padding|>", "<|mask|>")
+"""Their names, in the order of those ids."""
+
+MASK_NAMES = ("<|mask|>", "[MASK]", "<mask>", "<|mdm_mask|>")
+BOS_NAMES = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "[CLS]")
+EOS_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
+PAD_NAMES = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Special ids of a tokenizer and its V, the mask included."""
+
+    vocab_size: int
+    mask: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+    @property
+    def all(self) -> frozenset[int]:
+        """Every special id there is; text must never yield one of them."""
+        return frozenset(i for i in (self.mask, self.bos, self.eos, self.pad) if i is not None)
+
+
+def find_special_ids(id_of: Callable[[str], int | None], num_live: int, said: dict[str, str]) -> SpecialIds:
+    """Look special tokens up by what the tokenizer's files say (`said`: `mask` -> a name) and by well-known names.
+
+    Without a mask token the mask gets the first id past every live one, so it never takes a token from the text.
+    """
+
+    def first(kind: str, names: tuple[str, ...]) -> int | None:
+        tried = (said[kind], *names) if kind in said else names
+        return next((found for name in tried if (found := id_of(name)) is not None), None)
+
+    mask = first("mask", MASK_NAMES)
+    ids = {"bos": first("bos", BOS_NAMES), "eos": first("eos", EOS_NAMES), "pad": first("pad", PAD_NAMES)}
+    if mask in ids.values():  # some files name one token for several jobs; a mask must be nothing else
+        mask = None
+    if mask is None:
+        return SpecialIds(vocab_size=num_live + 1, mask=num_live, **ids)
+    return SpecialIds(vocab_size=num_live, mask=mask, **ids)
+
+
+def split_until_plain(
+    text: str, encode: Callable[[str], list[int]], special: frozenset[int], where: Callable[[str], int | None]
+) -> list[int]:
+    """Encode a text that spells a special token's name, in pieces cut inside that name, so that it stays text.
+
+    Few tokenizers need this: those that hold `<mask>` or the like as an ordinary piece of their vocabulary.
+
+    Args:
+        where: the offset inside `text` to cut at, or None when the special id comes from no name that can be cut.
+
+    Raises:
+        DataError: there is nowhere to cut.
+    """
+    ids = encode(text)
+    if special.isdisjoint(ids):
+        return ids
+    cut = where(text)
+    if cut is None or not 0 < cut < len(text):
+        raise DataError(
+            f"the tokenizer turns the ordinary text {text[:40]!r} into a special token (one of {sorted(special)}); "
+            "a diffusion model cannot tell it from a real one: use another tokenizer"
+        )
+    head = split_until_plain(text[:cut], encode, special, where)
+    return head + split_until_plain(text[cut:], encode, special, where)

@@ -1,0 +1,123 @@
+"""How a row is conditioned before it is noised: empty tokens, noise-free positions, the pattern of its noise levels.
+
+All draws come from counter streams keyed by (seed, row), so a row's conditioning is a function of its global index.
+The order is the reference's: empty tokens first, then prompts and infilling, then levels (arXiv:2512.10858, 4.1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from megadiff.diffusion import exact
+from megadiff.diffusion.config import ConditioningConfig
+from megadiff.diffusion.philox import Stream, threshold
+from megadiff.diffusion.snr import Rate
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Levels(IntEnum):
+    """The pattern of noise levels along a row."""
+
+    ISOTROPIC = 0
+    """One level throughout."""
+    INDEPENDENT = 1
+    """A level of its own at every token."""
+    LINEAR = 2
+    """Clean at the start, noisy at the end."""
+
+
+@dataclass(frozen=True)
+class RowDraws:
+    """What a row's coins say, before any token is touched; arrays of [B]."""
+
+    levels: npt.NDArray[np.int8]
+    """Members of `Levels`."""
+    prompt_fraction: FloatArray
+    """Fraction f of the row that is prompt; below 0 without a prompt."""
+    infill_fraction: FloatArray
+    """Probability that a token is kept for infilling; 0 without infilling."""
+    empty_fraction: FloatArray
+    """Drawn share of empty tokens."""
+
+
+def draw_rows(stream: Stream, rows: IntArray, config: ConditioningConfig) -> RowDraws:
+    """The row-level coins of `conditioning`, one counter block each at positions 0 to 5 of the row."""
+    kind, prompt_coin, prompt_r, infill_coin, infill_r, empty_r = stream.uniforms(rows, 6).T
+    levels = np.where(kind < config.independent + config.linear, Levels.LINEAR, Levels.ISOTROPIC)
+    levels = np.where(kind < config.independent, Levels.INDEPENDENT, levels).astype(np.int8)
+    prompt = np.where(prompt_coin < config.prompt, config.max_fraction * arccos_law(prompt_r), -1.0)
+    infill = np.where(infill_coin < config.infill, config.max_fraction * arccos_law(infill_r), 0.0)
+    return RowDraws(levels, prompt, infill, config.empty * empty_r)
+
+
+def arccos_law(r: npt.ArrayLike) -> FloatArray:
+    """f = arccos(1 - 2 r) / pi for r in [0, 1): density (pi / 2) sin(pi f), mean 1/2, few very short or very long."""
+    r = np.asarray(r, dtype=np.float64)
+    return exact.atan(np.sqrt(r / (1.0 - r))) / (0.5 * math.pi)
+
+
+def prompt_lengths(fraction: FloatArray, length: int) -> IntArray:
+    """Tokens i with i <= f (L - 1): at least 1 for a drawn prompt, 0 for a row without one (fraction below 0)."""
+    whole = np.floor(fraction * (length - 1)).astype(np.int64) + 1
+    return np.where(fraction < 0, 0, whole)
+
+
+def linear_log_snr(length: int, rate: Rate) -> FloatArray:
+    """Levels of a linear row: alpha = 1 - i / (L + 1) for i = 1..L, whatever the rate, held to its interval; [L]."""
+    i = np.arange(1, length + 1, dtype=np.float64)
+    return np.clip(exact.log((length + 1 - i) / i), rate.min_log_snr, rate.max_log_snr)
+
+
+def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:
+    """How many empty tokens a row of `length` gets, [B].
+
+    share: f L rounded, so that a share f of the visible row is empty, as the paper says.
+    released: ceil(L f / (1 - f)), as the released code has it: f / (1 - f) of the visible row, up to 25 % for 20 %.
+    """
+    if law == "released":
+        return np.minimum(np.ceil(length * fraction / (1.0 - fraction)).astype(np.int64), length)
+    return np.floor(length * fraction + 0.5).astype(np.int64)
+
+
+def empty_positions(stream: Stream, rows: IntArray, counts: IntArray, length: int) -> BoolArray:
+    """Where a row's `counts` empty tokens stand, uniformly among all places: [B, L] bool, `counts` trues a row."""
+    is_empty = np.zeros((len(rows), length), dtype=np.bool_)
+    some = np.flatnonzero(counts)
+    if len(some):
+        # The position in the low bits makes keys differ, so the smallest `count` of them are exactly that many.
+        keys = (stream.words(rows[some], length)[0] << np.uint64(32)) | np.arange(length, dtype=np.uint64)
+        last = np.take_along_axis(np.sort(keys, axis=1), counts[some, None] - 1, axis=1)
+        is_empty[some] = keys <= last
+    return is_empty
+
+
+def insert_empties(clean: IntArray, is_empty: BoolArray, pad_id: int) -> tuple[IntArray, IntArray]:
+    """Push pad tokens into rows at `is_empty`; real tokens keep their order and the last ones fall off the end.
+
+    Returns:
+        (rows, source), [B, L]: `source` is the original position of each token, and for an empty one that of the next
+        real token, so that what belongs to positions (documents, say) can follow: `documents[row, source]`.
+    """
+    length = clean.shape[1]
+    source = np.minimum(np.cumsum(~is_empty, axis=1) - ~is_empty, length - 1)
+    moved = np.take_along_axis(clean, source, axis=1)
+    return np.where(is_empty, pad_id, moved), source
+
+
+def noisy_positions(draws: RowDraws, length: int, rows: IntArray, infill: Stream) -> tuple[BoolArray, IntArray]:
+    """Which positions may be noised, [B, L] bool, and the prompt's length of each row, [B]."""
+    prompt = prompt_lengths(draws.prompt_fraction, length)
+    is_noisy = np.arange(length) >= prompt[:, None]
+    some = np.flatnonzero(draws.infill_fraction > 0)
+    if len(some):
+        kept = infill.words(rows[some], length)[0] < threshold(draws.infill_fraction[some])[:, None]
+        is_noisy[some] &= ~kept
+    return is_noisy, prompt

@@ -1,0 +1,156 @@
+"""What a run says about its noise, its conditioning and its objective (`noise:`, `conditioning:`, `objective:`).
+
+No torch here: reading a run description must stay instant.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from megadiff.config.section import Section
+
+ShiftName = Literal["masked", "low_uniform", "balanced", "high_uniform", "uniform"]
+RateName = Literal["linear", "cosine", "uniform"]
+
+SHIFTS: dict[str, float] = {
+    "masked": -1000.0,
+    "low_uniform": -2.0,
+    "balanced": 0.0,
+    "high_uniform": 2.0,
+    "uniform": 1000.0,
+}
+"""The paper's five noise types, by the shift b of u(lambda) = sigmoid(a lambda + b) (arXiv:2512.10858, section 2.4)."""
+
+SCALE_REASON = (
+    "above 1 the rate at which uniform noise turns into masks, beta (pi - pi'), is negative at low signal-to-noise "
+    "ratios, so the process does not exist; use a scale in (0, 1], 1 being the paper's"
+)
+
+
+class NoiseConfig(Section):
+    """`noise: {shift: balanced}`: which noise, and how its levels are drawn."""
+
+    shift: ShiftName | float = "balanced"
+    """Shift b of the uniform share u = sigmoid(scale * log_snr + shift): a number, or masked (-1000), low_uniform (-2),
+    balanced (0), high_uniform (2), uniform (1000)."""
+
+    scale: float = Field(default=1.0, gt=0)
+    """Scale a of the uniform share, in (0, 1]; the paper uses 1."""
+
+    min_log_snr: float = -9.0
+    """Log signal-to-noise ratio of the noisiest level (nats)."""
+
+    max_log_snr: float = 9.0
+    """Log signal-to-noise ratio of the cleanest level (nats)."""
+
+    rate: RateName = "linear"
+    """How noise levels are drawn: linear (alpha = 1 - t), cosine (alpha = cos^2(pi t / 2)) or uniform in log_snr."""
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_keeps_rates_positive(cls, scale: float) -> float:
+        if scale > 1:
+            raise ValueError(f"scale must be at most 1, got {scale}: {SCALE_REASON}")
+        return scale
+
+    @model_validator(mode="after")
+    def _levels_are_ordered(self) -> NoiseConfig:
+        if not -50 <= self.min_log_snr < self.max_log_snr <= 50:
+            raise ValueError(
+                "min_log_snr and max_log_snr must satisfy -50 <= min_log_snr < max_log_snr <= 50, "
+                f"got {self.min_log_snr} and {self.max_log_snr}"
+            )
+        return self
+
+    @property
+    def shift_value(self) -> float:
+        """The shift as a number, whatever way it was given."""
+        return SHIFTS[self.shift] if isinstance(self.shift, str) else self.shift
+
+    @property
+    def shift_name(self) -> str:
+        """The paper's name of this shift, or `shift=<number>` where it has none."""
+        names = [name for name, value in SHIFTS.items() if value == self.shift_value]
+        return names[0] if names else f"shift={self.shift_value:g}"
+
+
+class ObjectiveConfig(Section):
+    """`objective: {name: gidd}`: what is optimised and how tokens are added up."""
+
+    name: Literal["gidd", "ar"] = "gidd"
+    """gidd: the diffusion bound; ar: next-token cross-entropy, for comparison."""
+
+    weighting: Literal["surrogate", "elbo"] = "surrogate"
+    """surrogate: the bound's integrand without 1/p(log_snr), as in the paper; elbo: the bound itself."""
+
+    is_weight: float = Field(default=1.0, ge=0)
+    """Factor of the Itakura-Saito term in the surrogate; 1 is the paper's. Never applied to the reported ELBO."""
+
+    reduction: Literal["sum", "mean"] = "mean"
+    """mean: over the noisy tokens of the global batch; sum: over them, as the released code."""
+
+    stratified: bool = True
+    """Spread each global batch's noise levels evenly over the schedule instead of drawing them independently."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "as_released": {"independent": 0.2, "prompt": 0.2, "empty": 0.0, "empty_law": "released"},
+    "as_described": {"independent": 0.5, "prompt": 0.2, "empty": 0.2},
+}
+"""`as_described` is the paper's text (section 4.1); `as_released` what its code does with default flags, where the
+value meant for empty tokens is passed as the share of independent noise and no empty token is ever inserted."""
+
+
+class ConditioningConfig(Section):
+    """`conditioning: {preset: none}`: which positions stay clean and how noise levels vary along a row.
+
+    A preset fills the fields that are not given; an explicit field always wins.
+    """
+
+    preset: Literal["none", "as_released", "as_described"] = "none"
+    """none: every row noised at one level throughout; the others reproduce the paper's code or its text."""
+
+    independent: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a row gets an independent noise level at every token."""
+
+    linear: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a row's noise grows linearly from its first to its last token (disjoint from `independent`)."""
+
+    prompt: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a row keeps a noise-free prompt, of fraction arccos(1 - 2r) / pi with r uniform."""
+
+    infill: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a row keeps each token noise-free with a probability drawn by the prompt's law."""
+
+    max_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Factor of the prompt's and the infilling's fraction."""
+
+    empty: float = Field(default=0.0, ge=0, lt=0.5)
+    """Largest share f of empty (pad) tokens inserted in a row; each row draws its own from U(0, f)."""
+
+    empty_law: Literal["share", "released"] = "share"
+    """share: a drawn f makes f of the row empty; released: the released code's ceil(S f / (1 - f)) of S tokens."""
+
+    prompt_attention: Literal["block", "causal"] = "block"
+    """How prompt positions see each other: all of the prompt, or only what comes before."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        preset = data.get("preset") if isinstance(data, dict) else None
+        return {**PRESETS[preset], **data} if isinstance(preset, str) and preset in PRESETS else data
+
+    @model_validator(mode="after")
+    def _kinds_are_disjoint(self) -> ConditioningConfig:
+        if self.independent + self.linear > 1:
+            raise ValueError(
+                "independent and linear exclude each other and must add up to at most 1, "
+                f"got {self.independent} + {self.linear}"
+            )
+        return self
+
+
+assert set(SHIFTS) == set(get_args(ShiftName))

@@ -1,0 +1,18 @@
+"""How a run is measured on held-out text."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megadiff.config.section import Section
+
+
+class EvalConfig(Section):
+    """`eval:` the held-out evidence bound, on fixed rows with fixed noise."""
+
+    every: int = Field(default=1000, ge=0)
+    """Steps between evaluations; 0 evaluates only before the first step and after the last."""
+    rows: int = Field(default=64, gt=1)
+    """Held-out rows, spread evenly over the validation data."""
+    noise_levels: int = Field(default=4, gt=0)
+    """Noise levels per row, stratified over the schedule."""

@@ -1,0 +1,221 @@
+"""The held-out evidence bound: fixed rows, fixed stratified noise, a standard error, the same on every layout.
+
+Axes: R rows, K noise levels a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.config import ObjectiveConfig
+from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noising import NoisedRows, evaluation_noise
+from megadiff.diffusion.snr import LinearRate, Rate
+from megadiff.parallel.pipeline import run_microbatches
+from megadiff.parallel.row_objective import RowObjective
+from megadiff.parallel.topology import Topology
+
+SEED = 0
+"""Evaluation noise is keyed by this and not by the run's seed, so that runs are compared on the same noise."""
+
+_BIN_EDGES = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """A held-out bound in nats per token, with its standard error over rows."""
+
+    elbo: float
+    stderr: float
+    tokens: int
+    """Distinct held-out tokens measured."""
+    bytes_per_token: float | None
+    """UTF-8 bytes of source text per token of the validation data; None where the data do not say."""
+    by_log_snr: tuple[tuple[float, float, float], ...]
+    """(low, high, mean of w (KL + IS) in nats) of each log-SNR bin that had draws."""
+    by_source: dict[str, tuple[float, float]]
+    """Bound and standard error of each source of the validation data."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The bound in bits per byte of text."""
+        return self.elbo / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
+
+    def as_metrics(self) -> dict[str, Any]:
+        """Keys of an evaluation line in `metrics.jsonl`."""
+        return {
+            "eval_elbo": self.elbo,
+            "eval_elbo_stderr": self.stderr,
+            "eval_bits_per_byte": self.bits_per_byte,
+            "eval_tokens": self.tokens,
+            "eval_loss_by_log_snr": [list(part) for part in self.by_log_snr],
+            "eval_elbo_by_source": {name: list(found) for name, found in self.by_source.items()},
+        }
+
+    def describe(self) -> str:
+        """One line for the console."""
+        bits = f" ({self.bits_per_byte:.3f} bits per byte)" if self.bits_per_byte else ""
+        return f"held-out elbo {self.elbo:.4f} +- {self.stderr:.4f} nats per token{bits}, {self.tokens:,} tokens"
+
+
+class Rows(Protocol):
+    """Held-out rows of one source."""
+
+    name: str
+    seq_length: int
+    bytes_per_token: float | None
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Clean rows [B, L]."""
+        ...
+
+
+class HeldOut:
+    """Measures a model on rows, noise and an objective fixed at construction.
+
+    Args:
+        sources: held-out rows; they are pooled, and reported apart too.
+        noise_levels: K.
+        objective: see `held_out_objective`.
+        chunks: this rank's model chunks.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[Rows],
+        noise_levels: int,
+        objective: RowObjective,
+        chunks: Sequence[Any],
+        topology: Topology,
+        device: torch.device,
+        micro_sequences: int,
+    ) -> None:
+        self.rows = np.concatenate([source.rows(range(len(source))) for source in sources])
+        self.noise_levels = noise_levels
+        self.objective = objective
+        self.chunks = chunks
+        self.topology = topology
+        self.device = device
+        self.micro_sequences = micro_sequences
+        self._sources = sources
+
+    def __call__(self) -> HeldOutResult:
+        """Run the model over every row at every level. Collective over the world; gradients are not touched."""
+        found = torch.zeros(2, self.noise_levels, len(self.rows), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            reports = run_microbatches(
+                self.chunks,
+                self._my_microbatches(),
+                forward=lambda chunk, item: chunk(item[1].noised),
+                loss=self._report,
+                seq_length=self.rows.shape[1],
+                micro_sequences=self.micro_sequences,
+                forward_only=True,
+            )
+        for (level, index), sums in reports:
+            real = index >= 0
+            found[:, level, index[real]] = sums[:, real]
+        elbo, loss = self.topology.sum_over_run(found).cpu().numpy() / self.rows.shape[1]
+        per_row = elbo.mean(axis=0)
+        bound, stderr = _mean_and_error(per_row)
+        ends = np.cumsum([len(source) for source in self._sources])[:-1]
+        return HeldOutResult(
+            elbo=bound,
+            stderr=stderr,
+            tokens=self.rows.size,
+            bytes_per_token=self._bytes_per_token(),
+            by_log_snr=self._by_level(loss),
+            by_source={
+                source.name: _mean_and_error(part)
+                for source, part in zip(self._sources, np.split(per_row, ends), strict=True)
+            },
+        )
+
+    def _bytes_per_token(self) -> float | None:
+        known = [(source.bytes_per_token, len(source)) for source in self._sources]
+        if any(ratio is None for ratio, _ in known):
+            return None
+        return sum(ratio * count for ratio, count in known if ratio is not None) / len(self.rows)
+
+    def _my_microbatches(self) -> list[tuple[tuple[int, Tensor], NoisedRows]]:
+        """This replica's microbatches: a level and a few rows each; row index -1 pads the last ones."""
+        micro, layout = self.micro_sequences, self.topology.layout
+        starts = [(level, first) for level in range(self.noise_levels) for first in range(0, len(self.rows), micro)]
+        share = -(-len(starts) // layout.data)
+        if layout.virtual_pipeline > 1:  # the interleaved schedule wants a multiple of the stages
+            share = -(-share // layout.pipeline) * layout.pipeline
+        starts += [(0, len(self.rows))] * (share * layout.data - len(starts))
+        mine = starts[self.topology.data_rank * share : (self.topology.data_rank + 1) * share]
+        return [self._microbatch(level, first) for level, first in mine]
+
+    def _microbatch(self, level: int, first: int) -> tuple[tuple[int, Tensor], NoisedRows]:
+        index = np.arange(first, first + self.micro_sequences)
+        index = np.where(index < len(self.rows), index, -1)
+        taken = np.maximum(index, 0)
+        mixing, rate = self.objective.mixing, self.objective.rate
+        noised = evaluation_noise(
+            self.rows[taken],
+            seed=SEED,
+            row_index=taken,
+            level=level,
+            num_levels=self.noise_levels,
+            mixing=mixing,
+            rate=rate,
+        )
+        on_device = NoisedRows(*(part.to(self.device) for part in noised))
+        return (level, torch.from_numpy(index).to(self.device)), on_device
+
+    def _report(self, logits: Tensor, item: tuple[tuple[int, Tensor], NoisedRows]) -> tuple[Tensor, Tensor, Any]:
+        key, rows = item
+        terms = self.objective.terms(logits, rows)
+        plain = terms.weight * (terms.kl + terms.is_div)
+        sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain)])
+        nothing = torch.zeros((), device=self.device)
+        return nothing, nothing.int(), (key, sums)
+
+    def _by_level(self, loss: npt.NDArray[np.float64]) -> tuple[tuple[float, float, float], ...]:
+        """Bin the per-row integrand by the log-SNR it was drawn at; `loss` is [K, R]."""
+        drawn = np.stack([self._log_snr(level) for level in range(self.noise_levels)])
+        bins = []
+        for low, high in zip(_BIN_EDGES, _BIN_EDGES[1:], strict=False):
+            inside = (drawn >= low) & ((drawn < high) | (high == _BIN_EDGES[-1]) & (drawn <= high))
+            if inside.any():
+                bins.append((low, high, float(loss[inside].mean())))
+        return tuple(bins)
+
+    def _log_snr(self, level: int) -> npt.NDArray[np.float64]:
+        noised = evaluation_noise(
+            self.rows[:, :1],
+            seed=SEED,
+            row_index=np.arange(len(self.rows)),
+            level=level,
+            num_levels=self.noise_levels,
+            mixing=self.objective.mixing,
+            rate=self.objective.rate,
+        )
+        return noised.log_snr[:, 0].double().numpy()
+
+
+def held_out_objective(mixing: HybridMixing, *, rate: Rate, topology: Topology) -> RowObjective:
+    """The objective evaluation uses: the run's noise under the linear rate, whatever rate the run trains with.
+
+    So the bound does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
+    truncation (`Rate.density`): the figure is 1.000247 times the integral over [-9, 9].
+    """
+    return RowObjective(mixing, LinearRate(rate.min_log_snr, rate.max_log_snr), ObjectiveConfig(), topology)
+
+
+def _mean_and_error(per_row: npt.NDArray[np.float64]) -> tuple[float, float]:
+    error = float(per_row.std(ddof=1)) / math.sqrt(len(per_row)) if len(per_row) > 1 else math.nan
+    return float(per_row.mean()), error

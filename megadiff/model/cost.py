@@ -1,0 +1,225 @@
+"""What a model costs, in closed form: parameters, training FLOPs per token, bytes per rank. No torch.
+
+Symbols: L layers, d hidden width, f MLP multiple, V vocabulary entries with the mask, S tokens per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megadiff.errors import ConfigError
+
+QkNorm = Literal["full", "head", "none"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A denoiser's size. The paper's models are `qk_norm="full", sink=True, mlp_bias=True` (arXiv:2512.10858)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    vocab_size: int
+    seq_length: int
+    ffn_multiple: float = 4
+    qk_norm: QkNorm = "head"
+    sink: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ConfigError(f"hidden {self.hidden} must be a multiple of heads {self.heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Width of the MLP's middle."""
+        return int(self.hidden * self.ffn_multiple)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by role, over the whole model."""
+
+    embedding: int
+    head: int
+    bulk: int
+    """The matrices of the layers: q, k, v, o, up, down."""
+    norms: int
+    """Gains: two a layer and the final one, and those of q and k."""
+    biases: int
+    sink: int
+    """The learned extra key and value of every layer."""
+
+    @property
+    def non_embedding(self) -> int:
+        """All but the embedding and the output head."""
+        return self.bulk + self.norms + self.biases + self.sink
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def padded_vocab_size(vocab_size: int, *, tensor: int = 1, multiple: int = 128) -> int:
+    """Rows of the embedding and the head once each tensor-parallel rank holds a multiple of `multiple` of them."""
+    step = multiple * tensor
+    return -(-vocab_size // step) * step
+
+
+def parameters(shape: Shape, *, vocab_rows: int | None = None) -> Parameters:
+    """Parameters by role; `vocab_rows` counts padded rows too (default: the true vocabulary)."""
+    d, rows = shape.hidden, vocab_rows if vocab_rows is not None else shape.vocab_size
+    gains = {"full": 2 * d, "head": 2 * shape.head_dim, "none": 0}[shape.qk_norm]
+    return Parameters(
+        embedding=rows * d,
+        head=rows * d,
+        bulk=shape.layers * (4 * d * d + 2 * d * shape.ffn_hidden),
+        norms=shape.layers * (2 * d + gains) + d,
+        biases=shape.layers * (shape.ffn_hidden + d) if shape.mlp_bias else 0,
+        sink=shape.layers * 2 * d if shape.sink else 0,
+    )
+
+
+def paper_parameters(shape: Shape) -> int:
+    """Non-embedding parameters as the paper's notebooks count them: MLP biases twice, sinks not at all."""
+    counted = parameters(shape)
+    return counted.bulk + counted.norms + 2 * counted.biases
+
+
+def training_flops_per_token(shape: Shape) -> float:
+    """Forward and backward in full: 6 per matrix entry, the head's V d included, and 12 L d S of attention.
+
+    Attention is bidirectional, so each token meets all S of its row and nothing is halved. Recomputation, norms,
+    the softmax and the embedding look-up are not counted, as usual for model FLOPs.
+    """
+    matrices = parameters(shape).bulk + shape.vocab_size * shape.hidden
+    return 6.0 * matrices + _attention_flops(shape)
+
+
+def paper_flops_per_token(shape: Shape, method: Literal["deepseek", "chinchilla"] = "deepseek") -> float:
+    """The paper's M, without embedding and head: 6 P + 12 L d S (`deepseek`, its main one) or 6 P (`chinchilla`)."""
+    return 6.0 * paper_parameters(shape) + (_attention_flops(shape) if method == "deepseek" else 0.0)
+
+
+def _attention_flops(shape: Shape) -> float:
+    return 12.0 * shape.layers * shape.hidden * shape.seq_length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is split, as far as memory goes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    sequence: bool = False
+    """Sequence parallelism: the residual stream is split over the tensor group too."""
+    micro_sequences: int = 1
+    distributed_optimizer: bool = False
+    recompute: bool = False
+    """Full recomputation: of each layer only its input is kept."""
+    fused_loss: bool = False
+    """The logits of a microbatch never exist as a whole."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes an element takes."""
+
+    params: Literal["bf16", "fp32"] = "fp32"
+    compute: Literal["bf16", "fp32"] = "fp32"
+    master_weights: bool = False
+    """A further fp32 copy of bf16 parameters, in the optimizer."""
+    fp32_gradients: bool = True
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on the fullest rank."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations_per_microbatch: int
+    activations: int
+    """Of all microbatches in flight at once in the one-forward-one-backward schedule."""
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it; a single microbatch is already part of `activations`."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def bytes_per_rank(shape: Shape, layout: Layout, precision: Precision, *, vocab_rows: int | None = None) -> Memory:
+    """Estimated bytes on the fullest pipeline stage's ranks.
+
+    Two fp32 moments per parameter are assumed; the distributed optimizer splits them, and the master copy, over the
+    data and context ranks. Not counted: the CUDA context, collective buffers, workspaces, fragmentation, and the
+    working set of the layer that is being recomputed.
+    """
+    rows = vocab_rows if vocab_rows is not None else padded_vocab_size(shape.vocab_size, tensor=layout.tensor)
+    stages = (_stage(shape, layout, precision, rows, stage) for stage in range(layout.pipeline))
+    return max(stages, key=lambda memory: memory.total)
+
+
+def _stage(shape: Shape, layout: Layout, precision: Precision, rows: int, stage: int) -> Memory:
+    first, last = stage == 0, stage == layout.pipeline - 1
+    layers = -(-shape.layers // layout.pipeline)
+    held = layers * _layer_parameters(shape, layout.tensor)
+    held += (first + last) * rows * shape.hidden // layout.tensor + last * shape.hidden
+    replicas = layout.data * layout.context if layout.distributed_optimizer else 1
+    state_bytes = 8 + 4 * (precision.master_weights and precision.params == "bf16")
+    tokens = layout.micro_sequences * shape.seq_length // layout.context
+    per_layer = tokens * _layer_activations(shape, layout) * _size(precision.compute)
+    in_flight = layout.pipeline - stage
+    if layout.virtual_pipeline > 1:  # interleaving starts (pipeline - 1) more chunks before the first backward
+        in_flight += (layout.pipeline - 1) / layout.virtual_pipeline
+    # In compute precision, once more as float32, and their float32 gradient.
+    logit_bytes = 0 if layout.fused_loss or not last else _size(precision.compute) + 8
+    return Memory(
+        parameters=held * _size(precision.params),
+        gradients=held * (4 if precision.fp32_gradients else _size(precision.params)),
+        optimizer=-(-held * state_bytes // replicas),
+        activations_per_microbatch=round(layers * per_layer),
+        activations=round(layers * per_layer * in_flight),
+        logits=tokens * rows // layout.tensor * logit_bytes,
+    )
+
+
+def _layer_parameters(shape: Shape, tensor: int) -> int:
+    """Parameters of one layer on one rank; norm gains and the bias of `down` are whole on every rank."""
+    d, middle = shape.hidden, shape.ffn_hidden
+    split = (
+        4 * d * d + 2 * d * middle + middle * shape.mlp_bias + 2 * d * shape.sink + 2 * d * (shape.qk_norm == "full")
+    )
+    whole = 2 * d + d * shape.mlp_bias + 2 * shape.head_dim * (shape.qk_norm == "head")
+    return split // tensor + whole
+
+
+def _layer_activations(shape: Shape, layout: Layout) -> float:
+    """Elements one layer keeps for its backward, per token, with attention that keeps no [S, S] scores.
+
+    Residual stream and norm output before attention and before the MLP: 4 d. After them, split over the tensor
+    group: q, k, v, the attention's output, q and k before their norm, and the MLP's middle before and after relu^2.
+    Compare Korthikanti et al., arXiv:2205.05198, section 4, without dropout.
+    """
+    d, tensor = shape.hidden, layout.tensor
+    stream = d / (tensor if layout.sequence else 1)
+    if layout.recompute:
+        return stream
+    inner = 4 * d + (2 * d if shape.qk_norm != "none" else 0) + 2 * shape.ffn_hidden
+    return 4 * stream + inner / tensor
+
+
+def _size(dtype: Literal["bf16", "fp32"]) -> int:
+    return {"bf16": 2, "fp32": 4}[dtype]

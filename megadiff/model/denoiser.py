@@ -1,0 +1,262 @@
+"""The denoiser: token ids in, logits over clean tokens out, attention both ways.
+
+It knows no noise and returns no loss. Built of megatron-core's parts through a layer spec, so tensor, sequence and
+pipeline parallelism are the library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megadiff.model.attention import BidirectionalAttention
+from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.norms import AllHeadsRMSNorm, RMSNorm
+from megadiff.parallel.config import ParallelConfig
+from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
+from megadiff.platform.quiet import quiet
+
+
+class Denoiser(GPTModel):
+    """One pipeline stage's chunk of the model."""
+
+    head_factor: float = 1.0
+
+    def forward(self, input_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Run this chunk.
+
+        Args:
+            input_ids: [batch, sequence] int64 on the first stage; elsewhere None is fine (hidden states arrive by
+                `set_input_tensor`) and the row length is the model's.
+            attention_mask: None; every token sees every token.
+
+        Returns:
+            On the last stage logits [sequence, batch, padded vocabulary / tensor ranks]; elsewhere hidden states.
+            Sequence first, as megatron-core computes them: no transposing copy is made.
+        """
+        length = self.max_sequence_length if input_ids is None else input_ids.shape[1]
+        hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=self.rotary_pos_emb(length)
+        )
+        if not self.post_process:
+            return hidden
+        if self.head_factor != 1.0:
+            hidden = hidden * self.head_factor
+        logits, _ = self.output_layer(hidden)
+        return logits
+
+
+class _Bf16Chunk(Float16Module):
+    """Casts a chunk to bf16 and leaves its logits so: the objective reads bf16 and computes in float32."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return super().forward(*inputs, fp32_output=False, **kwargs)
+
+
+class UnbiasedColumnLinear(ColumnParallelLinear):
+    """A column-parallel matrix that never has a bias; megatron-core has one bias switch for attention and MLP."""
+
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+
+class UnbiasedRowLinear(RowParallelLinear):
+    """A row-parallel matrix that never has a bias."""
+
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+
+def build_chunks(
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    platform: Platform,
+    topology: Topology,
+) -> list[Denoiser]:
+    """Build this rank's model chunks on its device, weights not yet drawn (see `initialise`).
+
+    Args:
+        vocab_size: real ids including the mask; the tables are padded to `model.vocab_multiple`.
+    """
+    with quiet():
+        config = transformer_config(model, parallel=parallel, precision=precision, platform=platform)
+    tensor_parallel.model_parallel_cuda_manual_seed(0)  # nothing draws from it; the embedding asks that it exists
+    virtual = topology.layout.virtual_pipeline
+    chunks = []
+    for index in range(virtual):
+        stage = index if virtual > 1 else None
+        chunk = Denoiser(
+            config,
+            _block_spec(model, config, stage),
+            vocab_size=model.padded_vocab_size(vocab_size),
+            max_sequence_length=model.seq_length,
+            pre_process=topology.is_first_stage and index == 0,
+            post_process=topology.is_last_stage and index == virtual - 1,
+            position_embedding_type="rope",
+            rotary_base=model.rope_base,
+            share_embeddings_and_output_weights=False,
+            parallel_output=True,
+            vp_stage=stage,
+        )
+        chunk.head_factor = model.head_factor
+        chunks.append(chunk.to(platform.device))
+    return chunks
+
+
+def wrap_data_parallel(
+    chunks: list[Denoiser], *, parallel: ParallelConfig, precision: PrecisionConfig
+) -> list[DistributedDataParallel]:
+    """Give each chunk its compute precision and its data-parallel gradient buffers (gradients reduced in float32)."""
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        average_in_collective=False,
+    )
+    cast: list[Any] = list(chunks)
+    if precision.compute == "bf16":
+        cast = [_Bf16Chunk(config, chunk) for chunk in chunks]
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(cast)
+    ]
+
+
+def transformer_config(
+    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, platform: Platform
+) -> TransformerConfig:
+    """megatron-core's settings for this model on this machine.
+
+    Batched P2P is off on gloo, and with interleaving everywhere: two stages with virtual chunks exchange two messages
+    each way in one batch and megatron-core matches them crosswise, wrong gradients without an error (its check lives
+    in `megatron.training`, not in core). Overlapped P2P is off: on gloo a deallocated output races with its own send.
+    """
+    dtype = torch.bfloat16 if precision.compute == "bf16" else torch.float32
+    interleaved = parallel.virtual_pipeline > 1
+    config = TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        ffn_hidden_size=model.ffn_hidden,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=True,
+        qk_layernorm=model.qk_norm == "head",
+        add_bias_linear=model.mlp_bias,
+        activation_func=squared_relu,
+        gated_linear_unit=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=_keep,
+        output_layer_init_method=_keep,
+        embedding_init_method=_keep,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision.compute == "bf16",
+        use_cpu_initialization=platform.is_cpu,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,
+        batch_p2p_comm=not platform.is_cpu and not interleaved,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=not platform.is_cpu,
+    )
+    return config
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2."""
+    return F.relu(x).square()
+
+
+def _keep(weight: Tensor) -> Tensor:
+    """Initialisation happens once, by name, after construction; this keeps megatron-core from drawing its own."""
+    return weight
+
+
+def _block_spec(model: ModelConfig, config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+    layers = get_num_layers_to_build(config, vp_stage=stage)
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(model)] * layers, layer_norm=RMSNorm)
+
+
+def _layer_spec(model: ModelConfig) -> ModuleSpec:
+    qk_norm = {"full": AllHeadsRMSNorm, "head": RMSNorm, "none": IdentityOp}[model.qk_norm]
+    residual = _scaled_residual(model.resid_factor)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=UnbiasedColumnLinear,
+                    core_attention=partial(BidirectionalAttention, sink=model.sink, softcap=model.softcap),
+                    linear_proj=UnbiasedRowLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=residual,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=residual,
+            # megatron-core's names for the norms fused into Transformer Engine's linears, so that a checkpoint of
+            # either path loads in the other.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def _scaled_residual(factor: float) -> Callable[..., Any]:
+    """megatron-core's bias-dropout-add seam: residual + factor * (branch + bias); dropout is never used."""
+
+    def add(branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        branch, bias = branch_with_bias
+        if bias is not None:
+            branch = branch + bias
+        return torch.add(residual, branch, alpha=factor)
+
+    def choose(training: bool, fused: bool) -> Callable[..., Tensor]:
+        return add
+
+    return choose

@@ -1,0 +1,88 @@
+"""First weights as a function of (seed, parameter name, global index): every layout starts from the same model.
+
+megatron-core's own initialisation depends on the order in which a stage draws, so it differs between pipeline
+layouts. Here each parameter's role gives its standard deviation and each block of its global rows has its own
+generator; a rank draws only the blocks it holds a part of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megadiff.model.config import ModelConfig
+from megadiff.parallel.topology import Topology
+
+Role = Literal["embedding", "head", "bulk", "norm", "bias"]
+
+_ROWS_PER_BLOCK = 256
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def role_of(name: str) -> Role:
+    """What a parameter is for, by its name; decides its initialisation and its optimizer group.
+
+    The order follows arXiv:2512.10858's released code: norms first, then embedding, biases (the attention sink's key
+    and value among them), head, and what is left are the blocks' matrices.
+    """
+    if "norm" in name:
+        return "norm"
+    if "embedding" in name:
+        return "embedding"
+    if name.endswith("bias") or "sink_" in name:
+        return "bias"
+    return "head" if "output_layer" in name else "bulk"
+
+
+def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """`named_parameters` of one model chunk with the layer numbers of the whole model (0-based)."""
+    layers = chunk.decoder.layers  # type: ignore[union-attr]
+    for name, parameter in chunk.named_parameters():
+        yield _LAYER.sub(lambda m: f"decoder.layers.{layers[int(m[1])].layer_number - 1}.", name), parameter  # type: ignore[index,operator]
+
+
+@torch.no_grad()
+def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, *, seed: int, topology: Topology) -> None:
+    """Draw the first weights in place: normal for matrices, zero for norm offsets, biases and sinks.
+
+    Standard deviations: `init_scale / sqrt(hidden)` for all block matrices (also the MLP's second), `embed_init`,
+    `head_init`; not truncated. Source: arXiv:2512.10858, CompleteP table.
+    """
+    std = {
+        "bulk": model.init_scale / model.hidden**0.5,
+        "embedding": model.embed_init,
+        "head": model.head_init,
+        "norm": 0.0,
+        "bias": 0.0,
+    }
+    for chunk in chunks:
+        for name, parameter in global_parameters(chunk):
+            if (deviation := std[role_of(name)]) == 0.0:
+                parameter.zero_()
+            else:
+                _draw(parameter, name, deviation, seed, topology)
+
+
+def _draw(parameter: Tensor, name: str, std: float, seed: int, topology: Topology) -> None:
+    """Fill a rank's part of a matrix from its global rows, block by block."""
+    cut = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
+    rows, columns = parameter.shape
+    parts = topology.layout.tensor
+    first_row = topology.tensor_rank * rows if cut == 0 else 0
+    all_columns = columns * parts if cut == 1 else columns
+    column = slice(topology.tensor_rank * columns, (topology.tensor_rank + 1) * columns) if cut == 1 else slice(None)
+    for block in range(first_row // _ROWS_PER_BLOCK, -(-(first_row + rows) // _ROWS_PER_BLOCK)):
+        start = block * _ROWS_PER_BLOCK
+        drawn = torch.randn(_ROWS_PER_BLOCK, all_columns, generator=_generator(seed, name, block)) * std
+        low, high = max(start, first_row), min(start + _ROWS_PER_BLOCK, first_row + rows)
+        parameter[low - first_row : high - first_row].copy_(drawn[low - start : high - start, column])
+
+
+def _generator(seed: int, name: str, block: int) -> torch.Generator:
+    digest = hashlib.sha256(f"init/{seed}/{name}/{block}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

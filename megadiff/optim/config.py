@@ -1,0 +1,72 @@
+"""How weights are updated and how the learning rate moves."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from megadiff.config import family
+from megadiff.config.section import Section
+
+MEMBERS = "megadiff.optim.members"
+"""The optimizer family's package."""
+
+
+class OptimizerConfig(Section):
+    """`optimizer:` a member of the optimizer family by its file name, and its numbers."""
+
+    name: str = "adamw"
+    """A file of `megadiff/optim/members/`, or the dotted path of a module of your own."""
+    lr: float = Field(gt=0)
+    """Peak learning rate; the base rate eta under `parametrisation: completep`."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment; divided by (hidden x layers) under `completep`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay of matrices; norms, biases and, under `completep`, embedding and head have none."""
+    clip_grad: float = Field(default=0.0, ge=0)
+    """Largest global gradient norm; 0 leaves gradients alone."""
+    parametrisation: Literal["standard", "completep"] = "standard"
+    """`completep`: block matrices learn at lr / hidden with decay weight_decay x hidden, everything else at 0.02 lr
+    (arXiv:2512.10858)."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, name: str) -> str:
+        if "." not in name and name not in (known := family.names(MEMBERS)):
+            raise ValueError(f"there is no optimizer `{name}`; there are: {', '.join(known)}")
+        return name
+
+
+class ScheduleConfig(Section):
+    """`schedule:` warm-up, a stable stretch, and a cooldown at the end. Give exactly one of steps and tokens."""
+
+    steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps of the whole run."""
+    tokens: float | None = Field(default=None, gt=0)
+    """Tokens of the whole run, rounded up to whole steps."""
+    warmup_steps: int = Field(default=2000, ge=0)
+    """Steps over which the rate rises linearly from 0."""
+    cooldown: float = Field(default=0.0, ge=0)
+    """Steps of the final fall to 0; below 1 it is a fraction of the run."""
+    shape: Literal["sqrt", "linear", "cosine"] = "sqrt"
+    """Form of the fall; `sqrt` is 1 - sqrt(s / C)."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleConfig:
+        given = [name for name in ("steps", "tokens") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "neither"
+            raise ValueError(f"schedule needs exactly one of `steps` and `tokens`; found {found}")
+        return self
+
+    def total_steps(self, tokens_per_step: int) -> int:
+        """Optimizer steps of the run at `tokens_per_step`."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return -int(-self.tokens // tokens_per_step)

@@ -1,0 +1,56 @@
+"""megadiff's subclass of megatron-core's distributed optimizer: three defects around Adam's `step` mended.
+
+They show only while the optimizer's per-parameter state holds a `step` tensor, as torch's AdamW does (no Transformer
+Engine, no Apex), on a GPU host as on CPU; with a fused Adam the subclass changes nothing. Line numbers are of
+megatron-core 0.16.1, `optimizer/distrib_optimizer.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+class ResumableDistributedOptimizer(DistributedOptimizer):
+    """Saves before the first step and goes on after a load with the same `step` for every parameter."""
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, with the state allocated first: line 642 asserts that some `step` exists."""
+        allocate_state(self.optimizer)
+        return super().sharded_state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the parent's, with one `step` per parameter afterwards.
+
+        Lines 817-825 give all parameters the same tensor, so each Adam step would count once per parameter: the first
+        loss after a resume is right and later ones drift.
+        """
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].detach().clone()
+
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
+        """As the parent's, keeping the destination's own `step`.
+
+        Lines 933-940 look for a `step` the fully reshardable format does not store (KeyError), or copy a stale one.
+        """
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
+        if "step" in state:
+            tensors = {**tensors, "step": state["step"]}
+        super()._set_main_param_and_optimizer_states(model_param, tensors)
+
+
+def allocate_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Give every parameter the zero state Adam's first step would, where it has none; megatron-core's `init_state_fn`."""
+    keeps_step = isinstance(optimizer, torch.optim.AdamW)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if len(optimizer.state[parameter]) == 0:
+                if keeps_step:
+                    optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    optimizer.state[parameter][moment] = torch.zeros_like(parameter.data, dtype=torch.float32)

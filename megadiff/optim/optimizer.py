@@ -1,0 +1,124 @@
+"""The optimizer of a run: a family member inside megatron-core's precision and sharding wrapper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+
+from megadiff.config import family
+from megadiff.optim.config import MEMBERS, OptimizerConfig
+from megadiff.optim.distributed import ResumableDistributedOptimizer, allocate_state
+from megadiff.optim.groups import parameter_groups
+from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
+
+
+class Optimizer:
+    """Takes optimizer steps on reduced gradients; the only thing the training loop sees of megatron-core's wrappers."""
+
+    def __init__(self, wrapped: MegatronOptimizer, settings: OptimizerConfig, platform: Platform, kernel: str) -> None:
+        self._wrapped = wrapped
+        self._settings = settings
+        self._platform = platform
+        self.kernel = kernel
+        """Name of the update kernel, for the log."""
+
+    def step(self, lr: float) -> float:
+        """Clip if configured, update the weights, return the global gradient norm (before clipping).
+
+        If the norm is not finite, which every rank sees alike, the weights stay as they are.
+
+        Args:
+            lr: learning rate now; each group multiplies it by its own factor.
+
+        Collective over the model group, and over the data group with the distributed optimizer.
+        """
+        with self._platform.scope(), torch.no_grad():
+            for group in self._wrapped.param_groups:
+                group["lr"] = lr * group["lr_mult"]
+            self._wrapped.prepare_grads()
+            clip = self._settings.clip_grad
+            norm = float(self._wrapped.clip_grad_norm(clip) if clip > 0 else self._wrapped.get_grad_norm())
+            if math.isfinite(norm):
+                self._wrapped.step_with_ready_grads()
+        return norm
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last step."""
+        self._wrapped.zero_grad()
+
+    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> Any:
+        """State as megatron-core's dist_checkpointing wants it; see `megadiff.checkpoint.store`."""
+        return self._wrapped.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take over what a checkpoint held."""
+        self._wrapped.load_state_dict(state)
+
+
+def build_optimizer(
+    chunks: Sequence[torch.nn.Module],
+    roles: Sequence[tuple[str, torch.nn.Parameter]],
+    settings: OptimizerConfig,
+    *,
+    hidden: int,
+    layers: int,
+    is_bf16: bool,
+    distributed: bool,
+    platform: Platform,
+    topology: Topology,
+) -> Optimizer:
+    """Build the family member `settings.name` over `roles` and wrap it.
+
+    megatron-core's `get_megatron_optimizer` knows only Adam and SGD and groups by its own rules; the wrappers it
+    chooses between are used here directly: float32, bf16 with float32 master weights, or sharded over data ranks.
+
+    Args:
+        chunks: data-parallel wrapped model chunks.
+        roles: (role, parameter) of every parameter of this rank.
+
+    Raises:
+        ConfigError: no such optimizer.
+    """
+    member = family.member(MEMBERS, settings.name)
+    with platform.scope():
+        groups = parameter_groups(roles, settings, hidden=hidden, layers=layers)
+        base = member.build(groups, settings)
+        config = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            bf16=is_bf16,
+            params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
+            use_distributed_optimizer=distributed,
+            clip_grad=settings.clip_grad,
+        )
+        if distributed:
+            wrapped: MegatronOptimizer = ResumableDistributedOptimizer(
+                base,
+                config,
+                None,
+                allocate_state,
+                model_chunks=list(chunks),
+                per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
+                data_parallel_group=topology.data_group,
+                data_parallel_group_gloo=None,
+                data_parallel_group_idx=dist.get_rank(topology.model_group),
+                distributed_optimizer_instance_id=0,
+            )
+            stats_group = dist.group.WORLD
+        elif is_bf16:
+            wrapped, stats_group = (
+                Float16OptimizerWithFloat16Params(base, config, None, allocate_state),
+                topology.model_group,
+            )
+        else:
+            wrapped, stats_group = FP32Optimizer(base, config, allocate_state), topology.model_group
+        wrapped.grad_stats_parallel_group = stats_group
+        wrapped.tp_group = topology.tensor_group
+    return Optimizer(wrapped, settings, platform, member.kernel())

@@ -1,0 +1,130 @@
+"""How a run is cut over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from megadiff.config.section import Section
+from megadiff.errors import ConfigError
+
+
+class ParallelConfig(Section):
+    """`parallel:` the layout. Data parallelism is what is left: ranks / (tensor x pipeline)."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share every matrix (tensor parallelism)."""
+    pipeline: int = Field(default=1, ge=1)
+    """Stages the layers are cut into (pipeline parallelism)."""
+    virtual_pipeline: int = Field(default=1, ge=1)
+    """Model chunks per stage, interleaved; 1 is the plain one-forward-one-backward schedule."""
+    sequence: bool = False
+    """Cut activations along the sequence between tensor-parallel regions; needs tensor > 1."""
+    distributed_optimizer: bool = False
+    """Cut optimizer state and master weights over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs; needs both options above."""
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A `ParallelConfig` on a world of known size, with every division checked."""
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    data: int
+    num_microbatches: int
+    """Microbatches each data-parallel rank runs per optimizer step."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+
+def lay_out(
+    parallel: ParallelConfig,
+    *,
+    world_size: int,
+    layers: int,
+    heads: int,
+    hidden: int,
+    ffn_hidden: int,
+    padded_vocab_size: int,
+    seq_length: int,
+    global_sequences: int,
+    micro_sequences: int,
+) -> Layout:
+    """Check that everything divides, before any process group exists.
+
+    The rules are megatron-core's, most of which its own argument parser checks and its core does not.
+
+    Raises:
+        ConfigError: the first rule that does not hold, with the numbers and what would.
+    """
+    tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
+    replica = parallel.ranks_per_replica
+    if world_size % replica:
+        raise ConfigError(
+            f"the run has {world_size} rank(s), but parallel.tensor={tensor} x parallel.pipeline={pipeline} needs a "
+            f"multiple of {replica}; start {replica * max(1, world_size // replica)} ranks (torchrun "
+            f"--nproc-per-node) or change the layout"
+        )
+    data = world_size // replica
+    _must_divide("model.heads", heads, "parallel.tensor", tensor)
+    _must_divide("model.hidden", hidden, "parallel.tensor", tensor)
+    _must_divide("the MLP width (model.hidden x model.ffn_multiple)", ffn_hidden, "parallel.tensor", tensor)
+    _must_divide("the padded vocabulary", padded_vocab_size, "parallel.tensor", tensor)
+    _must_divide("model.layers", layers, "parallel.pipeline x parallel.virtual_pipeline", pipeline * virtual)
+    _must_divide(
+        "batch.global_sequences",
+        global_sequences,
+        "batch.micro_sequences x data-parallel ranks",
+        micro_sequences * data,
+    )
+    num_microbatches = global_sequences // (micro_sequences * data)
+    _check_virtual_pipeline(pipeline, virtual, num_microbatches)
+    _check_flags(parallel, seq_length)
+    return Layout(tensor, pipeline, virtual, data, num_microbatches)
+
+
+def _must_divide(what: str, value: int, by: str, divisor: int) -> None:
+    if value % divisor:
+        lower = value - value % divisor
+        near = f"{lower} or {lower + divisor}" if lower else f"{lower + divisor}"
+        raise ConfigError(f"{what} is {value}, which {by} = {divisor} does not divide; {near} would do")
+
+
+def _check_virtual_pipeline(pipeline: int, virtual: int, num_microbatches: int) -> None:
+    if virtual == 1:
+        return
+    if pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline is {virtual} but parallel.pipeline is 1; interleaving needs at least two stages"
+        )
+    if num_microbatches % pipeline:
+        raise ConfigError(
+            f"the interleaved schedule needs the microbatches per step ({num_microbatches}) to be a multiple of "
+            f"parallel.pipeline = {pipeline}; change batch.global_sequences or batch.micro_sequences"
+        )
+
+
+def _check_flags(parallel: ParallelConfig, seq_length: int) -> None:
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence is true but parallel.tensor is 1; sequence parallelism needs tensor > 1")
+    if parallel.sequence:
+        _must_divide("model.seq_length", seq_length, "parallel.tensor (with parallel.sequence)", parallel.tensor)
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        raise ConfigError(
+            "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce to "
+            "be true as well"
+        )

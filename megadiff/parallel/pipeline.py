@@ -1,0 +1,66 @@
+"""One forward-backward over the microbatches of a step, whatever the pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+Loss = tuple[Tensor, Tensor, Any]
+"""(summed loss of the microbatch, its number of counted tokens as an int32 scalar, anything to hand back)."""
+
+
+def run_microbatches(
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Any],
+    *,
+    forward: Callable[[torch.nn.Module, Any], Tensor],
+    loss: Callable[[Tensor, Any], Loss],
+    seq_length: int,
+    micro_sequences: int,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Run every microbatch through the pipeline: 1F1B, interleaved, or without stages.
+
+    Args:
+        chunks: this rank's model chunks.
+        microbatches: this data-parallel rank's, the same list on every stage and tensor rank.
+        forward: (chunk, microbatch) -> that chunk's output.
+        loss: (last stage's output, microbatch) -> `Loss`. Gradients of the summed losses are divided by the number of
+            counted tokens over all microbatches and replicas, or not at all, as `configure_reduction` set.
+        seq_length, micro_sequences: shape of a microbatch.
+        forward_only: no gradients.
+
+    Returns:
+        What `loss` handed back, by microbatch; empty except on the last stage. Collective over the model group.
+    """
+
+    def forward_step(data: Any, chunk: torch.nn.Module, *_: Any) -> tuple[Tensor, Callable[[Tensor], Loss]]:
+        microbatch = next(data)
+        return forward(chunk, microbatch), lambda output: loss(output, microbatch)
+
+    iterators = [iter(microbatches) for _ in chunks]
+    interleaved = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=seq_length,
+        micro_batch_size=micro_sequences,
+        forward_only=forward_only,
+    )
+
+
+def configure_reduction(chunks: Sequence[torch.nn.Module], *, mean: bool) -> None:
+    """Choose what the summed gradients are divided by: the global count of tokens (`mean`), or nothing (sum)."""
+
+    def finalize(model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(model, num_tokens if mean else None, *args, **kwargs)
+
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize  # type: ignore[union-attr]

@@ -1,0 +1,120 @@
+"""The process groups of a run: opened once, then read from one frozen object.
+
+The only reader of megatron-core's `parallel_state`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megadiff.parallel.config import Layout
+from megadiff.platform.machine import Platform
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place in the layout, and the groups it talks in."""
+
+    layout: Layout
+    rank: int
+    tensor_rank: int
+    stage: int
+    """Pipeline stage, 0 is the one with the embedding."""
+    data_rank: int
+    tensor_group: ProcessGroup
+    pipeline_group: ProcessGroup
+    data_group: ProcessGroup
+    model_group: ProcessGroup
+    """Ranks that together hold one replica."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks for the run."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output head, and so sees the loss."""
+        return self.stage == self.layout.pipeline - 1
+
+    def sum_over_run(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum what the last stage of every replica holds; every rank gets the result.
+
+        Collective over the world. Other stages, and tensor ranks other than 0, contribute nothing.
+        """
+        counted = self.is_last_stage and self.tensor_rank == 0
+        total = values.clone() if counted else torch.zeros_like(values)
+        dist.all_reduce(total)
+        return total
+
+    def from_main(self, value: Any) -> Any:
+        """The main rank's small Python value, on every rank. Collective over the world."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def is_main_process() -> bool:
+    """Whether the launcher made this process rank 0, known before any group is open."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size_from_environment() -> int:
+    """Number of ranks that torchrun or srun started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group(platform: Platform, *, timeout_s: float = 1800.0) -> Iterator[None]:
+    """Open torch.distributed's default group for this process and close it at the end.
+
+    Without a launcher the group has one rank and needs no port.
+    """
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(platform.backend, timeout=timedelta(seconds=timeout_s))
+    else:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def open_topology(layout: Layout) -> Topology:
+    """Build megatron-core's groups for `layout` on the open default group. Collective over the world."""
+    from megatron.core import parallel_state as state
+
+    if state.model_parallel_is_initialized():
+        state.destroy_model_parallel()
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    return Topology(
+        layout=layout,
+        rank=dist.get_rank(),
+        tensor_rank=state.get_tensor_model_parallel_rank(),
+        stage=state.get_pipeline_model_parallel_rank(),
+        data_rank=state.get_data_parallel_rank(),
+        tensor_group=state.get_tensor_model_parallel_group(),
+        pipeline_group=state.get_pipeline_model_parallel_group(),
+        data_group=state.get_data_parallel_group(with_context_parallel=True),
+        model_group=state.get_model_parallel_group(),
+    )

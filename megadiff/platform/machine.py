@@ -1,0 +1,114 @@
+"""The machine a run is on: found once at start, said aloud, handed down.
+
+Nothing below this package asks what machine it is on; it reads the `Platform` it was given.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megadiff.errors import PlatformError
+from megadiff.platform import megatron_on_cpu
+from megadiff.platform.quiet import silence_libraries
+
+# Dense bf16 peak of the datasheets, in FLOP/s, by a part of the device's name.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What the machine is and which fast parts are present."""
+
+    kind: Literal["cpu", "cuda"]
+    device: torch.device
+    backend: Literal["gloo", "nccl"]
+    """Backend of torch.distributed."""
+    device_name: str
+    peak_flops: float | None
+    """Datasheet peak of one device in dense bf16 FLOP/s; None where there is no meaningful one."""
+    has_transformer_engine: bool
+    has_apex: bool
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether ranks run on CPU over gloo."""
+        return self.kind == "cpu"
+
+    def describe(self) -> str:
+        """One line for the log: device, backend, libraries found."""
+        found = [
+            name for name, has in (("Transformer Engine", self.has_transformer_engine), ("Apex", self.has_apex)) if has
+        ]
+        kernels = ", ".join(found) if found else "plain torch kernels (no Transformer Engine, no Apex)"
+        return f"{self.device_name} over {self.backend}, torch {torch.__version__}, {kernels}"
+
+    def prepare_megatron(self) -> None:
+        """Make megatron-core ready for this machine; does nothing on CUDA. Call once, before any use of it."""
+        silence_libraries()
+        if self.is_cpu:
+            megatron_on_cpu.install()
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Surround megatron-core's optimizer and checkpoint calls with this; does nothing on CUDA."""
+        return megatron_on_cpu.scope() if self.is_cpu else nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if not self.is_cpu:
+            torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int:
+        """Largest memory this rank has held: allocator peak on CUDA, resident-set peak on CPU."""
+        if self.is_cpu:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def detect(wanted: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
+    """Find the machine.
+
+    Args:
+        wanted: `auto` takes CUDA when torch sees a device; the other two insist.
+
+    Raises:
+        PlatformError: CUDA was asked for and torch sees no device.
+    """
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise PlatformError(
+            "platform is `cuda` but torch sees no CUDA device here; set `platform=cpu` to run on CPU ranks, or check "
+            f"the driver and that torch is a CUDA build (this one is {torch.__version__})"
+        )
+    if wanted == "cpu" or not has_cuda:
+        return Platform("cpu", torch.device("cpu"), "gloo", f"CPU ({os.cpu_count()} cores)", None, False, False)
+    return _cuda_platform()
+
+
+def _cuda_platform() -> Platform:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise PlatformError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start at most that many "
+            "ranks per node (torchrun --nproc-per-node)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    name = torch.cuda.get_device_name(device)
+    peak = next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+    return Platform("cuda", device, "nccl", name, peak, _importable("transformer_engine"), _is_nvidia_apex())
+
+
+def _importable(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _is_nvidia_apex() -> bool:
+    """The PyPI project called `apex` is something else: only NVIDIA's has `apex.optimizers`."""
+    return _importable("apex") and importlib.util.find_spec("apex.optimizers") is not None

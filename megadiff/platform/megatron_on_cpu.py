@@ -1,0 +1,184 @@
+"""Where megatron-core 0.16 is made to run on CPU ranks over gloo; on CUDA nothing here is called.
+
+The library's own options cover most of it (`use_cpu_initialization`, fusions off). What is left, site by site:
+
+==================================================  ==========================================================
+what it does                                        what happens here
+==================================================  ==========================================================
+`torch.cuda.current_device()` as `device=`          facade, once: answers `torch.device("cpu")`
+(buffers, rotary embedding, P2P, mappings, ...)
+streams, events, synchronize, empty_cache           facade, once: null objects and no-ops
+`tensor_parallel/random.py` CUDA generator state    once: the CPU generator (the stock setter would queue a
+                                                    closure per call for ever, `torch.cuda._lazy_call`)
+`pipeline_parallel/schedules.py:596,983,2138`       once: that module's `torch` becomes a forwarding namespace
+`torch.zeros(..., device="cuda")` in the hot path   whose `zeros` maps the device
+literal `device="cuda"`, `.cuda()`, pinned memory,  `scope()`: a `TorchFunctionMode` around optimizer
+`Tensor.type() == "torch.cuda.FloatTensor"` in the  construction, optimizer steps and checkpoints only: it costs
+optimizer, clip_grads, dist_checkpointing           2 to 3 microseconds per torch call, 25 % of a toy step
+`jit_fuser` = `torch.compile` on small functions    once: stance `force_eager`; Inductor would want a C++ compiler
+                                                    and five seconds a process
+==================================================  ==========================================================
+
+`torch.cuda.is_available()` stays False and `device_count()` 0. Neither torch's factories nor `torch.Tensor` are
+patched. `install` checks the library's version and that every patched attribute exists, so an upgrade fails loudly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megadiff.errors import PlatformError
+
+SUPPORTED = ((0, 16), (0, 17))
+"""Half-open range of megatron-core (major, minor) this module was checked against."""
+
+_CPU = torch.device("cpu")
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+
+
+def install() -> None:
+    """Make megatron-core usable in this CPU process. Safe to call again.
+
+    Raises:
+        PlatformError: megatron-core is missing, of another version, or lacks an attribute patched here.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that TE, Apex and others are absent: the platform line says so
+        _check_version()
+        random = importlib.import_module("megatron.core.tensor_parallel.random")
+        schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    torch.compiler.set_stance("force_eager")
+    for name, stand_in in _facade().items():
+        _replace(torch.cuda, name, stand_in)
+    _replace(random, "_get_cuda_rng_state", _get_rng_state)
+    _replace(random, "_set_cuda_rng_state", _set_rng_state)
+    _replace(schedules, "torch", _TorchWithCpuZeros())
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_drop_cpu_rng_notice)
+
+
+@contextmanager
+def scope() -> Iterator[None]:
+    """Rewrite CUDA devices and type names to the CPU for the torch calls of this thread inside the block."""
+    with _OnCpu():
+        yield
+
+
+def _check_version() -> None:
+    try:
+        megatron = importlib.import_module("megatron.core")
+    except ImportError as error:
+        raise PlatformError(
+            f"megatron-core is not importable ({error}); install `megatron-core>=0.16,<0.17`"
+        ) from error
+    version = tuple(int(part) for part in megatron.__version__.split(".")[:2])
+    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+        raise PlatformError(
+            f"megatron-core {megatron.__version__} is installed, but megadiff/platform/megatron_on_cpu.py was checked "
+            "against 0.16.x only; install `megatron-core>=0.16,<0.17`, or re-check every site listed in that file"
+        )
+
+
+def _replace(owner: Any, name: str, stand_in: Any) -> None:
+    if not hasattr(owner, name):
+        raise PlatformError(
+            f"{owner.__name__} no longer has `{name}`, which megadiff/platform/megatron_on_cpu.py replaces on CPU; "
+            "install `megatron-core>=0.16,<0.17` with torch 2.10 or newer, or re-check that file"
+        )
+    setattr(owner, name, stand_in)
+
+
+class _NullStream:
+    """Stands for a CUDA stream or event: everything on a CPU rank happens in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self
+
+
+def _facade() -> dict[str, Any]:
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    return {
+        "current_device": lambda: _CPU,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "Stream": _NullStream,
+        "Event": _NullStream,
+        "current_stream": _NullStream,
+        "default_stream": _NullStream,
+        "stream": lambda *args: nullcontext(),
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+    }
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _drop_cpu_rng_notice(record: logging.LogRecord) -> bool:
+    """The tracker warns that the CPU generator moved inside its CUDA context: here they are the same one."""
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+class _TorchWithCpuZeros(types.ModuleType):
+    """`torch` as seen by megatron-core's schedules: all of it, with `zeros` kept off CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """`torch.zeros` with a CUDA device mapped to the CPU."""
+        return torch.zeros(*args, **_without_cuda(kwargs))
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _without_cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if _is_cuda(kwargs.get("device")):
+        kwargs = {**kwargs, "device": _CPU}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    return kwargs
+
+
+class _OnCpu(TorchFunctionMode):
+    """Maps device arguments to the CPU, makes `.cuda()` the identity, and answers type names as CUDA would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = _without_cuda(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)

@@ -1,0 +1,107 @@
+"""A whole run description: composes every section and checks what spans two of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from megadiff.checkpoint.config import CheckpointConfig
+from megadiff.config.section import Section
+from megadiff.data.config import BatchConfig, DataConfig
+from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
+from megadiff.errors import ConfigError
+from megadiff.eval.config import EvalConfig
+from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.optim.config import OptimizerConfig, ScheduleConfig
+from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
+from megadiff.parallel.config import Layout, ParallelConfig, lay_out
+from megadiff.train.config import LogConfig
+
+
+class RunConfig(Section):
+    """The resolved tree of one training run."""
+
+    name: str = Field(min_length=1)
+    """Folder of the run inside `output_dir`."""
+    output_dir: str = "runs"
+    """Where run folders are made."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the first weights, the data order and the noise."""
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    """The machine; `auto` takes CUDA when there is one."""
+    model: ModelConfig
+    noise: NoiseConfig = NoiseConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
+    data: DataConfig
+    batch: BatchConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if Path(name).name != name or name.startswith(".") or any(ord(c) < 32 for c in name):
+            raise ValueError(
+                f"name must be a plain folder name without `/`, leading dot or control characters, got {name!r}"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> RunConfig:
+        try:
+            self.lr_schedule()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.batch.global_sequences * self.model.seq_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.schedule.total_steps(self.tokens_per_step)
+
+    def lr_schedule(self) -> WarmupStableDecay:
+        """The learning rate's course, as a factor of `optimizer.lr`."""
+        steps = self.steps
+        return WarmupStableDecay(
+            steps=steps,
+            warmup_steps=self.schedule.warmup_steps,
+            cooldown_steps=resolve_cooldown(self.schedule.cooldown, steps),
+            shape=self.schedule.shape,
+        )
+
+    def layout(self, *, world_size: int, vocab_size: int) -> Layout:
+        """The layout on `world_size` ranks; every division is checked before any process group exists.
+
+        Raises:
+            ConfigError: something does not divide.
+        """
+        return lay_out(
+            self.parallel,
+            world_size=world_size,
+            layers=self.model.layers,
+            heads=self.model.heads,
+            hidden=self.model.hidden,
+            ffn_hidden=self.model.ffn_hidden,
+            padded_vocab_size=self.model.padded_vocab_size(vocab_size),
+            seq_length=self.model.seq_length,
+            global_sequences=self.batch.global_sequences,
+            micro_sequences=self.batch.micro_sequences,
+        )

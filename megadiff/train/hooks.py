@@ -1,0 +1,174 @@
+"""What happens between steps: log, evaluate, save. A list, run in this order; hooks do not see each other."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megadiff.parallel.row_objective import SUMS
+from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
+from megadiff.train.metrics import MetricsFile
+
+log = logging.getLogger("megadiff")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a hook learns of the step just taken."""
+
+    step: int
+    """Steps taken so far, this one included."""
+    sums: Tensor
+    lr: float
+    grad_norm: float
+    seconds: float
+    """Wall time of the step alone, its batch included, evaluation and saving not."""
+
+
+class Measurement(Protocol):
+    """What an evaluation found."""
+
+    elbo: float
+
+    def as_metrics(self) -> dict[str, Any]:
+        """Keys and values of an evaluation line."""
+        ...
+
+    def describe(self) -> str:
+        """The same for the console."""
+        ...
+
+
+class Hook(Protocol):
+    """Called after every step; decides itself whether it is due. Every rank calls it (collectives may hide inside)."""
+
+    def __call__(self, result: StepResult) -> None:
+        """React to the step."""
+        ...
+
+
+@dataclass
+class Log:
+    """Console line, `metrics.jsonl` and TensorBoard, every `every` steps and at the first and last."""
+
+    every: int
+    steps: int
+    tokens_per_step: int
+    flops_per_token: float
+    topology: Topology
+    platform: Platform
+    metrics: MetricsFile | None
+    """None on ranks other than the main one."""
+    tensorboard: Any = None
+    _steps: int = field(default=0, init=False)
+    _seconds: float = field(default=0.0, init=False)
+    _started: float = field(default_factory=time.monotonic, init=False)
+
+    def __call__(self, result: StepResult) -> None:
+        """Write the lines of this step if due."""
+        self._steps += 1
+        self._seconds += result.seconds
+        if result.step % self.every and result.step not in (1, self.steps):
+            return
+        total = self.topology.sum_over_run(result.sums).tolist()
+        rate = self._steps * self.tokens_per_step / max(self._seconds, 1e-9)
+        self._steps, self._seconds = 0, 0.0
+        if self.metrics is None:
+            return
+        line = self._line(result, total, rate)
+        self.metrics.write(line)
+        if self.tensorboard is not None:
+            for key in ("loss", "elbo", "kl", "is", "mean_weight", "lr", "grad_norm", "tokens_per_s"):
+                self.tensorboard.add_scalar(f"train/{key}", line[key], result.step)
+        log.info(self._console(line))
+
+    def _line(self, result: StepResult, total: list[float], rate: float) -> dict[str, Any]:
+        flops = rate * self.flops_per_token / self.topology.layout.world_size
+        peak = self.platform.peak_flops
+        count = max(total[-1], 1.0)
+        return {
+            "step": result.step,
+            "tokens": result.step * self.tokens_per_step,
+            **{name: value / count for name, value in zip(SUMS, total[:-1], strict=True)},
+            "noisy_tokens": int(total[-1]),
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": rate,
+            "tflops_per_device": flops / 1e12,
+            "mfu": flops / peak if peak else None,
+            "peak_bytes": self.platform.peak_bytes(),
+            "elapsed_s": time.monotonic() - self._started,
+        }
+
+    def _console(self, line: dict[str, Any]) -> str:
+        left = (self.steps - line["step"]) * self.tokens_per_step / max(line["tokens_per_s"], 1e-9)
+        mfu = f" | MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
+        return (
+            f"step {line['step']:>7}/{self.steps} | loss {line['loss']:.4f} | elbo {line['elbo']:.4f} | "
+            f"w {line['mean_weight']:.3f} | lr {line['lr']:.3e} | grad norm {line['grad_norm']:.3f} | "
+            f"{line['tokens_per_s']:,.0f} tokens/s | {line['tflops_per_device']:.3g} TFLOP/s/device{mfu} | "
+            f"ETA {_duration(left)}"
+        )
+
+
+@dataclass
+class Evaluate:
+    """The held-out bound, before the first step, every `every` steps, and after the last."""
+
+    every: int
+    steps: int
+    measure: Callable[[], Measurement]
+    metrics: MetricsFile | None
+    tensorboard: Any = None
+
+    def __call__(self, result: StepResult) -> None:
+        """Measure if due."""
+        if (self.every and result.step % self.every == 0) or result.step == self.steps:
+            self.run(result.step)
+
+    def run(self, step: int) -> None:
+        """Measure and write the line of this step."""
+        found = self.measure()
+        if self.metrics is None:
+            return
+        self.metrics.write({"step": step, **found.as_metrics()})
+        if self.tensorboard is not None:
+            self.tensorboard.add_scalar("eval/elbo", found.elbo, step)
+        log.info(f"step {step:>7}/{self.steps} | {found.describe()}")
+
+
+@dataclass
+class Save:
+    """A checkpoint every `every` steps and after the last."""
+
+    every: int
+    steps: int
+    save: Callable[[int], Path]
+    metrics: MetricsFile | None
+
+    def __call__(self, result: StepResult) -> None:
+        """Save if due."""
+        if result.step % self.every and result.step != self.steps:
+            return
+        if self.metrics is not None:
+            self.metrics.sync()
+        start = time.monotonic()
+        folder = self.save(result.step)
+        if self.metrics is not None:
+            log.info(f"step {result.step:>7}/{self.steps} | saved {folder} in {time.monotonic() - start:.1f} s")
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"

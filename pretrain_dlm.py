@@ -1,0 +1,46 @@
+"""Pretrain a diffusion language model: `torchrun --nproc-per-node N pretrain_dlm.py --config F [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megadiff.errors import run_command
+
+_EPILOG = """examples:
+  python pretrain_dlm.py --config examples/quickstart.yaml --check
+  torchrun --nproc-per-node 8 pretrain_dlm.py --config examples/quickstart.yaml parallel.tensor=2 schedule.steps=500
+
+Run the same command again after an interruption: it goes on from the run folder's last complete checkpoint.
+"""
+
+
+def main() -> None:
+    """Read the run description, then check it or train."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
+    parser.add_argument("--check", action="store_true", help="resolve, print the derived numbers, and exit")
+    parser.add_argument("--ranks", type=int, help="with --check: number of ranks to lay out (default: this launch's)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
+    arguments = parser.parse_intermixed_args()
+
+    from megadiff.config.load import load_config
+    from megadiff.run_config import RunConfig
+
+    config = load_config(arguments.config, arguments.overrides, RunConfig)
+
+    from megadiff.platform.quiet import quiet
+
+    with quiet():
+        from megadiff import build
+
+    if arguments.check:
+        print(build.check(config, ranks=arguments.ranks))  # noqa: T201  this is what was asked for
+    else:
+        build.run(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,144 @@
+"""Closed forms against the paper's tables and against hand-worked numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from megadiff.errors import ConfigError
+from megadiff.model.cost import (
+    Layout,
+    Precision,
+    Shape,
+    bytes_per_rank,
+    padded_vocab_size,
+    paper_flops_per_token,
+    paper_parameters,
+    parameters,
+    training_flops_per_token,
+)
+
+PAPER_SIZES = [
+    ("L8-D512", 8, 512, 8, 25_223_680, 25_211_392, 159_429_120, 2.5201e8),
+    ("L10-D640", 10, 640, 10, 49_242_240, 49_223_040, 216_995_200, 4.5274e8),
+    ("L12-D768", 12, 768, 12, 85_064_448, 85_036_800, 286_363_392, 7.3688e8),
+    ("L16-D1024", 16, 1024, 16, 201_556_992, 201_507_840, 469_943_296, 1.6120e9),
+    ("L20-D1536", 20, 1536, 12, 566_662_656, 566_570_496, 969_223_680, 4.1550e9),
+    ("gidd-mask-3b", 18, 3072, 24, 2_039_208_960, 2_039_043_072, 2_844_349_440, 1.3594e10),
+    ("gidd-unif-3b", 19, 3072, 24, 2_152_498_176, 2_152_323_072, 2_957_629_440, 1.4349e10),
+    ("gidd-unif-10b", 34, 4608, 36, 8_665_532_928, 8_665_062_912, 9_873_022_464, 5.5844e10),
+]
+
+
+def paper_shape(layers: int, hidden: int, heads: int) -> Shape:
+    return Shape(layers, hidden, heads, 131_072, 2048, qk_norm="full", sink=True, mlp_bias=True)
+
+
+@pytest.mark.parametrize(("label", "layers", "hidden", "heads", "p_paper", "p_true", "total", "flops"), PAPER_SIZES)
+def test_the_papers_sizes_come_out_exactly(label, layers, hidden, heads, p_paper, p_true, total, flops):
+    shape = paper_shape(layers, hidden, heads)
+    assert paper_parameters(shape) == p_paper
+    assert parameters(shape).non_embedding == p_true
+    assert parameters(shape).total == total
+    assert float(f"{paper_flops_per_token(shape):.4e}") == flops
+
+
+def test_both_methods_of_counting_flops_equal_the_authors_files():
+    """L20-D1536 in the authors' CSVs: total_flops_per_tok and non_emb_flops_per_tok."""
+    shape = paper_shape(20, 1536, 12)
+    assert paper_flops_per_token(shape, "deepseek") == 4_154_950_656
+    assert paper_flops_per_token(shape, "chinchilla") == 3_399_975_936
+
+
+def test_flops_in_full_count_the_head_and_every_pair_of_positions():
+    """L = 2, d = 4, f = 4, V = 10, S = 8: 6 (2 x 12 x 16 + 40) + 12 x 2 x 4 x 8."""
+    assert training_flops_per_token(Shape(2, 4, 2, 10, 8)) == 6 * (384 + 40) + 768
+
+
+@pytest.mark.parametrize(
+    ("options", "norms", "biases", "sink"),
+    [
+        ({"qk_norm": "none"}, 2 * 2 * 8 + 8, 0, 0),
+        ({"qk_norm": "head"}, 2 * (2 * 8 + 2 * 4) + 8, 0, 0),
+        ({"qk_norm": "full"}, 2 * 4 * 8 + 8, 0, 0),
+        ({"qk_norm": "none", "mlp_bias": True}, 40, 2 * (32 + 8), 0),
+        ({"qk_norm": "none", "sink": True}, 40, 0, 2 * 16),
+    ],
+)
+def test_each_option_adds_its_own_parameters(options, norms, biases, sink):
+    """Two layers of width 8 with two heads."""
+    counted = parameters(Shape(2, 8, 2, 10, 16, **options))
+    assert (counted.norms, counted.biases, counted.sink) == (norms, biases, sink)
+    assert (counted.embedding, counted.head, counted.bulk) == (80, 80, 2 * 12 * 64)
+    assert counted.total == 160 + counted.non_embedding
+
+
+def test_padding_counts_rows_that_hold_no_token():
+    assert padded_vocab_size(50_258, tensor=2) == 50_432
+    assert padded_vocab_size(131_072, tensor=1024) == 131_072
+    shape = Shape(1, 8, 2, 50_258, 16)
+    assert parameters(shape, vocab_rows=50_432).embedding == 50_432 * 8
+    assert parameters(shape).embedding == 50_258 * 8
+
+
+def test_one_rank_holds_what_the_model_has():
+    shape = Shape(2, 8, 2, 128, 16, qk_norm="full", sink=True, mlp_bias=True)
+    total = parameters(shape).total
+    memory = bytes_per_rank(shape, Layout(), Precision())
+    assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * total, 4 * total, 8 * total)
+    # 16 tokens, 2 layers, (4 + 4 + 2 + 8) x 8 elements of 4 bytes; logits 16 x 128 x (4 + 8) bytes
+    assert memory.activations == memory.activations_per_microbatch == 16 * 2 * 18 * 8 * 4
+    assert memory.logits == 16 * 128 * 12
+    assert memory.total == 16 * total + memory.activations + memory.logits
+
+
+def test_bf16_with_a_master_copy_takes_eighteen_bytes_a_parameter():
+    shape = Shape(4, 64, 4, 256, 32)
+    total = parameters(shape).total
+    memory = bytes_per_rank(shape, Layout(), Precision("bf16", "bf16", master_weights=True))
+    assert memory.parameters + memory.gradients + memory.optimizer == 18 * total
+    plain = bytes_per_rank(shape, Layout(), Precision("bf16", "bf16", fp32_gradients=False))
+    assert plain.parameters + plain.gradients + plain.optimizer == 12 * total
+
+
+def test_the_distributed_optimizer_splits_the_state_over_data_and_context_ranks():
+    shape = Shape(4, 64, 4, 256, 32)
+    alone = bytes_per_rank(shape, Layout(data=4, context=2), Precision())
+    split = bytes_per_rank(shape, Layout(data=4, context=2, distributed_optimizer=True), Precision())
+    assert split.optimizer == -(-alone.optimizer // 8)
+    assert split.parameters == alone.parameters
+
+
+def test_tensor_and_pipeline_ranks_hold_their_share():
+    """Norm gains stay whole under tensor parallelism; the first and last stage hold a vocabulary table each."""
+    shape = Shape(4, 64, 4, 256, 32, qk_norm="none")
+    layout = Layout(tensor=2, pipeline=2, fused_loss=True)
+    memory = bytes_per_rank(shape, layout, Precision())
+    first_stage = 2 * (12 * 64 * 64 // 2 + 2 * 64) + 256 * 64 // 2
+    assert memory.parameters == 4 * first_stage
+    assert memory.activations == 2 * memory.activations_per_microbatch
+
+
+def test_activations_shrink_with_sequence_context_and_recomputation():
+    shape, precision = Shape(4, 64, 4, 256, 32, qk_norm="none"), Precision(compute="bf16")
+
+    def kept(**layout: object) -> int:
+        return bytes_per_rank(shape, Layout(**layout), precision).activations_per_microbatch  # type: ignore[arg-type]
+
+    whole = kept()
+    assert whole == 4 * 32 * 16 * 64 * 2
+    assert kept(tensor=2, sequence=True) == whole // 2
+    assert kept(tensor=2) == 4 * 32 * (4 + 6) * 64 * 2
+    assert kept(context=2) == whole // 2
+    assert kept(micro_sequences=3) == 3 * whole
+    assert kept(recompute=True) == 4 * 32 * 64 * 2
+
+
+def test_interleaving_holds_more_microbatches():
+    shape = Shape(8, 64, 4, 256, 32)
+    memory = bytes_per_rank(shape, Layout(pipeline=4, virtual_pipeline=2, fused_loss=True), Precision())
+    assert memory.activations == memory.activations_per_microbatch * 5.5
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ConfigError, match=r"^hidden 100 must be a multiple of heads 8$"):
+        Shape(2, 100, 8, 10, 16)

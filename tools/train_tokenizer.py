@@ -1,0 +1,49 @@
+"""Train a tokenizer with bos, eos, pad and mask at ids 0 to 3; a thin shell around megadiff.data.tokenizer_training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megadiff.data.documents import Corpus
+from megadiff.data.tokenizer_training import TYPES, train_tokenizer
+from megadiff.errors import run_command
+
+_EXAMPLE = """example:
+  python tools/train_tokenizer.py --input corpus/*.jsonl.zst --output tokenizers/bpe-32k --vocab-size 32768 --type bpe
+"""
+
+
+def main() -> None:
+    """Read the arguments, train, and say where the tokenizer is."""
+    parser = argparse.ArgumentParser(
+        description="Train a tokenizer on jsonl, txt or parquet files (.gz and .zst too).",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="corpus files")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder for the tokenizer")
+    parser.add_argument(
+        "--vocab-size", required=True, type=int, metavar="N", help="ids in all, the four special ones too"
+    )
+    parser.add_argument("--type", choices=TYPES, default="bpe", help="bpe is byte-level; sentencepiece is unigram")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column that holds the text")
+    parser.add_argument("--max-bad-lines", type=int, default=0, metavar="K", help="bad lines to skip before refusing")
+    args = parser.parse_args()
+
+    corpus = Corpus(args.input, json_key=args.json_key, max_bad_lines=args.max_bad_lines)
+    tokenizer = train_tokenizer(
+        corpus.documents(),
+        args.output,
+        kind=args.type,
+        vocab_size=args.vocab_size,
+        progress=sys.stderr.isatty(),
+    )
+    report = corpus.report
+    print(f"read {report.documents} documents, {report.bytes_read} bytes, {report.bad_lines} bad lines skipped")
+    print(f"wrote {args.output}: {args.type}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:16]}")
+
+
+if __name__ == "__main__":
+    run_command(main)
