@@ -13,24 +13,25 @@ from typing import Any
 
 from megadiff.errors import CheckpointError
 
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {
-    ("torch", "Size"),
-    ("torch", "device"),
+    *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((f"{_CHECKPOINT}.metadata", f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
+    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
+    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.planner", "WriteItem"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
+    ("torch", "Size"),
     *(("torch", name) for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")),
 }
+"""Everything the index of a megatron-core 0.16 checkpoint names, and no more."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
     """Finds only the classes of a checkpoint index."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED and (module not in _ALLOWED_MODULES or not name[:1].isupper()):
+        if (module, name) not in _ALLOWED:
             raise CheckpointError(f"it names {module}.{name}")
         return super().find_class(module, name)
 

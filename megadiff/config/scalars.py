@@ -11,9 +11,9 @@ from decimal import Decimal
 
 from megadiff.config.tree import Scalar
 
-_DIGITS = r"(?:0|[1-9](?:_?\d)*)"
+_DIGITS = r"(?:0|[1-9](?:_?[0-9])*)"
 _INTEGER = re.compile(rf"[-+]?{_DIGITS}")
-_NUMBER = re.compile(rf"[-+]?(?:{_DIGITS}(?:\.(?:\d(?:_?\d)*)?)?|\.\d(?:_?\d)*)(?:[eE][-+]?\d{{1,5}})?")
+_NUMBER = re.compile(rf"[-+]?(?:{_DIGITS}(?:\.(?:[0-9](?:_?[0-9])*)?)?|\.[0-9](?:_?[0-9])*)(?:[eE][-+]?[0-9]{{1,5}})?")
 _NOT_FINITE = re.compile(r"[-+]?\.?inf(?:inity)?|\.?nan", re.IGNORECASE)
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _LONGEST_NUMBER = 60

@@ -256,8 +256,7 @@ def _token_rows(
 
 
 def _stride(global_batch: int) -> int:
-    """The step nearest 0.618 G that is coprime with G."""
-    near = round(global_batch * _GOLDEN_RATIO)
-    steps = sorted(range(1, global_batch + 1), key=lambda step: abs(step - near)) if global_batch < 64 else None
-    candidates = steps or [near + sign * gap for gap in range(global_batch) for sign in (1, -1)]
-    return next(step for step in candidates if step > 0 and math.gcd(step, global_batch) == 1)
+    """The step nearest 0.618 G that is coprime with G; one is never more than a few dozen away."""
+    target = global_batch * _GOLDEN_RATIO
+    near = range(max(1, int(target) - 64), min(global_batch, int(target) + 64) + 1)
+    return min((step for step in near if math.gcd(step, global_batch) == 1), key=lambda step: abs(step - target))

@@ -67,10 +67,9 @@ class Parameters:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def padded_vocab_size(vocab_size: int, *, tensor: int = 1, multiple: int = 128) -> int:
-    """Rows of the embedding and the head once each tensor-parallel rank holds a multiple of `multiple` of them."""
-    step = multiple * tensor
-    return -(-vocab_size // step) * step
+def padded_vocab_size(vocab_size: int, *, multiple: int = 128) -> int:
+    """Rows of the embedding and the head, dead ones included; the same on every layout."""
+    return -(-vocab_size // multiple) * multiple
 
 
 def parameters(shape: Shape, *, vocab_rows: int | None = None) -> Parameters:
@@ -167,7 +166,7 @@ def bytes_per_rank(shape: Shape, layout: Layout, precision: Precision, *, vocab_
     data and context ranks. Not counted: the CUDA context, collective buffers, workspaces, fragmentation, and the
     working set of the layer that is being recomputed.
     """
-    rows = vocab_rows if vocab_rows is not None else padded_vocab_size(shape.vocab_size, tensor=layout.tensor)
+    rows = vocab_rows if vocab_rows is not None else padded_vocab_size(shape.vocab_size)
     stages = (_stage(shape, layout, precision, rows, stage) for stage in range(layout.pipeline))
     return max(stages, key=lambda memory: memory.total)
 

@@ -79,12 +79,12 @@ def world_size_from_environment() -> int:
 
 
 @contextmanager
-def process_group(platform: Platform, *, timeout_s: float = 1800.0) -> Iterator[None]:
+def process_group(platform: Platform, *, alone: bool = False, timeout_s: float = 1800.0) -> Iterator[None]:
     """Open torch.distributed's default group for this process and close it at the end.
 
-    Without a launcher the group has one rank and needs no port.
+    Without a launcher, or `alone`, the group has one rank and needs no port.
     """
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    if not alone and "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(platform.backend, timeout=timedelta(seconds=timeout_s))
     else:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)

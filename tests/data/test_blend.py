@@ -24,7 +24,9 @@ def test_each_source_counts_0_1_2_without_gap_or_repeat(weights, seed):
 def test_shares_are_exact_in_every_period(weights):
     blend = Blend(weights, seed=1)
     total = sum(blend.counts)
-    assert all(abs(count - weight / sum(weights) * total) < 1 for count, weight in zip(blend.counts, weights, strict=True))
+    assert all(
+        abs(count - weight / sum(weights) * total) < 1 for count, weight in zip(blend.counts, weights, strict=True)
+    )
     assert total in (1, PATTERN_LENGTH)
 
 

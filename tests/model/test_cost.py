@@ -73,8 +73,9 @@ def test_each_option_adds_its_own_parameters(options, norms, biases, sink):
 
 
 def test_padding_counts_rows_that_hold_no_token():
-    assert padded_vocab_size(50_258, tensor=2) == 50_432
-    assert padded_vocab_size(131_072, tensor=1024) == 131_072
+    assert padded_vocab_size(50_258) == 50_304
+    assert padded_vocab_size(50_258, multiple=256) == 50_432
+    assert padded_vocab_size(131_072) == 131_072
     shape = Shape(1, 8, 2, 50_258, 16)
     assert parameters(shape, vocab_rows=50_432).embedding == 50_432 * 8
     assert parameters(shape).embedding == 50_258 * 8

@@ -73,7 +73,8 @@ def test_markup_is_taken_off(raw, cleaned):
 
 def test_prose_is_found_without_importing_or_tripping_over_broken_files(tmp_path):
     (tmp_path / "fine.py").write_text(
-        '"""Module."""\nraise SystemExit\n# one\n# two\n# three\ntry:\n    class A:\n        """Class."""\nfinally:\n    pass\n'
+        '"""Module."""\nraise SystemExit\n# one\n# two\n# three\n'
+        'try:\n    class A:\n        """Class."""\nfinally:\n    pass\n'
     )
     (tmp_path / "broken.py").write_text("def (:\n")
     (tmp_path / "latin.py").write_bytes(b"# \xff\n")

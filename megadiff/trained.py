@@ -1,0 +1,138 @@
+"""A trained model opened in one process, from a checkpoint of any layout, to be measured or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megadiff.checkpoint import store
+from megadiff.checkpoint.manifest import Manifest, read_manifest
+from megadiff.data.config import DataConfig, SourceConfig
+from megadiff.data.open import open_data
+from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import Tokenizer
+from megadiff.diffusion.config import NoiseConfig
+from megadiff.diffusion.mixing import HybridMixing, mixing_from
+from megadiff.diffusion.snr import Rate, rate_from
+from megadiff.errors import CheckpointError
+from megadiff.eval.held_out import HeldOut, HeldOutResult, held_out_objective
+from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.denoiser import build_chunks
+from megadiff.parallel.config import Layout, ParallelConfig
+from megadiff.parallel.topology import Topology, open_topology, process_group
+from megadiff.platform.machine import Platform, detect
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with the noise and the tokenizer it was trained with."""
+
+    folder: Path
+    """The checkpoint."""
+    manifest: Manifest
+    model: ModelConfig
+    mixing: HybridMixing
+    rate: Rate
+    tokenizer: Tokenizer
+    chunks: Sequence[Any]
+    topology: Topology
+    platform: Platform
+
+    @torch.no_grad()
+    def denoise(self, ids: Tensor) -> Tensor:
+        """Token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded."""
+        logits = self.chunks[0](ids.to(self.platform.device))
+        return logits.transpose(0, 1)[..., : self.mixing.vocab_size]
+
+    def held_out_elbo(self, data: str, *, rows: int, noise_levels: int, micro_sequences: int) -> HeldOutResult:
+        """The bound on indexed data, with the same rows and noise a training run of these numbers would use.
+
+        Raises:
+            DataError: the data are missing, damaged, or made with another tokenizer.
+        """
+        source = SourceConfig(path=data)
+        tree = DataConfig(train=(source,), valid=(source,), tokenizer="given")
+        opened = open_data(tree, self.tokenizer, seq_length=self.model.seq_length, seed=0, valid_rows=rows)
+        measure = HeldOut(
+            sources=opened.valid,
+            noise_levels=noise_levels,
+            objective=held_out_objective(self.mixing, rate=self.rate, topology=self.topology),
+            chunks=self.chunks,
+            topology=self.topology,
+            device=self.platform.device,
+            micro_sequences=micro_sequences,
+        )
+        return measure()
+
+
+@contextmanager
+def open_trained(
+    path: str | Path,
+    *,
+    platform: Literal["auto", "cpu", "cuda"] = "auto",
+    compute: Literal["bf16", "fp32"] = "fp32",
+    tokenizer: str | None = None,
+) -> Iterator[TrainedModel]:
+    """Open a run folder (its newest complete checkpoint) or one of its step folders, in this one process.
+
+    Args:
+        tokenizer: path to use instead of the one the run was configured with, for a checkpoint that was moved.
+
+    Raises:
+        CheckpointError: no complete checkpoint there, or a damaged one.
+        DataError: the tokenizer is missing, or another one than the model was trained with.
+    """
+    folder = _checkpoint_folder(Path(path))
+    manifest = read_manifest(folder)
+    text = load_tokenizer(tokenizer or manifest.config["data"]["tokenizer"])
+    if text.fingerprint != manifest.tokenizer_fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained with another tokenizer ({manifest.tokenizer_fingerprint}) than {text.name} "
+            f"({text.fingerprint}); give the first one's path with --tokenizer"
+        )
+    model = ModelConfig.model_validate(manifest.config["model"])
+    noise = NoiseConfig.model_validate(manifest.config["noise"])
+    machine = detect(platform)
+    machine.prepare_megatron()
+    with process_group(machine, alone=True):
+        topology = open_topology(Layout(1, 1, 1, 1, 1))
+        chunks = build_chunks(
+            model,
+            vocab_size=manifest.vocab_size,
+            parallel=ParallelConfig(),
+            precision=PrecisionConfig(compute=compute),
+            platform=machine,
+            topology=topology,
+        )
+        store.load(folder, chunks, None, topology=topology, platform=machine)
+        for chunk in chunks:
+            chunk.eval()
+        yield TrainedModel(
+            folder=folder,
+            manifest=manifest,
+            model=model,
+            mixing=mixing_from(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id),
+            rate=rate_from(noise),
+            tokenizer=text,
+            chunks=chunks,
+            topology=topology,
+            platform=machine,
+        )
+
+
+def _checkpoint_folder(path: Path) -> Path:
+    if (path / "manifest.json").is_file():
+        return path
+    newest = store.newest_complete(path)
+    if newest is None:
+        what = "no such folder" if not path.exists() else "no complete checkpoint in it"
+        raise CheckpointError(
+            f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
+        )
+    return newest

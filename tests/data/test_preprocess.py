@@ -1,0 +1,192 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megadiff.data import preprocess as module
+from megadiff.data.documents import Corpus
+from megadiff.data.indexed_reader import IndexedReader
+from megadiff.data.preprocess import Framing, preprocess
+from megadiff.data.tokenizer_training import train_tokenizer
+from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.errors import DataError
+
+TEXTS = [f"Document {n}: the quick brown fox, née {n * n}." + " again" * (n % 7) for n in range(400)]
+
+
+def write_corpus(path, texts=TEXTS):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl")
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_documents_come_back_as_they_were_with_their_facts(tmp_path, corpus_file):
+    done = preprocess(Corpus([corpus_file]), tmp_path / "p", "byte")
+    reader, tokenizer = IndexedReader(tmp_path / "p"), ByteTokenizer()
+    assert [tokenizer.decode(reader.document(i)) for i in range(reader.num_documents)] == TEXTS
+    manifest = done.manifest
+    assert reader.manifest == manifest
+    assert (manifest.documents, manifest.dtype) == (400, "uint16")
+    assert manifest.source_bytes == manifest.tokens == sum(len(text.encode()) for text in TEXTS)
+    assert manifest.tokenizer.fingerprint == tokenizer.fingerprint
+    assert manifest.bin_sha256 == hashlib.sha256((tmp_path / "p.bin").read_bytes()).hexdigest()
+    assert [(f.name, f.sha256) for f in manifest.inputs] == [
+        ("c.jsonl", hashlib.sha256(corpus_file.read_bytes()).hexdigest())
+    ]
+
+
+def test_framing_puts_bos_before_and_eos_after_each_document(tmp_path, corpus_file):
+    done = preprocess(Corpus([corpus_file]), tmp_path / "p", "byte", framing=Framing(prepend_bos=True, append_eod=True))
+    reader = IndexedReader(tmp_path / "p")
+    first = reader.document(0).tolist()
+    assert (first[0], first[-1]) == (0, 1)
+    assert done.manifest.appended_eod
+    assert done.manifest.prepended_bos
+    assert reader.num_tokens == done.manifest.source_bytes + 2 * 400
+
+
+def test_one_and_two_workers_write_the_same_bytes(tmp_path, corpus_file, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 23)
+    train_tokenizer(TEXTS, tmp_path / "tok", kind="bpe", vocab_size=300)
+    for name, workers in (("one", 1), ("two", 2)):
+        preprocess(Corpus([corpus_file]), tmp_path / name, tmp_path / "tok", workers=workers)
+    for kind in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"one{kind}").read_bytes() == (tmp_path / f"two{kind}").read_bytes()
+
+
+def test_empty_documents_and_bad_lines_are_counted(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n{"text": ""}\nbad\n{"text": "b"}\n')
+    done = preprocess(Corpus([tmp_path / "c.jsonl"], max_bad_lines=1), tmp_path / "p", "byte")
+    assert (done.report.documents, done.report.empty_documents, done.report.bad_lines) == (2, 1, 1)
+    assert done.manifest.documents == 2
+
+
+def test_a_bad_line_late_in_the_corpus_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 1)
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n' * 50 + "bad\n")
+    with pytest.raises(DataError, match=r"c\.jsonl:51: not a JSON object"):
+        preprocess(Corpus([tmp_path / "c.jsonl"]), tmp_path / "p", "byte")
+    assert files_in(tmp_path) == ["c.jsonl"]
+
+
+def test_what_cannot_work_is_refused_before_reading(tmp_path, corpus_file, monkeypatch):
+    monkeypatch.setattr(Corpus, "documents", lambda self: pytest.fail("the corpus was read"))
+    corpus = Corpus([corpus_file])
+    with pytest.raises(DataError, match=r"--workers must be at least 1, found 0"):
+        preprocess(corpus, tmp_path / "p", "byte", workers=0)
+    with pytest.raises(DataError, match=r"found nothing; check the path"):
+        preprocess(corpus, tmp_path / "p", tmp_path / "no-tokenizer")
+    (tmp_path / "p.idx").write_text("")
+    with pytest.raises(DataError, match=r"p\.idx: data are there already"):
+        preprocess(corpus, tmp_path / "p", "byte")
+
+
+def test_framing_that_the_tokenizer_lacks_is_refused(tmp_path, corpus_file):
+    import tokenizers
+    from tokenizers import models
+
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
+    with pytest.raises(DataError, match=r"--append-eod: wanted a tokenizer with an end-of-text token, found hf_json"):
+        preprocess(Corpus([corpus_file]), tmp_path / "p", tmp_path / "t.json", framing=Framing(append_eod=True))
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_reason(tmp_path, corpus_file, monkeypatch):
+    monkeypatch.setattr(module, "_tokenize_in_worker", os._exit)
+    monkeypatch.setattr(module, "_batches", lambda documents: iter([3, 3]))
+    with pytest.raises(DataError, match=r"a worker process died, .* try fewer than --workers 2"):
+        preprocess(Corpus([corpus_file]), tmp_path / "p", "byte", workers=2)
+    assert files_in(tmp_path) == []
+
+
+def children_of(pid):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in listed.stdout.split()]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_ended_in_the_middle_it_leaves_no_index_and_no_process_and_runs_again(tmp_path, end):
+    """The corpus is a pipe that never ends, so the command is surely at work when the signal comes."""
+    fifo = tmp_path / "c.jsonl"
+    os.mkfifo(fifo)
+    command = [
+        sys.executable,
+        "tools/preprocess_data.py",
+        "--input",
+        str(fifo),
+        "--tokenizer",
+        "byte",
+        "--workers",
+        "2",
+    ]
+    command += ["--output-prefix", str(tmp_path / "p")]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    with open(os.open(fifo, os.O_RDWR), "wb", buffering=0) as pipe:
+        line = json.dumps({"text": "x" * 30_000}).encode() + b"\n"
+        deadline = time.monotonic() + 60
+        while not ((tmp_path / "p.bin.tmp").exists() and (tmp_path / "p.bin.tmp").stat().st_size):
+            pipe.write(line)
+            assert running.poll() is None, running.stderr.read()
+            assert time.monotonic() < deadline
+        workers = children_of(running.pid)
+        assert len(workers) >= 2
+        if end == signal.SIGINT:
+            os.killpg(running.pid, end)
+        else:
+            os.kill(running.pid, end)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == (130 if end == signal.SIGINT else -end)
+    if end == signal.SIGINT:
+        assert errors == "interrupted; run the same command again to go on\n"
+    assert not (tmp_path / "p.idx").exists()
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+    fifo.unlink()
+    write_corpus(fifo)
+    preprocess(Corpus([fifo]), tmp_path / "p", "byte")
+    assert files_in(tmp_path) == ["c.jsonl", "p.bin", "p.idx", "p.json"]
+
+
+def tool(name, *arguments):
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return subprocess.run(
+        [sys.executable, f"tools/{name}.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_the_two_commands_go_from_text_to_binaries(tmp_path, corpus_file):
+    trained = tool("train_tokenizer", "--input", corpus_file, "--output", tmp_path / "tok", "--vocab-size", 300)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    done = tool(
+        *("preprocess_data", "--input", corpus_file, "--output-prefix", tmp_path / "p"),
+        *("--tokenizer", tmp_path / "tok", "--append-eod"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "400 documents, " in done.stdout
+    assert " tokens/s, " in done.stdout
+    assert " bytes/token" in done.stdout
+
+    again = tool("preprocess_data", "--input", corpus_file, "--output-prefix", tmp_path / "p", "--tokenizer", "byte")
+    assert again.returncode == 2
+    assert again.stderr == (
+        f"error: {tmp_path}/p.bin: data are there already; choose another --output-prefix or give --overwrite\n"
+    )

@@ -1,0 +1,72 @@
+import pytest
+
+from megadiff.data.rows import PackedRows, TrainingRows, ValidationRows
+from megadiff.errors import DataError
+from tests.data.corpora import counting_reader
+
+L = 8
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    return counting_reader(tmp_path_factory.mktemp("rows") / "p", 43 * L + 5)
+
+
+def test_an_epoch_holds_every_row_once_and_the_next_in_another_order(reader):
+    rows = PackedRows(reader, L, seed=1, name="a")
+    assert rows.len_epoch == 43
+    epochs = [[rows.row(epoch * 43 + k).tolist() for k in range(43)] for epoch in range(2)]
+    in_file_order = [list(range(10 + k * L, 10 + (k + 1) * L)) for k in range(43)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == in_file_order
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != in_file_order
+
+
+def test_a_row_is_a_function_of_seed_name_and_number(reader):
+    rows = PackedRows(reader, L, seed=1, name="a")
+    forward = [rows.row(k).tolist() for k in range(200)]
+    again = PackedRows(reader, L, seed=1, name="a")
+    assert [again.row(k).tolist() for k in reversed(range(200))][::-1] == forward
+    for other in (PackedRows(reader, L, seed=2, name="a"), PackedRows(reader, L, seed=1, name="b")):
+        assert [other.row(k).tolist() for k in range(43)] != forward[:43]
+
+
+def test_less_than_a_row_is_refused_and_exactly_one_is_enough(tmp_path):
+    with pytest.raises(
+        DataError, match=r"wanted at least one row of 8 tokens, found 7 in all; give more text or lower"
+    ):
+        PackedRows(counting_reader(tmp_path / "short", 7), 8, seed=0, name="a")
+    one = PackedRows(counting_reader(tmp_path / "one", 8), 8, seed=0, name="a")
+    assert one.row(0).tolist() == one.row(5).tolist() == list(range(10, 18))
+
+
+def test_training_rows_follow_the_blend(reader, tmp_path):
+    sources = [PackedRows(reader, L, seed=1, name="a"), PackedRows(reader, L, seed=1, name="b")]
+    training = TrainingRows(sources, [3, 1], seed=1)
+    samples = [0, 1, 17, 5000, 123_456]
+    rows = training.rows(samples)
+    assert rows.shape == (5, L)
+    for sample, row in zip(samples, rows, strict=True):
+        place = training.blend.place(sample)
+        assert row.tolist() == sources[place.source].row(place.index).tolist()
+    assert training.epochs_at(43 * 4) == pytest.approx([3.0, 1.0])
+
+
+def test_sources_of_one_name_are_our_mistake(reader):
+    same = PackedRows(reader, L, seed=1, name="a")
+    with pytest.raises(ValueError, match="different names"):
+        TrainingRows([same, same], [1, 1], seed=1)
+
+
+def test_validation_rows_are_spread_over_the_file_in_its_order(reader):
+    rows = ValidationRows(reader, L, num_rows=4, name="v")
+    assert len(rows) == 4
+    assert [(row[0] - 10) // L for row in rows.rows(range(4))] == [0, 10, 21, 32]
+    assert rows.bytes_per_token == 1.0
+    with pytest.raises(IndexError, match=r"indices must lie in 0 to 3, got \[4\]"):
+        rows.rows([4])
+
+
+def test_more_validation_rows_than_there_are_means_all(reader):
+    rows = ValidationRows(reader, L, num_rows=1000, name="v")
+    assert [(row[0] - 10) // L for row in rows.rows(range(len(rows)))] == list(range(43))

@@ -1,0 +1,76 @@
+"""Write noise_hashes.json: SHA-256 of the bits of noised rows. Run from the repository root, and only on purpose:
+
+    .venv/bin/python tests/golden/make_noise_hashes.py
+
+A change of any hash means that a run started before it cannot go on with the same noise after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megadiff.diffusion.config import ConditioningConfig
+from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noising import NoisedRows, evaluation_noise, noise_rows
+from megadiff.diffusion.snr import RATES
+
+FILE = Path(__file__).with_name("noise_hashes.json")
+VOCAB, MASK, PAD, LENGTH = 131072, 3, 2, 512
+SHIFTS = [-1000.0, -2.0, 0.0, 2.0, 1000.0]
+CONDITIONINGS = {
+    "none": {},
+    "as_released": {"preset": "as_released"},
+    "as_described": {"preset": "as_described"},
+    "everything": {"independent": 0.3, "linear": 0.3, "prompt": 0.5, "infill": 0.5, "empty": 0.3, "max_fraction": 0.9},
+}
+
+
+def clean_rows(rows: np.ndarray) -> np.ndarray:
+    """Ids that are a plain function of (row, position), none below 4."""
+    return 4 + (rows[:, None] * 7919 + np.arange(LENGTH) * 104729) % (VOCAB - 4)
+
+
+def digest(noised: NoisedRows) -> dict[str, str]:
+    """Hashes of the little-endian bytes of the two arrays a resumed run must get again."""
+    return {
+        "noised": hashlib.sha256(noised.noised.numpy().astype("<i8").tobytes()).hexdigest(),
+        "log_snr": hashlib.sha256(noised.log_snr.numpy().astype("<f4").tobytes()).hexdigest(),
+    }
+
+
+def make() -> dict[str, dict[str, str]]:
+    """A hash for each setting's name."""
+    hashes = {}
+    for seed, first in ((0, 0), (1234, 5_000_000_000)):
+        rows = np.arange(first, first + 16)
+        for shift in SHIFTS:
+            mixing = HybridMixing(VOCAB, MASK, shift)
+            for name, settings in CONDITIONINGS.items():
+                noised = noise_rows(
+                    clean_rows(rows),
+                    seed=seed,
+                    sample_index=rows,
+                    mixing=mixing,
+                    conditioning=ConditioningConfig.model_validate(settings),
+                    global_batch=24,
+                    pad_id=PAD,
+                )
+                hashes[f"seed {seed}, rows {first}+16, shift {shift:g}, conditioning {name}"] = digest(noised)
+    rows = np.arange(16)
+    mixing = HybridMixing(VOCAB, MASK, 0.0, 0.5)
+    for name, rate in RATES.items():
+        noised = noise_rows(clean_rows(rows), seed=0, sample_index=rows, mixing=mixing, rate=rate(), stratified=False)
+        hashes[f"scale 0.5, rate {name}, not stratified"] = digest(noised)
+        noised = evaluation_noise(
+            clean_rows(rows), seed=0, row_index=rows, level=3, num_levels=8, mixing=mixing, rate=rate()
+        )
+        hashes[f"scale 0.5, rate {name}, evaluation level 3 of 8"] = digest(noised)
+    return hashes
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(make(), indent=1) + "\n")

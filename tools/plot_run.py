@@ -1,0 +1,104 @@
+"""Show one or many runs' curves: a table on the terminal and, where matplotlib is installed, a picture.
+
+python tools/plot_run.py runs/masked runs/uniform --output curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megadiff.errors import DataError, run_command
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """A run folder's metric lines in the order of their steps; a last line cut short by a kill is left out."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"{run}: no metrics.jsonl here; a run folder is wanted")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                metrics = json.loads(line)
+                found.append({**metrics, "step": int(metrics["step"])})
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):  # the last piece has no newline yet: it is being written
+                raise DataError(f"{path}:{number}: a JSON object with a step is wanted") from None
+    return sorted(found, key=lambda line: line["step"])
+
+
+def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines that hold the key."""
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+
+def summary(runs: dict[str, list[dict[str, Any]]]) -> Table:
+    """A row per run: where it stands, and its last and best values."""
+    table = Table(title="runs (nats per noisy token)")
+    for name in ("run", "step", "tokens", "loss", "elbo", "held-out elbo", "best held-out", "tokens/s"):
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for name, lines in runs.items():
+        last = {key: value for line in lines for key, value in line.items() if value is not None}
+        held_out = [value for _, value in curve(lines, "eval_elbo")]
+        error = last.get("eval_elbo_stderr")
+        table.add_row(
+            name,
+            *(f"{last[key]:,}" if key in last else "-" for key in ("step", "tokens")),
+            *(f"{last[key]:.4f}" if key in last else "-" for key in ("loss", "elbo")),
+            f"{held_out[-1]:.4f}" + (f" ± {error:.4f}" if error is not None else "") if held_out else "-",
+            f"{min(held_out):.4f}" if held_out else "-",
+            f"{last['tokens_per_s']:,.0f}" if "tokens_per_s" in last else "-",
+        )
+    return table
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    """Training bound as a line and held-out bound as points with their standard error, a colour per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, lines in runs.items():
+        train = curve(lines, "elbo")
+        (drawn,) = axes.plot(*zip(*train, strict=True), alpha=0.6, label=name) if train else axes.plot([], label=name)
+        held_out = [line for line in lines if line.get("eval_elbo") is not None]
+        if held_out:
+            steps, bounds = [line["step"] for line in held_out], [line["eval_elbo"] for line in held_out]
+            errors = [line.get("eval_elbo_stderr") or 0.0 for line in held_out]
+            axes.errorbar(steps, bounds, yerr=errors, fmt="o", color=drawn.get_color(), label=f"{name}, held out")
+    axes.set(xlabel="step", ylabel="ELBO, nats per noisy token")
+    axes.legend()
+    figure.savefig(output, dpi=150, bbox_inches="tight")
+
+
+def main() -> None:
+    """Parse the command line, print the table and draw the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, each with a metrics.jsonl")
+    parser.add_argument("--output", type=Path, help="picture to write, such as curves.png")
+    arguments = parser.parse_args()
+    runs = {str(run): read_metrics(run) for run in arguments.runs}
+    Console().print(summary(runs))
+    if arguments.output is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DataError(f"{arguments.output}: matplotlib is not installed, so no picture; pip install matplotlib")
+    try:
+        draw(runs, arguments.output)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{arguments.output}: the picture cannot be written: {error}") from None
+    print(f"curves: {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)
