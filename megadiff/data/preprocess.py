@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,11 +147,25 @@ def _tokenized(
 def _in_order(pool: ProcessPoolExecutor, batches: Iterator[list[str]], in_flight: int) -> Iterator[_Tokenized]:
     waiting: deque[Future[_Tokenized]] = deque()
     for texts in batches:
-        waiting.append(pool.submit(_tokenize_in_worker, texts))
+        with _interrupts_held_back():  # submitting starts workers, one at a time as they are needed
+            waiting.append(pool.submit(_tokenize_in_worker, texts))
         if len(waiting) >= in_flight:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started within never see Ctrl-C, not even while they import; this one sees it afterwards.
+
+    Ctrl-C reaches all processes of a terminal, and it is for the first one to end the others.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
@@ -187,7 +202,6 @@ _worker_setup: tuple[Tokenizer, Framing] | None = None
 
 def _start_worker(tokenizer_path: str, framing: Framing) -> None:
     global _worker_setup
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_setup = (load_tokenizer(tokenizer_path), framing)

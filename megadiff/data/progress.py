@@ -30,7 +30,7 @@ class ProgressReport:
             self._bar.update(self._task, completed=done, note=note)
         elif time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _LINE_EVERY_S
-            sys.stderr.write(f"{self._what}: {100 * done / self._total:.0f}% {note}\n")
+            sys.stderr.write(f"{self._what}: {100 * min(1, done / self._total):.0f}% {note}\n")
             sys.stderr.flush()
 
     def __enter__(self) -> ProgressReport:

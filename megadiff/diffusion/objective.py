@@ -7,8 +7,9 @@ token, q = alpha e_x + beta pi and qhat = alpha p + beta pi, where p is the soft
     elbo = w / p(lambda) ( KL(q || qhat) + IS(q_z, qhat_z) )    (arXiv:2512.10858, proposition 1)
 
 q and qhat are never formed: at V = 131072 their divergence is the difference of two sums of order 1 that agree to
-three digits and more. With rho = alpha / c, c = beta u / N and y_v = rho p_v, everything follows from four numbers a
-token (`VocabularySums`), of which two are sums over the vocabulary that leave out x and the mask.
+three digits and more. With rho = alpha / c, c = beta u / N and y_v = rho p_v, everything follows from three numbers a
+token (`VocabularySums`), made of two sums over the vocabulary that leave out x and the mask. Leaving x out is what
+keeps the digits of tokens predicted well: 1 - p_x and log p_x both follow from the odds without a subtraction.
 """
 
 from __future__ import annotations
@@ -48,12 +49,10 @@ class Terms(NamedTuple):
 class VocabularySums(NamedTuple):
     """All the objective needs to know of a token's logits; p is the softmax over real tokens."""
 
-    log_p_clean: Tensor
-    """log p_x."""
+    log_odds: Tensor
+    """log((1 - p_x) / p_x): log of the sum of e^logit over the other real tokens, less the logit at x."""
     log_p_noised: Tensor
     """log p_z; any finite number where z is the mask."""
-    log_other: Tensor
-    """log(1 - p_x), from the sum over the other real tokens."""
     log1p_sum: Tensor | None
     """T = sum over real v != x of log(1 + rho p_v), with log rho held to LOG_RHO_LIMIT; None in the masked limit."""
 
@@ -121,14 +120,15 @@ def terms_from_sums(
     is_mask, is_kept = noised == mixing.mask_id, noised == clean
     zero = torch.zeros_like(alpha)
     weight = mixing.weight(log_snr, clean, noised)
-    masked_kl = -alpha * sums.log_p_clean
-    masked_is = torch.where(is_kept, torch.expm1((-sums.log_p_clean).clamp(max=80.0)) + sums.log_p_clean, zero)
+    nll = log1p_exp(sums.log_odds)
+    masked_kl = alpha * nll
+    masked_is = torch.where(is_kept, torch.expm1(nll.clamp(max=80.0)) - nll, zero)
     if sums.log1p_sum is None:
         kl, is_div = masked_kl, masked_is
     else:
         log_rho_held = log_rho.clamp(max=LOG_RHO_LIMIT)
         c = alpha * torch.exp(-log_rho_held)
-        log_e = log_rho_held + sums.log_other - log1p_exp(log_rho_held + sums.log_p_clean)
+        log_e = log_rho_held - log1p_exp(-sums.log_odds) - log1p_exp(log_rho_held - nll)
         delta = log1p_exp(log_e)
         log_y = torch.where(is_mask, zero, log_rho_held + sums.log_p_noised)
         is_kept_div = _minus_log1p(torch.exp(log_e), delta)
@@ -177,12 +177,8 @@ def _vocabulary_sums(
     if not mixing.is_masked_limit:
         log_rho = mixing.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT)
         log1p_sum = log1p_exp(others + (log_rho - log_total).unsqueeze(-1)).sum(dim=-1)
-    return VocabularySums(
-        log_p_clean=_at(real, clean) - log_total,
-        log_p_noised=_at(real, noised) - log_total,
-        log_other=torch.logsumexp(others, dim=-1) - log_total,
-        log1p_sum=log1p_sum,
-    )
+    log_odds = torch.logsumexp(others, dim=-1) - _at(real, clean)
+    return VocabularySums(log_odds, log_p_noised=_at(real, noised) - log_total, log1p_sum=log1p_sum)
 
 
 def _at(values: Tensor, ids: Tensor) -> Tensor:

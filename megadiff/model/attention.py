@@ -23,9 +23,13 @@ _SCORE_BYTES = 256 * 2**20
 class BidirectionalAttention(MegatronModule):
     """Stands in for megatron-core's `DotProductAttention`, which materialises all scores and asks for a mask.
 
-    Without `softcap` it is one call of `scaled_dot_product_attention` (memory linear in S). A `sink` is one more key
-    and value per head, learned, neither normalised nor rotated, seen by every query: it is concatenated to the keys,
-    so the fused kernel still applies.
+    Without `softcap` it is `scaled_dot_product_attention` (memory linear in S). A `sink` is one more key and value per
+    head, learned, neither normalised nor rotated, seen by every query: it is put before the keys, so the fused kernel
+    still applies.
+
+    A row whose first P tokens are a clean prompt takes two calls instead of one with an [S, S] mask: the prompt's
+    queries over the prompt alone (all of it, or causally), the rest over everything. Causal attention over the whole
+    row is the case P = S.
 
     Source: arXiv:2512.10858's model; s = D^-1/2 q.k, then softcap * tanh(s / softcap), then softmax.
     """
@@ -60,16 +64,47 @@ class BidirectionalAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, /, **_: Any
     ) -> Tensor:
-        """`query`, `key`, `value` [S, B, H, D] to [S, B, H * D]; the mask must be None."""
-        assert attention_mask is None, "bidirectional attention takes no mask"
+        """Attend.
+
+        Args:
+            query, key, value: [S, B, H, D].
+            attention_mask: None where every token sees every token; else [B] int64 on the CPU (reading it must not
+                wait for the device), the prompt lengths, as `prompt_code` packs them.
+
+        Returns:
+            [S, B, H * D].
+        """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.sink_key is not None and self.sink_value is not None:
             k, v = _with_sink(k, self.sink_key), _with_sink(v, self.sink_value)
-        if self.softcap is None:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        else:
-            out = capped_attention(q, k, v, scale=self.scale, softcap=self.softcap)
+        codes = [] if attention_mask is None else attention_mask.tolist()
+        out = self._with_prompts(q, k, v, codes) if any(codes) else self._attend(q, k, v)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _with_prompts(self, q: Tensor, k: Tensor, v: Tensor, codes: list[int]) -> Tensor:
+        """Rows one by one, or all at once where every row has the same prompt; k and v hold the sink, if any."""
+        if len(set(codes)) > 1:
+            rows = [(q[i : i + 1], k[i : i + 1], v[i : i + 1], [code]) for i, code in enumerate(codes)]
+            return torch.cat([self._with_prompts(*row) for row in rows])
+        length, is_causal = abs(codes[0]), codes[0] < 0
+        if length == 0:
+            return self._attend(q, k, v)
+        known = length + (k.shape[2] - q.shape[2])  # the sink's place before the prompt's
+        prompt = self._attend(q[:, :, :length], k[:, :, :known], v[:, :, :known], is_causal=is_causal)
+        if length == q.shape[2]:
+            return prompt
+        return torch.cat([prompt, self._attend(q[:, :, length:], k, v)], dim=2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
+        """[B, H, Q, D] queries over [B, H, K, D] keys; causal means that query i sees keys up to K - Q + i."""
+        if self.softcap is not None:
+            return capped_attention(q, k, v, scale=self.scale, softcap=self.softcap, is_causal=is_causal)
+        extra = k.shape[2] - q.shape[2]
+        if not is_causal or extra == 0:
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale, is_causal=is_causal)
+        # The fused causal kernel lines up first queries with first keys: a query for the sink's place, thrown away.
+        padded = F.pad(q, (0, 0, extra, 0))
+        return F.scaled_dot_product_attention(padded, k, v, scale=self.scale, is_causal=True)[:, :, extra:]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -84,25 +119,47 @@ def _with_sink(x: Tensor, sink: Tensor) -> Tensor:
     return torch.cat([sink.to(x.dtype)[None, :, None, :].expand(x.shape[0], -1, -1, -1), x], dim=2)
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float) -> Tensor:
+def prompt_code(prompt_length: Tensor, *, is_causal: bool) -> Tensor | None:
+    """Pack prompt lengths [B] for `BidirectionalAttention`: negative where the prompt attends causally.
+
+    None where no row has a prompt.
+    """
+    if not bool(prompt_length.any()):
+        return None
+    return -prompt_length if is_causal else prompt_length
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float, is_causal: bool = False
+) -> Tensor:
     """Soft-capped attention with scores in float32, formed for a chunk of queries at a time and recomputed backward.
 
     Args:
-        q: [B, H, S, D].
-        k, v: [B, H, K, D].
+        q: [B, H, Q, D].
+        k, v: [B, H, K, D], K >= Q.
         scale: factor on q.k.
         softcap: scores s become softcap * tanh(s / softcap).
+        is_causal: query i sees keys up to K - Q + i only.
 
     Returns:
-        [B, H, S, D] in q's dtype.
+        [B, H, Q, D] in q's dtype.
     """
     rows = max(1, _SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+    first = k.shape[2] - q.shape[2] if is_causal else None
     if rows >= q.shape[2]:
-        return _capped_chunk(q, k, v, scale, softcap)
-    chunks = [checkpoint(_capped_chunk, part, k, v, scale, softcap, use_reentrant=False) for part in q.split(rows, 2)]
-    return torch.cat(chunks, dim=2)  # type: ignore[arg-type]
+        return _capped_chunk(q, k, v, scale, softcap, first)
+    chunks = []
+    for start in range(0, q.shape[2], rows):
+        part = q[:, :, start : start + rows]
+        seen = None if first is None else first + start
+        chunks.append(checkpoint(_capped_chunk, part, k, v, scale, softcap, seen, use_reentrant=False))
+    return torch.cat(chunks, dim=2)
 
 
-def _capped_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
+def _capped_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, last_key: int | None) -> Tensor:
+    """`last_key` is the last key the chunk's first query sees; None where all see all."""
     scores = (q @ k.transpose(-1, -2)).float().mul(scale / softcap).tanh() * softcap
+    if last_key is not None:
+        unseen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(last_key + 1)
+        scores = scores.masked_fill(unseen, -torch.inf)
     return scores.softmax(dim=-1).to(v.dtype) @ v

@@ -41,13 +41,14 @@ class Denoiser(GPTModel):
 
     head_factor: float = 1.0
 
-    def forward(self, input_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, input_ids: Tensor | None, prompts: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Run this chunk.
 
         Args:
             input_ids: [batch, sequence] int64 on the first stage; elsewhere None is fine (hidden states arrive by
                 `set_input_tensor`) and the row length is the model's.
-            attention_mask: None; every token sees every token.
+            prompts: [batch] lengths of clean prompts that see only themselves (`attention.prompt_code`), or None:
+                every token sees every token.
 
         Returns:
             On the last stage logits [sequence, batch, padded vocabulary / tensor ranks]; elsewhere hidden states.
@@ -55,9 +56,7 @@ class Denoiser(GPTModel):
         """
         length = self.max_sequence_length if input_ids is None else input_ids.shape[1]
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        hidden = self.decoder(
-            hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=self.rotary_pos_emb(length)
-        )
+        hidden = self.decoder(hidden_states=hidden, attention_mask=prompts, rotary_pos_emb=self.rotary_pos_emb(length))
         if not self.post_process:
             return hidden
         if self.head_factor != 1.0:

@@ -48,9 +48,12 @@ def allocate_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None
     """Give every parameter the zero state Adam's first step would, where it has none; megatron-core's `init_state_fn`."""
     keeps_step = isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
+        # torch keeps `step` on the device only for kernels that read it there.
+        on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
             if len(optimizer.state[parameter]) == 0:
                 if keeps_step:
-                    optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+                    device = parameter.device if on_device else torch.device("cpu")
+                    optimizer.state[parameter]["step"] = torch.zeros((), device=device)
                 for moment in ("exp_avg", "exp_avg_sq"):
                     optimizer.state[parameter][moment] = torch.zeros_like(parameter.data, dtype=torch.float32)

@@ -1,13 +1,13 @@
 """The objective on vocabulary shards, in chunks of tokens: `diffusion.objective` without a full row of logits anywhere.
 
-Every rank of a group holds some columns of the logits. A token's objective needs four sums over the vocabulary
-(`VocabularySums`), each a sum of per-rank parts, so three small all-reduces a chunk make them whole:
+Every rank of a group holds some columns of the logits. What a token's objective needs of the vocabulary
+(`VocabularySums`) is made of sums of per-rank parts, so three small all-reduces a chunk make them whole:
 
     MAX   the row's maximum                                        4 bytes a token
     SUM   Z' = sum over real v != x of e_v, and the logits at x, z     12 bytes
     SUM   T = sum of log1p(rho p_v), A = sum of rho p_v / (1 + rho p_v)    8 bytes (not under masked noise)
 
-The backward pass needs no communication: each rank turns the gradients of the four sums into those of its own
+The backward pass needs no communication: each rank turns the gradients of those numbers into those of its own
 columns, recomputing a chunk at a time from the logits and a few numbers a token. No [tokens, vocabulary] array but the
 logits and their gradient is ever made.
 """
@@ -27,6 +27,7 @@ from megadiff.diffusion.objective import (
     Terms,
     VocabularySums,
     check_token_shapes,
+    log1p_exp,
     terms_from_sums,
 )
 from megadiff.diffusion.snr import LINEAR, Rate
@@ -70,12 +71,7 @@ def vocab_parallel_objective(
     Raises:
         ValueError: shapes that do not agree, a chunk below 1.
     """
-    check_token_shapes(clean, noised, log_snr)
-    if logits_shard.shape[:-1] != clean.shape or (needed is not None and needed.shape != clean.shape):
-        got = (tuple(logits_shard.shape), None if needed is None else tuple(needed.shape))
-        raise ValueError(f"logits must have shape {(*clean.shape, '*')} and needed that of clean, got {got}")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    _check(logits_shard, clean, noised, log_snr, needed, chunk_tokens)
     shape, dtype = clean.shape, torch.float64 if logits_shard.dtype == torch.float64 else torch.float32
     tokens = _Tokens(clean.reshape(-1), noised.reshape(-1), log_snr.reshape(-1).to(dtype))
     computed = _computed(tokens, mixing, None if needed is None else needed.reshape(-1))
@@ -86,7 +82,7 @@ def vocab_parallel_objective(
     shard = _Shard(group, vocab_start, mixing, chunk_tokens, computed, overwrite_logits)
     sums = _ShardedSums.apply(logits_shard.reshape(-1, logits_shard.shape[-1]), tokens, shard)
     terms = terms_from_sums(
-        VocabularySums(*sums[:3], log1p_sum=None if mixing.is_masked_limit else sums[3]),
+        VocabularySums(*sums[:2], log1p_sum=None if mixing.is_masked_limit else sums[2]),
         tokens.clean,
         tokens.noised,
         tokens.log_snr,
@@ -161,12 +157,12 @@ class _Shard:
 
 
 class _ShardedSums(torch.autograd.Function):
-    """Logits [T, V / tp] -> log p_x, log p_z, log(1 - p_x), T, each [n]; the gradient is worked out by hand.
+    """Logits [T, V / tp] -> log odds, log p_z, T, each [n] (`VocabularySums`); the gradient is worked out by hand.
 
-    With q = 1 - p_x, s_j = y_j / (1 + y_j), A = sum over v != x of s_v and g the incoming gradients, for real j
+    With s_j = y_j / (1 + y_j), A = sum over v != x of s_v and g the incoming gradients, for real j
 
-        j != x    p_j (g_q / q - S) + g_T s_j + g_z 1[j = z]    S = g_x + g_z + g_q + g_T A
-        j  = x    g_x q + g_z (1[x = z] - p_x) - p_x (g_q + g_T A)
+        j != x    e_j (g_odds / Z' - (g_z + g_T A) / Z) + g_T s_j + g_z 1[j = z]
+        j  = x    -g_odds + g_z 1[x = z] - (g_z + g_T A) e_x / Z
     """
 
     @staticmethod
@@ -178,14 +174,8 @@ class _ShardedSums(torch.autograd.Function):
         ctx.save_for_backward(logits, saved)
         ctx.tokens, ctx.shard = tokens, shard
         _, other, at_clean, at_noised, log1p_sum, _ = saved
-        log_total = torch.log(other + torch.exp(at_clean))
-        tiny = torch.finfo(other.dtype).tiny
-        return (
-            at_clean - log_total,
-            at_noised - log_total,
-            torch.log(other.clamp(min=tiny)) - log_total,
-            log1p_sum.clone(),
-        )
+        log_odds = torch.log(other.clamp(min=torch.finfo(other.dtype).tiny)) - at_clean
+        return log_odds, at_noised - at_clean - log1p_exp(log_odds), log1p_sum.clone()
 
     @staticmethod
     @once_differentiable
@@ -226,20 +216,20 @@ def _chunk_gradient(
 ) -> Tensor:
     """d(sums . grads) / d logits for a chunk's tokens and this rank's real columns."""
     top, other, at_clean, _, _, share_sum = saved
-    g_x, g_z, g_q, g_t = grads
+    g_odds, g_z, g_t = grads
     clean, noised = tokens.clean[part], tokens.noised[part]
-    total = other + torch.exp(at_clean)
-    p_x = torch.exp(at_clean) / total
-    tiny = torch.finfo(total.dtype).tiny
-    all_but_x = g_q * (total / other.clamp(min=tiny)).clamp(max=1 / tiny) - (g_x + g_z + g_q + g_t * share_sum)
-    at_x = g_x * (other / total) + g_z * ((noised == clean).to(p_x.dtype) - p_x) - p_x * (g_q + g_t * share_sum)
-    values = shard.read(logits, part, total.dtype).sub_(top.unsqueeze(-1)).exp_().div_(total.unsqueeze(-1))
+    e_x = torch.exp(at_clean)
+    total = other + e_x
+    g_total = (g_z + g_t * share_sum) / total
+    scale = g_odds / other.clamp(min=torch.finfo(total.dtype).tiny) - g_total
+    at_x = g_z * (noised == clean) - g_odds - g_total * e_x
+    values = shard.read(logits, part, total.dtype).sub_(top.unsqueeze(-1)).exp_()
     if shard.mixing.is_masked_limit:
-        values *= all_but_x.unsqueeze(-1)
+        values *= scale.unsqueeze(-1)
     else:
-        share = values * _rho(tokens.log_snr[part], shard).unsqueeze(-1)
+        share = values * (_rho(tokens.log_snr[part], shard) / total).unsqueeze(-1)
         share.div_(share + 1.0)
-        values = values.mul_(all_but_x.unsqueeze(-1)).addcmul_(share, g_t.unsqueeze(-1))
+        values = values.mul_(scale.unsqueeze(-1)).addcmul_(share, g_t.unsqueeze(-1))
     x_column, x_here = shard.place(clean, logits.shape[-1])
     z_column, z_here = shard.place(noised, logits.shape[-1])
     values.scatter_add_(-1, z_column, g_z.unsqueeze(-1) * z_here)
@@ -249,6 +239,17 @@ def _chunk_gradient(
 def _put(values: Tensor, column: Tensor, here: Tensor, new: Tensor) -> Tensor:
     """Set one entry of each row, where it is `here`, in place and without asking the host which rows those are."""
     return values.scatter_(-1, column, torch.where(here, new.unsqueeze(-1), values.gather(-1, column)))
+
+
+def _check(
+    logits: Tensor, clean: Tensor, noised: Tensor, log_snr: Tensor, needed: Tensor | None, chunk_tokens: int
+) -> None:
+    check_token_shapes(clean, noised, log_snr)
+    if logits.shape[:-1] != clean.shape or (needed is not None and needed.shape != clean.shape):
+        got = (tuple(logits.shape), None if needed is None else tuple(needed.shape))
+        raise ValueError(f"logits must have shape {(*clean.shape, '*')} and needed that of clean, got {got}")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
 
 
 def _rho(log_snr: Tensor, shard: _Shard) -> Tensor:

@@ -29,6 +29,10 @@ Denoise = Callable[[Tensor], Tensor]
 """Token ids [B, L] int64 -> logits [B, L, V or more]; the mask's logit and padding columns are ignored."""
 
 
+OnStep = Callable[[int, float, Tensor], None]
+"""Called with the number of steps left, the level and the ids."""
+
+
 def reverse_posterior(
     probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: HybridMixing
 ) -> Tensor:
@@ -81,7 +85,7 @@ def sample(
     prompt: Tensor | None = None,
     row_index: Tensor | None = None,
     reuse_logits: bool = True,
-    on_step: Callable[[int, float, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw rows of text, starting from noise at min_log_snr and ending with no mask left.
@@ -93,11 +97,8 @@ def sample(
         denoise: the model; it is told the tokens, not the noise level.
         rows, length: shape [rows, length] of the result.
         steps: reverse steps, at least 1; `denoise` is called at most steps + 1 times.
-        mixing: the noise the model was trained on.
-        seed: any integer.
-        grid: levels alpha_k between sigmoid(min) and sigmoid(max): cosine (1 + cos(pi k / steps)) / 2 or linear
-            1 - k / steps, visited from k = steps down to 0.
-        min_log_snr, max_log_snr: first and last level.
+        mixing, seed: the noise the model was trained on; any integer.
+        grid, min_log_snr, max_log_snr: the levels visited (see `level_grid`).
         temperature: of the prediction's softmax; 0 takes the most probable token.
         top_k, top_p: keep only the k most probable tokens, or the fewest that together reach p.
         prompt: [rows, P] ids, P <= length, never changed; -1 marks a position to be generated (infilling).
@@ -114,31 +115,18 @@ def sample(
     """
     if steps < 1 or rows < 0 or length < 0:
         raise ValueError(f"steps must be at least 1, rows and length at least 0, got {steps}, {rows}, {length}")
-    predict_options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+    def ask(ids: Tensor) -> Prediction:
+        return predict(denoise(ids), mixing, temperature=temperature, top_k=top_k, top_p=top_p)
+
     index = torch.arange(rows) if row_index is None else row_index
+
+    def uniforms(k: int) -> Tensor:
+        return _uniforms(seed, index, length, draw=k, device=ids.device)
+
     fixed, ids = _start(rows, length, mixing, min_log_snr, seed, index, prompt, device)
     levels = level_grid(steps, grid=grid, min_log_snr=min_log_snr, max_log_snr=max_log_snr)
-    prediction: Prediction | None = None
-    for k in range(steps, 0, -1):
-        if on_step is not None:
-            on_step(k, levels[k], ids)
-        if prediction is None:
-            prediction = predict(denoise(ids), mixing, **predict_options)
-        uniforms = _uniforms(seed, index, length, draw=k, device=ids.device)
-        moved = reverse_step(prediction, ids, levels[k], levels[k - 1], uniforms, mixing=mixing)
-        moved = torch.where(fixed, ids, moved)
-        if not reuse_logits or not torch.equal(moved, ids):
-            prediction = None
-        ids = moved
-    left = (ids == mixing.mask_id) & ~fixed
-    if bool(left.any()):
-        prediction = prediction or predict(denoise(ids), mixing, **predict_options)
-        uniforms = _uniforms(seed, index, length, draw=0, device=ids.device)
-        ids = ids.clone()
-        ids[left] = draw_tokens(prediction, left, uniforms[0])
-    if on_step is not None:
-        on_step(0, levels[0], ids)
-    return ids
+    return _walk(ask, uniforms, ids, fixed, levels, mixing, reuse_logits=reuse_logits, on_step=on_step)
 
 
 def reverse_step(
@@ -196,6 +184,35 @@ def prior(rows: Tensor, length: int, log_snr: float, *, mixing: HybridMixing, se
     token += token >= mixing.mask_id
     is_uniform = unit_interval(words[:2]) < mixing.uniform_share(log_snr)
     return torch.from_numpy(np.where(is_uniform, token, mixing.mask_id))
+
+
+def _walk(
+    ask: Callable[[Tensor], Prediction],
+    uniforms: Callable[[int], Tensor],
+    ids: Tensor,
+    fixed: Tensor,
+    levels: list[float],
+    mixing: HybridMixing,
+    *,
+    reuse_logits: bool,
+    on_step: OnStep | None,
+) -> Tensor:
+    """Reverse steps from the last level to the first, then fill whatever mask is left."""
+    prediction: Prediction | None = None
+    for k in range(len(levels) - 1, 0, -1):
+        if on_step is not None:
+            on_step(k, levels[k], ids)
+        prediction = prediction or ask(ids)
+        moved = reverse_step(prediction, ids, levels[k], levels[k - 1], uniforms(k), mixing=mixing)
+        moved = torch.where(fixed, ids, moved)
+        is_same = reuse_logits and torch.equal(moved, ids)
+        ids, prediction = moved, prediction if is_same else None
+    left = (ids == mixing.mask_id) & ~fixed
+    if bool(left.any()):
+        ids = ids.masked_scatter(left, draw_tokens(prediction or ask(ids), left, uniforms(0)[0]))
+    if on_step is not None:
+        on_step(0, levels[0], ids)
+    return ids
 
 
 def _start(

@@ -84,9 +84,13 @@ def test_no_documents_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_an_error_inside_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "p", vocab_size=260) as writer:
-        writer.add_document([1])
-        raise KeyboardInterrupt
+    def interrupted():
+        with IndexedWriter(tmp_path / "p", vocab_size=260) as writer:
+            writer.add_document([1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert files_in(tmp_path) == []
 
 

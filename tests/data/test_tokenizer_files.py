@@ -153,3 +153,11 @@ def test_a_user_defined_mask_piece_never_comes_out_of_text(tmp_path):
     tokenizer = sentencepiece_model(tmp_path / "t.model", user_defined_symbols=["<mask>"], byte_fallback=False)
     assert tokenizer.vocab_size == 35
     assert tokenizer.mask_id not in tokenizer.encode("hello <mask> world <mask>")
+
+
+def test_a_model_with_a_piece_that_is_no_text_is_refused(tmp_path):
+    sentencepiece_model(tmp_path / "t.model")
+    damaged = (tmp_path / "t.model").read_bytes().replace(b"<unk>", b"<\xff\xff\xff>")
+    (tmp_path / "t.model").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"t\.model: not a whole SentencePiece model"):
+        load_tokenizer(tmp_path / "t.model")

@@ -117,10 +117,8 @@ def uniform_sums(log_snr: torch.Tensor, mixing: HybridMixing) -> VocabularySums:
     log_n = math.log(mixing.num_real)
     y = mixing.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT) - log_n
     log_p = torch.full_like(log_snr, -log_n)
-    other = math.log1p(-1 / mixing.num_real)
-    return VocabularySums(
-        log_p, log_p, torch.full_like(log_snr, other), (mixing.num_real - 1) * torch.logaddexp(y, 0 * y)
-    )
+    log_odds = torch.full_like(log_snr, math.log(mixing.num_real - 1))
+    return VocabularySums(log_odds, log_p, (mixing.num_real - 1) * torch.logaddexp(y, 0 * y))
 
 
 @pytest.mark.parametrize("row", GOLDEN["step_0"]["rows"], ids=lambda row: f"shift {row[0]}")

@@ -115,10 +115,10 @@ def test_every_global_batch_covers_the_schedule_evenly(global_batch):
 
 
 def test_neighbouring_samples_share_the_schedule_alike():
-    """A micro-batch of 8 out of 64 has a level in at least 6 of the 8 eighths of the schedule."""
+    """The mean t of a micro-batch of 8 out of 64 strays from 1/2 half as far as that of independent draws."""
     got = noised(rows_of(64, 2), np.arange(64), global_batch=64)
     t = torch.sigmoid(-got.log_snr[:, 0].double()).reshape(8, 8)
-    assert min(len(set((row * 8).floor().int().tolist())) for row in t) >= 6
+    assert float((t.mean(1) - 0.5).square().mean().sqrt()) < 0.6 * (1 / 12 / 8) ** 0.5
 
 
 def test_each_sample_s_level_is_uniform_over_steps():

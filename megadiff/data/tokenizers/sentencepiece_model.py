@@ -83,7 +83,9 @@ def _loaded(path: Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
         inner = sentencepiece.SentencePieceProcessor(model_proto=model)
         num_pieces = inner.vocab_size()
-    except RuntimeError as error:
+        inner.id_to_piece(list(range(num_pieces)))  # a damaged model may load and fail on its first broken piece
+        inner.decode([inner.unk_id()])
+    except (RuntimeError, UnicodeDecodeError, IndexError) as error:
         raise DataError(f"{path}: not a whole SentencePiece model ({error}); train or fetch it again") from error
     if num_pieces == 0:
         raise DataError(f"{path}: wanted a SentencePiece model, found one without pieces; train or fetch it again")

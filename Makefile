@@ -1,0 +1,34 @@
+# Each target makes .venv if it is missing; nothing else has to be installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check bench clean help
+
+help:
+	@echo "make demo   real text -> tokenizer -> indexed data -> training on 8 CPU ranks -> held-out ELBO -> samples"
+	@echo "make test   the test suite"
+	@echo "make check  ruff, pyright, import rules"
+	@echo "make bench  benchmarks (tables go to tools/benchmarks/)"
+
+$(STAMP): setup.py requirements/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

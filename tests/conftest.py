@@ -1,0 +1,20 @@
+"""One thread per process, as `make test` sets it, and what several folders share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # ranks are forked from here; a thread pool would not survive that
+
+
+@pytest.fixture(scope="session")
+def toy_corpus(tmp_path_factory):
+    """Prefix of a small indexed corpus of the byte tokenizer."""
+    from tests.support.runs import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "toy")
