@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock, Timeout
 
 import megadiff
 from megadiff.checkpoint import store
@@ -25,27 +22,30 @@ from megadiff.data.loader import GlobalBatch, RowLoader
 from megadiff.data.open import OpenData, open_data
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
+from megadiff.derived import describe
 from megadiff.diffusion.mixing import HybridMixing, mixing_from
+from megadiff.diffusion.next_token import next_token_rows, start_id
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.snr import rate_from
-from megadiff.errors import ConfigError
-from megadiff.eval.held_out import HeldOut, held_out_objective
+from megadiff.errors import CheckpointError, ConfigError, DataError
+from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.model import cost
 from megadiff.model.denoiser import build_chunks, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
+from megadiff.optim.groups import Scale
 from megadiff.optim.optimizer import build_optimizer
 from megadiff.parallel.config import Layout
 from megadiff.parallel.pipeline import configure_reduction
-from megadiff.parallel.row_objective import RowObjective
+from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective
 from megadiff.parallel.topology import (
     Topology,
-    is_main_process,
     open_topology,
     process_group,
     world_size_from_environment,
 )
 from megadiff.platform.machine import Platform, detect
 from megadiff.run_config import RunConfig
+from megadiff.run_folder import log_to_console, run_folder
 from megadiff.train import hooks
 from megadiff.train.loop import Run, train
 from megadiff.train.metrics import MetricsFile
@@ -66,18 +66,7 @@ class Prepared:
     @property
     def shape(self) -> cost.Shape:
         """The model's size for closed-form costs."""
-        model = self.config.model
-        return cost.Shape(
-            layers=model.layers,
-            hidden=model.hidden,
-            heads=model.heads,
-            vocab_size=self.tokenizer.vocab_size,
-            seq_length=model.seq_length,
-            ffn_multiple=model.ffn_multiple,
-            qk_norm=model.qk_norm,
-            sink=model.sink,
-            mlp_bias=model.mlp_bias,
-        )
+        return self.config.shape(vocab_size=self.tokenizer.vocab_size)
 
 
 def prepare(config: RunConfig, *, world_size: int) -> Prepared:
@@ -86,8 +75,12 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
     Raises:
         ConfigError, DataError: what cannot be, in one sentence.
     """
-    _refuse_unbuilt(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.data.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"data.vocab_size is {config.data.vocab_size}, but the tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size} ids with its mask; set it to that or leave it out"
+        )
     layout = config.layout(world_size=world_size, vocab_size=tokenizer.vocab_size)
     data = open_data(
         config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=config.eval.rows
@@ -96,52 +89,39 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
 
 
 def check(config: RunConfig, *, ranks: int | None = None) -> str:
-    """What `--check` prints: the resolved tree and the numbers that follow from it."""
-    prepared = prepare(config, world_size=ranks or world_size_from_environment())
-    return dump_config(config) + "\n" + "\n".join(describe(prepared))
+    """What `--check` prints: the resolved tree and the numbers that follow from it.
+
+    With `data.vocab_size` the numbers come out before tokenizer and data exist; what is missing is said.
+    """
+    world_size = ranks or world_size_from_environment()
+    try:
+        prepared = prepare(config, world_size=world_size)
+        lines = describe(config, prepared.layout, prepared.shape) + _describe_data(prepared)
+    except DataError as error:
+        if config.data.vocab_size is None:
+            raise
+        layout = config.layout(world_size=world_size, vocab_size=config.data.vocab_size)
+        lines = describe(config, layout, config.shape(vocab_size=config.data.vocab_size))
+        lines.append(f"not there yet     {error}")
+    return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def describe(prepared: Prepared) -> list[str]:
-    """The derived numbers, a line each."""
-    config, layout, shape = prepared.config, prepared.layout, prepared.shape
-    rows = config.model.padded_vocab_size(shape.vocab_size)
-    counted = cost.parameters(shape)
-    memory = cost.bytes_per_rank(shape, _cost_layout(config, layout), _cost_precision(config), vocab_rows=rows)
-    tokens = config.tokens_per_step
+def _describe_data(prepared: Prepared) -> list[str]:
+    trained, held = prepared.config.steps * prepared.config.tokens_per_step, prepared.data.train_tokens
     return [
-        f"parameters        {counted.total:,} ({counted.non_embedding:,} without embedding and head)",
-        f"vocabulary        {shape.vocab_size:,} ids, mask {prepared.tokenizer.mask_id}, padded to {rows:,} rows",
-        f"FLOPs per token   {cost.training_flops_per_token(shape):.4g} in full, "
-        f"{cost.paper_flops_per_token(shape):.4g} by 6P + 12LdS (no embedding, no head)",
-        f"layout            {layout.world_size} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline}"
-        f"{f' ({layout.virtual_pipeline} chunks each)' if layout.virtual_pipeline > 1 else ''} x data {layout.data}",
-        f"tokens per step   {tokens:,} ({config.batch.global_sequences} rows of {config.model.seq_length}, "
-        f"{layout.num_microbatches} microbatch(es) of {config.batch.micro_sequences} per replica)",
-        f"run               {config.steps:,} steps, {config.steps * tokens:,} tokens, "
-        f"{config.steps * tokens / prepared.data.train_tokens:.2f} epochs of {prepared.data.train_tokens:,} tokens",
-        f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
-        f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
-        f"logits {_gib(memory.logits)} (estimate)",
+        f"tokenizer         {prepared.tokenizer.name}, mask id {prepared.tokenizer.mask_id}",
+        f"data              {held:,} tokens to train on: {trained / held:.2f} epochs",
     ]
 
 
 def run(config: RunConfig) -> None:
     """Train as `config` says, from the start or from the run folder's last complete checkpoint."""
-    _log_to_console()
+    log_to_console()
     platform = detect(config.platform)
     prepared = prepare(config, world_size=world_size_from_environment())
-    with _run_folder(config), process_group(platform):
+    with run_folder(config), process_group(platform):
         platform.prepare_megatron()
         train(wire(prepared, platform))
-
-
-def _log_to_console() -> None:
-    """The main rank speaks; the others only warn."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
 
 
 def wire(prepared: Prepared, platform: Platform) -> Run:
@@ -163,23 +143,27 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
         wrapped,
         [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],
         config.optimizer,
-        hidden=config.model.hidden,
-        layers=config.model.layers,
+        scale=Scale(
+            hidden=config.model.hidden,
+            layers=config.model.layers,
+            tokens_per_step=config.tokens_per_step,
+            reduction=config.objective.reduction,
+        ),
         is_bf16=config.precision.compute == "bf16",
+        master_weights=config.precision.master_weights,
         distributed=config.parallel.distributed_optimizer,
         platform=platform,
         topology=topology,
     )
     if topology.is_main:
-        for line in (
-            platform.describe(),
-            *describe(prepared),
-            f"optimizer         {config.optimizer.name}, {optimizer.kernel}",
-        ):
+        derived = [*describe(config, prepared.layout, prepared.shape), *_describe_data(prepared)]
+        for line in (platform.describe(), *derived, f"optimizer         {config.optimizer.name}, {optimizer.kernel}"):
             log.info(line)
     first_step = _resume(prepared, chunks, optimizer, topology=topology, platform=platform)
     mixing = mixing_from(config.noise, vocab_size=prepared.tokenizer.vocab_size, mask_id=prepared.tokenizer.mask_id)
-    objective = RowObjective(mixing, rate_from(config.noise), config.objective, topology)
+    objective: RowObjective = NextTokenObjective(mixing, topology)
+    if not config.is_autoregressive:
+        objective = DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective)
     files = _open_files(config, first_step, topology)
     loader = _loader(prepared, mixing, topology, first_step)
     log_hook = hooks.Log(
@@ -192,7 +176,7 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
         metrics=files.metrics,
         tensorboard=files.tensorboard,
     )
-    evaluate = _evaluation(prepared, objective, wrapped, topology, platform, files)
+    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files)
     save = partial(_save, prepared, chunks, optimizer, topology, platform)
 
     def before() -> None:
@@ -212,6 +196,7 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
             device=platform.device,
             seq_length=config.model.seq_length,
             micro_sequences=config.batch.micro_sequences,
+            is_causal_prompt=config.is_causal_prompt,
         ),
         first_step=first_step,
         steps=config.steps,
@@ -259,6 +244,8 @@ def _loader(prepared: Prepared, mixing: HybridMixing, topology: Topology, first_
     batch = config.batch
 
     def noise(clean: npt.NDArray[np.int64], samples: list[int]) -> NoisedRows:
+        if config.is_autoregressive:
+            return next_token_rows(clean, start_id=start_id(prepared.tokenizer))
         return noise_rows(
             clean,
             seed=config.seed,
@@ -283,7 +270,7 @@ def _loader(prepared: Prepared, mixing: HybridMixing, topology: Topology, first_
 
 def _evaluation(
     prepared: Prepared,
-    training: RowObjective,
+    mixing: HybridMixing,
     chunks: Sequence[Any],
     topology: Topology,
     platform: Platform,
@@ -292,29 +279,40 @@ def _evaluation(
     config = prepared.config
     if not prepared.data.valid:
         return None
-    measure = HeldOut(
+    measure = next_token_likelihood(mixing, start_id=start_id(prepared.tokenizer), topology=topology)
+    if not config.is_autoregressive:
+        measure = diffusion_bound(
+            mixing, rate=rate_from(config.noise), topology=topology, noise_levels=config.eval.noise_levels
+        )
+    held_out = HeldOut(
         sources=prepared.data.valid,
-        noise_levels=config.eval.noise_levels,
-        objective=held_out_objective(training.mixing, rate=training.rate, topology=topology),
+        measure=measure,
         chunks=chunks,
         topology=topology,
         device=platform.device,
         micro_sequences=config.batch.micro_sequences,
     )
-    return hooks.Evaluate(config.eval.every, config.steps, measure, files.metrics, files.tensorboard)
+    return hooks.Evaluate(config.eval.every, config.steps, held_out, files.metrics, files.tensorboard)
 
 
 def _resume(prepared: Prepared, chunks: Any, optimizer: Any, *, topology: Topology, platform: Platform) -> int:
-    """Load the run folder's newest complete checkpoint, if there is one; returns the steps it has taken."""
-    folder = store.newest_complete(prepared.config.folder) if topology.is_main else None
+    """Load the run's newest complete checkpoint, or the one it branches from; returns the steps that one has taken."""
+    config = prepared.config
+    folder = store.newest_complete(config.folder) if topology.is_main else None
     folder = topology.from_main(folder)
-    if folder is None:
+    if folder is None and config.checkpoint.start_from is None:
         return 0
+    folder = folder or Path(config.checkpoint.start_from or "")
     saved = read_manifest(folder)
     check_same_run(saved, _manifest(prepared, saved.step), folder)
+    if saved.step > config.steps:
+        raise CheckpointError(
+            f"{folder} was saved after step {saved.step}, but this run ends after step {config.steps}; set "
+            "schedule.steps above that, or begin from an earlier checkpoint"
+        )
     store.load(folder, chunks, optimizer, topology=topology, platform=platform)
     if topology.is_main:
-        log.info(f"going on from {folder} after step {saved.step} of {prepared.config.steps}")
+        log.info(f"going on from {folder} after step {saved.step} of {config.steps}")
     return saved.step
 
 
@@ -351,71 +349,3 @@ def _manifest(prepared: Prepared, step: int) -> Manifest:
             "megatron-core": version("megatron-core"),
         },
     )
-
-
-def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:
-    return cost.Layout(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        virtual_pipeline=layout.virtual_pipeline,
-        data=layout.data,
-        sequence=config.parallel.sequence,
-        micro_sequences=config.batch.micro_sequences,
-        distributed_optimizer=config.parallel.distributed_optimizer,
-    )
-
-
-def _cost_precision(config: RunConfig) -> cost.Precision:
-    compute = config.precision.compute
-    return cost.Precision(params=compute, compute=compute, master_weights=compute == "bf16")
-
-
-def _refuse_unbuilt(config: RunConfig) -> None:
-    """Say plainly what this version reads but cannot do."""
-    if config.objective.name != "gidd":
-        raise ConfigError(f"objective.name is {config.objective.name}, but this version trains `gidd` only")
-    if config.conditioning.prompt > 0:
-        raise ConfigError(
-            f"conditioning.prompt is {config.conditioning.prompt}, but this version's model has no prompt attention; "
-            "set conditioning.prompt=0"
-        )
-
-
-@contextmanager
-def _run_folder(config: RunConfig) -> Iterator[None]:
-    """On the main rank: make and lock the run folder, write `config.yaml`, copy the log to `log.txt`.
-
-    Raises:
-        ConfigError: the folder cannot be written, or another process trains in it.
-    """
-    if not is_main_process():
-        yield
-        return
-    folder = config.folder
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    except Timeout:
-        raise ConfigError(
-            f"another process trains in {folder} (it holds {folder / '.lock'}); give this run another `name`"
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder} cannot be written ({error.strerror or error}); set output_dir to a folder you "
-            "can write to"
-        ) from None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
-        lock.release()
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.3g} GiB"

@@ -13,6 +13,7 @@ from megadiff.data.config import BatchConfig, DataConfig
 from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
 from megadiff.errors import ConfigError
 from megadiff.eval.config import EvalConfig
+from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.optim.config import OptimizerConfig, ScheduleConfig
 from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
@@ -62,6 +63,21 @@ class RunConfig(Section):
             raise ValueError(str(error)) from None
         return self
 
+    @model_validator(mode="after")
+    def _quirks_fit(self) -> RunConfig:
+        if self.precision.master_weights:
+            return self
+        wanted = {
+            "precision.compute": (self.precision.compute, "bf16"),
+            "optimizer.name": (self.optimizer.name, "laprop"),
+            "optimizer.clip_grad": (self.optimizer.clip_grad, 0),
+            "parallel.distributed_optimizer": (self.parallel.distributed_optimizer, False),
+        }
+        wrong = [f"{key}={value} (found {found})" for key, (found, value) in wanted.items() if found != value]
+        if wrong:
+            raise ValueError(f"precision.master_weights=false needs {', '.join(wrong)}")
+        return self
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -75,7 +91,36 @@ class RunConfig(Section):
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.schedule.total_steps(self.tokens_per_step)
+        return self.schedule.total_steps(self.tokens_per_step, self._flops_per_token())
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether this is the autoregressive control."""
+        return self.objective.name == "ar"
+
+    @property
+    def is_causal_prompt(self) -> bool:
+        """Whether clean prompts attend causally; under the autoregressive control the whole row is one."""
+        return self.is_autoregressive or self.conditioning.prompt_attention == "causal"
+
+    def _flops_per_token(self) -> float:
+        """6P + 12LdS: no embedding, no head, so no vocabulary is needed."""
+        return cost.paper_flops_per_token(self.shape(vocab_size=2))
+
+    def shape(self, *, vocab_size: int) -> cost.Shape:
+        """The model's size for closed-form costs."""
+        model = self.model
+        return cost.Shape(
+            layers=model.layers,
+            hidden=model.hidden,
+            heads=model.heads,
+            vocab_size=vocab_size,
+            seq_length=model.seq_length,
+            ffn_multiple=model.ffn_multiple,
+            qk_norm=model.qk_norm,
+            sink=model.sink,
+            mlp_bias=model.mlp_bias,
+        )
 
     def lr_schedule(self) -> WarmupStableDecay:
         """The learning rate's course, as a factor of `optimizer.lr`."""

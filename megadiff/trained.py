@@ -19,9 +19,10 @@ from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import NoiseConfig
 from megadiff.diffusion.mixing import HybridMixing, mixing_from
+from megadiff.diffusion.next_token import start_id
 from megadiff.diffusion.snr import Rate, rate_from
 from megadiff.errors import CheckpointError
-from megadiff.eval.held_out import HeldOut, HeldOutResult, held_out_objective
+from megadiff.eval.held_out import HeldOut, HeldOutResult, diffusion_bound, next_token_likelihood
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.denoiser import build_chunks
 from megadiff.parallel.config import Layout, ParallelConfig
@@ -59,16 +60,18 @@ class TrainedModel:
         source = SourceConfig(path=data)
         tree = DataConfig(train=(source,), valid=(source,), tokenizer="given")
         opened = open_data(tree, self.tokenizer, seq_length=self.model.seq_length, seed=0, valid_rows=rows)
-        measure = HeldOut(
+        measure = next_token_likelihood(self.mixing, start_id=start_id(self.tokenizer), topology=self.topology)
+        if self.manifest.config["objective"]["name"] != "ar":
+            measure = diffusion_bound(self.mixing, rate=self.rate, topology=self.topology, noise_levels=noise_levels)
+        held_out = HeldOut(
             sources=opened.valid,
-            noise_levels=noise_levels,
-            objective=held_out_objective(self.mixing, rate=self.rate, topology=self.topology),
+            measure=measure,
             chunks=self.chunks,
             topology=self.topology,
             device=self.platform.device,
             micro_sequences=micro_sequences,
         )
-        return measure()
+        return held_out()
 
 
 @contextmanager

@@ -33,6 +33,9 @@ class DataConfig(Section):
     valid: tuple[SourceConfig, ...] = ()
     """Sources for the held-out ELBO, each measured alone; weights are not used."""
 
+    vocab_size: int | None = Field(default=None, gt=1)
+    """Ids of the tokenizer with the mask; checked against it, and lets `--check` work before there are data."""
+
     tokenizer: str = Field(min_length=1)
     """The word `byte`, a tokenizer.json or SentencePiece .model file, or a folder with one."""
 

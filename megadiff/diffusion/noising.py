@@ -37,7 +37,6 @@ from megadiff.errors import ConfigError, DataError
 
 _BLOCK_TOKENS = 32768  # rows are noised this many tokens at a time, so that temporaries stay in the cache
 _GOLDEN_RATIO = 0.6180339887498949
-_NO_CONDITIONING = ConditioningConfig()
 
 
 class NoisedRows(NamedTuple):
@@ -66,7 +65,7 @@ def noise_rows(
     sample_index: npt.ArrayLike | Tensor,
     mixing: HybridMixing,
     rate: Rate = LINEAR,
-    conditioning: ConditioningConfig = _NO_CONDITIONING,
+    conditioning: ConditioningConfig | None = None,
     stratified: bool = True,
     global_batch: int | None = None,
     batch_origin: int = 0,
@@ -81,7 +80,7 @@ def noise_rows(
         sample_index: [B] global sample indices, counted over the whole run, from 0.
         mixing: the noise.
         rate: law of the noise levels.
-        conditioning: prompts, infilling, empty tokens, level patterns.
+        conditioning: prompts, infilling, empty tokens, level patterns; None for none of them.
         stratified: with `global_batch` G, sample i takes stratum k of G, u = (k + jitter) / G, where k runs over
             0..G-1 as i runs over its global batch; each u is exactly uniform on [0, 1), each batch covers it evenly,
             and so does every run of neighbouring samples (k steps by about 0.618 G), so ranks share the noise alike.
@@ -96,6 +95,7 @@ def noise_rows(
         ConfigError: empty tokens without a pad id.
     """
     tokens, rows = _token_rows(clean, sample_index, mixing)
+    conditioning = conditioning or ConditioningConfig()
     if conditioning.empty > 0 and pad_id is None:
         raise ConfigError("conditioning.empty inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
     names = ("row", "empty", "infill", "log_snr", "batch", "noise")

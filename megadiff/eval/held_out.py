@@ -5,8 +5,9 @@ Axes: R rows, K noise levels a row.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,16 +18,17 @@ from torch import Tensor
 
 from megadiff.diffusion.config import ObjectiveConfig
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.next_token import next_token_rows
 from megadiff.diffusion.noising import NoisedRows, evaluation_noise
 from megadiff.diffusion.snr import LinearRate, Rate
+from megadiff.model.attention import prompt_code
 from megadiff.parallel.pipeline import run_microbatches
-from megadiff.parallel.row_objective import RowObjective
+from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective, on_device
+from megadiff.parallel.row_report import BIN_EDGES
 from megadiff.parallel.topology import Topology
 
 SEED = 0
 """Evaluation noise is keyed by this and not by the run's seed, so that runs are compared on the same noise."""
-
-_BIN_EDGES = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,49 @@ class Rows(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What is measured on a row: the rows a model reads and the terms of its answer."""
+
+    objective: RowObjective
+    rows: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64], int], NoisedRows]
+    """(clean [B, L], row indices [B], level) -> rows."""
+    noise_levels: int
+    """K; 1 where there is no noise."""
+    is_causal_prompt: bool = False
+
+
+def diffusion_bound(mixing: HybridMixing, *, rate: Rate, topology: Topology, noise_levels: int) -> Measure:
+    """The bound under the run's noise with the linear rate, whatever rate the run trains with.
+
+    So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
+    truncation (`Rate.density`): the figure is 1.000247 times the integral over [-9, 9].
+    """
+    linear = LinearRate(rate.min_log_snr, rate.max_log_snr)
+
+    def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
+        return evaluation_noise(
+            clean, seed=SEED, row_index=index, level=level, num_levels=noise_levels, mixing=mixing, rate=linear
+        )
+
+    return Measure(DiffusionObjective(mixing, topology, linear, ObjectiveConfig()), rows, noise_levels)
+
+
+def next_token_likelihood(mixing: HybridMixing, *, start_id: int, topology: Topology) -> Measure:
+    """The exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
+
+    def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
+        return next_token_rows(clean, start_id=start_id)
+
+    return Measure(NextTokenObjective(mixing, topology), rows, noise_levels=1, is_causal_prompt=True)
+
+
 class HeldOut:
-    """Measures a model on rows, noise and an objective fixed at construction.
+    """Measures a model on rows fixed at construction.
 
     Args:
         sources: held-out rows; they are pooled, and reported apart too.
-        noise_levels: K.
-        objective: see `held_out_objective`.
+        measure: what is measured.
         chunks: this rank's model chunks.
     """
 
@@ -94,16 +132,14 @@ class HeldOut:
         self,
         *,
         sources: Sequence[Rows],
-        noise_levels: int,
-        objective: RowObjective,
+        measure: Measure,
         chunks: Sequence[Any],
         topology: Topology,
         device: torch.device,
         micro_sequences: int,
     ) -> None:
         self.rows = np.concatenate([source.rows(range(len(source))) for source in sources])
-        self.noise_levels = noise_levels
-        self.objective = objective
+        self.measure = measure
         self.chunks = chunks
         self.topology = topology
         self.device = device
@@ -112,12 +148,12 @@ class HeldOut:
 
     def __call__(self) -> HeldOutResult:
         """Run the model over every row at every level. Collective over the world; gradients are not touched."""
-        found = torch.zeros(2, self.noise_levels, len(self.rows), dtype=torch.float64, device=self.device)
+        found = torch.zeros(3, self.measure.noise_levels, len(self.rows), dtype=torch.float64, device=self.device)
         with torch.no_grad():
             reports = run_microbatches(
                 self.chunks,
                 self._my_microbatches(),
-                forward=lambda chunk, item: chunk(item[1].noised),
+                forward=self._forward,
                 loss=self._report,
                 seq_length=self.rows.shape[1],
                 micro_sequences=self.micro_sequences,
@@ -126,7 +162,7 @@ class HeldOut:
         for (level, index), sums in reports:
             real = index >= 0
             found[:, level, index[real]] = sums[:, real]
-        elbo, loss = self.topology.sum_over_run(found).cpu().numpy() / self.rows.shape[1]
+        elbo, loss, log_snr = self.topology.sum_over_run(found).cpu().numpy() / self.rows.shape[1]
         per_row = elbo.mean(axis=0)
         bound, stderr = _mean_and_error(per_row)
         ends = np.cumsum([len(source) for source in self._sources])[:-1]
@@ -135,7 +171,7 @@ class HeldOut:
             stderr=stderr,
             tokens=self.rows.size,
             bytes_per_token=self._bytes_per_token(),
-            by_log_snr=self._by_level(loss),
+            by_log_snr=_by_log_snr(loss, log_snr) if self.measure.noise_levels > 1 else (),
             by_source={
                 source.name: _mean_and_error(part)
                 for source, part in zip(self._sources, np.split(per_row, ends), strict=True)
@@ -151,7 +187,9 @@ class HeldOut:
     def _my_microbatches(self) -> list[tuple[tuple[int, Tensor], NoisedRows]]:
         """This replica's microbatches: a level and a few rows each; row index -1 pads the last ones."""
         micro, layout = self.micro_sequences, self.topology.layout
-        starts = [(level, first) for level in range(self.noise_levels) for first in range(0, len(self.rows), micro)]
+        starts = [
+            (level, first) for level in range(self.measure.noise_levels) for first in range(0, len(self.rows), micro)
+        ]
         share = -(-len(starts) // layout.data)
         if layout.virtual_pipeline > 1:  # the interleaved schedule wants a multiple of the stages
             share = -(-share // layout.pipeline) * layout.pipeline
@@ -163,57 +201,32 @@ class HeldOut:
         index = np.arange(first, first + self.micro_sequences)
         index = np.where(index < len(self.rows), index, -1)
         taken = np.maximum(index, 0)
-        mixing, rate = self.objective.mixing, self.objective.rate
-        noised = evaluation_noise(
-            self.rows[taken],
-            seed=SEED,
-            row_index=taken,
-            level=level,
-            num_levels=self.noise_levels,
-            mixing=mixing,
-            rate=rate,
-        )
-        on_device = NoisedRows(*(part.to(self.device) for part in noised))
-        return (level, torch.from_numpy(index).to(self.device)), on_device
+        rows = on_device(self.measure.rows(self.rows[taken], taken, level), self.device)
+        return (level, torch.from_numpy(index).to(self.device)), rows
+
+    def _forward(self, chunk: Any, item: tuple[Any, NoisedRows]) -> Tensor:
+        rows = item[1]
+        return chunk(rows.noised, prompt_code(rows.prompt_length, is_causal=self.measure.is_causal_prompt))
 
     def _report(self, logits: Tensor, item: tuple[tuple[int, Tensor], NoisedRows]) -> tuple[Tensor, Tensor, Any]:
         key, rows = item
-        terms = self.objective.terms(logits, rows)
+        terms = self.measure.objective.terms(logits, rows)
         plain = terms.weight * (terms.kl + terms.is_div)
-        sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain)])
+        sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain, rows.log_snr.t())])
         nothing = torch.zeros((), device=self.device)
         return nothing, nothing.int(), (key, sums)
 
-    def _by_level(self, loss: npt.NDArray[np.float64]) -> tuple[tuple[float, float, float], ...]:
-        """Bin the per-row integrand by the log-SNR it was drawn at; `loss` is [K, R]."""
-        drawn = np.stack([self._log_snr(level) for level in range(self.noise_levels)])
-        bins = []
-        for low, high in zip(_BIN_EDGES, _BIN_EDGES[1:], strict=False):
-            inside = (drawn >= low) & ((drawn < high) | (high == _BIN_EDGES[-1]) & (drawn <= high))
-            if inside.any():
-                bins.append((low, high, float(loss[inside].mean())))
-        return tuple(bins)
 
-    def _log_snr(self, level: int) -> npt.NDArray[np.float64]:
-        noised = evaluation_noise(
-            self.rows[:, :1],
-            seed=SEED,
-            row_index=np.arange(len(self.rows)),
-            level=level,
-            num_levels=self.noise_levels,
-            mixing=self.objective.mixing,
-            rate=self.objective.rate,
-        )
-        return noised.log_snr[:, 0].double().numpy()
-
-
-def held_out_objective(mixing: HybridMixing, *, rate: Rate, topology: Topology) -> RowObjective:
-    """The objective evaluation uses: the run's noise under the linear rate, whatever rate the run trains with.
-
-    So the bound does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
-    truncation (`Rate.density`): the figure is 1.000247 times the integral over [-9, 9].
-    """
-    return RowObjective(mixing, LinearRate(rate.min_log_snr, rate.max_log_snr), ObjectiveConfig(), topology)
+def _by_log_snr(
+    loss: npt.NDArray[np.float64], log_snr: npt.NDArray[np.float64]
+) -> tuple[tuple[float, float, float], ...]:
+    """Bin the per-row integrand by the log-SNR it was drawn at; both [K, R]."""
+    which = np.clip(np.searchsorted(BIN_EDGES, log_snr, side="right") - 1, 0, len(BIN_EDGES) - 2)
+    return tuple(
+        (low, high, float(loss[which == index].mean()))
+        for index, (low, high) in enumerate(itertools.pairwise(BIN_EDGES))
+        if (which == index).any()
+    )
 
 
 def _mean_and_error(per_row: npt.NDArray[np.float64]) -> tuple[float, float]:

@@ -158,7 +158,8 @@ def capped_attention(
 
 def _capped_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, last_key: int | None) -> Tensor:
     """`last_key` is the last key the chunk's first query sees; None where all see all."""
-    scores = (q @ k.transpose(-1, -2)).float().mul(scale / softcap).tanh() * softcap
+    scores = q @ k.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).mul(scale / softcap).tanh() * softcap
     if last_key is not None:
         unseen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(last_key + 1)
         scores = scores.masked_fill(unseen, -torch.inf)

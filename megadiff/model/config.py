@@ -89,3 +89,6 @@ class PrecisionConfig(Section):
     compute: Literal["bf16", "fp32"] = "bf16"
     """Activations, weights and their gradients' products; bf16 keeps float32 master weights and reduces gradients in
     float32. On CPU take fp32: there bf16 is many times slower."""
+    master_weights: bool = True
+    """Keep float32 copies of bf16 weights. Without them weights and gradients are bf16 alone, as in the released code;
+    only `laprop` without the distributed optimizer and without clipping does that."""

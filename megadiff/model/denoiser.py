@@ -128,10 +128,13 @@ def build_chunks(
 def wrap_data_parallel(
     chunks: list[Denoiser], *, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> list[DistributedDataParallel]:
-    """Give each chunk its compute precision and its data-parallel gradient buffers (gradients reduced in float32)."""
+    """Give each chunk its compute precision and its data-parallel gradient buffers.
+
+    Gradients are reduced in float32, but for bf16 without master weights, whose updates could not use it.
+    """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=precision.master_weights,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,

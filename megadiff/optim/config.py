@@ -30,6 +30,9 @@ class OptimizerConfig(Section):
     """Decoupled decay of matrices; norms, biases and, under `completep`, embedding and head have none."""
     clip_grad: float = Field(default=0.0, ge=0)
     """Largest global gradient norm; 0 leaves gradients alone."""
+    eps_calibration: Literal["sum", "mean"] | None = None
+    """Reduction that `eps` was tuned for. The released code's is `sum`: a mean loss has gradients smaller by the tokens
+    of a step, and eps is divided by them (or multiplied, the other way round). Unset: eps as it stands."""
     parametrisation: Literal["standard", "completep"] = "standard"
     """`completep`: block matrices learn at lr / hidden with decay weight_decay x hidden, everything else at 0.02 lr
     (arXiv:2512.10858)."""
@@ -43,12 +46,14 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """`schedule:` warm-up, a stable stretch, and a cooldown at the end. Give exactly one of steps and tokens."""
+    """`schedule:` warm-up, a stable stretch, and a cooldown at the end. Give exactly one of steps, tokens and flops."""
 
     steps: int | None = Field(default=None, gt=0)
     """Optimizer steps of the whole run."""
     tokens: float | None = Field(default=None, gt=0)
     """Tokens of the whole run, rounded up to whole steps."""
+    flops: float | None = Field(default=None, gt=0)
+    """Training FLOPs of the whole run without embedding and head (6P + 12LdS a token), rounded up to whole steps."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Steps over which the rate rises linearly from 0."""
     cooldown: float = Field(default=0.0, ge=0)
@@ -58,15 +63,16 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleConfig:
-        given = [name for name in ("steps", "tokens") if getattr(self, name) is not None]
+        given = [name for name in ("steps", "tokens", "flops") if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(given) if given else "neither"
-            raise ValueError(f"schedule needs exactly one of `steps` and `tokens`; found {found}")
+            found = " and ".join(given) if given else "none of them"
+            raise ValueError(f"schedule needs exactly one of `steps`, `tokens` and `flops`; found {found}")
         return self
 
-    def total_steps(self, tokens_per_step: int) -> int:
+    def total_steps(self, tokens_per_step: int, flops_per_token: float) -> int:
         """Optimizer steps of the run at `tokens_per_step`."""
         if self.steps is not None:
             return self.steps
-        assert self.tokens is not None
-        return -int(-self.tokens // tokens_per_step)
+        tokens = self.tokens if self.flops is None else self.flops / flops_per_token
+        assert tokens is not None
+        return -int(-tokens // tokens_per_step)

@@ -45,7 +45,7 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
-    """Give every parameter the zero state Adam's first step would, where it has none; megatron-core's `init_state_fn`."""
+    """Give parameters without state the zero state Adam's first step would; megatron-core's `init_state_fn`."""
     keeps_step = isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         # torch keeps `step` on the device only for kernels that read it there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,13 +32,32 @@ def rules(settings: OptimizerConfig, *, hidden: int) -> dict[str, Rule]:
     return {"bulk": matrix, "embedding": matrix, "head": matrix, "norm": vector, "bias": vector}
 
 
-def effective_eps(settings: OptimizerConfig, *, hidden: int, layers: int) -> float:
-    """Epsilon of every group: the setting, over hidden x layers under `completep`."""
-    return settings.eps / (hidden * layers) if settings.parametrisation == "completep" else settings.eps
+@dataclass(frozen=True)
+class Scale:
+    """What epsilon depends on beside the settings."""
+
+    hidden: int
+    layers: int
+    tokens_per_step: int
+    """Tokens a gradient sums over; all of them, noise-free ones too."""
+    reduction: Literal["sum", "mean"]
+    """Of the loss the gradients are of."""
+
+
+def effective_eps(settings: OptimizerConfig, scale: Scale) -> float:
+    """Epsilon of every group.
+
+    The setting; over hidden x layers under `completep`; and brought to the loss's reduction from the one it was
+    calibrated for. Source: arXiv:2512.10858's code (eps = 1e-8 / (d L) with summed losses).
+    """
+    eps = settings.eps / (scale.hidden * scale.layers) if settings.parametrisation == "completep" else settings.eps
+    if settings.eps_calibration in (None, scale.reduction):
+        return eps
+    return eps / scale.tokens_per_step if scale.reduction == "mean" else eps * scale.tokens_per_step
 
 
 def parameter_groups(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, *, hidden: int, layers: int
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, scale: Scale
 ) -> list[dict[str, Any]]:
     """Sort parameters into groups, the same list of groups on every rank even where a group is empty.
 
@@ -48,8 +67,8 @@ def parameter_groups(
     Args:
         parameters: (role, parameter) pairs of this rank.
     """
-    by_rule: dict[Rule, list[torch.nn.Parameter]] = {rule: [] for rule in rules(settings, hidden=hidden).values()}
-    table = rules(settings, hidden=hidden)
+    by_rule: dict[Rule, list[torch.nn.Parameter]] = {rule: [] for rule in rules(settings, hidden=scale.hidden).values()}
+    table = rules(settings, hidden=scale.hidden)
     for role, parameter in parameters:
         by_rule[table[role]].append(parameter)
     return [
@@ -57,7 +76,7 @@ def parameter_groups(
             "params": members,
             "lr": settings.lr * rule.lr_mult,
             "weight_decay": settings.weight_decay * rule.wd_mult,
-            "eps": effective_eps(settings, hidden=hidden, layers=layers),
+            "eps": effective_eps(settings, scale),
             "lr_mult": rule.lr_mult,
             "wd_mult": rule.wd_mult,
             "is_expert_parallel": False,

@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig as Megatron
 from megadiff.config import family
 from megadiff.optim.config import MEMBERS, OptimizerConfig
 from megadiff.optim.distributed import ResumableDistributedOptimizer, allocate_state
-from megadiff.optim.groups import parameter_groups
+from megadiff.optim.groups import Scale, parameter_groups
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 
@@ -67,9 +67,9 @@ def build_optimizer(
     roles: Sequence[tuple[str, torch.nn.Parameter]],
     settings: OptimizerConfig,
     *,
-    hidden: int,
-    layers: int,
+    scale: Scale,
     is_bf16: bool,
+    master_weights: bool = True,
     distributed: bool,
     platform: Platform,
     topology: Topology,
@@ -82,13 +82,15 @@ def build_optimizer(
     Args:
         chunks: data-parallel wrapped model chunks.
         roles: (role, parameter) of every parameter of this rank.
+        scale: what epsilon depends on.
+        master_weights: keep float32 copies of bf16 weights; without them the plain wrapper updates bf16 in place.
 
     Raises:
         ConfigError: no such optimizer.
     """
     member = family.member(MEMBERS, settings.name)
     with platform.scope():
-        groups = parameter_groups(roles, settings, hidden=hidden, layers=layers)
+        groups = parameter_groups(roles, settings, scale)
         base = member.build(groups, settings)
         config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -112,7 +114,7 @@ def build_optimizer(
                 distributed_optimizer_instance_id=0,
             )
             stats_group = dist.group.WORLD
-        elif is_bf16:
+        elif is_bf16 and master_weights:
             wrapped, stats_group = (
                 Float16OptimizerWithFloat16Params(base, config, None, allocate_state),
                 topology.model_group,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from megadiff.parallel.row_objective import SUMS
+from megadiff.parallel.row_report import metrics_of
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.train.metrics import MetricsFile
@@ -93,12 +93,10 @@ class Log:
     def _line(self, result: StepResult, total: list[float], rate: float) -> dict[str, Any]:
         flops = rate * self.flops_per_token / self.topology.layout.world_size
         peak = self.platform.peak_flops
-        count = max(total[-1], 1.0)
         return {
             "step": result.step,
             "tokens": result.step * self.tokens_per_step,
-            **{name: value / count for name, value in zip(SUMS, total[:-1], strict=True)},
-            "noisy_tokens": int(total[-1]),
+            **metrics_of(total),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens_per_s": rate,

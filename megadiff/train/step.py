@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.noising import NoisedRows
+from megadiff.model.attention import prompt_code
 from megadiff.optim.optimizer import Optimizer
 from megadiff.parallel.pipeline import run_microbatches
-from megadiff.parallel.row_objective import SUMS
+from megadiff.parallel.row_objective import on_device
+from megadiff.parallel.row_report import SIZE
 from megadiff.parallel.topology import Topology
 
 
@@ -28,6 +30,8 @@ class Step:
     device: torch.device
     seq_length: int
     micro_sequences: int
+    is_causal_prompt: bool = False
+    """Whether clean prompts attend causally (a whole row is one under the autoregressive control)."""
 
     def __call__(self, microbatches: Sequence[NoisedRows], lr: float) -> tuple[Tensor, float]:
         """Forward, backward, reduce, update.
@@ -37,20 +41,21 @@ class Step:
             lr: learning rate now.
 
         Returns:
-            Sums over this replica's tokens (`SUMS` and the count, float64; zeros except on the last stage), not yet
-            summed over replicas, and the global gradient norm. If the norm is not finite nothing was updated.
+            Sums over this replica's tokens (`row_report`, float64; zeros except on the last stage), not yet summed over
+            replicas, and the global gradient norm. If the norm is not finite nothing was updated.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        on_device = [NoisedRows(*(field.to(self.device, non_blocking=True) for field in rows)) for rows in microbatches]
         reports = run_microbatches(
             self.chunks,
-            on_device,
-            forward=lambda chunk, rows: chunk(rows.noised),
+            [on_device(rows, self.device) for rows in microbatches],
+            forward=lambda chunk, rows: chunk(
+                rows.noised, prompt_code(rows.prompt_length, is_causal=self.is_causal_prompt)
+            ),
             loss=self.loss,
             seq_length=self.seq_length,
             micro_sequences=self.micro_sequences,
         )
-        sums = torch.stack(reports).sum(0) if reports else torch.zeros(len(SUMS) + 1, dtype=torch.float64)
+        sums = torch.stack(reports).sum(0) if reports else torch.zeros(SIZE, dtype=torch.float64)
         return sums.to(self.device), self.optimizer.step(lr)

@@ -1,0 +1,52 @@
+"""The numbers that follow from a run description, said before anything is trained."""
+
+from __future__ import annotations
+
+from megadiff.model import cost
+from megadiff.parallel.config import Layout
+from megadiff.run_config import RunConfig
+
+
+def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
+    """The derived numbers, a line each."""
+    rows = config.model.padded_vocab_size(shape.vocab_size)
+    counted = cost.parameters(shape)
+    memory = cost.bytes_per_rank(shape, _cost_layout(config, layout), _cost_precision(config), vocab_rows=rows)
+    tokens = config.tokens_per_step
+    chunks = f" ({layout.virtual_pipeline} chunks each)" if layout.virtual_pipeline > 1 else ""
+    return [
+        f"parameters        {counted.total:,} ({counted.non_embedding:,} without embedding and head; "
+        f"{cost.paper_parameters(shape):,} as the paper counts)",
+        f"vocabulary        {shape.vocab_size:,} ids with the mask, padded to {rows:,} rows",
+        f"FLOPs per token   {cost.training_flops_per_token(shape):.5g} in full, "
+        f"{cost.paper_flops_per_token(shape):.5g} by 6P + 12LdS (no embedding, no head)",
+        f"layout            {layout.world_size} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline}{chunks} "
+        f"x data {layout.data}",
+        f"tokens per step   {tokens:,} ({config.batch.global_sequences} rows of {config.model.seq_length}, "
+        f"{layout.num_microbatches} microbatch(es) of {config.batch.micro_sequences} per replica)",
+        f"run               {config.steps:,} steps, {config.steps * tokens:,} tokens",
+        f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
+        f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
+        f"logits {_gib(memory.logits)} (estimate)",
+    ]
+
+
+def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:
+    return cost.Layout(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        virtual_pipeline=layout.virtual_pipeline,
+        data=layout.data,
+        sequence=config.parallel.sequence,
+        micro_sequences=config.batch.micro_sequences,
+        distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+
+
+def _cost_precision(config: RunConfig) -> cost.Precision:
+    compute = config.precision.compute
+    return cost.Precision(params=compute, compute=compute, master_weights=compute == "bf16")
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.3g} GiB"
