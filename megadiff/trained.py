@@ -23,6 +23,7 @@ from megadiff.diffusion.next_token import start_id
 from megadiff.diffusion.snr import Rate, rate_from
 from megadiff.errors import CheckpointError
 from megadiff.eval.held_out import HeldOut, HeldOutResult, diffusion_bound, next_token_likelihood
+from megadiff.model.attention import prompt_code
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.denoiser import build_chunks
 from megadiff.parallel.config import Layout, ParallelConfig
@@ -45,10 +46,26 @@ class TrainedModel:
     topology: Topology
     platform: Platform
 
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether the model predicts next tokens rather than denoises."""
+        return self.manifest.config["objective"]["name"] == "ar"
+
+    @property
+    def knows_prompts(self) -> bool:
+        """Whether the model was trained with clean prompts that see only themselves."""
+        return self.manifest.config["conditioning"]["prompt"] > 0
+
     @torch.no_grad()
-    def denoise(self, ids: Tensor) -> Tensor:
-        """Token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded."""
-        logits = self.chunks[0](ids.to(self.platform.device))
+    def denoise(self, ids: Tensor, *, prompt_length: int = 0) -> Tensor:
+        """Token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded.
+
+        Args:
+            prompt_length: leading tokens that are clean; they see only themselves if the model was trained so.
+        """
+        lengths = torch.full((ids.shape[0],), prompt_length if self.knows_prompts else 0)
+        is_causal = self.manifest.config["conditioning"]["prompt_attention"] == "causal"
+        logits = self.chunks[0](ids.to(self.platform.device), prompt_code(lengths, is_causal=is_causal))
         return logits.transpose(0, 1)[..., : self.mixing.vocab_size]
 
     def held_out_elbo(self, data: str, *, rows: int, noise_levels: int, micro_sequences: int) -> HeldOutResult:
@@ -61,7 +78,7 @@ class TrainedModel:
         tree = DataConfig(train=(source,), valid=(source,), tokenizer="given")
         opened = open_data(tree, self.tokenizer, seq_length=self.model.seq_length, seed=0, valid_rows=rows)
         measure = next_token_likelihood(self.mixing, start_id=start_id(self.tokenizer), topology=self.topology)
-        if self.manifest.config["objective"]["name"] != "ar":
+        if not self.is_autoregressive:
             measure = diffusion_bound(self.mixing, rate=self.rate, topology=self.topology, noise_levels=noise_levels)
         held_out = HeldOut(
             sources=opened.valid,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from megadiff.errors import ConfigError, run_command
 
@@ -40,6 +41,8 @@ def main() -> None:
         from megadiff.trained import open_trained
 
     with open_trained(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
+        if trained.is_autoregressive:
+            raise ConfigError(f"{trained.folder} is an autoregressive control; this tool samples diffusion models only")
         ids = trained.tokenizer.encode(arguments.prompt)
         room = trained.model.seq_length - len(ids)
         new = room if arguments.num_tokens is None else arguments.num_tokens
@@ -50,7 +53,7 @@ def main() -> None:
                 "be at least 1"
             )
         rows = sample(
-            trained.denoise,
+            partial(trained.denoise, prompt_length=len(ids)),
             rows=arguments.count,
             length=len(ids) + new,
             steps=arguments.steps,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megadiff.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, read_manifest
@@ -73,6 +75,7 @@ def save(
             staging.mkdir(parents=True)
     with _failures_as(CheckpointError, f"writing {final} failed"), platform.scope(), quiet():
         state, metadata = _sharded_state(chunks, optimizer, topology, is_loading=False)
+        _keep_results_in_this_process()
         dist_checkpointing.save(
             state,
             str(staging),
@@ -150,6 +153,16 @@ def verify_files(folder: Path, *, hashes: bool) -> Manifest:
         if hashes and _sha256(path) != entry.sha256:
             raise CheckpointError(f"{path} is damaged: its content has changed since it was written; take another one")
     return manifest
+
+
+def _keep_results_in_this_process() -> None:
+    """Saves here are in the foreground, so the queue of write results needs no process of its own.
+
+    megatron-core's is a spawned Manager in every rank (filesystem_async.py:55): five seconds at the first save, 270 MB,
+    and a killed trainer leaves it behind for ever, holding the terminal's or torchrun's pipes open.
+    """
+    assert hasattr(filesystem_async, "_results_queue"), "megatron-core has moved its queue of write results"
+    filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def _sharded_state(

@@ -143,10 +143,15 @@ def wrap_data_parallel(
     cast: list[Any] = list(chunks)
     if precision.compute == "bf16":
         cast = [_Bf16Chunk(config, chunk) for chunk in chunks]
-    return [
+    wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(cast)
     ]
+    if parallel.overlap_grad_reduce:
+        # Without it every microbatch's backward pass, and not the step's last alone, would reduce the gradients.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
+    return wrapped
 
 
 def transformer_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ def quiet() -> Iterator[None]:
     It warns once per optional library it does not find (Transformer Engine, Apex, and others) and of deprecations of
     its own; what was found is said in one line by `Platform.describe`.
     """
+    # A CUDA build of torch on a machine without a GPU says so once per process when megatron-core imports this module.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -78,9 +78,9 @@ def test_a_tensor_rank_killed_under_torchrun_goes_on_as_one_process(description,
     assert code == 0, err
     assert f"after step {EVERY} of {STEPS}" in out
     lines = training_lines(folder)
-    for key in ("loss", "elbo", "grad_norm"):
+    for key, allowed in {"loss": 1e-5, "elbo": 1e-5, "grad_norm": 1e-3}.items():
         curves = [[line[key] for line in source] for source in (lines, uninterrupted)]
-        assert largest_relative_difference(*curves) < 1e-4 if key == "grad_norm" else 1e-5
+        assert largest_relative_difference(*curves) <= allowed, key
 
 
 def test_a_folder_in_use_is_refused_and_ctrl_c_ends_with_130(description, tmp_path):

@@ -1,0 +1,117 @@
+"""What a run prints before it has learned anything is known in closed form (gidd.md 1.10.6): a zero head predicts the
+uniform distribution over real tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megadiff.data.tokenizers.byte import ByteTokenizer
+from tests.support.ranks import on_ranks
+from tests.support.runs import build, platform_on_rank, read_metrics, toy_config, train
+
+pytestmark = pytest.mark.xdist_group("step_zero")
+
+STEPS = 12
+SHIFTS = (-1000.0, 0.0, 1000.0)
+GPT2_VOCABULARY = 50_258
+
+
+def expected(shift: float, vocab_size: int) -> tuple[float, float]:
+    """(elbo, loss) of the uniform prediction, by Gauss-Legendre quadrature over log-SNR in [-9, 9].
+
+    A noised token is the mask, the clean token, or one of N - 1 others, so three cases make the whole expectation.
+    """
+    points, weights = np.polynomial.legendre.leggauss(400)
+    log_snr, weights = 9.0 * points, 9.0 * weights
+    real = vocab_size - 1
+    alpha, beta = 1 / (1 + np.exp(-log_snr)), 1 / (1 + np.exp(log_snr))
+    share = np.exp(-np.logaddexp(0.0, -(log_snr + shift)))
+    q_clean, q_other, q_mask = alpha + beta * share / real, beta * share / real, beta * (1 - share)
+    predicted = alpha / real + beta * share / real
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_other = np.where(q_other > 0, np.log(q_other / predicted), 0.0)
+    log_clean = np.log(q_clean / predicted)
+    kl = q_clean * log_clean + (real - 1) * q_other * log_other
+    is_clean, is_other = np.expm1(log_clean) - log_clean, np.expm1(log_other) - log_other
+    weight_clean = share**2 / (share + real * np.exp(log_snr)) if shift > -1000 else 0.0
+    integrand = (
+        q_mask * (1 + share) * kl
+        + q_clean * weight_clean * (kl + is_clean)
+        + (real - 1) * q_other * share * (kl + is_other)
+    )
+    mass = math.tanh(4.5)
+    return float(weights @ integrand) / mass, float(weights @ (integrand * alpha * beta)) / mass
+
+
+@pytest.mark.parametrize(
+    ("shift", "elbo", "loss"),
+    [(-1000.0, 10.824905, 1.804596), (0.0, 10.823842, 1.769281), (1000.0, 10.824847, 1.804567)],
+)
+def test_the_quadrature_gives_the_published_values(shift, elbo, loss):
+    assert expected(shift, GPT2_VOCABULARY) == pytest.approx((elbo, loss), abs=2e-6)
+
+
+def byte_tokenizer_of(vocab_size: int) -> ByteTokenizer:
+    """The byte tokenizer with room for ids no text has."""
+    tokenizer = ByteTokenizer()
+    tokenizer.vocab_size = vocab_size
+    return tokenizer
+
+
+def _print_before_learning(configs: dict[Any, Any]) -> dict[Any, list[dict[str, Any]]]:
+    platform = platform_on_rank()
+    for (_, vocab_size), config in configs.items():
+        config.folder.mkdir(parents=True)
+        prepared = build.prepare(config, world_size=1)
+        run = build.wire(replace(prepared, tokenizer=byte_tokenizer_of(vocab_size)), platform)
+        run.hooks = run.hooks[:-1]
+        train(run)
+    return {case: read_metrics(config.folder / "metrics.jsonl") for case, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def printed(toy_corpus, tmp_path_factory):
+    """`{(shift, vocabulary size): lines}` of runs whose learning rate moves nothing."""
+    folder = tmp_path_factory.mktemp("zero")
+    configs = {
+        (shift, vocab_size): toy_config(
+            toy_corpus,
+            folder,
+            name=f"{shift:g}_{vocab_size}",
+            noise__shift=shift,
+            model__layers=1,
+            model__head_init=0.0,
+            batch__global_sequences=rows,
+            batch__micro_sequences=8,
+            optimizer__lr=1e-30,
+            schedule__steps=STEPS,
+            data__valid=[],
+        )
+        for vocab_size, rows in ((260, 64), (GPT2_VOCABULARY, 16))
+        for shift in SHIFTS
+    }
+    return on_ranks(1, _print_before_learning, configs)[0]
+
+
+CASES = [(shift, vocab_size) for vocab_size in (260, GPT2_VOCABULARY) for shift in SHIFTS]
+
+
+@pytest.mark.parametrize(("shift", "vocab_size"), CASES)
+def test_a_fresh_run_prints_the_closed_form(printed, shift, vocab_size):
+    """Within four standard errors, estimated from twelve independent batches: their mean, and the first line alone."""
+    elbo, loss = expected(shift, vocab_size)
+    for key, value in {"elbo": elbo, "loss": loss, "mean_weight": 0.5}.items():
+        drawn = np.array([line[key] for line in printed[shift, vocab_size]])
+        deviation = drawn.std(ddof=1)
+        assert abs(drawn.mean() - value) <= 4 * deviation / math.sqrt(STEPS), (key, drawn.mean(), value)
+        assert abs(drawn[0] - value) <= 4 * deviation, (key, drawn[0], value)
+        assert deviation < 0.25 * value, "a test that anything would pass"
+
+
+def test_the_first_update_has_rate_zero(printed):
+    assert {lines[0]["lr"] for lines in printed.values()} == {0.0}
