@@ -30,10 +30,10 @@ from megadiff.diffusion.snr import rate_from
 from megadiff.errors import CheckpointError, ConfigError, DataError
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.model import cost
-from megadiff.model.denoiser import build_chunks, wrap_data_parallel
+from megadiff.model.denoiser import Denoiser, build_chunks, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
 from megadiff.optim.groups import Scale
-from megadiff.optim.optimizer import build_optimizer
+from megadiff.optim.optimizer import Optimizer, build_optimizer
 from megadiff.parallel.config import Layout
 from megadiff.parallel.pipeline import configure_reduction
 from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective
@@ -128,33 +128,7 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
     """Build every part on this rank and connect them. Collective over the world; the default group is open."""
     config = prepared.config
     topology = open_topology(prepared.layout)
-    chunks = build_chunks(
-        config.model,
-        vocab_size=prepared.tokenizer.vocab_size,
-        parallel=config.parallel,
-        precision=config.precision,
-        platform=platform,
-        topology=topology,
-    )
-    initialise(chunks, config.model, seed=config.seed, topology=topology)
-    wrapped = wrap_data_parallel(chunks, parallel=config.parallel, precision=config.precision)
-    configure_reduction(wrapped, mean=config.objective.reduction == "mean")
-    optimizer = build_optimizer(
-        wrapped,
-        [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],
-        config.optimizer,
-        scale=Scale(
-            hidden=config.model.hidden,
-            layers=config.model.layers,
-            tokens_per_step=config.tokens_per_step,
-            reduction=config.objective.reduction,
-        ),
-        is_bf16=config.precision.compute == "bf16",
-        master_weights=config.precision.master_weights,
-        distributed=config.parallel.distributed_optimizer,
-        platform=platform,
-        topology=topology,
-    )
+    chunks, wrapped, optimizer = _build_trainables(prepared, platform, topology)
     if topology.is_main:
         derived = [*describe(config, prepared.layout, prepared.shape), *_describe_data(prepared)]
         for line in (platform.describe(), *derived, f"optimizer         {config.optimizer.name}, {optimizer.kernel}"):
@@ -213,6 +187,41 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
         before=before,
         close=close,
     )
+
+
+def _build_trainables(
+    prepared: Prepared, platform: Platform, topology: Topology
+) -> tuple[list[Denoiser], list[Any], Optimizer]:
+    """Model chunks with their first weights, their data-parallel wrappers, and the optimizer."""
+    config = prepared.config
+    chunks = build_chunks(
+        config.model,
+        vocab_size=prepared.tokenizer.vocab_size,
+        parallel=config.parallel,
+        precision=config.precision,
+        platform=platform,
+        topology=topology,
+    )
+    initialise(chunks, config.model, seed=config.seed, topology=topology)
+    wrapped = wrap_data_parallel(chunks, parallel=config.parallel, precision=config.precision)
+    configure_reduction(wrapped, mean=config.objective.reduction == "mean")
+    optimizer = build_optimizer(
+        wrapped,
+        [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],
+        config.optimizer,
+        scale=Scale(
+            hidden=config.model.hidden,
+            layers=config.model.layers,
+            tokens_per_step=config.tokens_per_step,
+            reduction=config.objective.reduction,
+        ),
+        is_bf16=config.precision.compute == "bf16",
+        master_weights=config.precision.master_weights,
+        distributed=config.parallel.distributed_optimizer,
+        platform=platform,
+        topology=topology,
+    )
+    return chunks, wrapped, optimizer
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,22 @@ log-log slopes over width and depth with the band each must stay in. Exit code 1
 `--without RULE` keeps one rule at its value for the smallest width and depth instead of scaling it. Each rule and what
 reveals it:
 
-    residual    4 / L on the branches        stream, change of stream: grow with depth
-    head        512 / d on the logits        logits after the first step: grow with width (later the loss is so low that
-                                             gradients vanish, and the slope with it)
-    bulk_init   0.4 / sqrt(d)                stream at the start: grows with width
-    embed_init  0.02, free of d              embedding at the start; without: 1 / sqrt(d) as for the bulk. Nothing behind
-                                             the embedding shows it, because the first norm divides it out
-    zero_head   0                            logits before the first step are not 0
-    bulk_lr     eta / d                      change of stream: grows with width
-    embed_lr, head_lr, gain_lr, bias_lr      0.02 eta, free of d; without: eta / d as for the bulk. Changes of the embedding,
-                                             of the logits, of the norms' gains and of the biases shrink with width; the last
-                                             two are seen in the parameters alone, activations hardly feel them
-    eps         1e-8 / (d L)                 eps over the root mean square of the bulk's gradients: grows with both. At the
-                                             preset's eps the ratio is 1e-10, so no activation can show it
-    decay       weight decay times d         what the first step takes off the bulk matrices, whose gradients are still 0:
-                                             shrinks with width. The preset's decay is 0; the check sets 0.1
+    residual    4 / L on the branches. Stream and its change grow with depth.
+    head        512 / d on the logits. Logits after the first step grow with width; later the loss is so low that
+                gradients vanish, and the slope with them.
+    bulk_init   0.4 / sqrt(d). The stream at the start grows with width.
+    embed_init  0.02, free of d; without: 1 / sqrt(d), as the bulk. The embedding at the start shrinks with width;
+                nothing behind it shows that, because the first norm divides it out.
+    zero_head   0. Logits before the first step are not 0.
+    bulk_lr     eta / d. The change of the stream grows with width.
+    embed_lr, head_lr, gain_lr, bias_lr
+                0.02 eta, free of d; without: eta / d, as the bulk. The change of the embedding, of the logits, of the
+                norms' gains, of the biases shrinks with width. Gains and biases are seen in the parameters alone:
+                activations hardly feel them in a few steps.
+    eps         1e-8 / (d L). eps over the root mean square of the bulk's gradients grows with both. At the preset's eps
+                the ratio is 1e-10, so that no activation can show it.
+    decay       weight decay times d. What the first step takes off the bulk matrices, whose gradients are still 0,
+                shrinks with width. The preset's decay is 0; the check sets 0.1.
 
 The factor 0.02 itself, and beta1, beta2, do not scale with size: a coordinate check cannot see them.
 
@@ -166,8 +167,8 @@ def check(
         measured[width, depth] = _measure(model, groups, settings)
     broken = [verdict.sentence() for verdict in judge(measured, BANDS) if not verdict.holds]
     broken += [
-        f"logits before the first step have size {found['logits, start']:.3g} at width {width}, depth {depth}: the head "
-        "starts at 0, so that the first prediction is uniform"
+        f"logits before the first step have size {found['logits, start']:.3g} at width {width}, depth {depth}: "
+        "the head starts at 0, so that the first prediction is uniform"
         for (width, depth), found in measured.items()
         if found["logits, start"] > 0
     ][:1]
@@ -203,9 +204,7 @@ def _groups(model: Denoiser, config: RunConfig) -> dict[Role, dict[str, Any]]:
 def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunConfig) -> dict[str, float]:
     """`STEPS` optimizer steps on one batch, and what they did."""
     mixing = mixing_from(config.noise, vocab_size=VOCAB, mask_id=MASK)
-    rows = noise_rows(
-        _walks(), seed=0, sample_index=np.arange(ROWS), mixing=mixing, stratified=True, global_batch=ROWS
-    )
+    rows = noise_rows(_walks(), seed=0, sample_index=np.arange(ROWS), mixing=mixing, stratified=True, global_batch=ROWS)
     optimizer = family.member(MEMBERS, config.optimizer.name).build(list(groups.values()), config.optimizer)
     begin = {role: [p.detach().clone() for p in group["params"]] for role, group in groups.items()}
     found: dict[str, float] = {}
@@ -234,7 +233,7 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
 
 
 def _walks() -> np.ndarray:
-    """Clean rows in which a token depends on the one before, so that gradients agree and there is something to learn."""
+    """Clean rows in which a token depends on the one before: there is something to learn, and gradients agree."""
     draw = np.random.default_rng(0)
     first, steps = draw.integers(0, 50, size=(ROWS, 1)), draw.integers(1, 4, size=(ROWS, LENGTH))
     return 4 + (first + np.cumsum(steps, axis=1)) % 50

@@ -68,8 +68,13 @@ def main() -> None:
             device=trained.platform.device,
         )
         for number, row in enumerate(rows.tolist(), start=1):
-            text = trained.tokenizer.decode(row)
-            print(text if arguments.count == 1 else f"[{number}] {text}")
+            text = _for_a_terminal(trained.tokenizer.decode(row))
+            print(text if arguments.count == 1 else f"[{number}] {' '.join(text.split())}")
+
+
+def _for_a_terminal(text: str) -> str:
+    """A sampled control character must not reach the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 if __name__ == "__main__":

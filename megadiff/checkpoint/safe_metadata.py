@@ -1,4 +1,4 @@
-"""The pickled index of a torch_dist checkpoint, read so that it cannot run code.
+"""The pickled parts of a torch_dist checkpoint, read so that they cannot run code.
 
 torch's `FileSystemReader.read_metadata` calls `pickle.load` on `.metadata`
 (torch/distributed/checkpoint/filesystem.py), so a hostile folder runs code on load. `refuse_hostile_metadata` reads
@@ -7,7 +7,11 @@ the same bytes first with an unpickler that knows only the classes such an index
 
 from __future__ import annotations
 
+import os
 import pickle  # noqa: TID251  only to subclass Unpickler with an allow-list
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +56,27 @@ def refuse_hostile_metadata(folder: Path) -> None:
         raise CheckpointError(f"{path} is missing: the checkpoint is damaged; take another one of the run") from None
     except Exception as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); take another checkpoint") from None
+
+
+@contextmanager
+def unpickle_plain_objects_only() -> Iterator[None]:
+    """Load shards inside this block: every `torch.load` of the process knows only tensors and plain containers.
+
+    torch's planner reads objects kept in shards, a layer's extra state, with `weights_only=False`
+    (torch/distributed/checkpoint/default_planner.py); this variable is torch's own switch over it.
+
+    Raises:
+        CheckpointError: a shard holds anything else.
+    """
+    force, unforce = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, unforce)}
+    os.environ[force] = "1"
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException is one
+        if named := re.search(r"(?i)unsupported (?:global: )?global (\S+)", str(error)):
+            raise CheckpointError(f"a shard holds an object of {named[1]}, no plain data, and was not loaded") from None
+        raise
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megadiff.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, read_manifest
-from megadiff.checkpoint.safe_metadata import refuse_hostile_metadata
+from megadiff.checkpoint.safe_metadata import refuse_hostile_metadata, unpickle_plain_objects_only
 from megadiff.errors import CheckpointError
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
@@ -108,7 +108,8 @@ def load(
             refuse_hostile_metadata(folder)
     with _failures_as(CheckpointError, f"{folder} does not fit this model"), platform.scope(), quiet():
         state, _ = _sharded_state(chunks, optimizer, topology, is_loading=True)
-        loaded = dist_checkpointing.load(state, str(folder))
+        with unpickle_plain_objects_only():
+            loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[_model_key(index, chunks)])
         if optimizer is not None:

@@ -40,11 +40,39 @@ class DataConfig(Section):
     """The word `byte`, a tokenizer.json or SentencePiece .model file, or a folder with one."""
 
 
+class RampConfig(Section):
+    """`batch.ramp: {start: 64, increment: 64, every_steps: 500}`: smaller batches first.
+
+    The size of every stage must be a multiple of micro_sequences x data-parallel ranks.
+    """
+
+    start: int = Field(gt=0)
+    """Sequences of the first steps, at most global_sequences."""
+
+    increment: int = Field(gt=0)
+    """How many sequences more with each stage, up to global_sequences."""
+
+    every_steps: int = Field(gt=0)
+    """Steps of a stage."""
+
+
 class BatchConfig(Section):
     """How many sequences make a step."""
 
     global_sequences: int = Field(gt=0)
     """Sequences in a step over all ranks; a multiple of micro_sequences x data-parallel ranks."""
 
+    ramp: RampConfig | None = None
+    """How the global batch grows to global_sequences; leave it out for the same size throughout."""
+
     micro_sequences: int = Field(gt=0)
     """Sequences that one rank takes through the model at once."""
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> BatchConfig:
+        if self.ramp is not None and self.ramp.start > self.global_sequences:
+            raise ValueError(
+                f"batch.ramp.start is {self.ramp.start}, above batch.global_sequences = {self.global_sequences}, where "
+                "the ramp ends; lower it, or leave the ramp out"
+            )
+        return self

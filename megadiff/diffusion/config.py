@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from megadiff.config.section import Section
+from megadiff.errors import ConfigError
 
 ShiftName = Literal["masked", "low_uniform", "balanced", "high_uniform", "uniform"]
 RateName = Literal["linear", "cosine", "uniform"]
+Form = Literal["snr", "time"]
+Weighting = Literal["surrogate", "elbo", "dynamic"]
 
 SHIFTS: dict[str, float] = {
     "masked": -1000.0,
@@ -29,8 +32,27 @@ SCALE_REASON = (
 )
 
 
+GAMMA_REASON = (
+    "at 0 the process does not start from clean text, and above 2 uniform tokens would have to be taken back near pure "
+    "noise, at a negative rate; 1 is the predecessor's"
+)
+
+FORM_FIELDS: dict[Form, tuple[str, ...]] = {
+    "snr": ("shift", "scale", "min_log_snr", "max_log_snr", "rate"),
+    "time": ("p_uniform", "gamma", "time_eps"),
+}
+"""The settings that belong to one form alone."""
+
+
 class NoiseConfig(Section):
-    """`noise: {shift: balanced}`: which noise, and how its levels are drawn."""
+    """`noise: {shift: balanced}`: which noise, and how its levels are drawn.
+
+    A field of the other form is refused when given, whatever its value, and left out of the resolved tree. `null` takes
+    back what a base file gave.
+    """
+
+    form: Form = "snr"
+    """snr: hybrid noise in log_snr, arXiv:2512.10858; time: its predecessor, arXiv:2503.04482, for comparison."""
 
     shift: ShiftName | float = "balanced"
     """Shift b of the uniform share u = sigmoid(scale * log_snr + shift): a number, or masked (-1000), low_uniform (-2),
@@ -48,6 +70,27 @@ class NoiseConfig(Section):
     rate: RateName = "linear"
     """How noise levels are drawn: linear (alpha = 1 - t), cosine (alpha = cos^2(pi t / 2)) or uniform in log_snr."""
 
+    p_uniform: float = Field(default=0.0, ge=0, lt=1)
+    """With `form: time`: share of uniform tokens at t = 1/2, where it is largest; 0 is pure masking."""
+
+    gamma: float = Field(default=1.0, gt=0)
+    """With `form: time`: exponent of the uniform noise c_t = B (t (1 - t))^(gamma / 2), in (0, 2]."""
+
+    time_eps: float = Field(default=1e-4, gt=0, lt=0.5)
+    """With `form: time`: t is drawn uniformly from [time_eps, 1 - time_eps]."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_takes_back(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    @field_validator("gamma")
+    @classmethod
+    def _gamma_keeps_rates_positive(cls, gamma: float) -> float:
+        if gamma > 2:
+            raise ValueError(f"gamma must be at most 2, got {gamma}: {GAMMA_REASON}")
+        return gamma
+
     @field_validator("scale")
     @classmethod
     def _scale_keeps_rates_positive(cls, scale: float) -> float:
@@ -63,6 +106,23 @@ class NoiseConfig(Section):
                 f"got {self.min_log_snr} and {self.max_log_snr}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fields_are_the_forms(self) -> NoiseConfig:
+        other: Form = "snr" if self.form == "time" else "time"
+        foreign = [name for name in FORM_FIELDS[other] if name in self.model_fields_set]
+        if foreign:
+            raise ValueError(
+                f"noise.form is {self.form}, which has no {', '.join(foreign)}: leave out what belongs to form {other} "
+                f"(or set it to null), or set noise.form to {other}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_other_form(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A resolved tree must read back as itself, so it holds no field of the other form."""
+        other: Form = "snr" if self.form == "time" else "time"
+        return {key: value for key, value in handler(self).items() if key not in FORM_FIELDS[other]}
 
     @property
     def shift_value(self) -> float:
@@ -82,17 +142,31 @@ class ObjectiveConfig(Section):
     name: Literal["gidd", "ar"] = "gidd"
     """gidd: the diffusion bound; ar: next-token cross-entropy, for comparison."""
 
-    weighting: Literal["surrogate", "elbo"] = "surrogate"
-    """surrogate: the bound's integrand without 1/p(log_snr), as in the paper; elbo: the bound itself."""
+    weighting: Weighting = "surrogate"
+    """surrogate: the bound's integrand without 1/p(log_snr), as in the paper; elbo: the bound itself; dynamic: the
+    predecessor's weights (2 at masks, 1 at uniform tokens, little at clean ones), with `noise.form: time` alone."""
 
     is_weight: float = Field(default=1.0, ge=0)
-    """Factor of the Itakura-Saito term in the surrogate; 1 is the paper's. Never applied to the reported ELBO."""
+    """Factor of the Itakura-Saito term in `loss`; 1 is the paper's. Never applied to the reported ELBO."""
 
     reduction: Literal["sum", "mean"] = "mean"
     """mean: over the noisy tokens of the global batch; sum: over them, as the released code."""
 
     stratified: bool = True
     """Spread each global batch's noise levels evenly over the schedule instead of drawing them independently."""
+
+
+def check_noise_and_objective(noise: NoiseConfig, objective: ObjectiveConfig) -> None:
+    """Refuse a weighting the noise does not have.
+
+    Raises:
+        ConfigError: dynamic weights without the time form.
+    """
+    if objective.weighting == "dynamic" and noise.form != "time":
+        raise ConfigError(
+            "objective.weighting is dynamic, which is defined by the time form alone (it needs its B), but noise.form "
+            f"is {noise.form}: set noise.form to time, or objective.weighting to surrogate or elbo"
+        )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

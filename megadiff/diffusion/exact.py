@@ -43,6 +43,11 @@ def log(x: npt.ArrayLike) -> FloatArray:
     return k * _LN2_HI + (k * _LN2_LO + 2.0 * f * _polynomial(_ATANH, f * f))
 
 
+def sqrt(x: npt.ArrayLike) -> FloatArray:
+    """Square root of x >= 0, which IEEE 754 rounds correctly."""
+    return np.sqrt(np.asarray(x, dtype=np.float64))
+
+
 def sigmoid(x: npt.ArrayLike) -> FloatArray:
     """1 / (1 + e^-x), accurate at both ends; never exactly 0."""
     return 1.0 / (1.0 + exp(-np.asarray(x, dtype=np.float64)))

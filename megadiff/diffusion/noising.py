@@ -30,7 +30,7 @@ from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import exact
 from megadiff.diffusion.conditioning import FloatArray, IntArray, Levels
 from megadiff.diffusion.config import ConditioningConfig
-from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.philox import Stream, Words, below, threshold
 from megadiff.diffusion.snr import LINEAR, Rate
 from megadiff.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ def noise_rows(
     *,
     seed: int,
     sample_index: npt.ArrayLike | Tensor,
-    mixing: HybridMixing,
+    mixing: Mixing,
     rate: Rate = LINEAR,
     conditioning: ConditioningConfig | None = None,
     stratified: bool = True,
@@ -138,7 +138,7 @@ def evaluation_noise(
     row_index: npt.ArrayLike | Tensor,
     level: int,
     num_levels: int,
-    mixing: HybridMixing,
+    mixing: Mixing,
     rate: Rate = LINEAR,
     prefix: str = "eval",
 ) -> NoisedRows:
@@ -184,7 +184,7 @@ def _noise_part(
     rows: IntArray,
     quantiles: FloatArray,
     streams: dict[str, Stream],
-    mixing: HybridMixing,
+    mixing: Mixing,
     rate: Rate,
     config: ConditioningConfig,
     pad_id: int | None,
@@ -219,7 +219,7 @@ def _levels(
     return log_snr
 
 
-def _corrupt(clean: IntArray, log_snr: npt.NDArray[np.float32], words: Words, mixing: HybridMixing) -> IntArray:
+def _corrupt(clean: IntArray, log_snr: npt.NDArray[np.float32], words: Words, mixing: Mixing) -> IntArray:
     """Draw z ~ q_lambda(. | x): keep x with probability alpha, else a uniform real token or the mask.
 
     The uniform token is any of the N real ones, x among them; the mask and padding never come up.
@@ -235,7 +235,7 @@ def _corrupt(clean: IntArray, log_snr: npt.NDArray[np.float32], words: Words, mi
 
 
 def _token_rows(
-    clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, mixing: HybridMixing
+    clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, mixing: Mixing
 ) -> tuple[IntArray, IntArray]:
     """Ids as int64 [B, L] and indices as int64 [B], checked."""
     tokens = np.asarray(clean.numpy() if isinstance(clean, Tensor) else clean).astype(np.int64, copy=False)

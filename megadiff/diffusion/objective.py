@@ -6,6 +6,8 @@ token, q = alpha e_x + beta pi and qhat = alpha p + beta pi, where p is the soft
     loss = w ( KL(q || qhat) + is_weight IS(q_z, qhat_z) )      IS(s, r) = s / r - log(s / r) - 1
     elbo = w / p(lambda) ( KL(q || qhat) + IS(q_z, qhat_z) )    (arXiv:2512.10858, proposition 1)
 
+With `weighting: dynamic` the predecessor's training weights stand in the place of w in `loss`.
+
 q and qhat are never formed: at V = 131072 their divergence is the difference of two sums of order 1 that agree to
 three digits and more. With rho = alpha / c, c = beta u / N and y_v = rho p_v, everything follows from three numbers a
 token (`VocabularySums`), made of two sums over the vocabulary that leave out x and the mask. Leaving x out is what
@@ -21,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megadiff.diffusion import snr
-from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.config import Weighting
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.snr import LINEAR, Rate
 
 LOG_RHO_LIMIT = 69.0
@@ -35,7 +38,7 @@ class Terms(NamedTuple):
     """Per-token values, all of one shape and not reduced; nats but for `weight`."""
 
     loss: Tensor
-    """w (kl + is_weight is_div): the surrogate that is optimised."""
+    """w (kl + is_weight is_div): the surrogate that is optimised, or the same with dynamic weights."""
     elbo: Tensor
     """w / p(lambda) (kl + is_div): the bound's integrand, what is reported."""
     kl: Tensor
@@ -44,6 +47,10 @@ class Terms(NamedTuple):
     """IS(q_z, qhat_z), without the weight; 0 where z is the mask."""
     weight: Tensor
     """w; its mean over z is beta."""
+
+
+OPTIMISED: dict[str, str] = {"surrogate": "loss", "elbo": "elbo", "dynamic": "loss"}
+"""The term that each weighting optimises."""
 
 
 class VocabularySums(NamedTuple):
@@ -63,9 +70,10 @@ def gidd_objective(
     noised: Tensor,
     log_snr: Tensor,
     *,
-    mixing: HybridMixing,
+    mixing: Mixing,
     is_weight: float = 1.0,
     rate: Rate = LINEAR,
+    weighting: Weighting = "surrogate",
 ) -> Terms:
     """The objective's terms for every token, differentiable in the logits.
 
@@ -78,12 +86,14 @@ def gidd_objective(
         is_weight: factor of the Itakura-Saito term in `loss`, 1 in the paper.
         rate: whose density p(lambda) divides `elbo`; the default is the paper's linear rate on [-9, 9], as there not
             renormalised (see `Rate.density`).
+        weighting: dynamic puts `mixing.dynamic_weight` in the place of w in `loss`; nothing else changes.
 
     Returns:
         Terms of [B, L], float32 (float64 for float64 logits), not reduced: the caller divides by a global count.
 
     Raises:
-        ValueError: shapes that do not follow `clean`, or fewer logits than the vocabulary.
+        ValueError: shapes that do not follow `clean`, fewer logits than the vocabulary, or no such weighting.
+        ConfigError: dynamic weights where the noise has none.
     """
     check_token_shapes(clean, noised, log_snr)
     if logits.shape[:-1] != clean.shape or logits.shape[-1] < mixing.vocab_size:
@@ -94,7 +104,9 @@ def gidd_objective(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_snr = log_snr.to(dtype)
     sums = _vocabulary_sums(logits.to(dtype), clean, noised, log_snr, mixing)
-    return terms_from_sums(sums, clean, noised, log_snr, mixing=mixing, is_weight=is_weight, rate=rate)
+    return terms_from_sums(
+        sums, clean, noised, log_snr, mixing=mixing, is_weight=is_weight, rate=rate, weighting=weighting
+    )
 
 
 def terms_from_sums(
@@ -103,9 +115,10 @@ def terms_from_sums(
     noised: Tensor,
     log_snr: Tensor,
     *,
-    mixing: HybridMixing,
+    mixing: Mixing,
     is_weight: float = 1.0,
     rate: Rate = LINEAR,
+    weighting: Weighting = "surrogate",
 ) -> Terms:
     """The objective from its sums over the vocabulary, all in the shape of `clean`; differentiable in the sums.
 
@@ -116,6 +129,8 @@ def terms_from_sums(
 
     Where log rho passes LOG_RHO_LIMIT: KL = -alpha log p_x, and only masks weigh.
     """
+    if weighting not in OPTIMISED:
+        raise ValueError(f"weighting must be one of {', '.join(OPTIMISED)}, got {weighting!r}")
     alpha, log_rho = snr.alpha(log_snr), mixing.log_rho(log_snr)
     is_mask, is_kept = noised == mixing.mask_id, noised == clean
     zero = torch.zeros_like(alpha)
@@ -138,8 +153,9 @@ def terms_from_sums(
         is_div = torch.where(is_limit, masked_is, torch.where(is_kept, is_kept_div, is_other_div))
     is_div = torch.where(is_mask, zero, is_div)
     density = rate.density(log_snr)
+    training_weight = mixing.dynamic_weight(log_snr, clean, noised) if weighting == "dynamic" else weight
     return Terms(
-        loss=weight * (kl + is_weight * is_div),
+        loss=training_weight * (kl + is_weight * is_div),
         elbo=weight / density * (kl + is_div),
         kl=kl,
         is_div=is_div,
@@ -165,9 +181,7 @@ def log1p_exp(x: Tensor) -> Tensor:
     return functional.softplus(x, threshold=40.0)
 
 
-def _vocabulary_sums(
-    logits: Tensor, clean: Tensor, noised: Tensor, log_snr: Tensor, mixing: HybridMixing
-) -> VocabularySums:
+def _vocabulary_sums(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: Tensor, mixing: Mixing) -> VocabularySums:
     ids = torch.arange(logits.shape[-1], device=logits.device)
     unreal = (ids == mixing.mask_id) | (ids >= mixing.vocab_size)
     real = logits.masked_fill(unreal, _NEVER)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megadiff.diffusion import exact
 from megadiff.diffusion.config import NoiseConfig
+from megadiff.diffusion.time_process import TimeProcess
 from megadiff.errors import ConfigError
 
 
@@ -134,6 +135,43 @@ class UniformRate(Rate):
         return 1.0
 
 
+@dataclass(frozen=True)
+class TimeRate(Rate):
+    """t uniform on [time_eps, 1 - time_eps] in the predecessor's process; its interval of lambda follows."""
+
+    min_log_snr: float = field(init=False)
+    max_log_snr: float = field(init=False)
+    process: TimeProcess
+    time_eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_eps < 0.5:
+            raise ConfigError(f"noise.time_eps must lie between 0 and 0.5, got {self.time_eps}")
+        rest = 1.0 - self.time_eps
+        object.__setattr__(self, "min_log_snr", float(self.process.log_snr(rest, self.time_eps)))
+        object.__setattr__(self, "max_log_snr", float(self.process.log_snr(self.time_eps, rest)))
+        super().__post_init__()
+
+    def log_snr(self, u: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Lambda at t and 1 - t, both linear in u and neither made from the other."""
+        u = np.asarray(u, dtype=np.float64)
+        low, high = self.time_eps, 1.0 - self.time_eps
+        log_snr = self.process.log_snr(low * (1.0 - u) + high * u, high * (1.0 - u) + low * u)
+        return np.clip(log_snr, self.min_log_snr, self.max_log_snr)
+
+    def density(self, log_snr: Tensor) -> Tensor:
+        """|dt / d lambda| = t (1 - t) / (1 - u (1 - w)) (see `time_process`): t uniform on all of (0, 1)."""
+        s = self.process.logit_t(log_snr.double(), torch)
+        rest = 1.0 - self.process.w(s, torch)
+        u = torch.sigmoid(self.process.logit_u(s, torch))
+        return (torch.sigmoid(s) * torch.sigmoid(-s) / (1.0 - u * rest)).to(log_snr.dtype)
+
+    @property
+    def mass(self) -> float:
+        """1 - 2 time_eps."""
+        return 1.0 - 2.0 * self.time_eps
+
+
 LINEAR = LinearRate()
 """The paper's rate on [-9, 9]."""
 
@@ -142,6 +180,8 @@ RATES: dict[str, type[Rate]] = {"linear": LinearRate, "cosine": CosineRate, "uni
 
 def rate_from(config: NoiseConfig) -> Rate:
     """The rate a run description asks for."""
+    if config.form == "time":
+        return TimeRate(TimeProcess(config.p_uniform, config.gamma), config.time_eps)
     return RATES[config.rate](config.min_log_snr, config.max_log_snr)
 
 

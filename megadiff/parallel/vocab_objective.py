@@ -15,15 +15,17 @@ logits and their gradient is ever made.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.config import Weighting
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.objective import (
     LOG_RHO_LIMIT,
+    OPTIMISED,
     Terms,
     VocabularySums,
     check_token_shapes,
@@ -39,14 +41,14 @@ def vocab_parallel_objective(
     noised: Tensor,
     log_snr: Tensor,
     *,
-    mixing: HybridMixing,
+    mixing: Mixing,
     rate: Rate = LINEAR,
     is_weight: float = 1.0,
     group: torch.distributed.ProcessGroup | None = None,
     vocab_start: int = 0,
     chunk_tokens: int = 256,
     needed: Tensor | None = None,
-    weighting: Literal["surrogate", "elbo"] = "surrogate",
+    weighting: Weighting = "surrogate",
     overwrite_logits: bool = False,
 ) -> Terms:
     """`gidd_objective` for logits of which this rank holds the columns [vocab_start, vocab_start + V / tp).
@@ -61,7 +63,8 @@ def vocab_parallel_objective(
         chunk_tokens: tokens worked on at a time; memory beyond the logits and their gradient grows with this alone.
         needed: [...] bool, tokens that count, the same on every rank; the rest give 0 everywhere and are not computed.
             Under masked noise only masks are computed either way (any other token has weight 0).
-        weighting: which term carries the gradient, `loss` (surrogate) or `elbo`; all others come detached.
+        weighting: which term carries the gradient, `elbo` or `loss` (surrogate, or dynamic: with those weights in it);
+            all others come detached.
         overwrite_logits: let the backward pass write the gradient into the logits' own memory. Only for logits nobody
             reads again.
 
@@ -69,14 +72,16 @@ def vocab_parallel_objective(
         Terms of [...], float32, the same on every rank. A token that was not computed has 0 in every field.
 
     Raises:
-        ValueError: shapes that do not agree, a chunk below 1.
+        ValueError: shapes that do not agree, a chunk below 1, no such weighting.
+        ConfigError: dynamic weights where the noise has none.
     """
     _check(logits_shard, clean, noised, log_snr, needed, chunk_tokens)
     shape, dtype = clean.shape, torch.float64 if logits_shard.dtype == torch.float64 else torch.float32
-    tokens = _Tokens(clean.reshape(-1), noised.reshape(-1), log_snr.reshape(-1).to(dtype))
-    computed = _computed(tokens, mixing, None if needed is None else needed.reshape(-1))
+    x, z, level = clean.reshape(-1), noised.reshape(-1), log_snr.reshape(-1).to(dtype)
+    computed = _computed(z, mixing, None if needed is None else needed.reshape(-1))
     if computed is not None:
-        tokens = tokens.at(computed)
+        x, z, level = x[computed], z[computed], level[computed]
+    tokens = _Tokens(x, z, level, rho=torch.exp(mixing.log_rho(level).clamp(max=LOG_RHO_LIMIT)))
     if group is not None and torch.distributed.get_world_size(group) == 1:
         group = None
     shard = _Shard(group, vocab_start, mixing, chunk_tokens, computed, overwrite_logits)
@@ -89,22 +94,20 @@ def vocab_parallel_objective(
         mixing=mixing,
         is_weight=is_weight,
         rate=rate,
+        weighting=weighting,
     )
-    optimised = "loss" if weighting == "surrogate" else "elbo"
-    terms = Terms(*(t if name == optimised else t.detach() for name, t in terms._asdict().items()))
+    terms = Terms(*(t if name == OPTIMISED[weighting] else t.detach() for name, t in terms._asdict().items()))
     return Terms(*(_scatter(term, computed, shape) for term in terms))
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Ids and levels of the tokens computed, each [n]."""
+    """Ids and levels of the tokens computed, each [n], and rho with its logarithm held to LOG_RHO_LIMIT."""
 
     clean: Tensor
     noised: Tensor
     log_snr: Tensor
-
-    def at(self, index: Tensor) -> _Tokens:
-        return _Tokens(self.clean[index], self.noised[index], self.log_snr[index])
+    rho: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class _Shard:
 
     group: torch.distributed.ProcessGroup | None
     vocab_start: int
-    mixing: HybridMixing
+    mixing: Mixing
     chunk_tokens: int
     computed: Tensor | None
     """Rows of the logits to compute, [n]; None for all of them."""
@@ -204,7 +207,7 @@ def _chunk_sums(logits: Tensor, tokens: _Tokens, shard: _Shard, part: slice) -> 
     other, at_clean, at_noised = shard.reduce(values.sum(dim=-1), at_clean, at_noised)
     if shard.mixing.is_masked_limit:
         return torch.stack((top, other, at_clean, at_noised, zero, zero))
-    values *= (_rho(tokens.log_snr[part], shard) / (other + torch.exp(at_clean))).unsqueeze(-1)
+    values *= (tokens.rho[part] / (other + torch.exp(at_clean))).unsqueeze(-1)
     log1p_sum = torch.log1p(values).sum(dim=-1)
     share_sum = values.div_(values + 1.0).sum(dim=-1)
     log1p_sum, share_sum = shard.reduce(log1p_sum, share_sum)
@@ -227,7 +230,7 @@ def _chunk_gradient(
     if shard.mixing.is_masked_limit:
         values *= scale.unsqueeze(-1)
     else:
-        share = values * (_rho(tokens.log_snr[part], shard) / total).unsqueeze(-1)
+        share = values * (tokens.rho[part] / total).unsqueeze(-1)
         share.div_(share + 1.0)
         values = values.mul_(scale.unsqueeze(-1)).addcmul_(share, g_t.unsqueeze(-1))
     x_column, x_here = shard.place(clean, logits.shape[-1])
@@ -252,14 +255,10 @@ def _check(
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
 
 
-def _rho(log_snr: Tensor, shard: _Shard) -> Tensor:
-    return torch.exp(shard.mixing.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
-
-
-def _computed(tokens: _Tokens, mixing: HybridMixing, needed: Tensor | None) -> Tensor | None:
+def _computed(noised: Tensor, mixing: Mixing, needed: Tensor | None) -> Tensor | None:
     """Indices of the tokens worth computing, or None for all."""
     if mixing.is_masked_limit:
-        is_mask = tokens.noised == mixing.mask_id
+        is_mask = noised == mixing.mask_id
         needed = is_mask if needed is None else needed & is_mask
     return None if needed is None else needed.nonzero().squeeze(-1)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion import snr
-from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.philox import Stream, below, unit_interval
 from megadiff.sampling.prediction import Prediction, draw_tokens, predict
 
@@ -34,7 +34,7 @@ OnStep = Callable[[int, float, Tensor], None]
 
 
 def reverse_posterior(
-    probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: HybridMixing
+    probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: Mixing
 ) -> Tensor:
     """p(z_s | z_t) under the predicted clean distribution.
 
@@ -74,7 +74,7 @@ def sample(
     rows: int,
     length: int,
     steps: int,
-    mixing: HybridMixing,
+    mixing: Mixing,
     seed: int,
     grid: Literal["cosine", "linear"] = "cosine",
     min_log_snr: float = -9.0,
@@ -130,7 +130,7 @@ def sample(
 
 
 def reverse_step(
-    prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, mixing: HybridMixing
+    prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, mixing: Mixing
 ) -> Tensor:
     """Draw z_s ~ `reverse_posterior` for every token, [B, L], from three uniform numbers a token, [3, B, L].
 
@@ -177,7 +177,7 @@ def level_grid(
     return levels
 
 
-def prior(rows: Tensor, length: int, log_snr: float, *, mixing: HybridMixing, seed: int) -> Tensor:
+def prior(rows: Tensor, length: int, log_snr: float, *, mixing: Mixing, seed: int) -> Tensor:
     """Noise to start from, [B, length]: masks or uniform real tokens by pi at this level; `rows` [B] keys the draws."""
     words = Stream(seed, "sample/prior").words(rows.cpu().numpy().astype(np.int64), length)
     token = below(words[2], words[3], mixing.num_real).astype(np.int64)
@@ -192,7 +192,7 @@ def _walk(
     ids: Tensor,
     fixed: Tensor,
     levels: list[float],
-    mixing: HybridMixing,
+    mixing: Mixing,
     *,
     reuse_logits: bool,
     on_step: OnStep | None,
@@ -218,7 +218,7 @@ def _walk(
 def _start(
     rows: int,
     length: int,
-    mixing: HybridMixing,
+    mixing: Mixing,
     log_snr: float,
     seed: int,
     index: Tensor,
@@ -239,7 +239,7 @@ def _start(
     return fixed.to(device), ids.to(device)
 
 
-def _kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, mixing: HybridMixing) -> tuple[Tensor, Tensor]:
+def _kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor]:
     """alpha_{t|s} and (beta pi)_{t|s}[z_t], the latter >= 0, both [...]."""
     keep = snr.alpha(at_t) / snr.alpha(at_s)
     fresh = snr.beta(at_t) * mixing.pi_at(at_t, ids) - keep * snr.beta(at_s) * mixing.pi_at(at_s, ids)

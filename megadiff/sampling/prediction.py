@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.mixing_base import Mixing
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Prediction:
 
 def predict(
     logits: Tensor,
-    mixing: HybridMixing,
+    mixing: Mixing,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
+from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig, check_noise_and_objective
+from megadiff.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -44,11 +45,43 @@ def test_the_defaults_are_the_papers():
         ({"shift": "mask"}, "masked"),
         ({"rate": "sqrt"}, "linear"),
         ({"schift": 1}, "Extra inputs"),
+        ({"form": "time", "shift": "balanced"}, "noise.form is time, which has no shift: leave out .* to null"),
+        ({"form": "time", "scale": 1, "rate": "cosine"}, "which has no scale, rate"),
+        ({"form": "time", "min_log_snr": -9}, "which has no min_log_snr"),
+        ({"p_uniform": 0.0}, "noise.form is snr, which has no p_uniform: .* set noise.form to time"),
+        ({"form": "snr", "gamma": 1, "time_eps": 1e-3}, "which has no gamma, time_eps"),
+        ({"form": "time", "p_uniform": 1}, "less than 1"),
+        ({"form": "time", "gamma": 3}, "gamma must be at most 2, got 3.0: .* negative rate"),
+        ({"form": "time", "time_eps": 0.5}, "less than 0.5"),
+        ({"form": "logit"}, "snr"),
     ],
 )
 def test_noise_that_cannot_be_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         NoiseConfig.model_validate(settings)
+
+
+def test_null_takes_a_setting_back():
+    base = {"shift": "uniform", "rate": "linear", "min_log_snr": -9}
+    noise = NoiseConfig.model_validate({**base, "form": "time", **dict.fromkeys(base)})
+    assert noise == NoiseConfig.model_validate({"form": "time"})
+
+
+@pytest.mark.parametrize("given", [{}, {"shift": 2.5, "rate": "cosine"}, {"form": "time", "p_uniform": 0.2}])
+def test_resolved_noise_reads_back_as_itself_and_holds_one_form(given):
+    noise = NoiseConfig.model_validate(given)
+    for mode in ("python", "json"):
+        assert NoiseConfig.model_validate(noise.model_dump(mode=mode)) == noise
+    assert ("shift" in noise.model_dump()) == (noise.form == "snr")
+    assert ("p_uniform" in noise.model_dump()) == (noise.form == "time")
+
+
+def test_dynamic_weights_need_the_time_form():
+    objective = ObjectiveConfig(weighting="dynamic")
+    check_noise_and_objective(NoiseConfig(form="time"), objective)
+    check_noise_and_objective(NoiseConfig(), ObjectiveConfig(weighting="elbo"))
+    with pytest.raises(ConfigError, match=r"weighting is dynamic, .* but noise.form is snr: set noise.form to time"):
+        check_noise_and_objective(NoiseConfig(), objective)
 
 
 def test_presets_are_the_code_and_the_text_of_the_paper():

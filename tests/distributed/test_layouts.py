@@ -51,17 +51,24 @@ GIDD = {
     "optimizer__parametrisation": "completep",
     "conditioning__independent": 0.5,
     "conditioning__empty": 0.2,
+    "conditioning__prompt": 0.5,
+    "conditioning__prompt_attention": "causal",
     "objective__reduction": "sum",
     "eval__rows": 5,
 }
 BF16 = {"precision__compute": "bf16", "schedule__steps": 6}
-VARIANTS = {**PLAIN, "gidd": GIDD, "bf16": BF16}
+NEXT_TOKEN = {"objective__name": "ar"}
+VARIANTS = {**PLAIN, "gidd": GIDD, "next_token": NEXT_TOKEN, "bf16": BF16}
 
 GIDD_LAYOUTS = ("tp2_sp", "pp2", "dp2_distopt", *EIGHT_RANKS)
 BF16_LAYOUTS = {"dp2_distopt": 1e-6, "pp2": 1e-6, "tp2": 1e-2}
 """Each with the relative difference allowed: what is cut by rows or layers adds up in the same order."""
 
-CASES = [(layout, noise) for layout in LAYOUTS for noise in NOISES] + [(layout, "gidd") for layout in GIDD_LAYOUTS]
+CASES = [
+    *((layout, noise) for layout in LAYOUTS for noise in NOISES),
+    *((layout, "gidd") for layout in GIDD_LAYOUTS),
+    *((layout, "next_token") for layout in ("tp2_sp", "pp2_vp2")),
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,7 @@ COMPARED = ("loss", "elbo", "kl", "is", "mean_weight", "grad_norm", "lr")
 def description(toy_corpus, tmp_path_factory):
     """The run's tree and file."""
     folder = tmp_path_factory.mktemp("end_to_end")
-    tree = toy_tree(
-        toy_corpus, folder, model__layers=2, schedule__steps=STEPS, checkpoint__every=EVERY, data__valid=[]
-    )
+    tree = toy_tree(toy_corpus, folder, model__layers=2, schedule__steps=STEPS, checkpoint__every=EVERY, data__valid=[])
     return tree, write_yaml(folder / "toy.yaml", tree)
 
 
@@ -41,7 +39,7 @@ def training_lines(folder):
 
 
 def test_a_run_killed_between_two_checkpoints_goes_on_to_the_same_curve(description, uninterrupted, tmp_path):
-    tree, path = description
+    _, path = description
     command = ("pretrain_dlm.py", "--config", path, f"output_dir={tmp_path}")
     folder = tmp_path / "toy"
     first = start(*command)
@@ -64,7 +62,7 @@ def test_a_run_killed_between_two_checkpoints_goes_on_to_the_same_curve(descript
 
 
 def test_a_tensor_rank_killed_under_torchrun_goes_on_as_one_process(description, uninterrupted, tmp_path):
-    tree, path = description
+    _, path = description
     folder = tmp_path / "toy"
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     first = start(*launch, "pretrain_dlm.py", "--config", path, f"output_dir={tmp_path}", "parallel.tensor=2")
@@ -84,7 +82,7 @@ def test_a_tensor_rank_killed_under_torchrun_goes_on_as_one_process(description,
 
 
 def test_a_folder_in_use_is_refused_and_ctrl_c_ends_with_130(description, tmp_path):
-    tree, path = description
+    _, path = description
     command = ("pretrain_dlm.py", "--config", path, f"output_dir={tmp_path}", "schedule.steps=1000000")
     first = start(*command)
     wait_for_step(tmp_path / "toy", 1, first)

@@ -1,4 +1,6 @@
-"""Write noise_hashes.json: SHA-256 of the bits of noised rows. Run from the repository root, and only on purpose:
+"""Write noise_hashes.json and time_noise_hashes.json: SHA-256 of the bits of noised rows.
+
+Run from the repository root, and only on purpose:
 
     .venv/bin/python tests/golden/make_noise_hashes.py
 
@@ -16,9 +18,12 @@ import numpy as np
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noising import NoisedRows, evaluation_noise, noise_rows
-from megadiff.diffusion.snr import RATES
+from megadiff.diffusion.snr import RATES, TimeRate
+from megadiff.diffusion.time_mixing import TimeMixing
+from megadiff.diffusion.time_process import TimeProcess
 
 FILE = Path(__file__).with_name("noise_hashes.json")
+TIME_FILE = Path(__file__).with_name("time_noise_hashes.json")
 VOCAB, MASK, PAD, LENGTH = 131072, 3, 2, 512
 SHIFTS = [-1000.0, -2.0, 0.0, 2.0, 1000.0]
 CONDITIONINGS = {
@@ -72,5 +77,26 @@ def make() -> dict[str, dict[str, str]]:
     return hashes
 
 
+def make_time() -> dict[str, dict[str, str]]:
+    """The same for the time form."""
+    hashes, rows = {}, np.arange(16)
+    for p_uniform, gamma in ((0.0, 1.0), (0.2, 1.0), (0.2, 0.5)):
+        process = TimeProcess(p_uniform, gamma)
+        for name, settings in CONDITIONINGS.items():
+            noised = noise_rows(
+                clean_rows(rows),
+                seed=0,
+                sample_index=rows,
+                mixing=TimeMixing(VOCAB, MASK, process),
+                rate=TimeRate(process),
+                conditioning=ConditioningConfig.model_validate(settings),
+                global_batch=24,
+                pad_id=PAD,
+            )
+            hashes[f"p_uniform {p_uniform:g}, gamma {gamma:g}, conditioning {name}"] = digest(noised)
+    return hashes
+
+
 if __name__ == "__main__":
     FILE.write_text(json.dumps(make(), indent=1) + "\n")
+    TIME_FILE.write_text(json.dumps(make_time(), indent=1) + "\n")

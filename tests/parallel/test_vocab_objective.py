@@ -11,17 +11,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.objective import Terms, gidd_objective
-from megadiff.diffusion.snr import UniformRate
+from megadiff.diffusion.snr import TimeRate, UniformRate
+from megadiff.diffusion.time_mixing import TimeMixing
+from megadiff.diffusion.time_process import TimeProcess
+from megadiff.errors import ConfigError
 from megadiff.parallel.vocab_objective import vocab_parallel_objective
 from tests.support.ranks import on_ranks
 
 VOCAB, MASK, TOKENS = 61, 5, 70
-SHIFTS = [-1000.0, -75.0, 0.0, 1000.0]
+MIXES: dict[str, Mixing] = {
+    **{f"shift {shift:g}": HybridMixing(VOCAB, MASK, shift) for shift in (-1000.0, -75.0, 0.0, 1000.0)},
+    "time": TimeMixing(VOCAB, MASK, TimeProcess(0.3)),
+    "masked time": TimeMixing(VOCAB, MASK, TimeProcess()),
+}
+ONLY_MASKS = ("shift -1000", "shift -75", "masked time")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def batch(shift: float, dtype: torch.dtype, width: int) -> tuple[torch.Tensor, ...]:
+def batch(mix: str, dtype: torch.dtype, width: int) -> tuple[torch.Tensor, ...]:
     """Logits [T, width] (columns from VOCAB on are padding), x, z, lambda, and an upstream gradient."""
     g = torch.Generator().manual_seed(3)
     logits = torch.randn(TOKENS, width, generator=g, dtype=torch.float64) * 3
@@ -34,26 +43,26 @@ def batch(shift: float, dtype: torch.dtype, width: int) -> tuple[torch.Tensor, .
     other += other >= MASK
     kind = torch.rand(TOKENS, generator=g)
     noised = torch.where(kind < 0.3, clean, torch.where(kind < 0.6, MASK, other))
-    if shift < -50:
+    if mix in ONLY_MASKS:
         noised = torch.where(kind < 0.4, clean, MASK)
-    if shift == 1000:
+    if mix == "shift 1000":
         noised = torch.where(noised == MASK, clean, noised)
     log_snr = torch.rand(TOKENS, generator=g, dtype=torch.float64) * 18 - 9
     return logits.to(dtype), clean, noised, log_snr, torch.rand(TOKENS, generator=g, dtype=torch.float64)
 
 
-def reference(shift: float, dtype: torch.dtype, width: int, *, elbo: bool = False) -> tuple[Terms, torch.Tensor]:
-    logits, clean, noised, log_snr, upstream = batch(shift, dtype, width)
+def reference(mix: str, dtype: torch.dtype, width: int, **kwargs: Any) -> tuple[Terms, torch.Tensor]:
+    logits, clean, noised, log_snr, upstream = batch(mix, dtype, width)
     leaf = logits.requires_grad_()
-    terms = gidd_objective(leaf, clean, noised, log_snr, mixing=HybridMixing(VOCAB, MASK, shift))
-    ((terms.elbo if elbo else terms.loss) * upstream).sum().backward()
+    terms = gidd_objective(leaf, clean, noised, log_snr, mixing=MIXES[mix], **kwargs)
+    ((terms.elbo if kwargs.get("weighting") == "elbo" else terms.loss) * upstream).sum().backward()
     assert leaf.grad is not None
     return Terms(*(t.detach() for t in terms)), leaf.grad
 
 
-def sharded(shift: float, dtype: torch.dtype, width: int, **kwargs: Any) -> tuple[Terms, torch.Tensor]:
+def sharded(mix: str, dtype: torch.dtype, width: int, **kwargs: Any) -> tuple[Terms, torch.Tensor]:
     """This rank's terms and gradient, for the columns the rank holds of `width`."""
-    logits, clean, noised, log_snr, upstream = batch(shift, dtype, width)
+    logits, clean, noised, log_snr, upstream = batch(mix, dtype, width)
     group, size, rank = None, 1, 0
     if torch.distributed.is_initialized():
         group, size, rank = (
@@ -63,9 +72,8 @@ def sharded(shift: float, dtype: torch.dtype, width: int, **kwargs: Any) -> tupl
         )
     start = rank * (width // size)
     leaf = logits[:, start : start + width // size].clone().requires_grad_()
-    mixing = HybridMixing(VOCAB, MASK, shift)
     terms = vocab_parallel_objective(
-        leaf, clean, noised, log_snr, mixing=mixing, group=group, vocab_start=start, **kwargs
+        leaf, clean, noised, log_snr, mixing=MIXES[mix], group=group, vocab_start=start, **kwargs
     )
     ((terms.elbo if kwargs.get("weighting") == "elbo" else terms.loss) * upstream).sum().backward()
     assert leaf.grad is not None
@@ -87,8 +95,8 @@ def close(got: Terms, grad: torch.Tensor, want: Terms, want_grad: torch.Tensor, 
 
 
 CASES = [
-    (shift, dtype, chunk)
-    for shift in SHIFTS
+    (mix, dtype, chunk)
+    for mix in MIXES
     for dtype, chunk in ((torch.float32, 1), (torch.float64, 7), (torch.bfloat16, 7), (torch.float32, 64))
 ]
 
@@ -96,8 +104,8 @@ CASES = [
 def every_case(width: int) -> list[tuple[list[npt.NDArray[Any]], npt.NDArray[Any]]]:
     """Terms and gradient of each of CASES, as arrays (tensors do not outlive the rank that made them)."""
     results = []
-    for shift, dtype, chunk in CASES:
-        terms, grad = sharded(shift, dtype, width, chunk_tokens=chunk)
+    for mix, dtype, chunk in CASES:
+        terms, grad = sharded(mix, dtype, width, chunk_tokens=chunk)
         results.append(([term.numpy() for term in terms], grad.double().numpy()))
     return results
 
@@ -107,12 +115,12 @@ def every_case(width: int) -> list[tuple[list[npt.NDArray[Any]], npt.NDArray[Any
 def test_shards_and_chunks_change_neither_value_nor_gradient(ranks, width):
     """Width 64 pads the last rank, width 128 leaves whole ranks with nothing but padding."""
     results = on_ranks(ranks, every_case, width)
-    for (shift, dtype, _), by_rank in zip(CASES, zip(*results, strict=True), strict=True):
+    for (mix, dtype, _), by_rank in zip(CASES, zip(*results, strict=True), strict=True):
         terms, _ = by_rank[0]
         for others, _ in by_rank[1:]:
             assert all((a == b).all() for a, b in zip(terms, others, strict=True)), "ranks disagree"
         grad = torch.from_numpy(np.concatenate([part for _, part in by_rank], axis=1))
-        want, want_grad = reference(shift, dtype, width)
+        want, want_grad = reference(mix, dtype, width)
         close(Terms(*map(torch.from_numpy, terms)), grad, want, want_grad.double(), dtype)
         assert float(grad[:, VOCAB:].abs().max()) == 0
         assert float(grad[:, MASK].abs().max()) == 0
@@ -120,28 +128,48 @@ def test_shards_and_chunks_change_neither_value_nor_gradient(ranks, width):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shift", SHIFTS)
-def test_one_process_needs_no_group(shift, dtype, chunk):
-    terms, grad = sharded(shift, dtype, 64, chunk_tokens=chunk)
-    close(terms, grad, *reference(shift, dtype, 64), dtype)
+@pytest.mark.parametrize("mix", MIXES)
+def test_one_process_needs_no_group(mix, dtype, chunk):
+    terms, grad = sharded(mix, dtype, 64, chunk_tokens=chunk)
+    close(terms, grad, *reference(mix, dtype, 64), dtype)
     if dtype == torch.float64:
         assert float(grad.sum(-1).abs().max()) < 1e-12, "rows of the gradient must add up to 0"
 
 
-@pytest.mark.parametrize("shift", SHIFTS)
-def test_the_elbo_can_be_what_is_optimised(shift):
-    terms, grad = sharded(shift, torch.float64, 64, weighting="elbo")
-    want, want_grad = reference(shift, torch.float64, 64, elbo=True)
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_elbo_can_be_what_is_optimised(mix):
+    terms, grad = sharded(mix, torch.float64, 64, weighting="elbo")
+    want, want_grad = reference(mix, torch.float64, 64, weighting="elbo")
     torch.testing.assert_close(terms.elbo, want.elbo, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, want_grad, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("mix", ["time", "masked time"])
+def test_dynamic_weights_are_optimised_as_in_the_reference(mix, chunk):
+    kwargs: dict[str, Any] = {"rate": TimeRate(TimeProcess(0.3)), "weighting": "dynamic"}
+    terms, grad = sharded(mix, torch.float64, 64, chunk_tokens=chunk, **kwargs)
+    want, want_grad = reference(mix, torch.float64, 64, **kwargs)
+    plain, _ = reference(mix, torch.float64, 64)
+    close(terms, grad, want, want_grad, torch.float64)
+    assert float((want.loss - plain.loss).abs().max()) > 0.1
+    torch.testing.assert_close(want.weight, plain.weight, rtol=0, atol=0)
+
+
+def test_a_weighting_that_is_not_is_refused():
+    logits, clean, noised, log_snr, _ = batch("shift 0", torch.float32, 64)
+    with pytest.raises(ConfigError, match="dynamic is defined by the time form alone"):
+        vocab_parallel_objective(logits, clean, noised, log_snr, mixing=MIXES["shift 0"], weighting="dynamic")
+    with pytest.raises(ValueError, match="weighting must be one of surrogate, elbo, dynamic, got 'none'"):
+        vocab_parallel_objective(logits, clean, noised, log_snr, mixing=MIXES["shift 0"], weighting="none")  # type: ignore
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("shift", SHIFTS)
-def test_tokens_that_do_not_count_cost_nothing_and_get_no_gradient(shift, overwrite):
+@pytest.mark.parametrize("mix", MIXES)
+def test_tokens_that_do_not_count_cost_nothing_and_get_no_gradient(mix, overwrite):
     needed = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1)) < 0.6
-    terms, grad = sharded(shift, torch.float64, 64, needed=needed, chunk_tokens=9, overwrite_logits=overwrite)
-    want, want_grad = reference(shift, torch.float64, 64)
+    terms, grad = sharded(mix, torch.float64, 64, needed=needed, chunk_tokens=9, overwrite_logits=overwrite)
+    want, want_grad = reference(mix, torch.float64, 64)
     torch.testing.assert_close(terms.loss, want.loss * needed, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, want_grad * needed[:, None], rtol=1e-9, atol=1e-12)
     for term in terms:
@@ -161,7 +189,7 @@ def test_a_batch_without_a_masked_token_gives_zero_and_finite_gradients():
 
 def test_leading_axes_in_any_order_are_kept():
     """Megatron's logits come sequence first, and ids as transposed views."""
-    logits, clean, noised, log_snr, _ = batch(0.0, torch.float32, 64)
+    logits, clean, noised, log_snr, _ = batch("shift 0", torch.float32, 64)
     mixing = HybridMixing(VOCAB, MASK, 0.0)
     flat = vocab_parallel_objective(logits, clean, noised, log_snr, mixing=mixing)
     rows = [part.reshape(10, 7).t().contiguous().t() for part in (clean, noised, log_snr)]
@@ -172,7 +200,7 @@ def test_leading_axes_in_any_order_are_kept():
 
 
 def test_only_the_optimised_term_carries_a_gradient():
-    logits, clean, noised, log_snr, _ = batch(0.0, torch.float32, 64)
+    logits, clean, noised, log_snr, _ = batch("shift 0", torch.float32, 64)
     leaf = logits.requires_grad_()
     mixing = HybridMixing(VOCAB, MASK, 0.0)
     for weighting, optimised in (("surrogate", "loss"), ("elbo", "elbo")):
@@ -181,7 +209,7 @@ def test_only_the_optimised_term_carries_a_gradient():
 
 
 def test_overwriting_writes_the_gradient_into_the_logits():
-    logits, clean, noised, log_snr, _ = batch(0.0, torch.float32, 64)
+    logits, clean, noised, log_snr, _ = batch("shift 0", torch.float32, 64)
     leaf = logits.clone().requires_grad_()
     made = leaf * 1.0
     terms = vocab_parallel_objective(
@@ -193,7 +221,7 @@ def test_overwriting_writes_the_gradient_into_the_logits():
 
 
 def test_rate_and_is_weight_reach_their_terms():
-    logits, clean, noised, log_snr, _ = batch(0.0, torch.float64, 64)
+    logits, clean, noised, log_snr, _ = batch("shift 0", torch.float64, 64)
     kwargs: dict[str, Any] = {"mixing": HybridMixing(VOCAB, MASK, 0.0), "rate": UniformRate(-9, 9), "is_weight": 0.3}
     got = vocab_parallel_objective(logits, clean, noised, log_snr, **kwargs)
     want = gidd_objective(logits, clean, noised, log_snr, **kwargs)

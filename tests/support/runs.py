@@ -54,7 +54,7 @@ class Trained:
 
 
 def write_corpus(prefix: Path, *, tokens: int = 6000, seed: int = 0, vocab_size: int = 260) -> Path:
-    """Documents of the byte tokenizer in which a byte depends on the one before, so that there is something to learn."""
+    """Documents of the byte tokenizer in which each byte depends on the one before: something to learn."""
     draw = np.random.default_rng(seed)
     with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
         while writer.num_tokens < tokens:
@@ -131,9 +131,7 @@ def train_on_rank(
         change(run)
     train(run)
     lines = read_metrics(config.folder / "metrics.jsonl")
-    return Trained(
-        [line for line in lines if "loss" in line], [line for line in lines if "eval_elbo" in line], hashes
-    )
+    return Trained([line for line in lines if "loss" in line], [line for line in lines if "eval_elbo" in line], hashes)
 
 
 def train_all(configs: Sequence[RunConfig], world_size: int, **kwargs: Any) -> list[Trained]:
@@ -156,7 +154,9 @@ def largest_relative_difference(one: Sequence[float], other: Sequence[float]) ->
     return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
 
 
-def _hashed(source: Iterator[NoisedRows], run: Run, micro_sequences: int, hashes: dict[int, str]) -> Iterator[NoisedRows]:
+def _hashed(
+    source: Iterator[NoisedRows], run: Run, micro_sequences: int, hashes: dict[int, str]
+) -> Iterator[NoisedRows]:
     topology = run.step.topology
     for count, rows in enumerate(source):
         step, microbatch = divmod(count, run.microbatches_per_step)

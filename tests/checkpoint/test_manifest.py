@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+
+from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, read_manifest
+from megadiff.errors import CheckpointError
+
+CONFIG = {
+    "seed": 0,
+    "model": {"layers": 2, "hidden": 32},
+    "noise": {"shift": "balanced"},
+    "batch": {"global_sequences": 8, "micro_sequences": 2},
+    "optimizer": {"name": "adamw", "lr": 1e-3},
+    "parallel": {"tensor": 2, "distributed_optimizer": False},
+    "precision": {"compute": "fp32"},
+}
+
+
+def manifest(**changes):
+    facts = {
+        "format": FORMAT,
+        "step": 4,
+        "samples": 32,
+        "tokens": 512,
+        "config": CONFIG,
+        "vocab_size": 260,
+        "mask_id": 3,
+        "tokenizer_fingerprint": "t",
+        "data_fingerprint": "d",
+        "layout": {"tensor": 2},
+        "versions": {"torch": "2.13.0"},
+    }
+    return Manifest(**{**facts, **changes})
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    manifest(files={"a.distcp": {"bytes": 3, "sha256": "00"}}).write(tmp_path)
+    assert read_manifest(tmp_path) == manifest(files={"a.distcp": {"bytes": 3, "sha256": "00"}})
+
+
+def test_a_folder_without_one_is_no_checkpoint(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"is not a complete checkpoint: it has no manifest\.json; give a step_\*"
+    ):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1}', b"\xff\xfe", b"null"])
+def test_a_damaged_one_is_said_in_a_line(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged \(.*\); take another checkpoint of the run$"):
+        read_manifest(tmp_path)
+
+
+def test_a_format_of_the_future_is_refused(tmp_path):
+    manifest(format=FORMAT + 1).write(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"has format {FORMAT + 1}, this version reads {FORMAT}"):
+        read_manifest(tmp_path)
+
+
+def test_every_difference_that_matters_is_listed(tmp_path):
+    other = {
+        **CONFIG,
+        "seed": 1,
+        "model": {"layers": 4, "hidden": 32, "sink": True},
+        "batch": {"global_sequences": 16, "micro_sequences": 2},
+    }
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(manifest(), manifest(config=other, data_fingerprint="e"), tmp_path)
+    text = str(caught.value)
+    assert (
+        "seed: 0 -> 1; model.layers: 2 -> 4; model.sink: null -> true; batch.global_sequences: 8 -> 16; "
+        'data_fingerprint: "d" -> "e". Give the run another `name`'
+    ) in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parallel": {"tensor": 1, "distributed_optimizer": False}},
+        {"optimizer": {"name": "adamw", "lr": 5e-4}},
+        {"batch": {"global_sequences": 8, "micro_sequences": 4}},
+    ],
+)
+def test_layout_rate_and_microbatch_may_change(tmp_path, change):
+    check_same_run(manifest(), manifest(config={**CONFIG, **change}), tmp_path)

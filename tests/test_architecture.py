@@ -1,0 +1,169 @@
+"""Rules of the house that no unit test sees."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megadiff.config.load import load_config
+from megadiff.run_config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "megadiff").rglob("*.py"))
+COMMANDS = [ROOT / "pretrain_dlm.py", *sorted((ROOT / "tools").rglob("*.py"))]
+MAY_UNPICKLE = ROOT / "megadiff/checkpoint/safe_metadata.py"
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute or name, else an empty string."""
+    if isinstance(node, ast.Attribute):
+        inner = dotted(node.value)
+        return f"{inner}.{node.attr}" if inner else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """Ids of the constants that are documentation, not code."""
+    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+
+
+def test_imports_point_down():
+    found = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def cuda_words(path: Path) -> list[str]:
+    """Places where code speaks of CUDA: `torch.cuda`, `.cuda(`, a "cuda" literal."""
+    tree = ast.parse(path.read_text())
+    documentation = docstrings(tree)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "cuda":
+            found.append(f"{name_of(path)}:{node.lineno}")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            word = node.value.strip().lower()
+            if word == "cuda" or word.startswith("cuda:"):
+                found.append(f"{name_of(path)}:{node.lineno} {node.value!r}")
+    return found
+
+
+WORDS_OF_THE_CONFIGURATION = {"megadiff/run_config.py": 1, "megadiff/trained.py": 1}
+"""The names of the choices themselves: `platform: Literal["auto", "cpu", "cuda"]`."""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_only_the_platform_speaks_of_cuda(path):
+    if path.parent.name != "platform":
+        found = cuda_words(path)
+        assert len(found) <= WORDS_OF_THE_CONFIGURATION.get(name_of(path), 0), found
+
+
+def test_the_cuda_rule_sees_what_it_is_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "bad.py").write_text('"""On cuda."""\nx.cuda()\ntorch.cuda.is_available()\ny.to("cuda:0")\n')
+    found = sorted(place.split()[0] for place in cuda_words(tmp_path / "bad.py"))
+    assert found == ["bad.py:2", "bad.py:3", "bad.py:4"]
+
+
+def dangers(path: Path) -> list[str]:
+    """Calls and imports that can run what a file says."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            found += [
+                f"{node.lineno}: {module}"
+                for module in modules & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+            ]
+        if isinstance(node, ast.Call):
+            called = dotted(node.func)
+            if called in {
+                "eval",
+                "exec",
+                "torch.load",
+                "yaml.load",
+                "yaml.unsafe_load",
+                "os.system",
+                "np.load",
+                "numpy.load",
+            }:
+                found.append(f"{node.lineno}: {called}")
+            shells = [key for key in node.keywords if key.arg == "shell"]
+            found += [
+                f"{node.lineno}: shell=" for key in shells if not isinstance(key.value, ast.Constant) or key.value.value
+            ]
+    return found
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *COMMANDS], ids=name_of)
+def test_nothing_runs_what_a_file_says(path):
+    """The one place that unpickles does so with an allow-list of classes; see tests/checkpoint."""
+    found = dangers(path)
+    assert len(found) <= (path == MAY_UNPICKLE), found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=name_of)
+def test_every_example_is_a_run_description_or_the_base_of_one(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+    if path.parent.name != "presets":
+        load_config(path, [], RunConfig)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+def test_reading_a_run_description_imports_neither_torch_nor_megatron():
+    code = "import sys, megadiff.run_config; print(*{'torch', 'megatron', 'numpy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+def test_importing_megadiff_does_nothing_to_torch():
+    code = (
+        "import torch; zeros, state = torch.zeros, torch.get_rng_state();"
+        "import megadiff.build, megadiff.trained;"
+        "assert torch.zeros is zeros and torch.equal(state, torch.get_rng_state());"
+        "assert not torch.distributed.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_readmes_tree_has_every_package_and_top_level_module():
+    readme = (ROOT / "README.md").read_text()
+    if not readme.strip():
+        pytest.skip("README.md is still empty")
+    packages = [
+        path.parent.name for path in SOURCES if path.name == "__init__.py" and path.parent.parent == ROOT / "megadiff"
+    ]
+    modules = [path.name for path in SOURCES if path.parent == ROOT / "megadiff" and path.name != "__init__.py"]
+    missing = [f"{name}/" for name in packages if f"  {name}/ " not in readme] + [
+        name for name in modules if f"  {name} " not in readme
+    ]
+    assert not missing
+
+
+def test_tests_mirror_the_package():
+    packages = {
+        path.parent.name for path in SOURCES if path.name == "__init__.py" and path.parent.parent == ROOT / "megadiff"
+    }
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    assert packages <= folders

@@ -1,0 +1,69 @@
+"""The coordinate check passes with CompleteP whole and fails when any one of its rules is removed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.ranks import on_ranks
+from tests.support.runs import platform_on_rank
+from tools import coordinate_check
+
+GRID = coordinate_check.sizes([128, 256, 512], [2, 4, 8], "cross")
+
+TELLS = {
+    # rule: a statistic and the axis along which it gives the rule's absence away
+    "residual": "change of stream goes with depth^+",
+    "head": "logits, step 1 goes with width^+",
+    "bulk_init": "stream, start goes with width^+",
+    "embed_init": "embedding, start goes with width^-",
+    "zero_head": "logits before the first step have size",
+    "bulk_lr": "change of stream goes with width^+",
+    "embed_lr": "change of embedding goes with width^-",
+    "head_lr": "logits, step 1 goes with width^-",
+    "gain_lr": "change of gains goes with width^-",
+    "bias_lr": "change of biases goes with width^-",
+    "eps": "eps / gradient goes with width^+",
+    "decay": "decay of bulk goes with width^-",
+}
+
+
+@pytest.fixture(scope="module")
+def checked():
+    """`{rule removed or None: (statistics, sentences)}`, all in one process."""
+    return on_ranks(1, _check_on_rank, timeout_s=280)[0]
+
+
+def _check_on_rank():
+    platform_on_rank()
+    return {rule: coordinate_check.check(GRID, without=rule) for rule in (None, *coordinate_check.RULES)}
+
+
+def test_completep_keeps_every_promise(checked):
+    measured, broken = checked[None]
+    assert broken == []
+    assert list(measured) == GRID
+    assert {band.statistic for band in coordinate_check.BANDS} <= set(measured[128, 2])
+    assert all(found["logits, start"] == 0 for found in measured.values())
+
+
+def test_every_rule_has_a_tell():
+    assert set(TELLS) == set(coordinate_check.RULES)
+
+
+@pytest.mark.parametrize("rule", TELLS)
+def test_without_one_rule_the_check_fails_and_says_why(checked, rule):
+    _, broken = checked[rule]
+    assert any(sentence.startswith(TELLS[rule]) for sentence in broken), broken
+
+
+@pytest.mark.parametrize("rule", TELLS)
+def test_the_smallest_model_is_the_same_without_a_rule(checked, rule):
+    """A rule is kept at its value for the smallest size, so what gives it away is scaling and nothing else."""
+    if rule == "zero_head":
+        pytest.skip("a head that starts at random differs at every size")
+    assert checked[rule][0][128, 2] == pytest.approx(checked[None][0][128, 2], rel=1e-3)
+
+
+def test_a_cross_holds_one_line_each_and_a_full_grid_all_pairs():
+    assert GRID == [(128, 2), (128, 4), (128, 8), (256, 2), (512, 2)]
+    assert len(coordinate_check.sizes([128, 256], [2, 4, 8], "full")) == 6
