@@ -18,12 +18,14 @@ import megadiff
 from megadiff.checkpoint import store
 from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, read_manifest
 from megadiff.config.load import dump_config
-from megadiff.data.loader import GlobalBatch, RowLoader
+from megadiff.data.batch_sizes import StepBatch
+from megadiff.data.loader import RowLoader, Share
 from megadiff.data.open import OpenData, open_data
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.derived import describe
-from megadiff.diffusion.mixing import HybridMixing, mixing_from
+from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows, start_id
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.snr import rate_from
@@ -107,7 +109,7 @@ def check(config: RunConfig, *, ranks: int | None = None) -> str:
 
 
 def _describe_data(prepared: Prepared) -> list[str]:
-    trained, held = prepared.config.steps * prepared.config.tokens_per_step, prepared.data.train_tokens
+    trained, held = prepared.config.tokens_before(prepared.config.steps), prepared.data.train_tokens
     return [
         f"tokenizer         {prepared.tokenizer.name}, mask id {prepared.tokenizer.mask_id}",
         f"data              {held:,} tokens to train on: {trained / held:.2f} epochs",
@@ -143,7 +145,7 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
     log_hook = hooks.Log(
         every=config.log.every,
         steps=config.steps,
-        tokens_per_step=config.tokens_per_step,
+        tokens_before=config.tokens_before,
         flops_per_token=cost.training_flops_per_token(prepared.shape),
         topology=topology,
         platform=platform,
@@ -174,8 +176,8 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
         ),
         first_step=first_step,
         steps=config.steps,
-        global_sequences=config.batch.global_sequences,
-        microbatches_per_step=prepared.layout.num_microbatches,
+        sizes=config.sizes,
+        rows_at_once=config.batch.micro_sequences * prepared.layout.data,
         schedule=config.lr_schedule(),
         peak_lr=config.optimizer.lr,
         rows=(microbatch.content for microbatch in loader),
@@ -248,11 +250,11 @@ def _open_files(config: RunConfig, first_step: int, topology: Topology) -> _File
     return _Files(MetricsFile(config.folder / "metrics.jsonl", after_step=first_step), board)
 
 
-def _loader(prepared: Prepared, mixing: HybridMixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
+def _loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
     config = prepared.config
     batch = config.batch
 
-    def noise(clean: npt.NDArray[np.int64], samples: list[int]) -> NoisedRows:
+    def noise(clean: npt.NDArray[np.int64], samples: list[int], step_batch: StepBatch) -> NoisedRows:
         if config.is_autoregressive:
             return next_token_rows(clean, start_id=start_id(prepared.tokenizer))
         return noise_rows(
@@ -263,23 +265,23 @@ def _loader(prepared: Prepared, mixing: HybridMixing, topology: Topology, first_
             rate=rate_from(config.noise),
             conditioning=config.conditioning,
             stratified=config.objective.stratified,
-            global_batch=batch.global_sequences,
+            global_batch=step_batch.sequences,
+            batch_origin=step_batch.first_sample,
             pad_id=prepared.tokenizer.pad_id,
         )
 
     return RowLoader(
         prepared.data.train,
         noise,
-        batch=GlobalBatch(
-            batch.global_sequences, batch.micro_sequences, dp_rank=topology.data_rank, dp_size=topology.layout.data
-        ),
-        first_sample=first_step * batch.global_sequences,
+        sizes=config.sizes,
+        share=Share(batch.micro_sequences, dp_rank=topology.data_rank, dp_size=topology.layout.data),
+        first_step=first_step,
     )
 
 
 def _evaluation(
     prepared: Prepared,
-    mixing: HybridMixing,
+    mixing: Mixing,
     chunks: Sequence[Any],
     topology: Topology,
     platform: Platform,
@@ -335,7 +337,7 @@ def _save(prepared: Prepared, chunks: Any, optimizer: Any, topology: Topology, p
 
 def _manifest(prepared: Prepared, step: int) -> Manifest:
     config, layout = prepared.config, prepared.layout
-    samples = step * config.batch.global_sequences
+    samples = config.sizes.samples_before(step)
     return Manifest(
         format=FORMAT,
         step=step,

@@ -23,8 +23,9 @@ def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
         f"layout            {layout.world_size} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline}{chunks} "
         f"x data {layout.data}",
         f"tokens per step   {tokens:,} ({config.batch.global_sequences} rows of {config.model.seq_length}, "
-        f"{layout.num_microbatches} microbatch(es) of {config.batch.micro_sequences} per replica)",
-        f"run               {config.steps:,} steps, {config.steps * tokens:,} tokens",
+        f"{layout.num_microbatches} microbatch(es) of {config.batch.micro_sequences} per replica)"
+        f"{f', from {config.batch.ramp.start} rows up' if config.batch.ramp else ''}",
+        f"run               {config.steps:,} steps, {config.tokens_before(config.steps):,} tokens",
         f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
         f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
         f"logits {_gib(memory.logits)} (estimate)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.config.section import Section
+from megadiff.data.batch_sizes import BatchSizes
 from megadiff.data.config import BatchConfig, DataConfig
 from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
 from megadiff.errors import ConfigError
@@ -84,14 +86,27 @@ class RunConfig(Section):
         return Path(self.output_dir) / self.name
 
     @property
+    def sizes(self) -> BatchSizes:
+        """Rows of every step."""
+        return BatchSizes(self.batch.global_sequences, self.batch.ramp)
+
+    @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
+        """Tokens of one optimizer step over all ranks, once a ramp is over."""
         return self.batch.global_sequences * self.model.seq_length
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        return self.sizes.samples_before(step) * self.model.seq_length
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.schedule.total_steps(self.tokens_per_step, self._flops_per_token())
+        if self.schedule.steps is not None:
+            return self.schedule.steps
+        wanted = self.schedule.wanted_tokens(self._flops_per_token())
+        assert wanted is not None
+        return self.sizes.steps_for_samples(math.ceil(wanted / self.model.seq_length))
 
     @property
     def is_autoregressive(self) -> bool:
@@ -138,6 +153,10 @@ class RunConfig(Section):
         Raises:
             ConfigError: something does not divide.
         """
+        layouts = [self._layout(rows, world_size, vocab_size) for rows in self.sizes.distinct]
+        return layouts[-1]
+
+    def _layout(self, global_sequences: int, world_size: int, vocab_size: int) -> Layout:
         return lay_out(
             self.parallel,
             world_size=world_size,
@@ -147,6 +166,6 @@ class RunConfig(Section):
             ffn_hidden=self.model.ffn_hidden,
             padded_vocab_size=self.model.padded_vocab_size(vocab_size),
             seq_length=self.model.seq_length,
-            global_sequences=self.batch.global_sequences,
+            global_sequences=global_sequences,
             micro_sequences=self.batch.micro_sequences,
         )

@@ -18,7 +18,8 @@ from megadiff.data.open import open_data
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import NoiseConfig
-from megadiff.diffusion.mixing import HybridMixing, mixing_from
+from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import start_id
 from megadiff.diffusion.snr import Rate, rate_from
 from megadiff.errors import CheckpointError
@@ -39,7 +40,7 @@ class TrainedModel:
     """The checkpoint."""
     manifest: Manifest
     model: ModelConfig
-    mixing: HybridMixing
+    mixing: Mixing
     rate: Rate
     tokenizer: Tokenizer
     chunks: Sequence[Any]

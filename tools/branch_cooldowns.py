@@ -40,7 +40,7 @@ def main() -> None:
         raise ConfigError(f"--lengths are steps of a cooldown, at least 1, found {min(arguments.lengths)}")
     if step < config.schedule.warmup_steps:
         raise ConfigError(
-            f"{arguments.trunk} is still in the warm-up of {config.schedule.warmup_steps} steps; branch from a later one"
+            f"{arguments.trunk} is still in the warm-up of {config.schedule.warmup_steps} steps; take a later one"
         )
     program = Path(__file__).resolve().parent.parent / "pretrain_dlm.py"
     for length in arguments.lengths:

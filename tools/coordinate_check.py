@@ -49,7 +49,8 @@ from torch import Tensor
 
 from megadiff.config import family
 from megadiff.config.load import load_config
-from megadiff.diffusion.mixing import HybridMixing, mixing_from
+from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.errors import run_command
@@ -225,7 +226,8 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
             optimizer.step()
     found.update({f"{name}, end": _size(value) for name, value in seen.items()})
     found.update({f"change of {name}": _size(_moved(seen[name], start[name])) for name in ("stream", "scores")})
-    for name, role in (("embedding", "embedding"), ("gains", "norm"), ("biases", "bias")):
+    seen_roles: dict[str, Role] = {"embedding": "embedding", "gains": "norm", "biases": "bias"}
+    for name, role in seen_roles.items():
         found[f"change of {name}"] = _size(_moved(groups[role]["params"], begin[role]))
     gradients = [p.grad for p in groups["bulk"]["params"] if p.grad is not None]
     found["eps / gradient"] = groups["bulk"]["eps"] / _size(gradients)
@@ -239,7 +241,7 @@ def _walks() -> np.ndarray:
     return 4 + (first + np.cumsum(steps, axis=1)) % 50
 
 
-def _loss(logits: Tensor, rows: NoisedRows, mixing: HybridMixing) -> Tensor:
+def _loss(logits: Tensor, rows: NoisedRows, mixing: Mixing) -> Tensor:
     terms = gidd_objective(logits.transpose(0, 1), rows.clean, rows.noised, rows.log_snr, mixing=mixing)
     return terms.loss.sum()
 

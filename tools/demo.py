@@ -102,7 +102,7 @@ def _close(config: RunConfig, elapsed_s: float) -> None:
     )
     if not abs(before / top - 1) < 0.02 or not after < TARGET * top:
         raise MegadiffError(
-            f"the demo ran, but the held-out ELBO went from {before:.3f} to {after:.3f} where it should start within 2 % "
+            f"the demo ran, but the held-out ELBO went from {before:.3f} to {after:.3f} but should start within 2 % "
             f"of log N = {top:.3f} and end below {TARGET:.0%} of it"
         )
 

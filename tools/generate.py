@@ -48,7 +48,7 @@ def main() -> None:
         new = room if arguments.num_tokens is None else arguments.num_tokens
         if not 1 <= new <= room or arguments.count < 1 or arguments.steps < 1:
             raise ConfigError(
-                f"the model's row holds {trained.model.seq_length} tokens and the prompt takes {len(ids)}: --num-tokens "
+                f"the model's row holds {trained.model.seq_length} tokens, the prompt takes {len(ids)}: --num-tokens "
                 f"must lie in 1 to {room}, got {new}; --count ({arguments.count}) and --steps ({arguments.steps}) must "
                 "be at least 1"
             )

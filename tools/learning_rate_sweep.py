@@ -4,7 +4,7 @@
 
 Under CompleteP the best rate should be the same at every size; under the standard parametrisation it should not. Every
 run is an ordinary run folder, trained in this process one after the other; runs that are done are not repeated. What is
-compared is the held-out ELBO after the last step, on the same rows and noise for all.
+compared is the held-out ELBO after the last step, on the same rows and noise for all, averaged over `--seeds`.
 
 Source: the learning-rate transfer of arXiv:2512.10858, section 3.
 """
@@ -17,6 +17,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.progress import track
@@ -56,12 +57,14 @@ def rates(first: float, count: int) -> list[float]:
     return [first * FACTOR**i for i in range(count)]
 
 
-def run(config: Path, parametrisation: str, at: Size, rate: float, overrides: Sequence[str]) -> float:
+def run(
+    config: Path, parametrisation: str, at: Size, rate: float, overrides: Sequence[str] = (), *, seed: int = 0
+) -> float:
     """Train one run, unless it is done; its last held-out ELBO in nats, infinite if it diverged."""
     width, depth = at
     own = (f"model.hidden={width}", f"model.layers={depth}", f"model.heads={width // HEAD_DIM}")
-    name = f"{parametrisation}-d{width}-L{depth}-lr{rate:g}"
-    settings = (*PARAMETRISATIONS[parametrisation], *own, f"optimizer.lr={rate}", f"name={name}")
+    name = f"{parametrisation}-d{width}-L{depth}-lr{rate:g}" + (f"-seed{seed}" if seed else "")
+    settings = (*PARAMETRISATIONS[parametrisation], *own, f"optimizer.lr={rate}", f"seed={seed}", f"name={name}")
     described = load_config(config, [*overrides, *settings], RunConfig)
     if not described.data.valid:
         raise ConfigError(f"{config}: data.valid is empty; the sweep compares held-out bounds")
@@ -100,6 +103,7 @@ def main() -> None:
     parser.add_argument("--parametrisations", nargs="+", choices=sorted(PARAMETRISATIONS), default=["completep"])
     parser.add_argument("--first", type=float, default=0.05, help="smallest rate (default: %(default)s)")
     parser.add_argument("--count", type=int, default=6, help="rates, each twice the one before (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs that are averaged (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
     arguments = parser.parse_intermixed_args()
     console = Console(width=40 + 9 * arguments.count)
@@ -107,7 +111,8 @@ def main() -> None:
         runs = [(at, rate) for at in arguments.sizes for rate in rates(arguments.first, arguments.count)]
         losses: dict[Size, dict[float, float]] = {at: {} for at in arguments.sizes}
         for at, rate in track(runs, description=name, console=console, transient=True):
-            losses[at][rate] = run(arguments.config, name, at, rate, arguments.overrides)
+            seeds = range(arguments.seeds)
+            losses[at][rate] = fmean(run(arguments.config, name, at, rate, arguments.overrides, seed=s) for s in seeds)
         best = {at: optimum(found) for at, found in losses.items()}
         console.print(table(f"{name}: held-out ELBO, nats per token, by learning rate", losses, best))
         apart = grid_steps_apart(best.values(), factor=FACTOR)

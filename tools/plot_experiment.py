@@ -132,7 +132,7 @@ def draw(curves: Sequence[Curve], setting: str, targets: Sequence[float], output
         last = [(curve.bound[-1], curve.stderr[-1]) for curve in curves]
         right.errorbar(places, [b for b, _ in last], yerr=[e for _, e in last], fmt="o", capsize=3)
         right.set(xlabel=setting, ylabel="last held-out bound, nats per token")
-    figure.savefig(output, dpi=120, bbox_inches="tight")
+    figure.savefig(output, dpi=80, bbox_inches="tight")
 
 
 def main() -> None:

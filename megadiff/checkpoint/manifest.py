@@ -23,6 +23,7 @@ MUST_MATCH = (
     "objective",
     "conditioning",
     "batch.global_sequences",
+    "batch.ramp",
     "optimizer.name",
     "optimizer.parametrisation",
     "parallel.distributed_optimizer",

@@ -1,8 +1,8 @@
 """This data-parallel rank's microbatches, prepared one step ahead in a thread.
 
-The global batch of a step is the samples first .. first + global_sequences - 1. Microbatch m of rank r takes the
-`micro_sequences` samples from first + (m * dp_size + r) * micro_sequences on: which samples make up a step depends on
-neither `dp_size` nor `micro_sequences`. The whole resumable state is one number, the samples seen so far.
+The global batch of a step is the samples first .. first + sequences - 1 (`batch_sizes`). Microbatch m of rank r takes
+the `micro_sequences` samples from first + (m * dp_size + r) * micro_sequences on: which samples make up a step depends
+on neither `dp_size` nor `micro_sequences`. The whole resumable state is one number, the steps taken so far.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from megadiff.data.batch_sizes import BatchSizes, StepBatch
 from megadiff.data.rows import TrainingRows
-from megadiff.errors import ConfigError
 
 T = TypeVar("T")
+
+RowTransform = Callable[[np.ndarray, list[int], StepBatch], T]
+"""(clean rows [b, L], their global sample indices, the global batch they belong to) -> content."""
 
 _STOP_CHECK_S = 0.1
 
@@ -32,25 +35,24 @@ def microbatch_samples(
     return list(range(first, first + micro_sequences))
 
 
-def num_microbatches(global_sequences: int, *, micro_sequences: int, dp_size: int) -> int:
-    """Microbatches that each rank does in a step.
+class Share(NamedTuple):
+    """How the sequences of a step are dealt out, and which part is this rank's."""
 
-    Raises:
-        ConfigError: the global batch is no multiple of `micro_sequences * dp_size`.
-    """
-    together = micro_sequences * dp_size
-    if global_sequences % together:
-        below = global_sequences // together * together
-        near = f"{below} or {below + together}" if below else f"{together}"
-        raise ConfigError(
-            f"batch.global_sequences must be a multiple of batch.micro_sequences x data-parallel ranks = "
-            f"{micro_sequences} x {dp_size}, found {global_sequences}; use {near}, or change batch.micro_sequences"
-        )
-    return global_sequences // together
+    micro_sequences: int
+    """Sequences of one microbatch of one rank."""
+
+    dp_rank: int = 0
+    """This rank's place among the data-parallel ranks."""
+
+    dp_size: int = 1
+    """Data-parallel ranks."""
 
 
 class Microbatch(NamedTuple, Generic[T]):
     """What one forward-backward works on."""
+
+    batch: StepBatch
+    """The global batch it is a part of."""
 
     samples: list[int]
     """Global sample indices, [b]."""
@@ -60,51 +62,61 @@ class Microbatch(NamedTuple, Generic[T]):
 
 
 class RowLoader(Generic[T]):
-    """An endless iterator of this rank's microbatches, `microbatches_per_step` of them a step.
+    """An endless iterator of this rank's microbatches, `microbatches_in(step)` of them for each step.
 
     Rows are read and transformed by one background thread; an error there is raised by the `next` that would have
     given its microbatch. Close it (or use it in a `with`) to end the thread.
 
     Args:
         rows: the run's rows by global sample index.
-        row_transform: clean rows [b, L] and their samples to content; a pure function of them. `clean_rows` keeps them.
-        first_sample: samples seen before; a multiple of what a step takes as long as the batch did not change.
+        row_transform: clean rows [b, L], their samples and the global batch these belong to, to content; a pure
+            function of them. `clean_rows` keeps the rows.
+        sizes: sequences of every step.
+        share: this rank's part of each.
+        first_step: steps taken before.
         prefetch: microbatches kept ready.
 
     Raises:
-        ConfigError: the batch does not divide over the ranks.
+        ConfigError: some step's sequences do not divide over the ranks.
     """
 
     def __init__(
         self,
         rows: TrainingRows,
-        row_transform: Callable[[np.ndarray, list[int]], T],
+        row_transform: RowTransform[T],
         *,
-        batch: GlobalBatch,
-        first_sample: int = 0,
+        sizes: BatchSizes,
+        share: Share,
+        first_step: int = 0,
         prefetch: int = 2,
     ) -> None:
-        self.microbatches_per_step = num_microbatches(
-            batch.global_sequences, micro_sequences=batch.micro_sequences, dp_size=batch.dp_size
-        )
-        self._batch = batch
-        self._first_sample = first_sample
-        self._taken = 0
+        sizes.check(micro_sequences=share.micro_sequences, dp_size=share.dp_size)
+        self._sizes, self._share = sizes, share
+        self._steps_taken, self._left_in_step = first_step, self.microbatches_in(first_step)
         self._failure: BaseException | None = None
         self._ready: queue.Queue[Microbatch[T] | _Failed] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
-        order = _sample_order(batch, first_sample, self.microbatches_per_step)
+        order = _sample_order(sizes, share, first_step)
         # The thread must not hold the loader itself, or one dropped without `close` would never end it.
         arguments = (rows, row_transform, order, self._ready, self._stop)
         self._thread = threading.Thread(target=_prefetch, args=arguments, name="megadiff-row-loader", daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         self._thread.start()
 
+    def microbatches_in(self, step: int) -> int:
+        """Microbatches of this rank in a step."""
+        share = self._share
+        return self._sizes.num_microbatches(step, micro_sequences=share.micro_sequences, dp_size=share.dp_size)
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps whose microbatches have all been taken, those before `first_step` included: what must be kept."""
+        return self._steps_taken
+
     @property
     def samples_seen(self) -> int:
-        """Samples of all ranks in the steps whose microbatches have all been taken: what a checkpoint must keep."""
-        steps = self._taken // self.microbatches_per_step
-        return self._first_sample + steps * self._batch.global_sequences
+        """Samples of all ranks in those steps."""
+        return self._sizes.samples_before(self._steps_taken)
 
     def __iter__(self) -> Iterator[Microbatch[T]]:
         return self
@@ -118,7 +130,10 @@ class RowLoader(Generic[T]):
         if isinstance(found, _Failed):
             self._failure = found.error
             raise found.error
-        self._taken += 1
+        self._left_in_step -= 1
+        if self._left_in_step == 0:
+            self._steps_taken += 1
+            self._left_in_step = self.microbatches_in(self._steps_taken)
         return found
 
     def close(self) -> None:
@@ -135,25 +150,9 @@ class RowLoader(Generic[T]):
         self.close()
 
 
-class GlobalBatch(NamedTuple):
-    """How the sequences of a step are dealt out, and which share is this rank's."""
-
-    global_sequences: int
-    """Sequences of a step over all ranks."""
-
-    micro_sequences: int
-    """Sequences of one microbatch of one rank."""
-
-    dp_rank: int = 0
-    """This rank's place among the data-parallel ranks."""
-
-    dp_size: int = 1
-    """Data-parallel ranks."""
-
-
-def clean_rows(clean: np.ndarray, samples: list[int]) -> np.ndarray:
+def clean_rows(clean: np.ndarray, samples: list[int], batch: StepBatch) -> np.ndarray:
     """The row transform that changes nothing."""
-    del samples
+    del samples, batch
     return clean
 
 
@@ -161,29 +160,31 @@ class _Failed(NamedTuple):
     error: BaseException
 
 
-def _sample_order(batch: GlobalBatch, first_sample: int, microbatches_per_step: int) -> Iterator[list[int]]:
+def _sample_order(sizes: BatchSizes, share: Share, step: int) -> Iterator[tuple[StepBatch, list[int]]]:
+    """The global batch and the samples of each of this rank's microbatches, from `step` on."""
+    micro, rank, ranks = share
     while True:
-        for microbatch in range(microbatches_per_step):
-            yield microbatch_samples(
-                first_sample,
-                micro_sequences=batch.micro_sequences,
-                dp_rank=batch.dp_rank,
-                dp_size=batch.dp_size,
-                microbatch=microbatch,
+        batch = sizes.batch_of(step)
+        for microbatch in range(sizes.num_microbatches(step, micro_sequences=micro, dp_size=ranks)):
+            yield (
+                batch,
+                microbatch_samples(
+                    batch.first_sample, micro_sequences=micro, dp_rank=rank, dp_size=ranks, microbatch=microbatch
+                ),
             )
-        first_sample += batch.global_sequences
+        step += 1
 
 
 def _prefetch(
     rows: TrainingRows,
-    row_transform: Callable[[np.ndarray, list[int]], T],
-    order: Iterator[list[int]],
+    row_transform: RowTransform[T],
+    order: Iterator[tuple[StepBatch, list[int]]],
     ready: queue.Queue[Microbatch[T] | _Failed],
     stop: threading.Event,
 ) -> None:
-    for samples in order:
+    for batch, samples in order:
         try:
-            made = Microbatch(samples, row_transform(rows.rows(samples), samples))
+            made = Microbatch(batch, samples, row_transform(rows.rows(samples), samples, batch))
         except BaseException as error:  # whatever it is, it belongs to the thread that asked for the rows
             made = _Failed(error)
         while not stop.is_set():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.config import ObjectiveConfig
-from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows
 from megadiff.diffusion.noising import NoisedRows, evaluation_noise
 from megadiff.diffusion.snr import LinearRate, Rate
@@ -94,7 +94,7 @@ class Measure:
     is_causal_prompt: bool = False
 
 
-def diffusion_bound(mixing: HybridMixing, *, rate: Rate, topology: Topology, noise_levels: int) -> Measure:
+def diffusion_bound(mixing: Mixing, *, rate: Rate, topology: Topology, noise_levels: int) -> Measure:
     """The bound under the run's noise with the linear rate, whatever rate the run trains with.
 
     So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
@@ -110,7 +110,7 @@ def diffusion_bound(mixing: HybridMixing, *, rate: Rate, topology: Topology, noi
     return Measure(DiffusionObjective(mixing, topology, linear, ObjectiveConfig()), rows, noise_levels)
 
 
-def next_token_likelihood(mixing: HybridMixing, *, start_id: int, topology: Topology) -> Measure:
+def next_token_likelihood(mixing: Mixing, *, start_id: int, topology: Topology) -> Measure:
     """The exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
 
     def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:

@@ -214,14 +214,15 @@ def _keep(weight: Tensor) -> Tensor:
     return weight
 
 
-def _block_spec(model: ModelConfig, config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
+def _block_spec(model: ModelConfig, config: TransformerConfig, stage: int | None) -> Any:
+    norm: Any = RMSNorm
     layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(model)] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(model)] * layers, layer_norm=norm)
 
 
 def _layer_spec(model: ModelConfig) -> ModuleSpec:
     qk_norm = {"full": AllHeadsRMSNorm, "head": RMSNorm, "none": IdentityOp}[model.qk_norm]
-    residual = _scaled_residual(model.resid_factor)
+    residual: Any = _scaled_residual(model.resid_factor)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

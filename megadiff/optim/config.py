@@ -69,10 +69,6 @@ class ScheduleConfig(Section):
             raise ValueError(f"schedule needs exactly one of `steps`, `tokens` and `flops`; found {found}")
         return self
 
-    def total_steps(self, tokens_per_step: int, flops_per_token: float) -> int:
-        """Optimizer steps of the run at `tokens_per_step`."""
-        if self.steps is not None:
-            return self.steps
-        tokens = self.tokens if self.flops is None else self.flops / flops_per_token
-        assert tokens is not None
-        return -int(-tokens // tokens_per_step)
+    def wanted_tokens(self, flops_per_token: float) -> float | None:
+        """Tokens the run is to see; None where its length is given in steps."""
+        return self.tokens if self.flops is None else self.flops / flops_per_token

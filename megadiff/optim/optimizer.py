@@ -63,7 +63,7 @@ class Optimizer:
 
 
 def build_optimizer(
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[Any],
     roles: Sequence[tuple[str, torch.nn.Parameter]],
     settings: OptimizerConfig,
     *,
@@ -100,11 +100,12 @@ def build_optimizer(
             use_distributed_optimizer=distributed,
             clip_grad=settings.clip_grad,
         )
+        no_scaler: Any = None  # bf16 needs no loss scaling
         if distributed:
-            wrapped: MegatronOptimizer = ResumableDistributedOptimizer(
+            wrapped: Any = ResumableDistributedOptimizer(
                 base,
                 config,
-                None,
+                no_scaler,
                 allocate_state,
                 model_chunks=list(chunks),
                 per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
@@ -116,7 +117,7 @@ def build_optimizer(
             stats_group = dist.group.WORLD
         elif is_bf16 and master_weights:
             wrapped, stats_group = (
-                Float16OptimizerWithFloat16Params(base, config, None, allocate_state),
+                Float16OptimizerWithFloat16Params(base, config, no_scaler, allocate_state),
                 topology.model_group,
             )
         else:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megadiff.diffusion.config import ObjectiveConfig
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
 from megadiff.diffusion.snr import Rate
@@ -25,7 +26,7 @@ _ALL_KEPT = 40.0
 class RowObjective(ABC):
     """Per-token terms on this rank's vocabulary shard."""
 
-    mixing: HybridMixing
+    mixing: Mixing
     topology: Topology
 
     @abstractmethod

@@ -5,6 +5,7 @@ The only reader of megatron-core's `parallel_state`.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def process_group(platform: Platform, *, alone: bool = False, timeout_s: float =
 
 def open_topology(layout: Layout) -> Topology:
     """Build megatron-core's groups for `layout` on the open default group. Collective over the world."""
-    from megatron.core import parallel_state as state
+    state: Any = importlib.import_module("megatron.core.parallel_state")
 
     if state.model_parallel_is_initialized():
         state.destroy_model_parallel()

@@ -36,7 +36,10 @@ class StepResult:
 class Measurement(Protocol):
     """What an evaluation found."""
 
-    elbo: float
+    @property
+    def elbo(self) -> float:
+        """The bound, nats per token."""
+        ...
 
     def as_metrics(self) -> dict[str, Any]:
         """Keys and values of an evaluation line."""
@@ -61,26 +64,27 @@ class Log:
 
     every: int
     steps: int
-    tokens_per_step: int
+    tokens_before: Callable[[int], int]
+    """Tokens of the first so many steps."""
     flops_per_token: float
     topology: Topology
     platform: Platform
     metrics: MetricsFile | None
     """None on ranks other than the main one."""
     tensorboard: Any = None
-    _steps: int = field(default=0, init=False)
+    _tokens: int = field(default=0, init=False)
     _seconds: float = field(default=0.0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
 
     def __call__(self, result: StepResult) -> None:
         """Write the lines of this step if due."""
-        self._steps += 1
+        self._tokens += self.tokens_before(result.step) - self.tokens_before(result.step - 1)
         self._seconds += result.seconds
         if result.step % self.every and result.step not in (1, self.steps):
             return
         total = self.topology.sum_over_run(result.sums).tolist()
-        rate = self._steps * self.tokens_per_step / max(self._seconds, 1e-9)
-        self._steps, self._seconds = 0, 0.0
+        rate = self._tokens / max(self._seconds, 1e-9)
+        self._tokens, self._seconds = 0, 0.0
         if self.metrics is None:
             return
         line = self._line(result, total, rate)
@@ -95,7 +99,7 @@ class Log:
         peak = self.platform.peak_flops
         return {
             "step": result.step,
-            "tokens": result.step * self.tokens_per_step,
+            "tokens": self.tokens_before(result.step),
             **metrics_of(total),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
@@ -107,7 +111,7 @@ class Log:
         }
 
     def _console(self, line: dict[str, Any]) -> str:
-        left = (self.steps - line["step"]) * self.tokens_per_step / max(line["tokens_per_s"], 1e-9)
+        left = (self.tokens_before(self.steps) - line["tokens"]) / max(line["tokens_per_s"], 1e-9)
         mfu = f" | MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
         return (
             f"step {line['step']:>7}/{self.steps} | loss {line['loss']:.4f} | elbo {line['elbo']:.4f} | "

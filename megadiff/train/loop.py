@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from megadiff.data.batch_sizes import BatchSizes
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.errors import TrainingError
 from megadiff.optim.schedule import WarmupStableDecay
@@ -22,8 +23,10 @@ class Run:
     first_step: int
     """Steps taken before this process started."""
     steps: int
-    global_sequences: int
-    microbatches_per_step: int
+    sizes: BatchSizes
+    """Rows of every step."""
+    rows_at_once: int
+    """Rows that all replicas together take through the model at once: microbatch times data-parallel ranks."""
     schedule: WarmupStableDecay
     peak_lr: float
     rows: Iterator[NoisedRows]
@@ -33,6 +36,10 @@ class Run:
     """Called once before the first step."""
     close: Callable[[], None]
     """Ends the loader and closes files."""
+
+    def microbatches_of(self, step: int) -> int:
+        """Microbatches each replica runs in the step after `step` steps."""
+        return self.sizes.sequences(step) // self.rows_at_once
 
 
 def train(run: Run) -> None:
@@ -46,13 +53,13 @@ def train(run: Run) -> None:
         for done in range(run.first_step, run.steps):
             start = time.monotonic()
             lr = run.peak_lr * run.schedule.factor(done)
-            microbatches = [next(run.rows) for _ in range(run.microbatches_per_step)]
+            microbatches = [next(run.rows) for _ in range(run.microbatches_of(done))]
             sums, grad_norm = run.step(microbatches, lr)
             if not math.isfinite(grad_norm):
-                first = done * run.global_sequences
+                first, end = run.sizes.samples_before(done), run.sizes.samples_before(done + 1)
                 raise TrainingError(
                     f"step {done + 1}: the gradient norm is {grad_norm}; no update was made. The step's samples are "
-                    f"{first} to {first + run.global_sequences - 1}; lower optimizer.lr, or set optimizer.clip_grad, "
+                    f"{first} to {end - 1}; lower optimizer.lr, or set optimizer.clip_grad, "
                     "and start again from the last checkpoint"
                 )
             result = StepResult(done + 1, sums, lr, grad_norm, time.monotonic() - start)

@@ -19,8 +19,6 @@ from tests.checkpoint.test_safe_metadata import _Canary
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_on_rank, wire_on_rank
 
-pytestmark = pytest.mark.xdist_group("checkpoint")
-
 STEPS = (2, 4, 6)
 
 

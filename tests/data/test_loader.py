@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.data.loader import GlobalBatch, RowLoader, clean_rows, microbatch_samples, num_microbatches
+from megadiff.data.batch_sizes import BatchSizes, StepBatch
+from megadiff.data.config import RampConfig
+from megadiff.data.loader import RowLoader, Share, clean_rows, microbatch_samples
 from megadiff.data.rows import PackedRows, TrainingRows
 from megadiff.errors import ConfigError
 from tests.data.corpora import counting_reader
@@ -17,6 +19,10 @@ from tests.data.corpora import counting_reader
 def rows(tmp_path_factory):
     reader = counting_reader(tmp_path_factory.mktemp("loader") / "p", 100 * 4)
     return TrainingRows([PackedRows(reader, 4, seed=1, name="a")], [1.0], seed=1)
+
+
+RAMPED = BatchSizes(12, RampConfig(start=4, increment=4, every_steps=3))
+"""4, 4, 4, 8, 8, 8, 12, 12, ..."""
 
 
 def loader_threads():
@@ -35,68 +41,76 @@ def test_every_split_of_a_step_covers_its_samples_once(first, micro, dp_size, mi
     assert sorted(samples) == list(range(first, first + micro * dp_size * microbatches))
 
 
-def test_a_global_batch_that_does_not_divide_is_refused_with_the_nearest():
-    assert num_microbatches(24, micro_sequences=3, dp_size=2) == 4
-    with pytest.raises(ConfigError, match=r"must be a multiple of .* = 4 x 2, found 12; use 8 or 16, or change"):
-        num_microbatches(12, micro_sequences=4, dp_size=2)
-    with pytest.raises(ConfigError, match=r"found 3; use 8, or"):
-        num_microbatches(3, micro_sequences=4, dp_size=2)
+def test_a_batch_that_does_not_divide_is_refused(rows):
+    with pytest.raises(
+        ConfigError, match=r"must be a multiple of .* = 4 x 2, found batch\.global_sequences = 12; use 8 or"
+    ):
+        RowLoader(rows, clean_rows, sizes=BatchSizes(12), share=Share(4, 0, 2))
+    assert loader_threads() == []
 
 
+@pytest.mark.parametrize("sizes", [BatchSizes(4), RAMPED], ids=["constant", "ramp"])
 @pytest.mark.parametrize(("micro", "dp_size"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
-def test_ranks_together_see_the_rows_of_the_samples_whatever_the_layout(rows, micro, dp_size):
-    seen = {}
+def test_ranks_together_see_the_rows_of_the_samples_whatever_the_layout(rows, sizes, micro, dp_size):
+    seen, steps = {}, 9
     for rank in range(dp_size):
-        with RowLoader(rows, clean_rows, batch=GlobalBatch(4, micro, rank, dp_size)) as loader:
-            for _ in range(3 * loader.microbatches_per_step):
-                samples, clean = next(loader)
-                assert clean.shape == (micro, 4)
-                seen.update(zip(samples, clean.tolist(), strict=True))
-            assert loader.samples_seen == 12
-    assert seen == dict(enumerate(rows.rows(range(12)).tolist()))
+        with RowLoader(rows, clean_rows, sizes=sizes, share=Share(micro, rank, dp_size)) as loader:
+            for step in range(steps):
+                for _ in range(loader.microbatches_in(step)):
+                    batch, samples, clean = next(loader)
+                    assert clean.shape == (micro, 4)
+                    assert batch == (step, sizes.samples_before(step), sizes.sequences(step))
+                    assert all(sizes.origin_of(sample) == batch[1:] for sample in samples)
+                    seen.update(zip(samples, clean.tolist(), strict=True))
+            assert loader.samples_seen == sizes.samples_before(steps)
+    assert seen == dict(enumerate(rows.rows(range(sizes.samples_before(steps))).tolist()))
 
 
-def test_resuming_replays_no_sample_and_skips_none(rows):
-    batch = GlobalBatch(4, 2)
-    with RowLoader(rows, clean_rows, batch=batch) as loader:
-        straight = [next(loader).samples for _ in range(6)]
-    with RowLoader(rows, clean_rows, batch=batch) as loader:
-        head = [next(loader).samples for _ in range(2)]
-        seen = loader.samples_seen
-    with RowLoader(rows, clean_rows, batch=batch, first_sample=seen) as loader:
-        assert head + [next(loader).samples for _ in range(4)] == straight
+@pytest.mark.parametrize("sizes", [BatchSizes(4), RAMPED], ids=["constant", "ramp"])
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 6, 8])
+def test_resuming_replays_no_sample_and_skips_none(rows, sizes, stop):
+    share = Share(2)
+    with RowLoader(rows, clean_rows, sizes=sizes, share=share) as loader:
+        straight = [next(loader)[:2] for _ in range(sizes.samples_before(9) // 2)]
+    with RowLoader(rows, clean_rows, sizes=sizes, share=share) as loader:
+        head = [next(loader)[:2] for _ in range(sizes.samples_before(stop) // 2)]
+        assert loader.steps_taken == stop
+        assert loader.samples_seen == sizes.samples_before(stop)
+    with RowLoader(rows, clean_rows, sizes=sizes, share=share, first_step=stop) as loader:
+        assert loader.steps_taken == stop
+        assert head + [next(loader)[:2] for _ in range(len(straight) - len(head))] == straight
 
 
-def test_a_step_counts_as_seen_when_its_last_microbatch_was_taken(rows):
-    with RowLoader(rows, clean_rows, batch=GlobalBatch(4, 2), first_sample=8) as loader:
-        assert loader.samples_seen == 8
-        next(loader)
-        assert loader.samples_seen == 8
-        next(loader)
-        assert loader.samples_seen == 12
+def test_a_step_counts_as_taken_when_its_last_microbatch_was(rows):
+    with RowLoader(rows, clean_rows, sizes=BatchSizes(4), share=Share(2), first_step=2) as loader:
+        taken = [(loader.steps_taken, loader.samples_seen)]
+        for _ in range(3):
+            next(loader)
+            taken.append((loader.steps_taken, loader.samples_seen))
+    assert taken == [(2, 8), (2, 8), (3, 12), (3, 12)]
 
 
 def test_the_row_transform_runs_in_the_background_at_most_so_far_ahead(rows):
     made = []
 
-    def transform(clean: np.ndarray, samples: list[int]) -> int:
+    def transform(clean: np.ndarray, samples: list[int], batch: StepBatch) -> int:
         assert threading.current_thread().name == "megadiff-row-loader"
         made.append(samples)
         return int(clean.sum())
 
-    with RowLoader(rows, transform, batch=GlobalBatch(1, 1), prefetch=2) as loader:
+    with RowLoader(rows, transform, sizes=BatchSizes(1), share=Share(1), prefetch=2) as loader:
         assert next(loader).content == int(rows.rows([0]).sum())
         time.sleep(0.3)
         assert 2 <= len(made) <= 4  # taken, two ready, one waiting for room
 
 
 def test_an_error_in_the_background_reaches_the_consumer_in_its_turn_and_stays(rows):
-    def transform(clean: np.ndarray, samples: list[int]) -> np.ndarray:
+    def transform(clean: np.ndarray, samples: list[int], batch: StepBatch) -> np.ndarray:
         if samples == [2]:
             raise RuntimeError("row 2 is broken")
         return clean
 
-    with RowLoader(rows, transform, batch=GlobalBatch(1, 1)) as loader:
+    with RowLoader(rows, transform, sizes=BatchSizes(1), share=Share(1)) as loader:
         assert [next(loader).samples for _ in range(2)] == [[0], [1]]
         for _ in range(2):
             with pytest.raises(RuntimeError, match="row 2 is broken"):
@@ -104,13 +118,13 @@ def test_an_error_in_the_background_reaches_the_consumer_in_its_turn_and_stays(r
 
 
 def test_a_closed_or_dropped_loader_leaves_no_thread(rows):
-    loader = RowLoader(rows, clean_rows, batch=GlobalBatch(1, 1))
+    loader = RowLoader(rows, clean_rows, sizes=BatchSizes(1), share=Share(1))
     next(loader)
     loader.close()
     loader.close()
     with pytest.raises(ValueError, match="the loader is closed"):
         next(loader)
-    dropped = RowLoader(rows, clean_rows, batch=GlobalBatch(1, 1))
+    dropped = RowLoader(rows, clean_rows, sizes=BatchSizes(1), share=Share(1))
     next(dropped)
     del dropped
     gc.collect()

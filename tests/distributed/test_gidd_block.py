@@ -11,8 +11,6 @@ from megadiff.run_config import RunConfig
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, Trained, toy_config, train_all, train_on_rank, write_corpus
 
-pytestmark = pytest.mark.xdist_group("gidd_block")
-
 STEPS = 20
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor": 2}),

@@ -14,7 +14,7 @@ from tests.support.runs import (
     train_all,
 )
 
-pytestmark = pytest.mark.xdist_group("layouts")
+pytestmark = pytest.mark.timeout(1200)
 
 TWO_RANKS = {
     "tp2": {"parallel__tensor": 2},
@@ -81,7 +81,7 @@ def trained(toy_corpus, tmp_path_factory):
             toy_config(toy_corpus, output, name=f"{layout}-{variant}", **VARIANTS[variant], **layouts[layout])
             for layout, variant in cases
         ]
-        ranks = on_ranks(world_size, train_all, configs, world_size)
+        ranks = on_ranks(world_size, train_all, configs, world_size, timeout_s=1000)
         return {case: [rank[i] for rank in ranks] for i, case in enumerate(cases)}
 
     two = [case for case in CASES if case[0] in TWO_RANKS] + [(layout, "bf16") for layout in BF16_LAYOUTS]

@@ -16,7 +16,7 @@ import pytest
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, largest_relative_difference, read_metrics, toy_config, train_all
 
-pytestmark = pytest.mark.xdist_group("resume")
+pytestmark = pytest.mark.timeout(1200)
 
 STEPS, CHECKPOINT_AT = 8, 4
 EXACT = ("loss", "elbo", "kl", "is", "mean_weight", "grad_norm", "lr", "tokens")
@@ -74,7 +74,9 @@ def runs(toy_corpus, tmp_path_factory):
     def together(jobs, *, save):
         """Start each number of ranks once, for all its runs; saving takes longer than training here."""
         for ranks in sorted({ranks for ranks, _ in jobs}):
-            on_ranks(ranks, train_all, [config for count, config in jobs if count == ranks], ranks, save=save)
+            on_ranks(
+                ranks, train_all, [config for count, config in jobs if count == ranks], ranks, save=save, timeout_s=1000
+            )
         return [read_metrics(config.folder / "metrics.jsonl") for _, config in jobs]
 
     whole = [(case.ranks, config(name, "whole", case.layout)) for name, case in CASES.items()]

@@ -5,12 +5,8 @@ from __future__ import annotations
 import shutil
 from unittest.mock import patch
 
-import pytest
-
 from tests.support.ranks import on_ranks
 from tests.support.runs import largest_relative_difference, platform_on_rank, toy_config, train_on_rank
-
-pytestmark = pytest.mark.xdist_group("controls")
 
 STEPS = 6
 DISTOPT = {"parallel__distributed_optimizer": True, "data__valid": [], "schedule__steps": STEPS}

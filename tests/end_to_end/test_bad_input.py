@@ -21,8 +21,6 @@ from tests.support.commands import call, write_yaml
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_tree, write_corpus
 
-pytestmark = pytest.mark.xdist_group("bad_input")
-
 
 @pytest.fixture
 def description(toy_corpus, tmp_path):

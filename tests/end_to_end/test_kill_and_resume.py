@@ -12,7 +12,7 @@ from tests.support.commands import call, finish, start, wait_for_step, write_yam
 from tests.support.ranks import on_ranks
 from tests.support.runs import RunConfig, largest_relative_difference, read_metrics, toy_tree, train_on_rank
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.xdist_group("end_to_end")]
+pytestmark = pytest.mark.end_to_end
 
 EVERY, STEPS = 40, 80
 COMPARED = ("loss", "elbo", "kl", "is", "mean_weight", "grad_norm", "lr")

@@ -15,8 +15,6 @@ from tests.support.closed_forms import blind_model
 from tests.support.ranks import on_ranks
 from tests.support.runs import build, platform_on_rank, read_metrics, toy_config, train
 
-pytestmark = pytest.mark.xdist_group("step_zero")
-
 STEPS = 12
 SHIFTS = (-1000.0, 0.0, 1000.0)
 GPT2_VOCABULARY = 50_258
@@ -69,7 +67,7 @@ def printed(toy_corpus, tmp_path_factory):
         for vocab_size, rows in ((260, 64), (GPT2_VOCABULARY, 8))
         for shift in SHIFTS
     }
-    return on_ranks(1, _print_before_learning, configs)[0]
+    return on_ranks(1, _print_before_learning, configs, timeout_s=1000)[0]
 
 
 CASES = [(shift, vocab_size) for vocab_size in (260, GPT2_VOCABULARY) for shift in SHIFTS]

@@ -12,8 +12,6 @@ from tests.support.closed_forms import blind_model
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, NOISES, toy_config, wire_on_rank
 
-pytestmark = pytest.mark.xdist_group("eval")
-
 SHIFTS = {"masked": -1000.0, "balanced": 0.0, "uniform": 1000.0}
 SOURCES, ROWS_PER_SOURCE = 40, 16
 
@@ -119,7 +117,7 @@ def _state(run):
 def _measure_twice(config):
     """Results of two measurements around two training steps' worth of gradients, and whether anything moved."""
     run = wire_on_rank(config, 1)
-    run.step([next(run.rows) for _ in range(run.microbatches_per_step)], 0.0)
+    run.step([next(run.rows) for _ in range(run.microbatches_of(0))], 0.0)
     measure = measure_of(run)
     before = _state(run)
     found = [measure().as_metrics() for _ in range(2)]

@@ -10,8 +10,6 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, toy_config
 from tests.support.toy_model import build_on_rank, model_config
 
-pytestmark = pytest.mark.xdist_group("model")
-
 GIDD = {**GIDD_BLOCK, "layers": 4}
 LAYOUTS = [{"tensor": 2}, {"pipeline": 2}, {"pipeline": 2, "virtual": 2}]
 

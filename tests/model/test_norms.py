@@ -11,8 +11,6 @@ from tests.support.toy_model import model_config  # noqa: F401  imports megatron
 
 from megadiff.model.norms import AllHeadsRMSNorm, RMSNorm  # isort: skip
 
-pytestmark = pytest.mark.xdist_group("model")
-
 SEQUENCE, BATCH, HEADS, WIDTH = 5, 3, 4, 6
 
 

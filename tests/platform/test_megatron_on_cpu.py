@@ -15,8 +15,6 @@ from megadiff.platform import megatron_on_cpu
 from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank, toy_config, train_on_rank
 
-pytestmark = pytest.mark.xdist_group("platform")
-
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.17.0", "1.0.0"])
 def test_other_versions_of_megatron_are_refused(version):

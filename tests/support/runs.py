@@ -157,19 +157,21 @@ def largest_relative_difference(one: Sequence[float], other: Sequence[float]) ->
 def _hashed(
     source: Iterator[NoisedRows], run: Run, micro_sequences: int, hashes: dict[int, str]
 ) -> Iterator[NoisedRows]:
+    """Hash every row on its way from the loader to the step."""
     topology = run.step.topology
-    for count, rows in enumerate(source):
-        step, microbatch = divmod(count, run.microbatches_per_step)
-        samples = microbatch_samples(
-            (run.first_step + step) * run.global_sequences,
-            micro_sequences=micro_sequences,
-            dp_rank=topology.data_rank,
-            dp_size=topology.layout.data,
-            microbatch=microbatch,
-        )
-        for place, sample in enumerate(samples):
-            digest = hashlib.sha256()
-            for field in rows:
-                digest.update(field[place].numpy().tobytes())
-            hashes[sample] = digest.hexdigest()
-        yield rows
+    for step in range(run.first_step, run.steps):
+        for microbatch in range(run.microbatches_of(step)):
+            rows = next(source)
+            samples = microbatch_samples(
+                run.sizes.samples_before(step),
+                micro_sequences=micro_sequences,
+                dp_rank=topology.data_rank,
+                dp_size=topology.layout.data,
+                microbatch=microbatch,
+            )
+            for place, sample in enumerate(samples):
+                digest = hashlib.sha256()
+                for field in rows:
+                    digest.update(field[place].numpy().tobytes())
+                hashes[sample] = digest.hexdigest()
+            yield rows

@@ -56,11 +56,12 @@ def test_without_one_rule_the_check_fails_and_says_why(checked, rule):
     assert any(sentence.startswith(TELLS[rule]) for sentence in broken), broken
 
 
-@pytest.mark.parametrize("rule", TELLS)
+@pytest.mark.parametrize("rule", sorted(set(TELLS) - {"zero_head"}))
 def test_the_smallest_model_is_the_same_without_a_rule(checked, rule):
-    """A rule is kept at its value for the smallest size, so what gives it away is scaling and nothing else."""
-    if rule == "zero_head":
-        pytest.skip("a head that starts at random differs at every size")
+    """A rule is kept at its value for the smallest size, so what gives it away is scaling and nothing else.
+
+    A head that starts at random differs at every size.
+    """
     assert checked[rule][0][128, 2] == pytest.approx(checked[None][0][128, 2], rel=1e-3)
 
 

@@ -31,7 +31,7 @@ def log_hook(path, every, steps):
     return Log(
         every=every,
         steps=steps,
-        tokens_per_step=100,
+        tokens_before=lambda step: 100 * step,
         flops_per_token=1e6,
         topology=Replicas(),
         platform=detect("cpu"),

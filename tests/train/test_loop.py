@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megadiff.data.batch_sizes import BatchSizes
 from megadiff.errors import TrainingError
 from megadiff.optim.schedule import WarmupStableDecay
 from megadiff.train.loop import Run, train
@@ -22,8 +23,8 @@ def run_of(norms, *, first_step=0):
         step=step,
         first_step=first_step,
         steps=first_step + len(norms),
-        global_sequences=8,
-        microbatches_per_step=2,
+        sizes=BatchSizes(8),
+        rows_at_once=4,
         schedule=WarmupStableDecay(steps=10, warmup_steps=4, cooldown_steps=0, shape="sqrt"),
         peak_lr=1.0,
         rows=iter(range(100)),

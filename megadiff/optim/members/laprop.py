@@ -51,7 +51,7 @@ class LaProp(torch.optim.AdamW):
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_mul_(mu, keep1)
         torch._foreach_addcdiv_(mu, gradients, scale, 1 - keep1)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(list[torch.Tensor](parameters), 1 - group["lr"] * group["weight_decay"])
         for parameter, direction in zip(parameters, mu, strict=True):
             parameter.add_(direction, alpha=-group["lr"])
         for state in states:
