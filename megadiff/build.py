@@ -77,7 +77,10 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
     Raises:
         ConfigError, DataError: what cannot be, in one sentence.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    except DataError as error:
+        raise DataError(f"data.tokenizer: {error}") from error
     if config.data.vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(
             f"data.vocab_size is {config.data.vocab_size}, but the tokenizer {tokenizer.name} has "

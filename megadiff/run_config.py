@@ -12,7 +12,12 @@ from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.config.section import Section
 from megadiff.data.batch_sizes import BatchSizes
 from megadiff.data.config import BatchConfig, DataConfig
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
+from megadiff.diffusion.config import (
+    ConditioningConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    check_noise_and_objective,
+)
 from megadiff.errors import ConfigError
 from megadiff.eval.config import EvalConfig
 from megadiff.model import cost
@@ -58,8 +63,9 @@ class RunConfig(Section):
         return name
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> RunConfig:
+    def _sections_fit(self) -> RunConfig:
         try:
+            check_noise_and_objective(self.noise, self.objective)
             self.lr_schedule()
         except ConfigError as error:
             raise ValueError(str(error)) from None

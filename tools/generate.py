@@ -60,7 +60,8 @@ def main() -> None:
             mixing=trained.mixing,
             seed=arguments.seed,
             min_log_snr=trained.rate.min_log_snr,
-            max_log_snr=trained.rate.max_log_snr,
+            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
+            max_log_snr=max(9.0, trained.rate.max_log_snr),
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,

@@ -137,7 +137,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     word = Scalar(text, Place(""))
-    plain = scalars.as_anything(word) == text and scalars.as_truth(text) is None
+    plain = text.isprintable() and scalars.as_anything(word) == text and scalars.as_truth(text) is None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 

@@ -81,7 +81,8 @@ class Reader:
     def _field(self, model: type[Section], name: str, field: FieldInfo, tree: Tree, key: str) -> object:
         known = len(self.problems)
         value = self.value(tree, field.annotation, key)
-        if value is BAD and _is_read_early(model, name, field):
+        is_taken_back = isinstance(tree, Scalar) and tree.is_null and _has_early_model_validators(model)
+        if value is BAD and (is_taken_back or _is_read_early(model, name, field)):
             del self.problems[known:]  # the field's own validator may take what its type does not
             return untyped(tree)
         return value
@@ -198,9 +199,13 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
+def _has_early_model_validators(model: type[Section]) -> bool:
+    """Whether a validator sees the section's values before their types are checked; it may take null back."""
+    return any(d.info.mode != "after" for d in model.__pydantic_decorators__.model_validators.values())
+
+
 def _has_early_validators(model: type[Section]) -> bool:
-    decorators = model.__pydantic_decorators__
-    return any(d.info.mode != "after" for d in decorators.model_validators.values()) or any(
+    return _has_early_model_validators(model) or any(
         _is_read_early(model, field_types.key_of(name, field), field) for name, field in model.model_fields.items()
     )
 

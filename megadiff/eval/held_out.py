@@ -20,7 +20,7 @@ from megadiff.diffusion.config import ObjectiveConfig
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows
 from megadiff.diffusion.noising import NoisedRows, evaluation_noise
-from megadiff.diffusion.snr import LinearRate, Rate
+from megadiff.diffusion.snr import LINEAR, LinearRate, Rate
 from megadiff.model.attention import prompt_code
 from megadiff.parallel.pipeline import run_microbatches
 from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective, on_device
@@ -98,9 +98,10 @@ def diffusion_bound(mixing: Mixing, *, rate: Rate, topology: Topology, noise_lev
     """The bound under the run's noise with the linear rate, whatever rate the run trains with.
 
     So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
-    truncation (`Rate.density`): the figure is 1.000247 times the integral over [-9, 9].
+    truncation (`Rate.density`): the figure is 1.000247 times the integral over [-9, 9]. A run that draws its levels
+    from less than [-9, 9] (the time form does) is measured on all of it, so that runs compare.
     """
-    linear = LinearRate(rate.min_log_snr, rate.max_log_snr)
+    linear = LinearRate(min(rate.min_log_snr, LINEAR.min_log_snr), max(rate.max_log_snr, LINEAR.max_log_snr))
 
     def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
         return evaluation_noise(

@@ -27,8 +27,8 @@ def read(path, **options):
     [
         ("a.jsonl", JSONL),
         ("a.json", JSONL),
-        ("a.jsonl.gz", gzip.compress(JSONL)),
-        ("two-members.jsonl.gz", gzip.compress(JSONL[:10]) + gzip.compress(JSONL[10:])),
+        ("a.jsonl.gz", gzip.compress(JSONL, mtime=0)),
+        ("two-members.jsonl.gz", gzip.compress(JSONL[:10], mtime=0) + gzip.compress(JSONL[10:], mtime=0)),
         ("a.jsonl.zst", zstandard.compress(JSONL)),
         ("two-frames.jsonl.zst", zstandard.compress(JSONL[:10]) + zstandard.compress(JSONL[10:])),
         ("no-last-newline.jsonl", JSONL.rstrip(b"\n")),
@@ -115,7 +115,7 @@ def test_a_line_beyond_the_bound_is_a_bad_line_and_is_not_held(tmp_path, monkeyp
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_compressed_file_cut_anywhere_is_refused(tmp_path, suffix):
-    content = gzip.compress(JSONL) if suffix == ".gz" else zstandard.compress(JSONL)
+    content = gzip.compress(JSONL, mtime=0) if suffix == ".gz" else zstandard.compress(JSONL)
     path = tmp_path / f"a.jsonl{suffix}"
     for size in range(len(content)):
         path.write_bytes(content[:size])

@@ -14,7 +14,7 @@ from tests.support.runs import RunConfig, largest_relative_difference, read_metr
 
 pytestmark = pytest.mark.end_to_end
 
-EVERY, STEPS = 40, 80
+EVERY, STEPS = 24, 48
 COMPARED = ("loss", "elbo", "kl", "is", "mean_weight", "grad_norm", "lr")
 
 

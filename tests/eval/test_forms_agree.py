@@ -1,0 +1,74 @@
+"""The bound is a number of the model: measuring it in log-SNR or in time gives the same one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megadiff.config.section import Section
+from megadiff.diffusion.config import NoiseConfig
+from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.noising import evaluation_noise
+from megadiff.diffusion.snr import LinearRate, rate_from
+from megadiff.platform.quiet import quiet
+from tests.support.ranks import on_ranks
+from tests.support.runs import toy_config, wire_on_rank, write_corpus
+
+with quiet():
+    from megadiff.eval.held_out import HeldOut, Measure, diffusion_bound
+    from megadiff.train.hooks import Evaluate, Save
+    from megadiff.train.loop import train
+
+
+def _bounds(config: Section, forms: dict[str, NoiseConfig]) -> dict[str, tuple[float, float]]:
+    """Train, then measure the same weights under each form: the bound and its standard error."""
+    run = wire_on_rank(config, 1)  # type: ignore[arg-type]
+    held_out = next(hook.measure for hook in run.hooks if isinstance(hook, Evaluate))
+    assert isinstance(held_out, HeldOut)
+    run.hooks = [hook for hook in run.hooks if not isinstance(hook, Save | Evaluate)]
+    train(run)
+    found = {}
+    for name, noise in forms.items():
+        mixing = mixing_from(noise, vocab_size=260, mask_id=3)
+        rate = rate_from(noise)
+        bound = diffusion_bound(mixing, rate=rate, topology=held_out.topology, noise_levels=16)
+        # Both over the levels the form itself draws from: the time form leaves out what is cleaner than t = 1e-4.
+        for kind, law in (("own", rate), ("linear", LinearRate(rate.min_log_snr, rate.max_log_snr))):
+
+            def rows(clean, index, level, mixing=mixing, law=law):
+                return evaluation_noise(
+                    clean, seed=0, row_index=index, level=level, num_levels=16, mixing=mixing, rate=law
+                )
+
+            held_out.measure = Measure(replace(bound.objective, rate=law), rows, 16)
+            result = held_out()
+            found[f"{name}/{kind}"] = (result.elbo, result.stderr)
+    return found
+
+
+def test_the_log_snr_and_the_time_form_agree_on_the_same_trained_model(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", tokens=20000)
+    config = toy_config(
+        corpus,
+        tmp_path,
+        noise__shift="masked",
+        schedule__steps=40,
+        optimizer__lr=1e-2,
+        eval__rows=120,
+        batch__micro_sequences=8,
+    )
+    forms = {
+        "snr": NoiseConfig(shift="masked"),
+        "time": NoiseConfig(form="time"),
+        "time with uniform tokens": NoiseConfig(form="time", p_uniform=0.2),
+    }
+    found = on_ranks(1, _bounds, config, forms)[0]
+    start = 5.557  # log N: the model must have learned for the comparison to mean something
+    assert found["snr/own"][0] < 0.8 * start
+    for one, other in (("snr/own", "time/own"), ("time with uniform tokens/own", "time with uniform tokens/linear")):
+        (a, error_a), (b, error_b) = found[one], found[other]
+        assert abs(a - b) < 2 * (error_a**2 + error_b**2) ** 0.5, found
+        assert max(error_a, error_b) < 0.05 * a
+    assert found["snr/own"] == pytest.approx(found["snr/linear"])
