@@ -5,13 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check clean help
 
 help:
-	@echo "make demo   real text -> tokenizer -> indexed data -> training on 8 CPU ranks -> held-out ELBO -> samples"
+	@echo "make demo   real text -> indexed data -> training on 8 CPU ranks -> held-out ELBO -> samples"
 	@echo "make test   the test suite"
 	@echo "make check  ruff, pyright, import rules"
-	@echo "make bench  benchmarks (tables go to tools/benchmarks/)"
 
 $(STAMP): setup.py requirements/cpu.txt
 	$(PYTHON) -m venv $(VENV)

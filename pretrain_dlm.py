@@ -8,8 +8,8 @@ from pathlib import Path
 from megadiff.errors import run_command
 
 _EPILOG = """examples:
-  python pretrain_dlm.py --config examples/quickstart.yaml --check
-  torchrun --nproc-per-node 8 pretrain_dlm.py --config examples/quickstart.yaml parallel.tensor=2 schedule.steps=500
+  python pretrain_dlm.py --config examples/demo.yaml --check --ranks 8
+  torchrun --nproc-per-node 8 pretrain_dlm.py --config examples/demo.yaml noise.shift=masked schedule.steps=500
 
 Run the same command again after an interruption: it goes on from the run folder's last complete checkpoint.
 """
