@@ -33,7 +33,7 @@ setup(
         "hf": ["transformers>=4.57,<6", "safetensors>=0.5"],
         "eval": ["lm-eval>=0.4.9"],
         "parquet": ["pyarrow>=15"],
-        "wandb": ["wandb>=0.18"],
+        "plot": ["matplotlib>=3.7"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",

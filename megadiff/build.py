@@ -32,7 +32,7 @@ from megadiff.diffusion.snr import rate_from
 from megadiff.errors import CheckpointError, ConfigError, DataError
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.model import cost
-from megadiff.model.denoiser import Denoiser, build_chunks, wrap_data_parallel
+from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
 from megadiff.optim.groups import Scale
 from megadiff.optim.optimizer import Optimizer, build_optimizer
@@ -47,7 +47,7 @@ from megadiff.parallel.topology import (
 )
 from megadiff.platform.machine import Platform, detect
 from megadiff.run_config import RunConfig
-from megadiff.run_folder import log_to_console, run_folder
+from megadiff.run_folder import log_to_console, run_folder, write_config
 from megadiff.train import hooks
 from megadiff.train.loop import Run, train
 from megadiff.train.metrics import MetricsFile
@@ -143,6 +143,8 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
     objective: RowObjective = NextTokenObjective(mixing, topology)
     if not config.is_autoregressive:
         objective = DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective)
+    if topology.is_main:
+        write_config(config)
     files = _open_files(config, first_step, topology)
     loader = _loader(prepared, mixing, topology, first_step)
     log_hook = hooks.Log(
@@ -156,7 +158,7 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
         tensorboard=files.tensorboard,
     )
     evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files)
-    save = partial(_save, prepared, chunks, optimizer, topology, platform)
+    save = partial(_save, prepared, chunks, wrapped, optimizer, topology, platform)
 
     def before() -> None:
         if evaluate is not None and first_step == 0:
@@ -314,6 +316,8 @@ def _resume(prepared: Prepared, chunks: Any, optimizer: Any, *, topology: Topolo
     config = prepared.config
     folder = store.newest_complete(config.folder) if topology.is_main else None
     folder = topology.from_main(folder)
+    if topology.is_main and (skipped := store.damaged(config.folder)):
+        log.warning(f"damaged checkpoints, not used: {', '.join(str(path) for path in skipped)}")
     if folder is None and config.checkpoint.start_from is None:
         return 0
     folder = folder or Path(config.checkpoint.start_from or "")
@@ -330,9 +334,14 @@ def _resume(prepared: Prepared, chunks: Any, optimizer: Any, *, topology: Topolo
     return saved.step
 
 
-def _save(prepared: Prepared, chunks: Any, optimizer: Any, topology: Topology, platform: Platform, step: int) -> Path:
+def _save(
+    prepared: Prepared, chunks: Any, wrapped: Any, optimizer: Any, topology: Topology, platform: Platform, step: int
+) -> Path:
     run_folder = prepared.config.folder
-    folder = store.save(run_folder, _manifest(prepared, step), chunks, optimizer, topology=topology, platform=platform)
+    with gathered_weights(wrapped):
+        folder = store.save(
+            run_folder, _manifest(prepared, step), chunks, optimizer, topology=topology, platform=platform
+        )
     if topology.is_main:
         store.prune(run_folder, keep=prepared.config.checkpoint.keep)
     return folder

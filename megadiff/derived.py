@@ -46,7 +46,10 @@ def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:
 
 def _cost_precision(config: RunConfig) -> cost.Precision:
     compute = config.precision.compute
-    return cost.Precision(params=compute, compute=compute, master_weights=compute == "bf16")
+    masters = compute == "bf16" and config.precision.master_weights
+    return cost.Precision(
+        params=compute, compute=compute, master_weights=masters, fp32_gradients=masters or compute == "fp32"
+    )
 
 
 def _gib(count: float) -> str:

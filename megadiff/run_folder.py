@@ -28,7 +28,7 @@ def log_to_console() -> None:
 
 @contextmanager
 def run_folder(config: RunConfig) -> Iterator[None]:
-    """On the main rank: make and lock the run folder, write `config.yaml`, copy the log to `log.txt`.
+    """On the main rank: make and lock the run folder, copy the log to `log.txt`.
 
     Raises:
         ConfigError: the folder cannot be written, or another process trains in it.
@@ -42,7 +42,6 @@ def run_folder(config: RunConfig) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     except Timeout:
         raise ConfigError(
             f"another process trains in {folder} (it holds {folder / '.lock'}); give this run another `name`"
@@ -60,3 +59,10 @@ def run_folder(config: RunConfig) -> Iterator[None]:
         log.removeHandler(handler)
         handler.close()
         lock.release()
+
+
+def write_config(config: RunConfig) -> None:
+    """Write the resolved tree as `config.yaml`; once the run is known to go on, so a refused start changes nothing."""
+    temporary = config.folder / ".config.yaml.tmp"
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    temporary.replace(config.folder / "config.yaml")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megadiff.errors import CheckpointError, ConfigError, MegadiffError, run_command
+from megadiff.errors import ConfigError, MegadiffError, run_command
 
 _EPILOG = """example:
   python tools/branch_cooldowns.py --config examples/demo.yaml --trunk runs/demo/checkpoints/step_00000200 \\
@@ -31,16 +31,21 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings over the file's")
     arguments = parser.parse_args()
 
+    from megadiff.checkpoint.manifest import read_manifest
     from megadiff.config.load import load_config
     from megadiff.run_config import RunConfig
 
     config = load_config(arguments.config, arguments.set, RunConfig)
-    step = _step_of(arguments.trunk)
+    manifest = read_manifest(arguments.trunk)
+    step = manifest.step
     if min(arguments.lengths) < 1:
         raise ConfigError(f"--lengths are steps of a cooldown, at least 1, found {min(arguments.lengths)}")
-    if step < config.schedule.warmup_steps:
+    trunk = RunConfig.model_validate(manifest.config).lr_schedule()
+    first, last = trunk.warmup_steps, trunk.steps - trunk.cooldown_steps
+    if not first <= step <= last:
         raise ConfigError(
-            f"{arguments.trunk} is still in the warm-up of {config.schedule.warmup_steps} steps; take a later one"
+            f"{arguments.trunk} is at step {step}, outside its run's stable stretch of steps {first} to {last}; branch "
+            "from a checkpoint inside it"
         )
     program = Path(__file__).resolve().parent.parent / "pretrain_dlm.py"
     for length in arguments.lengths:
@@ -60,15 +65,6 @@ def main() -> None:
         print("$ " + shlex.join(command), flush=True)
         if not arguments.dry_run and subprocess.run(command, check=False).returncode:
             raise MegadiffError(f"the cooldown of {length} steps failed; its message is above")
-
-
-def _step_of(folder: Path) -> int:
-    from megadiff.checkpoint.manifest import read_manifest
-
-    manifest = read_manifest(folder)
-    if manifest.step < 1:
-        raise CheckpointError(f"{folder} holds no trained steps to branch from")
-    return manifest.step
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megadiff.errors import run_command
+from megadiff.errors import ConfigError, run_command
 
 _EPILOG = """example:
   python tools/evaluate.py elbo --model runs/demo --data data/valid --rows 128 --noise-levels 8 --output elbo.json
@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--output", type=Path, help="also write the result here as JSON")
     arguments = parser.parse_args()
+    if arguments.output and not arguments.output.parent.is_dir():
+        raise ConfigError(f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it first")
 
     from megadiff.platform.quiet import quiet
 

@@ -31,6 +31,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     arguments = parser.parse_args()
+    if arguments.temperature < 0 or _given(arguments.top_k) < 1 or not 0 < _given(arguments.top_p) <= 1:
+        raise ConfigError(
+            "--temperature must be at least 0, --top-k at least 1 and --top-p in (0, 1], got "
+            f"{arguments.temperature}, {arguments.top_k} and {arguments.top_p}"
+        )
 
     from megadiff.platform.quiet import quiet
 
@@ -71,6 +76,11 @@ def main() -> None:
         for number, row in enumerate(rows.tolist(), start=1):
             text = _for_a_terminal(trained.tokenizer.decode(row))
             print(text if arguments.count == 1 else f"[{number}] {' '.join(text.split())}")
+
+
+def _given(value: float | None) -> float:
+    """The value, or 1, which passes every bound, where there is none."""
+    return 1 if value is None else value
 
 
 def _for_a_terminal(text: str) -> str:

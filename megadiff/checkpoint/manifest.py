@@ -28,6 +28,7 @@ MUST_MATCH = (
     "optimizer.parametrisation",
     "parallel.distributed_optimizer",
     "precision.compute",
+    "precision.master_weights",
 )
 """Settings whose change makes a resumed run another run; everything else may change."""
 

@@ -120,8 +120,23 @@ def newest_complete(run_folder: Path) -> Path | None:
     """The newest checkpoint of a run whose files all have the sizes its manifest says; None if there is none.
 
     `LATEST` is a hint for people and is not asked.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole; a run must not start again over them unasked.
     """
-    return next((folder for folder in _step_folders(run_folder / "checkpoints") if _is_complete(folder)), None)
+    folders = _step_folders(run_folder / "checkpoints")
+    found = next((folder for folder in folders if _is_complete(folder)), None)
+    if found is None and folders:
+        raise CheckpointError(
+            f"{run_folder / 'checkpoints'} holds {len(folders)} checkpoint(s) and all are damaged (the newest is "
+            f"{folders[0].name}); move them away to start the run again, or give it another `name`"
+        )
+    return found
+
+
+def damaged(run_folder: Path) -> list[Path]:
+    """Step folders that are no whole checkpoints, newest first."""
+    return [folder for folder in _step_folders(run_folder / "checkpoints") if not _is_complete(folder)]
 
 
 def prune(run_folder: Path, *, keep: int) -> None:

@@ -55,7 +55,7 @@ class HeldOutResult:
         """Keys of an evaluation line in `metrics.jsonl`."""
         return {
             "eval_elbo": self.elbo,
-            "eval_elbo_stderr": self.stderr,
+            "eval_elbo_stderr": self.stderr if math.isfinite(self.stderr) else None,
             "eval_bits_per_byte": self.bits_per_byte,
             "eval_tokens": self.tokens,
             "eval_loss_by_log_snr": [list(part) for part in self.by_log_snr],

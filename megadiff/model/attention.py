@@ -132,7 +132,9 @@ def prompt_code(prompt_length: Tensor, *, is_causal: bool) -> Tensor | None:
 def capped_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float, is_causal: bool = False
 ) -> Tensor:
-    """Soft-capped attention with scores in float32, formed for a chunk of queries at a time and recomputed backward.
+    """Soft-capped attention, scores formed for a chunk of queries at a time and recomputed backward.
+
+    The product q.k is rounded to q's dtype, as by any matrix product; cap and softmax are in float32.
 
     Args:
         q: [B, H, Q, D].

@@ -6,7 +6,8 @@ pipeline parallelism are the library's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -152,6 +153,23 @@ def wrap_data_parallel(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
     return wrapped
+
+
+@contextmanager
+def gathered_weights(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Hold every rank's weights complete inside the block.
+
+    With overlapped gathering the weights an update changed reach the other replicas only in the next forward pass:
+    what is saved before it would be one update old in every part this rank does not own.
+    """
+    overlapped = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
 
 
 def transformer_config(

@@ -58,8 +58,18 @@ class Optimizer:
         return self._wrapped.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
     def load_state_dict(self, state: Any) -> None:
-        """Take over what a checkpoint held."""
+        """Take over the state a checkpoint held; the settings stay this run's.
+
+        megatron-core's wrappers replace whole groups, so without this a changed decay, beta or epsilon would be
+        recorded and not used.
+        """
+        settings = [
+            {key: group[key] for key in ("betas", "eps", "weight_decay") if key in group}
+            for group in self._wrapped.param_groups
+        ]
         self._wrapped.load_state_dict(state)
+        for group, own in zip(self._wrapped.param_groups, settings, strict=True):
+            group.update(own)
 
 
 def build_optimizer(

@@ -93,10 +93,11 @@ def test_what_is_not_whole_is_passed_over_for_the_next_older(run, damage):
     assert store.newest_complete(run.folder) == checkpoint(run, 4)
 
 
-def test_without_a_whole_one_there_is_none(run):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_unasked(run):
     for step in STEPS:
         VISIBLE_AT_ONCE["a cut shard"](checkpoint(run, step))
-    assert store.newest_complete(run.folder) is None
+    with pytest.raises(CheckpointError, match=r"holds 3 checkpoint\(s\) and all are damaged .* move them away"):
+        store.newest_complete(run.folder)
     assert store.newest_complete(run.folder / "nowhere") is None
 
 
