@@ -40,6 +40,7 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "scipy>=1.11",
+            "matplotlib>=3.7",
             "ruff>=0.6",
             "pyright>=1.1.380",
             "import-linter>=2.0",
