@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megadiff.config.section import Section
+from megadiff.model import cost
 
 
 class ModelConfig(Section):
@@ -80,7 +81,7 @@ class ModelConfig(Section):
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Rows of the embedding and the head for `vocab_size` real ids."""
-        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+        return cost.padded_vocab_size(vocab_size, multiple=self.vocab_multiple)
 
 
 class PrecisionConfig(Section):
