@@ -23,6 +23,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("--check", action="store_true", help="resolve, print the derived numbers, and exit")
     parser.add_argument("--ranks", type=int, help="with --check: number of ranks to lay out (default: this launch's)")
+    parser.add_argument(
+        "--strict-resume", action="store_true", help="refuse if the newest checkpoint is damaged, take no older one"
+    )
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="go on with another value of this setting"
+    )
+    parser.add_argument("--allow-data-change", action="store_true", help="go on with other training data")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
     arguments = parser.parse_intermixed_args()
 
@@ -36,10 +43,11 @@ def main() -> None:
     with quiet():
         from megadiff import build
 
+    resumption = build.Resumption(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
     if arguments.check:
-        print(build.check(config, ranks=arguments.ranks))  # noqa: T201  this is what was asked for
+        print(build.check(config, ranks=arguments.ranks, resumption=resumption))  # noqa: T201  this was asked for
     else:
-        build.run(config)
+        build.run(config, resumption)
 
 
 if __name__ == "__main__":

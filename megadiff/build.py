@@ -3,105 +3,79 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-import megadiff
-from megadiff.checkpoint import store
-from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, read_manifest
+from megadiff.checkpoint.save import Saver
 from megadiff.config.load import dump_config
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
-from megadiff.data.open import OpenData, open_data
-from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.data.tokenizers import Tokenizer
 from megadiff.derived import describe
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows, start_id
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.snr import rate_from
-from megadiff.errors import CheckpointError, ConfigError, DataError
+from megadiff.errors import ConfigError, DataError, StorageError
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.model import cost
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
 from megadiff.optim.groups import Scale
 from megadiff.optim.optimizer import Optimizer, build_optimizer
-from megadiff.parallel.config import Layout
 from megadiff.parallel.pipeline import configure_reduction
 from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective
 from megadiff.parallel.topology import (
     Topology,
+    is_main_process,
     open_topology,
     process_group,
+    rank_from_environment,
     world_size_from_environment,
 )
 from megadiff.platform.machine import Platform, detect
+from megadiff.platform.stopwatch import stopwatch
+from megadiff.prepared import Prepared, describe_data, prepare
+from megadiff.resumption import Resumption, describe_origin, manifest_of, resume
 from megadiff.run_config import RunConfig
-from megadiff.run_folder import log_to_console, run_folder, write_config
+from megadiff.run_folder import Standing, log_to_console, run_folder, write_config
+from megadiff.supervision.config import WatchdogConfig
+from megadiff.supervision.launch import Launch
+from megadiff.supervision.stopping import StopRequest
+from megadiff.supervision.watchdog import Watchdog
 from megadiff.train import hooks
+from megadiff.train.board import Board
+from megadiff.train.goodput import Goodput
+from megadiff.train.health import Health, Verdict
 from megadiff.train.loop import Run, train
 from megadiff.train.metrics import MetricsFile
+from megadiff.train.replicas import CheckReplicas
+from megadiff.train.saving import Saves
 from megadiff.train.step import Step
+from megadiff.train.stopping import AgreedStop
+from megadiff.train.stragglers import Stragglers, time_computation
 
 log = logging.getLogger("megadiff")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """All of a run that can be known, and refused, before any process group exists."""
-
-    config: RunConfig
-    tokenizer: Tokenizer
-    data: OpenData
-    layout: Layout
-
-    @property
-    def shape(self) -> cost.Shape:
-        """The model's size for closed-form costs."""
-        return self.config.shape(vocab_size=self.tokenizer.vocab_size)
-
-
-def prepare(config: RunConfig, *, world_size: int) -> Prepared:
-    """Open tokenizer and data and check the layout.
-
-    Raises:
-        ConfigError, DataError: what cannot be, in one sentence.
-    """
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    except DataError as error:
-        raise DataError(f"data.tokenizer: {error}") from error
-    if config.data.vocab_size not in (None, tokenizer.vocab_size):
-        raise ConfigError(
-            f"data.vocab_size is {config.data.vocab_size}, but the tokenizer {tokenizer.name} has "
-            f"{tokenizer.vocab_size} ids with its mask; set it to that or leave it out"
-        )
-    layout = config.layout(world_size=world_size, vocab_size=tokenizer.vocab_size)
-    data = open_data(
-        config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=config.eval.rows
-    )
-    return Prepared(config, tokenizer, data, layout)
-
-
-def check(config: RunConfig, *, ranks: int | None = None) -> str:
-    """What `--check` prints: the resolved tree and the numbers that follow from it.
+def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption | None = None) -> str:
+    """What `--check` prints: the resolved tree, the numbers that follow from it, and what the run would go on from.
 
     With `data.vocab_size` the numbers come out before tokenizer and data exist; what is missing is said.
     """
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"--ranks must be at least 1, got {ranks}")
     world_size = ranks or world_size_from_environment()
     try:
         prepared = prepare(config, world_size=world_size)
-        lines = describe(config, prepared.layout, prepared.shape) + _describe_data(prepared)
+        lines = describe(config, prepared.layout, prepared.shape) + describe_data(prepared)
+        lines += describe_origin(prepared, resumption or Resumption())
     except DataError as error:
         if config.data.vocab_size is None:
             raise
@@ -111,75 +85,105 @@ def check(config: RunConfig, *, ranks: int | None = None) -> str:
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def _describe_data(prepared: Prepared) -> list[str]:
-    trained, held = prepared.config.tokens_before(prepared.config.steps), prepared.data.train_tokens
-    return [
-        f"tokenizer         {prepared.tokenizer.name}, mask id {prepared.tokenizer.mask_id}",
-        f"data              {held:,} tokens to train on: {trained / held:.2f} epochs",
-    ]
+def run(config: RunConfig, resumption: Resumption | None = None) -> None:
+    """Train as `config` says, from the start or from the run folder's last sound checkpoint, until the end or a stop.
 
-
-def run(config: RunConfig) -> None:
-    """Train as `config` says, from the start or from the run folder's last complete checkpoint."""
+    Asked to stop, the run saves itself and returns as after its last step; `status.json` says which it was.
+    """
     log_to_console()
     platform = detect(config.platform)
-    prepared = prepare(config, world_size=world_size_from_environment())
-    with run_folder(config), process_group(platform):
-        platform.prepare_megatron()
-        train(wire(prepared, platform))
+    world_size = world_size_from_environment()
+    prepared = prepare(config, world_size=world_size)
+    with ExitStack() as opened:
+        opened.enter_context(run_folder(config))
+        launch = Launch.of(config.folder, rank=rank_from_environment(), world_size=world_size)
+        standing = Standing(config, launch)
+        watchdog = opened.enter_context(Watchdog(config.watchdog, launch))
+
+        def failing(error: BaseException, step: int | None = None) -> None:
+            standing.failing(error, step)
+            watchdog.failing(error)
+
+        try:
+            stop = opened.enter_context(StopRequest(config.stop, config.folder, is_main=is_main_process()))
+            supervision = Supervision(watchdog, stop, _goodput(config), failing)
+            with watchdog.section("setup"), supervision.goodput.during("setup"):
+                opened.enter_context(process_group(platform, timeout_s=config.watchdog.longest_s + _PATIENCE_S))
+                platform.prepare_megatron()
+                wired = wire(prepared, platform, resumption, supervision)
+            standing.running(wired.first_step)
+            standing.ended(train(wired))
+        except BaseException as error:
+            failing(error)  # before the process group is left, which may hang
+            raise
 
 
-def wire(prepared: Prepared, platform: Platform) -> Run:
+_PATIENCE_S = 60.0
+"""How much longer a collective waits than the watchdog, which says more."""
+
+
+def _goodput(config: RunConfig, *, is_kept: bool = True) -> Goodput:
+    path = config.folder / "goodput.json" if is_kept and is_main_process() else None
+    return Goodput(path, config.goodput, save_every=config.checkpoint.every)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What looks after a run while it trains."""
+
+    watchdog: Watchdog
+    stop: StopRequest | None
+    """None: nobody may ask this run to stop."""
+    goodput: Goodput
+    failing: Callable[[BaseException, int], None] = lambda error, step: None
+    """Told of what ends the run after so many steps."""
+
+    @classmethod
+    def none(cls, config: RunConfig) -> Supervision:
+        """For a run that another program looks after."""
+        launch = Launch.of(config.folder, rank=rank_from_environment(), world_size=world_size_from_environment())
+        return cls(Watchdog(WatchdogConfig(enabled=False), launch), None, _goodput(config, is_kept=False))
+
+
+def wire(
+    prepared: Prepared,
+    platform: Platform,
+    resumption: Resumption | None = None,
+    supervision: Supervision | None = None,
+) -> Run:
     """Build every part on this rank and connect them. Collective over the world; the default group is open."""
+    resumption = resumption or Resumption()
     config = prepared.config
-    topology = open_topology(prepared.layout)
-    chunks, wrapped, optimizer = _build_trainables(prepared, platform, topology)
-    if topology.is_main:
-        derived = [*describe(config, prepared.layout, prepared.shape), *_describe_data(prepared)]
-        for line in (platform.describe(), *derived, f"optimizer         {config.optimizer.name}, {optimizer.kernel}"):
-            log.info(line)
-    first_step = _resume(prepared, chunks, optimizer, topology=topology, platform=platform)
+    supervision = supervision or Supervision.none(config)
+    goodput = supervision.goodput
+    topology = open_topology(prepared.layout, timeout_s=config.watchdog.longest_s + _PATIENCE_S)
+    chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
+    for line in [platform.describe(), *describe(config, prepared.layout, prepared.shape), *describe_data(prepared)]:
+        log.info(line)
+    log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
+    origin = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
+    health = Health(config.health, sizes=config.sizes)
+    health.restore(origin.health)
     mixing = mixing_from(config.noise, vocab_size=prepared.tokenizer.vocab_size, mask_id=prepared.tokenizer.mask_id)
-    objective: RowObjective = NextTokenObjective(mixing, topology)
-    if not config.is_autoregressive:
-        objective = DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective)
     if topology.is_main:
         write_config(config)
-    files = _open_files(config, first_step, topology)
-    loader = _loader(prepared, mixing, topology, first_step)
-    log_hook = hooks.Log(
-        every=config.log.every,
+    files = _open_files(config, origin.step, topology)
+    loader = row_loader(prepared, mixing, topology, origin.step)
+    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput)
+    saves = Saves(
+        Saver(config.folder, chunks, optimizer, keep=config.checkpoint.keep, topology=topology, platform=platform),
+        lambda step: manifest_of(prepared, origin, step, health=health.state()),
+        every=config.checkpoint.every,
         steps=config.steps,
-        tokens_before=config.tokens_before,
-        flops_per_token=cost.training_flops_per_token(prepared.shape),
-        topology=topology,
-        platform=platform,
+        in_background=config.checkpoint.in_background,
+        gathered=partial(gathered_weights, wrapped),
         metrics=files.metrics,
-        tensorboard=files.tensorboard,
+        goodput=goodput,
     )
-    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files)
-    save = partial(_save, prepared, chunks, wrapped, optimizer, topology, platform)
-
-    def before() -> None:
-        if evaluate is not None and first_step == 0:
-            evaluate.run(0)
-
-    def close() -> None:
-        loader.close()
-        files.close()
-
     return Run(
-        step=Step(
-            chunks=wrapped,
-            optimizer=optimizer,
-            loss=objective.loss,
-            topology=topology,
-            device=platform.device,
-            seq_length=config.model.seq_length,
-            micro_sequences=config.batch.micro_sequences,
-            is_causal_prompt=config.is_causal_prompt,
-        ),
-        first_step=first_step,
+        step=training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge),
+        health=health,
+        first_step=origin.step,
         steps=config.steps,
         sizes=config.sizes,
         rows_at_once=config.batch.micro_sequences * prepared.layout.data,
@@ -187,16 +191,84 @@ def wire(prepared: Prepared, platform: Platform) -> Run:
         peak_lr=config.optimizer.lr,
         rows=(microbatch.content for microbatch in loader),
         hooks=[
-            log_hook,
-            *([evaluate] if evaluate is not None else []),
-            hooks.Save(config.checkpoint.every, config.steps, save, files.metrics),
+            _log_hook(prepared, platform, files, goodput),
+            *_watchers(config, chunks, wrapped, topology, platform),
+            *evaluate,
+            saves,
         ],
-        before=before,
-        close=close,
+        saves=saves,
+        stop=AgreedStop(supervision.stop, topology),
+        watchdog=supervision.watchdog,
+        goodput=goodput,
+        before=[partial(hook.run, 0) for hook in evaluate if origin.step == 0],
+        ends=[loader.close, files.close],
+        failing=supervision.failing,
     )
 
 
-def _build_trainables(
+def _log_hook(prepared: Prepared, platform: Platform, files: _Files, goodput: Goodput) -> hooks.Log:
+    config = prepared.config
+    return hooks.Log(
+        every=config.log.every,
+        steps=config.steps,
+        tokens_before=config.tokens_before,
+        flops_per_token=cost.training_flops_per_token(prepared.shape),
+        world_size=prepared.layout.world_size,
+        platform=platform,
+        metrics=files.metrics,
+        tensorboard=files.tensorboard,
+        extras=[goodput.record],
+    )
+
+
+def row_objective(prepared: Prepared, mixing: Mixing, topology: Topology) -> RowObjective:
+    """What is minimised, on this rank's part of the vocabulary."""
+    config = prepared.config
+    if config.is_autoregressive:
+        return NextTokenObjective(mixing, topology)
+    return DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective)
+
+
+def training_step(
+    prepared: Prepared,
+    wrapped: Sequence[Any],
+    optimizer: Optimizer,
+    mixing: Mixing,
+    topology: Topology,
+    platform: Platform,
+    *,
+    judge: Callable[[float, float], Verdict],
+) -> Step:
+    """One optimizer step of this run; `judge` decides on its update (`train.step.Step`)."""
+    config = prepared.config
+    return Step(
+        chunks=wrapped,
+        optimizer=optimizer,
+        loss=row_objective(prepared, mixing, topology).loss,
+        topology=topology,
+        device=platform.device,
+        seq_length=config.model.seq_length,
+        micro_sequences=config.batch.micro_sequences,
+        judge=judge,
+        is_causal_prompt=config.is_causal_prompt,
+    )
+
+
+def _watchers(
+    config: RunConfig, chunks: Sequence[Denoiser], wrapped: Sequence[Any], topology: Topology, platform: Platform
+) -> list[hooks.Hook]:
+    """Hooks that compare ranks; none where there is one."""
+    if topology.layout.world_size == 1:
+        return []
+    watch = stopwatch(platform)
+    time_computation(wrapped, watch)
+    return [
+        Stragglers(config.log.every, config.health.straggler_ratio, watch, topology),
+        CheckReplicas(config.health.check_replicas_every, chunks, wrapped, topology),
+    ]
+
+
+def build_trainables(
     prepared: Prepared, platform: Platform, topology: Topology
 ) -> tuple[list[Denoiser], list[Any], Optimizer]:
     """Model chunks with their first weights, their data-parallel wrappers, and the optimizer."""
@@ -247,15 +319,18 @@ class _Files:
 def _open_files(config: RunConfig, first_step: int, topology: Topology) -> _Files:
     if not topology.is_main:
         return _Files(None, None)
-    board = None
-    if config.log.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+    try:
+        board = Board(config.folder / "tensorboard", after_step=first_step) if config.log.tensorboard else None
+        return _Files(MetricsFile(config.folder / "metrics.jsonl", after_step=first_step), board)
+    except OSError as error:
+        raise StorageError(
+            f"the run folder {config.folder} cannot be written ({error.strerror or error}); free space there, or set "
+            "output_dir to another disk"
+        ) from None
 
-        board = SummaryWriter(str(config.folder / "tensorboard"), purge_step=first_step + 1)
-    return _Files(MetricsFile(config.folder / "metrics.jsonl", after_step=first_step), board)
 
-
-def _loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
+def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
+    """This data-parallel rank's noised microbatches from `first_step` on."""
     config = prepared.config
     batch = config.batch
 
@@ -291,10 +366,12 @@ def _evaluation(
     topology: Topology,
     platform: Platform,
     files: _Files,
-) -> hooks.Evaluate | None:
+    goodput: Goodput,
+) -> list[hooks.Evaluate]:
+    """The hook that measures held-out rows; none without any."""
     config = prepared.config
     if not prepared.data.valid:
-        return None
+        return []
     measure = next_token_likelihood(mixing, start_id=start_id(prepared.tokenizer), topology=topology)
     if not config.is_autoregressive:
         measure = diffusion_bound(
@@ -308,67 +385,4 @@ def _evaluation(
         device=platform.device,
         micro_sequences=config.batch.micro_sequences,
     )
-    return hooks.Evaluate(config.eval.every, config.steps, held_out, files.metrics, files.tensorboard)
-
-
-def _resume(prepared: Prepared, chunks: Any, optimizer: Any, *, topology: Topology, platform: Platform) -> int:
-    """Load the run's newest complete checkpoint, or the one it branches from; returns the steps that one has taken."""
-    config = prepared.config
-    folder = store.newest_complete(config.folder) if topology.is_main else None
-    folder = topology.from_main(folder)
-    if topology.is_main and (skipped := store.damaged(config.folder)):
-        log.warning(f"damaged checkpoints, not used: {', '.join(str(path) for path in skipped)}")
-    if folder is None and config.checkpoint.start_from is None:
-        return 0
-    folder = folder or Path(config.checkpoint.start_from or "")
-    saved = read_manifest(folder)
-    check_same_run(saved, _manifest(prepared, saved.step), folder)
-    if saved.step > config.steps:
-        raise CheckpointError(
-            f"{folder} was saved after step {saved.step}, but this run ends after step {config.steps}; set "
-            "schedule.steps above that, or begin from an earlier checkpoint"
-        )
-    store.load(folder, chunks, optimizer, topology=topology, platform=platform)
-    if topology.is_main:
-        log.info(f"going on from {folder} after step {saved.step} of {config.steps}")
-    return saved.step
-
-
-def _save(
-    prepared: Prepared, chunks: Any, wrapped: Any, optimizer: Any, topology: Topology, platform: Platform, step: int
-) -> Path:
-    run_folder = prepared.config.folder
-    with gathered_weights(wrapped):
-        folder = store.save(
-            run_folder, _manifest(prepared, step), chunks, optimizer, topology=topology, platform=platform
-        )
-    if topology.is_main:
-        store.prune(run_folder, keep=prepared.config.checkpoint.keep)
-    return folder
-
-
-def _manifest(prepared: Prepared, step: int) -> Manifest:
-    config, layout = prepared.config, prepared.layout
-    samples = config.sizes.samples_before(step)
-    return Manifest(
-        format=FORMAT,
-        step=step,
-        samples=samples,
-        tokens=samples * config.model.seq_length,
-        config=config.model_dump(mode="json"),
-        vocab_size=prepared.tokenizer.vocab_size,
-        mask_id=prepared.tokenizer.mask_id,
-        tokenizer_fingerprint=prepared.tokenizer.fingerprint,
-        data_fingerprint=prepared.data.fingerprint,
-        layout={
-            "tensor": layout.tensor,
-            "pipeline": layout.pipeline,
-            "virtual_pipeline": layout.virtual_pipeline,
-            "data": layout.data,
-        },
-        versions={
-            "megadiff": megadiff.__version__,
-            "torch": torch.__version__,
-            "megatron-core": version("megatron-core"),
-        },
-    )
+    return [hooks.Evaluate(config.eval.every, config.steps, held_out, files.metrics, goodput, files.tensorboard)]

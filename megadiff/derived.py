@@ -11,7 +11,7 @@ def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
     """The derived numbers, a line each."""
     rows = config.model.padded_vocab_size(shape.vocab_size)
     counted = cost.parameters(shape)
-    memory = cost.bytes_per_rank(shape, _cost_layout(config, layout), _cost_precision(config), vocab_rows=rows)
+    memory = memory_per_rank(config, layout, shape)
     tokens = config.tokens_per_step
     chunks = f" ({layout.virtual_pipeline} chunks each)" if layout.virtual_pipeline > 1 else ""
     return [
@@ -30,6 +30,19 @@ def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
         f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
         f"logits {_gib(memory.logits)} (estimate)",
     ]
+
+
+def memory_per_rank(config: RunConfig, layout: Layout, shape: cost.Shape) -> cost.Memory:
+    """Estimated bytes on the fullest rank."""
+    rows = config.model.padded_vocab_size(shape.vocab_size)
+    return cost.bytes_per_rank(shape, _cost_layout(config, layout), _cost_precision(config), vocab_rows=rows)
+
+
+def checkpoint_bytes(config: RunConfig, shape: cost.Shape) -> int:
+    """Estimated bytes of one checkpoint, whatever the layout: weights and optimizer state, once each."""
+    rows = config.model.padded_vocab_size(shape.vocab_size)
+    whole = cost.bytes_per_rank(shape, cost.Layout(), _cost_precision(config), vocab_rows=rows)
+    return whole.parameters + whole.optimizer
 
 
 def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:

@@ -25,7 +25,8 @@ from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.optim.config import OptimizerConfig, ScheduleConfig
 from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
-from megadiff.train.config import LogConfig
+from megadiff.supervision.config import StopConfig, WatchdogConfig
+from megadiff.train.config import GoodputConfig, HealthConfig, LogConfig
 
 
 class RunConfig(Section):
@@ -52,6 +53,10 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    health: HealthConfig = HealthConfig()
+    stop: StopConfig = StopConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    goodput: GoodputConfig = GoodputConfig()
 
     @field_validator("name")
     @classmethod

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from megadiff.checkpoint import store
+from megadiff.checkpoint.folder import chosen
+from megadiff.checkpoint.load import load
 from megadiff.checkpoint.manifest import Manifest, read_manifest
 from megadiff.data.config import DataConfig, SourceConfig
 from megadiff.data.open import open_data
@@ -57,15 +59,21 @@ class TrainedModel:
         """Whether the model was trained with clean prompts that see only themselves."""
         return self.manifest.config["conditioning"]["prompt"] > 0
 
-    @torch.no_grad()
-    def denoise(self, ids: Tensor, *, prompt_length: int = 0) -> Tensor:
+    def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
         """Token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded.
 
         Args:
             prompt_length: leading tokens that are clean; they see only themselves if the model was trained so.
         """
-        lengths = torch.full((ids.shape[0],), prompt_length if self.knows_prompts else 0)
-        is_causal = self.manifest.config["conditioning"]["prompt_attention"] == "causal"
+        return self.answer(ids, torch.full((ids.shape[0],), prompt_length))
+
+    @torch.no_grad()
+    def answer(self, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
+        """`denoise` with a prompt length for each row, [B]; of an autoregressive model the next tokens' logits."""
+        is_causal = self.is_autoregressive or self.manifest.config["conditioning"]["prompt_attention"] == "causal"
+        lengths = torch.full((ids.shape[0],), ids.shape[1]) if self.is_autoregressive else prompt_lengths.cpu()
+        if not (self.is_autoregressive or self.knows_prompts):
+            lengths = torch.zeros_like(lengths)
         logits = self.chunks[0](ids.to(self.platform.device), prompt_code(lengths, is_causal=is_causal))
         return logits.transpose(0, 1)[..., : self.mixing.vocab_size]
 
@@ -93,6 +101,28 @@ class TrainedModel:
 
 
 @contextmanager
+def open_model(
+    path: str | Path,
+    *,
+    platform: Literal["auto", "cpu", "cuda"] = "auto",
+    tokenizer: str | None = None,
+) -> Iterator[TrainedModel]:
+    """Open whatever the commands take as `--model`, by what is in the folder.
+
+    Raises:
+        CheckpointError: as `open_trained`, and for a folder of another kind than a training checkpoint.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file() and not (folder / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{folder}: wanted a run folder (such as runs/NAME) or one of its checkpoints/step_* folders, found a "
+            "Hugging Face folder; turn it into a checkpoint with tools/convert_checkpoint.py import first"
+        )
+    with open_trained(folder, platform=platform, tokenizer=tokenizer) as trained:
+        yield trained
+
+
+@contextmanager
 def open_trained(
     path: str | Path,
     *,
@@ -109,16 +139,15 @@ def open_trained(
         CheckpointError: no complete checkpoint there, or a damaged one.
         DataError: the tokenizer is missing, or another one than the model was trained with.
     """
-    folder = _checkpoint_folder(Path(path))
+    folder = chosen(Path(path))
     manifest = read_manifest(folder)
-    text = load_tokenizer(tokenizer or manifest.config["data"]["tokenizer"])
+    named, model, noise = _settings(folder, manifest)
+    text = load_tokenizer(tokenizer or named)
     if text.fingerprint != manifest.tokenizer_fingerprint:
         raise CheckpointError(
             f"{folder} was trained with another tokenizer ({manifest.tokenizer_fingerprint}) than {text.name} "
             f"({text.fingerprint}); give the first one's path with --tokenizer"
         )
-    model = ModelConfig.model_validate(manifest.config["model"])
-    noise = NoiseConfig.model_validate(manifest.config["noise"])
     machine = detect(platform)
     machine.prepare_megatron()
     with process_group(machine, alone=True):
@@ -131,7 +160,7 @@ def open_trained(
             platform=machine,
             topology=topology,
         )
-        store.load(folder, chunks, None, topology=topology, platform=machine)
+        load(folder, chunks, None, topology=topology, platform=machine)
         for chunk in chunks:
             chunk.eval()
         yield TrainedModel(
@@ -147,13 +176,17 @@ def open_trained(
         )
 
 
-def _checkpoint_folder(path: Path) -> Path:
-    if (path / "manifest.json").is_file():
-        return path
-    newest = store.newest_complete(path)
-    if newest is None:
-        what = "no such folder" if not path.exists() else "no complete checkpoint in it"
-        raise CheckpointError(
-            f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
+def _settings(folder: Path, manifest: Manifest) -> tuple[str, ModelConfig, NoiseConfig]:
+    """The tokenizer's path, the model and the noise that a checkpoint says it was trained with."""
+    config = manifest.config
+    try:
+        return (
+            str(config["data"]["tokenizer"]),
+            ModelConfig.model_validate(config["model"]),
+            NoiseConfig.model_validate(config["noise"]),
         )
-    return newest
+    except (KeyError, TypeError, ValidationError) as error:
+        what = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{folder / 'manifest.json'} describes no model of this version ({what}); take another one of the run"
+        ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from megadiff.errors import ConfigError, MegadiffError, run_command
 
 _EPILOG = """example:
-  python tools/branch_cooldowns.py --config examples/demo.yaml --trunk runs/demo/checkpoints/step_00000200 \\
+  python tools/branch_cooldowns.py --config examples/demo.yaml --trunk runs/demo/checkpoints/step_00000120 \\
       --lengths 50 100 200 --launcher "torchrun --standalone --nproc-per-node 8"
 
 Each branch is a run of its own, NAME-cooldown-LENGTH, that a second call of the same command continues.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megadiff.data.documents import Corpus
+from megadiff.data.documents import MAX_DOCUMENT_BYTES, Corpus
 from megadiff.data.preprocess import Framing, preprocess
 from megadiff.errors import run_command
 
@@ -30,10 +30,22 @@ def main() -> None:
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text token")
     parser.add_argument("--prepend-bos", action="store_true", help="start each document with the begin-of-text token")
     parser.add_argument("--max-bad-lines", type=int, default=0, metavar="K", help="bad lines to skip before refusing")
+    parser.add_argument(
+        "--max-document-mb",
+        type=float,
+        default=MAX_DOCUMENT_BYTES / 2**20,
+        metavar="M",
+        help="MiB of one line or text file, uncompressed; a longer one is a bad line (default 256)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace finished data of the same prefix")
     args = parser.parse_args()
 
-    corpus = Corpus(args.input, json_key=args.json_key, max_bad_lines=args.max_bad_lines)
+    corpus = Corpus(
+        args.input,
+        json_key=args.json_key,
+        max_bad_lines=args.max_bad_lines,
+        max_document_bytes=int(args.max_document_mb * 2**20),
+    )
     framing = Framing(prepend_bos=args.prepend_bos, append_eod=args.append_eod)
     done = preprocess(
         corpus, args.output_prefix, args.tokenizer, framing=framing, workers=args.workers, overwrite=args.overwrite

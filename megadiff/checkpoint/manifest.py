@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megadiff.errors import CheckpointError
+from megadiff.errors import CheckpointError, ConfigError
 
-FORMAT = 1
-"""Version of the manifest; a change of meaning raises it."""
+FORMAT = 2
+"""Version of the manifest; a change of meaning raises it. 2: the manifest has a checksum of its own."""
 
 FILE_NAME = "manifest.json"
+SUM_NAME = "manifest.sha256"
+"""The manifest's own checksum, as `sha256sum --check` reads it."""
+
+_MAX_BYTES = 2**28
 
 MUST_MATCH = (
     "seed",
@@ -32,6 +37,15 @@ MUST_MATCH = (
 )
 """Settings whose change makes a resumed run another run; everything else may change."""
 
+MAY_BE_ALLOWED = ("seed", "noise", "objective", "conditioning")
+"""Those of them whose change the saved weights and optimizer state survive, if a person asks for it."""
+
+_IDENTITY = ("vocab_size", "mask_id", "tokenizer_fingerprint", "data_fingerprint")
+
+_NOT_OF_THE_WEIGHTS = tuple(f"model.{key}" for key in ("init_scale", "embed_init", "head_init", "seq_length"))
+
+_NOT_WORTH_RECORDING = ("name", "output_dir", "checkpoint.start_from")
+
 
 class FileEntry(BaseModel):
     """One file of a checkpoint."""
@@ -40,29 +54,50 @@ class FileEntry(BaseModel):
     sha256: str
 
 
+class Change(BaseModel):
+    """A setting that another attempt of the same run had otherwise."""
+
+    after_step: int
+    key: str
+    before: Any
+    now: Any
+
+    def describe(self) -> str:
+        """`key: before -> now`."""
+        return f"{self.key}: {json.dumps(self.before)} -> {json.dumps(self.now)}"
+
+
 class Manifest(BaseModel):
     """`manifest.json`: written last, so a folder without one is not a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     format: int
-    step: int
-    samples: int
+    step: int = Field(ge=0)
+    samples: int = Field(ge=0)
     """Rows the run has trained on."""
     tokens: int
     config: dict[str, Any]
     """The resolved tree."""
-    vocab_size: int
-    mask_id: int
+    vocab_size: int = Field(gt=1)
+    mask_id: int = Field(ge=0)
     tokenizer_fingerprint: str
     data_fingerprint: str
     layout: dict[str, int]
     versions: dict[str, str]
+    health: dict[str, float | list[float]] = {}
+    """What the run's health checks remember: skipped steps in a row, running statistics."""
+    has_optimizer: bool = True
+    """False where weights came from elsewhere: a run that begins with them has its optimizer and steps before it."""
+    changes: list[Change] = []
+    """Settings that were changed when the run was taken up again, oldest first."""
     files: dict[str, FileEntry] = {}
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`."""
-        (folder / FILE_NAME).write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        """Write `manifest.json` and its checksum into `folder`."""
+        text = self.model_dump_json(indent=1).encode()
+        (folder / FILE_NAME).write_bytes(text)
+        (folder / SUM_NAME).write_text(f"{hashlib.sha256(text).hexdigest()}  {FILE_NAME}\n", encoding="ascii")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -73,7 +108,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / FILE_NAME
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is damaged: it is no plain file; take another checkpoint of the run")
+        if path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(
+                f"{path} is damaged: {path.stat().st_size:,} bytes; take another checkpoint of the run"
+            )
+        text = path.read_bytes()
+        manifest = Manifest.model_validate_json(text)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: it has no {FILE_NAME}; give a step_* folder written by a run"
@@ -85,39 +127,104 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path} has format {manifest.format}, this version reads {FORMAT}; use the megadiff version that wrote it"
         )
+    _check_sum(path, text)
     return manifest
 
 
-def check_same_run(saved: Manifest, wanted: Manifest, folder: Path) -> None:
-    """Refuse to go on from a checkpoint whose settings, tokenizer or data differ where it matters.
-
-    Raises:
-        CheckpointError: with every difference as `key: saved -> wanted`.
-    """
-    differences = []
-    for key in MUST_MATCH:
-        differences += _differences(key, _at(saved.config, key), _at(wanted.config, key))
-    for key in ("vocab_size", "mask_id", "tokenizer_fingerprint", "data_fingerprint"):
-        differences += _differences(key, getattr(saved, key), getattr(wanted, key))
-    if differences:
+def _check_sum(path: Path, text: bytes) -> None:
+    wanted = f"{hashlib.sha256(text).hexdigest()}  {FILE_NAME}\n".encode()
+    sum_path = path.with_name(SUM_NAME)
+    found = sum_path.read_bytes() if sum_path.is_file() else b""
+    if found != wanted:
         raise CheckpointError(
-            f"{folder} belongs to another run; these settings differ (checkpoint -> this run): "
-            + "; ".join(differences)
-            + ". Give the run another `name`, or the settings it was started with"
+            f"{path} is damaged: its SHA-256 is not the one in {SUM_NAME}; take another checkpoint of the run"
         )
 
 
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, Mapping) else None
-    return tree
+def check_same_run(
+    saved: Manifest, wanted: Manifest, folder: Path, *, allowed: Sequence[str] = (), allow_data: bool = False
+) -> list[Change]:
+    """Refuse to go on from a checkpoint whose settings, tokenizer or data differ where it matters.
+
+    Args:
+        allowed: keys of `MAY_BE_ALLOWED`, or keys below them, whose change is accepted.
+        allow_data: accept other training data.
+
+    Returns:
+        Every accepted difference, those that never matter included, to be recorded.
+
+    Raises:
+        CheckpointError: with every difference that matters as `key: saved -> wanted`.
+        ConfigError: a key is allowed that cannot be.
+    """
+    for key in allowed:
+        if not any(_is_at_or_below(key, other) for other in MAY_BE_ALLOWED):
+            raise ConfigError(
+                f"--allow-change {key}: this cannot change inside a run; what can is {', '.join(MAY_BE_ALLOWED)}"
+            )
+    changes = _changes(saved.step, "", saved.config, wanted.config)
+    changes += [_change(saved, wanted, key) for key in _IDENTITY if getattr(saved, key) != getattr(wanted, key)]
+    refused = [change for change in changes if _matters(change.key, allowed, allow_data)]
+    if not refused:
+        return [change for change in changes if change.key not in _NOT_WORTH_RECORDING]
+    said = "; ".join(change.describe() for change in refused)
+    raise CheckpointError(
+        f"{folder} belongs to another run; these settings differ (checkpoint -> this run): {said}. "
+        f"Give the run another `name`, or the settings it was started with{_ways_out(refused)}"
+    )
 
 
-def _differences(key: str, saved: Any, wanted: Any) -> list[str]:
+def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:
+    """Refuse weights of another model or another vocabulary.
+
+    Raises:
+        CheckpointError: with every difference.
+    """
+    changes = [
+        change
+        for change in _changes(saved.step, "model", saved.config.get("model"), wanted.config.get("model"))
+        if change.key not in _NOT_OF_THE_WEIGHTS
+    ]
+    names = ("vocab_size", "mask_id", "tokenizer_fingerprint")
+    changes += [_change(saved, wanted, key) for key in names if getattr(saved, key) != getattr(wanted, key)]
+    if changes:
+        said = "; ".join(change.describe() for change in changes)
+        raise CheckpointError(
+            f"{folder} holds the weights of another model (checkpoint -> this run): {said}; set these as it has them"
+        )
+
+
+def _matters(key: str, allowed: Sequence[str], allow_data: bool) -> bool:
+    if key == "data_fingerprint":
+        return not allow_data
+    if any(_is_at_or_below(key, other) for other in allowed):
+        return False
+    return key in _IDENTITY or any(_is_at_or_below(key, other) for other in MUST_MATCH)
+
+
+def _ways_out(refused: Sequence[Change]) -> str:
+    ways = [
+        f"--allow-change {change.key}"
+        for change in refused
+        if any(_is_at_or_below(change.key, other) for other in MAY_BE_ALLOWED)
+    ]
+    ways += ["--allow-data-change"] * any(change.key == "data_fingerprint" for change in refused)
+    return f"; to go on all the same, and have it recorded: {' '.join(ways)}" if len(ways) == len(refused) else ""
+
+
+def _is_at_or_below(key: str, other: str) -> bool:
+    return key == other or key.startswith(f"{other}.")
+
+
+def _change(saved: Manifest, wanted: Manifest, key: str) -> Change:
+    return Change(after_step=saved.step, key=key, before=getattr(saved, key), now=getattr(wanted, key))
+
+
+def _changes(step: int, key: str, saved: Any, wanted: Any) -> list[Change]:
     if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
         return [
-            line
+            change
             for part in sorted(set(saved) | set(wanted))
-            for line in _differences(f"{key}.{part}", saved.get(part), wanted.get(part))
+            for change in _changes(step, f"{key}.{part}" if key else part, saved.get(part), wanted.get(part))
         ]
-    return [] if saved == wanted else [f"{key}: {json.dumps(saved)} -> {json.dumps(wanted)}"]
+    return [] if saved == wanted else [Change(after_step=step, key=key, before=saved, now=wanted)]

@@ -1,8 +1,8 @@
 """The pickled parts of a torch_dist checkpoint, read so that they cannot run code.
 
 torch's `FileSystemReader.read_metadata` calls `pickle.load` on `.metadata`
-(torch/distributed/checkpoint/filesystem.py), so a hostile folder runs code on load. `refuse_hostile_metadata` reads
-the same bytes first with an unpickler that knows only the classes such an index is made of.
+(torch/distributed/checkpoint/filesystem.py), so a hostile folder runs code on load. `read_index` reads the same
+bytes first with an unpickler that knows only the classes such an index is made of.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ _ALLOWED = {
     *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *((f"{_CHECKPOINT}.metadata", f"{kind}StorageMetadata") for kind in ("Bytes", "Chunk", "Tensor")),
     (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
-    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
     (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
@@ -40,8 +39,8 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def refuse_hostile_metadata(folder: Path) -> None:
-    """Check `folder/.metadata`.
+def read_index(folder: Path) -> Any:
+    """Read `folder/.metadata`: torch's `Metadata` of a checkpoint's tensors, their shapes and where each part is.
 
     Raises:
         CheckpointError: the file is missing, damaged, or names anything but the parts of an index.
@@ -49,7 +48,7 @@ def refuse_hostile_metadata(folder: Path) -> None:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            _IndexUnpickler(file).load()
+            return _IndexUnpickler(file).load()
     except CheckpointError as error:
         raise CheckpointError(f"{path} is not a checkpoint index and was not loaded: {error}") from None
     except FileNotFoundError:

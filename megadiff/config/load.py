@@ -118,15 +118,15 @@ def _text(path: Path, named_by: Place | None) -> str:
     asked = f"{named_by}: the base file {path}" if named_by is not None else f"{path}: the run description"
     try:
         if not path.exists():
-            raise ConfigError(f"{asked} does not exist")
+            raise ConfigError(f"{asked} does not exist; check the path")
         if not path.is_file():
-            raise ConfigError(f"{asked} is not a file")
+            raise ConfigError(f"{asked} is not a file; give the path of a YAML file")
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ConfigError(f"{asked} has {size} bytes; at most {MAX_BYTES} are wanted, so it is hardly one")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{asked} is not UTF-8 text (byte {error.start})") from None
+        raise ConfigError(f"{asked} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{asked} cannot be read: {error.strerror or error}") from None
 

@@ -16,6 +16,9 @@ MAX_NODES = 50_000
 
 MAX_DEPTH = 40
 
+MAX_CHARACTERS = 1_000_000
+"""Of one document; more is refused before the parser sees any of it."""
+
 
 def parse_yaml(text: str, source: str, *, with_lines: bool = True) -> Tree | None:
     """Read one YAML document; None when it holds nothing.
@@ -26,8 +29,12 @@ def parse_yaml(text: str, source: str, *, with_lines: bool = True) -> Tree | Non
         with_lines: whether places carry line numbers (a file's do, the command line's do not).
 
     Raises:
-        ConfigError: bad syntax, a key given twice, a tag, more than one document, too many or too deep values.
+        ConfigError: bad syntax, a key given twice, a tag, more than one document, too long a text, too many or too
+            deep values.
     """
+    if len(text) > MAX_CHARACTERS:
+        held = f"{len(text)} characters where at most {MAX_CHARACTERS} are wanted"
+        raise ConfigError(f"{source}: {held}, so it is hardly a run description; give the run's own file")
     try:
         return _Composer(text, source, with_lines).document()
     except yaml.MarkedYAMLError as error:
@@ -103,7 +110,9 @@ class _Composer:
 
     def _alias(self, event: events.AliasEvent) -> Tree:
         if event.anchor not in self._anchors:  # an anchor is known only once its value is complete
-            raise ConfigError(f"{self._place(event)}: the alias `*{event.anchor}` stands for nothing defined above it")
+            raise ConfigError(
+                f"{self._place(event)}: the alias `*{_clipped(event.anchor or '')}` stands for nothing defined above it"
+            )
         tree, nodes = self._anchors[event.anchor]
         self._count(nodes, event)
         return tree
@@ -123,7 +132,7 @@ class _Composer:
             if key.text in entries:
                 first = entries[key.text].place.line
                 where = f", first on line {first}" if first is not None else ""
-                raise ConfigError(f"{place}: the key `{key.text}` is given twice{where}")
+                raise ConfigError(f"{place}: the key `{_clipped(key.text)}` is given twice{where}")
             value = self._tree(next(self._events), depth + 1)
             if isinstance(value, Group):
                 value = replace(value, place=place)  # its key's line, not that of the first key inside
@@ -132,4 +141,8 @@ class _Composer:
 
 
 def _short_tag(tag: str) -> str:
-    return tag.replace("tag:yaml.org,2002:", "!!")
+    return _clipped(tag.replace("tag:yaml.org,2002:", "!!"))
+
+
+def _clipped(name: str) -> str:
+    return name if len(name) <= 80 else name[:80] + "..."

@@ -25,7 +25,7 @@ import zstandard
 from megadiff.errors import DataError
 
 MAX_DOCUMENT_BYTES = 2**28
-"""A longer line or text file is a bad one: it is surely an accident, and it would have to be held in memory."""
+"""A longer line, text file or row is a bad one by default: it is surely an accident, and it is held in memory."""
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _CHUNK_BYTES = 2**20
@@ -73,17 +73,29 @@ class Corpus:
         paths: files; see the module's text for the kinds.
         json_key: the key (jsonl) or column (parquet) that holds the text.
         max_bad_lines: bad lines to skip over all files before the pass is refused; 0 refuses the first.
+        max_document_bytes: of a line, text file or row, uncompressed; a longer one is a bad line, and no more of it
+            is held than this.
 
     Raises:
         DataError: no files, a file that is missing, unreadable, a folder, or of an unknown kind.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, json_key: str = "text", max_bad_lines: int = 0) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        json_key: str = "text",
+        max_bad_lines: int = 0,
+        max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    ) -> None:
         if not paths:
             raise DataError("no input files were given; name at least one .jsonl, .txt or .parquet file")
+        if max_bad_lines < 0 or max_document_bytes < 1:
+            raise DataError("--max-bad-lines must be at least 0 and --max-document-mb above 0; mend the command")
         self.paths = [Path(path) for path in paths]
         self.json_key = json_key
         self.max_bad_lines = max_bad_lines
+        self.max_document_bytes = max_document_bytes
         self.report = CorpusReport()
         for path in self.paths:
             _check_input(path)
@@ -120,8 +132,8 @@ class Corpus:
         size = 0
         for chunk in chunks:
             size += len(chunk)
-            if size > MAX_DOCUMENT_BYTES:
-                what = f"the text is longer than {MAX_DOCUMENT_BYTES} bytes, and a .txt file is one document"
+            if size > self.max_document_bytes:
+                what = f"the text is longer than {self.max_document_bytes} bytes, and a .txt file is one document"
                 raise DataError(f"{path}: {what}; split it, or make it a .jsonl of documents")
             held.append(chunk)
         try:
@@ -130,9 +142,9 @@ class Corpus:
             self._bad_line(path, 1, f"invalid UTF-8 at byte {error.start}")
 
     def _json_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
-        for number, raw_line in enumerate(_lines(chunks, MAX_DOCUMENT_BYTES), start=1):
+        for number, raw_line in enumerate(_lines(chunks, self.max_document_bytes), start=1):
             if raw_line is None:
-                self._bad_line(path, number, f"the line is longer than {MAX_DOCUMENT_BYTES} bytes")
+                self._bad_line(path, number, self._too_long("line"))
                 continue
             line = raw_line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw_line
             if not line.strip():
@@ -151,12 +163,15 @@ class Corpus:
         if not isinstance(record, dict):
             return _Bad(f"wanted a JSON object with the key `{self.json_key}`, found {_json_kind(record)}")
         if self.json_key not in record:
-            keys = ", ".join(list(record)[:8]) or "none"
+            keys = ", ".join(_shown(key) for key in list(record)[:8]) or "none"
             return _Bad(f"no key `{self.json_key}` (keys here: {keys}; choose with --json-key)")
         text = record[self.json_key]
         if not isinstance(text, str):
             return _Bad(f"`{self.json_key}` must be a string, found {_json_kind(text)}")
         return text
+
+    def _too_long(self, what: str) -> str:
+        return f"the {what} is longer than {self.max_document_bytes} bytes (--max-document-mb)"
 
     def _parquet_texts(self, path: Path) -> Iterator[str]:
         try:
@@ -176,10 +191,12 @@ class Corpus:
                 for batch in table.iter_batches(batch_size=256, columns=[self.json_key]):
                     for text in batch.column(0).to_pylist():
                         row += 1
-                        if isinstance(text, str):
-                            yield text
-                        else:
+                        if not isinstance(text, str):
                             self._bad_line(path, row, f"`{self.json_key}` must be a string, found {_json_kind(text)}")
+                        elif len(text.encode("utf-8")) > self.max_document_bytes:
+                            self._bad_line(path, row, self._too_long("text"))
+                        else:
+                            yield text
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the parquet file is cut or damaged ({error}); fetch or make it again") from error
         with open(path, "rb", buffering=0) as file:
@@ -306,6 +323,11 @@ def _why_no_json(line: bytes, error: orjson.JSONDecodeError) -> str:
     except UnicodeDecodeError as bad:
         return f"invalid UTF-8 at byte {bad.start} of the line"
     return f"not a JSON object ({error})"
+
+
+def _shown(key: str) -> str:
+    """A key as a message can hold it, whatever a corpus calls it."""
+    return key if key.isprintable() and len(key) <= 40 else f"{key[:40]!r}"
 
 
 def _json_kind(value: Any) -> str:

@@ -6,16 +6,22 @@ Megatron's own format has no room for these facts and its readers ignore the fil
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import orjson
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from megadiff.config.section import Section
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""2 has `idx_sha256`; files of version 1, which lack it, are read too."""
+
 _MAX_MANIFEST_BYTES = 2**26
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""In hexadecimal."""
 
 
 class TokenizerFacts(Section):
@@ -25,7 +31,7 @@ class TokenizerFacts(Section):
     """For people."""
 
     fingerprint: str
-    """SHA-256 of its meaning; what decides whether data fit a tokenizer."""
+    """SHA-256 (hex) of its meaning; what decides whether data fit a tokenizer."""
 
     vocab_size: int = Field(gt=0)
     """V, the mask included."""
@@ -52,14 +58,21 @@ class InputFacts(Section):
     bytes: int = Field(ge=0)
     """As it lies on disk, compressed or not."""
 
-    sha256: str
+    sha256: Sha256
     """Of the same bytes."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_plain_name(cls, name: str) -> str:
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
+            raise ValueError(f"wanted a file's name without its folder, found {name!r}")
+        return name
 
 
 class IndexedManifest(Section):
     """Everything in `P.json`."""
 
-    version: int = MANIFEST_VERSION
+    version: int = Field(default=MANIFEST_VERSION, ge=1)
     """Of this file's layout."""
 
     tokenizer: TokenizerFacts
@@ -77,8 +90,11 @@ class IndexedManifest(Section):
     dtype: str
     """`uint16` or `int32`."""
 
-    bin_sha256: str
+    bin_sha256: Sha256
     """Of the `.bin` file."""
+
+    idx_sha256: Sha256 | None = None
+    """Of the `.idx` file; None in a manifest of version 1."""
 
     appended_eod: bool
     """Whether eos ends every document."""
@@ -126,7 +142,8 @@ def read_manifest(path: Path) -> IndexedManifest | None:
         raise DataError(f"{path}: the manifest is not JSON ({error}); make the data again or remove it") from error
     version = found.get("version") if isinstance(found, dict) else None
     if isinstance(version, int) and version > MANIFEST_VERSION:
-        raise DataError(f"{path}: wanted manifest version {MANIFEST_VERSION}, found {version}; upgrade megadiff")
+        newest = f"wanted a manifest of version {MANIFEST_VERSION} at most"
+        raise DataError(f"{path}: {newest}, found {version}; upgrade megadiff")
     try:
         return IndexedManifest.model_validate(found)
     except ValidationError as error:

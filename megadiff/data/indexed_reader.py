@@ -1,14 +1,12 @@
 """Read indexed tokens, ours or Megatron's, after checking every field and bound of the index.
 
-Tokens are read with `pread` into fresh arrays: no array is a view of a mapped file, a file that shrinks while it is
-read gives an error instead of a signal, and other threads run meanwhile.
+Everything is read with `pread` into fresh arrays (`stored_integers`): no array is a view of a mapped file, a file that
+shrinks while it is read gives an error instead of a signal, and other threads run meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +21,14 @@ from megadiff.data.indexed_format import (
     manifest_path,
     without_suffix,
 )
-from megadiff.data.indexed_manifest import IndexedManifest, read_manifest
+from megadiff.data.indexed_manifest import read_manifest
+from megadiff.data.stored_integers import CHUNK, REMEDY, StoredFile, StoredIntegers
+from megadiff.data.wrong_ids import wrong_ids
 from megadiff.errors import DataError
 
-_CHUNK = 2**20
-_SAMPLED_SPANS = 64
-_SAMPLED_TOKENS = 2**14
-_REMEDY = "copy or preprocess the data again"
+_EVEN_SPANS, _EVEN_SPAN_TOKENS = 64, 2**14
+_RANDOM_SPANS, _RANDOM_SPAN_TOKENS = 256, 2**10
+_MOST_TOKENS = 2**56  # far from where a sum of lengths, or a byte offset, leaves 64 bits
 
 
 class IndexedReader:
@@ -44,15 +43,18 @@ class IndexedReader:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = without_suffix(prefix)
-        self._bin, self._idx = bin_path(self.prefix), idx_path(self.prefix)
         self._refuse_missing()
+        self._idx = StoredFile(idx_path(self.prefix))
+        self.manifest = read_manifest(manifest_path(self.prefix))
         self.dtype, self.num_sequences, self.num_documents = self._checked_header()
-        self._map_index()
-        self.num_tokens = self._checked_index()
+        self._open_index()
+        self.num_tokens = self._checked_lengths()
+        self._check_documents()
+        self._check_manifest()
+        self._bin = StoredFile(bin_path(self.prefix))
         self._check_bin_size()
-        self.manifest = self._checked_manifest()
-        self._descriptor = _open_for_reading(self._bin)
-        weakref.finalize(self, os.close, self._descriptor)
+        self.stored_tokens = StoredIntegers(self._bin, self.dtype, offset=0, count=self.num_tokens)
+        self._vocab_size, self._mask_id = None, None
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
@@ -64,21 +66,53 @@ class IndexedReader:
         """UTF-8 bytes of text per token, for bits per byte; None without a manifest."""
         return self.manifest.source_bytes / self.manifest.tokens if self.manifest else None
 
+    @property
+    def files(self) -> tuple[StoredFile, StoredFile]:
+        """`P.bin` and `P.idx`, open."""
+        return self._bin, self._idx
+
     def tokens(self, offset: int, count: int) -> np.ndarray:
-        """`count` tokens of the stream from `offset` on, over document ends: [count] int64, the caller's own."""
+        """`count` tokens of the stream from `offset` on, over document ends: [count] int64, the caller's own.
+
+        Raises:
+            DataError: one is negative, or, after `check_vocabulary`, none of its ids; the disk fails.
+        """
         if offset < 0 or count < 0 or offset + count > self.num_tokens:
             raise IndexError(f"tokens {offset} to {offset + count} are outside 0 to {self.num_tokens} of {self.prefix}")
-        return self._stored(offset, count).astype(np.int64)
+        ids = self.stored_tokens.read(offset, count)
+        wrong = wrong_ids(ids, vocab_size=self._vocab_size, mask_id=self._mask_id)
+        if wrong.size:
+            raise self._wrong_token(offset + int(wrong[0]), int(ids[wrong[0]]))
+        return ids.astype(np.int64)
 
     def document(self, index: int) -> np.ndarray:
         """All tokens of a document: [n] int64, the caller's own."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} is outside 0 to {self.num_documents - 1} of {self.prefix}")
-        start = self._token_offset(int(self._documents[index]))
-        return self.tokens(start, self._token_offset(int(self._documents[index + 1])) - start)
+        first, last = self._documents.read(index, 2).tolist()
+        start = self._token_offset(first)
+        return self.tokens(start, self._token_offset(last) - start)
+
+    def locate(self, token: int) -> tuple[int, int]:
+        """The document that holds a token of the stream, and the token's place in it."""
+        sequence = self._pointers.last_at_most(token * self.dtype.itemsize)
+        document = self._documents.last_at_most(sequence)
+        return document, token - self._token_offset(self._documents.at(document))
+
+    def empty_documents(self) -> tuple[int, int | None]:
+        """How many documents hold no token, and the first of them; Megatron's files may have such, ours never do."""
+        count, first = 0, None
+        for start, part in self._documents.chunks(overlap=1):
+            is_empty = part[1:] == part[:-1]
+            if first is None and is_empty.any():
+                first = start + int(is_empty.argmax())
+            count += int(np.count_nonzero(is_empty))
+        return count, first
 
     def check_vocabulary(self, vocab_size: int, *, mask_id: int | None = None, full: bool = False) -> None:
-        """Look for ids that a model of this vocabulary cannot take, in 64 spans over the file or in all of it.
+        """Look for ids that a model of this vocabulary cannot take, in spans all over the file or in all of it.
+
+        From then on `tokens` refuses such ids wherever they are read, so none is trained on.
 
         Args:
             vocab_size: V; ids must lie in 0 .. V - 1.
@@ -87,86 +121,77 @@ class IndexedReader:
         Raises:
             DataError: one is found; names the document and the place in it.
         """
-        for offset, count in self._all_spans() if full else self._sampled_spans():
-            ids = self.tokens(offset, count)
-            wrong = (ids < 0) | (ids >= vocab_size) | (ids == (-1 if mask_id is None else mask_id))
-            if not wrong.any():
-                continue
-            place = int(wrong.argmax())
-            document, within = self._locate(offset + place)
-            what = "the mask id" if ids[place] == mask_id else f"wanted 0 to {vocab_size - 1}"
-            raise DataError(
-                f"{self._bin}: document {document} has the token id {ids[place]} at position {within} ({what}); "
-                "preprocess the corpus with the tokenizer of this run"
-            )
+        self._vocab_size, self._mask_id = vocab_size, mask_id
+        for offset, count in self._all_spans() if full else [*self._even_spans(), *self._random_spans()]:
+            self.tokens(offset, count)
 
     def content_fingerprint(self) -> str:
-        """SHA-256 (hex) over sizes, type, tokenizer and 64 spans of tokens: tells changed data from moved ones."""
+        """SHA-256 (hex) that tells changed data from moved ones; paths and times play no part.
+
+        It covers every byte of the `.idx`, the tokenizer, the size of the `.bin`, its SHA-256 as the manifest has it,
+        and its tokens in 64 even spans: all of them up to 2**20 tokens. A byte changed elsewhere in a larger `.bin`
+        that kept its manifest is found by tools/check_data.py.
+        """
         facts = (self.dtype.name, self.num_sequences, self.num_documents, self.num_tokens, self.tokenizer_fingerprint)
-        digest = hashlib.sha256(repr(facts).encode())
-        for offset, count in self._sampled_spans():
-            digest.update(self._stored(offset, count).tobytes())
+        recorded = self.manifest.bin_sha256 if self.manifest else None
+        digest = hashlib.sha256(repr((*facts, recorded, self._idx.sha256())).encode())
+        for offset, count in self._even_spans():
+            digest.update(self.stored_tokens.read(offset, count).tobytes())
         return digest.hexdigest()
 
-    def _stored(self, offset: int, count: int) -> np.ndarray:
-        wanted = count * self.dtype.itemsize
-        try:
-            raw = os.pread(self._descriptor, wanted, offset * self.dtype.itemsize)
-            while 0 < len(raw) < wanted:  # the kernel hands out 2 GiB at most, and network disks less
-                more = os.pread(self._descriptor, wanted - len(raw), offset * self.dtype.itemsize + len(raw))
-                if not more:
-                    break
-                raw += more
-        except OSError as error:
-            raise DataError(f"{self._bin}: reading failed ({error.strerror}); check the disk and resume") from error
-        if len(raw) != wanted:
-            found = f"found {len(raw)}: the file has shrunk since it was opened"
-            raise DataError(f"{self._bin}: wanted {wanted} bytes at token {offset}, {found}; {_REMEDY}")
-        return np.frombuffer(raw, dtype=self.dtype)
+    def _wrong_token(self, token: int, found: int) -> DataError:
+        document, within = self.locate(token)
+        limit = "0 or more" if self._vocab_size is None else f"0 to {self._vocab_size - 1}"
+        what = "the mask id" if found == self._mask_id else f"wanted {limit}"
+        return DataError(
+            f"{self._bin.path}: document {document} has the token id {found} at position {within} ({what}); "
+            "preprocess the corpus with the tokenizer of this run"
+        )
 
     def _token_offset(self, sequence: int) -> int:
         if sequence == self.num_sequences:
             return self.num_tokens
-        return int(self._pointers[sequence]) // self.dtype.itemsize
-
-    def _locate(self, token: int) -> tuple[int, int]:
-        """The document that holds a token of the stream, and the token's place in it."""
-        sequence = int(np.searchsorted(self._pointers, token * self.dtype.itemsize, side="right")) - 1
-        document = int(np.searchsorted(self._documents, sequence, side="right")) - 1
-        return document, token - self._token_offset(int(self._documents[document]))
+        return self._pointers.at(sequence) // self.dtype.itemsize
 
     def _all_spans(self) -> list[tuple[int, int]]:
-        return [(start, min(_CHUNK, self.num_tokens - start)) for start in range(0, self.num_tokens, _CHUNK)]
+        return [(start, min(CHUNK, self.num_tokens - start)) for start in range(0, self.num_tokens, CHUNK)]
 
-    def _sampled_spans(self) -> list[tuple[int, int]]:
-        if self.num_tokens <= _SAMPLED_SPANS * _SAMPLED_TOKENS:
+    def _even_spans(self) -> list[tuple[int, int]]:
+        """The first tokens, the last, and 62 spans between; all of a small file."""
+        if self.num_tokens <= _EVEN_SPANS * _EVEN_SPAN_TOKENS:
             return self._all_spans()
-        last = self.num_tokens - _SAMPLED_TOKENS
-        return [(last * i // (_SAMPLED_SPANS - 1), _SAMPLED_TOKENS) for i in range(_SAMPLED_SPANS)]
+        last = self.num_tokens - _EVEN_SPAN_TOKENS
+        return [(last * i // (_EVEN_SPANS - 1), _EVEN_SPAN_TOKENS) for i in range(_EVEN_SPANS)]
+
+    def _random_spans(self) -> list[tuple[int, int]]:
+        """Where even spans always miss: damage that repeats with the file's period."""
+        if self.num_tokens <= _EVEN_SPANS * _EVEN_SPAN_TOKENS:
+            return []
+        starts = np.random.default_rng(0).integers(0, self.num_tokens - _RANDOM_SPAN_TOKENS, size=_RANDOM_SPANS)
+        return [(int(start), _RANDOM_SPAN_TOKENS) for start in np.sort(starts)]
 
     def _refuse_missing(self) -> None:
-        missing = [str(path) for path in (self._idx, self._bin) if not path.is_file()]
+        wanted = (idx_path(self.prefix), bin_path(self.prefix))
+        missing = [str(path) for path in wanted if not path.is_file()]
         if not missing:
             return
         megatron = f"{self.prefix}_text_document"
         hint = f"did you mean {megatron}?" if idx_path(megatron).is_file() else "run tools/preprocess_data.py first"
-        wanted = f"wanted {self._idx} and {self._bin}"
-        raise DataError(f"{self.prefix}: no indexed data; {wanted}, found no {' and no '.join(missing)}; {hint}")
+        named = f"wanted {wanted[0]} and {wanted[1]}"
+        raise DataError(f"{self.prefix}: no indexed data; {named}, found no {' and no '.join(missing)}; {hint}")
 
-    def _refused(self, wanted: str, found: object, remedy: str = _REMEDY) -> DataError:
-        return DataError(f"{self._idx}: wanted {wanted}, found {found}; {remedy}")
+    def _refused(self, wanted: str, found: object, remedy: str = REMEDY) -> DataError:
+        return DataError(f"{self._idx.path}: wanted {wanted}, found {found}; {remedy}")
+
+    def _refused_at(self, name: str, column: StoredIntegers, index: int, rule: str) -> DataError:
+        return self._refused(f"{name}[{index}] at byte {column.byte_of(index)} {rule}", column.at(index))
 
     def _checked_header(self) -> tuple[np.dtype, int, int]:
-        """Nothing is allocated or mapped before the counts agree with the file's size."""
-        size = self._idx.stat().st_size
-        try:
-            with open(self._idx, "rb") as file:
-                head = file.read(HEADER.size)
-        except OSError as error:
-            raise DataError(f"{self._idx}: cannot be read ({error.strerror}); check its permissions") from error
-        if len(head) < HEADER.size:
-            raise self._refused(f"a header of {HEADER.size} bytes", f"{len(head)} bytes in all")
-        magic, version, code, sequences, boundaries = HEADER.unpack(head)
+        """Nothing is allocated before the counts agree with the file's size."""
+        size = self._idx.size
+        if size < HEADER.size:
+            raise self._refused(f"a header of {HEADER.size} bytes", f"{size} bytes in all")
+        magic, version, code, sequences, boundaries = HEADER.unpack(self._idx.read(0, HEADER.size))
         if magic != MAGIC:
             raise self._refused(f"the magic {MAGIC!r} at byte 0", repr(magic), "give the prefix of indexed data")
         if version != VERSION:
@@ -178,67 +203,60 @@ class IndexedReader:
             raise self._refused("at least one sequence (byte 18) and two document boundaries (byte 26)", found)
         wanted = HEADER.size + 12 * sequences + 8 * boundaries
         if size not in (wanted, wanted + sequences):  # the latter: a mode per sequence, which multimodal files have
-            said = f"{sequences} sequences and {boundaries - 1} documents"
+            said = f"{sequences} sequences (byte 18) and {boundaries - 1} documents (byte 26)"
             raise self._refused(f"{wanted} bytes for the {said} that the header declares", size)
         return DTYPES[code], sequences, boundaries - 1
 
-    def _map_index(self) -> None:
-        def mapped(dtype: str, offset: int, count: int) -> np.ndarray:
-            return np.memmap(self._idx, mode="r", dtype=np.dtype(dtype), offset=offset, shape=(count,))
-
+    def _open_index(self) -> None:
         lengths_at = HEADER.size
         pointers_at = lengths_at + 4 * self.num_sequences
-        self._lengths = mapped("<i4", lengths_at, self.num_sequences)
-        self._pointers = mapped("<i8", pointers_at, self.num_sequences)
-        self._documents = mapped("<i8", pointers_at + 8 * self.num_sequences, self.num_documents + 1)
+        documents_at = pointers_at + 8 * self.num_sequences
+        self._lengths = StoredIntegers(self._idx, np.dtype("<i4"), offset=lengths_at, count=self.num_sequences)
+        self._pointers = StoredIntegers(self._idx, np.dtype("<i8"), offset=pointers_at, count=self.num_sequences)
+        self._documents = StoredIntegers(self._idx, np.dtype("<i8"), offset=documents_at, count=self.num_documents + 1)
 
-    def _checked_index(self) -> int:
-        """Check lengths, pointers and documents against each other; return the number of tokens."""
-        itemsize = self.dtype.itemsize
+    def _checked_lengths(self) -> int:
+        """Check that every length is one and every pointer the sum of those before; return the number of tokens."""
         tokens = 0
-        for start in range(0, self.num_sequences, _CHUNK):
-            lengths = self._lengths[start : start + _CHUNK].astype(np.int64)
+        for start, stored in self._lengths.chunks():
+            lengths = stored.astype(np.int64)
             if (lengths < 1).any():
-                wrong = int((lengths < 1).argmax())
-                raise self._refused(f"length[{start + wrong}] of at least 1", lengths[wrong])
+                raise self._refused_at("length", self._lengths, start + int((lengths < 1).argmax()), "of at least 1")
             ends = tokens + np.cumsum(lengths)
-            pointers = (ends - lengths) * itemsize
-            if (bad := self._pointers[start : start + _CHUNK] != pointers).any():
+            pointers = (ends - lengths) * self.dtype.itemsize
+            if (bad := self._pointers.read(start, len(lengths)) != pointers).any():
                 wrong = int(bad.argmax())
-                raise self._refused(f"pointer[{start + wrong}] = {pointers[wrong]}", self._pointers[start + wrong])
+                raise self._refused_at("pointer", self._pointers, start + wrong, f"= {pointers[wrong]}")
             tokens = int(ends[-1])
-        first, last = int(self._documents[0]), int(self._documents[-1])
-        if first != 0 or last != self.num_sequences:
-            raise self._refused(f"documents from 0 to {self.num_sequences}", f"{first} to {last}")
-        for start in range(0, self.num_documents, _CHUNK):
-            part = self._documents[start : start + _CHUNK + 1]
-            if (back := part[1:] < part[:-1]).any():
-                wrong = start + int(back.argmax())
-                raise self._refused(f"document[{wrong + 1}] >= {self._documents[wrong]}", self._documents[wrong + 1])
+            if tokens > _MOST_TOKENS:
+                raise self._refused(f"at most {_MOST_TOKENS} tokens in the lengths from byte {HEADER.size} on", tokens)
         return tokens
 
+    def _check_documents(self) -> None:
+        """From 0 to the number of sequences, never falling; in our own files one sequence a document."""
+        ends = {0: 0, self.num_documents: self.num_sequences}
+        for index, wanted in ends.items():
+            if self._documents.at(index) != wanted:
+                raise self._refused_at("document", self._documents, index, f"= {wanted}")
+        for start, part in self._documents.chunks(overlap=1):
+            if self.manifest is not None and (other := part != np.arange(start, start + len(part))).any():
+                wrong = start + int(other.argmax())
+                raise self._refused_at("document", self._documents, wrong, f"= {wrong}")
+            if (back := part[1:] < part[:-1]).any():
+                wrong = int(back.argmax())
+                raise self._refused_at("document", self._documents, start + wrong + 1, f">= {part[wrong]}")
+
     def _check_bin_size(self) -> None:
-        wanted, found = self.num_tokens * self.dtype.itemsize, self._bin.stat().st_size
+        wanted, found = self.num_tokens * self.dtype.itemsize, self._bin.size
         if wanted != found:
             what = "cut short" if found < wanted else "of other data"
-            raise DataError(f"{self._bin}: wanted {wanted} bytes, found {found}; the file is {what}: {_REMEDY}")
+            raise DataError(f"{self._bin.path}: wanted {wanted} bytes, found {found}; the file is {what}: {REMEDY}")
 
-    def _checked_manifest(self) -> IndexedManifest | None:
-        path = manifest_path(self.prefix)
-        manifest = read_manifest(path)
-        if manifest is None:
-            return None
-        said = (manifest.documents, manifest.tokens, manifest.dtype)
+    def _check_manifest(self) -> None:
+        if self.manifest is None:
+            return
+        said = (self.manifest.documents, self.manifest.tokens, self.manifest.dtype)
         real = (self.num_documents, self.num_tokens, self.dtype.name)
         if said != real:
-            raise DataError(
-                f"{path}: wanted the documents, tokens and dtype {real} of the .idx, found {said}; {_REMEDY}"
-            )
-        return manifest
-
-
-def _open_for_reading(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+            wanted = f"wanted the documents, tokens and dtype {real} of the .idx, found {said}"
+            raise DataError(f"{manifest_path(self.prefix)}: {wanted}; {REMEDY}")

@@ -20,6 +20,7 @@ import numpy as np
 
 from megadiff.data.indexed_format import CODES, HEADER, MAGIC, VERSION, bin_path, idx_path, manifest_path, token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, TokenizerFacts, manifest_bytes
+from megadiff.data.wrong_ids import wrong_ids
 from megadiff.errors import DataError
 
 _INDEX_CHUNK = 2**20
@@ -31,15 +32,19 @@ class IndexedWriter:
     Args:
         prefix: P; its folder is made where missing.
         vocab_size: ids must be below it; it also fixes the integer type.
+        mask_id: the id that text must never hold, where there is one.
         overwrite: replace finished data of the same prefix, which otherwise are refused.
 
     Raises:
         DataError: data are there, the folder cannot be written, or another process is writing this prefix.
     """
 
-    def __init__(self, prefix: str | Path, *, vocab_size: int, overwrite: bool = False) -> None:
+    def __init__(
+        self, prefix: str | Path, *, vocab_size: int, mask_id: int | None = None, overwrite: bool = False
+    ) -> None:
         self.prefix = str(prefix)
         self.vocab_size = vocab_size
+        self.mask_id = mask_id
         self.dtype = token_dtype(vocab_size)
         self.num_tokens = 0
         self._lengths = array("i")
@@ -62,9 +67,11 @@ class IndexedWriter:
         """Add documents that lie one after another in `ids` ([sum(lengths)], any integer type); all of them or none.
 
         Raises:
-            DataError: an id outside 0 .. V - 1, an empty document, or a full disk.
+            DataError: an id outside 0 .. V - 1, the mask, an empty document, or a full disk.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise ValueError(f"ids must be integers, got {ids.dtype}")
         if lengths.sum() != ids.size:
             raise ValueError(f"lengths must add up to the {ids.size} ids, got {lengths.sum()}")
         if lengths.size == 0:
@@ -74,13 +81,7 @@ class IndexedWriter:
             raise DataError(
                 f"{self.prefix}: document {wrong} must hold 1 to 2**31 - 1 tokens; leave it out or split it"
             )
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            place = int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])
-            wrong = self.num_documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-            raise DataError(
-                f"{self.prefix}: document {wrong} has the token id {int(ids[place])}, wanted 0 to "
-                f"{self.vocab_size - 1}; the tokenizer and its vocab_size do not agree"
-            )
+        self._refuse_wrong(ids, lengths)
         content = ids.astype(self.dtype).tobytes()
         self._write(content)
         self._sha256.update(content)
@@ -103,22 +104,22 @@ class IndexedWriter:
         """
         if not self.num_documents:
             raise DataError(f"{self.prefix}: no documents to write; check the input files and the text key")
-        manifest = IndexedManifest(
-            tokenizer=tokenizer,
-            documents=self.num_documents,
-            tokens=self.num_tokens,
-            source_bytes=source_bytes,
-            dtype=self.dtype.name,
-            bin_sha256=self._sha256.hexdigest(),
-            appended_eod=appended_eod,
-            prepended_bos=prepended_bos,
-            inputs=tuple(inputs),
-        )
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
+            manifest = IndexedManifest(
+                tokenizer=tokenizer,
+                documents=self.num_documents,
+                tokens=self.num_tokens,
+                source_bytes=source_bytes,
+                dtype=self.dtype.name,
+                bin_sha256=self._sha256.hexdigest(),
+                idx_sha256=_write_whole(self._temporaries[2], self._index_parts()),
+                appended_eod=appended_eod,
+                prepended_bos=prepended_bos,
+                inputs=tuple(inputs),
+            )
             _write_whole(self._temporaries[1], [manifest_bytes(manifest)])
-            _write_whole(self._temporaries[2], self._index_parts())
             idx_path(self.prefix).unlink(missing_ok=True)
             for temporary, final in zip(self._temporaries, self._finals, strict=True):
                 os.replace(temporary, final)
@@ -147,6 +148,18 @@ class IndexedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+    def _refuse_wrong(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        wrong = wrong_ids(ids, vocab_size=self.vocab_size, mask_id=self.mask_id)
+        if not wrong.size:
+            return
+        found = int(ids[wrong[0]])
+        document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+        what = "the mask, which no text may hold" if found == self.mask_id else f"wanted 0 to {self.vocab_size - 1}"
+        raise DataError(
+            f"{self.prefix}: document {document} has the token id {found} ({what}); the tokenizer does not keep to its "
+            "vocabulary: use another one"
+        )
 
     def _refuse_existing(self, overwrite: bool) -> None:
         there = [path for path in self._finals if path.exists()]
@@ -198,12 +211,16 @@ class IndexedWriter:
             yield np.arange(start, min(start + _INDEX_CHUNK, lengths.size + 1), dtype="<i8").tobytes()
 
 
-def _write_whole(path: Path, parts: Iterable[bytes]) -> None:
+def _write_whole(path: Path, parts: Iterable[bytes]) -> str:
+    """Write a file to the disk itself; return its SHA-256 (hex)."""
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
         for part in parts:
             file.write(part)
+            digest.update(part)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -91,7 +91,9 @@ def preprocess(
     tokenizer = load_tokenizer(tokenizer_path)
     _refuse_framing(tokenizer, framing)
     started_s = time.monotonic()
-    with IndexedWriter(prefix, vocab_size=tokenizer.vocab_size, overwrite=overwrite) as writer:
+    with IndexedWriter(
+        prefix, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, overwrite=overwrite
+    ) as writer:
         source_bytes = 0
         with ProgressReport("tokenizing", corpus.total_bytes) as progress:
             for batch in _tokenized(corpus, str(tokenizer_path), tokenizer, framing, workers):

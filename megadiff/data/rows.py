@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,18 @@ from megadiff.data.blend import Blend
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.permutation import Permutation, stream_key
 from megadiff.errors import DataError
+
+
+class Origin(NamedTuple):
+    """Where a row's first token stands in the data."""
+
+    prefix: str
+    """Of the source's files."""
+    token: int
+    """Its place in the source's stream of tokens."""
+    document: int
+    within: int
+    """Its place in that document."""
 
 
 class PackedRows:
@@ -39,9 +52,16 @@ class PackedRows:
 
     def row(self, number: int) -> np.ndarray:
         """Row `number` >= 0 of the stream: [L] int64."""
+        return self._reader.tokens(self._first_token(number), self.seq_length)
+
+    def origin(self, number: int) -> Origin:
+        """Where row `number` begins."""
+        token = self._first_token(number)
+        return Origin(self._reader.prefix, token, *self._reader.locate(token))
+
+    def _first_token(self, number: int) -> int:
         epoch, within = divmod(number, self.len_epoch)
-        place = self._permutation(epoch)[within]
-        return self._reader.tokens(place * self.seq_length, self.seq_length)
+        return self._permutation(epoch)[within] * self.seq_length
 
     def _permutation_of(self, epoch: int) -> Permutation:
         return Permutation(self.len_epoch, stream_key(self._seed, "rows", self.name, epoch))
@@ -65,6 +85,11 @@ class TrainingRows:
         """The rows of these samples, in their order: [B, L] int64."""
         places = [self.blend.place(sample) for sample in samples]
         return np.stack([self.sources[place.source].row(place.index) for place in places])
+
+    def origin(self, sample: int) -> Origin:
+        """Where the row of a sample begins."""
+        place = self.blend.place(sample)
+        return self.sources[place.source].origin(place.index)
 
     def epochs_at(self, samples_seen: int) -> list[float]:
         """How often each source has been gone through after that many samples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,13 @@ class Optimizer:
         self.kernel = kernel
         """Name of the update kernel, for the log."""
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, *, accept: Callable[[float], bool] = math.isfinite) -> float:
         """Clip if configured, update the weights, return the global gradient norm (before clipping).
-
-        If the norm is not finite, which every rank sees alike, the weights stay as they are.
 
         Args:
             lr: learning rate now; each group multiplies it by its own factor.
+            accept: told the norm, whether to update; if not, weights, moments and step counters stay as they are.
+                Must answer alike on every rank. By default any finite norm will do.
 
         Collective over the model group, and over the data group with the distributed optimizer.
         """
@@ -45,13 +45,17 @@ class Optimizer:
             self._wrapped.prepare_grads()
             clip = self._settings.clip_grad
             norm = float(self._wrapped.clip_grad_norm(clip) if clip > 0 else self._wrapped.get_grad_norm())
-            if math.isfinite(norm):
+            if accept(norm):
                 self._wrapped.step_with_ready_grads()
         return norm
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
         self._wrapped.zero_grad()
+
+    def take_weights(self) -> None:
+        """Copy the model's weights into the float32 masters, after weights alone were loaded."""
+        self._wrapped.reload_model_params()
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> Any:
         """State as megatron-core's dist_checkpointing wants it; see `megadiff.checkpoint.store`."""

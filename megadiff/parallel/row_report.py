@@ -58,6 +58,16 @@ def report_sums(terms: Terms, rows: NoisedRows) -> Tensor:
     return torch.stack([value.double() for value in sums])
 
 
+def mean_loss(total: Tensor) -> Tensor:
+    """`loss` of `metrics_of` alone, a float64 scalar still on its device."""
+    return total[_LAYOUT.index("loss")] / total[_LAYOUT.index("noisy_tokens")].clamp(min=1.0)
+
+
+def has_finite_loss(reports: Tensor) -> Tensor:
+    """Which microbatches' `loss` and `elbo` are finite: [M, SIZE] -> [M] bool."""
+    return torch.isfinite(reports[:, [_LAYOUT.index("loss"), _LAYOUT.index("elbo")]]).all(dim=1)
+
+
 def metrics_of(total: list[float]) -> dict[str, Any]:
     """Metrics of a step from the sums over the whole run's batch.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ class Topology:
     data_group: ProcessGroup
     model_group: ProcessGroup
     """Ranks that together hold one replica."""
+    host_group: ProcessGroup | None = None
+    """All ranks over gloo, for small values that live on the host; None where the default group is that already."""
 
     @property
     def is_main(self) -> bool:
@@ -65,13 +67,30 @@ class Topology:
     def from_main(self, value: Any) -> Any:
         """The main rank's small Python value, on every rank. Collective over the world."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
+
+    def gather_to_main(self, value: Any) -> list[Any] | None:
+        """Every rank's small Python value, by rank, on the main rank; None on the others. Collective over the world."""
+        found = [None] * self.layout.world_size if self.is_main else None
+        dist.gather_object(value, found, dst=0, group=self.host_group)
+        return found
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' integers, on every rank; waits for no device. Collective over the world."""
+        held = torch.tensor(value)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.host_group)
+        return int(held)
+
+
+def rank_from_environment() -> int:
+    """This process's rank by torchrun or srun, known before any group is open; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
     """Whether the launcher made this process rank 0, known before any group is open."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank_from_environment() == 0
 
 
 def world_size_from_environment() -> int:
@@ -91,13 +110,21 @@ def process_group(platform: Platform, *, alone: bool = False, timeout_s: float =
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
-    finally:
-        if dist.is_initialized():
+    except BaseException:
+        # NCCL flushes on leaving, for peers that may be gone or waiting: a rank that fails among others just goes.
+        if dist.is_initialized() and (dist.get_world_size() == 1 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def open_topology(layout: Layout) -> Topology:
-    """Build megatron-core's groups for `layout` on the open default group. Collective over the world."""
+def open_topology(layout: Layout, *, timeout_s: float = 1800.0) -> Topology:
+    """Build megatron-core's groups for `layout` on the open default group. Collective over the world.
+
+    Args:
+        timeout_s: how long a rank waits for the others over the host's network.
+    """
     state: Any = importlib.import_module("megatron.core.parallel_state")
 
     if state.model_parallel_is_initialized():
@@ -118,4 +145,9 @@ def open_topology(layout: Layout) -> Topology:
         pipeline_group=state.get_pipeline_model_parallel_group(),
         data_group=state.get_data_parallel_group(with_context_parallel=True),
         model_group=state.get_model_parallel_group(),
+        host_group=None if dist.get_backend() == "gloo" else _open_host_group(timeout_s),
     )
+
+
+def _open_host_group(timeout_s: float) -> ProcessGroup:
+    return cast(ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))

@@ -10,6 +10,7 @@ import os
 import resource
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -70,6 +71,16 @@ class Platform:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return torch.cuda.max_memory_allocated(self.device)
 
+    def memory_bytes(self) -> int:
+        """Memory there is: of this rank's device on CUDA; on CPU of the machine, or its control group's part of it."""
+        if self.is_cpu:
+            return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _control_group_bytes())
+        return torch.cuda.get_device_properties(self.device).total_memory
+
+    def local_devices(self) -> int:
+        """How many ranks this node has a device for: GPUs, or cores on CPU."""
+        return len(os.sched_getaffinity(0)) if self.is_cpu else torch.cuda.device_count()
+
 
 def detect(wanted: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
     """Find the machine.
@@ -110,5 +121,28 @@ def _importable(module: str) -> bool:
 
 
 def _is_nvidia_apex() -> bool:
-    """The PyPI project called `apex` is something else: only NVIDIA's has `apex.optimizers`."""
-    return _importable("apex") and importlib.util.find_spec("apex.optimizers") is not None
+    return apex_project() == "nvidia"
+
+
+def apex_project() -> Literal["nvidia", "other"] | None:
+    """Whose `apex` is installed, without importing it; None for no such package.
+
+    The PyPI project of that name is something else: only NVIDIA's has `apex.optimizers`.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return "nvidia" if any((folder / "optimizers").is_dir() for folder in folders) else "other"
+
+
+def _control_group_bytes() -> int:
+    """What a container's memory is limited to; a number beyond any machine where it is not."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            return int(text)
+    return 2**63

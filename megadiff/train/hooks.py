@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from megadiff.parallel.row_report import metrics_of
-from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
+from megadiff.train.goodput import Goodput
 from megadiff.train.metrics import MetricsFile
 
 log = logging.getLogger("megadiff")
+
+Part = Literal["step", "eval", "save"]
+"""Parts of a run that have a time limit of their own."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class StepResult:
 
     step: int
     """Steps taken so far, this one included."""
-    sums: Tensor
+    total: Tensor
+    """Sums over the tokens of the whole batch (`row_report`), [SIZE] float64, the same on every rank."""
     lr: float
     grad_norm: float
     seconds: float
     """Wall time of the step alone, its batch included, evaluation and saving not."""
+    skip: str | None = None
+    """Why the step made no update (`non_finite`, `spike`); None where it did."""
 
 
 class Measurement(Protocol):
@@ -53,6 +58,9 @@ class Measurement(Protocol):
 class Hook(Protocol):
     """Called after every step; decides itself whether it is due. Every rank calls it (collectives may hide inside)."""
 
+    section: ClassVar[Part]
+    """Whose time limit it is under."""
+
     def __call__(self, result: StepResult) -> None:
         """React to the step."""
         ...
@@ -60,18 +68,24 @@ class Hook(Protocol):
 
 @dataclass
 class Log:
-    """Console line, `metrics.jsonl` and TensorBoard, every `every` steps and at the first and last."""
+    """Console line, `metrics.jsonl` and TensorBoard: every `every` steps, at the first, the last and skipped ones.
 
+    The line of a skipped step also has `skipped`, the reason; what is not finite is null.
+    """
+
+    section: ClassVar[Part] = "step"
     every: int
     steps: int
     tokens_before: Callable[[int], int]
     """Tokens of the first so many steps."""
     flops_per_token: float
-    topology: Topology
+    world_size: int
     platform: Platform
     metrics: MetricsFile | None
     """None on ranks other than the main one."""
     tensorboard: Any = None
+    extras: Sequence[Callable[[], dict[str, Any]]] = ()
+    """Each is asked, on the main rank alone, for more keys of a line."""
     _tokens: int = field(default=0, init=False)
     _seconds: float = field(default=0.0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
@@ -80,27 +94,27 @@ class Log:
         """Write the lines of this step if due."""
         self._tokens += self.tokens_before(result.step) - self.tokens_before(result.step - 1)
         self._seconds += result.seconds
-        if result.step % self.every and result.step not in (1, self.steps):
+        if result.step % self.every and result.step not in (1, self.steps) and result.skip is None:
             return
-        total = self.topology.sum_over_run(result.sums).tolist()
         rate = self._tokens / max(self._seconds, 1e-9)
         self._tokens, self._seconds = 0, 0.0
         if self.metrics is None:
             return
-        line = self._line(result, total, rate)
+        line = self._line(result, rate)
         self.metrics.write(line)
         if self.tensorboard is not None:
             for key in ("loss", "elbo", "kl", "is", "mean_weight", "lr", "grad_norm", "tokens_per_s"):
-                self.tensorboard.add_scalar(f"train/{key}", line[key], result.step)
+                if math.isfinite(line[key]):
+                    self.tensorboard.add_scalar(f"train/{key}", line[key], result.step)
         log.info(self._console(line))
 
-    def _line(self, result: StepResult, total: list[float], rate: float) -> dict[str, Any]:
-        flops = rate * self.flops_per_token / self.topology.layout.world_size
+    def _line(self, result: StepResult, rate: float) -> dict[str, Any]:
+        flops = rate * self.flops_per_token / self.world_size
         peak = self.platform.peak_flops
         return {
             "step": result.step,
             "tokens": self.tokens_before(result.step),
-            **metrics_of(total),
+            **metrics_of(result.total.tolist()),
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens_per_s": rate,
@@ -108,16 +122,19 @@ class Log:
             "mfu": flops / peak if peak else None,
             "peak_bytes": self.platform.peak_bytes(),
             "elapsed_s": time.monotonic() - self._started,
+            **({"skipped": result.skip} if result.skip is not None else {}),
+            **{key: value for extra in self.extras for key, value in extra().items()},
         }
 
     def _console(self, line: dict[str, Any]) -> str:
         left = (self.tokens_before(self.steps) - line["tokens"]) / max(line["tokens_per_s"], 1e-9)
         mfu = f" | MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
+        skipped = f" | skipped: {line['skipped']}" if "skipped" in line else ""
         return (
             f"step {line['step']:>7}/{self.steps} | loss {line['loss']:.4f} | elbo {line['elbo']:.4f} | "
             f"w {line['mean_weight']:.3f} | lr {line['lr']:.3e} | grad norm {line['grad_norm']:.3f} | "
             f"{line['tokens_per_s']:,.0f} tokens/s | {line['tflops_per_device']:.3g} TFLOP/s/device{mfu} | "
-            f"ETA {_duration(left)}"
+            f"ETA {_duration(left)}{skipped}"
         )
 
 
@@ -125,10 +142,12 @@ class Log:
 class Evaluate:
     """The held-out bound, before the first step, every `every` steps, and after the last."""
 
+    section: ClassVar[Part] = "eval"
     every: int
     steps: int
     measure: Callable[[], Measurement]
     metrics: MetricsFile | None
+    goodput: Goodput
     tensorboard: Any = None
 
     def __call__(self, result: StepResult) -> None:
@@ -138,34 +157,14 @@ class Evaluate:
 
     def run(self, step: int) -> None:
         """Measure and write the line of this step."""
-        found = self.measure()
+        with self.goodput.during("evaluate"):
+            found = self.measure()
         if self.metrics is None:
             return
         self.metrics.write({"step": step, **found.as_metrics()})
         if self.tensorboard is not None:
             self.tensorboard.add_scalar("eval/elbo", found.elbo, step)
         log.info(f"step {step:>7}/{self.steps} | {found.describe()}")
-
-
-@dataclass
-class Save:
-    """A checkpoint every `every` steps and after the last."""
-
-    every: int
-    steps: int
-    save: Callable[[int], Path]
-    metrics: MetricsFile | None
-
-    def __call__(self, result: StepResult) -> None:
-        """Save if due."""
-        if result.step % self.every and result.step != self.steps:
-            return
-        if self.metrics is not None:
-            self.metrics.sync()
-        start = time.monotonic()
-        folder = self.save(result.step)
-        if self.metrics is not None:
-            log.info(f"step {result.step:>7}/{self.steps} | saved {folder} in {time.monotonic() - start:.1f} s")
 
 
 def _duration(seconds: float) -> str:

@@ -1,10 +1,10 @@
-"""One optimizer step: noised microbatches in, sums of per-token terms and the gradient norm out."""
+"""One optimizer step: noised microbatches in; sums of per-token terms, the gradient norm and what was decided out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,22 @@ from megadiff.model.attention import prompt_code
 from megadiff.optim.optimizer import Optimizer
 from megadiff.parallel.pipeline import run_microbatches
 from megadiff.parallel.row_objective import on_device
-from megadiff.parallel.row_report import SIZE
+from megadiff.parallel.row_report import SIZE, mean_loss
 from megadiff.parallel.topology import Topology
+from megadiff.train.culprits import Culprit, find_culprits
+from megadiff.train.health import Verdict
+
+
+class Taken(NamedTuple):
+    """What a step tells."""
+
+    total: Tensor
+    """Sums over the tokens of the whole batch (`row_report`), [SIZE] float64 on the device, the same on every rank."""
+    grad_norm: float
+    """Of the whole model, before clipping."""
+    verdict: Verdict
+    culprits: tuple[Culprit, ...] = ()
+    """Where something was not finite."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +44,58 @@ class Step:
     device: torch.device
     seq_length: int
     micro_sequences: int
+    judge: Callable[[float, float], Verdict]
+    """(loss, gradient norm), both of the whole batch -> whether the update is made; the same answer on every rank."""
     is_causal_prompt: bool = False
     """Whether clean prompts attend causally (a whole row is one under the autoregressive control)."""
 
-    def __call__(self, microbatches: Sequence[NoisedRows], lr: float) -> tuple[Tensor, float]:
-        """Forward, backward, reduce, update.
+    def __call__(
+        self, microbatches: Sequence[NoisedRows], lr: float, *, mark: Callable[[str], None] = lambda _: None
+    ) -> Taken:
+        """Forward, backward, reduce, judge, update.
+
+        The loss is read right after the gradient norm, for which the host waits in any case.
 
         Args:
             microbatches: this data-parallel rank's, the same on its tensor and pipeline ranks.
             lr: learning rate now.
-
-        Returns:
-            Sums over this replica's tokens (`row_report`, float64; zeros except on the last stage), not yet summed over
-            replicas, and the global gradient norm. If the norm is not finite nothing was updated.
+            mark: told each part of the step as it begins, in the same order on every rank.
         """
+        mark("forward and backward")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = run_microbatches(
+        found = run_microbatches(
             self.chunks,
             [on_device(rows, self.device) for rows in microbatches],
             forward=lambda chunk, rows: chunk(
                 rows.noised, prompt_code(rows.prompt_length, is_causal=self.is_causal_prompt)
             ),
-            loss=self.loss,
+            loss=self._gated_loss,
             seq_length=self.seq_length,
             micro_sequences=self.micro_sequences,
         )
-        sums = torch.stack(reports).sum(0) if reports else torch.zeros(SIZE, dtype=torch.float64)
-        return sums.to(self.device), self.optimizer.step(lr)
+        mark("update")
+        reports = torch.stack(found) if found else torch.zeros(0, SIZE, dtype=torch.float64, device=self.device)
+        total = self.topology.sum_over_run(reports.sum(0))
+        verdicts: list[Verdict] = []
+
+        def accept(grad_norm: float) -> bool:
+            verdicts.append(self.judge(float(mean_loss(total)), grad_norm))
+            return verdicts[0].skip is None
+
+        grad_norm = self.optimizer.step(lr, accept=accept)
+        culprits: tuple[Culprit, ...] = ()
+        if verdicts[0].skip == "non_finite":
+            culprits = find_culprits(reports, self.chunks, self.topology, micro_sequences=self.micro_sequences)
+        return Taken(total, grad_norm, verdicts[0], culprits)
+
+    def _gated_loss(self, logits: Tensor, rows: NoisedRows) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss with its gradient times 1 where it is finite and times NaN where not.
+
+        Of tensor-parallel ranks only the first one's report is counted. So that a loss that went wrong on another is
+        not missed, it makes the gradient norm not finite, on every rank and without asking the host, even where its
+        own derivative came out finite.
+        """
+        loss, tokens, report = self.loss(logits, rows)
+        return loss * (1.0 + 0.0 * loss.detach()), tokens, report

@@ -69,7 +69,7 @@ def test_every_difference_that_matters_is_listed(tmp_path):
         check_same_run(manifest(), manifest(config=other, data_fingerprint="e"), tmp_path)
     text = str(caught.value)
     assert (
-        "seed: 0 -> 1; model.layers: 2 -> 4; model.sink: null -> true; batch.global_sequences: 8 -> 16; "
+        "batch.global_sequences: 8 -> 16; model.layers: 2 -> 4; model.sink: null -> true; seed: 0 -> 1; "
         'data_fingerprint: "d" -> "e". Give the run another `name`'
     ) in text
 

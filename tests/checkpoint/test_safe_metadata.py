@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from megadiff.checkpoint.safe_metadata import refuse_hostile_metadata
+from megadiff.checkpoint.safe_metadata import read_index
 from megadiff.errors import CheckpointError
 
 
@@ -30,7 +30,7 @@ def test_a_hostile_index_is_refused_and_runs_nothing(tmp_path, call):
     canary.unlink()
 
     with pytest.raises(CheckpointError, match=r"is not a checkpoint index and was not loaded: it names \w+\.\w+"):
-        refuse_hostile_metadata(tmp_path)
+        read_index(tmp_path)
 
     assert not canary.exists()
 
@@ -40,16 +40,16 @@ def test_an_allowed_module_does_not_bring_its_other_names(tmp_path, name):
     module, _, attribute = name.rpartition(".")
     (tmp_path / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(CheckpointError, match="it names"):
-        refuse_hostile_metadata(tmp_path)
+        read_index(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"no pickle at all"])
 def test_a_damaged_index_is_said(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata is damaged \(.*\); take another checkpoint"):
-        refuse_hostile_metadata(tmp_path)
+        read_index(tmp_path)
 
 
 def test_a_missing_index_is_said(tmp_path):
     with pytest.raises(CheckpointError, match=r"\.metadata is missing: the checkpoint is damaged"):
-        refuse_hostile_metadata(tmp_path)
+        read_index(tmp_path)

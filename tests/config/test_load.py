@@ -213,8 +213,8 @@ def test_a_word_is_read_as_its_field_wants_it(load, key, text, value):
         ("extra: \x01", "a.yaml:6: not valid YAML: the control character '\\x01'"),
         ("---\nb: 1", "a.yaml:6: a second YAML document starts here; one is wanted"),
         ("base: {a: 1}", "a.yaml:6: `base` wants a path or a list of paths, found a mapping"),
-        ("base: b.yaml", "a.yaml:6: the base file b.yaml does not exist"),
-        ("base: .", "a.yaml:6: the base file . is not a file"),
+        ("base: b.yaml", "a.yaml:6: the base file b.yaml does not exist; check the path"),
+        ("base: .", "a.yaml:6: the base file . is not a file; give the path of a YAML file"),
         ("base: a.yaml", "a.yaml:6: base files go in a circle: a.yaml -> a.yaml"),
     ],
 )  # fmt: skip
@@ -230,7 +230,7 @@ def test_a_mistake_in_the_file_is_one_sentence_with_its_line(refusal, lines, sen
         ("~", "a.yaml: the file is empty; a mapping of keys is wanted"),
         ("- 1", "a.yaml:1: the top level must be a mapping of keys, found a list"),
         ("word", "a.yaml:1: the top level must be a mapping of keys, found `word`"),
-        (b"name: \xff", "a.yaml: the run description is not UTF-8 text (byte 6)"),
+        (b"name: \xff", "a.yaml: the run description is not UTF-8 text (byte 6); save it as UTF-8"),
         (b"#" * (MAX_BYTES + 1), "a.yaml: the run description has 1000001 bytes; at most 1000000 are wanted, so it is hardly one"),
         (
             "name: x\nmodel:\n  hidden: 8\ndata: {train: []}",
@@ -291,7 +291,7 @@ def test_an_alias_bomb_is_refused_before_it_is_built(refusal):
 
 def test_a_missing_file_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^gone\.yaml: the run description does not exist$"):
+    with pytest.raises(ConfigError, match=r"^gone\.yaml: the run description does not exist; check the path$"):
         load_config("gone.yaml", [], Run)
 
 

@@ -1,7 +1,11 @@
 import gzip
 import hashlib
 import json
+import random
+import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -11,10 +15,13 @@ from hypothesis import strategies as st
 from megadiff.data import documents
 from megadiff.data.documents import Corpus
 from megadiff.errors import DataError
+from tests.security.children import in_child
 
 LINES = [{"text": "one"}, {"text": "two\nlines"}, {"text": "drei €"}]
 JSONL = "".join(json.dumps(line) + "\n" for line in LINES).encode()
 TEXTS = [line["text"] for line in LINES]
+ZST = zstandard.ZstdCompressor(write_checksum=True).compress(JSONL)
+"""As the zstd command writes it; without a checksum a flipped bit may be undetectable."""
 
 
 def read(path, **options):
@@ -104,13 +111,88 @@ def test_a_nul_and_escapes_are_text(tmp_path):
 
 
 def test_a_line_beyond_the_bound_is_a_bad_line_and_is_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 50)
     monkeypatch.setattr(documents, "_CHUNK_BYTES", 7)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 200 + b'"}\n{"text": "b"}\n' + b"y" * 60)
-    texts, report = read(path, max_bad_lines=2)
+    texts, report = read(path, max_bad_lines=2, max_document_bytes=50)
     assert texts == ["a", "b"]
     assert [example.split(": ")[0] for example in report.bad_examples] == [f"{path}:2", f"{path}:4"]
+
+
+BOMB_BYTES = 400 * 2**20
+CALM_BYTES = 160 * 2**20
+
+
+def _bomb(path):
+    """A line of 400 MiB in a file of a few hundred KB, with a good line before and after."""
+    parts = [b'{"text": "a"}\n{"text": "', *[b"x" * 2**20] * (BOMB_BYTES // 2**20), b'"}\n{"text": "b"}\n']
+    if path.suffix == ".gz":
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.writelines(parts)
+        return
+    with open(path, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as packed:
+        for part in parts:
+            packed.write(part)
+
+
+def _read_bomb(path):
+    corpus = Corpus([path], max_bad_lines=1, max_document_bytes=2**20)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + CALM_BYTES, resource.RLIM_INFINITY))
+    return list(corpus.documents()), corpus.report.bad_examples
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_decompression_bomb_is_a_bad_line_read_in_bounded_memory(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    _bomb(path)
+    assert path.stat().st_size < 4 * 2**20
+    texts, bad = in_child(_read_bomb, path)
+    assert texts == ["a", "b"]
+    assert bad == [f"{path}:2: the line is longer than 1048576 bytes (--max-document-mb)"]
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"text": ' * 100_000, b"9" * 100_000, b'{"text": "\x00"}'])
+def test_hostile_json_is_a_bad_line(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line + b'\n{"text": "after"}\n')
+    texts, report = in_child(lambda: read(path, max_bad_lines=1))
+    assert (texts, report.bad_lines) == (["after"], 1)
+
+
+def test_keys_of_a_corpus_cannot_break_a_message(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps({"a\nerror: all is well\x1b[2J": 1, "k" * 1000: 2}).encode())
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("options", [{"max_bad_lines": -1}, {"max_document_bytes": 0}])
+def test_limits_that_mean_nothing_are_refused(tmp_path, options):
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    with pytest.raises(DataError, match=r"--max-bad-lines must be at least 0 and --max-document-mb above 0"):
+        Corpus([tmp_path / "a.jsonl"], **options)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst"]))
+def test_damage_never_gives_half_a_document(tmp_path_factory, seed, suffix):
+    """A pass over a cut file, or a compressed one with a flipped bit, that ends well gives texts of the corpus only."""
+    draw = random.Random(seed)
+    raw = bytearray({".jsonl": JSONL, ".jsonl.gz": gzip.compress(JSONL, mtime=0), ".jsonl.zst": ZST}[suffix])
+    if suffix == ".jsonl" or draw.random() < 0.5:
+        del raw[draw.randrange(len(raw)) :]
+    else:
+        raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+    path = tmp_path_factory.getbasetemp() / f"damaged{suffix}"
+    path.write_bytes(bytes(raw))
+    texts = []
+    with suppress(DataError):
+        texts = list(Corpus([path], max_bad_lines=3).documents())
+    assert set(texts) <= set(TEXTS)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

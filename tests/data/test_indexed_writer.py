@@ -1,3 +1,4 @@
+import hashlib
 import os
 import signal
 import subprocess
@@ -63,18 +64,37 @@ def test_what_is_written_is_read(tmp_path_factory, documents):
     assert reader.tokens(0, reader.num_tokens).tolist() == [i for document in documents for i in document]
 
 
-def test_a_wrong_token_is_refused_before_anything_is_written(tmp_path):
-    with IndexedWriter(tmp_path / "p", vocab_size=260) as writer:
+def test_a_wrong_token_is_refused_before_anything_of_its_documents_is_written(tmp_path):
+    with IndexedWriter(tmp_path / "p", vocab_size=260, mask_id=3) as writer:
         writer.add_document([1, 2])
-        with pytest.raises(DataError, match=r"document 2 has the token id 70000, wanted 0 to 259"):
+        with pytest.raises(DataError, match=r"document 2 has the token id 70000 \(wanted 0 to 259\)"):
             writer.add_documents(np.array([5, 5, 70000]), [2, 1])
-        with pytest.raises(DataError, match=r"document 1 has the token id -1"):
+        with pytest.raises(DataError, match=r"document 1 has the token id -1 \(wanted"):
             writer.add_document([-1])
+        with pytest.raises(DataError, match=r"document 2 has the token id 3 \(the mask, which no text may hold\)"):
+            writer.add_documents(np.array([5, 3, 5]), [1, 2])
         with pytest.raises(DataError, match=r"document 1 must hold 1 to"):
             writer.add_document([])
+        with pytest.raises(ValueError, match=r"ids must be integers, got float64"):
+            writer.add_document([1.5])
         assert (writer.num_documents, writer.num_tokens) == (1, 2)
-        writer.finish(tokenizer=FACTS, source_bytes=2)
+        manifest = writer.finish(tokenizer=FACTS, source_bytes=2)
     assert IndexedReader(tmp_path / "p").tokens(0, 2).tolist() == [1, 2]
+    for kind, said in ((".bin", manifest.bin_sha256), (".idx", manifest.idx_sha256)):
+        assert said == hashlib.sha256((tmp_path / f"p{kind}").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "token", "dtype"), [(65499, 65535, "uint16"), (65499, 65536, "uint16"), (128256, 2**31, "int32")]
+)
+def test_a_token_that_its_integer_type_cannot_hold_is_never_stored_as_another(tmp_path, vocab_size, token, dtype):
+    """Megatron's builder stores 70000 in uint16 as 4464."""
+    with IndexedWriter(tmp_path / "p", vocab_size=vocab_size) as writer:
+        assert writer.dtype.name == dtype
+        with pytest.raises(DataError, match=rf"document 0 has the token id {token} \(wanted 0 to {vocab_size - 1}\)"):
+            writer.add_document(np.array([7, token]))
+        writer._file.flush()
+        assert (tmp_path / "p.bin.tmp").stat().st_size == 0
 
 
 def test_no_documents_is_refused_and_leaves_nothing(tmp_path):
@@ -139,7 +159,6 @@ def test_two_writers_of_one_prefix_do_not_mix(tmp_path):
 
 DIE_AT_RENAME = """
 import os, signal, sys
-from pathlib import Path
 real, calls = os.replace, [0]
 def replace(a, b):
     if calls[0] == int(sys.argv[2]):
@@ -148,8 +167,12 @@ def replace(a, b):
     real(a, b)
 os.replace = replace
 sys.path.insert(0, os.getcwd())
-from tests.data.corpora import write_indexed
-write_indexed(Path(sys.argv[1]), [[1, 2, 3]])
+from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_writer import IndexedWriter
+from megadiff.data.tokenizers.byte import ByteTokenizer
+with IndexedWriter(sys.argv[1], vocab_size=260, overwrite=True) as writer:
+    writer.add_document([1, 2, 3])
+    writer.finish(tokenizer=tokenizer_facts(ByteTokenizer()), source_bytes=3)
 """
 
 
@@ -160,4 +183,15 @@ def test_killed_between_renames_leaves_no_index_and_the_next_run_succeeds(tmp_pa
     assert not (tmp_path / "p.idx").exists()
     write_indexed(tmp_path / "p", [[4, 5]])
     assert files_in(tmp_path) == ["p.bin", "p.idx", "p.json"]
+    assert IndexedReader(tmp_path / "p").tokens(0, 2).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_killed_while_replacing_older_data_it_leaves_no_index_of_one_with_tokens_of_the_other(tmp_path, renames):
+    write_indexed(tmp_path / "p", [[7, 7, 7, 7]])
+    command = [sys.executable, "-c", DIE_AT_RENAME, str(tmp_path / "p"), str(renames)]
+    assert subprocess.run(command, cwd=os.getcwd(), check=False).returncode == -signal.SIGKILL
+    with pytest.raises(DataError, match=r"no indexed data; .*found no .*p\.idx; run tools/preprocess_data\.py first"):
+        IndexedReader(tmp_path / "p")
+    write_indexed(tmp_path / "p", [[4, 5]])
     assert IndexedReader(tmp_path / "p").tokens(0, 2).tolist() == [4, 5]

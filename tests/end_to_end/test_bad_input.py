@@ -1,25 +1,30 @@
-"""A user's mistake ends with exit code 2 and one message that says where, what was wanted, what was found."""
+"""A user's mistake ends with exit code 2 and one sentence of cause and remedy, and nothing is written."""
 
 from __future__ import annotations
 
-import io
-import logging
+import ctypes
 import os
 import re
 import shutil
-import sys
-from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-import pretrain_dlm
 from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.errors import run_command
+from tests.end_to_end.bad_inputs import CHECKPOINTS, CONTINUED, DATA, DESCRIPTIONS, FILES, TOOLS
 from tests.support.commands import call, write_yaml
-from tests.support.ranks import on_ranks
-from tests.support.runs import toy_tree, write_corpus
+from tests.support.forked_command import Ended, call_forked
+from tests.support.runs import toy_tree
+
+PRETRAIN, GENERATE = "pretrain_dlm.py", "tools/generate.py"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """The tables hold on a machine with GPUs too."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture
@@ -27,118 +32,173 @@ def description(toy_corpus, tmp_path):
     return write_yaml(tmp_path / "run.yaml", toy_tree(toy_corpus, tmp_path / "runs"))
 
 
-@pytest.fixture
-def pretrain(monkeypatch):
-    """Call `pretrain_dlm.py` in this process, as far as it gets before a process group: (exit code, stderr)."""
-    logger = logging.getLogger("megadiff")
-    before = (logger.handlers[:], logger.propagate, logger.level)
-
-    def run(*arguments, ranks=1):
-        monkeypatch.setattr(sys, "argv", ["pretrain_dlm.py", *map(str, arguments)])
-        monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        err = io.StringIO()
-        with redirect_stderr(err), redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
-            run_command(pretrain_dlm.main)
-        return end.value.code, err.getvalue()
-
-    yield run
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+def assert_refused(ended: Ended, sentence: str) -> None:
+    """One line, ours, that matches; argparse's own complaints put the usage before theirs."""
+    assert ended.code == 2, ended.err
+    assert "Traceback" not in ended.out + ended.err
+    lines = ended.err.strip().splitlines()
+    if not ended.err.startswith("usage: "):
+        assert len(lines) == 1, ended.err
+        assert lines[0].startswith("error: ")
+    assert [line for line in lines if "error: " in line] == lines[-1:]
+    assert re.search(sentence, ended.err), ended.err
 
 
-DESCRIPTIONS = [
-    ("optimizer.weigth_decay=0.1", 1, r"command line: unknown key `optimizer\.weigth_decay`; did you mean `weight_dec"),
-    ("model.layers=many", 1, r"command line: `model\.layers` wants an integer, found `many`$"),
-    ("noise.scale=1.5", 1, r"command line: `noise\.scale`: .*at most 1, got 1\.5: .*does not exist"),
-    ("noise.shift=sideways", 1, r"noise\.shift.*masked.*balanced.*uniform.*sideways"),
-    ("optimizer.name=adamm", 1, r"no optimizer `adamm`; there are: adamw"),
-    ("model.heads=5", 1, r"model\.hidden is 32, which model\.heads = 5 does not divide"),
-    ("parallel.tensor=3", 3, r"model\.heads is 4, which parallel\.tensor = 3 does not divide; 3 or 6 would do"),
-    ("parallel.pipeline=3", 3, r"model\.layers is 4, which .*parallel\.virtual_pipeline = 3 does not divide"),
-    ("batch.global_sequences=7", 1, r"batch\.global_sequences is 7, which .* = 2 does not divide; 6 or 8 would do"),
-    (
-        "parallel.tensor=2",
-        3,
-        r"the run has 3 rank\(s\), but parallel\.tensor=2 .* needs a multiple of 2; start 2 ranks",
-    ),
-    ("parallel.sequence=true", 1, r"parallel\.sequence is true but parallel\.tensor is 1"),
-    ("parallel.virtual_pipeline=2", 1, r"parallel\.virtual_pipeline is 2 but parallel\.pipeline is 1"),
-    ("parallel.overlap_param_gather=true", 1, r"overlap_param_gather needs parallel\.distributed_optimizer and"),
-    ("data.train=[nowhere/text]", 1, r"data\.train\[0\]: .*nowhere/text: no indexed data; wanted nowhere/text\.idx"),
-    (
-        "data.tokenizer=nowhere",
-        1,
-        r"nowhere: wanted the word `byte`, .* found nothing; check the path or run tools/train_tok",
-    ),
-    ("model.seq_length=9000", 1, r"wanted at least one row of 9000 tokens, found \d+ in all; give more text or lower"),
-    ("platform=cuda", 1, r"platform is `cuda` but torch sees no CUDA device here; set `platform=cpu`"),
-    ("output_dir=/proc/nowhere", 1, r"the run folder /proc/nowhere/toy cannot be written \(.*\); set output_dir to a"),
-    ("output_dir=/dev/null", 1, r"the run folder /dev/null/toy cannot be written \(Not a directory\); set output_dir"),
-]
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of everything below a folder."""
+    found = {path: path.lstat() for path in folder.rglob("*")}
+    return {str(path.relative_to(folder)): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
-@pytest.mark.parametrize(("override", "ranks", "message"), DESCRIPTIONS)
-def test_a_description_that_cannot_be_is_refused_in_a_sentence(pretrain, description, override, ranks, message):
-    code, err = pretrain("--config", description, override, ranks=ranks)
-    assert code == 2, err
-    assert err.startswith("error: ")
-    assert len(err.strip().splitlines()) == 1, err
-    assert re.search(message, err), err
+@pytest.mark.parametrize(("overrides", "ranks", "sentence"), DESCRIPTIONS, ids=[row[0] for row in DESCRIPTIONS])
+def test_a_description_that_cannot_be_is_refused_in_a_sentence(description, tmp_path, overrides, ranks, sentence):
+    before = contents(tmp_path)
+    words = overrides.split() if "{" not in overrides else [overrides]
+    assert_refused(call_forked(PRETRAIN, "--config", description, *words, env={"WORLD_SIZE": str(ranks)}), sentence)
+    if not overrides.startswith("checkpoint."):  # asked on every rank, once there is a log
+        assert contents(tmp_path) == before
+    assert not list(tmp_path.glob("runs/*/c*"))  # neither config.yaml nor checkpoints
 
 
-def _cut(prefix):
-    os.truncate(f"{prefix}.bin", 1001)
+@pytest.mark.parametrize(("content", "sentence"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
+def test_a_file_that_is_no_description_is_refused(tmp_path, content, sentence):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content) if content is not None else path.mkdir()
+    before = contents(tmp_path)
+    assert_refused(call_forked(PRETRAIN, "--config", path), sentence)
+    assert contents(tmp_path) == before
 
 
-def _empty_index(prefix):
-    os.truncate(f"{prefix}.idx", 0)
+def test_every_mistake_of_a_description_has_its_own_line(tmp_path):
+    write_yaml(tmp_path / "bad.yaml", {"name": "a", "model": {"layers": 2}, "sead": 1})
+    code, _, err = call_forked(PRETRAIN, "--config", tmp_path / "bad.yaml")
+    assert code == 2
+    for line in (
+        "unknown key `sead`; did you mean `seed`?",
+        "missing required key `model.heads`, which wants an integer",
+    ):
+        assert line in err
+    assert all(line.count(f"{tmp_path}/bad.yaml") == 1 for line in err.splitlines())
 
 
-def _no_manifest_and_a_big_id(prefix):
-    for end in (".bin", ".idx", ".json"):
-        os.remove(f"{prefix}{end}")
-    write_corpus(prefix, tokens=600, vocab_size=4000)
-    os.remove(f"{prefix}.json")
-    with open(f"{prefix}.bin", "r+b") as file:
-        file.seek(2 * 17)
-        file.write((3999).to_bytes(2, "little"))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_cut, "copy.bin: wanted "),
-        (_empty_index, "copy.idx: "),
-        (_no_manifest_and_a_big_id, "has the token id 3999 at position"),
-    ],
-)
-def test_damaged_data_are_refused_with_their_key_and_file(pretrain, description, toy_corpus, tmp_path, damage, message):
+@pytest.mark.parametrize(("damage", "sentence"), [row[1:] for row in DATA], ids=[row[0] for row in DATA])
+def test_damaged_data_are_refused_with_their_key_and_file(description, toy_corpus, tmp_path, damage, sentence):
     for end in (".bin", ".idx", ".json"):
         shutil.copy(f"{toy_corpus}{end}", tmp_path / f"copy{end}")
     damage(tmp_path / "copy")
-    code, err = pretrain("--config", description, f"data.train=[{tmp_path}/copy]")
-    assert (code, err.startswith("error: data.train[0]: ")) == (2, True), err
-    assert message in err
-    assert len(err.strip().splitlines()) == 1
+    before = contents(tmp_path)
+    ended = call_forked(PRETRAIN, "--config", description, f"data.train=[{tmp_path}/copy]")
+    assert_refused(ended, rf"^error: data\.train\[0\]: .*{sentence}")
+    assert contents(tmp_path) == before
 
 
 @pytest.fixture
-def tokenizer_without_mask(tmp_path):
-    words = {f"w{i}": i for i in range(50)}
-    Tokenizer(WordLevel(words, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
+def word_tokenizer(tmp_path):
+    Tokenizer(WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
 
 
-def test_data_of_another_tokenizer_are_refused(pretrain, description, tokenizer_without_mask):
-    code, err = pretrain("--config", description, f"data.tokenizer={tokenizer_without_mask}")
-    assert code == 2
-    assert "wrong vocabulary for the data: made with tokenizer byte" in err
-    assert "set data.tokenizer to the first or preprocess the corpus with the second" in err
+def test_data_of_another_tokenizer_are_refused(description, word_tokenizer):
+    ended = call_forked(PRETRAIN, "--config", description, f"data.tokenizer={word_tokenizer}")
+    assert_refused(
+        ended, r"wrong vocabulary for the data: made with tokenizer byte .*; set data\.tokenizer to the first or"
+    )
 
 
-def test_a_tokenizer_without_a_mask_gets_an_id_no_text_has(tokenizer_without_mask):
-    tokenizer = load_tokenizer(str(tokenizer_without_mask))
+def test_a_damaged_tokenizer_is_refused(description, word_tokenizer):
+    word_tokenizer.write_bytes(word_tokenizer.read_bytes()[:100])
+    ended = call_forked(PRETRAIN, "--config", description, f"data.tokenizer={word_tokenizer}")
+    assert_refused(
+        ended, r"data\.tokenizer: .*tokenizer\.json: not a whole tokenizer\.json .*; train or fetch it again"
+    )
+
+
+def test_a_tokenizer_without_a_mask_gets_an_id_no_text_has(word_tokenizer):
+    tokenizer = load_tokenizer(str(word_tokenizer))
     assert (tokenizer.vocab_size, tokenizer.mask_id) == (51, 50)
+
+
+def _heed_permissions() -> None:
+    """Root, too, is held to what a folder allows: the process gives up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    data = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, data) == 0
+    data[0] &= ~0b110
+    assert libc.capset(header, data) == 0
+
+
+def test_a_folder_that_may_not_be_written_is_refused(description, tmp_path):
+    (tmp_path / "runs").mkdir(mode=0o555)
+    ended = call_forked(PRETRAIN, "--config", description, before=_heed_permissions)
+    assert_refused(
+        ended, r"the run folder .*/runs/toy cannot be written \(Permission denied\); set output_dir to a folder"
+    )
+    assert os.listdir(tmp_path / "runs") == []
+
+
+@pytest.fixture(scope="module")
+def finished_run(toy_corpus, tmp_path_factory):
+    """A run of 4 steps with checkpoints after 2 and 4."""
+    folder = tmp_path_factory.mktemp("finished")
+    changes = {"schedule__steps": 4, "schedule__warmup_steps": 0, "checkpoint__every": 2, "data__valid": []}
+    file = write_yaml(folder / "run.yaml", toy_tree(toy_corpus, folder, **changes))
+    ended = call_forked(PRETRAIN, "--config", file)
+    assert ended.code == 0, ended.err
+    return folder / "toy"
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of it, and its description."""
+    shutil.copytree(finished_run, tmp_path / "toy")
+    text = (finished_run.parent / "run.yaml").read_text().replace(str(finished_run.parent), str(tmp_path))
+    (tmp_path / "run.yaml").write_text(text)
+    return tmp_path / "toy"
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), CONTINUED, ids=[row[0] for row in CONTINUED])
+def test_a_run_that_cannot_go_on_is_refused_and_its_checkpoints_stay(run, overrides, sentence):
+    before = contents(run / "checkpoints"), (run / "config.yaml").read_text(), (run / "metrics.jsonl").read_text()
+    words = overrides.format(run=run).split()
+    assert_refused(call_forked(PRETRAIN, "--config", run.parent / "run.yaml", *words), sentence)
+    assert before == (
+        contents(run / "checkpoints"),
+        (run / "config.yaml").read_text(),
+        (run / "metrics.jsonl").read_text(),
+    )
+
+
+@pytest.mark.parametrize(("damage", "sentence"), [row[1:] for row in CHECKPOINTS], ids=[row[0] for row in CHECKPOINTS])
+def test_a_damaged_checkpoint_is_refused_by_those_who_read_it(run, damage, sentence):
+    step = run / "checkpoints/step_00000004"
+    damage(step)
+    before = contents(step)
+    assert_refused(call_forked(GENERATE, "--model", step, "--num-tokens", "2", "--steps", "2"), sentence)
+    assert contents(step) == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_unasked(run):
+    for step in (run / "checkpoints").iterdir():
+        os.truncate(step / "manifest.json", 100)
+    ended = call_forked(PRETRAIN, "--config", run.parent / "run.yaml")
+    assert_refused(ended, r"2 checkpoint\(s\) and all are damaged .*; move them away .*, or give it another `name`")
+
+
+@pytest.mark.parametrize(("command", "sentence"), TOOLS, ids=[row[0].replace("tools/", "") for row in TOOLS])
+def test_a_misused_tool_says_what_it_wants(finished_run, toy_corpus, tmp_path, command, sentence):
+    for name, text in {
+        "a.txt": "hello world\n" * 20,
+        "a.doc": "hello",
+        "a.jsonl.gz": "not compressed",
+        "key.jsonl": '{"body": "a"}\n',
+        "number.jsonl": '{"text": "a"}\n{"text": 3}\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+    places = (tmp_path, finished_run, toy_corpus.parent)
+    before = [contents(place) for place in places]
+    assert_refused(call_forked(*command.format(run=finished_run, data=toy_corpus, tmp=tmp_path).split()), sentence)
+    assert [contents(place) for place in places] == before
 
 
 @pytest.mark.end_to_end
@@ -155,33 +215,3 @@ def test_the_command_says_what_it_would_do_and_exits_with_0(description):
     assert code == 0, err
     assert "layout            4 rank(s): tensor 2 x pipeline 1 x data 2" in out
     assert "tokens per step   128 (8 rows of 16, 2 microbatch(es) of 2 per replica)" in out
-
-
-def _train_then_change(trees):
-    """Stderr of the second run, whose description was changed, on the first one's folder."""
-    from tests.support.runs import RunConfig, train_on_rank
-
-    train_on_rank(RunConfig.model_validate(trees[0]), 1, save=True)
-    err = io.StringIO()
-
-    def main():
-        train_on_rank(RunConfig.model_validate(trees[1]), 1)
-
-    with redirect_stderr(err):
-        try:
-            run_command(main)
-        except SystemExit as end:
-            return end.code, err.getvalue()
-    return 0, err.getvalue()
-
-
-def test_the_checkpoint_of_another_model_is_refused_with_every_difference(toy_corpus, tmp_path):
-    short = {"schedule__steps": 4, "data__valid": []}
-    trees = [
-        toy_tree(toy_corpus, tmp_path, **short),
-        toy_tree(toy_corpus, tmp_path, **short, model__layers=2, seed=4, optimizer__lr=1.0),
-    ]
-    code, err = on_ranks(1, _train_then_change, trees)[0]
-    assert code == 2
-    assert err.startswith(f"error: {tmp_path}/toy/checkpoints/step_00000004 belongs to another run; ")
-    assert "seed: 3 -> 4; model.layers: 4 -> 2. Give the run another `name`" in err

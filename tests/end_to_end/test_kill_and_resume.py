@@ -81,7 +81,7 @@ def test_a_tensor_rank_killed_under_torchrun_goes_on_as_one_process(description,
         assert largest_relative_difference(*curves) <= allowed, key
 
 
-def test_a_folder_in_use_is_refused_and_ctrl_c_ends_with_130(description, tmp_path):
+def test_a_folder_in_use_is_refused_and_ctrl_c_saves(description, tmp_path):
     _, path = description
     command = ("pretrain_dlm.py", "--config", path, f"output_dir={tmp_path}", "schedule.steps=1000000")
     first = start(*command)
@@ -91,7 +91,9 @@ def test_a_folder_in_use_is_refused_and_ctrl_c_ends_with_130(description, tmp_pa
     assert err.startswith(f"error: another process trains in {tmp_path}/toy (it holds {tmp_path}/toy/.lock)")
     assert len(err.splitlines()) == 1
     first.send_signal(signal.SIGINT)
-    code, _, err = finish(first)
-    assert code == 130
-    assert err.endswith("interrupted; run the same command again to go on\n")
-    assert "Traceback" not in err
+    code, out, err = finish(first)
+    assert (code, err) == (0, "")
+    stopped = json.loads((tmp_path / "toy/status.json").read_text())
+    last = f"stopped after step {stopped['step']} of 1000000 (SIGINT); run the same command again to go on\n"
+    assert out.endswith(last)
+    assert (tmp_path / "toy/LATEST").read_text() == f"step_{stopped['step']:08d}\n"

@@ -23,8 +23,8 @@ from megadiff.train.metrics import read_metrics
 with quiet():
     from megadiff import build
     from megadiff.platform.machine import Platform, detect
-    from megadiff.train.hooks import Save
     from megadiff.train.loop import Run, train
+    from megadiff.train.saving import Saves
 
 NOISES = ("masked", "balanced", "uniform")
 GIDD_BLOCK = {
@@ -105,12 +105,12 @@ def platform_on_rank() -> Platform:
     return platform
 
 
-def wire_on_rank(config: RunConfig, world_size: int) -> Run:
+def wire_on_rank(config: RunConfig, world_size: int, resumption: build.Resumption | None = None) -> Run:
     """The real wiring on this rank."""
     config.folder.mkdir(parents=True, exist_ok=True)
     platform = platform_on_rank()
     with quiet():
-        return build.wire(build.prepare(config, world_size=world_size), platform)
+        return build.wire(build.prepare(config, world_size=world_size), platform, resumption)
 
 
 def train_on_rank(
@@ -126,7 +126,7 @@ def train_on_rank(
     hashes: dict[int, str] = {}
     run.rows = _hashed(run.rows, run, config.batch.micro_sequences, hashes)
     if not save:
-        run.hooks = [hook for hook in run.hooks if not isinstance(hook, Save)]
+        run.hooks = [hook for hook in run.hooks if not isinstance(hook, Saves)]
     if change is not None:
         change(run)
     train(run)

@@ -1,41 +1,37 @@
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megadiff.parallel.row_report import SIZE
 from megadiff.platform.machine import detect
-from megadiff.train.hooks import Evaluate, Log, Save, StepResult
+from megadiff.train.config import GoodputConfig
+from megadiff.train.goodput import Goodput
+from megadiff.train.hooks import Evaluate, Log, StepResult
 from megadiff.train.metrics import MetricsFile, read_metrics
 
 
-def result(step, seconds=0.5):
-    return StepResult(step, torch.arange(1.0, SIZE + 1, dtype=torch.float64), 1e-3, 2.0, seconds)
+def result(step, seconds=0.5, skip=None, **changes):
+    total = torch.arange(1.0, SIZE + 1, dtype=torch.float64)
+    for place, value in changes.items():
+        total[int(place.removeprefix("at_"))] = value
+    return StepResult(step, total, 1e-3, 2.0, seconds, skip)
 
 
-class Replicas:
-    """A topology of two replicas that hold the same sums."""
-
-    layout = SimpleNamespace(world_size=2)
-
-    @staticmethod
-    def sum_over_run(values):
-        return 2 * values
-
-
-def log_hook(path, every, steps):
+def log_hook(path, every, steps, **options):
     return Log(
         every=every,
         steps=steps,
         tokens_before=lambda step: 100 * step,
         flops_per_token=1e6,
-        topology=Replicas(),
+        world_size=2,
         platform=detect("cpu"),
         metrics=MetricsFile(path, after_step=0),
+        **options,
     )
 
 
@@ -47,7 +43,7 @@ def test_the_log_speaks_at_the_first_step_every_few_and_the_last(tmp_path, every
     assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == due
 
 
-def test_a_line_has_the_promised_keys_means_over_all_replicas_and_speed_since_the_last_line(tmp_path):
+def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_last_line(tmp_path):
     hook = log_hook(tmp_path / "m.jsonl", 2, 4)
     for step in range(1, 5):
         hook(result(step, seconds=0.25))
@@ -56,8 +52,9 @@ def test_a_line_has_the_promised_keys_means_over_all_replicas_and_speed_since_th
         "step tokens loss elbo kl is mean_weight lr grad_norm tokens_per_s tflops_per_device mfu peak_bytes elapsed_s"
     )
     assert set(promised.split()) <= set(line)
-    assert line["loss"] == pytest.approx(2 * 1.0 / (2 * 6.0)), "sums are added up before they are divided"
-    assert (line["tokens"], line["noisy_tokens"], line["mfu"]) == (200, 12, None)
+    assert line["loss"] == pytest.approx(1.0 / 6.0)
+    assert (line["tokens"], line["noisy_tokens"], line["mfu"]) == (200, 6, None)
+    assert "skipped" not in line
     assert line["tokens_per_s"] == pytest.approx(400.0)
     assert line["tflops_per_device"] == pytest.approx(400.0 * 1e6 / 2 / 1e12)
 
@@ -75,16 +72,40 @@ class Found:
 
 @pytest.mark.parametrize(("every", "due"), [(0, [5]), (2, [2, 4, 5]), (5, [5])])
 def test_evaluation_is_due_every_few_steps_and_at_the_last(tmp_path, every, due):
-    hook = Evaluate(every, 5, Found, MetricsFile(tmp_path / "m.jsonl", after_step=0))
+    goodput = Goodput(None, GoodputConfig(), save_every=5)
+    hook = Evaluate(every, 5, Found, MetricsFile(tmp_path / "m.jsonl", after_step=0), goodput)
     for step in range(1, 6):
         hook(result(step))
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": step, "eval_elbo": 3.0} for step in due]
 
 
-@pytest.mark.parametrize(("every", "due"), [(2, [2, 4, 5]), (5, [5]), (100, [5])])
-def test_a_checkpoint_is_due_every_few_steps_and_at_the_last(every, due):
-    saved = []
-    hook = Save(every, 5, lambda step: saved.append(step) or Path("x"), None)
-    for step in range(1, 6):
-        hook(result(step))
-    assert saved == due
+class Board:
+    """Keeps what a TensorBoard writer is given."""
+
+    def __init__(self):
+        self.values = {}
+
+    def add_scalar(self, key, value, step):
+        self.values[key, step] = value
+
+
+def test_a_skipped_step_always_has_a_line_that_says_why_and_null_for_what_is_not_finite(tmp_path, caplog):
+    board = Board()
+    hook = log_hook(tmp_path / "m.jsonl", 10, 10, tensorboard=board)
+    with caplog.at_level("INFO", logger="megadiff"):
+        for step in (1, 2, 3, 4):
+            hook(result(step, skip="non_finite", at_0=math.nan, at_1=math.inf) if step == 3 else result(step))
+    text = (tmp_path / "m.jsonl").read_text()
+    first, third = (json.loads(line, parse_constant=pytest.fail) for line in text.splitlines())
+    assert (third["step"], third["skipped"], third["loss"], third["elbo"]) == (3, "non_finite", None, None)
+    assert "skipped" not in first
+    assert ("train/loss", 3) not in board.values
+    assert board.values["train/kl", 3] == pytest.approx(3 / 6)
+    assert [message.endswith("| skipped: non_finite") for message in caplog.messages] == [False, True]
+
+
+def test_other_parts_can_add_keys_to_a_line(tmp_path):
+    hook = log_hook(tmp_path / "m.jsonl", 1, 1, extras=[lambda: {"goodput": 0.9}, lambda: {"lost_s": 3}])
+    hook(result(1))
+    (line,) = read_metrics(tmp_path / "m.jsonl")
+    assert (line["goodput"], line["lost_s"]) == (0.9, 3)

@@ -1,0 +1,141 @@
+"""A checkpoint of any layout into this one, once every byte of it is known to be as it was written."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from megatron.core import dist_checkpointing
+
+from megadiff.checkpoint.folder import damaged, newest_complete, set_aside, step_of, verify_files
+from megadiff.checkpoint.reports import library_failures, main_rank_reports
+from megadiff.checkpoint.safe_metadata import read_index, unpickle_plain_objects_only
+from megadiff.checkpoint.snapshot import SavableOptimizer, model_key, sharded_state
+from megadiff.errors import CheckpointError, StorageError
+from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
+from megadiff.platform.quiet import quiet
+
+log = logging.getLogger("megadiff")
+
+
+def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path | None:
+    """The newest checkpoint of a run whose every byte is as written; None if the run has none.
+
+    Damaged ones are renamed `step_XXXXXXXX.bad`, reported, and the next older is taken. Collective over the world.
+
+    Args:
+        strict: refuse instead of taking an older one.
+
+    Raises:
+        CheckpointError: none is sound, or, with `strict`, the newest is not.
+        StorageError: a rank cannot read what the main rank can.
+    """
+    while True:
+        with main_rank_reports(f"reading {run_folder}", topology):
+            found = newest_complete(run_folder) if topology.is_main else None
+        folder = topology.from_main(found)
+        newer = damaged(run_folder) if topology.is_main else []
+        problems = [f"{path} is damaged or incomplete" for path in newer if folder and step_of(path) > step_of(folder)]
+        problem = topology.from_main(problems[0] if problems else None)
+        if problem is None:
+            problem = problem_of(folder, topology) if folder is not None else None
+            newer = [folder] if folder is not None and problem is not None else []
+        if problem is None:
+            return folder
+        if strict:
+            raise CheckpointError(f"{problem}; --strict-resume takes no older checkpoint: leave it out to go on")
+        with main_rank_reports(f"setting a damaged checkpoint of {run_folder} aside", topology):
+            for path in newer if topology.is_main else []:
+                log.warning(f"{problem}; set aside as {set_aside(path)}")
+
+
+def problem_of(folder: Path, topology: Topology) -> str | None:
+    """What is wrong with a checkpoint's files, in one sentence; None if all hashes agree.
+
+    Every rank reads its share of the files; what a rank finds damaged the main rank reads again, since a checkpoint is
+    not to be given up for one sick node. Collective over the world.
+
+    Raises:
+        StorageError: a rank cannot read the files, or reads them otherwise than the main rank does.
+    """
+    ranks = topology.layout.world_size
+    found = topology.gather_to_main(_problem_in(folder, topology.rank, ranks))
+    verdict: tuple[str | None, bool] = (None, False)
+    if topology.is_main:
+        verdict = _confirmed(folder, [_Problem() if one is None else one for one in found or []], ranks)
+    said, is_storage = topology.from_main(verdict)
+    if is_storage:
+        raise StorageError(said)
+    return said
+
+
+class _Problem(NamedTuple):
+    """What one rank says of its share."""
+
+    text: str | None = None
+    is_unreadable: bool = False
+    host: str = ""
+
+
+def _problem_in(folder: Path, share: int, of: int) -> _Problem:
+    try:
+        verify_files(folder, hashes=True, share=share, of=of)
+        if share == 0:
+            read_index(folder)
+    except CheckpointError as error:
+        return _Problem(str(error), host=socket.gethostname())
+    except OSError as error:
+        return _Problem(f"{folder}: reading failed ({error.strerror or error})", True, socket.gethostname())
+    return _Problem()
+
+
+def _confirmed(folder: Path, problems: Sequence[_Problem], ranks: int) -> tuple[str | None, bool]:
+    """(the first problem, whether it is the storage's), once the main rank has seen it too."""
+    for rank, problem in enumerate(problems):
+        if problem.text is None:
+            continue
+        seen = problem if rank == 0 else _problem_in(folder, rank, ranks)
+        if seen.is_unreadable or problem.is_unreadable:
+            return f"rank {rank} on {problem.host}: {problem.text}; look at that node and its mounts, then go on", True
+        if seen.text is None:
+            return (
+                f"rank {rank} on {problem.host} says: {problem.text}; the main rank reads it as it was written, so "
+                "look at that node and its mounts, then go on",
+                True,
+            )
+        return seen.text, False
+    return None, False
+
+
+def load(
+    folder: Path,
+    chunks: Sequence[Any],
+    optimizer: SavableOptimizer | None,
+    *,
+    is_verified: bool = False,
+    topology: Topology,
+    platform: Platform,
+) -> None:
+    """Load weights, and the optimizer's state if given, from a checkpoint of any layout. Collective over the world.
+
+    Args:
+        chunks: the bare model chunks, not their data-parallel wrappers.
+        is_verified: `newest_sound` has just read the files.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or hostile, or holds a model of another shape.
+    """
+    if not is_verified and (problem := problem_of(folder, topology)) is not None:
+        raise CheckpointError(problem)
+    with library_failures(f"{folder} does not fit this model"), platform.scope(), quiet():
+        state, _ = sharded_state(chunks, optimizer, topology, is_loading=True)
+        with unpickle_plain_objects_only():
+            loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[model_key(index, chunks)])
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"])

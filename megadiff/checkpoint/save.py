@@ -1,0 +1,202 @@
+"""Saving while training goes on: snapshot, write in a thread, complete with one rename.
+
+A step folder appears whole or not at all: shards are written and synced under a staging name, then the index, then the
+manifest with every file's hash, then one rename. Killed anywhere before the rename, the run has its older checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megadiff.checkpoint.durable import sync, write_durably
+from megadiff.checkpoint.folder import (
+    clear_staging,
+    delete,
+    prune,
+    staging_folder,
+    step_folder,
+    verify_files,
+)
+from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, FileEntry, Manifest
+from megadiff.checkpoint.reports import every_rank_reports, library_failures, main_rank_reports
+from megadiff.checkpoint.snapshot import HostBuffers, SavableOptimizer, Snapshot, Written, take_snapshot
+from megadiff.errors import CheckpointError, StorageError
+from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
+from megadiff.platform.quiet import quiet
+
+log = logging.getLogger("megadiff")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one save ended."""
+
+    step: int
+    folder: Path
+    error: str | None
+    """Why there is no such checkpoint, in one sentence; None if there is one."""
+    stall_s: float
+    """Seconds that training stood still for it on this rank."""
+    seconds: float
+    """Seconds from its start until it was complete."""
+
+
+class _Write(threading.Thread):
+    """One rank's files, written beside training."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__(name="checkpoint writer", daemon=True)
+        self._snapshot = snapshot
+        self.written: Written | None = None
+        self.error: str | None = None
+
+    def run(self) -> None:
+        try:
+            self.written = self._snapshot.write()
+        except OSError as error:
+            self.error = f"{error.strerror or error} ({self._snapshot.folder})"
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+
+
+@dataclass
+class _Underway:
+    """A save between its snapshot and its rename."""
+
+    manifest: Manifest
+    final: Path
+    snapshot: Snapshot
+    writing: _Write
+    started: float
+    stall_s: float
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time. Every method is collective over the world."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        chunks: Sequence[Any],
+        optimizer: SavableOptimizer,
+        *,
+        keep: int,
+        topology: Topology,
+        platform: Platform,
+    ) -> None:
+        """Takes the bare model chunks, not their data-parallel wrappers, and how many checkpoints stay (0: all)."""
+        self._run_folder, self._keep = run_folder, keep
+        self._chunks, self._optimizer = chunks, optimizer
+        self._topology, self._platform = topology, platform
+        self._buffers = HostBuffers(platform)
+        self._is_checked = False
+        self._underway: _Underway | None = None
+        self._pruning: threading.Thread | None = None
+
+    def start(self, manifest: Manifest) -> Outcome | None:
+        """Copy the state to host memory and begin to write it as `checkpoints/step_XXXXXXXX`.
+
+        No save may be under way. Returns how it ended if it failed at once, such as on a disk without space.
+        """
+        assert self._underway is None, "finish the save under way first"
+        began = time.monotonic()
+        final = step_folder(self._run_folder, manifest.step)
+        snapshot, error = None, None
+        try:
+            with main_rank_reports(f"writing {final}", self._topology):
+                if self._topology.is_main:
+                    self._wait_for_pruning()
+                    clear_staging(self._run_folder)
+                    staging_folder(final).mkdir(parents=True)
+            with library_failures(f"writing {final} failed"), self._platform.scope(), quiet():
+                snapshot = take_snapshot(
+                    staging_folder(final),
+                    self._chunks,
+                    self._optimizer,
+                    buffers=self._buffers,
+                    check_sharding=not self._is_checked,
+                    topology=self._topology,
+                    platform=self._platform,
+                )
+        except (CheckpointError, StorageError) as failure:
+            error = str(failure)
+        # One rank's memory may not have sufficed: all give this save up, or none.
+        error = every_rank_reports(error, self._topology)
+        if error is not None or snapshot is None:
+            stall = time.monotonic() - began
+            return Outcome(manifest.step, final, error, stall, stall)
+        self._is_checked = True
+        writing = _Write(snapshot)
+        writing.start()
+        self._underway = _Underway(manifest, final, snapshot, writing, began, time.monotonic() - began)
+        return None
+
+    def poll(self) -> Outcome | None:
+        """Complete the save under way once every rank has written its part; None before that, or without one."""
+        if self._underway is None:
+            return None
+        began = time.monotonic()
+        is_waiting = self._topology.largest(int(self._underway.writing.is_alive()))
+        self._underway.stall_s += time.monotonic() - began
+        return None if is_waiting else self.finish()
+
+    def finish(self) -> Outcome | None:
+        """Wait for the save under way and complete it; None if there is none."""
+        if self._underway is None:
+            return None
+        save, self._underway = self._underway, None
+        began = time.monotonic()
+        save.writing.join()
+        parts = self._topology.gather_to_main((save.writing.written, save.writing.error))
+        error = None
+        try:
+            with main_rank_reports(f"completing {save.final}", self._topology):
+                if self._topology.is_main:
+                    assert parts is not None
+                    self._complete(save, parts)
+        except (CheckpointError, StorageError) as failure:
+            error = str(failure)
+            if self._topology.is_main:
+                shutil.rmtree(staging_folder(save.final), ignore_errors=True)
+        now = time.monotonic()
+        return Outcome(save.manifest.step, save.final, error, save.stall_s + now - began, now - save.started)
+
+    def _wait_for_pruning(self) -> None:
+        if self._pruning is not None:
+            self._pruning.join()
+            self._pruning = None
+
+    def _complete(self, save: _Underway, parts: list[tuple[Written | None, str | None]]) -> None:
+        """On the main rank: index, manifest, rename, each made durable; then older ones go."""
+        for rank, (_, error) in enumerate(parts):
+            if error is not None:
+                raise CheckpointError(f"writing {save.final} failed on rank {rank}: {error}")
+        staging = staging_folder(save.final)
+        files: dict[str, FileEntry] = {}
+        results = []
+        for written, _ in parts:
+            assert written is not None
+            files |= written.files
+            results.append(written.results)
+        with library_failures(f"completing {save.final} failed"):
+            files |= save.snapshot.write_index(results)
+        save.manifest.model_copy(update={"files": files}).write(staging)
+        for path in (staging / FILE_NAME, staging / SUM_NAME, staging):
+            sync(path)
+        if save.final.exists():  # a damaged folder of that name, or one written before a resume from an older step
+            delete(save.final)
+        staging.rename(save.final)
+        sync(save.final.parent)
+        verify_files(save.final, hashes=False)
+        write_durably(self._run_folder / "LATEST", save.final.name + "\n")
+        # Deleting takes as long as copying; not a daemon, so that a run that ends leaves nothing half deleted.
+        self._pruning = threading.Thread(target=prune, args=(self._run_folder,), kwargs={"keep": self._keep})
+        self._pruning.start()

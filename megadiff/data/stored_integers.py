@@ -1,0 +1,105 @@
+"""Integers inside an open file, read piece by piece into memory of the reader's own.
+
+Nothing is mapped: a file that shrinks while it is read gives an error, where a mapping would give a signal, and no
+array is a view of a file that was closed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megadiff.errors import DataError, StorageError
+
+CHUNK = 2**20
+"""Integers, or bytes, of one piece."""
+
+REMEDY = "copy or preprocess the data again"
+
+
+class StoredFile:
+    """A regular file opened once for reading; closed when nothing refers to it any more.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset` on; the caller has checked them against `size`.
+
+        Raises:
+            DataError: the disk fails, or the file has shrunk since it was opened.
+        """
+        try:
+            raw = os.pread(self._descriptor, count, offset)
+            while 0 < len(raw) < count:  # the kernel hands out 2 GiB at most, and network disks less
+                more = os.pread(self._descriptor, count - len(raw), offset + len(raw))
+                if not more:
+                    break
+                raw += more
+        except OSError as error:
+            raise StorageError(f"{self.path}: reading failed ({error.strerror}); check the disk and resume") from error
+        if len(raw) != count:
+            found = f"found {len(raw)}: the file has shrunk since it was opened"
+            raise DataError(f"{self.path}: wanted {count} bytes at byte {offset}, {found}; {REMEDY}")
+        return raw
+
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the whole file."""
+        digest = hashlib.sha256()
+        for start in range(0, self.size, CHUNK):
+            digest.update(self.read(start, min(CHUNK, self.size - start)))
+        return digest.hexdigest()
+
+
+class StoredIntegers:
+    """`count` integers of one type that lie in a file from byte `offset` on."""
+
+    def __init__(self, file: StoredFile, dtype: np.dtype, *, offset: int, count: int) -> None:
+        self.file = file
+        self.dtype = dtype
+        self.offset = offset
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def byte_of(self, index: int) -> int:
+        """Where integer `index` lies in the file."""
+        return self.offset + index * self.dtype.itemsize
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Integers `start` .. `start + count - 1`: [count], read-only, as stored."""
+        raw = self.file.read(self.byte_of(start), count * self.dtype.itemsize)
+        return np.frombuffer(raw, dtype=self.dtype)
+
+    def at(self, index: int) -> int:
+        """One integer."""
+        return int(self.read(index, 1)[0])
+
+    def chunks(self, *, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """(first index, integers) of all pieces, each with up to `overlap` integers of the next one at its end."""
+        for start in range(0, self._count, CHUNK):
+            yield start, self.read(start, min(CHUNK + overlap, self._count - start))
+
+    def last_at_most(self, value: int) -> int:
+        """The last index whose integer is at most `value`, of integers in rising order; -1 where there is none."""
+        low, high = 0, self._count
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self.at(middle) <= value else (low, middle)
+        return low - 1

@@ -1,0 +1,1 @@
+"""What this machine and this run description can do together, and what is wrong, before any job is queued."""

@@ -1,0 +1,29 @@
+"""The clock of this machine against that of the disk the run writes to."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+
+from megadiff.doctor.finding import Finding, ok, warn
+from megadiff.doctor.subject import Subject
+
+_TOLERATED_S = 5.0
+
+
+def check(subject: Subject) -> Iterable[Finding]:
+    """A fresh file's time against the clock; says nothing where no file can be made, which the disk's check tells."""
+    folder = subject.existing_folder
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as file:
+            file.write(b".")
+            file.flush()
+            skew = os.stat(file.name).st_mtime - subject.now()
+    except OSError:
+        return
+    said = f"files of {folder} are dated {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine's clock"
+    remedy = (
+        "set both by NTP (chronyc tracking); runs go by steps, not dates, but logs of several nodes will not line up"
+    )
+    yield ok(said) if abs(skew) <= _TOLERATED_S else warn(said, remedy)

@@ -1,0 +1,17 @@
+"""The run description itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megadiff.doctor.finding import Finding, fail, ok
+from megadiff.doctor.subject import Subject
+
+
+def check(subject: Subject) -> Iterable[Finding]:
+    """Whether it can be read; without one there is nothing to say."""
+    if subject.problem is not None:
+        yield from (fail(line, "change the file or the override it names") for line in subject.problem.splitlines())
+    elif subject.config is not None:
+        config = subject.config
+        yield ok(f"{config.name}: {config.steps:,} steps of {config.tokens_per_step:,} tokens into {config.folder}")

@@ -1,0 +1,35 @@
+"""How the run is cut over ranks: everything divides, and the node has a place for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megadiff.doctor.finding import Finding, fail, ok, warn
+from megadiff.doctor.subject import Subject
+from megadiff.errors import ConfigError
+
+
+def check(subject: Subject) -> Iterable[Finding]:
+    """The divisions of a start, then devices against ranks."""
+    config, vocab_size = subject.config, subject.vocab_size
+    if config is None:
+        return
+    if vocab_size is None:
+        yield warn("not checked: the vocabulary is unknown", "mend data.tokenizer, or set data.vocab_size")
+        return
+    try:
+        layout = config.layout(world_size=subject.ranks, vocab_size=vocab_size)
+    except ConfigError as error:
+        yield fail(f"{subject.ranks} rank(s): {error}", "change the layout, or say the run's ranks with --ranks")
+        return
+    yield ok(
+        f"{layout.world_size} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
+        f"{layout.num_microbatches} microbatch(es) a step"
+    )
+    here, devices, platform = subject.local_ranks, subject.platform.local_devices(), subject.platform
+    if here <= devices:
+        return
+    if platform.is_cpu:
+        yield warn(f"{here} ranks share {devices} core(s)", "fine for a try; they only take turns")
+    else:
+        yield fail(f"{here} ranks on this node, which has {devices} GPU(s)", f"start at most {devices} ranks a node")

@@ -1,0 +1,28 @@
+"""How many files and sockets a process may have open."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+
+from megadiff.doctor.finding import Finding, fail, ok, warn
+from megadiff.doctor.subject import Subject
+
+_BASE, _PER_RANK, _COMFORT = 128, 8, 1024
+
+
+def check(subject: Subject) -> Iterable[Finding]:
+    """A rank holds its data files, its log, and sockets to the ranks of each of its groups."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    sources = len(subject.config.data.train) + len(subject.config.data.valid) if subject.config is not None else 0
+    needed = _BASE + _PER_RANK * subject.ranks + 2 * sources
+    if soft == resource.RLIM_INFINITY:
+        yield ok("a process may open any number of files")
+        return
+    said = f"a process may open {soft} files; {subject.ranks} rank(s) may need about {needed} each"
+    ceiling = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    remedy = f"ulimit -n {max(4096, 2 * needed)} before the launch (the hard limit is {ceiling})"
+    if soft < needed:
+        yield fail(said, remedy)
+    else:
+        yield ok(said) if soft >= _COMFORT else warn(said, remedy)

@@ -1,0 +1,57 @@
+"""The tokenizer: loads, and fits the data's ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megadiff.doctor.finding import Finding, fail, ok, warn
+from megadiff.doctor.subject import Subject
+from megadiff.errors import DataError
+
+_SPANS, _SPAN_TOKENS = 16, 4096
+
+
+def check(subject: Subject) -> Iterable[Finding]:
+    """Loads it and looks for the largest id in spans over each source."""
+    config = subject.config
+    if config is None:
+        return
+    try:
+        tokenizer = subject.tokenizer
+    except DataError as error:
+        yield fail(str(error), "set data.tokenizer to what tools/train_tokenizer.py wrote, or to `byte`")
+        return
+    assert tokenizer is not None
+    size = tokenizer.vocab_size
+    yield ok(f"{tokenizer.name}: {size:,} ids, mask id {tokenizer.mask_id}")
+    if config.data.vocab_size not in (None, size):
+        yield fail(
+            f"data.vocab_size is {config.data.vocab_size}, but the tokenizer has {size} ids", f"set it to {size}"
+        )
+    for source in (*config.data.train, *config.data.valid):
+        try:
+            largest = largest_sampled_id(source.path)
+        except DataError:
+            continue  # said by the check of the data
+        said = f"{source.path}: the largest sampled id is {largest:,} of {size:,}"
+        if largest >= size:
+            yield fail(said, "the data are of another tokenizer: preprocess the corpus with this one")
+        elif largest < size // 8:
+            yield warn(said, "most ids never occur: see that the corpus was preprocessed with this tokenizer")
+        else:
+            yield ok(said)
+
+
+def largest_sampled_id(prefix: str) -> int:
+    """The largest token id in 16 spans spread over a source.
+
+    Raises:
+        DataError: the data cannot be opened.
+    """
+    from megadiff.data.indexed_reader import IndexedReader
+
+    reader = IndexedReader(prefix)
+    span = min(_SPAN_TOKENS, reader.num_tokens)
+    last = reader.num_tokens - span
+    starts = {last * i // (_SPANS - 1) for i in range(_SPANS)}
+    return max(int(reader.tokens(start, span).max()) for start in starts)

@@ -1,0 +1,89 @@
+"""Who is examined: a machine, and the run that is to be trained on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megadiff.run_config import RunConfig
+
+if TYPE_CHECKING:  # a broken torch must hurt only the checks that need it
+    from megadiff.data.tokenizers import Tokenizer
+    from megadiff.platform.machine import Platform
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the checks may ask about; what is dear to find out is found out once."""
+
+    environment: Mapping[str, str]
+    """Of the process, launcher's and scheduler's variables among it."""
+    config: RunConfig | None = None
+    """The run; None when none was given or it cannot be read."""
+    problem: str | None = None
+    """Why the run description cannot be read."""
+    wanted_ranks: int | None = None
+    """Ranks of the run over all nodes, where the user says; else the launcher or the scheduler does."""
+    now: Callable[[], float] = time.time
+    """This machine's clock, seconds since 1970."""
+    shared_memory: Path = Path("/dev/shm")
+    """Where processes of a node share memory."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the job as SLURM says; 1 without it."""
+        return self._number("SLURM_JOB_NUM_NODES") or self._number("SLURM_NNODES") or 1
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the run."""
+        return self.wanted_ranks or self._number("WORLD_SIZE") or self._number("SLURM_NTASKS") or 1
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks of this node."""
+        return -(-self.ranks // self.nodes)
+
+    @cached_property
+    def platform(self) -> Platform:
+        """The machine; `PlatformError` where the run insists on another."""
+        from megadiff.platform.machine import detect
+
+        return detect(self.config.platform if self.config is not None else "auto")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The run's tokenizer, None without a run; `DataError` where it cannot be loaded."""
+        from megadiff.data.tokenizer_files import load_tokenizer
+
+        return load_tokenizer(self.config.data.tokenizer) if self.config is not None else None
+
+    @cached_property
+    def vocab_size(self) -> int | None:
+        """Ids with the mask: the tokenizer's, or those the description promises; None without either."""
+        if self.config is None:
+            return None
+        if self.config.data.vocab_size is not None:
+            return self.config.data.vocab_size
+        from megadiff.errors import DataError
+
+        try:
+            return self.tokenizer.vocab_size if self.tokenizer is not None else None
+        except DataError:
+            return None  # said by the check of the tokenizer
+
+    @cached_property
+    def existing_folder(self) -> Path:
+        """The run folder, or the nearest folder above it that exists; the working folder without a run."""
+        if self.config is None:
+            return Path.cwd()
+        wanted = self.config.folder.absolute()
+        return next(folder for folder in (wanted, *wanted.parents) if folder.exists())
+
+    def _number(self, variable: str) -> int | None:
+        text = self.environment.get(variable, "")
+        return int(text) if text.isdecimal() and int(text) > 0 else None

@@ -1,0 +1,59 @@
+"""All of a run that can be known, and refused, before any process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megadiff.data.open import OpenData, open_data
+from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import Tokenizer
+from megadiff.errors import ConfigError, DataError
+from megadiff.model import cost
+from megadiff.parallel.config import Layout
+from megadiff.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run description with its tokenizer, data and layout."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    data: OpenData
+    layout: Layout
+
+    @property
+    def shape(self) -> cost.Shape:
+        """The model's size for closed-form costs."""
+        return self.config.shape(vocab_size=self.tokenizer.vocab_size)
+
+
+def prepare(config: RunConfig, *, world_size: int) -> Prepared:
+    """Open tokenizer and data and check the layout.
+
+    Raises:
+        ConfigError, DataError: what cannot be, in one sentence.
+    """
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    except DataError as error:
+        raise DataError(f"data.tokenizer: {error}") from error
+    if config.data.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"data.vocab_size is {config.data.vocab_size}, but the tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size} ids with its mask; set it to that or leave it out"
+        )
+    layout = config.layout(world_size=world_size, vocab_size=tokenizer.vocab_size)
+    data = open_data(
+        config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=config.eval.rows
+    )
+    return Prepared(config, tokenizer, data, layout)
+
+
+def describe_data(prepared: Prepared) -> list[str]:
+    """Lines about tokenizer and data."""
+    trained, held = prepared.config.tokens_before(prepared.config.steps), prepared.data.train_tokens
+    return [
+        f"tokenizer         {prepared.tokenizer.name}, mask id {prepared.tokenizer.mask_id}",
+        f"data              {held:,} tokens to train on: {trained / held:.2f} epochs",
+    ]

@@ -1,0 +1,230 @@
+"""One step of a run again, in this one process: its batch, its noise, and the loss of every row. Nothing is written.
+
+Rows and noise are functions of the seed and the sample alone, and a checkpoint loads on any layout; so what a thousand
+ranks did in a step can be looked at on one CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megadiff.build import build_trainables, row_loader, row_objective, training_step
+from megadiff.checkpoint.folder import is_complete, step_folders, step_of
+from megadiff.checkpoint.load import load, problem_of
+from megadiff.checkpoint.manifest import read_manifest
+from megadiff.config.load import load_config
+from megadiff.data.loader import Microbatch
+from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.noising import NoisedRows
+from megadiff.diffusion.objective import Terms
+from megadiff.errors import CheckpointError, ConfigError
+from megadiff.parallel.config import ParallelConfig
+from megadiff.parallel.row_objective import RowObjective
+from megadiff.parallel.row_report import metrics_of
+from megadiff.parallel.topology import Topology, open_topology, process_group
+from megadiff.platform.machine import Platform, detect
+from megadiff.prepared import Prepared, prepare
+from megadiff.run_config import RunConfig
+from megadiff.train.health import Health, Verdict
+from megadiff.train.metrics import read_metrics
+from megadiff.train.replayed import Replayed, ReplayedRow
+from megadiff.train.step import Step, Taken
+
+log = logging.getLogger("megadiff")
+
+
+def replay(run_folder: Path, step: int, overrides: Sequence[str] = ()) -> Replayed:
+    """Take step `step` (from 1) of a run again on one CPU process.
+
+    It goes on from the newest sound checkpoint before the step, or from the first weights, and takes the steps between
+    with the settings of the run's `config.yaml`: what another attempt had otherwise can be given as an override.
+
+    Args:
+        overrides: `key.sub=value`, for data or a tokenizer that have moved. The layout is always one process's.
+
+    Raises:
+        ConfigError: no run there, or no such step. DataError: data or tokenizer are missing or damaged.
+        CheckpointError: the data or the tokenizer are not those the run was trained with.
+    """
+    config = _settings(run_folder, overrides)
+    if not 1 <= step <= config.steps:
+        raise ConfigError(f"--step {step}: the run {run_folder} has the steps 1 to {config.steps}; give one of them")
+    platform = detect("cpu")
+    prepared = prepare(config, world_size=1)
+    platform.prepare_megatron()
+    with process_group(platform, alone=True):
+        return _open(run_folder, step, prepared, platform).take(step)
+
+
+def _settings(run_folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The run's own, laid out for one process."""
+    path = run_folder / "config.yaml"
+    if not path.is_file():
+        what = "it has no config.yaml" if run_folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"--run {run_folder}: {what}; give the folder of a run that was started, such as runs/NAME")
+    config = load_config(path, overrides, RunConfig)
+    alone = ParallelConfig(distributed_optimizer=config.parallel.distributed_optimizer)
+    train_only = config.data.model_copy(update={"valid": ()})
+    return config.model_copy(update={"platform": "cpu", "parallel": alone, "data": train_only})
+
+
+@dataclass(frozen=True)
+class _Recorded(RowObjective):
+    """An objective whose per-token terms are kept on their way to the loss."""
+
+    inner: RowObjective
+    found: list[Terms] = field(default_factory=list)
+
+    def terms(self, logits: Tensor, rows: NoisedRows) -> Terms:
+        terms = self.inner.terms(logits, rows)
+        self.found.append(Terms(*(term.detach().t() for term in terms)))
+        return terms
+
+    def optimised(self, terms: Terms) -> Tensor:
+        return self.inner.optimised(terms)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run stopped between two steps."""
+
+    run_folder: Path
+    prepared: Prepared
+    topology: Topology
+    train_step: Step
+    recorded: _Recorded
+    done: int
+    """Steps taken before."""
+    start: str
+
+    def take(self, step: int) -> Replayed:
+        """Take every step up to this one."""
+        loader = row_loader(self.prepared, self.recorded.mixing, self.topology, self.done)
+        with loader:
+            for number in range(self.done + 1, step):
+                taken = self._take(number, self._rows_of(number, loader))
+                figures = _figures(taken)
+                skipped = f", no update: {taken.verdict.skip}" if taken.verdict.skip else ""
+                log.info(f"step {number}: loss {figures['loss']:.4f}, grad norm {figures['grad_norm']:.4f}{skipped}")
+            microbatches = self._rows_of(step, loader)
+        return self._described(step, microbatches, self._take(step, microbatches))
+
+    def _rows_of(self, step: int, loader: Iterator[Microbatch[NoisedRows]]) -> list[Microbatch[NoisedRows]]:
+        config = self.prepared.config
+        return list(islice(loader, config.sizes.sequences(step - 1) // config.batch.micro_sequences))
+
+    def _take(self, step: int, microbatches: Sequence[Microbatch[NoisedRows]]) -> Taken:
+        config = self.prepared.config
+        self.recorded.found.clear()
+        lr = config.optimizer.lr * config.lr_schedule().factor(step - 1)
+        return self.train_step([microbatch.content for microbatch in microbatches], lr)
+
+    def _described(self, step: int, microbatches: Sequence[Microbatch[NoisedRows]], taken: Taken) -> Replayed:
+        batch = NoisedRows(*(torch.cat(column) for column in zip(*(m.content for m in microbatches), strict=True)))
+        loss, elbo = (torch.cat([getattr(terms, name) for terms in self.recorded.found]) for name in ("loss", "elbo"))
+        samples = [sample for microbatch in microbatches for sample in microbatch.samples]
+        rows = [self._row(place, sample, batch, loss, elbo) for place, sample in enumerate(samples)]
+        broken = next((row.sample for row in rows if not row.is_finite), None)
+        if broken is None and taken.verdict.skip == "non_finite":
+            broken = self._first_broken_gradient(batch, samples)
+        lines = read_metrics(self.run_folder / "metrics.jsonl")
+        return Replayed(
+            step=step,
+            start=self.start,
+            steps_between=step - 1 - self.done,
+            rows=rows,
+            batch=batch,
+            loss_of_tokens=loss,
+            elbo_of_tokens=elbo,
+            figures=_figures(taken),
+            logged=next((line for line in lines if line["step"] == step and "loss" in line), None),
+            skip=taken.verdict.skip,
+            broken_row=broken,
+        )
+
+    def _row(self, place: int, sample: int, batch: NoisedRows, loss: Tensor, elbo: Tensor) -> ReplayedRow:
+        noisy = batch.is_noisy[place]
+        count = int(noisy.sum())
+        levels = batch.log_snr[place][noisy]
+        return ReplayedRow(
+            sample=sample,
+            origin=self.prepared.data.train.origin(sample),
+            log_snr=(float(levels.min()), float(levels.max())) if count else (math.nan, math.nan),
+            noisy_tokens=count,
+            loss=float(loss[place].double().sum()) / max(count, 1),
+            elbo=float(elbo[place].double().sum()) / max(count, 1),
+        )
+
+    def _first_broken_gradient(self, batch: NoisedRows, samples: Sequence[int]) -> int | None:
+        """The first row that alone gives a gradient that is not finite; the weights are still those of the step."""
+        alone = replace(self.train_step, micro_sequences=1, judge=lambda loss, norm: Verdict("spike"))  # no update
+        for place, sample in enumerate(samples):
+            row = NoisedRows(*(column[place : place + 1] for column in batch))
+            if not math.isfinite(alone([row], 0.0).grad_norm):
+                return sample
+        return None
+
+
+def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -> _Opened:
+    """The run as it stood after its newest sound checkpoint before `step`, or at its beginning."""
+    config, text = prepared.config, prepared.tokenizer
+    topology = open_topology(prepared.layout)
+    chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
+    health = Health(config.health, sizes=config.sizes)
+    folder, done = _nearest_checkpoint(run_folder, step, config, topology), 0
+    if folder is not None:
+        saved = read_manifest(folder)
+        for what, then, now in (
+            ("training data", saved.data_fingerprint, prepared.data.fingerprint),
+            ("a tokenizer", saved.tokenizer_fingerprint, text.fingerprint),
+        ):
+            if then != now:
+                raise CheckpointError(
+                    f"{folder} was trained with {what} of fingerprint {then}, but what is there now has {now}; give "
+                    "the first one's path as data.train or data.tokenizer"
+                )
+        load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
+        health.restore(saved.health)
+        done = saved.step
+    mixing = mixing_from(config.noise, vocab_size=text.vocab_size, mask_id=text.mask_id)
+    recorded = _Recorded(mixing, topology, inner=row_objective(prepared, mixing, topology))
+    train_step = training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge)
+    return _Opened(
+        run_folder=run_folder,
+        prepared=prepared,
+        topology=topology,
+        train_step=replace(train_step, loss=recorded.loss),
+        recorded=recorded,
+        done=done,
+        start=f"checkpoint {folder.name}" if folder is not None else "the first weights",
+    )
+
+
+def _nearest_checkpoint(run_folder: Path, step: int, config: RunConfig, topology: Topology) -> Path | None:
+    """The newest sound checkpoint of fewer than `step` steps, the one the run branched from included."""
+    own = [folder for folder in step_folders(run_folder) if step_of(folder) < step and is_complete(folder)]
+    origin = config.checkpoint.start_from
+    for folder in [*own, *([Path(origin)] if origin is not None else [])]:
+        problem = problem_of(folder, topology)
+        if problem is None and read_manifest(folder).step < step:
+            return folder
+        log.warning(problem or f"the run branched from {folder}, after step {step}: that step is another run's")
+    if origin is not None:
+        raise CheckpointError(
+            f"{run_folder} branched from {origin}, and neither that nor a checkpoint of its own from before step "
+            f"{step} is to be had; give checkpoint.start_from=PATH, or a later step"
+        )
+    return None
+
+
+def _figures(taken: Taken) -> dict[str, float]:
+    found = metrics_of(taken.total.tolist())
+    return {"loss": found["loss"], "elbo": found["elbo"], "grad_norm": taken.grad_norm}

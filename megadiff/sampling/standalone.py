@@ -1,0 +1,642 @@
+"""Noise to text: all the mathematics of sampling in one file that needs torch alone.
+
+It is copied beside an exported model, so it imports nothing of this project; the rest of `megadiff.sampling` builds on
+it. A step of the *ancestral* sampler undoes a step of the forward process at every position; a step of the *adaptive*
+one rewrites the few positions where the model disagrees most surely with what stands there (arXiv:2512.10858, section
+2.2 and appendix A.1). `generate` drives either over one block or over one after another, for masked, uniform and hybrid
+noise. Axes: B rows, L positions of a row, W positions of the window being denoised, V vocabulary, the mask included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, int], Tensor]
+"""(ids [B, L] int64, length of the clean prefix) -> logits [B, L, V or more]; the mask's logit says nothing."""
+
+_WORD = 0xFFFFFFFF
+_RELEASED_NAMES = {
+    "steps": "max_denoising_steps",
+    "max_length": "max_new_tokens",
+    "min_length": "min_new_tokens",
+    "sampling_method": "sampler",
+    "noise_schedule": "grid",
+}
+
+
+class Noise(Protocol):
+    """What sampling asks of a process: noise is a uniform real token with probability u, else the mask."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def mask_id(self) -> int:
+        """The mask's id."""
+        ...
+
+    def u(self, log_snr: Tensor) -> Tensor:
+        """Uniform share of the noise."""
+        ...
+
+    def mask_share(self, log_snr: Tensor) -> Tensor:
+        """1 - u, without the subtraction."""
+        ...
+
+
+@dataclass(frozen=True)
+class HybridNoise:
+    """u = sigmoid(scale * log_snr + shift); shift -1000 is pure masking, 1000 purely uniform."""
+
+    vocab_size: int
+    mask_id: int
+    shift: float
+    scale: float = 1.0
+
+    def u(self, log_snr: Tensor) -> Tensor:
+        """Uniform share of the noise."""
+        return torch.sigmoid(self.scale * log_snr + self.shift)
+
+    def mask_share(self, log_snr: Tensor) -> Tensor:
+        """1 - u."""
+        return torch.sigmoid(-(self.scale * log_snr + self.shift))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample; `from_names` takes the released models' words for the same things too.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    max_new_tokens: int
+    """Positions after the prompt."""
+    max_denoising_steps: int = 128
+    """Steps of a block."""
+    block_length: int | None = None
+    """Positions denoised together, from left to right block by block; None: all at once."""
+    sampler: str = "ancestral"
+    """ancestral or adaptive."""
+    tokens_per_step: int | None = None
+    """Adaptive: positions rewritten in a step; None: just as many as fill a block in its steps."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: logits without the prompt + scale (with - without); 1 is off."""
+    grid: str = "cosine"
+    min_log_snr: float = -9.0
+    max_log_snr: float = 9.0
+    eos_token_id: int | None = None
+    """Ends a row where it stands in a finished block behind the prompt; None: rows never end early."""
+    pad_token_id: int | None = None
+    """What follows the end; None: the end token."""
+    min_new_tokens: int = 0
+    """No end before so many new tokens."""
+    see_tail: bool = True
+    """Whether the model sees the noise of the blocks still to come, as in training, or a row cut behind the window."""
+    reuse_logits: bool = True
+    """Skip the model where a step changed no token."""
+
+    def __post_init__(self) -> None:
+        least = {"max_new_tokens": 0, "max_denoising_steps": 1, "min_new_tokens": 0}
+        least |= {"block_length": 1, "tokens_per_step": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}")
+        _check_truncation(self.temperature, self.top_k, self.top_p)
+        if self.sampler not in ("ancestral", "adaptive"):
+            raise ValueError(f"sampler must be ancestral or adaptive, got {self.sampler!r}")
+        level_grid(1, grid=self.grid)
+        self.check_reach(min(self.max_new_tokens, self.block_length or self.max_new_tokens))
+
+    def check_reach(self, width: int) -> None:
+        """Refuse adaptive steps too few to write a block of this width: noise would be left.
+
+        Raises:
+            ValueError: they are too few.
+        """
+        count = self.tokens_per_step
+        if self.sampler == "adaptive" and count is not None and count * self.max_denoising_steps < width:
+            raise ValueError(
+                f"tokens_per_step ({count}) times max_denoising_steps ({self.max_denoising_steps}) does not reach the "
+                f"{width} positions of a block: noise would be left"
+            )
+
+    @classmethod
+    def from_names(cls, **names: Any) -> Settings:
+        """Settings by the names above or the released ones (steps, max_length, sampling_method, ...); None is unset.
+
+        Raises:
+            TypeError: a name unknown or given twice.
+        """
+        said: dict[str, Any] = {}
+        for name, value in names.items():
+            field = _RELEASED_NAMES.get(name, name)
+            if field not in {known.name for known in fields(cls)}:
+                raise TypeError(f"unknown setting {name!r}")
+            if value is not None and said.setdefault(field, value) != value:
+                raise TypeError(f"{field} is given twice, as {said[field]} and {value}")
+        return cls(**said)
+
+
+class Draws:
+    """Random numbers as a function of (seed, row, draw, position): Philox4x32-10, with no state.
+
+    Args:
+        seed: one for all rows, or one a row.
+        rows: [B] int64, numbers the rows under a seed.
+        device: where the numbers are made.
+    """
+
+    def __init__(self, seed: int | Sequence[int], rows: Tensor, device: torch.device | str) -> None:
+        self._seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
+        if len(self._seeds) != len(rows):
+            raise ValueError(f"wanted one seed or one for each of {len(rows)} rows, got {len(self._seeds)}")
+        self._rows, self._device = rows.to(device).unsqueeze(-1), device
+        self._keys: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def words(self, name: str, start: int, stop: int, *, draw: int = 0) -> tuple[Tensor, ...]:
+        """Four 32-bit words for positions start to stop of each row, [B, stop - start] int64 each."""
+        position = torch.arange(start, stop, device=self._device).expand(len(self._seeds), -1)
+        c0, c1 = position, torch.full_like(position, draw)
+        c2, c3 = (self._rows & _WORD).expand_as(c0), (self._rows >> 32 & _WORD).expand_as(c0)
+        key_0, key_1 = self._key(name)
+        for step in range(10):
+            k0, k1 = (key_0 + step * 0x9E3779B9) & _WORD, (key_1 + step * 0xBB67AE85) & _WORD
+            one, two = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64: the sign bit is masked off below
+            c0, c2 = (two >> 32 & _WORD) ^ c1 ^ k0, (one >> 32 & _WORD) ^ c3 ^ k1
+            c1, c3 = two & _WORD, one & _WORD
+        return c0, c1, c2, c3
+
+    def step_uniforms(self, start: int, stop: int, *, draw: int) -> Tensor:
+        """Three uniform numbers on [0, 1) a position, [3, B, stop - start] float64; the first has 53 bits."""
+        words = self.words("sample/step", start, stop, draw=draw)
+        return torch.stack([_unit_interval(words), *(word.double() * 2.0**-32 for word in words[2:])])
+
+    def noise(self, length: int, log_snr: float, noise: Noise, *, name: str = "sample/prior") -> Tensor:
+        """Pure noise of this level, [B, length]: masks, or uniform tokens that are never the mask."""
+        words = self.words(name, 0, length)
+        count = noise.vocab_size - 1
+        token = (words[2] * count + (words[3] * count >> 32)) >> 32
+        share = noise.u(torch.tensor(log_snr, dtype=torch.float64, device=self._device))
+        real = token + (token >= noise.mask_id).long()
+        return torch.where(_unit_interval(words) < share, real, noise.mask_id)
+
+    def _key(self, name: str) -> tuple[Tensor, Tensor]:
+        if name not in self._keys:
+            digests = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for seed in self._seeds]
+            parts = [[int.from_bytes(d[i : i + 4], "little") for d in digests] for i in (0, 4)]
+            low, high = (torch.tensor(p, dtype=torch.int64, device=self._device).unsqueeze(-1) for p in parts)
+            self._keys[name] = low, high
+        return self._keys[name]
+
+
+def level_grid(steps: int, *, grid: str = "cosine", min_log_snr: float = -9.0, max_log_snr: float = 9.0) -> list[float]:
+    """Lambda_0 = max_log_snr down to lambda_steps = min_log_snr.
+
+    alpha_k = sigmoid(min) + (sigmoid(max) - sigmoid(min)) share_k, lambda_k = log(alpha_k / beta_k), with beta_k made
+    the same way from the other end, so that neither end loses digits.
+
+    Raises:
+        ValueError: a grid by another name than cosine and linear.
+    """
+    if grid not in ("cosine", "linear"):
+        raise ValueError(f"grid must be cosine or linear, got {grid!r}")
+    levels = []
+    for k in range(steps + 1):
+        t = k / steps
+        clean, noise = (
+            (1 - t, t) if grid == "linear" else (math.cos(math.pi * t / 2) ** 2, math.sin(math.pi * t / 2) ** 2)
+        )
+        alpha = _sigmoid(max_log_snr) * clean + _sigmoid(min_log_snr) * noise
+        beta = _sigmoid(-max_log_snr) * clean + _sigmoid(-min_log_snr) * noise
+        levels.append(min(max(math.log(alpha / beta), min_log_snr), max_log_snr))
+    return levels
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted clean distribution of every position.
+
+    `probs` is [B, W, V], float32 or float64, 0 at the mask, each row summing to 1.
+    """
+
+    probs: Tensor
+
+    def at(self, ids: Tensor) -> Tensor:
+        """Probability of the given ids, [B, W]."""
+        return self.probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def predict(
+    logits: Tensor, noise: Noise, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Prediction:
+    """Softmax over the real tokens, tempered and truncated, what is left renormalised.
+
+    Args:
+        logits: [B, W, V or more], any float dtype; taken in float32 (float64 stays). Padding columns are dropped.
+        noise: says which token is the mask.
+        temperature: divides the logits; 0 puts everything on the most probable token (the lowest id among equals).
+        top_k: keep the k most probable tokens (and any equal to the last of them).
+        top_p: keep the most probable tokens up to and including the one at which their sum reaches p.
+
+    Raises:
+        ValueError: a negative temperature, top_k below 1, top_p outside (0, 1], or too few logits.
+    """
+    _check_truncation(temperature, top_k, top_p)
+    if logits.shape[-1] < noise.vocab_size:
+        raise ValueError(f"expected at least {noise.vocab_size} logits a token, got {logits.shape[-1]}")
+    values = logits[..., : noise.vocab_size]
+    values = values.clone() if values.dtype == torch.float64 else values.to(torch.float32, copy=True)
+    values[..., noise.mask_id] = -torch.inf
+    if temperature == 0:
+        best = values.argmax(dim=-1, keepdim=True)
+        return Prediction(torch.zeros_like(values).scatter_(-1, best, 1.0))
+    values /= temperature
+    if top_k is not None and top_k < noise.vocab_size - 1:
+        values.masked_fill_(values < values.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+    probs = values.softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        kept = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(-1, order, kept)
+        probs /= probs.sum(dim=-1, keepdim=True)
+    return Prediction(probs)
+
+
+def draw_tokens(prediction: Prediction, where: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens for the positions that are true in `where`, by inversion of the cumulative distribution.
+
+    Args:
+        prediction: probabilities [B, W, V].
+        where: [B, W] bool, n of them true.
+        uniforms: [B, W] numbers on [0, 1), of which those at `where` are used.
+
+    Returns:
+        [n] int64 ids of positive probability. Sums run in float64: in float32 a vocabulary of 131072 tokens would
+        leave its last ones too much or too little.
+    """
+    cumulative = prediction.probs[where].double().cumsum(dim=-1)
+    target = uniforms[where].double().unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=prediction.probs.shape[-1] - 1)
+
+
+def noise_probability(noise: Noise, log_snr: Tensor, ids: Tensor) -> Tensor:
+    """pi_lambda at the given ids: 1 - u at the mask, u over the number of real tokens elsewhere."""
+    return torch.where(ids == noise.mask_id, noise.mask_share(log_snr), noise.u(log_snr) / (noise.vocab_size - 1))
+
+
+def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+    """alpha_{t|s} and (beta pi)_{t|s}[z_t], the latter at least 0, both [...]."""
+    keep = torch.sigmoid(at_t) / torch.sigmoid(at_s)
+    at_noisier = torch.sigmoid(-at_t) * noise_probability(noise, at_t, ids)
+    fresh = at_noisier - keep * torch.sigmoid(-at_s) * noise_probability(noise, at_s, ids)
+    return keep, fresh.clamp(min=0.0)
+
+
+def reverse_step(
+    prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, mixing: Noise
+) -> Tensor:
+    """Draw z_s ~ p(z_s | z_t) for every token, [B, W], from three uniform numbers a token, [3, B, W].
+
+    With p the prediction and q_s(p) = alpha_s p + beta_s pi_s, Bayes' rule gives a mixture: the token stays with weight
+    alpha_{t|s} q_s(p)[z_t] and is drawn afresh from q_s(p) with weight (beta pi)_{t|s}[z_t]. The first number chooses
+    a token, of the vocabulary or of the noise, the second keep or fresh, the third signal or noise. Where p makes both
+    weights 0 (a revealed token that truncation left without probability) the token stays: no row is ever empty.
+    """
+    at_t = torch.full(ids.shape, log_snr_t, dtype=torch.float64, device=ids.device)
+    at_s = torch.full(ids.shape, log_snr_s, dtype=torch.float64, device=ids.device)
+    keep, fresh = reverse_kernel(ids, at_t, at_s, mixing)
+    alpha_s, beta_s = torch.sigmoid(at_s), torch.sigmoid(-at_s)
+    marginal = alpha_s * prediction.at(ids).double() + beta_s * noise_probability(mixing, at_s, ids)
+    is_fresh = uniforms[1] * (keep * marginal + fresh) < fresh
+    is_signal = uniforms[2] < alpha_s
+    is_mask = (uniforms[2] - alpha_s) < beta_s * mixing.mask_share(at_s)
+    count = mixing.vocab_size - 1
+    real = (uniforms[0] * count).long().clamp(max=count - 1)
+    real = real + (real >= mixing.mask_id).long()
+    drawn = torch.where(is_mask, mixing.mask_id, real)
+    from_model = is_fresh & is_signal
+    drawn[from_model] = draw_tokens(prediction, from_model, uniforms[0])
+    return torch.where(is_fresh, drawn, ids)
+
+
+def adaptive_candidates(plain: Prediction, ids: Tensor, log_snr: float, *, noise: Noise, count: int) -> Tensor:
+    """The positions, at most `count` a row, that the adaptive sampler rewrites: [B, W] bool.
+
+    score = (max_v p(v) - p(z)) pi(z) with pi the noise's probability of the token there, at the current level: under
+    masked noise the surest masks, under uniform noise the tokens the model would rather see replaced. Positions whose
+    token is the best one already, or cannot be noise, are no candidates.
+
+    Args:
+        plain: the prediction without temperature or truncation (at temperature 0 every position would look sure).
+    """
+    level = torch.tensor(log_snr, dtype=torch.float64, device=ids.device)
+    gain = (plain.probs.max(dim=-1).values - plain.at(ids)).double()
+    score = gain * noise_probability(noise, level, ids)
+    ranked, order = score.sort(dim=-1, descending=True, stable=True)
+    chosen = ranked > 0
+    chosen[:, count:] = False
+    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
+
+
+class PrefixCache(Protocol):
+    """A model whose clean prefix sees only itself, so that the prefix's keys and values can be kept."""
+
+    def encode_prefix(self, ids: Tensor, previous: Any | None) -> Any:
+        """Keys and values of the clean prefix [B, P].
+
+        Args:
+            previous: what this returned for a shorter prefix of the same rows, or None. Where a prefix attends
+                causally only what is new need be computed; where it attends both ways all of it is.
+        """
+        ...
+
+    def denoise_block(self, ids: Tensor, cache: Any) -> Tensor:
+        """Logits [B, W, V] of the positions [B, W] that follow the prefix."""
+        ...
+
+
+class Step(NamedTuple):
+    """What an observer sees: once before each step, and once with `steps_left` 0 when a block is finished."""
+
+    steps_left: int
+    log_snr: float
+    ids: Tensor
+    """[B, L], the whole rows."""
+    start: int
+    stop: int
+    """The window being denoised."""
+    confidence: Callable[[], Tensor]
+    """The model's probability of the window's tokens, [B, stop - start]; asks it, and the next step uses the answer."""
+
+
+class Generated(NamedTuple):
+    """Finished rows."""
+
+    sequences: Tensor
+    """[B, P + max_new_tokens]: prompt, text, padding behind the end token; no mask."""
+    new_tokens: Tensor
+    """[B]: tokens behind the prompt up to the end token and with it."""
+    forwards: int
+    """Calls of the model."""
+
+    @property
+    def tokens_per_forward(self) -> Tensor:
+        """[B]: new tokens over calls of the model."""
+        return self.new_tokens / max(self.forwards, 1)
+
+
+@torch.no_grad()
+def generate(
+    denoise: Denoise,
+    prompt: Tensor,
+    settings: Settings,
+    noise: Noise,
+    *,
+    seed: int | Sequence[int] = 0,
+    rows: Tensor | None = None,
+    prefix_length: int | None = None,
+    cache: PrefixCache | None = None,
+    streamer: Any = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Generated:
+    """Draw text behind prompts, or in their holes.
+
+    Every draw is a function of (seed, row, step, position): a row does not depend on what it is batched with (as far
+    as the model itself does not).
+
+    Args:
+        denoise: the model; what it is told of the noise is how many leading tokens are clean.
+        prompt: [B, P] ids, never changed; -1 marks a position to fill in.
+        settings, noise: how, and the noise the model was trained on.
+        seed: one for all rows or one a row.
+        rows: [B] int64 that number the rows under one seed; default 0..B-1, or 0 for each where each has its seed.
+        prefix_length: where the first block starts; default the leading given tokens, which must be as many in
+            every row (a row's blocks must not depend on its neighbours: batch prompts by length).
+        cache: the model's prefix cache; used for all but the passes without prompt of guidance.
+        streamer: gets `put(ids)` for the prompt and each finished block, `put_draft(ids)` after each step, `end()`.
+        on_step: observer.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    walk = _Walk(denoise, prompt, settings, noise, seed, rows, prefix_length, cache)
+    put, put_draft = getattr(streamer, "put", None), getattr(streamer, "put_draft", None)
+    if put is not None:
+        put(prompt)
+    length = walk.ids.shape[1]
+    block = settings.block_length or max(1, length - walk.first)
+    for start in range(walk.first, length, block):
+        stop = min(start + block, length)
+        walk.open_block(start, stop)
+        for step in walk.steps():
+            if on_step is not None:
+                on_step(step)
+            if put_draft is not None:
+                put_draft(step.ids[:, start:stop])
+        if put is not None:
+            put(walk.ids[:, start:stop].clone())
+        if bool(walk.close_block().all()):
+            break
+    if streamer is not None and hasattr(streamer, "end"):
+        streamer.end()
+    return walk.result()
+
+
+class _Walk:
+    """Rows on their way from noise to text."""
+
+    def __init__(
+        self,
+        denoise: Denoise,
+        prompt: Tensor,
+        settings: Settings,
+        noise: Noise,
+        seed: int | Sequence[int],
+        rows: Tensor | None,
+        prefix_length: int | None,
+        cache: PrefixCache | None,
+    ) -> None:
+        self.denoise, self.settings, self.noise, self.cache = denoise, settings, noise, cache
+        count, self.prompt_length = prompt.shape
+        numbers = torch.arange(count) if isinstance(seed, int) else torch.zeros(count, dtype=torch.int64)
+        self.draws = Draws(seed, numbers if rows is None else rows, prompt.device)
+        length = self.prompt_length + settings.max_new_tokens
+        prior = self.draws.noise(length, settings.min_log_snr, noise)
+        given = torch.nn.functional.pad(prompt, (0, settings.max_new_tokens), value=-1)
+        self.given = given >= 0
+        self.fixed = self.given.clone()
+        self.ids = torch.where(self.given, given, prior)
+        self.levels = level_grid(
+            settings.max_denoising_steps,
+            grid=settings.grid,
+            min_log_snr=settings.min_log_snr,
+            max_log_snr=settings.max_log_snr,
+        )
+        self.first = _leading(self.given) if prefix_length is None else prefix_length
+        self.prefix: Any = None
+        self.logits: Tensor | None = None
+        self.forwards = 0
+        self.finished = torch.zeros(count, dtype=torch.bool, device=prompt.device)
+        self.new_tokens = torch.full((count,), settings.max_new_tokens, device=prompt.device)
+
+    def open_block(self, start: int, stop: int) -> None:
+        """Set the window; everything before it is clean from here on."""
+        self.start, self.stop = start, stop
+        self.per_step = self.settings.tokens_per_step or -(-(stop - start) // self.settings.max_denoising_steps)
+        self.settings.check_reach(stop - start)
+        if self.cache is not None:
+            self.prefix = self.cache.encode_prefix(self.ids[:, :start], self.prefix)
+
+    def steps(self) -> Iterator[Step]:
+        """Denoise the window; yields what an observer sees."""
+        self.logits = None
+        for k in range(self.settings.max_denoising_steps, 0, -1):
+            yield self._seen(k)
+            moved = self._moved(self._asked(), k)
+            if moved is None:
+                break
+            is_same = self.settings.reuse_logits and torch.equal(moved, self._window())
+            self.ids[:, self.start : self.stop] = moved
+            self.logits = self.logits if is_same else None
+        self._fill()
+        yield self._seen(0)
+
+    def close_block(self) -> Tensor:
+        """End rows whose finished blocks hold an end token behind the prompt: which rows have ended, [B]."""
+        eos = self.settings.eos_token_id
+        if eos is None:
+            return self.finished
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        is_end = (self.ids == eos) & (place >= self.prompt_length) & (place < self.stop)
+        ends = is_end.any(dim=1) & ~self.finished
+        last = is_end.long().argmax(dim=1)
+        self.finished |= ends
+        self.new_tokens = torch.where(ends, last - self.prompt_length + 1, self.new_tokens)
+        beyond = ends.unsqueeze(1) & (place > last.unsqueeze(1))
+        pad = eos if self.settings.pad_token_id is None else self.settings.pad_token_id
+        self.ids = torch.where(beyond, pad, self.ids)
+        self.fixed |= beyond
+        return self.finished
+
+    def result(self) -> Generated:
+        """The rows as they stand."""
+        return Generated(self.ids, self.new_tokens, self.forwards)
+
+    def _window(self) -> Tensor:
+        return self.ids[:, self.start : self.stop]
+
+    def _moved(self, logits: Tensor, k: int) -> Tensor | None:
+        """The window after step k, or None where no step will change anything any more."""
+        window, fixed = self._window(), self.fixed[:, self.start : self.stop]
+        uniforms = self.draws.step_uniforms(self.start, self.stop, draw=k)
+        if self.settings.sampler == "ancestral":
+            drawn = reverse_step(
+                self._predict(logits), window, self.levels[k], self.levels[k - 1], uniforms, mixing=self.noise
+            )
+            return torch.where(fixed, window, drawn)
+        plain = predict(logits, self.noise)
+        plain = Prediction(plain.probs.masked_fill(fixed.unsqueeze(-1), 0.0))  # nothing to gain at a fixed position
+        chosen = adaptive_candidates(plain, window, self.levels[k], noise=self.noise, count=self.per_step)
+        if not bool(chosen.any()):
+            return None
+        return window.masked_scatter(chosen, draw_tokens(self._predict(logits), chosen, uniforms[0]))
+
+    def _fill(self) -> None:
+        """Draw from the prediction what no finished text may hold: masks, and noise that spells a forbidden end."""
+        window = self._window()
+        left = (window == self.noise.mask_id) | self._too_early(window)
+        left &= ~self.fixed[:, self.start : self.stop]
+        if bool(left.any()):
+            uniforms = self.draws.step_uniforms(self.start, self.stop, draw=0)
+            drawn = draw_tokens(self._predict(self._asked()), left, uniforms[0])
+            self.ids[:, self.start : self.stop] = window.masked_scatter(left, drawn)
+            self.logits = None
+
+    def _too_early(self, window: Tensor) -> Tensor:
+        place = torch.arange(self.start, self.stop, device=window.device)
+        eos = -1 if self.settings.eos_token_id is None else self.settings.eos_token_id
+        return (window == eos) & (place < self.prompt_length + self.settings.min_new_tokens)
+
+    def _predict(self, logits: Tensor) -> Prediction:
+        s = self.settings
+        return predict(logits, self.noise, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+
+    def _asked(self) -> Tensor:
+        """Logits for the window as it stands."""
+        if self.logits is None:
+            self.logits = self._logits()
+        return self.logits
+
+    def _logits(self) -> Tensor:
+        """The model's logits for the window, guided, without the ends that come too early."""
+        limit = self.ids.shape[1] if self.settings.see_tail else self.stop
+        width, self.forwards = self.stop - self.start, self.forwards + 1
+        if self.cache is None:
+            logits = self.denoise(self.ids[:, :limit], self.start)[:, self.start : self.stop]
+        else:
+            logits = self.cache.denoise_block(self.ids[:, self.start : limit], self.prefix)[:, :width]
+        if self.settings.guidance_scale != 1.0:
+            self.forwards += 1
+            blank = self.draws.noise(
+                self.ids.shape[1], self.settings.min_log_snr, self.noise, name="sample/unconditional"
+            )
+            blind = torch.where(self.given, blank, self.ids)[:, :limit]
+            without = self.denoise(blind, 0)[:, self.start : self.stop].clamp(min=-1e30)
+            logits = without + self.settings.guidance_scale * (logits.clamp(min=-1e30) - without)
+        early = self.prompt_length + self.settings.min_new_tokens - self.start
+        if self.settings.eos_token_id is not None and early > 0:
+            logits = logits.clone()
+            logits[:, :early, self.settings.eos_token_id] = -torch.inf
+        return logits
+
+    def _seen(self, steps_left: int) -> Step:
+        def confidence() -> Tensor:
+            return predict(self._asked(), self.noise).at(self._window())
+
+        return Step(steps_left, self.levels[steps_left], self.ids.clone(), self.start, self.stop, confidence)
+
+
+def _leading(given: Tensor) -> int:
+    """Leading given tokens, as many in every row."""
+    counts = given.long().cumprod(dim=1).sum(dim=1)
+    if len(counts) and not bool((counts == counts[0]).all()):
+        raise ValueError(
+            f"the rows of a batch must start with prompts of one length, got {counts.unique().tolist()}; "
+            "batch them by length, or set prefix_length"
+        )
+    return int(counts[0]) if len(counts) else given.shape[1]
+
+
+def _check_truncation(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if (
+        not 0 <= temperature < math.inf
+        or (top_k is not None and top_k < 1)
+        or (top_p is not None and not 0 < top_p <= 1)
+    ):
+        raise ValueError(
+            "temperature must be at least 0, top_k at least 1 and top_p in (0, 1], "
+            f"got temperature={temperature}, top_k={top_k}, top_p={top_p}"
+        )
+
+
+def _unit_interval(words: Sequence[Tensor]) -> Tensor:
+    return ((words[0] << 21) | (words[1] >> 11)).double() * 2.0**-53
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))

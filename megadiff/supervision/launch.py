@@ -1,0 +1,132 @@
+"""What tells one launch of a run from another, and the node's private folder that its ranks share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megadiff.errors import PlatformError
+
+_OF_THE_LAUNCH = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+)
+_LOOPBACK = ("", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: every rank works out the same value without asking another."""
+
+    run_folder: Path
+    rank: int
+    world_size: int
+    local_world_size: int
+    """Ranks on this node."""
+    attempt: str
+    """`JOB-RESTARTS`, for people."""
+    key: str
+    """Sixteen hexadecimal digits."""
+
+    @classmethod
+    def of(
+        cls,
+        run_folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        local_world_size: int | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> Launch:
+        """Read off what torchrun or SLURM put into the environment.
+
+        Args:
+            local_world_size: ranks on this node; LOCAL_WORLD_SIZE, else all of them.
+        """
+        facts = [str(run_folder.resolve()), str(world_size), *(environ.get(name, "") for name in _OF_THE_LAUNCH)]
+        address = environ.get("MASTER_ADDR", "")
+        if address in _LOOPBACK or address.startswith("127."):
+            facts.append(socket.gethostname())
+        if world_size == 1:
+            facts.append(str(os.getpid()))
+        return cls(
+            run_folder=run_folder,
+            rank=rank,
+            world_size=world_size,
+            local_world_size=local_world_size or _number(environ.get("LOCAL_WORLD_SIZE")) or world_size,
+            attempt=f"{_plain(environ.get('SLURM_JOB_ID'), 'local')}-{_number(environ.get('SLURM_RESTART_COUNT'))}",
+            key=_digest(facts),
+        )
+
+    @property
+    def records(self) -> Path:
+        """Where the ranks leave their accounts of a failure; made only when there is one."""
+        return self.run_folder / "first_cause" / f"{self.attempt}-{self.key[:8]}"
+
+    def node_folder(self) -> Path:
+        """This node's folder of heartbeats, in memory where there is `/dev/shm`; made for this user alone.
+
+        Raises:
+            PlatformError: the place is taken by something or somebody else.
+        """
+        memory = Path("/dev/shm")
+        root = memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+        folder = root / f"megadiff-{os.getuid()}-{_digest([self.key, _this_boot(), _pid_namespace()])}"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            found = os.lstat(folder)
+        except OSError as error:
+            raise PlatformError(
+                f"the watchdog's folder {folder} cannot be made ({error.strerror}); mend that, or set "
+                "watchdog.enabled=false"
+            ) from None
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise PlatformError(
+                f"the watchdog's folder {folder} should be a folder of this user that others cannot enter, and is not; "
+                "remove it, or set watchdog.enabled=false"
+            )
+        return folder
+
+
+def heartbeat_path(node_folder: Path, rank: int) -> Path:
+    """A rank's heartbeat file."""
+    return node_folder / f"rank-{rank:05d}.beat"
+
+
+def _digest(facts: list[str]) -> str:
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+
+
+def _this_boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    """Ranks in containers of their own cannot see each other's processes, so they do not watch each other."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 0
+
+
+def _plain(text: str | None, otherwise: str) -> str:
+    """A job's id is a number and, in an array, an underscore; nothing else gets into a path."""
+    return text if text and text.replace("_", "").isalnum() else otherwise

@@ -1,0 +1,97 @@
+"""What the kernel says of a process; on systems without /proc, only whether it is there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+_STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "T": "stopped", "t": "traced", "Z": "zombie"}
+GONE = ("", "Z", "X", "x")
+
+
+def _fields(pid: int) -> list[str]:
+    """`/proc/PID/stat` from its third field on; the second, a name in brackets, may contain anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def start_ticks(pid: int) -> int:
+    """When the process started, clock ticks since boot: with the pid, its identity. 0 if unknown."""
+    fields = _fields(pid)
+    return int(fields[19]) if len(fields) > 19 else 0
+
+
+def state(pid: int) -> str:
+    """One letter of the kernel's, such as R, S, D, T (stopped) or Z; "" without such a process, "?" without /proc."""
+    if fields := _fields(pid):
+        return fields[0]
+    if Path("/proc/self/stat").exists():
+        return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass
+    return "?"
+
+
+def describe_state(letter: str) -> str:
+    """`T (stopped)`."""
+    return f"{letter} ({_STATES[letter]})" if letter in _STATES else letter or "gone"
+
+
+def is_alive(pid: int, ticks: int) -> bool:
+    """Whether the process that had this pid and start time still runs; a zombie does not."""
+    return state(pid) not in GONE and start_ticks(pid) == ticks
+
+
+def how_it_ended(pid: int, ticks: int) -> str:
+    """`killed by SIGKILL` or `exit code 1` of a zombie nobody has waited for yet; "" when that cannot be seen."""
+    fields = _fields(pid)
+    if len(fields) < 50 or fields[0] not in GONE or int(fields[19]) != ticks:
+        return ""
+    status = int(fields[49])
+    number = status & 0x7F
+    if not number:
+        return f"exit code {status >> 8}"
+    try:
+        return f"killed by {signal.Signals(number).name}"
+    except ValueError:
+        return f"killed by signal {number}"
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, grandchildren and so on, as of now."""
+    children: dict[int, list[int]] = {}
+    for child in _pids():
+        if fields := _fields(child):
+            children.setdefault(int(fields[1]), []).append(child)
+    found, waiting = [], [pid]
+    while waiting:
+        more = children.get(waiting.pop(), [])
+        found += more
+        waiting += more
+    return found
+
+
+def _pids() -> Iterator[int]:
+    try:
+        names = os.listdir("/proc")
+    except OSError:
+        return
+    yield from (int(name) for name in names if name.isdecimal())
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor that becomes readable the moment the process ends; None where the kernel has none."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None

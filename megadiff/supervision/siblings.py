@@ -1,0 +1,186 @@
+"""The ranks of this node as one watcher sees them, and what became of each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megadiff.supervision import process
+from megadiff.supervision.first_cause import VERDICT
+from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
+
+LOOK_EVERY_S, AT_FIRST_S = 1.0, 10.0
+"""How often new ranks are looked for; at every turn as long as they may still be starting."""
+DEATH_FIRST_S = 0.5
+"""A peer raises within a millisecond of a rank's death, and both may be noticed in either order: a death counts as this
+much earlier. Not one by TERM or INT, which is how launchers end the peers of a rank that failed."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A rank's end, or its announcement."""
+
+    rank: int
+    when: float
+    """Monotonic clock, for the order."""
+    seen: float
+    """Monotonic clock, for the waiting."""
+    cause: str
+    is_told: bool
+    """Whether the user has it from the rank itself."""
+    is_effect: bool
+    """Whether the rank's watcher ended it because of something else; that is then the cause."""
+
+
+@dataclass
+class Watched:
+    """A rank of this node."""
+
+    beat: Heartbeat
+    pidfd: int | None
+    event: Event | None = None
+    is_gone: bool = False
+
+    @classmethod
+    def of(cls, beat: Heartbeat) -> Watched:
+        """Begin to watch."""
+        found = cls(beat, process.open_pidfd(beat.pid))
+        if not process.is_alive(beat.pid, beat.ticks):  # the descriptor may be another process's, of the same pid
+            found.close()
+        return found
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process is there; cheaper by its descriptor."""
+        if self.pidfd is None:
+            return process.is_alive(self.beat.pid, self.beat.ticks)
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def look(self, host: str) -> None:
+        """Notice the end of the process, or that it says it is about to."""
+        life, reason, is_told, since = self.beat.life()
+        now = time.monotonic()
+        name = f"rank {self.beat.rank} ({host}, pid {self.beat.pid})"
+        place = self.beat.place().describe()
+        if not self.is_gone and not self.is_running:
+            self.is_gone = True
+            if life not in (ENDED, FAILED):
+                self.event = self._death(f"{name} died in {place}", now)
+        if self.event is None and life == FAILED:
+            self.event = Event(self.beat.rank, since, now, f"{name} raised in {place}: {reason}", is_told, False)
+
+    def _death(self, sentence: str, now: float) -> Event:
+        if verdict := self.beat.verdict():
+            return Event(self.beat.rank, now, now, verdict, False, True)
+        how = process.how_it_ended(self.beat.pid, self.beat.ticks)
+        hint = " (by the kernel for want of memory, or by somebody)" if how.endswith("SIGKILL") else ""
+        is_asked = how.endswith(("SIGTERM", "SIGINT"))
+        when = now if is_asked else now - DEATH_FIRST_S
+        return Event(self.beat.rank, when, now, f"{sentence}: {how}{hint}" if how else sentence, False, False)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+
+
+@dataclass
+class Siblings:
+    """All ranks of the node that have a heartbeat, this watcher's own among them."""
+
+    folder: Path
+    own: Watched
+    host: str
+    since: float
+    """Monotonic clock at which the watcher's rank began: a heartbeat older than that may be of an earlier launch."""
+    others: dict[str, Watched] = field(default_factory=dict)
+    _looked: float = -LOOK_EVERY_S
+    _is_doorbell_there: bool = True
+
+    def wait(self, seconds: float, doorbell: int) -> None:
+        """Until a process ends, the doorbell has something to read, or the time is up."""
+        poll = select.poll()
+        if self._is_doorbell_there:
+            poll.register(doorbell, select.POLLIN)
+        for watched in (self.own, *self.others.values()):
+            if watched.pidfd is not None and not watched.is_gone:
+                poll.register(watched.pidfd, select.POLLIN)
+        if any(ready == doorbell for ready, _ in poll.poll(seconds * 1000)):
+            self._is_doorbell_there = bool(os.read(doorbell, 64))
+
+    def look(self) -> None:
+        """Find new ranks, and notice what became of the known ones."""
+        now = time.monotonic()
+        if now - self._looked > LOOK_EVERY_S or now - self.own.beat.registered < AT_FIRST_S:
+            self._looked = now
+            self._find()
+        for watched in (self.own, *self.others.values()):
+            watched.look(self.host)
+            if watched.is_gone:
+                watched.close()
+        for name in [name for name, watched in self.others.items() if watched.is_gone and watched.event is None]:
+            del self.others[name]  # it ended well; another may come under its name
+
+    def beats(self) -> list[Heartbeat]:
+        """Of the ranks at work."""
+        here = [watched.beat for watched in (self.own, *self.others.values()) if not watched.is_gone]
+        return [beat for beat in here if beat.life()[0] == RUNNING]
+
+    def first_event(self) -> Event | None:
+        """The earliest, causes before effects."""
+        events = [watched.event for watched in (self.own, *self.others.values()) if watched.event]
+        return min(events, key=lambda event: (event.is_effect, event.when), default=None)
+
+    def _find(self) -> None:
+        try:
+            names = {path.name for path in self.folder.glob("rank-?????.beat")}
+        except OSError:
+            return
+        for name in names - self.others.keys() - {f"rank-{self.own.beat.rank:05d}.beat"}:
+            try:
+                found = Watched.of(Heartbeat.open(self.folder / name))
+            except (OSError, ValueError):
+                continue
+            if process.is_alive(found.beat.pid, found.beat.ticks) or found.beat.registered >= self.since:
+                self.others[name] = found
+            else:
+                found.close()
+
+
+def leave_node(folder: Path, rank: int, *, is_well: bool) -> None:
+    """Remove what a rank has in the node's folder, and with the last rank the folder.
+
+    Args:
+        is_well: whether the rank ended as it should; the heartbeat of one that did not stays until the last rank of the
+            node is gone, for watchers that have yet to find it.
+    """
+    paths: dict[str, Path] = {}
+    with contextlib.suppress(OSError):  # the other ranks may have been the last just now
+        paths = {path.stem: path for path in folder.glob("rank-?????.beat")}
+    mine = f"rank-{rank:05d}"
+    if any(_is_somebody(path) for name, path in paths.items() if name != mine):
+        doomed = [f"{mine}.*" if is_well else f"{mine}.stacks"]
+    else:
+        doomed = ["rank-*", VERDICT]
+    for pattern in doomed:
+        with contextlib.suppress(OSError):
+            for path in list(folder.glob(pattern)):
+                path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _is_somebody(path: Path) -> bool:
+    """Whether the rank of a heartbeat file is there."""
+    try:
+        beat = Heartbeat.open(path)
+    except (OSError, ValueError):
+        return False
+    return process.is_alive(beat.pid, beat.ticks)

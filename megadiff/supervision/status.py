@@ -1,0 +1,128 @@
+"""`RUN/status.json`: how a run stands, for scripts that decide whether to start it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+RUNNING, STOPPED, FINISHED, FAILED, NO_RESTART = "running", "stopped", "finished", "failed", "no_restart"
+STATES = (RUNNING, STOPPED, FINISHED, FAILED, NO_RESTART)
+_NAME = "status.json"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands. `running` after its processes are gone means that they were killed without warning."""
+
+    state: str
+    """running, stopped (asked to; goes on later), finished, failed (may be started again), no_restart (must not)."""
+    step: int
+    """Steps taken."""
+    steps: int
+    """Steps of the whole schedule."""
+    reason: str
+    exit_code: int | None
+    """What the main rank ends with; None while it runs."""
+    job: str | None
+    """SLURM_JOB_ID."""
+    attempt: int
+    """SLURM_RESTART_COUNT, or 0."""
+    host: str
+    time: str
+    """When this was written, ISO 8601, UTC."""
+    launch: str = ""
+    """Which launch of the run wrote this (`megadiff.supervision.launch`)."""
+
+    def __post_init__(self) -> None:
+        assert self.state in STATES, self.state
+
+    @classmethod
+    def now(
+        cls,
+        state: str,
+        *,
+        step: int,
+        steps: int,
+        reason: str = "",
+        exit_code: int | None = None,
+        launch: str = "",
+        environ: Mapping[str, str] = os.environ,
+    ) -> Status:
+        """This moment's status of this host and SLURM job."""
+        attempt = environ.get("SLURM_RESTART_COUNT", "")
+        return cls(
+            state=state,
+            step=step,
+            steps=steps,
+            reason=reason,
+            exit_code=exit_code,
+            job=environ.get("SLURM_JOB_ID"),
+            attempt=int(attempt) if attempt.isdecimal() else 0,
+            host=socket.gethostname(),
+            time=_utc_now(),
+            launch=launch,
+        )
+
+    def changed(self, state: str, *, reason: str, exit_code: int | None) -> Status:
+        """The same run, step, job and host in another state, as of this moment."""
+        return replace(self, state=state, reason=reason, exit_code=exit_code, time=_utc_now())
+
+
+def write_status(run_folder: Path, status: Status) -> None:
+    """Replace the run's status; a reader sees the old or the new one whole, also after a crash of the machine."""
+    write_atomically(run_folder / _NAME, json.dumps(asdict(status), indent=1) + "\n")
+
+
+def read_status(run_folder: Path) -> Status | None:
+    """The run's status; None where there is none or it is not one of ours."""
+    try:
+        found = json.loads((run_folder / _NAME).read_text(encoding="utf-8"))
+        return Status(**_known(found)) if found["state"] in STATES else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def record_failure(run_folder: Path, reason: str, *, exit_code: int, launch: str, step: int = 0) -> bool:
+    """Turn the `running` status of this launch into `failed`; whether it did.
+
+    What another launch wrote, and an end already recorded, stay: the first cause counts.
+
+    Args:
+        step: steps taken by then, where that is known.
+    """
+    found = read_status(run_folder)
+    if found is None or found.state != RUNNING or found.launch != launch:
+        return False
+    further = replace(found, step=max(found.step, step))
+    write_status(run_folder, further.changed(FAILED, reason=reason, exit_code=exit_code))
+    return True
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, flush it to the disk and rename it over `path`."""
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _known(found: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(Status)}
+    return {name: value for name, value in found.items() if name in names}
+
+
+def _utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,234 @@
+"""The process that watches one rank: `python -I -S -c BOOTSTRAP ROOT SETTINGS`, 20 MB, the standard library alone.
+
+It ends when its rank does, and it reads heartbeats, never a lock of the rank: it works while the rank is stopped or
+holds the interpreter lock. What may hang (disk, terminal) is done in threads that are not waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+from megadiff.supervision.ending import kill, read_stacks, take_stacks, within
+from megadiff.supervision.first_cause import Account, Records, name_culprit
+from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
+from megadiff.supervision.launch import Launch, heartbeat_path
+from megadiff.supervision.siblings import Event, Siblings, Watched, leave_node
+from megadiff.supervision.status import record_failure
+
+BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); from megadiff.supervision.watcher import main; main()"
+EXIT_STALLED, EXIT_DIED = 6, 1
+
+TICK_S = 0.1
+PAUSED_S = 5.0
+"""A watcher that did not run for so long was paused with the whole job; the ranks' clocks begin anew."""
+SETTLE_S = 0.6
+"""For the other watchers' accounts of a stall to arrive."""
+OWN_DEATH_S, OTHER_DEATH_S = 0.1, 0.6
+"""Before a death is spoken of: its own watcher knows most, the others only step in."""
+GRACE_S, GRACE_AFTER_EFFECT_S = 2.0, 0.5
+"""A rank has this long to notice by itself that another one is gone, or was ended by its watcher."""
+LEAVING_S = 20.0
+"""A rank that raised has this long to leave."""
+ELSEWHERE_EVERY_S, GRACE_ELSEWHERE_S = 1.0, 1.0
+"""How often another node's first cause is looked for; its ranks have waited for their part by then."""
+STACKS_IN_LOG = 16
+"""Ranks of a run whose stacks all go into its log; those of larger runs stay in the records."""
+
+
+class Watcher:
+    """Of one rank, from its start to its end."""
+
+    def __init__(self, launch: Launch, folder: Path) -> None:
+        self._launch = launch
+        self._folder = folder
+        self._dump = folder / f"rank-{launch.rank:05d}.stacks"
+        self._host = socket.gethostname()
+        self._records = Records(launch.records, folder)
+        self._beat = Heartbeat.open(heartbeat_path(folder, launch.rank))
+        self._nodes = Siblings(folder, Watched.of(self._beat), self._host, _began(self._beat))
+        self._ticked = self._fresh_from = time.monotonic()
+        self._has_spoken = False
+        self._looked_elsewhere = time.monotonic()
+        self._elsewhere_before = self._records.verdict() if self._spans_nodes else None
+
+    def run(self) -> None:
+        """Until the rank is gone or says that all is well."""
+        while True:
+            self._nodes.wait(TICK_S, sys.stdin.fileno())
+            self._notice_pause()
+            self._nodes.look()
+            life, _, _, since = self._beat.life()
+            if life == ENDED:
+                return
+            if self._nodes.own.is_gone:
+                return self._after_death()
+            event = self._nodes.first_event()
+            if event is not None:
+                if self._follow(event, life, since):
+                    return
+            elif self._is_stalled():
+                return self._end_stalled()
+            elif cause := self._cause_elsewhere():
+                return self._end(cause)
+
+    def clean(self) -> None:
+        """Leave nothing of the rank on this node that nobody needs."""
+        leave_node(self._folder, self._launch.rank, is_well=self._beat.life()[0] == ENDED)
+
+    @property
+    def _spans_nodes(self) -> bool:
+        return self._launch.local_world_size < self._launch.world_size
+
+    def _notice_pause(self) -> None:
+        now = time.monotonic()
+        if now - self._ticked > PAUSED_S:
+            self._fresh_from = now
+        self._ticked = now
+
+    def _is_stalled(self) -> bool:
+        """Asked twice: a place read while it was being written must not end a run."""
+        return all(self._is_overdue() for _ in range(2))
+
+    def _is_overdue(self) -> bool:
+        place = self._beat.place()
+        return bool(place.section) and time.monotonic() - max(place.started, self._fresh_from) > place.limit_s
+
+    def _end_stalled(self) -> None:
+        """Account, compare with the other ranks' accounts, speak if first, write the stacks, kill."""
+        now = time.monotonic()
+        here = {beat.rank: Account.of(beat, self._host, now) for beat in self._nodes.beats()}
+        within(0.5, lambda: self._records.write_account(here[self._launch.rank]))
+        time.sleep(SETTLE_S)
+        told: list[Account] = []
+        within(0.5, lambda: told.extend(self._records.accounts()))
+        known = {**here, **{account.rank: account for account in told}}
+        cause = name_culprit(known.values(), self._launch.world_size)
+        self._speak(cause, EXIT_STALLED)
+        stacks = take_stacks(self._beat.pid, self._dump)
+        within(1.0, lambda: self._keep_stacks(stacks))
+        self._end(cause)
+
+    def _follow(self, event: Event, life: int, since: float) -> bool:
+        """What another rank's end, or this one's announcement of its own, asks for; whether all is done."""
+        now = time.monotonic()
+        is_own = event.rank == self._launch.rank
+        if now - event.seen > (OWN_DEATH_S if is_own else OTHER_DEATH_S) and not event.is_told:
+            self._speak_of(event)
+        if life == FAILED and now - since > LEAVING_S:
+            self._end(f"rank {self._launch.rank} raised and did not leave within {LEAVING_S:g} s")
+            return True
+        grace = GRACE_AFTER_EFFECT_S if event.is_effect else GRACE_S
+        if life == RUNNING and now - event.seen > grace:
+            self._speak_of(event)
+            self._end(event.cause)
+            return True
+        return False
+
+    def _after_death(self) -> None:
+        """The rank is gone without a farewell, or after an exception."""
+        own = self._nodes.own.event
+        stacks = read_stacks(self._dump)
+        if stacks and not (own and own.is_effect):
+            within(1.0, lambda: self._keep_stacks(stacks))
+        until = time.monotonic() + OWN_DEATH_S
+        while time.monotonic() < until:
+            time.sleep(TICK_S / 2)
+            self._nodes.look()
+        event = self._nodes.first_event()
+        if event is not None and not event.is_told:
+            self._speak_of(event)
+
+    def _cause_elsewhere(self) -> str:
+        """A first cause that another node has written; one rank of a node looks, the lowest, for the sake of the disk.
+        Its node mates follow it."""
+        now = time.monotonic()
+        if self._elsewhere_before is None or now - self._looked_elsewhere < ELSEWHERE_EVERY_S:
+            return ""
+        self._looked_elsewhere = now
+        if any(beat.rank < self._launch.rank for beat in self._nodes.beats()):
+            return ""
+        found: list[tuple[str, tuple[int, int]]] = []
+        within(1.0, lambda: found.append(self._records.verdict()))
+        if not found or not found[0][0] or found[0][1] == self._elsewhere_before[1]:
+            return ""
+        time.sleep(GRACE_ELSEWHERE_S)
+        return found[0][0]
+
+    def _speak_of(self, event: Event) -> None:
+        """Of a death, or of an exception where other ranks exist that it leaves hanging."""
+        is_alone = self._launch.world_size == 1 and self._beat.life()[0] == FAILED
+        if not event.is_effect and not is_alone:
+            self._speak(event.cause, EXIT_DIED)
+
+    def _speak(self, cause: str, exit_code: int) -> None:
+        """Once, and only the first watcher of the launch: stderr, the run's log, `status.json`."""
+        if self._has_spoken:
+            return
+        self._has_spoken = True
+        claimed: list[bool] = []
+        if within(0.5, lambda: claimed.append(self._records.claim(cause))) and claimed == [False]:
+            return
+        line = f"first cause: {cause}"
+        within(0.5, lambda: os.write(2, f"{line}\n".encode()))
+        within(0.5, lambda: self._log(line))
+        within(
+            0.5,
+            lambda: record_failure(
+                self._launch.run_folder,
+                line,
+                exit_code=exit_code,
+                launch=self._launch.key,
+                step=self._beat.place().step - 1,  # the place is in the step being taken
+            ),
+        )
+
+    def _log(self, text: str) -> None:
+        """Append to the run's log in one write, so that lines of several processes stay whole."""
+        stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S,000")
+        handle = os.open(self._launch.run_folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, f"{stamp} ERROR {text}\n".encode())
+        finally:
+            os.close(handle)
+
+    def _keep_stacks(self, stacks: str) -> None:
+        """In the records, and for small runs in the log and on stderr too."""
+        rank = self._launch.rank
+        text = f"stacks of rank {rank} ({self._host}, pid {self._beat.pid}):\n{stacks.rstrip() or '(none came)'}"
+        if self._launch.world_size <= STACKS_IN_LOG:
+            os.write(2, f"{text}\n".encode())
+            self._log(text)
+        self._records.write_stacks(rank, f"{text}\n")
+
+    def _end(self, cause: str) -> None:
+        self._beat.condemn(cause)
+        kill(self._beat.pid, self._beat.ticks)
+
+
+def _began(beat: Heartbeat) -> float:
+    """When the rank's process started, on the monotonic clock, less a second in which its peers may have started."""
+    if not beat.ticks or not hasattr(time, "CLOCK_BOOTTIME"):
+        return beat.registered - 60.0
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - beat.ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age - 1.0
+
+
+def main() -> None:
+    """Watch the rank that `sys.argv[2]` describes."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # of the job's; this process ends with its rank
+    settings = json.loads(sys.argv[2])
+    launch = Launch(**{**settings["launch"], "run_folder": Path(settings["launch"]["run_folder"])})
+    watcher = Watcher(launch, Path(settings["folder"]))
+    try:
+        watcher.run()
+    finally:
+        watcher.clean()
+    os._exit(0)  # not waiting for reports that hang

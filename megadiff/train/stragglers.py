@@ -1,0 +1,116 @@
+"""Which rank computes more slowly than its peers.
+
+What is timed is the forward and the backward computation of every microbatch, between megatron-core's own marks. Inside
+them a rank waits for nobody but its tensor-parallel peers; waiting for the previous or next stage, for the reduction of
+gradients and for data lies outside. So a slow rank is told from the others of its pipeline stage, with tensor
+parallelism together with the peers that wait for it; ranks of different stages do different work and are not compared.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from statistics import median_low
+from typing import Any, ClassVar
+
+import torch
+
+from megadiff.parallel.topology import Topology
+from megadiff.platform.stopwatch import Stopwatch
+from megadiff.train.hooks import Part, StepResult
+
+log = logging.getLogger("megadiff")
+
+_COMPUTATION = ("forward-compute", "backward-compute")
+
+
+class ComputeTimers:
+    """What megatron-core calls `timers`: starts and stops one stopwatch around computation, ignores the rest."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._computing, self._ignored = _Training(stopwatch), _Ignored()
+
+    def __call__(self, name: str, log_level: int = 0) -> Any:
+        """The timer of this name."""
+        return self._computing if name in _COMPUTATION else self._ignored
+
+
+class _Training:
+    """Evaluation runs without gradients and is not timed: its rows need not be dealt out evenly."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+
+    def start(self, *_: Any, **__: Any) -> None:
+        if torch.is_grad_enabled():
+            self._stopwatch.start()
+
+    def stop(self, *_: Any, **__: Any) -> None:
+        if torch.is_grad_enabled():
+            self._stopwatch.stop()
+
+
+class _Ignored:
+    def start(self, *_: Any, **__: Any) -> None: ...
+
+    def stop(self, *_: Any, **__: Any) -> None: ...
+
+
+def time_computation(chunks: Sequence[Any], stopwatch: Stopwatch) -> None:
+    """Let the stopwatch run while these chunks (data-parallel wrappers) compute in training."""
+    for chunk in chunks:
+        chunk.config.timers = ComputeTimers(stopwatch)
+
+
+class Stragglers:
+    """Names ranks whose computation took `ratio` times the median of their stage, every `every` steps.
+
+    The first step of a process, which also warms up, is not counted. Collective over the world where due.
+    """
+
+    section: ClassVar[Part] = "step"
+
+    def __init__(self, every: int, ratio: float, stopwatch: Stopwatch, topology: Topology) -> None:
+        self._every, self._ratio = every, ratio
+        self._stopwatch, self._topology = stopwatch, topology
+        self._seconds = 0.0
+        self._steps = 0
+        self._is_warm = False
+
+    def __call__(self, result: StepResult) -> None:
+        """Count this step; compare if due."""
+        seconds = self._stopwatch.read()
+        if not self._is_warm:
+            self._is_warm = True
+            return
+        self._seconds += seconds
+        self._steps += 1
+        if result.step % self._every:
+            return
+        mine = self._seconds / self._steps
+        self._seconds, self._steps = 0.0, 0
+        every = self._topology.gather_to_main((self._topology.stage, mine, socket.gethostname()))
+        for rank, seconds, median in slow_ranks([row[:2] for row in every or []], ratio=self._ratio):
+            host = every[rank][2] if every else ""
+            log.warning(
+                f"step {result.step}: rank {rank} ({host}) is {seconds / median:.1f} times slower than the median of "
+                f"its stage: {1e3 * seconds:.1f} ms of forward and backward a step, not {1e3 * median:.1f} ms"
+            )
+
+
+def slow_ranks(times: Sequence[tuple[int, float]], *, ratio: float) -> list[tuple[int, float, float]]:
+    """(rank, its seconds, the median of its stage) of the ranks that take `ratio` times that median or more.
+
+    Args:
+        times: (stage, seconds) by rank. Of two ranks of a stage the median is the faster one's.
+    """
+    by_stage: dict[int, list[float]] = {}
+    for stage, seconds in times:
+        by_stage.setdefault(stage, []).append(seconds)
+    medians = {stage: median_low(found) for stage, found in by_stage.items()}
+    return [
+        (rank, seconds, medians[stage])
+        for rank, (stage, seconds) in enumerate(times)
+        if seconds >= ratio * medians[stage] > 0
+    ]

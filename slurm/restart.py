@@ -1,0 +1,240 @@
+"""After an attempt of a training job: is it done, or shall Slurm run it again? Needs Python 3.7 and no package.
+
+    restart.py begin|decide|timed-out|lingers RUN MAX_RESTARTS
+
+Run by pretrain.sh on the batch host. Prints one sentence for the log and ends with the job's exit code, or with 75:
+run the job again. `begin` notes where an attempt starts, and `decide` judges after its end. While ranks are still there
+`timed-out` answers whether they are being ended for the time limit (75) or not (0), and `lingers` whether the trainer
+has long said its last word (75) or not (0).
+
+What happened is told by three witnesses, none of which is an exit code (torchrun's is 1 whatever a rank said):
+
+- RUN/status.json, written by the trainer: finished, stopped, failed, no_restart, or still running after a sudden death.
+  It counts only when this job and this attempt wrote it.
+- RUN/LATEST, the newest checkpoint: without a newer one in 3 restarts the run is doomed and is given up.
+- The scheduler. A preempted job that has a grace time stays RUNNING in it, and is not started again unless it asks: it
+  asks. Once the job is no longer RUNNING, its end was decided elsewhere. If the scheduler's restart count is above this
+  attempt's, that was a preemption, a lost node or `scontrol requeue`, and the job is in the queue already. If not, the
+  time limit has passed or a user cancelled the job; both read COMPLETING, the shell gets TERM for both, and
+  `scontrol requeue` would revive a cancelled job, so they are told apart by the end time: at a cancel it becomes the
+  moment of the cancel, which lies before the limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REQUEUE, GIVE_UP = 75, 93
+MAX_WITHOUT_PROGRESS = 3
+STOP_FILE = "STOP"
+LINGER_S = float(os.environ.get("MEGADIFF_LINGER_S", "600"))
+"""Longer than the slowest save, and than the scheduler takes to miss a node (SlurmdTimeout, 300 s by default)."""
+ASKS, ASK_AGAIN_S = 10, 15
+"""A controller that restarts does not answer for a while."""
+
+
+class Verdict(NamedTuple):
+    """How the batch script shall end, and why."""
+
+    code: int
+    reason: str
+
+
+class Attempt(NamedTuple):
+    """This start of the job."""
+
+    run: Path
+    job: str
+    """As the scheduler's commands take it: `12`, or `12_3` for a task of an array."""
+    number: int
+    """0, then one more at each restart."""
+    max_restarts: int
+    """Restarts after a crash; those after a stop at the time limit or a preemption are free."""
+
+    @property
+    def history(self) -> Path:
+        """A line for each start of this job and each crash."""
+        return self.run / "slurm" / f"{self.job}.attempts.jsonl"
+
+
+class Scheduled(NamedTuple):
+    """The job as the scheduler sees it."""
+
+    state: str
+    restarts: int
+    end_time: float | None
+    """Unix time; of a job that was ended, when."""
+
+
+def latest_step(run: Path) -> int:
+    """Step of the newest checkpoint; -1 without any."""
+    try:
+        found = re.match(r"step_(\d+)", (run / "LATEST").read_text())
+    except OSError:
+        return -1
+    return int(found.group(1)) if found else -1
+
+
+def read_status(attempt: Attempt, own_id: str) -> dict[str, object]:
+    """What the trainer said of its end in this attempt; empty when it said nothing."""
+    try:
+        status = json.loads((attempt.run / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(status, dict):
+        return {}
+    is_own = (str(status.get("job")), str(status.get("attempt"))) == (own_id, str(attempt.number))
+    return status if is_own else {}
+
+
+def read_history(attempt: Attempt) -> list[dict[str, int]]:
+    """What was noted of this job's attempts; a line cut short by a crash is left out."""
+    lines = []
+    if attempt.history.exists():
+        for line in attempt.history.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+    return lines
+
+
+def note(attempt: Attempt, **facts: int) -> None:
+    """Add a line to the history. A full disk is no reason to end the job."""
+    try:
+        with attempt.history.open("a") as file:
+            file.write(json.dumps({"attempt": attempt.number, **facts}) + "\n")
+    except OSError as error:
+        sys.stdout.write(f"{attempt.history} cannot be written: {error.strerror}\n")
+
+
+def restarts_without_progress(attempt: Attempt) -> int:
+    """Restarts since the newest checkpoint was there for the first time; 0 if this attempt wrote it."""
+    starts = [line for line in read_history(attempt) if "step" in line]
+    best = max((line["step"] for line in starts), default=-1)
+    if not starts or latest_step(attempt.run) > best:
+        return 0
+    return attempt.number - min(line["attempt"] for line in starts if line["step"] == best)
+
+
+def begin(attempt: Attempt) -> Verdict:
+    """Note the start; refuse it when restarts that others asked for (lost nodes) brought no progress either."""
+    note(attempt, step=latest_step(attempt.run))
+    if restarts_without_progress(attempt) > MAX_WITHOUT_PROGRESS:
+        return _doomed(attempt)
+    return Verdict(0, f"the newest checkpoint is {_newest(attempt.run)}")
+
+
+def decide(attempt: Attempt, status: dict[str, object], job: Scheduled | None, limit: float | None) -> Verdict:
+    """The verdict on an attempt that has ended.
+
+    Args:
+        status: of `read_status`.
+        job: None when the scheduler does not answer; then nothing speaks against asking for a restart.
+        limit: Unix time at which the time limit ends, if there is one.
+    """
+    state = status.get("state")
+    if state == "finished":
+        return Verdict(0, "the run is finished")
+    if state == "no_restart":
+        return Verdict(_exit_code(status), f"the run must not be started again: {status.get('reason')}")
+    if job is not None and job.state != "RUNNING":
+        return decided_elsewhere(attempt, job, limit)
+    if (attempt.run / STOP_FILE).exists() or str(status.get("reason")).startswith("stop file"):
+        return Verdict(0, "the run was stopped by its stop file; without that file, submit it again to go on")
+    if state != "stopped":
+        note(attempt, crash=1)
+        crashes = sum("crash" in line for line in read_history(attempt))
+        if crashes > attempt.max_restarts:
+            return Verdict(GIVE_UP, f"{crashes} crashes, {attempt.max_restarts} restarts allowed: given up")
+    if restarts_without_progress(attempt) >= MAX_WITHOUT_PROGRESS:
+        return _doomed(attempt)
+    said = f"{state}: {status.get('reason')}" if status else "it died before the trainer could say anything"
+    return Verdict(REQUEUE, f"the run goes on in another attempt from {_newest(attempt.run)} ({said})")
+
+
+def decided_elsewhere(attempt: Attempt, job: Scheduled, limit: float | None) -> Verdict:
+    """The verdict on a job that the scheduler is ending or has ended."""
+    if job.restarts > attempt.number:
+        return Verdict(0, "the scheduler has put this job back into the queue")
+    if limit is not None and job.end_time is not None and job.end_time >= limit:
+        return Verdict(REQUEUE, "the time limit has passed; the run goes on in another attempt")
+    return Verdict(0, "this job was cancelled; submit the run again to go on")
+
+
+def lingers(attempt: Attempt, status: dict[str, object]) -> Verdict:
+    """Whether ranks or srun are still there long after the trainer has written that it ended."""
+    if status.get("state", "running") == "running":
+        return Verdict(0, "")
+    age = time.time() - (attempt.run / "status.json").stat().st_mtime
+    if age < LINGER_S:
+        return Verdict(0, "")
+    return Verdict(REQUEUE, f"the trainer ended {age:.0f} s ago ({status['state']}), a node has not: not waited for")
+
+
+def ask_scheduler(job: str) -> Scheduled | None:
+    """The scheduler's view, or None if it does not answer. No name of a user's choice is among the fields."""
+    command = ["squeue", "-h", "-j", job, "-O", "State:30,RestartCnt:20,EndTime:30"]
+    for _ in range(ASKS):
+        done = subprocess.run(command, capture_output=True, text=True)
+        fields = done.stdout.split()
+        if done.returncode == 0 and len(fields) == 3:
+            return Scheduled(fields[0], int(fields[1]), _unix_time(fields[2]))
+        time.sleep(ASK_AGAIN_S)
+    return None
+
+
+def _unix_time(text: str) -> float | None:
+    """Of the scheduler's local time; NONE and N/A are none."""
+    try:
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def _exit_code(status: dict[str, object]) -> int:
+    code = status.get("exit_code")
+    return code if isinstance(code, int) and code not in (0, REQUEUE) else 1
+
+
+def _newest(run: Path) -> str:
+    step = latest_step(run)
+    return "none" if step < 0 else f"step {step}"
+
+
+def _doomed(attempt: Attempt) -> Verdict:
+    count = restarts_without_progress(attempt)
+    return Verdict(GIVE_UP, f"{count} restarts without a newer checkpoint than {_newest(attempt.run)}: given up")
+
+
+def main() -> int:
+    """Run one of the four commands."""
+    command, run, max_restarts = sys.argv[1:]
+    own_id, job = os.environ["SLURM_JOB_ID"], os.environ["MEGADIFF_JOB"]
+    attempt = Attempt(Path(run), job, int(os.environ.get("SLURM_RESTART_COUNT", "0")), int(max_restarts))
+    limit = float(os.environ["SLURM_JOB_END_TIME"]) if "SLURM_JOB_END_TIME" in os.environ else None
+    if command == "begin":
+        verdict = begin(attempt)
+    elif command == "lingers":
+        verdict = lingers(attempt, read_status(attempt, own_id))
+    elif command == "timed-out":
+        scheduled = ask_scheduler(job)
+        if scheduled is None or scheduled.state == "RUNNING":
+            return 0
+        verdict = decided_elsewhere(attempt, scheduled, limit)
+    else:
+        verdict = decide(attempt, read_status(attempt, own_id), ask_scheduler(job), limit)
+    if verdict.reason:
+        sys.stdout.write(f"{time.strftime('%F %T')} {verdict.reason}\n")
+    return verdict.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""From what was asked of slurm/submit to one sbatch command, and its submission.
+
+No shell is involved and nothing a user typed is made part of any text that is interpreted: sbatch gets an argument
+list, hands the batch script its arguments as they are, and array tasks read theirs from files of NUL-ended fields.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megadiff.config.load import load_config
+from megadiff.errors import ConfigError
+from megadiff.run_config import RunConfig
+
+MAX_LEAD_S = 65_535
+"""Slurm holds it in 16 bits."""
+_TIME = re.compile(r"(?:(?P<days>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+)(?::(?P<ds>\d+))?)?|(?P<parts>\d+(?::\d+){0,2}))")
+_DEPENDENCY = re.compile(r"[a-z]+(:[0-9_+]+)*([,?][a-z]+(:[0-9_+]+)*)*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission."""
+
+    home: Path
+    kind: str
+    name: str
+    logs: Path
+    options: list[str]
+    """Of sbatch."""
+    arguments: list[str]
+    """Of the batch script, after the repository."""
+    tasks: list[list[str]] = field(default_factory=list)
+    """Fields of each array task; none for a job that is no array."""
+
+    @property
+    def command(self) -> list[str]:
+        """The argument list of sbatch."""
+        log = "%A_%a.out" if self.tasks else "%j.out"
+        printable = "".join(c if c.isprintable() else "_" for c in self.name)
+        return [
+            "sbatch",
+            "--parsable",
+            f"--job-name={printable}",
+            f"--output={escape_pattern(self.logs)}/{log}",
+            *self.options,
+            str(self.home / "slurm" / f"{self.kind}.sbatch"),
+            str(self.home),
+            *self.arguments,
+        ]
+
+
+def escape_pattern(path: Path) -> str:
+    """A folder as part of a file name pattern of sbatch, where `%` begins a replacement.
+
+    Raises:
+        ConfigError: the path has a backslash, with which Slurm turns all replacements off.
+    """
+    if "\\" in str(path):
+        raise ConfigError(
+            f"--logs {path}: Slurm cannot write to a file with a backslash in its name; choose another folder"
+        )
+    return str(path).replace("%", "%%")
+
+
+def seconds_of(text: str) -> int:
+    """A time limit as sbatch takes it, in seconds.
+
+    Raises:
+        ConfigError: the text has another form, or is no time at all.
+    """
+    found = _TIME.fullmatch(text)
+    if found is None:
+        raise ConfigError(f"--time {text}: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS is wanted")
+    if found["parts"] is not None:
+        parts = [int(part) for part in found["parts"].split(":")]
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+        days = 0
+    else:
+        days, hours, minutes, seconds = (int(found[part] or 0) for part in ("days", "dh", "dm", "ds"))
+    limit = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if limit == 0:
+        raise ConfigError(f"--time {text}: a limit above zero is wanted; 0 would mean none")
+    return limit
+
+
+def build_job(asked: argparse.Namespace, *, home: Path) -> Job:
+    """Check what was asked and make the submission of it.
+
+    Raises:
+        ConfigError: a number, a time or a file that cannot be, in one sentence.
+    """
+    _check_numbers(asked)
+    limit = seconds_of(asked.time)
+    if asked.job in ("pretrain", "sweep") and asked.lead >= limit:
+        raise ConfigError(f"--lead {asked.lead}: the time limit is {limit} s, so a lead below that is wanted")
+    build = {"pretrain": _pretrain, "sweep": _sweep, "preprocess": _preprocess, "evaluate": _evaluate}
+    return build.get(asked.job, _convert)(asked, home)
+
+
+def _check_numbers(asked: argparse.Namespace) -> None:
+    limits = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "lead": 1, "max_restarts": 0, "at_once": 1}
+    for key, least in limits.items():
+        value = getattr(asked, key, None)
+        if value is not None and value < least:
+            raise ConfigError(f"--{key.replace('_', '-')} {value}: a number of at least {least} is wanted")
+    if getattr(asked, "lead", 0) > MAX_LEAD_S:
+        raise ConfigError(f"--lead {asked.lead}: Slurm takes at most {MAX_LEAD_S} seconds")
+    if asked.dependency is not None and not _DEPENDENCY.fullmatch(asked.dependency):
+        raise ConfigError(f"--dependency {asked.dependency}: a list such as afterok:123:124,afterany:125 is wanted")
+
+
+def _options(asked: argparse.Namespace, home: Path) -> list[str]:
+    site = site_defaults(home / "slurm/site.env")
+    values = {
+        "nodes": getattr(asked, "nodes", None),
+        "gpus-per-node": asked.gpus_per_node or None,
+        "cpus-per-task": asked.cpus_per_task,
+        "time": asked.time,
+        "partition": asked.partition or site.get("MEGADIFF_PARTITION"),
+        "account": asked.account or site.get("MEGADIFF_ACCOUNT"),
+        "dependency": asked.dependency,
+        "signal": f"USR2@{asked.lead}" if hasattr(asked, "lead") else None,
+    }
+    return [f"--{name}={value}" for name, value in values.items() if value] + asked.sbatch
+
+
+def site_defaults(path: Path) -> dict[str, str]:
+    """`MEGADIFF_ACCOUNT=` and `MEGADIFF_PARTITION=` of the site's file, which is read here and not run."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        name, equals, value = line.removeprefix("export ").partition("=")
+        if equals and name in ("MEGADIFF_ACCOUNT", "MEGADIFF_PARTITION"):
+            words = shlex.split(value, comments=True)
+            found[name] = words[0] if words else ""
+    return found
+
+
+def _pretrain(asked: argparse.Namespace, home: Path) -> Job:
+    run = _run_folder(asked, asked.more)
+    arguments = [str(run), str(asked.max_restarts), *_pretrain_arguments(asked.config, asked.more)]
+    return Job(home, "pretrain", _name(asked, run.name), _logs(asked, run), _options(asked, home), arguments)
+
+
+def _sweep(asked: argparse.Namespace, home: Path) -> Job:
+    runs: dict[Path, int] = {}
+    tasks = []
+    for number, row in read_rows(Path(asked.rows)):
+        overrides = [*asked.more, *row]
+        run = _run_folder(asked, overrides)
+        if run in runs:
+            raise ConfigError(
+                f"{asked.rows}:{number}: the run folder {run} is that of line {runs[run]} too; "
+                "give each row its own name=..."
+            )
+        runs[run] = number
+        tasks.append([str(run), *_pretrain_arguments(asked.config, overrides)])
+    name = _name(asked, f"sweep-{Path(asked.rows).stem}")
+    logs = _logs(asked, next(iter(runs)).parent / name)
+    options = [*_options(asked, home), _array(tasks, asked)]
+    return Job(home, "sweep", name, logs, options, [str(logs), str(asked.max_restarts)], tasks)
+
+
+def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Lines of `key=value` words, quoted as in a shell, with their line numbers; `#` begins a comment.
+
+    Raises:
+        ConfigError: the file cannot be read, has no row, or a row with a quote left open.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        split = [(number, shlex.split(line, comments=True)) for number, line in enumerate(lines, 1)]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--rows {path}: {getattr(error, 'strerror', None) or error}") from None
+    rows = [(number, row) for number, row in split if row]
+    if not rows:
+        raise ConfigError(f"--rows {path}: no row of overrides; a line such as `name=a optimizer.lr=1e-3` is wanted")
+    return rows
+
+
+def _preprocess(asked: argparse.Namespace, home: Path) -> Job:
+    prefix = Path(asked.output_prefix).absolute()
+    tasks = []
+    for number, shard in enumerate(asked.input):
+        if not Path(shard).is_file():
+            raise ConfigError(f"--input {shard}: there is no such file")
+        own = f"{prefix}-{number:05d}"
+        fixed = ["--input", os.path.abspath(shard), f"--output-prefix={own}", f"--tokenizer={asked.tokenizer}"]
+        tasks.append([own, *fixed, *asked.more])
+    logs = _logs(asked, prefix.parent)
+    options = [*_options(asked, home), _array(tasks, asked)]
+    return Job(home, "preprocess", _name(asked, f"preprocess-{prefix.name}"), logs, options, [str(logs)], tasks)
+
+
+def _evaluate(asked: argparse.Namespace, home: Path) -> Job:
+    model = _folder(asked.model, "--model")
+    arguments = ["elbo", f"--model={model}", f"--data={asked.data}", *asked.more]
+    name = _name(asked, f"evaluate-{model.name}")
+    return Job(home, "evaluate", name, _logs(asked, model), _options(asked, home), arguments)
+
+
+def _convert(asked: argparse.Namespace, home: Path) -> Job:
+    checkpoint, output = _folder(asked.checkpoint, "--checkpoint"), Path(asked.output).absolute()
+    arguments = ["export", f"--checkpoint={checkpoint}", f"--output={output}", *asked.more]
+    name = _name(asked, f"convert-{checkpoint.name}")
+    return Job(home, "convert", name, _logs(asked, output.parent), _options(asked, home), arguments)
+
+
+def _run_folder(asked: argparse.Namespace, overrides: Sequence[str]) -> Path:
+    config = load_config(asked.config, overrides, RunConfig)
+    limit = seconds_of(asked.time)
+    if config.stop.lead_s >= limit:
+        raise ConfigError(
+            f"stop.lead_s is {config.stop.lead_s:g}, and the time limit {limit} s: the run would stop before its first "
+            "step; ask for more --time or set stop.lead_s below it"
+        )
+    return config.folder.absolute()
+
+
+def _pretrain_arguments(config: str, overrides: Sequence[str]) -> list[str]:
+    return [f"--config={Path(config).absolute()}", *overrides]
+
+
+def _folder(text: str, option: str) -> Path:
+    path = Path(text).absolute()
+    if not path.is_dir():
+        raise ConfigError(f"{option} {text}: there is no such folder")
+    return path
+
+
+def _name(asked: argparse.Namespace, default: str) -> str:
+    return asked.job_name or default
+
+
+def _logs(asked: argparse.Namespace, beside: Path) -> Path:
+    return Path(asked.logs).absolute() if asked.logs else beside / "slurm"
+
+
+def _array(tasks: Sequence[object], asked: argparse.Namespace) -> str:
+    return f"--array=0-{len(tasks) - 1}" + (f"%{asked.at_once}" if asked.at_once else "")
+
+
+def _environment() -> dict[str, str]:
+    """This environment without what belongs to a job that submits another: Slurm sets some of it only at a restart."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+
+
+def submit(job: Job, *, dry_run: bool) -> None:
+    """Print the command, or make the log folder, write the tasks and hand the job to sbatch.
+
+    Raises:
+        ConfigError: there is no sbatch here, or it refuses the job.
+    """
+    if dry_run:
+        print(shlex.join(job.command))
+        for number, fields in enumerate(job.tasks):
+            print(f"# task {number}: {shlex.join(fields)}")
+        return
+    job.logs.mkdir(parents=True, exist_ok=True)
+    for number, fields in enumerate(job.tasks):
+        (job.logs / f"task-{number}.args").write_bytes(b"".join(os.fsencode(text) + b"\0" for text in fields))
+    try:
+        done = subprocess.run(job.command, env=_environment(), capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ConfigError("there is no sbatch here; run slurm/submit on a login node, or look with --dry-run") from None
+    if done.returncode != 0:
+        raise ConfigError(f"sbatch refused the job: {done.stderr.strip()}")
+    print(f"submitted job {done.stdout.strip().partition(';')[0]}; logs in {job.logs}")

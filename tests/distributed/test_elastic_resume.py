@@ -1,0 +1,97 @@
+"""Eight ranks, taken up by any other number of ranks in any other layout and then by the eight again: the same run.
+
+Same samples, same noise bits, the loss to a millionth in float32.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.support.ranks import on_ranks
+from tests.support.runs import largest_relative_difference, merged_rows, toy_config, train_on_rank
+
+pytestmark = pytest.mark.timeout(900)
+
+HOME = {"parallel__tensor": 2, "parallel__pipeline": 2}
+AWAY = {
+    "tp4": (4, {"parallel__tensor": 4}),
+    "tp4_sequence_dp2": (8, {"parallel__tensor": 4, "parallel__sequence": True}),
+    "pp4": (4, {"parallel__pipeline": 4}),
+    "dp8": (8, {"batch__micro_sequences": 1}),
+    "one": (1, {"batch__micro_sequences": 8}),
+}
+LEFT, BACK, STEPS = 3, 6, 9
+
+
+def _train(corpus, output, ranks, layout, until):
+    config = toy_config(
+        corpus,
+        output,
+        schedule__steps=STEPS,
+        schedule__cooldown=0.3,
+        checkpoint__every=LEFT,
+        checkpoint__keep=0,
+        data__valid=[],
+        parallel__distributed_optimizer=True,
+        **layout,
+    )
+    found = on_ranks(ranks, _train_until, config, ranks, until, timeout_s=600)
+    assert (config.folder / "LATEST").read_text() == f"step_{until:08d}\n"
+    return {line["step"]: line for line in found[0].lines}, merged_rows(found)
+
+
+class _AskedAfter:
+    """A request to stop, made after so many more steps."""
+
+    def __init__(self, steps):
+        self._left = steps
+
+    def reason(self):
+        self._left -= 1
+        return "asked" if self._left <= 0 else None
+
+    def honoured(self):
+        pass
+
+
+def _train_until(config, ranks, until):
+    def stop_there(run):
+        run.stop = _AskedAfter(until - run.first_step)
+
+    return train_on_rank(config, ranks, save=True, change=stop_there)
+
+
+@pytest.fixture(scope="module")
+def whole(toy_corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    lines, rows = _train(toy_corpus, folder, 8, HOME, STEPS)
+    return folder, lines, rows
+
+
+@pytest.mark.parametrize("layout", AWAY)
+def test_there_and_back_is_the_same_run(whole, toy_corpus, tmp_path, layout):
+    folder, wanted, wanted_rows = whole
+    ranks, changes = AWAY[layout]
+    shutil.copytree(folder / "toy", tmp_path / "toy")
+    for path in (tmp_path / "toy/checkpoints").iterdir():
+        if path.name != f"step_{LEFT:08d}":
+            shutil.rmtree(path)
+    (tmp_path / "toy/LATEST").unlink()
+    away, rows_away = _train(toy_corpus, tmp_path, ranks, changes, BACK)
+    lines, rows_back = _train(toy_corpus, tmp_path, 8, HOME, STEPS)
+    assert sorted(lines) == list(range(1, STEPS + 1))
+    assert {**rows_away, **rows_back} == {
+        sample: digest for sample, digest in wanted_rows.items() if sample >= LEFT * 8
+    }
+    steps = range(LEFT + 1, STEPS + 1)
+    assert all(lines[step] == away[step] for step in range(LEFT + 1, BACK + 1))
+    difference = {
+        key: largest_relative_difference([lines[step][key] for step in steps], [wanted[step][key] for step in steps])
+        for key in ("loss", "elbo", "grad_norm")
+    }
+    print(layout, difference)
+    assert difference["loss"] <= 1e-6
+    assert difference["elbo"] <= 1e-6
+    assert difference["grad_norm"] <= 1e-5

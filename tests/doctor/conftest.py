@@ -1,0 +1,50 @@
+"""A subject to examine, and one check of it."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from megadiff.doctor.subject import Subject
+from tests.support.runs import toy_config
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """The findings are those of a CPU machine, also where there are GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def findings_of():
+    """All findings of one check: [(level, text, remedy)]; every one but OK says what to do."""
+
+    def examine(name, subject):
+        found = list(importlib.import_module(f"megadiff.doctor.checks.{name}").check(subject))
+        assert all(bool(finding.remedy) == (finding.level != "OK") for finding in found)
+        assert not any("\n" in finding.text + finding.remedy for finding in found)
+        return [(finding.level, finding.text, finding.remedy) for finding in found]
+
+    return examine
+
+
+@pytest.fixture
+def one_finding(findings_of):
+    """The only finding of a check."""
+
+    def examine(name, subject):
+        (found,) = findings_of(name, subject)
+        return found
+
+    return examine
+
+
+@pytest.fixture
+def subject_of(toy_corpus, tmp_path):
+    """A toy run on this machine, with keys changed."""
+
+    def make(ranks=1, environment=None, **dotted):
+        return Subject(environment or {}, toy_config(toy_corpus, tmp_path / "runs", **dotted), wanted_ranks=ranks)
+
+    return make

@@ -1,0 +1,280 @@
+"""The tables of bad inputs: each row is what is wrong, and a pattern of the sentence it gets: cause, then remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+from tests.support.runs import write_corpus
+
+EVALUATE = "tools/evaluate.py elbo --model {run} --data {data}"
+GENERATE = "tools/generate.py --model {run}"
+PREPROCESS = "tools/preprocess_data.py --tokenizer byte --output-prefix {tmp}/o"
+TRAIN_TOKENIZER = "tools/train_tokenizer.py --output {tmp}/t --vocab-size 300"
+"""Commands; an option given again counts."""
+
+DESCRIPTIONS = [
+    # keys and types
+    ("optimizer.weigth_decay=0.1", 1, r"command line: unknown key `optimizer\.weigth_decay`; did you mean `weight_dec"),
+    ("layers=4", 1, r"command line: unknown key `layers`; did you mean `model\.layers`"),
+    ("model.layers=many", 1, r"command line: `model\.layers` wants an integer, found `many`$"),
+    ("model=4", 1, r"`model` wants a mapping of keys, found `4`"),
+    ("schedule.steps=1.5", 1, r"`schedule\.steps` wants an integer or null, found `1\.5`"),
+    ("optimizer.lr=", 1, r"`optimizer\.lr` wants a number, found nothing \(null\)"),
+    ("optimizer.lr=inf", 1, r"`optimizer\.lr` must be a finite number, found `inf`"),
+    # ranges
+    ("optimizer.lr=-1", 1, r"`optimizer\.lr` must be greater than 0, found `-1`"),
+    ("optimizer.beta1=1", 1, r"`optimizer\.beta1` must be less than 1, found `1`"),
+    ("checkpoint.every=0", 1, r"`checkpoint\.every` must be greater than 0, found `0`"),
+    ("seed=-1", 1, r"`seed` must be greater than or equal to 0, found `-1`"),
+    ("noise.scale=1.5", 1, r"command line: `noise\.scale`: .*at most 1, got 1\.5: .*does not exist"),
+    ("noise.shift=sideways", 1, r"noise\.shift.*masked.*balanced.*uniform.*sideways"),
+    ("optimizer.name=adamm", 1, r"no optimizer `adamm`; there are: adamw"),
+    ("name=../evil", 1, r"`name`: name must be a plain folder name .* got '\.\./evil'"),
+    # what does not divide
+    ("model.heads=5", 1, r"model\.hidden is 32, which model\.heads = 5 does not divide"),
+    ("model.heads=32", 1, r"model\.hidden / model\.heads is 1, but rotary embeddings need an even width"),
+    ("parallel.tensor=3", 3, r"model\.heads is 4, which parallel\.tensor = 3 does not divide; 3 or 6 would do"),
+    (
+        "parallel.tensor=3 model.heads=12 model.hidden=48 model.vocab_multiple=1",
+        3,
+        r"the padded vocabulary is 260, which parallel\.tensor = 3 does not divide; 258 or 261 would do",
+    ),
+    ("parallel.pipeline=3", 3, r"model\.layers is 4, which .*parallel\.virtual_pipeline = 3 does not divide"),
+    ("batch.global_sequences=7", 1, r"batch\.global_sequences is 7, which .* = 2 does not divide; 6 or 8 would do"),
+    (
+        "parallel.tensor=2",
+        3,
+        r"the run has 3 rank\(s\), but parallel\.tensor=2 .* needs a multiple of 2; start 2 ranks",
+    ),
+    # settings that do not go together
+    ("parallel.sequence=true", 1, r"parallel\.sequence is true but parallel\.tensor is 1"),
+    ("parallel.virtual_pipeline=2", 1, r"parallel\.virtual_pipeline is 2 but parallel\.pipeline is 1"),
+    ("parallel.overlap_param_gather=true", 1, r"overlap_param_gather needs parallel\.distributed_optimizer and"),
+    ("precision.master_weights=false", 1, r"master_weights=false needs precision\.compute=bf16 \(found fp32\)"),
+    ("schedule.tokens=1e6", 1, r"schedule needs exactly one of `steps`, `tokens` and `flops`; found steps and tokens"),
+    (
+        "schedule.warmup_steps=20",
+        1,
+        r"warm-up \(20 steps\) and cooldown .* do not fit .* shorten one of them or train l",
+    ),
+    (
+        "batch.ramp={start: 16, increment: 2, every_steps: 5}",
+        1,
+        r"ramp\.start is 16, above .* = 8.*; lower it, or leave",
+    ),
+    # overrides of another form
+    ("noise.shift", 1, r"command line: `noise\.shift` is not of the form key\.sub=value"),
+    ("a..b=1", 1, r"command line: `a\.\.b=1` is not of the form key\.sub=value"),
+    ("noise.shift=[1", 1, r"the value of `noise\.shift`: not valid YAML: .*expected ',' or '\]'"),
+    ("data.train.7.path=x", 1, r"`data\.train` is a list of 1, so `data\.train\.7` must name an item from 0 to 1"),
+    ("--steps=4", 1, r"unrecognized arguments: --steps=4"),
+    # data, tokenizer, machine, folder
+    ("data.train=[nowhere/text]", 1, r"data\.train\[0\]: .*nowhere/text: no indexed data; wanted nowhere/text\.idx"),
+    (
+        "data.tokenizer=nowhere",
+        1,
+        r"nowhere: wanted the word `byte`, .* found nothing; check the path or run tools/tra",
+    ),
+    (
+        "data.vocab_size=300",
+        1,
+        r"data\.vocab_size is 300, but the tokenizer byte has 260 ids .*; set it to that or leave",
+    ),
+    ("model.seq_length=9000", 1, r"wanted at least one row of 9000 tokens, found \d+ in all; give more text or lower"),
+    ("platform=cuda", 1, r"platform is `cuda` but torch sees no CUDA device here; set `platform=cpu`"),
+    ("output_dir=/proc/nowhere", 1, r"the run folder /proc/nowhere/toy cannot be written \(.*\); set output_dir to a"),
+    ("output_dir=/dev/null", 1, r"the run folder /dev/null/toy cannot be written \(Not a directory\); set output_dir"),
+    (
+        "checkpoint.start_from=nowhere",
+        1,
+        r"nowhere is not a complete checkpoint: .*no manifest\.json; give a step_\* folder",
+    ),
+]
+"""Overrides, number of ranks, sentence."""
+
+
+def bomb(levels: int = 6) -> bytes:
+    lines = [b"a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for level in range(1, levels):
+        lines.append(b"a%d: &a%d [%s]" % (level, level, b", ".join([b"*a%d" % (level - 1)] * 10)))
+    return b"\n".join(lines)
+
+
+FILES = [
+    ("broken", b"a: [1, 2\nb: }", r"bad\.yaml:2: not valid YAML: .*expected ',' or '\]', but got ':'"),
+    ("tabs", b"model:\n\tlayers: 4\n", r"bad\.yaml:2: not valid YAML: .*; indent with spaces"),
+    ("key twice", b"name: a\nname: b\n", r"bad\.yaml:2: the key `name` is given twice, first on line 1"),
+    ("empty", b"", r"bad\.yaml: the file is empty; a mapping of keys is wanted"),
+    ("only a comment", b"# nothing\n", r"bad\.yaml: the file is empty; a mapping of keys is wanted"),
+    ("a list", b"- a\n- b\n", r"bad\.yaml:1: the top level must be a mapping of keys, found a list"),
+    ("latin 1", "name: caf\xe9\n".encode("latin-1"), r"bad\.yaml: .* not UTF-8 text \(byte 9\); save it as UTF-8"),
+    ("utf 16", "name: a\n".encode("utf-16"), r"bad\.yaml: .* not UTF-8 text \(byte 0\); save it as UTF-8"),
+    ("a nul", b"name: a\x00b\n", r"bad\.yaml:1: not valid YAML: the control character '\\x00'"),
+    ("two documents", b"name: a\n---\nname: b\n", r"bad\.yaml:2: a second YAML document starts here; one is wanted"),
+    (
+        "a tag",
+        b"a: !!python/object/apply:os.system ['true']",
+        r"bad\.yaml:1: the tag .*os\.system` is not allowed; write",
+    ),
+    ("a bomb", bomb(), r"bad\.yaml:\d: more than 50000 values once aliases are written out"),
+    ("2 MB", b"#" * 2_000_000, r"bad\.yaml: .*2000000 bytes; at most 1000000 are wanted"),
+    ("a circle", b"base: bad.yaml\n", r"bad\.yaml:1: base files go in a circle: .*bad\.yaml -> .*bad\.yaml"),
+    ("no base", b"base: nowhere.yaml\n", r"bad\.yaml:1: the base file .*nowhere\.yaml does not exist; check the path"),
+    ("a folder", None, r"bad\.yaml: the run description is not a file; give the path of a YAML file"),
+]
+"""What is in the file (None: it is a folder), sentence; the first word of a row is its name."""
+
+
+def _patched(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset if offset >= 0 else path.stat().st_size + offset)
+        file.write(data)
+
+
+def _big_id(prefix: Path) -> None:
+    for end in (".bin", ".idx", ".json"):
+        os.remove(f"{prefix}{end}")
+    write_corpus(prefix, tokens=600, vocab_size=4000)
+    os.remove(f"{prefix}.json")
+    _patched(Path(f"{prefix}.bin"), 2 * 17, (3999).to_bytes(2, "little"))
+
+
+AGAIN = r"copy or preprocess the data again"
+DATA = [
+    (
+        "magic",
+        lambda p: _patched(Path(f"{p}.idx"), 0, b"X"),
+        r"copy\.idx: wanted the magic .*byte 0.*; give the prefix",
+    ),
+    ("version", lambda p: _patched(Path(f"{p}.idx"), 9, b"\2"), rf"copy\.idx: wanted version 1 .*found 2; {AGAIN}"),
+    (
+        "dtype",
+        lambda p: _patched(Path(f"{p}.idx"), 17, b"\6"),
+        rf"copy\.idx: wanted an integer dtype.*found 6; {AGAIN}",
+    ),
+    (
+        "count",
+        lambda p: _patched(Path(f"{p}.idx"), 18, struct.pack("<Q", 2**63)),
+        rf"copy\.idx: wanted \d+ bytes.*{AGAIN}",
+    ),
+    ("length", lambda p: _patched(Path(f"{p}.idx"), 34, struct.pack("<i", -5)), rf"length\[0\].*found -5; {AGAIN}"),
+    (
+        "documents",
+        lambda p: _patched(Path(f"{p}.idx"), -8, struct.pack("<q", 1)),
+        rf"copy\.idx: wanted doc.*found.* 1; {AGAIN}",
+    ),
+    ("idx cut", lambda p: os.truncate(f"{p}.idx", 500), rf"copy\.idx: wanted \d+ bytes .*found 500; {AGAIN}"),
+    ("idx empty", lambda p: os.truncate(f"{p}.idx", 0), rf"copy\.idx: wanted .*header.*found.*; {AGAIN}"),
+    (
+        "bin halved",
+        lambda p: os.truncate(f"{p}.bin", 6000),
+        rf"copy\.bin: wanted \d+ bytes, found 6000; .*cut short: {AGAIN}",
+    ),
+    ("no bin", lambda p: os.remove(f"{p}.bin"), r"found no .*copy\.bin; run tools/preprocess_data\.py first"),
+    (
+        "manifest",
+        lambda p: Path(f"{p}.json").write_text("{"),
+        r"copy\.json: .*not JSON.*; make the data again or remove",
+    ),
+    (
+        "big id",
+        _big_id,
+        r"document \d+ has the token id 3999 at position \d+ .*; preprocess the corpus with the tokenizer",
+    ),
+]
+"""What is done to the copy of a corpus at a prefix, sentence."""
+
+CONTINUED = [
+    (
+        "schedule.steps=3",
+        r"step_00000004 was saved after step 4, but this run ends after step 3; set schedule\.steps above",
+    ),
+    (
+        "seed=4 model.layers=2",
+        r"belongs to another run; (?=.*seed: 3 -> 4)(?=.*model\.layers: 4 -> 2).* another `name`",
+    ),
+    ("model.hidden=64", r"model\.hidden: 32 -> 64.*Give the run another `name`, or the settings it was started with"),
+    (
+        "name=b checkpoint.start_from={run}",
+        r"toy is not a complete checkpoint: .*; give a step_\* folder written by a run",
+    ),
+    (
+        "name=b schedule.steps=2 checkpoint.start_from={run}/checkpoints/step_00000004",
+        r"was saved after step 4, but this run ends after step 2; set schedule\.steps above",
+    ),
+]
+"""Overrides with which a run of 4 steps is to go on, sentence."""
+
+
+def _rewritten(manifest: Path, **changes: object) -> None:
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+
+
+CHECKPOINTS = [
+    ("manifest cut", lambda step: os.truncate(step / "manifest.json", 200), r"damaged.*take another"),
+    (
+        "manifest of tomorrow",
+        lambda step: _rewritten(step / "manifest.json", format=99),
+        r"(format 99.*version|damaged.*take)",
+    ),
+    (
+        "manifest missing",
+        lambda step: (step / "manifest.json").unlink(),
+        r"no complete checkpoint in it; give a run folder",
+    ),
+    ("shard missing", lambda step: next(step.glob("*.distcp")).unlink(), r"distcp.* is missing.*take another"),
+    (
+        "shard cut",
+        lambda step: os.truncate(next(step.glob("*.distcp")), 1000),
+        r"damaged: 1000 bytes instead of \d+.*take",
+    ),
+    (
+        "shard changed",
+        lambda step: _patched(next(step.glob("*.distcp")), 999, b"?!"),
+        r"damaged: its content has changed.*take",
+    ),
+]
+"""What is done to a checkpoint, sentence."""
+
+TOOLS = [
+    (EVALUATE + " --model nowhere", r"nowhere: no such folder; give a run folder \(such as runs/NAME\)"),
+    (EVALUATE + " --data nowhere", r"nowhere: no indexed data; .*; run tools/preprocess_data\.py first"),
+    (EVALUATE + " --tokenizer nowhere", r"nowhere: wanted the word `byte`.*check the path"),
+    (EVALUATE + " --output no/x.json", r"--output no/x\.json: there is no folder no; make it"),
+    (EVALUATE + " --output {tmp}", r"--output .* is a folder; give the name of a file in"),
+    (EVALUATE + " --rows 1", r"--rows: must be at least 2 for a standard error, got 1"),
+    (EVALUATE + " --platform cuda", r"torch sees no CUDA device here; set `platform=cpu`"),
+    (
+        GENERATE + " --model {tmp}",
+        r"no complete checkpoint in it; give a run folder \(such as runs/NAME\) or one of its",
+    ),
+    (GENERATE + " --prompt xxxxxxxxxxxxxxxx", r"the prompt takes 16 tokens and the model's row holds 16.*; shorten"),
+    (GENERATE + " --num-tokens 17", r"--num-tokens must lie in 1 to 16, got 17"),
+    (GENERATE + " --steps 0", r"--steps \(0\) must be at least 1"),
+    (GENERATE + " --temperature -1", r"--temperature must be at least 0 and finite.*got -1\.0"),
+    (GENERATE + " --temperature nan", r"--temperature must be at least 0 and finite.*got nan"),
+    (GENERATE + " --top-p 2", r"--top-p in \(0, 1\], got 1\.0, None and 2\.0"),
+    ("tools/generate.py", r"the following arguments are required: --model"),
+    (PREPROCESS + " --input nowhere.txt", r"nowhere\.txt: no such file; check the path"),
+    (PREPROCESS + " --input {tmp}", r"wanted a file, found a folder; name its files"),
+    (PREPROCESS + " --input {tmp}/number.jsonl", r":2: `text` must be a string, found a"),
+    (PREPROCESS + " --input {tmp}/key.jsonl", r":1: no key `text` .*--json-key"),
+    (PREPROCESS + " --input {tmp}/a.jsonl.gz", r"not a whole \.gz file .*; fetch or make"),
+    (PREPROCESS + " --input {tmp}/a.doc", r"wanted a name that ends in one of .*; rename"),
+    (PREPROCESS + " --input {tmp}/a.txt --workers 0", r"--workers must be at least 1, found"),
+    (PREPROCESS + " --tokenizer nowhere --input {tmp}/a.txt", r"nowhere: wanted the word `byte`.*check the"),
+    (PREPROCESS + " --output-prefix {data} --input {tmp}/a.txt", r"data are there already; choose another --output"),
+    (TRAIN_TOKENIZER + " --input nowhere.txt", r"nowhere\.txt: no such file; check the path"),
+    (TRAIN_TOKENIZER + " --vocab-size 3 --input {tmp}/a.txt", r"--vocab-size must be at least 260 .*found 3; give"),
+    (TRAIN_TOKENIZER + " --vocab-size 9999 --input {tmp}/a.txt", r"vocabulary of \d+ at most.*; give more text or"),
+    (TRAIN_TOKENIZER + " --output {run} --input {tmp}/a.txt", r"wanted a new or empty folder.*; choose another"),
+    (
+        "tools/doctor.py noise.shift=masked",
+        r"`noise\.shift=masked` changes a run description, but none is given; add --config FILE",
+    ),
+    ("tools/doctor.py --ranks 0", r"--ranks must be at least 1, got 0"),
+]
+"""Command, sentence."""

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import time
+
+import torch
+
+from megadiff.platform.machine import detect
+from megadiff.platform.stopwatch import stopwatch
+from megadiff.train.stragglers import ComputeTimers, slow_ranks
+
+
+def test_a_rank_is_compared_with_the_median_of_its_stage():
+    """The second stage, with the head, takes longer; that makes none of its ranks slow."""
+    times = [(0, 1.0), (1, 3.0), (0, 1.1), (1, 3.1), (0, 1.9), (1, 3.0)]
+    assert slow_ranks(times, ratio=1.5) == [(4, 1.9, 1.1)]
+    assert slow_ranks(times, ratio=2.0) == []
+
+
+def test_of_two_ranks_the_slower_one_is_named_and_one_alone_never_is():
+    assert slow_ranks([(0, 1.0), (0, 2.0)], ratio=1.5) == [(1, 2.0, 1.0)]
+    assert slow_ranks([(0, 1.0), (1, 9.0)], ratio=1.5) == []
+    assert slow_ranks([(0, 0.0), (0, 0.0)], ratio=1.5) == []
+
+
+class Marks:
+    """A stopwatch that keeps when it was asked to start and stop."""
+
+    def __init__(self):
+        self.seen = []
+
+    def start(self):
+        self.seen.append("start")
+
+    def stop(self):
+        self.seen.append("stop")
+
+    def read(self):
+        return 0.0
+
+
+def test_only_computation_with_gradients_is_timed():
+    """Evaluation, waiting for another stage and reducing gradients are not."""
+    watch = Marks()
+    timers = ComputeTimers(watch)
+    for name in ("forward-compute", "forward-recv", "all-grads-sync", "backward-compute"):
+        timers(name, log_level=2).start(barrier=False)
+        timers(name).stop()
+    assert watch.seen == ["start", "stop"] * 2
+    with torch.no_grad():
+        timers("forward-compute", log_level=2).start()
+        timers("forward-compute").stop()
+    assert watch.seen == ["start", "stop"] * 2
+
+
+def test_a_cpu_rank_reads_wall_time_once():
+    watch = stopwatch(detect("cpu"))
+    watch.start()
+    time.sleep(0.01)
+    watch.stop()
+    watch.stop()
+    assert watch.read() >= 0.01
+    assert watch.read() == 0.0

@@ -1,0 +1,103 @@
+"""Check indexed data: every token, hash and document of P.bin, P.idx and P.json."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from megadiff.data.indexed_format import bin_path, without_suffix
+from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
+from megadiff.data.progress import ProgressReport
+from megadiff.data.scan import Scan, scan
+from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.errors import DataError, run_command
+
+_EPILOG = """example:
+  python tools/check_data.py data/train data/valid --tokenizer data/tokenizer --workers 2
+
+Exit code 0 if the data can be trained on, 2 if not. Without --tokenizer, ids are compared with the vocabulary and the
+mask that the manifest P.json names; a file of Megatron's without a manifest has no hashes to compare.
+"""
+
+
+def main() -> None:
+    """Read the arguments, scan, print what was found.
+
+    Raises:
+        DataError: something found makes the data unusable.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prefixes", nargs="+", metavar="P", help="prefix of P.bin and P.idx")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of the run: the word byte, a tokenizer file or folder")
+    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="threads that look at tokens")
+    arguments = parser.parse_args()
+
+    tokenizer = tokenizer_facts(load_tokenizer(arguments.tokenizer)) if arguments.tokenizer else None
+    scans = _scanned(arguments.prefixes, tokenizer, arguments.workers)
+    # Names may hold what rich takes for markup; and off a terminal it would fold the table to 80 columns.
+    wide = None if sys.stdout.isatty() else 200
+    Console(width=wide, markup=False, highlight=False, emoji=False).print(_table(scans))
+    for found in scans:
+        for finding in found.findings:
+            print(finding)
+        if found.unlisted:
+            print(f"error: {found.prefix}.bin: {found.unlisted:,} more wrong tokens are not listed")
+    _conclude(scans)
+
+
+def _scanned(prefixes: list[str], tokenizer: TokenizerFacts | None, workers: int) -> list[Scan]:
+    sizes = [_size(prefix) for prefix in prefixes]
+    scans: list[Scan] = []
+    with ProgressReport("checking", sum(sizes)) as progress:
+        for number, prefix in enumerate(prefixes):
+            before = sum(sizes[:number])
+
+            def say(done: int, before: int = before, prefix: str = prefix) -> None:
+                progress.update(before + done, prefix)
+
+            scans.append(scan(prefix, tokenizer=tokenizer, workers=workers, progress=say))
+    return scans
+
+
+def _size(prefix: str) -> int:
+    path = bin_path(without_suffix(prefix))
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _table(scans: list[Scan]) -> Table:
+    table = Table()
+    table.add_column("prefix", overflow="fold")
+    for name in ("documents", "empty", "tokens", "padding", "dtype", "bytes", "hashes", "errors"):
+        table.add_column(name, justify="left" if name in ("dtype", "hashes") else "right")
+    for found in scans:
+        counts = (found.documents, found.empty_documents, found.tokens, found.padding_tokens)
+        row = [f"{count:,}" for count in counts]
+        table.add_row(found.prefix, *row, found.dtype, f"{found.bytes:,}", found.hashes, f"{found.errors:,}")
+    return table
+
+
+def _conclude(scans: list[Scan]) -> None:
+    bad = [found for found in scans if found.errors]
+    notes = sum(not finding.is_error for found in scans for finding in found.findings)
+    if bad:
+        errors = sum(found.errors for found in bad)
+        named = ", ".join(found.prefix for found in bad)
+        raise DataError(f"{errors:,} error(s) in {len(bad)} of {len(scans)} prefix(es), not to be trained on: {named}")
+    tokens = sum(found.tokens for found in scans)
+    print(f"ok: {len(scans)} prefix(es), {tokens:,} tokens, no errors, {notes} note(s)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    run_command(main)

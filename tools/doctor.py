@@ -1,0 +1,61 @@
+"""Examine this machine, and a run description on it: `tools/doctor.py [--config F] [key=value ...] [--ranks N]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megadiff.errors import ConfigError, run_command
+
+_EPILOG = """examples:
+  python tools/doctor.py
+  python tools/doctor.py --config examples/demo.yaml --ranks 8 parallel.tensor=4
+  srun -N 1 -n 1 python tools/doctor.py --config my.yaml --ranks 512 --json > doctor.json
+
+Exit code 0 when nothing would fail, 2 when something would.
+"""
+
+
+def main() -> None:
+    """Read the command line, examine, report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, help="the run's YAML file; without it only the machine is examined")
+    parser.add_argument("--ranks", type=int, help="ranks of the run over all nodes (default: this launch's)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
+    arguments = parser.parse_intermixed_args()
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise ConfigError(f"--ranks must be at least 1, got {arguments.ranks}")
+    if arguments.overrides and arguments.config is None:
+        raise ConfigError(f"`{arguments.overrides[0]}` changes a run description, but none is given; add --config FILE")
+
+    from rich.console import Console
+
+    from megadiff.config.load import load_config
+    from megadiff.doctor import report
+    from megadiff.doctor.examination import examine
+    from megadiff.doctor.subject import Subject
+    from megadiff.run_config import RunConfig
+
+    config, problem = None, None
+    if arguments.config is not None:
+        try:
+            config = load_config(arguments.config, arguments.overrides, RunConfig)
+        except ConfigError as error:
+            problem = str(error)
+    findings = list(examine(Subject(os.environ, config, problem, arguments.ranks)))
+    if arguments.json:
+        print(report.as_json(findings))
+    else:
+        report.show(findings, Console())
+        if arguments.config is None:
+            print("give --config to examine a run too: description, tokenizer, data, layout, memory, room on its disk")
+    sys.exit(2 if report.has_failed(findings) else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,100 @@
+"""Look at one step of a run again, on one CPU process: its rows, their noise, and the loss of each."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megadiff.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from megadiff.train.replayed import Replayed, ReplayedRow
+
+_EPILOG = """examples:
+  python tools/replay.py --run runs/demo --step 120
+  python tools/replay.py --run runs/demo --step 120 --rows 0 --save step_120.npz data.train=[data/train]
+
+Whatever the layout of the run. It starts from the newest checkpoint before the step and takes the steps between in
+memory; without one it starts from the first weights. The run folder is only read.
+"""
+
+_SHOWN_ROWS = 32
+
+
+def main() -> None:
+    """Read the command line, replay, print, save."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="the run folder, such as runs/NAME")
+    parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in metrics.jsonl")
+    parser.add_argument(
+        "--rows", type=int, default=_SHOWN_ROWS, help=f"rows to print, 0 for all (default {_SHOWN_ROWS})"
+    )
+    parser.add_argument("--save", type=Path, metavar="F.npz", help="write batch, noise and losses per token here")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's, such as data paths")
+    arguments = parser.parse_intermixed_args()
+    if arguments.rows < 0:
+        raise ConfigError(f"--rows {arguments.rows}: a number of rows is wanted, 0 for all")
+    if arguments.save is not None:
+        _refuse_bad_output(arguments.save, arguments.run)
+
+    from megadiff.platform.quiet import quiet
+
+    with quiet():
+        from megadiff.replay import replay
+    from megadiff.run_folder import log_to_console
+
+    log_to_console()
+    found = replay(arguments.run, arguments.step, arguments.overrides)
+    print("\n".join(describe(found, rows=arguments.rows or len(found.rows))))
+    if arguments.save is not None:
+        found.save(arguments.save)
+        print(f"batch, noise and losses per token are in {arguments.save}")
+
+
+def describe(found: Replayed, *, rows: int) -> list[str]:
+    """What is printed: a line per row, the first `rows` of them and every one that is not finite, then the totals."""
+    between = f", {found.steps_between} step(s) taken in memory" if found.steps_between else ""
+    lines = [
+        f"step {found.step}, from {found.start}{between}",
+        f"{'sample':>10} {'log-SNR':>16} {'noisy':>6} {'loss':>12} {'elbo':>12}  first token",
+    ]
+    shown = [row for place, row in enumerate(found.rows) if place < rows or not row.is_finite]
+    lines += [_line(row) for row in shown]
+    if len(shown) < len(found.rows):
+        lines.append(f"  ({len(found.rows) - len(shown)} more rows; --rows 0 shows all)")
+    differences = found.differences()
+    for key, value in found.figures.items():
+        difference = differences[key]
+        logged = "has no line in metrics.jsonl" if found.logged is None else f"{found.logged.get(key)} was logged"
+        told = f", relative difference {difference:.1e}" if difference is not None else ""
+        lines.append(f"{key:>10} {value!r} ({logged}{told})")
+    if found.skip is not None:
+        lines.append(f"the run makes no update in this step: {found.skip}")
+    if found.broken_row is not None:
+        lines.append(f"the first row that is not finite, in loss or gradient, is sample {found.broken_row}")
+    return lines
+
+
+def _line(row: ReplayedRow) -> str:
+    low, high = row.log_snr
+    level = f"{low:+.4f}" if low == high else f"{low:+.2f} to {high:+.2f}"
+    origin = row.origin
+    place = f"{origin.prefix}: token {origin.token}, document {origin.document} + {origin.within}"
+    mark = "" if row.is_finite else "  NOT FINITE"
+    return f"{row.sample:>10} {level:>16} {row.noisy_tokens:>6} {row.loss:>12.6f} {row.elbo:>12.6f}  {place}{mark}"
+
+
+def _refuse_bad_output(path: Path, run: Path) -> None:
+    if path.suffix != ".npz":
+        raise ConfigError(f"--save {path}: a name ending in .npz is wanted")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--save {path}: there is no folder {path.parent}; make it first")
+    if path.resolve().is_relative_to(run.resolve()):
+        raise ConfigError(f"--save {path}: that is inside the run folder, which is only read; give another place")
+
+
+if __name__ == "__main__":
+    run_command(main)
