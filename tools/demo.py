@@ -1,6 +1,7 @@
 """The whole way on real text in a few minutes, on two CPU cores: what `make demo` runs.
 
-Python's own documentation -> byte tokens, indexed -> training on 8 ranks -> held-out ELBO -> sampled text.
+Python's own documentation -> byte tokens, indexed -> training on 8 ranks -> held-out ELBO -> sampled text ->
+Hugging Face folder, loaded and sampled by transformers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megadiff.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path("runs/demo-data")
+EXPORTED = Path("runs/demo-hf")
 CONFIG = Path("examples/demo.yaml")
 RANKS = 8
 TARGET = 0.75
@@ -37,26 +39,32 @@ def main() -> None:
     """Run every stage; a stage that fails ends the demo with its own message."""
     os.chdir(ROOT)
     start = time.monotonic()
-    _stage("1/5  real text", "Python's documentation topics and standard-library docstrings (PSF licence)")
+    _stage("1/7  real text", "Python's documentation topics and standard-library docstrings (PSF licence)")
     _run("tools/demo_corpus.py", "--output", DATA / "corpus")
     config = load_config(CONFIG, [], RunConfig)
-    _stage("2/5  indexed binaries", "the byte tokenizer, Megatron's .bin/.idx, two workers")
+    _stage("2/7  indexed binaries", "the byte tokenizer, Megatron's .bin/.idx, two workers")
     for split in ("train", "valid"):
         _run(
             "tools/preprocess_data.py", "--input", DATA / f"corpus/{split}.jsonl", "--output-prefix", DATA / split,
             "--tokenizer", config.data.tokenizer, "--append-eod", "--workers", 2, "--overwrite",
         )  # fmt: skip
-    _stage("3/5  training", f"{RANKS} CPU ranks: tensor 2 x pipeline 2 x data 2, balanced hybrid noise")
+    _stage("3/7  training", f"{RANKS} CPU ranks: tensor 2 x pipeline 2 x data 2, balanced hybrid noise")
     shutil.rmtree(config.folder, ignore_errors=True)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS)
     _run("pretrain_dlm.py", "--config", CONFIG, launcher=launcher)
-    _stage("4/5  evaluation", "the same checkpoint, resharded into one process")
+    _stage("4/7  evaluation", "the same checkpoint, resharded into one process")
     _run(
         "tools/evaluate.py", "elbo", "--model", config.folder, "--data", DATA / "valid", "--rows", config.eval.rows,
         "--noise-levels", config.eval.noise_levels, "--output", config.folder / "elbo.json",
     )  # fmt: skip
-    _stage("5/5  samples", "ten rows of text, noise to words in 64 ancestral steps")
+    _stage("5/7  samples", "ten rows of text, noise to words in 64 ancestral steps")
     _run("tools/generate.py", "--model", config.folder, "--count", 10, "--num-tokens", 64, "--steps", 64)
+    _stage("6/7  Hugging Face", "one folder, its logits compared with the trainer's in a process of its own")
+    shutil.rmtree(EXPORTED, ignore_errors=True)
+    _run("tools/convert_checkpoint.py", "export", "--checkpoint", config.folder, "--output", EXPORTED, "--verify")
+    _stage("7/7  transformers", "the exported model writes by itself, without megadiff")
+    _run("examples/sample_exported.py", EXPORTED, "--count", 3)
+    _run("tools/report.py", config.folder, "--output", config.folder / "report.html")
     _close(config, time.monotonic() - start)
 
 
@@ -67,7 +75,8 @@ def _stage(title: str, what: str) -> None:
 def _run(tool: str, *arguments: object, launcher: tuple[object, ...] = (sys.executable,)) -> None:
     command = [str(part) for part in (*launcher, tool, *arguments)]
     console.print("$ " + " ".join(command), style="dim", markup=False, soft_wrap=True)
-    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if subprocess.run(command, cwd=ROOT, env=offline, check=False).returncode:
         raise MegadiffError(f"the demo stopped: `{tool}` failed; its message is above")
 
 
@@ -84,10 +93,12 @@ def _close(config: RunConfig, elapsed_s: float) -> None:
         ("text", f"{DATA}/corpus/", "train.jsonl, valid.jsonl, LICENSE.txt"),
         ("tokenizer", config.data.tokenizer, f"{vocab} ids: 256 bytes, bos 0, eos 1, pad 2, mask 3"),
         ("data", f"{DATA}/train.bin, .idx, .json", "Megatron's format and a manifest"),
-        ("run", f"{config.folder}/", "config.yaml, metrics.jsonl, log.txt, tensorboard/, checkpoints/"),
+        ("run", f"{config.folder}/", "config.yaml, metrics.jsonl, log.txt, status.json, checkpoints/"),
         ("ELBO before", f"{before:.3f} nats per token", f"log N = {top:.3f}"),
         ("ELBO after", f"{after:.3f} +- {found['eval_elbo_stderr']:.3f}", f"{after / top:.0%} of log N, "
          f"{found['eval_bits_per_byte']:.2f} bits per byte"),
+        ("report", f"{config.folder}/report.html", "curves, noise levels, throughput: open it in a browser"),
+        ("exported", f"{EXPORTED}/", "safetensors, config.json, tokenizer, model card, code for transformers"),
     ):  # fmt: skip
         table.add_row(*row)
     console.print(table)

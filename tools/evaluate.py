@@ -1,60 +1,120 @@
-"""Measure a trained model: `tools/evaluate.py elbo --model RUN --data PREFIX`."""
+"""Measure a trained model: `tools/evaluate.py elbo|likelihood --model RUN --data FILE`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from megadiff.errors import ConfigError, run_command
 
-_EPILOG = """example:
+_EPILOG = """examples:
   python tools/evaluate.py elbo --model runs/demo --data data/valid --rows 128 --noise-levels 8 --output elbo.json
+  python tools/evaluate.py likelihood --model runs/demo --data pairs.jsonl --prompt-key question --completion-key answer
+  python tools/evaluate.py likelihood --model runs/demo --data texts.jsonl --text-key text --output rolling.json
 """
 
 
 def main() -> None:
     """Read the command line, measure, print, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("measure", choices=["elbo"], help="the held-out evidence bound")
-    parser.add_argument("--model", required=True, help="a run folder, or one checkpoints/step_* folder of it")
-    parser.add_argument("--data", required=True, help="prefix of indexed data (PREFIX.bin, PREFIX.idx)")
-    parser.add_argument("--rows", type=_at_least_two, default=256, help="held-out rows (default 256)")
-    parser.add_argument("--noise-levels", type=_positive, default=8, help="noise levels per row (default 8)")
-    parser.add_argument("--micro-sequences", type=_positive, default=8, help="rows per forward pass (default 8)")
-    parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
-    parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--output", type=Path, help="also write the result here as JSON")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     if arguments.output and not arguments.output.parent.is_dir():
         raise ConfigError(f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it first")
+    if arguments.output and arguments.output.is_dir():
+        raise ConfigError(f"--output {arguments.output} is a folder; give the name of a file in it")
 
     from megadiff.platform.quiet import quiet
 
     with quiet():
-        from megadiff.trained import open_trained
+        from megadiff.trained import open_model
 
-    with open_trained(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
-        found = trained.held_out_elbo(
-            arguments.data,
-            rows=arguments.rows,
-            noise_levels=arguments.noise_levels,
-            micro_sequences=arguments.micro_sequences,
-        )
-        print(f"{trained.folder}: {found.describe()}")
-        for low, high, value in found.by_log_snr:
-            print(f"  log-SNR {low:+.0f} to {high:+.0f}: {value:.4f} nats")
+    with open_model(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
+        measure = _elbo if arguments.measure == "elbo" else _likelihood
+        found = measure(trained, arguments)
         if arguments.output:
-            line = {"model": str(trained.folder), "step": trained.manifest.step, **found.as_metrics()}
+            line = {"model": str(trained.folder), "step": trained.manifest.step, **found}
             arguments.output.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+
+
+def _elbo(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    found = trained.held_out_elbo(
+        arguments.data,
+        rows=arguments.rows,
+        noise_levels=arguments.noise_levels,
+        micro_sequences=arguments.micro_sequences,
+    )
+    print(f"{trained.folder}: {found.describe()}")
+    for low, high, value in found.by_log_snr:
+        print(f"  log-SNR {low:+.0f} to {high:+.0f}: {value:.4f} nats")
+    return found.as_metrics()
+
+
+def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    from megadiff.eval.likelihood import BoundSettings
+    from megadiff.eval.texts_likelihood import Framing, pairs_likelihood, rolling_likelihood
+
+    settings = BoundSettings(
+        draws=arguments.draws,
+        estimator=arguments.estimator,
+        seed=arguments.seed,
+        batch_rows=arguments.micro_sequences,
+        context_length=trained.model.seq_length if arguments.fill_context else None,
+    )
+    framing = Framing(prepend_bos=arguments.prepend_bos, score_eos=arguments.score_eos)
+    data = Path(arguments.data)
+    if arguments.text_key:
+        found = rolling_likelihood(
+            trained, data, text_key=arguments.text_key, context=arguments.context, settings=settings, framing=framing
+        )
+    else:
+        keys = arguments.prompt_key, arguments.completion_key
+        found = pairs_likelihood(trained, data, keys=keys, settings=settings, framing=framing)
+    print(f"{trained.folder}: {found['summary']}")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "measure", choices=["elbo", "likelihood"], help="the held-out evidence bound, or the likelihood of given texts"
+    )
+    parser.add_argument("--model", required=True, help="a run folder, or one checkpoints/step_* folder of it")
+    parser.add_argument("--data", required=True, help="elbo: prefix of indexed data; likelihood: a .jsonl file")
+    parser.add_argument("--micro-sequences", type=_positive, default=8, help="rows per forward pass (default 8)")
+    parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
+    parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--output", type=Path, help="also write the result here as JSON")
+    elbo = parser.add_argument_group("elbo")
+    elbo.add_argument("--rows", type=_at_least_two, default=256, help="held-out rows (default 256)")
+    elbo.add_argument("--noise-levels", type=_positive, default=8, help="noise levels per row (default 8)")
+    texts = parser.add_argument_group("likelihood")
+    texts.add_argument("--prompt-key", default="prompt", help="string that is given (default prompt)")
+    texts.add_argument("--completion-key", default="completion", help="string that is measured (default completion)")
+    texts.add_argument("--text-key", help="measure whole documents under this key instead, window by window")
+    texts.add_argument("--context", type=int, default=0, help="tokens before a window it is given (default 0)")
+    texts.add_argument("--draws", type=_draws, default=128, help="noised copies of each text; even (default 128)")
+    texts.add_argument("--estimator", choices=["counts", "levels"], default="counts", help="see the README")
+    texts.add_argument("--prepend-bos", action="store_true", help="put bos before each prompt or document")
+    texts.add_argument("--score-eos", action="store_true", help="put eos behind each completion or document")
+    texts.add_argument("--fill-context", action="store_true", help="fill the model's row up with pure noise")
+    texts.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _draws(text: str) -> int:
+    value = int(text)
+    if value < 4 or value % 2:
+        raise argparse.ArgumentTypeError(f"must be even and at least 4, got {value}")
     return value
 
 

@@ -3,84 +3,148 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megadiff.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from megadiff.sampling.standalone import Settings
+    from megadiff.trained import TrainedModel
 
 _EPILOG = """examples:
   python tools/generate.py --model runs/demo --num-tokens 64 --steps 64 --count 4
   python tools/generate.py --model runs/demo --prompt "A list is" --temperature 0.8 --top-p 0.95
+  python tools/generate.py --model runs/demo --sampler adaptive --block-length 32 --trace denoising.html
 """
 
 
 def main() -> None:
     """Read the command line, sample, print a row of text each."""
+    arguments = _parser().parse_args()
+    if arguments.trace and not arguments.trace.parent.is_dir():
+        raise ConfigError(f"--trace {arguments.trace}: there is no folder {arguments.trace.parent}; make it first")
+
+    if arguments.trace and arguments.trace.is_dir():
+        raise ConfigError(f"--trace {arguments.trace} is a folder; give the name of a file in it")
+    _check(arguments)
+
+    from megadiff.platform.quiet import quiet
+
+    with quiet():
+        from megadiff.trained import open_model
+
+    with open_model(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
+        if trained.is_autoregressive:
+            raise ConfigError(f"{trained.folder} is an autoregressive control; this tool samples diffusion models only")
+        ids = trained.tokenizer.encode(arguments.prompt)
+        room = trained.model.seq_length - len(ids)
+        if room < 1:
+            raise ConfigError(
+                f"the prompt takes {len(ids)} tokens and the model's row holds {trained.model.seq_length}, so none "
+                "can be generated; shorten the prompt"
+            )
+        new = room if arguments.num_tokens is None else arguments.num_tokens
+        if not 1 <= new <= room or arguments.count < 1:
+            raise ConfigError(
+                f"the model's row holds {trained.model.seq_length} tokens, the prompt takes {len(ids)}: --num-tokens "
+                f"must lie in 1 to {room}, got {new}; --count must be at least 1, got {arguments.count}"
+            )
+        _sample(trained, ids, _settings(arguments, trained, new), arguments)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be before anything is loaded."""
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps ({arguments.steps}) must be at least 1")
+    top_k, top_p = arguments.top_k, arguments.top_p
+    is_tempered = 0 <= arguments.temperature < math.inf
+    if not is_tempered or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ConfigError(
+            "--temperature must be at least 0 and finite, --top-k at least 1 and --top-p in (0, 1], got "
+            f"{arguments.temperature}, {top_k} and {top_p}"
+        )
+
+
+def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments: argparse.Namespace) -> None:
+    import torch
+
+    from megadiff.sampling.live import LiveDenoising
+    from megadiff.sampling.standalone import generate
+    from megadiff.sampling.trace import Trace, token_text
+    from megadiff.sampling.trace_page import trace_page
+
+    look = token_text(trained.tokenizer)
+    prompt = torch.tensor([ids] * arguments.count, dtype=torch.int64).reshape(arguments.count, len(ids))
+    with LiveDenoising(look, mask_id=trained.mixing.mask_id) as live:
+        trace = Trace(ids, trained.mixing.mask_id, on_frame=live)
+        found = generate(
+            trained.denoise,
+            prompt.to(trained.platform.device),
+            settings,
+            trained.mixing,
+            seed=arguments.seed,
+            on_step=trace if arguments.trace or live.is_drawn else None,
+        )
+    for number, row in enumerate(found.sequences.tolist(), start=1):
+        text = _for_a_terminal(trained.tokenizer.decode(row))
+        print(text if arguments.count == 1 else f"[{number}] {' '.join(text.split())}")
+    if arguments.trace:
+        about = (
+            f"{trained.folder}, {settings.sampler}, {settings.max_denoising_steps} steps, seed {arguments.seed}, "
+            f"{float(found.tokens_per_forward[0]):.2f} tokens per forward pass"
+        )
+        page = trace_page(trace.frames, token_text=look, about=about)
+        arguments.trace.write_text(page, encoding="utf-8")
+
+
+def _settings(arguments: argparse.Namespace, trained: TrainedModel, new: int) -> Settings:
+    from megadiff.sampling.standalone import Settings
+
+    try:
+        return Settings(
+            max_new_tokens=new,
+            max_denoising_steps=arguments.steps,
+            block_length=arguments.block_length,
+            sampler=arguments.sampler,
+            tokens_per_step=arguments.tokens_per_step,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            guidance_scale=arguments.guidance_scale,
+            min_log_snr=trained.rate.min_log_snr,
+            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
+            max_log_snr=max(9.0, trained.rate.max_log_snr),
+            eos_token_id=trained.tokenizer.eos_id if arguments.stop_at_end else None,
+            pad_token_id=trained.tokenizer.pad_id,
+        )
+    except ValueError as error:
+        raise ConfigError(f"these options do not go together: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a run folder, or one checkpoints/step_* folder of it")
     parser.add_argument("--prompt", default="", help="text the row starts with; it is never changed")
-    parser.add_argument("--sampler", choices=["ancestral"], default="ancestral")
-    parser.add_argument("--steps", type=int, default=128, help="denoising steps (default 128)")
+    parser.add_argument("--sampler", choices=["ancestral", "adaptive"], default="ancestral")
+    parser.add_argument("--steps", type=int, default=128, help="denoising steps of a block (default 128)")
+    parser.add_argument("--block-length", type=int, help="denoise so many tokens at a time (default: all at once)")
+    parser.add_argument("--tokens-per-step", type=int, help="adaptive: tokens written in a step (default: as needed)")
     parser.add_argument("--num-tokens", type=int, help="new tokens (default: fill the model's row)")
     parser.add_argument("--count", type=int, default=1, help="rows of text (default 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
     parser.add_argument("--top-k", type=int, help="keep only the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="keep only the fewest tokens that together reach p")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="above 1: follow the prompt more closely")
+    parser.add_argument("--stop-at-end", action="store_true", help="end a row at its first end-of-text token")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", type=Path, help="also write the denoising of the first row as one HTML page")
     parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
-    arguments = parser.parse_args()
-    if arguments.temperature < 0 or _given(arguments.top_k) < 1 or not 0 < _given(arguments.top_p) <= 1:
-        raise ConfigError(
-            "--temperature must be at least 0, --top-k at least 1 and --top-p in (0, 1], got "
-            f"{arguments.temperature}, {arguments.top_k} and {arguments.top_p}"
-        )
-
-    from megadiff.platform.quiet import quiet
-
-    with quiet():
-        import torch
-
-        from megadiff.sampling.ancestral import sample
-        from megadiff.trained import open_trained
-
-    with open_trained(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
-        if trained.is_autoregressive:
-            raise ConfigError(f"{trained.folder} is an autoregressive control; this tool samples diffusion models only")
-        ids = trained.tokenizer.encode(arguments.prompt)
-        room = trained.model.seq_length - len(ids)
-        new = room if arguments.num_tokens is None else arguments.num_tokens
-        if not 1 <= new <= room or arguments.count < 1 or arguments.steps < 1:
-            raise ConfigError(
-                f"the model's row holds {trained.model.seq_length} tokens, the prompt takes {len(ids)}: --num-tokens "
-                f"must lie in 1 to {room}, got {new}; --count ({arguments.count}) and --steps ({arguments.steps}) must "
-                "be at least 1"
-            )
-        rows = sample(
-            partial(trained.denoise, prompt_length=len(ids)),
-            rows=arguments.count,
-            length=len(ids) + new,
-            steps=arguments.steps,
-            mixing=trained.mixing,
-            seed=arguments.seed,
-            min_log_snr=trained.rate.min_log_snr,
-            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
-            max_log_snr=max(9.0, trained.rate.max_log_snr),
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            prompt=torch.tensor([ids] * arguments.count, dtype=torch.int64) if ids else None,
-            device=trained.platform.device,
-        )
-        for number, row in enumerate(rows.tolist(), start=1):
-            text = _for_a_terminal(trained.tokenizer.decode(row))
-            print(text if arguments.count == 1 else f"[{number}] {' '.join(text.split())}")
-
-
-def _given(value: float | None) -> float:
-    """The value, or 1, which passes every bound, where there is none."""
-    return 1 if value is None else value
+    return parser
 
 
 def _for_a_terminal(text: str) -> str:

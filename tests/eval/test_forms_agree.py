@@ -18,8 +18,9 @@ from tests.support.runs import toy_config, wire_on_rank, write_corpus
 
 with quiet():
     from megadiff.eval.held_out import HeldOut, Measure, diffusion_bound
-    from megadiff.train.hooks import Evaluate, Save
+    from megadiff.train.hooks import Evaluate
     from megadiff.train.loop import train
+    from megadiff.train.saving import Saves
 
 
 def _bounds(config: Section, forms: dict[str, NoiseConfig]) -> dict[str, tuple[float, float]]:
@@ -27,7 +28,7 @@ def _bounds(config: Section, forms: dict[str, NoiseConfig]) -> dict[str, tuple[f
     run = wire_on_rank(config, 1)  # type: ignore[arg-type]
     held_out = next(hook.measure for hook in run.hooks if isinstance(hook, Evaluate))
     assert isinstance(held_out, HeldOut)
-    run.hooks = [hook for hook in run.hooks if not isinstance(hook, Save | Evaluate)]
+    run.hooks = [hook for hook in run.hooks if not isinstance(hook, Saves | Evaluate)]
     train(run)
     found = {}
     for name, noise in forms.items():

@@ -1,0 +1,201 @@
+"""How a bound is estimated from few noised copies of a text: by how many tokens are noised, not by a drawn level.
+
+With alpha = 1 - t and t uniform, the number m of noised tokens among n is uniform on 0..n, and given m the level's
+t has the law Beta(m + 1, n - m + 1). So a copy can be drawn by its count, stratified over 0..n, and the level then be
+integrated out: given the noised copy z,
+
+    E[ sum_i elbo_i | z ] = int G(lambda) q_lambda(z | x) dlambda / int p(lambda) q_lambda(z | x) dlambda
+
+with G the sum over the n tokens of w (KL + IS). The model is asked once a copy, since it reads z alone, and the mean
+over copies is an unbiased estimate of the whole bound, lambda over all the line. For masked noise the quotient is
+(n + 1) / m times the cross-entropy of the masked tokens, and copies without any mask are worth 0. (Putting the
+realised share m / n of noise in the level's place, as the released code does, gives n / m there: low by n / (n + 1).)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.objective import gidd_objective
+from megadiff.diffusion.philox import Stream, Words, below, threshold, unit_interval
+from megadiff.diffusion.snr import LINEAR
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+_LEVELS = 40.0
+_GRID = torch.linspace(-_LEVELS, _LEVELS, 4001, dtype=torch.float64)
+_NODES, _WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(64))
+_CHUNK = 2**22  # logits looked at together while levels are integrated out
+_NEGLIGIBLE = -26.0  # log of the share of a peak below which an integrand is left out
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Noised copies of one text."""
+
+    noised: IntArray
+    """[K, n]."""
+    log_snr: FloatArray | None
+    """[K] where the level was drawn and is to be taken as it is; None where it is to be integrated out."""
+    factor: float
+    """What the mean over copies of `copy_bounds` is multiplied with to be the estimate."""
+
+
+def copies_by_count(clean: IntArray, count: int, *, mixing: Mixing, seed: int, key: int) -> Copies:
+    """Copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
+
+    Args:
+        clean: [n] ids, n >= 1.
+        count: K.
+        seed, key: what the draws are a function of; `key` is the text's own number in [0, 2^63).
+    """
+    length, is_masked = len(clean), mixing.is_masked_limit
+    share = _strata(count, seed, key)
+    noised_count = np.floor(share * (length if is_masked else length + 1)).astype(np.int64) + is_masked
+    level = np.sort(_draws(seed, "level", key, count, length + 1, unit_interval))
+    level = np.take_along_axis(level, noised_count[:, None], axis=1)
+    words = _draws(seed, "noise", key, count, length, tuple)
+    order = np.argsort((words[0] << np.uint64(32)) | np.arange(length, dtype=np.uint64), axis=1)
+    is_noised = np.zeros((count, length), dtype=np.bool_)
+    np.put_along_axis(is_noised, order, np.arange(length) < noised_count[:, None], axis=1)
+    _spread_evenly(is_noised, noised_count, Stream(seed, "likelihood/set").uniforms(np.array([key]), 2 * count)[0])
+    log_snr = np.log1p(-level) - np.log(np.maximum(level, 1e-300))
+    noised = np.where(is_noised, _replacements(words, log_snr, mixing), clean)
+    return Copies(noised, None, length / (length + 1) if is_masked else 1.0)
+
+
+def copies_by_level(clean: IntArray, count: int, *, mixing: Mixing, seed: int, key: int) -> Copies:
+    """Copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (arguments as above)."""
+    log_snr = LINEAR.log_snr(_strata(count, seed, key))
+    words = _draws(seed, "noise", key, count, len(clean), tuple)
+    keep = words[0] < threshold(1.0 / (1.0 + np.exp(-log_snr)))[:, None]
+    noised = np.where(keep, clean, _replacements(words, log_snr[:, None], mixing))
+    return Copies(noised, log_snr, LINEAR.mass)
+
+
+def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, mixing: Mixing) -> float:
+    """What one copy says of the bound, in nats over all n tokens.
+
+    Args:
+        logits: [n, V or more] the model's answer to the copy.
+        clean, noised: [n] ids.
+        log_snr: the drawn level, or None to integrate over all of them.
+    """
+    if log_snr is not None:
+        level = torch.full(clean.shape, log_snr, dtype=torch.float64, device=clean.device)
+        return float(gidd_objective(logits, clean, noised, level, mixing=mixing).elbo.double().sum())
+    if mixing.is_masked_limit:
+        return _masked_bound(logits, clean, noised, mixing)
+    nodes, weights, log_likelihood = posterior_nodes(clean, noised, mixing)
+    like = torch.exp(log_likelihood - log_likelihood.max())
+    density = torch.sigmoid(nodes) * torch.sigmoid(-nodes)
+    total = 0.0
+    step = max(1, _CHUNK // logits.numel())
+    for first in range(0, len(nodes), step):
+        level = nodes[first : first + step].to(clean.device).unsqueeze(-1).expand(-1, len(clean))
+        many = level.shape
+        terms = gidd_objective(
+            logits.expand(*many, logits.shape[-1]), clean.expand(many), noised.expand(many), level, mixing=mixing
+        )
+        total += float((weights * like)[first : first + step] @ terms.loss.double().sum(-1).cpu())
+    return total / float((weights * like * density).sum())
+
+
+def posterior_nodes(clean: Tensor, noised: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
+    """Quadrature over the levels that may have made this copy: nodes, weights and log q(z | x) at the nodes, [S]."""
+    masks, kept = int((noised == mixing.mask_id).sum()), int((noised == clean).sum())
+    return _nodes_of_counts((masks, kept, len(clean) - masks - kept), mixing)
+
+
+@lru_cache(maxsize=4096)
+def _nodes_of_counts(counts: tuple[int, int, int], mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
+    log_q = _log_likelihood(_GRID, counts, mixing)
+    log_u, log_alpha = mixing.log_u(_GRID), torch.nn.functional.logsigmoid(_GRID)
+    # The bound's integrand is about alpha times the largest weight; the schedule's is alpha beta.
+    kept_weight = 2 * log_u - torch.logaddexp(log_u, math.log(mixing.num_real) + _GRID)
+    upper = log_q + log_alpha + (torch.zeros_like(_GRID) if counts[0] or counts[2] else kept_weight)
+    lower = log_q + log_alpha + torch.nn.functional.logsigmoid(-_GRID)
+    matters = (upper > upper.max() + _NEGLIGIBLE) | (lower > lower.max() + _NEGLIGIBLE)
+    spacing = float(_GRID[1] - _GRID[0])
+    low, high = float(_GRID[matters][0]) - spacing, float(_GRID[matters][-1]) + spacing
+    half = (high - low) / 2
+    nodes = low + half * (_NODES + 1)
+    return nodes, _WEIGHTS * half, _log_likelihood(nodes, counts, mixing)
+
+
+def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> Tensor:
+    """log q_lambda(z | x) of a copy with so many masks, unchanged and changed tokens."""
+    log_alpha, log_beta = torch.nn.functional.logsigmoid(log_snr), torch.nn.functional.logsigmoid(-log_snr)
+    log_c = log_beta + mixing.log_u(log_snr) - math.log(mixing.num_real)
+    log_mask = log_beta + torch.nn.functional.logsigmoid(-mixing.logit_u(log_snr))
+    parts = (log_mask, torch.logaddexp(log_alpha, log_c), log_c)
+    total = torch.zeros_like(log_snr)
+    for count, part in zip(counts, parts, strict=True):
+        if count:  # never 0 times an infinite logarithm
+            total = total + count * part
+    return total
+
+
+def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, mixing: Mixing) -> float:
+    """(n + 1) / m times the cross-entropy of the m masked tokens; 0 without any."""
+    masked = noised == mixing.mask_id
+    count = int(masked.sum())
+    if count == 0:
+        return 0.0
+    values = logits[masked][:, : mixing.vocab_size]
+    values = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
+    values[:, mixing.mask_id] = -torch.inf
+    entropy = torch.nn.functional.cross_entropy(values, clean[masked], reduction="none")
+    return (len(clean) + 1) / count * float(entropy.double().sum())
+
+
+def _strata(count: int, seed: int, key: int) -> FloatArray:
+    """One number in each of `count` equal parts of [0, 1), in order."""
+    jitter = Stream(seed, "likelihood/count").uniforms(np.array([key], dtype=np.int64), count)[0]
+    return (np.arange(count) + jitter) / count
+
+
+def _spread_evenly(is_noised: BoolArray, noised_count: IntArray, uniforms: FloatArray) -> None:
+    """Where a short text's sets of one size are fewer than the copies of that size, take each about equally often.
+
+    Every copy's set stays uniform among those of its size. Copies of one size are put in a random order, so that
+    neighbours differ as independent ones would and a standard error from their differences is, if anything, too large.
+    """
+    length = is_noised.shape[1]
+    for size in np.unique(noised_count).tolist():
+        copies = np.flatnonzero(noised_count == size)
+        if math.comb(length, size) > len(copies):
+            continue
+        sets = list(itertools.combinations(range(length), size))
+        jitter, shuffle = uniforms[copies], np.argsort(uniforms[len(uniforms) // 2 :][copies])
+        chosen = np.floor((np.arange(len(copies)) + jitter) / len(copies) * len(sets)).astype(np.int64)[shuffle]
+        is_noised[copies] = False
+        for copy, which in zip(copies.tolist(), chosen.tolist(), strict=True):
+            is_noised[copy, list(sets[which])] = True
+
+
+def _draws(seed: int, name: str, key: int, count: int, length: int, read: Callable[[Words], Any]) -> Any:
+    """What `read` makes of the four words of each token of each copy, [K, length] each."""
+    words = Stream(seed, f"likelihood/{name}").words(np.array([key], dtype=np.int64), count * length)
+    return read(tuple(word.reshape(count, length) for word in words))
+
+
+def _replacements(words: Words, log_snr: FloatArray, mixing: Mixing) -> IntArray:
+    """What each token is replaced with if it is noised at its copy's level ([K, 1]), [K, n]."""
+    token = below(words[2], words[3], mixing.num_real).astype(np.int64)
+    token += token >= mixing.mask_id
+    share = mixing.uniform_share(np.clip(log_snr, -_LEVELS, _LEVELS))
+    return np.where(words[1] < threshold(share), token, mixing.mask_id)

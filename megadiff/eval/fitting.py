@@ -1,0 +1,46 @@
+"""Texts longer than a model's row, cut so that every completion token is still scored once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megadiff.eval.likelihood import Item, Likelihood
+from megadiff.eval.rolling import rolling_items
+
+
+def fitted(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
+    """The item in pieces that fit into a row, each a factor of its likelihood; one piece wherever that is possible.
+
+    A prompt too long loses its first tokens. A completion that fills a row by itself is scored window after window:
+    the first behind the last half row of the prompt, each later one behind the half row before it.
+
+    Args:
+        item: without what stands before every prompt.
+        length: tokens of a row, at least 2 more than `start`.
+        start: tokens before every prompt (bos); they are never cut off.
+    """
+    start, room = tuple(start), length - len(start)
+    if len(item.completion) >= room:
+        half = max(1, length // 2)
+        before = (*start, *_last(item.prompt, half - len(start)))
+        return rolling_items(item.completion, length=length, context=half, start=before)
+    return [Item((*start, *_last(item.prompt, room - len(item.completion))), item.completion)]
+
+
+def is_cut(item: Item, *, length: int, start: Sequence[int] = ()) -> bool:
+    """Whether `fitted` leaves something out or cuts in pieces."""
+    return len(start) + len(item.ids) > length
+
+
+def joined(parts: Sequence[Likelihood]) -> Likelihood:
+    """An item's likelihood from those of its pieces, whose noise is independent."""
+    return Likelihood(
+        nll=math.fsum(part.nll for part in parts),
+        stderr=math.sqrt(math.fsum(part.stderr**2 for part in parts)),
+        tokens=sum(part.tokens for part in parts),
+    )
+
+
+def _last(ids: tuple[int, ...], count: int) -> tuple[int, ...]:
+    return ids[len(ids) - count :] if 0 < count < len(ids) else ids if count > 0 else ()

@@ -1,0 +1,101 @@
+"""Whether a completion is what a model would write if it always took the most probable token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.next_token import next_token_rows, start_id
+from megadiff.diffusion.snr import Rate
+from megadiff.eval.likelihood import Item
+from megadiff.eval.texts_likelihood import Measured
+from megadiff.sampling.standalone import Settings, generate
+
+T = TypeVar("T")
+
+
+class Sampled(Measured, Protocol):
+    """A model that can be measured and, where it is a diffusion model, sampled; such as `trained.TrainedModel`."""
+
+    @property
+    def rate(self) -> Rate:
+        """How it was trained to see noise levels."""
+        ...
+
+    def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
+        """Ids [B, L] with so many clean leading tokens to logits [B, L, V]."""
+        ...
+
+
+def greedy(
+    model: Sampled, items: Sequence[Item], *, batch_rows: int = 32, seed: int = 0, progress: Callable[[int], None]
+) -> list[bool]:
+    """Whether each completion is the greedy one, in their order; an empty one is.
+
+    An autoregressive model: every token is the most probable one behind those before it. A diffusion model: the
+    completion is what the adaptive sampler writes behind the prompt at temperature 0, one token a step, into as
+    many positions of noise as the completion has tokens; that noise is keyed by (seed, the prompt), so at most one
+    completion of a length is greedy.
+    """
+    found = [not item.completion for item in items]
+    judge = _next_tokens_agree if model.is_autoregressive else _writes_the_same
+    open_items = (i for i, item in enumerate(items) if item.completion)
+    for taken in batches(open_items, lambda i: (len(items[i].prompt), len(items[i].completion)), batch_rows):
+        for i, answer in zip(taken, judge(model, [items[i] for i in taken], seed), strict=True):
+            found[i] = answer
+        progress(len(taken))
+    return found
+
+
+def batches(members: Iterable[T], key: Callable[[T], tuple[int, ...]], count: int) -> Iterator[list[T]]:
+    """Members of equal keys together, at most `count` at a time, in the order of the keys."""
+    waiting: list[T] = []
+    for member in sorted(members, key=key):
+        if waiting and (len(waiting) == count or key(waiting[0]) != key(member)):
+            yield waiting
+            waiting = []
+        waiting.append(member)
+    if waiting:
+        yield waiting
+
+
+def end_log_snr(rate: Rate) -> float:
+    """The log-SNR a sampler ends at: the time form of training ends at a level that still holds noise."""
+    return max(9.0, rate.max_log_snr)
+
+
+def _writes_the_same(model: Sampled, items: Sequence[Item], seed: int) -> list[bool]:
+    length = len(items[0].completion)
+    settings = Settings(
+        max_new_tokens=length,
+        max_denoising_steps=length,
+        sampler="adaptive",
+        tokens_per_step=1,
+        temperature=0.0,
+        min_log_snr=model.rate.min_log_snr,
+        max_log_snr=end_log_snr(model.rate),
+    )
+    prompts = torch.tensor([item.prompt for item in items], dtype=torch.int64).reshape(len(items), -1)
+    seeds = [seed_of(seed, Item(item.prompt, ())) for item in items]
+    written = generate(model.denoise, prompts.to(model.platform.device), settings, model.mixing, seed=seeds).sequences
+    return [tuple(row) == item.ids for row, item in zip(written.tolist(), items, strict=True)]
+
+
+def seed_of(seed: int, item: Item) -> int:
+    """A number for this pair and no other."""
+    return (seed << 63) + item.key
+
+
+def _next_tokens_agree(model: Sampled, items: Sequence[Item], seed: int) -> list[bool]:
+    del seed  # nothing is drawn
+    clean = np.array([item.ids for item in items], dtype=np.int64)
+    rows = next_token_rows(clean, start_id=start_id(model.tokenizer))
+    logits = model.answer(rows.noised.to(model.platform.device), rows.prompt_length)
+    logits = logits[:, len(items[0].prompt) :, : model.mixing.vocab_size].float()
+    logits[..., model.mixing.mask_id] = -torch.inf
+    agrees = logits.argmax(dim=-1).cpu() == rows.clean[:, len(items[0].prompt) :]
+    return agrees.all(dim=1).tolist()

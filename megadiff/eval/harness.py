@@ -1,0 +1,252 @@
+"""A trained model as lm-evaluation-harness asks for it: importing this file registers it there as `megadiff`.
+
+    with open_model("runs/demo") as model:
+        lm_eval.simple_evaluate(model=HarnessModel(model), tasks=["arc_easy"])
+
+Every answer is a function of (seed, the request): not of the batch, the order, or the other tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from megadiff.errors import ConfigError
+from megadiff.eval.continuation import Manner, Wish, continuations
+from megadiff.eval.fitting import fitted, is_cut, joined
+from megadiff.eval.greedy import Sampled, greedy
+from megadiff.eval.likelihood import BoundSettings, Item, Likelihood
+from megadiff.eval.rolling import rolling_items
+from megadiff.eval.texts import item_of
+from megadiff.eval.texts_likelihood import Framing, likelihoods
+
+log = logging.getLogger("megadiff")
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """How a model answers."""
+
+    bound: BoundSettings = field(default_factory=BoundSettings)
+    """Of a diffusion model's likelihoods; `batch_rows` also of an autoregressive one's."""
+    manner: Manner = field(default_factory=Manner)
+    """Of continuations."""
+    context: int = 0
+    """Rolling: tokens before a window it is given, at most."""
+    prepend_bos: bool = False
+    """bos before each prompt, context or document; an autoregressive model's rows start with it anyway."""
+    check_greedy: bool = True
+    """Whether to find out which completions are the greedy ones; else none is said to be."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A likelihood as it was given to the harness, with what the harness does not ask for."""
+
+    task: str | None
+    doc: int | None
+    choice: int
+    """The request's number within its document."""
+    kind: str
+    """loglikelihood or loglikelihood_rolling."""
+    log_likelihood: float
+    """Nats; a lower bound for a diffusion model."""
+    stderr: float
+    """Of the estimate of the bound; 0 where it is exact."""
+    tokens: int
+    is_greedy: bool | None
+    """None where it was not asked for."""
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A continuation as it was given to the harness."""
+
+    task: str | None
+    doc: int | None
+    text: str
+
+
+class HarnessModel(LM):
+    """A trained model that answers the harness's three kinds of request.
+
+    Likelihoods of a diffusion model are lower bounds (prompt clean, completion noised), so that choices are compared
+    by their bounds; those of an autoregressive model are exact. No end token is scored.
+
+    Args:
+        model: an opened one (`trained.open_model`).
+        settings: how it answers.
+        batch_size: rows for each forward pass instead of the settings' own; what the harness hands on by this name.
+        say: told once of each thing that is cut or left out.
+
+    Raises:
+        ConfigError: a path instead of an opened model, or bos asked of a tokenizer without one.
+    """
+
+    def __init__(
+        self,
+        model: Sampled,
+        settings: HarnessSettings | None = None,
+        *,
+        batch_size: int | str | None = None,
+        say: Callable[[str], None] = log.warning,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, str):
+            raise ConfigError(
+                f"wanted an opened model, found the path {model!r}; open it with megadiff.trained.open_model, or run "
+                "tools/harness.py"
+            )
+        self._model, self._settings = model, settings or HarnessSettings()
+        if batch_size is not None:
+            self._settings = _batched(self._settings, int(batch_size))
+        has_bos = self._settings.prepend_bos and not model.is_autoregressive
+        self._start, _ = Framing(prepend_bos=has_bos).ids(model.tokenizer)
+        self._speak, self._said = say, set[str]()
+        self.answers: list[Answer] = []
+        """Every likelihood given so far, in the order of the requests."""
+        self.continued: list[Continued] = []
+        """Every continuation given so far."""
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, is_greedy) of a continuation behind its context, for each request.
+
+        A context too long for a row loses its first tokens. `is_greedy` of a diffusion model: whether the adaptive
+        sampler writes just this continuation at temperature 0, one token a step, into as many positions as it has
+        tokens (`greedy`); False for all where the settings leave that out.
+        """
+        items = [self._item(*request.args) for request in requests]
+        length = self._model.model.seq_length
+        if any(is_cut(item, length=length, start=self._start) for item in items):
+            self._say(
+                f"the model's row holds {length} tokens; long contexts lose their first ones, and completions "
+                "that fill a row are scored in pieces"
+            )
+        pieces = [fitted(item, length=length, start=self._start) for item in items]
+        found = self._measured(pieces, "loglikelihood", disable_tqdm)
+        agrees = self._greedy(pieces, disable_tqdm)
+        self._remember(requests, "loglikelihood", found, agrees)
+        return [(-one.nll, bool(same)) for one, same in zip(found, agrees, strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of whole texts, window by window: every token is scored once."""
+        try:
+            pieces = [
+                rolling_items(
+                    self._model.tokenizer.encode(request.args[0]),
+                    length=self._model.model.seq_length,
+                    context=self._settings.context,
+                    start=self._start,
+                )
+                for request in requests
+            ]
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        found = self._measured(pieces, "loglikelihood_rolling", disable_tqdm)
+        self._remember(requests, "loglikelihood_rolling", found, [None] * len(found))
+        return [-one.nll for one in found]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each context, up to the first of the request's stop strings (see `Wish`).
+
+        Raises:
+            ConfigError: the model is autoregressive, or a request asks for what cannot be.
+        """
+        wishes = [(request.args[0], Wish.from_names(request.args[1])) for request in requests]
+        for name in sorted({name for _, wish in wishes for name in wish.unknown}):
+            self._say(f"generation_kwargs: {name} means nothing to this model and is left out")
+        with _bar(len(requests), "generate_until", disable_tqdm) as progress:
+            texts = continuations(
+                self._model, wishes, self._settings.manner, start=self._start, progress=progress, say=self._say
+            )
+        told = zip(requests, texts, strict=True)
+        self.continued += [Continued(request.task_name, request.doc_id, text) for request, text in told]
+        return texts
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes about a model beside its scores."""
+        kind = "exact" if self._model.is_autoregressive else "bound"
+        return {"likelihood": kind, "seq_length": self._model.model.seq_length, **asdict(self._settings)}
+
+    def estimates(self) -> dict[str, dict[str, float]]:
+        """For each task the sum of its log-likelihoods with the standard error of the estimate."""
+        found: dict[str, dict[str, float]] = {}
+        for task in dict.fromkeys(answer.task for answer in self.answers):
+            own = [answer for answer in self.answers if answer.task == task]
+            found[str(task)] = {
+                "requests": len(own),
+                "tokens": sum(answer.tokens for answer in own),
+                "log_likelihood": math.fsum(answer.log_likelihood for answer in own),
+                "log_likelihood_stderr": math.sqrt(math.fsum(answer.stderr**2 for answer in own)),
+            }
+        return found
+
+    def _item(self, context: str, continuation: str) -> Item:
+        """White space between the two belongs to the continuation, as the harness's own models have it."""
+        before = context.rstrip()
+        return item_of(before, context[len(before) :] + continuation, self._model.tokenizer)
+
+    def _measured(self, pieces: Sequence[Sequence[Item]], kind: str, is_silent: bool) -> list[Likelihood]:
+        """Each request's likelihood; equal pieces are measured once."""
+        items = sorted(dict.fromkeys(item for own in pieces for item in own), key=lambda item: len(item.ids))
+        found: dict[Item, Likelihood] = {}
+        count = 8 * self._settings.bound.batch_rows  # between two moves of the bar
+        with _bar(len(items), kind, is_silent) as progress:
+            for first in range(0, len(items), count):
+                taken = items[first : first + count]
+                found.update(zip(taken, likelihoods(self._model, taken, self._settings.bound), strict=True))
+                progress(len(taken))
+        return [joined([found[item] for item in own]) for own in pieces]
+
+    def _greedy(self, pieces: Sequence[Sequence[Item]], is_silent: bool) -> list[bool | None]:
+        if not self._settings.check_greedy:
+            self._say("no completion is said to be greedy, as asked: leave out tasks that count them")
+            return [None] * len(pieces)
+        items = list(dict.fromkeys(item for own in pieces for item in own))
+        bound = self._settings.bound
+        with _bar(len(items), "greedy", is_silent) as progress:
+            same = greedy(self._model, items, batch_rows=bound.batch_rows, seed=bound.seed, progress=progress)
+        agrees = dict(zip(items, same, strict=True))
+        return [all(agrees[item] for item in own) for own in pieces]
+
+    def _remember(
+        self, requests: Sequence[Any], kind: str, found: Sequence[Likelihood], agrees: Sequence[bool | None]
+    ) -> None:
+        for request, one, same in zip(requests, found, agrees, strict=True):
+            self.answers.append(
+                Answer(request.task_name, request.doc_id, request.idx, kind, -one.nll, one.stderr, one.tokens, same)
+            )
+
+    def _say(self, sentence: str) -> None:
+        """Once for each sentence."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self._speak(sentence)
+
+
+def _batched(settings: HarnessSettings, rows: int) -> HarnessSettings:
+    if rows < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {rows}")
+    return replace(
+        settings,
+        bound=replace(settings.bound, batch_rows=rows),
+        manner=replace(settings.manner, batch_rows=rows),
+    )
+
+
+@contextmanager
+def _bar(total: int, what: str, is_silent: bool) -> Iterator[Callable[[int], Any]]:
+    """A bar where there is a terminal, and what moves it."""
+    with tqdm(total=total, desc=what, disable=True if is_silent else None) as bar:
+        yield bar.update
+
+
+register_model("megadiff")(HarnessModel)  # not as a decorator: its type would hide the class's own

@@ -1,0 +1,216 @@
+"""Likelihoods of texts given prompts, each with its standard error: bounds for diffusion, exact for autoregression.
+
+Only a completion's tokens are noised; its prompt stays clean. A result is a function of (seed, the item's own tokens):
+not of the batch, the order, or what else is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.next_token import next_token_rows
+from megadiff.eval.effective_count import Copies, copies_by_count, copies_by_level, copy_bounds
+from megadiff.sampling.standalone import Draws
+
+Answer = Callable[[Tensor, Tensor], Tensor]
+"""(ids [B, L] int64, prompt lengths [B] int64 on the CPU) -> logits [B, L, V or more]."""
+
+Progress = Callable[[int], None]
+"""Told how many items have just been finished."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is measured: completion given prompt, both token ids; an empty prompt is none."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    @property
+    def key(self) -> int:
+        """A number in [0, 2^63) made of the tokens: what the item's noise is keyed by."""
+        text = f"{','.join(map(str, self.prompt))}|{','.join(map(str, self.completion))}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and completion."""
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Negative log-likelihood of a completion in nats."""
+
+    nll: float
+    """Exact, or for a diffusion model an upper bound (its log-likelihood is at least -nll)."""
+    stderr: float
+    """Of the estimate of the bound, never too small on average (see `mean_and_error`); 0 where it is exact."""
+    tokens: int
+    """Completion tokens."""
+
+
+@dataclass(frozen=True)
+class BoundSettings:
+    """How a bound is estimated.
+
+    Raises:
+        ValueError: an odd number of draws, or fewer than 4.
+    """
+
+    draws: int = 128
+    """Noised copies of each item, each a row for the model; even."""
+    estimator: Literal["counts", "levels"] = "counts"
+    """counts: by the number of noised tokens (`effective_count`); levels: by stratified levels on [-9, 9]."""
+    seed: int = 0
+    batch_rows: int = 32
+    context_length: int | None = None
+    """Fill rows up to this length with pure noise behind the completion, as the released code does; None: do not."""
+
+    def __post_init__(self) -> None:
+        if self.draws < 4 or self.draws % 2:
+            raise ValueError(f"draws must be even and at least 4, got {self.draws}")
+
+
+def bounds(
+    items: Sequence[Item],
+    denoise: Answer,
+    *,
+    mixing: Mixing,
+    settings: BoundSettings | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> list[Likelihood]:
+    """The diffusion bound of every item, in their order. Rows of equal length share a batch.
+
+    Raises:
+        ValueError: an item longer than `context_length`.
+    """
+    settings = settings or BoundSettings()
+    found: list[Likelihood | None] = [None] * len(items)
+    for rows in _batches(items, settings, mixing):
+        logits = denoise(_row_ids(items, rows, settings, mixing).to(device), _prompt_lengths(items, rows))
+        for row, answer in zip(rows, logits, strict=True):
+            item = items[row.item]
+            start, stop = len(item.prompt), len(item.ids)
+            clean, noised = (torch.tensor(ids, device=answer.device) for ids in (item.completion, row.noised.tolist()))
+            row.values[row.draw] = copy_bounds(answer[start:stop], clean, noised, row.log_snr, mixing=mixing)
+            if row.draw == settings.draws - 1:
+                mean, error = mean_and_error(row.values)
+                found[row.item] = Likelihood(mean * row.factor, error * row.factor, len(item.completion))
+                if progress is not None:
+                    progress(1)
+    return [Likelihood(0.0, 0.0, 0) if one is None else one for one in found]
+
+
+def exact(
+    items: Sequence[Item],
+    next_token: Answer,
+    *,
+    start_id: int,
+    mask_id: int,
+    vocab_size: int,
+    batch_rows: int = 32,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> list[Likelihood]:
+    """The likelihood of every item under an autoregressive model, in their order.
+
+    Args:
+        next_token: the model; causal, so rows are filled up behind their text to share a batch.
+        start_id: what stands before the first token (see `diffusion.next_token`).
+        mask_id, vocab_size: the mask and padding are no tokens: the softmax leaves them out.
+    """
+    found = [Likelihood(0.0, 0.0, 0)] * len(items)
+    order = sorted((i for i, item in enumerate(items) if item.completion), key=lambda i: (len(items[i].ids), i))
+    for first in range(0, len(order), batch_rows):
+        taken = order[first : first + batch_rows]
+        length = len(items[taken[-1]].ids)
+        clean = np.array([items[i].ids + (start_id,) * (length - len(items[i].ids)) for i in taken], dtype=np.int64)
+        shifted = next_token_rows(clean, start_id=start_id)
+        logits = next_token(shifted.noised.to(device), shifted.prompt_length)[..., :vocab_size]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        logits[..., mask_id] = -torch.inf
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), shifted.clean.to(device), reduction="none")
+        for i, row in zip(taken, nll.double(), strict=True):
+            start, stop = len(items[i].prompt), len(items[i].ids)
+            found[i] = Likelihood(float(row[start:stop].sum()), 0.0, stop - start)
+        if progress is not None:
+            progress(len(taken))
+    return found
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of values of neighbouring strata, one a stratum, and its standard error from neighbours' differences.
+
+    With pairs (y_2j, y_2j+1) the variance of the mean is estimated as sum of (y_2j - y_2j+1)^2 / K^2 (collapsed
+    strata): on average never too small, since what differs between two strata is counted as noise.
+    """
+    pairs = values.reshape(-1, 2)
+    return float(values.mean()), math.sqrt(float(np.square(pairs[:, 0] - pairs[:, 1]).sum())) / len(values)
+
+
+@dataclass
+class _Row:
+    """One noised copy of one item on its way through the model; the rows of an item share `values`."""
+
+    item: int
+    draw: int
+    noised: np.ndarray
+    log_snr: float | None
+    factor: float
+    values: np.ndarray
+
+
+def _batches(items: Sequence[Item], settings: BoundSettings, mixing: Mixing) -> Iterator[list[_Row]]:
+    """Rows of one length, at most `batch_rows` of them at a time."""
+    longest = max((len(item.ids) for item in items), default=0)
+    if settings.context_length is not None and longest > settings.context_length:
+        raise ValueError(f"an item has {longest} tokens, more than the context of {settings.context_length}")
+    order = sorted((i for i, item in enumerate(items) if item.completion), key=lambda i: (len(items[i].ids), i))
+    waiting: list[_Row] = []
+    for index in order:
+        length = len(items[index].ids)
+        if waiting and settings.context_length is None and len(items[waiting[0].item].ids) != length:
+            yield waiting
+            waiting = []
+        copies, values = _copies(items[index], settings, mixing), np.zeros(settings.draws)
+        for draw, noised in enumerate(copies.noised):
+            level = None if copies.log_snr is None else float(copies.log_snr[draw])
+            waiting.append(_Row(index, draw, noised, level, copies.factor, values))
+            if len(waiting) == settings.batch_rows:
+                yield waiting
+                waiting = []
+    if waiting:
+        yield waiting
+
+
+def _copies(item: Item, settings: BoundSettings, mixing: Mixing) -> Copies:
+    draw = copies_by_count if settings.estimator == "counts" else copies_by_level
+    clean = np.array(item.completion, dtype=np.int64)
+    return draw(clean, settings.draws, mixing=mixing, seed=settings.seed, key=item.key)
+
+
+def _row_ids(items: Sequence[Item], rows: Sequence[_Row], settings: BoundSettings, mixing: Mixing) -> Tensor:
+    """What the model reads, [B, L]: clean prompt, noised completion and, if asked for, pure noise up to the context."""
+    own = [[*items[row.item].prompt, *row.noised.tolist()] for row in rows]
+    if settings.context_length is None:
+        return torch.tensor(own)
+    keys = torch.tensor([items[row.item].key for row in rows])
+    tail = Draws(settings.seed, keys, "cpu").noise(settings.context_length, -9.0, mixing, name="likelihood/tail")
+    for place, ids in enumerate(own):
+        tail[place, : len(ids)] = torch.tensor(ids)
+    return tail
+
+
+def _prompt_lengths(items: Sequence[Item], rows: Sequence[_Row]) -> Tensor:
+    return torch.tensor([len(items[row.item].prompt) for row in rows], dtype=torch.int64)

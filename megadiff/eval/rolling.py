@@ -1,0 +1,104 @@
+"""Rolling likelihood: whole documents, longer than a model's row, as word and byte perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megadiff.eval.likelihood import Item, Likelihood
+
+
+@dataclass(frozen=True)
+class RollingResult:
+    """One document or several together."""
+
+    nll: float
+    """Nats, over all tokens; a bound for a diffusion model."""
+    stderr: float
+    tokens: int
+    words: int
+    """Runs of characters between white space."""
+    bytes: int
+    """UTF-8 bytes of the text; end tokens add none."""
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(nll / words)."""
+        return _exp(self.nll / self.words) if self.words else math.nan
+
+    @property
+    def byte_perplexity(self) -> float:
+        """exp(nll / bytes)."""
+        return _exp(self.nll / self.bytes) if self.bytes else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nll / (bytes log 2)."""
+        return self.nll / self.bytes / math.log(2) if self.bytes else math.nan
+
+    def as_json(self) -> dict[str, float | int]:
+        """Every figure with its standard error, the perplexities' by the first-order rule."""
+        word_error, byte_error = (self.stderr / count if count else math.nan for count in (self.words, self.bytes))
+        return {
+            "nll": self.nll,
+            "nll_stderr": self.stderr,
+            "tokens": self.tokens,
+            "words": self.words,
+            "bytes": self.bytes,
+            "word_perplexity": self.word_perplexity,
+            "word_perplexity_stderr": self.word_perplexity * word_error,
+            "byte_perplexity": self.byte_perplexity,
+            "byte_perplexity_stderr": self.byte_perplexity * byte_error,
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_stderr": byte_error / math.log(2),
+        }
+
+
+def rolling_items(ids: Sequence[int], *, length: int, context: int, start: Sequence[int] = ()) -> list[Item]:
+    """Cut a document into items so that every token is a completion token exactly once.
+
+    Args:
+        ids: the document's tokens, with its end token if that is to be scored.
+        length: tokens of a row, prompt and completion together.
+        context: how many tokens before a window it is given as its clean prompt, at most; 0 measures windows apart.
+        start: tokens before the first one (bos), given and not scored.
+
+    Raises:
+        ValueError: a context that leaves no room for a completion.
+    """
+    if not 0 <= max(context, len(start)) < length:
+        raise ValueError(f"the context ({context} tokens) must be shorter than a row ({length})")
+    items, place = [], 0
+    while place < len(ids):
+        prompt = tuple(start) if place == 0 else tuple(ids[max(0, place - context) : place])
+        stop = min(len(ids), place + length - len(prompt))
+        items.append(Item(prompt, tuple(ids[place:stop])))
+        place = stop
+    return items
+
+
+def rolled(parts: Sequence[Likelihood], text: str) -> RollingResult:
+    """A document's figures from those of its windows, which are independent."""
+    return RollingResult(
+        nll=math.fsum(part.nll for part in parts),
+        stderr=math.sqrt(math.fsum(part.stderr**2 for part in parts)),
+        tokens=sum(part.tokens for part in parts),
+        words=len(text.split()),
+        bytes=len(text.encode("utf-8")),
+    )
+
+
+def pooled(documents: Sequence[RollingResult]) -> RollingResult:
+    """Several documents as one: sums of everything, so that long documents count by their length."""
+    return RollingResult(
+        nll=math.fsum(one.nll for one in documents),
+        stderr=math.sqrt(math.fsum(one.stderr**2 for one in documents)),
+        tokens=sum(one.tokens for one in documents),
+        words=sum(one.words for one in documents),
+        bytes=sum(one.bytes for one in documents),
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

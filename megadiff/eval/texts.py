@@ -1,0 +1,67 @@
+"""Texts to measure: lines of JSON to strings, and strings to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megadiff.data.tokenizers import Tokenizer
+from megadiff.errors import DataError
+from megadiff.eval.likelihood import Item
+
+
+def read_lines(path: Path, keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """The strings under `keys` of every line of a .jsonl file; empty lines are skipped.
+
+    Raises:
+        DataError: no such file, nothing in it, or a line that is no object with strings under these keys.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: wanted a .jsonl file, found {'a folder' if path.is_dir() else 'nothing'}")
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            found.append(_strings(_parsed(line, f"{path}:{number}"), keys, f"{path}:{number}"))
+    if not found:
+        raise DataError(f"{path}: wanted one JSON object a line, found an empty file")
+    return found
+
+
+def item_of(
+    prompt: str, completion: str, tokenizer: Tokenizer, *, start: Sequence[int] = (), end: Sequence[int] = ()
+) -> Item:
+    """Tokens of a completion behind its prompt.
+
+    Both are encoded as one text and cut where the prompt's own tokens end, so that the completion is spelled as it
+    would be in running text; where the two do not meet there, they are encoded apart.
+
+    Args:
+        start: tokens before the prompt (bos), given and not scored.
+        end: tokens behind the completion (eos), scored.
+    """
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + completion)
+    after = whole[len(before) :]
+    if whole[: len(before)] != before or not after:
+        after = tokenizer.encode(completion)
+    return Item((*start, *before), (*after, *end))
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{where}: wanted a JSON object, found text that is none ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: wanted a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _strings(value: dict[str, Any], keys: Sequence[str], where: str) -> tuple[str, ...]:
+    for key in keys:
+        if not isinstance(value.get(key), str):
+            found = "nothing" if key not in value else f"a {type(value[key]).__name__}"
+            raise DataError(f"{where}: wanted a string under {key!r}, found {found}; the keys here are {sorted(value)}")
+    return tuple(value[key] for key in keys)

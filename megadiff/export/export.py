@@ -1,0 +1,246 @@
+"""A training checkpoint of any layout as a Hugging Face folder, streamed tensor by tensor on one CPU process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadiff.checkpoint.durable import entry_of, sync, write_durably
+from megadiff.checkpoint.folder import chosen, verify_files
+from megadiff.checkpoint.manifest import FileEntry, Manifest
+from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import Tokenizer
+from megadiff.errors import CheckpointError, ConfigError
+from megadiff.export import huggingface
+from megadiff.export.model_card import model_card
+from megadiff.export.released_config import config_of
+from megadiff.export.shipped_tokenizer import write_tokenizer
+from megadiff.export.stored_tensors import StoredTensors
+from megadiff.export.weight_files import Planned, write_weights
+from megadiff.export.weights import TrainingTensor, training_tensors
+from megadiff.model.config import ModelConfig
+from megadiff.sampling import standalone
+
+CHECKSUMS = "checksums.sha256"
+TRAINING = "training.json"
+CODE = ("configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py")
+"""The shipped files of `megadiff.export.huggingface`."""
+SAMPLER = "sampling_gidd.py"
+"""The name under which `megadiff/sampling/standalone.py` ships."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    checkpoint: Path
+    """The step folder it was made from."""
+    tensors: int
+    parameters: int
+    bytes: int
+    """Of the weights."""
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    tokenizer: str | None = None,
+    on_tensor: Callable[[str], None] = lambda name: None,
+    on_file: Callable[[Path], None] = lambda path: None,
+) -> Exported:
+    """Write `output`, whole or not at all.
+
+    Args:
+        checkpoint: a step folder, or a run folder, of which the newest complete checkpoint is taken.
+        output: must not exist, or be empty.
+        dtype: `bf16` or `fp32`; None keeps what the checkpoint holds.
+        tokenizer: path to use instead of the one the run was configured with.
+        on_tensor: called with each tensor's name before it is read.
+        on_file: called with each weight file when it is written.
+
+    Raises:
+        CheckpointError: no complete checkpoint there, or a damaged one.
+        ConfigError: `output` holds something.
+        DataError: the tokenizer is missing, or another one than the model was trained with.
+    """
+    folder = chosen(checkpoint)
+    manifest = verify_files(folder, hashes=True)
+    source = tokenizer or manifest.config["data"]["tokenizer"]
+    text = matching_tokenizer(source, manifest.tokenizer_fingerprint, folder)
+    weights = _Weights(folder, manifest, DTYPES[dtype] if dtype else None)
+    with staged(output) as staging:
+        entries = write_weights(
+            staging, weights.planned, weights.fetch(on_tensor), max_bytes=max_shard_bytes, on_file=on_file
+        )
+        parameters = sum(torch.Size(tensor.shape).numel() for tensor in weights.planned)
+        stored = str(weights.planned[0].dtype).removeprefix("torch.")
+        _write_code(staging)
+        _write_json(staging / "config.json", config_of(manifest, text, dtype=stored))
+        _write_json(staging / "generation_config.json", _generation_config(manifest, text))
+        _write_json(staging / TRAINING, _training(manifest))
+        names = write_tokenizer(staging, text, source, row_length=weights.model.seq_length)
+        card = model_card(
+            manifest,
+            name=output.name,
+            parameters=parameters,
+            dtype=stored,
+            metrics=_metrics_of(folder),
+            has_fast_tokenizer="tokenizer.json" in names,
+        )
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        _write_checksums(staging, entries)
+    return Exported(output, folder, len(weights.planned), parameters, sum(tensor.bytes for tensor in weights.planned))
+
+
+def matching_tokenizer(source: str, fingerprint: str, where: Path) -> Tokenizer:
+    """The tokenizer at `source`, which must be the one that is meant.
+
+    Raises:
+        CheckpointError: it is another.
+        DataError: it cannot be read.
+    """
+    found = load_tokenizer(source)
+    if found.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{where} was trained with another tokenizer ({fingerprint}) than {found.name} ({found.fingerprint}); give "
+            "the first one's path with --tokenizer"
+        )
+    return found
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `output` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ConfigError: `output` is a file or a folder with something in it, or cannot be made.
+    """
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise ConfigError(f"{output} exists and is not an empty folder; give another --output, or move it away")
+    staging = output.with_name(f".{output.name}.tmp")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed conversion
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written ({error.strerror}); give another --output") from None
+    try:
+        yield staging
+        sync(staging)
+        staging.replace(output)  # an empty folder gives way
+        sync(output.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclass
+class _Weights:
+    """Released tensors out of a training checkpoint."""
+
+    folder: Path
+    manifest: Manifest
+    dtype: torch.dtype | None
+    model: ModelConfig = field(init=False)
+    planned: list[Planned] = field(init=False)
+    _made_of: dict[str, TrainingTensor] = field(init=False, default_factory=dict)
+    _fused: tuple[TrainingTensor | None, Tensor] = field(init=False, default=(None, torch.empty(0)))
+
+    def __post_init__(self) -> None:
+        self.model = ModelConfig.model_validate(self.manifest.config["model"])
+        self._stored = StoredTensors(self.folder)
+        self.planned = []
+        for tensor in training_tensors(self.model, vocab_size=self.manifest.vocab_size):
+            stack = () if tensor.layer is None else (self.model.layers,)
+            if self._stored.shape(tensor.key) != (*stack, *tensor.shape):
+                raise CheckpointError(
+                    f"{self.folder}: {tensor.key} has shape {self._stored.shape(tensor.key)}, but its manifest "
+                    f"describes a model with {(*stack, *tensor.shape)}; take another checkpoint of the run"
+                )
+            dtype = self.dtype or self._stored.dtype(tensor.key)
+            for name in tensor.released:
+                self.planned.append(Planned(name, tensor.released_shape, dtype))
+                self._made_of[name] = tensor
+
+    def fetch(self, on_tensor: Callable[[str], None]) -> Callable[[Planned], Iterator[Tensor]]:
+        """How `write_weights` gets at them."""
+
+        def blocks(planned: Planned) -> Iterator[Tensor]:
+            on_tensor(planned.name)
+            tensor = self._made_of[planned.name]
+            if tensor.heads:
+                yield self._part(tensor, tensor.released.index(planned.name), planned.dtype)
+                return
+            for start in range(0, planned.shape[0], planned.rows_at_once):
+                rows = min(planned.rows_at_once, planned.shape[0] - start)
+                yield self._read(tensor, start, rows, planned.dtype)
+
+        return blocks
+
+    def _read(self, tensor: TrainingTensor, start: int, rows: int, dtype: torch.dtype) -> Tensor:
+        one = () if tensor.layer is None else (1,)
+        offset = (*tensor.offset[: len(one)], start, *tensor.offset[len(one) + 1 :])
+        found = self._stored.read(tensor.key, offset, (*one, rows, *tensor.shape[1:]), dtype=dtype)
+        return found.view(rows, *tensor.shape[1:])
+
+    def _part(self, tensor: TrainingTensor, part: int, dtype: torch.dtype) -> Tensor:
+        """Queries, keys or values; their common matrix is read once for the three."""
+        if self._fused[0] != tensor:
+            self._fused = (None, torch.empty(0))
+            self._fused = (tensor, self._read(tensor, 0, tensor.shape[0], dtype))
+        rows = self._fused[1].view(tensor.heads, 3, -1, *tensor.shape[1:])
+        return rows[:, part].reshape(tensor.released_shape)
+
+
+def _write_code(folder: Path) -> None:
+    source = Path(huggingface.__file__).parent
+    for name in CODE:
+        shutil.copyfile(source / name, folder / name)
+    shutil.copyfile(standalone.__file__, folder / SAMPLER)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _generation_config(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, Any]:
+    length = manifest.config["model"]["seq_length"]
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "max_new_tokens": min(128, max(1, length // 2)),
+        "max_denoising_steps": 128,
+        "temperature": 1.0,
+    }
+
+
+def _training(manifest: Manifest) -> dict[str, Any]:
+    """What the checkpoint says of its training; without the places of one machine."""
+    found = manifest.model_dump(mode="json", exclude={"files", "health"})
+    found["config"].pop("output_dir", None)
+    return found
+
+
+def _metrics_of(folder: Path) -> Path | None:
+    found = folder.resolve().parent.parent / "metrics.jsonl"
+    return found if folder.resolve().parent.name == "checkpoints" and found.is_file() else None
+
+
+def _write_checksums(folder: Path, known: dict[str, FileEntry]) -> None:
+    """In the format of `sha256sum`."""
+    names = sorted(path.name for path in folder.iterdir())
+    lines = [f"{(known.get(name) or entry_of(folder / name)).sha256}  {name}\n" for name in names]
+    write_durably(folder / CHECKSUMS, "".join(lines))

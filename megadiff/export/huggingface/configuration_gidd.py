@@ -1,0 +1,134 @@
+"""Configuration of GIDD models: diffusion language models over masked, uniform and hybrid noise (arXiv:2512.10858)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class GiddConfig(PretrainedConfig):
+    """What a GIDD model looks like and which noise it was trained on.
+
+    Every default is what the released `dvruette/gidd-*` checkpoints do; keys they do not have are described as such.
+
+    Args:
+        vocab_size: ids, the mask among them.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, head_dim: the sizes; `None` means
+            4 * hidden_size and hidden_size / num_attention_heads.
+        max_position_embeddings: tokens of a row in training.
+        resid_scale: both branches of each of the L blocks are multiplied by resid_scale / L.
+        head_scaling: factor on the logits; `None` means 512 / hidden_size.
+        weight_scaling: factor on the block's matrices; only 1.0, to which all released files set it.
+        init_scale, emb_init_scale, head_init_scale: standard deviations of first weights; `None` for `init_scale`
+            means 0.4 / sqrt(hidden_size).
+        attn_soft_cap: attention scores s become cap * tanh(s / cap); `None` for none.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        use_qk_norm: whether queries and keys are normalised.
+        qk_norm: (not in released files) `full`: over all heads together; `head`: each head by itself; `none`. Takes
+            precedence over `use_qk_norm`, which chooses between `full` and `none`.
+        attention_bias: a learned key and value per head that every query sees (an attention sink).
+        mlp_bias: biases of the MLP's two matrices.
+        is_causal: whether attention is causal and logits predict the next token: an autoregressive control.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: only `None`.
+        attn_performer: accepted and without effect; attention is chosen by `attn_soft_cap`.
+        noise_type: shift b of the uniform share sigmoid(noise_scale * log_snr + b): -1000 masked, 1000 uniform.
+        noise_scale: (not in released files) the share's scale a.
+        noise_p_uniform, noise_gamma: (not in released files) parameters of noise in the time form of arXiv:2503.04482;
+            when `noise_p_uniform` is given, `noise_type` and `noise_scale` have no meaning.
+        min_log_snr, max_log_snr: noise levels (nats) that were trained.
+        prompt_attention: (not in released files) how clean prompt positions attend: `block`, the prompt alone;
+            `causal`, what comes before alone; `full`, as every other position.
+        mask_token_id: the mask's id.
+    """
+
+    model_type = "gidd"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  transformers' own way
+
+    def __init__(
+        self,
+        vocab_size: int = 131072,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 8,
+        intermediate_size: int | None = None,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 2048,
+        resid_scale: float = 4.0,
+        head_scaling: float | None = None,
+        weight_scaling: float = 1.0,
+        init_scale: float | None = None,
+        emb_init_scale: float = 0.1,
+        head_init_scale: float = 0.0,
+        attn_soft_cap: float | None = 30.0,
+        rms_norm_eps: float = 1e-6,
+        use_qk_norm: bool = True,
+        qk_norm: str | None = None,
+        attention_bias: bool = True,
+        mlp_bias: bool = True,
+        is_causal: bool = False,
+        rope_theta: float = 10000.0,
+        rope_scaling: Any = None,
+        attn_performer: str = "eager",
+        noise_type: float = 0.0,
+        noise_scale: float = 1.0,
+        noise_p_uniform: float | None = None,
+        noise_gamma: float = 1.0,
+        min_log_snr: float = -9.0,
+        max_log_snr: float = 9.0,
+        prompt_attention: str = "block",
+        mask_token_id: int = 3,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.resid_scale = resid_scale
+        self.head_scaling = 512 / hidden_size if head_scaling is None else head_scaling
+        self.weight_scaling = weight_scaling
+        self.init_scale = 0.4 / hidden_size**0.5 if init_scale is None else init_scale
+        self.emb_init_scale = emb_init_scale
+        self.head_init_scale = head_init_scale
+        self.attn_soft_cap = attn_soft_cap
+        self.rms_norm_eps = rms_norm_eps
+        self.use_qk_norm = use_qk_norm
+        self.qk_norm = ("full" if use_qk_norm else "none") if qk_norm is None else qk_norm
+        self.attention_bias = attention_bias
+        self.mlp_bias = mlp_bias
+        self.is_causal = is_causal
+        self.rope_theta = rope_theta
+        if rope_scaling:  # naming it at all makes transformers 5 warn
+            self.rope_scaling = rope_scaling
+        self.attn_performer = attn_performer
+        self.noise_type = noise_type
+        self.noise_scale = noise_scale
+        self.noise_p_uniform = noise_p_uniform
+        self.noise_gamma = noise_gamma
+        self.min_log_snr = min_log_snr
+        self.max_log_snr = max_log_snr
+        self.prompt_attention = prompt_attention
+        self.mask_token_id = mask_token_id
+        for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", 2)):
+            kwargs.setdefault(name, token)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+        self._refuse_what_is_not_built(rope_scaling)
+
+    def _refuse_what_is_not_built(self, rope_scaling: Any) -> None:
+        rope = rope_scaling or {}
+        wrong = {
+            "rope_scaling": (rope_scaling, rope.get("rope_type", "default") == "default"),
+            "weight_scaling": (self.weight_scaling, self.weight_scaling == 1),
+            "tie_word_embeddings": (self.tie_word_embeddings, not self.tie_word_embeddings),
+            "qk_norm": (self.qk_norm, self.qk_norm in ("full", "head", "none")),
+            "prompt_attention": (self.prompt_attention, self.prompt_attention in ("block", "causal", "full")),
+            "head_dim": (self.head_dim, self.head_dim * self.num_attention_heads == self.hidden_size),
+        }
+        for key, (value, is_fine) in wrong.items():
+            if not is_fine:
+                raise ValueError(f"this GIDD model has no {key}={value!r}")

@@ -1,0 +1,318 @@
+"""GIDD: a bidirectional Transformer that predicts clean tokens from noised ones (arXiv:2512.10858).
+
+Pre-norm blocks with scaled residuals; RMSNorm with the gain stored as an offset; queries and keys normalised, then
+rotated; soft-capped attention with a learned sink; a squared-ReLU MLP; an untied head. The model is told tokens only,
+no noise level. Axes: B rows, L positions, H heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_gidd import GiddConfig
+from .generation_gidd import GiddGeneration
+from .sampling_gidd import Settings  # also because transformers 4 fetches only what this very file imports
+
+__all__ = ["GiddForDiffusionLM", "GiddModel", "Settings"]
+
+_SCORE_BYTES = 256 * 2**20
+"""Soft-capped scores are formed for so many queries at a time that they stay below this many bytes."""
+
+Cache = tuple[tuple[Tensor, Tensor], ...]
+"""Rotated keys and values [B, H, L, D] of the positions before the ones that are fed, one pair a block."""
+
+
+@dataclass
+class GiddModelOutput(ModelOutput):
+    """What the blocks return. (transformers' own classes of this kind change their fields: 5.24 says `cache`.)"""
+
+    last_hidden_state: Tensor | None = None
+    """[B, L, hidden]."""
+    past_key_values: Cache | None = None
+    """Of all positions, with `use_cache`."""
+
+
+@dataclass
+class GiddLogits(ModelOutput):
+    """What the whole model returns."""
+
+    logits: Tensor | None = None
+    """[B, L, V]."""
+    past_key_values: Cache | None = None
+    """Of all positions, with `use_cache`."""
+
+
+class GiddRMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight) over the last dimension, in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype."""
+        return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+class GiddMLP(nn.Module):
+    """down(relu(up(x))^2)."""
+
+    def __init__(self, config: GiddConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, hidden] to the same."""
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+class GiddAttention(nn.Module):
+    """Attention over every position that is allowed, and always over the sink."""
+
+    def __init__(self, config: GiddConfig) -> None:
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.heads, self.soft_cap, self.qk_norm = config.num_attention_heads, config.attn_soft_cap, config.qk_norm
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        if config.qk_norm != "none":
+            size = hidden if config.qk_norm == "full" else config.head_dim
+            self.q_norm = GiddRMSNorm(size, config.rms_norm_eps)
+            self.k_norm = GiddRMSNorm(size, config.rms_norm_eps)
+        self.has_sink = config.attention_bias
+        if self.has_sink:
+            self.k_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim))
+            self.v_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim))
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[B, L, hidden] to the same, and the keys and values of all positions so far, without the sink."""
+        q = _rotated(self._heads(self.q_proj(x), "q_norm"), rope)
+        k = _rotated(self._heads(self.k_proj(x), "k_norm"), rope)
+        v = self._heads(self.v_proj(x))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        seen = (k, v)
+        if self.has_sink:
+            k, v = _with_sink(k, self.k_bias), _with_sink(v, self.v_bias)
+            allowed = None if allowed is None else F.pad(allowed, (1, 0), value=True)
+        out = self._attend(q, k, v, allowed)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), seen
+
+    def _heads(self, x: Tensor, norm: str = "") -> Tensor:
+        """[B, L, H * D] to [B, H, L, D], normalised over all heads or over each."""
+        if norm and self.qk_norm == "full":
+            x = getattr(self, norm)(x)
+        x = x.unflatten(-1, (self.heads, self.head_dim))
+        if norm and self.qk_norm == "head":
+            x = getattr(self, norm)(x)
+        return x.transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        if self.soft_cap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        rows = max(1, _SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+        starts = range(0, q.shape[2], rows)
+        parts = [(q[:, :, i : i + rows], None if allowed is None else allowed[:, :, i : i + rows]) for i in starts]
+        return torch.cat([self._capped(part, k, v, may_see, self.soft_cap) for part, may_see in parts], dim=2)
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, cap: float) -> Tensor:
+        """Soft-capped attention; the scores after the product are in float32."""
+        scores = (q @ k.transpose(-1, -2)).float()
+        scores = scores.mul(self.head_dim**-0.5 / cap).tanh() * cap
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+class GiddBlock(nn.Module):
+    """h += r attention(norm(h)); h += r mlp(norm(h)), with r = resid_scale / number of blocks."""
+
+    def __init__(self, config: GiddConfig) -> None:
+        super().__init__()
+        self.factor = config.resid_scale / config.num_hidden_layers
+        self.attn_layernorm = GiddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = GiddAttention(config)
+        self.mlp_layernorm = GiddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GiddMLP(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[B, L, hidden] to the same, and keys and values."""
+        branch, seen = self.self_attn(self.attn_layernorm(x), rope, allowed, past)
+        x = torch.add(x, branch, alpha=self.factor)
+        return torch.add(x, self.mlp(self.mlp_layernorm(x)), alpha=self.factor), seen
+
+
+class GiddPreTrainedModel(PreTrainedModel):
+    """First weights, and what transformers wants to know."""
+
+    config_class = GiddConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["GiddBlock"]  # noqa: RUF012  transformers' own way
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what a file did not give: normal matrices, zero gains, biases and sinks."""
+        head = getattr(self, "lm_head", None)
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            std = 0.0
+            if isinstance(module, nn.Embedding):
+                std = self.config.emb_init_scale
+            elif isinstance(module, nn.Linear) and name == "weight":
+                std = self.config.head_init_scale if module is head else self.config.init_scale
+            with torch.no_grad():
+                parameter.normal_(0.0, std) if std > 0 else parameter.zero_()
+
+
+class GiddModel(GiddPreTrainedModel):
+    """Token ids to hidden states."""
+
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\..*"]  # noqa: RUF012  transformers' own way
+
+    def __init__(self, config: GiddConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GiddBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = GiddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        prompt_lengths: Tensor | None = None,
+        **_: Any,
+    ) -> GiddModelOutput:
+        """Run the blocks.
+
+        Args:
+            input_ids: [B, L].
+            attention_mask: None, all see all; [B, K], 1 where a key may be seen (K counts cached ones); or boolean
+                [B, L, K] or [B, 1, L, K], True where that query may see that key. The sink is always seen.
+            position_ids: [L] or [B, L]; default: on from the cached ones.
+            inputs_embeds: [B, L, hidden] instead of `input_ids`.
+            past_key_values: see `Cache`.
+            use_cache: return keys and values of all positions, the cached ones first.
+            prompt_lengths: [B] leading tokens that are clean and attend as `config.prompt_attention` says.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        known = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        if position_ids is None:
+            position_ids = torch.arange(known, known + x.shape[1], device=x.device)
+        rope = self._rope(position_ids, x.dtype)
+        allowed = self._allowed(x, known, attention_mask, prompt_lengths)
+        seen = []
+        for index, layer in enumerate(self.layers):
+            x, keys_and_values = layer(x, rope, allowed, None if past_key_values is None else past_key_values[index])
+            seen.append(keys_and_values if use_cache else None)
+        return GiddModelOutput(
+            last_hidden_state=self.norm(x),
+            past_key_values=tuple(seen) if use_cache else None,  # type: ignore[arg-type]
+        )
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, [1 or B, 1, L, D]; computed in place, so there is no buffer to lose."""
+        width = self.config.head_dim
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+        angles = positions.float().unsqueeze(-1) * (1.0 / self.config.rope_theta**exponents)
+        angles = torch.cat([angles, angles], dim=-1)
+        angles = angles.view(-1, 1, *angles.shape[-2:])
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _allowed(self, x: Tensor, known: int, mask: Tensor | None, prompts: Tensor | None) -> Tensor | None:
+        """Which query may see which key, boolean [1 or B, 1, L, known + L]; None where all see all."""
+        queries = torch.arange(known, known + x.shape[1], device=x.device)
+        keys = torch.arange(known + x.shape[1], device=x.device)
+        parts = []
+        if mask is not None:
+            if mask.is_floating_point() and mask.ndim > 2:
+                raise ValueError("attention_mask [B, L, K] must be boolean, True where a query may see a key")
+            parts.append({2: mask[:, None, None], 3: mask[:, None]}.get(mask.ndim, mask).bool())
+        if self.config.is_causal:
+            parts.append((keys <= queries[:, None])[None, None])
+        elif prompts is not None and self.config.prompt_attention != "full":
+            length = prompts.to(x.device)[:, None, None, None]
+            last = queries[:, None] if self.config.prompt_attention == "causal" else length - 1
+            parts.append((queries[:, None] >= length) | (keys <= last))
+        allowed = None
+        for part in parts:
+            allowed = part if allowed is None else allowed & part
+        return None if allowed is None else allowed.expand(-1, -1, len(queries), len(keys))
+
+
+class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
+    """Token ids to logits over clean tokens, and `generate`. The mask's own logit has no meaning."""
+
+    def __init__(self, config: GiddConfig) -> None:
+        super().__init__(config)
+        self.model = GiddModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> GiddLogits:
+        """`GiddModel.forward`'s arguments to logits [B, L, V].
+
+        Raises:
+            ValueError: labels are given; the diffusion bound needs the noise levels, which a batch does not hold.
+        """
+        if labels is not None:
+            raise ValueError("no loss is computed here: the bound needs each token's noise level; train with megadiff")
+        out = self.model(input_ids, **kwargs)
+        hidden = out.last_hidden_state
+        if self.config.head_scaling != 1.0:
+            hidden = hidden * self.config.head_scaling
+        return GiddLogits(logits=self.lm_head(hidden), past_key_values=out.past_key_values)
+
+
+def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of [B, H, L, D], halves paired."""
+    low, high = x.chunk(2, dim=-1)
+    return x * rope[0] + torch.cat([-high, low], dim=-1) * rope[1]
+
+
+def _with_sink(x: Tensor, sink: Tensor) -> Tensor:
+    """Prepend `sink` [H, D] to `x` [B, H, K, D]."""
+    return torch.cat([sink.to(x.dtype)[None, :, None].expand(x.shape[0], -1, -1, -1), x], dim=2)

@@ -1,0 +1,208 @@
+"""An exported folder against the trainer's own model: logits at several noise levels, the folder in a clean process.
+
+The other process imports the folder's code, sees no network and none of this one's state, and has only what the folder
+says about the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megadiff.diffusion.mixing_base import Mixing
+from megadiff.errors import CheckpointError, PlatformError
+
+FP32_BOUND = 1e-5
+"""Largest difference of two logits in float32, times the largest logit where that is above 1."""
+
+BF16_BOUND = 0.03
+"""Root mean square difference of logits in bf16, as a share of their root mean square. bf16 has 8 bits, so one rounding
+is worth up to 0.4 %, and two programs round in different places, block after block."""
+
+LEVELS = (-6.0, -2.0, 0.0, 2.0, 6.0)
+"""Log signal-to-noise ratios of the rows that are compared."""
+
+_CHILD = Path(__file__).with_name("verify_child.py")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of tokens at one noise level."""
+
+    log_snr: float
+    ids: Tensor
+    """[1, L] int64."""
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The trainer's model, opened."""
+
+    logits: Callable[[Case], Tensor]
+    """[1, L, V]."""
+    head: Tensor
+    """The head's weight, [V or more, hidden]."""
+
+
+OpenTrainer = Callable[[str], AbstractContextManager[Trainer]]
+"""Opens it to compute in `fp32` or `bf16`."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in one precision."""
+
+    compute: str
+    largest: float
+    """Largest absolute difference of two logits."""
+    relative: float
+    """Root mean square of differences over that of logits."""
+    scale: float
+    """Largest absolute logit."""
+    head_was_zero: bool
+    """Whether a drawn head stood in for one that is still zero, under which all logits agree."""
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the bound holds."""
+        if self.compute == "fp32":
+            return self.largest <= FP32_BOUND * max(1.0, self.scale)
+        return self.relative <= BF16_BOUND
+
+    def describe(self) -> str:
+        """One line."""
+        bound = f"at most {FP32_BOUND:g} (times the largest logit above 1)"
+        if self.compute == "bf16":
+            bound = f"at most {BF16_BOUND:g} relative"
+        head = "; the head is still zero, a drawn one stood in for it" if self.head_was_zero else ""
+        verdict = "equal" if self.is_equal else "NOT EQUAL"
+        return (
+            f"{self.compute}: {verdict}, largest difference {self.largest:.2e} of logits up to {self.scale:.3g}, "
+            f"relative {self.relative:.2e} (wanted {bound}){head}"
+        )
+
+
+def noised_cases(mixing: Mixing, *, length: int, knows_prompts: bool, seed: int = 0) -> list[Case]:
+    """A row at each level of `LEVELS`, and one with a clean prompt where the model knows prompts."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def real() -> Tensor:
+        ids = torch.randint(mixing.num_real, (1, length), generator=draw)
+        return ids + (ids >= mixing.mask_id).long()
+
+    def row(log_snr: float, prompt_length: int) -> Case:
+        clean, replaced = real(), real()
+        level = torch.tensor(log_snr, dtype=torch.float64)
+        is_mask = torch.rand(1, length, generator=draw) >= mixing.u(level)
+        keeps = torch.rand(1, length, generator=draw) < torch.sigmoid(level)
+        keeps |= torch.arange(length) < prompt_length
+        return Case(log_snr, torch.where(keeps, clean, torch.where(is_mask, mixing.mask_id, replaced)), prompt_length)
+
+    rows = [row(log_snr, 0) for log_snr in LEVELS]
+    return rows + ([row(0.0, length // 3)] if knows_prompts else [])
+
+
+def verify(folder: Path, open_trainer: OpenTrainer, cases: Sequence[Case]) -> list[Verified]:
+    """Compare in float32 and in bf16.
+
+    Raises:
+        CheckpointError: the folder does not load, or its logits differ by more than the bounds.
+        PlatformError: transformers is not installed.
+    """
+    require_transformers()
+    asked = {compute: _asked(open_trainer, cases, compute) for compute in ("fp32", "bf16")}
+    answers = _of_the_folder(folder, cases, {compute: one.drawn_head for compute, one in asked.items()})
+    found = [_compared(compute, one, answers) for compute, one in asked.items()]
+    wrong = [one for one in found if not one.is_equal]
+    if wrong:
+        raise CheckpointError(f"{folder} does not compute what the trainer does: {wrong[0].describe()}")
+    return found
+
+
+def require_transformers() -> None:
+    """Say now what would be missing later.
+
+    Raises:
+        PlatformError: transformers is not installed.
+    """
+    if find_spec("transformers") is None:
+        raise PlatformError("--verify loads the folder in transformers, which is not installed: pip install '.[hf]'")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The trainer's logits in one precision."""
+
+    logits: list[Tensor]
+    drawn_head: Tensor | None
+
+
+def _asked(open_trainer: OpenTrainer, cases: Sequence[Case], compute: str) -> _Asked:
+    with open_trainer(compute) as trainer:
+        was_zero = not bool(trainer.head.any())
+        if was_zero:
+            drawn = torch.randn(trainer.head.shape, generator=torch.Generator().manual_seed(0))
+            trainer.head.copy_((drawn * trainer.head.shape[1] ** -0.5).to(torch.bfloat16))
+        logits = [trainer.logits(case).float() for case in cases]
+        return _Asked(logits, trainer.head[: logits[0].shape[-1]].clone() if was_zero else None)
+
+
+def _compared(compute: str, asked: _Asked, answers: dict[str, Tensor]) -> Verified:
+    theirs = [answers[f"{compute}.logits.{number}"] for number in range(len(asked.logits))]
+    differences = torch.cat([(a - b).flatten() for a, b in zip(asked.logits, theirs, strict=True)])
+    logits = torch.cat([one.flatten() for one in asked.logits])
+    return Verified(
+        compute=compute,
+        largest=float(differences.abs().max()),
+        relative=float(differences.square().mean().sqrt() / logits.square().mean().sqrt().clamp(min=1e-30)),
+        scale=float(logits.abs().max()),
+        head_was_zero=asked.drawn_head is not None,
+    )
+
+
+def _of_the_folder(folder: Path, cases: Sequence[Case], heads: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """`{precision.logits.number: [1, L, V]}` from the clean process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "asked.safetensors", Path(scratch) / "answered.safetensors"
+        tensors = {f"ids.{number}": case.ids for number, case in enumerate(cases)}
+        tensors |= {f"prompt.{number}": torch.tensor([case.prompt_length]) for number, case in enumerate(cases)}
+        tensors |= {f"{compute}.head": head.contiguous() for compute, head in heads.items() if head is not None}
+        save_file(tensors, asked)
+        words = {"folder": str(folder.resolve()), "asked": str(asked), "answered": str(answered), "compute": [*heads]}
+        process = subprocess.run(
+            [*_without_network(), sys.executable, "-I", "-B", str(_CHILD), json.dumps(words)],
+            env=_clean_environment(scratch),
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            last = process.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise CheckpointError(f"{folder} does not load in transformers: {last[0]}")
+        return load_file(answered)
+
+
+def _without_network() -> list[str]:
+    """A command that takes the network from what it runs, where this user may; the child shuts its sockets as well."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-n", "true"], capture_output=True).returncode:
+        return []
+    return [unshare, "-n"]
+
+
+def _clean_environment(scratch: str) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS") if name in os.environ}
+    return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": scratch, "HOME": scratch}

@@ -1,0 +1,199 @@
+"""A line chart as inline SVG, drawn with linear and with logarithmic axes; the page shows one of the two."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from megadiff.report.downsample import Point, downsample
+from megadiff.report.figures import short
+from megadiff.report.markup import escaped
+from megadiff.report.scale import Scale, scale_of
+
+POINTS_SHOWN = 300
+"""Of one curve."""
+
+_WIDTH, _HEIGHT = 460, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 448, 10, 226
+_COLOURS, _DASHES = 6, 4
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values of one run."""
+
+    label: str
+    style: int
+    """Which of the page's colours and dashes; the same for a run in every chart."""
+    points: Sequence[Point]
+    """In the order of x."""
+    has_dots: bool = False
+    """Draw every point, with its standard error where it has one, and a thin line between."""
+
+    @property
+    def classes(self) -> str:
+        """Of its colour and its dashes."""
+        return f"c{self.style % _COLOURS} d{self.style // _COLOURS % _DASHES}"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one axis."""
+
+    name: str
+    """Unique on the page; letters, digits and hyphens."""
+    title: str
+    x_label: str
+    y_label: str
+    """With the unit."""
+    curves: Sequence[Curve]
+    is_y_log: bool = False
+    """Logarithmic upwards in the linear drawing too: for figures that span decades."""
+    can_x_be_log: bool = True
+    marks: dict[int, list[float]] = field(default_factory=dict)
+    """By style of a run: where on the x axis something happened, drawn as short bars at the foot."""
+    remark: str = ""
+
+    def figure(self) -> str:
+        """The chart with its title and legend, as markup."""
+        thinned = [replace(curve, points=downsample(curve.points, POINTS_SHOWN)) for curve in self.curves]
+        curves = [curve for curve in thinned if curve.points]
+        head = f"<h3>{escaped(self.title)}</h3>"
+        remark = f'<figcaption class="remark">{escaped(self.remark)}</figcaption>' if self.remark else ""
+        if not curves:
+            return f'<figure class="chart">{head}<p class="remark">No run recorded this.</p></figure>'
+        drawings = "".join(self._drawing(curves, is_log) for is_log in (False, True))
+        return f'<figure class="chart">{head}{drawings}{_legend(curves)}{remark}</figure>'
+
+    def _drawing(self, curves: Sequence[Curve], is_log: bool) -> str:
+        kind = "log" if is_log else "linear"
+        is_x_log, is_y_log = is_log and self.can_x_be_log, is_log or self.is_y_log
+        seen = [point for curve in curves for point in curve.points if _fits(point, is_x_log, is_y_log)]
+        x = scale_of([point.x for point in seen], is_log=is_x_log, margin=0.02)
+        y = scale_of([bound for point in seen for bound in _bounds(point, is_y_log)], is_log=is_y_log)
+        if x is None or y is None:
+            return (
+                f'<p class="remark only-{kind}">Nothing here is above zero, so nothing can be shown on this axis.</p>'
+            )
+        name, frame = f"{self.name}-{kind}", _Frame(x, y)
+        marks = "".join(frame.foot_marks(style, places) for style, places in self.marks.items())
+        lines = "".join(frame.curve(curve) for curve in curves)
+        return (
+            f'<svg class="plot only-{kind}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+            f'aria-labelledby="{name}-title {name}-text" {frame.data()} data-x-label="{escaped(self.x_label)}">'
+            f'<title id="{name}-title">{escaped(self.title)}</title>'
+            f'<desc id="{name}-text">{escaped(_in_words(curves, self.y_label))}</desc>'
+            f"{frame.axes(self.x_label, self.y_label)}{marks}{lines}"
+            f'<line class="cursor" x1="0" x2="0" y1="{_TOP}" y2="{_BOTTOM}" visibility="hidden"/></svg>'
+        )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The rectangle of a drawing and its two scales."""
+
+    x: Scale
+    y: Scale
+
+    def data(self) -> str:
+        """For the script, which turns places back into values."""
+        ends = f"{_LEFT},{_RIGHT},{self.x.low!r},{self.x.high!r},{int(self.x.is_log)}"
+        return f'data-x="{ends}" data-y="{_BOTTOM},{_TOP},{self.y.low!r},{self.y.high!r},{int(self.y.is_log)}"'
+
+    def across(self, value: float) -> float:
+        return _LEFT + (_RIGHT - _LEFT) * self.x.at(value)
+
+    def up(self, value: float) -> float:
+        return _BOTTOM - (_BOTTOM - _TOP) * self.y.at(value)
+
+    def axes(self, x_label: str, y_label: str) -> str:
+        parts = []
+        for value in self.y.ticks():
+            at = self.up(value)
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{at:.2f}" y2="{at:.2f}"/>')
+            parts.append(f'<text x="{_LEFT - 5}" y="{at + 4:.2f}" text-anchor="end">{short(value, 4)}</text>')
+        for value in self.x.ticks(5):
+            at = self.across(value)
+            parts.append(f'<line class="axis" x1="{at:.2f}" x2="{at:.2f}" y1="{_BOTTOM}" y2="{_BOTTOM + 4}"/>')
+            parts.append(f'<text x="{at:.2f}" y="{_BOTTOM + 17}" text-anchor="middle">{short(value, 4)}</text>')
+        parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"/>')
+        middle = (_LEFT + _RIGHT) / 2
+        parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escaped(x_label)}</text>')
+        half = (_TOP + _BOTTOM) / 2
+        turned = f'x="13" y="{half}" text-anchor="middle" transform="rotate(-90 13 {half})"'
+        return "".join(parts) + f"<text {turned}>{escaped(y_label)}</text>"
+
+    def curve(self, curve: Curve) -> str:
+        line = self._path(curve.points)
+        thin = " thin" if curve.has_dots else ""
+        found = f'<path class="curve {curve.classes}{thin}" data-label="{escaped(curve.label)}" d="{line}"/>'
+        if not curve.has_dots:
+            return found
+        shown = [point for point in curve.points if _fits(point, self.x.is_log, self.y.is_log)]
+        return found + "".join(self._dot(curve, point) for point in shown)
+
+    def foot_marks(self, style: int, places: Sequence[float]) -> str:
+        shown = sorted({round(self.across(value)) for value in places if not self.x.is_log or value > 0})
+        bars = "".join(f"M{at} {_BOTTOM}v-9" for at in shown if _LEFT <= at <= _RIGHT)
+        return f'<path class="foot c{style % _COLOURS}" d="{bars}"/>' if bars else ""
+
+    def _path(self, points: Sequence[Point]) -> str:
+        """`M x y` begins a stretch, `L x y` goes on; a stretch of one point gets `h0`, which shows as a dot."""
+        parts: list[str] = []
+        for fits, group in itertools.groupby(points, key=lambda point: _fits(point, self.x.is_log, self.y.is_log)):
+            places = [f"{self.across(p.x):.2f} {self.up(p.y):.2f}" for p in group if fits and p.y is not None]
+            if places:
+                parts.append("M" + "L".join(places) + ("h0" if len(places) == 1 else ""))
+        return "".join(parts)
+
+    def _dot(self, curve: Curve, point: Point) -> str:
+        assert point.y is not None
+        across, up = self.across(point.x), self.up(point.y)
+        said = f"{curve.label}: {point.y:.4f}" + (f" \u00b1 {point.error:.4f}" if point.error is not None else "")
+        whisker = ""
+        if point.error:
+            low, high = (min(max(self.up(end), _TOP), _BOTTOM) for end in _ends(point, self.y))
+            whisker = f'<path d="M{across - 3:.2f} {high:.2f}h6m-3 0V{low:.2f}m-3 0h6"/>'
+        dot = f'<circle cx="{across:.2f}" cy="{up:.2f}" r="2.6"/>'
+        return f'<g class="dot c{curve.style % _COLOURS}"><title>{escaped(said)}</title>{whisker}{dot}</g>'
+
+
+def _ends(point: Point, scale: Scale) -> tuple[float, float]:
+    """Of the error bar; what is not above zero ends at the foot of a logarithmic axis."""
+    assert point.y is not None
+    error = point.error or 0.0
+    low = point.y - error
+    return (low if low > 0 or not scale.is_log else scale.low), point.y + error
+
+
+def _fits(point: Point, is_x_log: bool, is_y_log: bool) -> bool:
+    return point.y is not None and (point.x > 0 or not is_x_log) and (point.y > 0 or not is_y_log)
+
+
+def _bounds(point: Point, is_log: bool) -> list[float]:
+    assert point.y is not None
+    error = point.error or 0.0
+    return [point.y] if is_log else [point.y - error, point.y + error]
+
+
+def _legend(curves: Sequence[Curve]) -> str:
+    named = {curve.label: curve for curve in curves}
+    items = "".join(
+        f'<li><svg class="key" viewBox="0 0 26 10" aria-hidden="true"><path class="curve {curve.classes}" d="M1 5H25"/>'
+        f"</svg>{escaped(label)}</li>"
+        for label, curve in named.items()
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _in_words(curves: Sequence[Curve], y_label: str) -> str:
+    """For those who cannot see the drawing: every curve's first, lowest, highest and last value."""
+    said = []
+    for curve in curves:
+        values = [point.y for point in curve.points if point.y is not None]
+        said.append(
+            f"{curve.label}: first {short(values[0], 4)}, lowest {short(min(values), 4)}, "
+            f"highest {short(max(values), 4)}, last {short(values[-1], 4)}"
+        )
+    return f"{y_label}. " + "; ".join(said) + "."

@@ -1,0 +1,83 @@
+"""The lines of a `metrics.jsonl`, also of one that is being written or was damaged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megadiff.errors import DataError
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MetricLines:
+    """Training and evaluation lines, one of each kind a step at most, in the order of their steps."""
+
+    training: list[Line]
+    evaluations: list[Line]
+    unreadable: int
+    """Lines left out because they are no JSON object with a step; a torn last line is not counted."""
+
+
+def read_metric_lines(path: Path) -> MetricLines:
+    """Read without side effects. Of two lines of one kind and step the later counts.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    training: dict[int, Line] = {}
+    evaluations: dict[int, Line] = {}
+    unreadable = 0
+    try:
+        with path.open("rb") as file:
+            for raw in file:
+                line = _parsed(raw)
+                if line is not None:
+                    (evaluations if "eval_elbo" in line else training)[line["step"]] = line
+                elif raw.endswith(b"\n") and raw.strip():  # else: still being written, or cut short by a kill
+                    unreadable += 1
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}); a run folder is wanted") from None
+    return MetricLines(_in_order(training), _in_order(evaluations), unreadable)
+
+
+def number(line: Line, key: str) -> float | None:
+    """A finite number of a line; None for what is missing, null or something else."""
+    return finite(line.get(key))
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def levels(line: Line, key: str) -> list[tuple[float, float, float]]:
+    """(low, high, value) of the log-SNR bins under `key`; what is not three finite numbers is left out."""
+    parts = line.get(key)
+    found = []
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, list) and len(part) == 3:
+            low, high, value = map(finite, part)
+            if low is not None and high is not None and value is not None:
+                found.append((low, high, value))
+    return found
+
+
+def _parsed(raw: bytes) -> Line | None:
+    try:
+        line = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    is_step = isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0
+    return line if is_step else None
+
+
+def _in_order(lines: dict[int, Line]) -> list[Line]:
+    return [lines[step] for step in sorted(lines)]

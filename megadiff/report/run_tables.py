@@ -1,0 +1,176 @@
+"""The tables of a report: how the runs stand, what stood out, what they wrote, how they were configured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from megadiff.report.figures import of_bytes, percent, short
+from megadiff.report.markup import escaped, paragraph, table
+from megadiff.report.metric_lines import finite, number
+from megadiff.report.run_record import RunRecord
+from megadiff.report.settings import differences
+from megadiff.report.wall_time import wall_time
+
+_NONE = "\u2013"
+_UNUSUAL_SHOWN = 100
+
+
+def standing(runs: Sequence[RunRecord]) -> str:
+    """A row a run: state, progress, last and best figures."""
+    heads = ("run", "state", "step", "tokens", "loss", "ELBO", "held-out ELBO", "best held-out", "bits per byte")
+    heads += ("tokens/s", "goodput", "skipped", "spikes")
+    said = table(heads, [_standing_row(run) for run in runs], caption="How the runs stand; nats per token")
+    remarks = [
+        f"{run.label}: {run.metrics.unreadable} line(s) of metrics.jsonl are damaged and left out."
+        for run in runs
+        if run.metrics.unreadable
+    ]
+    remarks += [
+        f"{run.label}: no line of metrics yet."
+        for run in runs
+        if not run.metrics.training and not run.metrics.evaluations
+    ]
+    reasons = [
+        f"{run.label}: {run.status.state.replace('_', ' ')}: {run.status.reason}"
+        for run in runs
+        if run.status is not None and run.status.reason
+    ]
+    return said + "".join(paragraph(remark) for remark in (*remarks, *reasons))
+
+
+def _standing_row(run: RunRecord) -> list[str]:
+    training, evaluations = run.metrics.training, run.metrics.evaluations
+    last = next((line for line in reversed(training) if number(line, "loss") is not None), {})
+    rates = [rate for line in training if (rate := number(line, "tokens_per_s")) is not None]
+    measured = [line for line in evaluations if number(line, "eval_elbo") is not None]
+    best = min(measured, key=lambda line: line["eval_elbo"], default={})
+    newest = measured[-1] if measured else {}
+    tokens = number(training[-1], "tokens") if training else None
+    spikes = sum(not unusual.is_skipped for unusual in run.unusual)
+    return [
+        escaped(run.label),
+        _state(run),
+        _steps(run),
+        _figure(tokens),
+        _figure(last.get("loss"), 4),
+        _figure(last.get("elbo"), 4),
+        _with_error(newest),
+        _with_error(best) + (f" at step {best['step']}" if best else ""),
+        _figure(newest.get("eval_bits_per_byte"), 4),
+        _figure(statistics.median(rates) if rates else None),
+        percent(wall_time(run.attempts).goodput) if run.attempts else _NONE,
+        str(len(run.unusual) - spikes),
+        str(spikes),
+    ]
+
+
+def _state(run: RunRecord) -> str:
+    if run.status is None:
+        return "not recorded"
+    said = f"{run.status.state.replace('_', ' ')} since {run.status.time}"
+    where = f" on {run.status.host}" + (f", job {run.status.job}" if run.status.job else "")
+    return f'<span title="{escaped(said + where)}">{escaped(run.status.state.replace("_", " "))}</span>'
+
+
+def _steps(run: RunRecord) -> str:
+    lines = [*run.metrics.training[-1:], *run.metrics.evaluations[-1:]]
+    step = max((line["step"] for line in lines), default=0)
+    return f"{step:,}" + (escaped(f" of {run.status.steps}") if run.status is not None else "")
+
+
+def by_source(runs: Sequence[RunRecord]) -> str:
+    """The last evaluation by source of the validation data, where a run has several."""
+    rows = []
+    for run in runs:
+        found = run.metrics.evaluations[-1].get("eval_elbo_by_source") if run.metrics.evaluations else None
+        if isinstance(found, dict) and len(found) > 1:
+            for source, pair in found.items():
+                value, error = [*pair, None, None][:2] if isinstance(pair, list) else (None, None)
+                line = {"eval_elbo": value, "eval_elbo_stderr": error}
+                rows.append((escaped(run.label), escaped(source), _with_error(line)))
+    heads = ("run", "source", "held-out ELBO")
+    return table(heads, rows, caption="Last evaluation by source; nats per token") if rows else ""
+
+
+def unusual(runs: Sequence[RunRecord]) -> str:
+    """Skipped steps and spikes, the newest of each run."""
+    rows = [
+        (escaped(run.label), str(found.step), "no" if found.is_skipped else "yes", escaped(found.why))
+        for run in runs
+        for found in run.unusual[-_UNUSUAL_SHOWN:]
+    ]
+    if not rows:
+        return paragraph("No step was skipped and no spike was noted.")
+    caption = f"The last {_UNUSUAL_SHOWN} of each run"
+    return table(("run", "step", "update made", "what stood out"), rows, caption=caption)
+
+
+def checkpoints(runs: Sequence[RunRecord]) -> str:
+    """What lies in `checkpoints/`; only names and sizes were compared, no contents."""
+    rows = [
+        (
+            escaped(run.label),
+            escaped(found.name) + (" (LATEST)" if found.name == run.latest else ""),
+            f'<span title="{escaped(found.why)}">{found.state}</span>' if found.why else found.state,
+            of_bytes(found.size_bytes),
+            found.modified,
+        )
+        for run in runs
+        for found in run.checkpoints
+    ]
+    missing = [run.label for run in runs if not run.checkpoints]
+    said = table(("run", "checkpoint", "state", "size", "written"), rows, caption="Checkpoints") if rows else ""
+    return said + (paragraph(f"No checkpoint in: {', '.join(missing)}.") if missing else "")
+
+
+def samples(runs: Sequence[RunRecord]) -> str:
+    """Text the model wrote during training; the newest is open."""
+    parts = []
+    for run in runs:
+        for place, sample in enumerate(reversed(run.samples)):
+            cut = paragraph("The file holds more.") if sample.is_cut else ""
+            parts.append(
+                f"<details{' open' if place == 0 else ''}><summary>{escaped(run.label)}, step {sample.step}</summary>"
+                f'<pre dir="auto">{escaped(sample.text)}</pre>{cut}</details>'
+            )
+    return "".join(parts) or paragraph("No run has a samples folder.")
+
+
+def configuration(runs: Sequence[RunRecord]) -> str:
+    """Where the runs differ, side by side; then each run's settings, folded away."""
+    parts = []
+    if len(runs) > 1:
+        rows = [
+            (f"<code>{escaped(key)}</code>", *(_setting(value) for value in values))
+            for key, values in differences([run.settings for run in runs]).items()
+        ]
+        heads = ("setting", *(run.label for run in runs))
+        caption = "Settings in which the runs differ, besides name and output_dir"
+        parts.append(table(heads, rows, caption=caption) if rows else paragraph("The runs have the same settings."))
+    missing = [run.label for run in runs if run.settings is None]
+    if missing:
+        parts.append(paragraph(f"Without a readable config.yaml: {', '.join(missing)}."))
+    for run in runs:
+        if run.settings is not None:
+            lines = "\n".join(f"{key}: {value}" for key, value in run.settings.items())
+            summary = f"All settings of {run.label}"
+            parts.append(f"<details><summary>{escaped(summary)}</summary><pre>{escaped(lines)}</pre></details>")
+    return "".join(parts)
+
+
+def _setting(value: str | None) -> str:
+    return '<span class="remark">not set</span>' if value is None else escaped(value)
+
+
+def _figure(value: Any, digits: int = 3) -> str:
+    found = finite(value)
+    return _NONE if found is None else short(found, digits)
+
+
+def _with_error(line: dict[str, Any]) -> str:
+    value, error = number(line, "eval_elbo"), number(line, "eval_elbo_stderr")
+    if value is None:
+        return _NONE
+    return f"{value:.4f}" + (f" \u00b1 {error:.4f}" if error is not None else "")

@@ -1,0 +1,59 @@
+"""Axes: a range of values, linear or logarithmic, laid on 0 to 1, with round ticks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A range of values; `low < high`, both positive where it is logarithmic."""
+
+    low: float
+    high: float
+    is_log: bool = False
+
+    def at(self, value: float) -> float:
+        """Where a value lies: 0 at `low`, 1 at `high`."""
+        low, high = self._bent(self.low), self._bent(self.high)
+        return (self._bent(value) - low) / (high - low)
+
+    def ticks(self, most: int = 6) -> list[float]:
+        """Round values inside, at least two where the range allows."""
+        return self._decades(most) if self.is_log else _round_steps(self.low, self.high, most)
+
+    def _bent(self, value: float) -> float:
+        return math.log10(value) if self.is_log else value
+
+    def _decades(self, most: int) -> list[float]:
+        """Powers of ten; where those are few, with 2 and 5 between, and where those are few too, linear steps."""
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        for factors in ((1,), (1, 2, 5)):
+            found = [f * 10.0**power for power in range(first, last + 1) for f in factors]
+            inside = [value for value in found if self.low <= value <= self.high]
+            if len(inside) >= 3:
+                return inside[:: math.ceil(len(inside) / most)]
+        return _round_steps(self.low, self.high, most)
+
+
+def scale_of(values: Iterable[float], *, is_log: bool = False, margin: float = 0.05) -> Scale | None:
+    """The scale that shows all values with some room; None where no value can be shown."""
+    shown = [value for value in values if not is_log or value > 0]
+    if not shown:
+        return None
+    low, high = min(shown), max(shown)
+    if is_log:
+        room = max(margin * math.log10(high / low), 0.02)
+        return Scale(low / 10**room, high * 10**room, True)
+    room = margin * (high - low) or 0.05 * abs(high) or 1.0
+    return Scale(low - room, high + room)
+
+
+def _round_steps(low: float, high: float, most: int) -> list[float]:
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(place * step, 12 - math.floor(math.log10(step))) for place in range(first, last + 1)]

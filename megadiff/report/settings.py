@@ -1,0 +1,55 @@
+"""The settings of a run as flat `section.key` pairs, and where runs differ in them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_MAX_BYTES, _MAX_KEYS, _MAX_DEPTH = 2**20, 5000, 12
+_LABELS = ("name", "output_dir")
+"""What says which run it is, not how it was made."""
+
+
+def read_settings(path: Path) -> dict[str, str] | None:
+    """The resolved tree of `config.yaml`, flat; None where it is missing or no such tree."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            return None
+        tree = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+    return dict(itertools.islice(_flat(tree, "", 0), _MAX_KEYS)) if isinstance(tree, dict) else None
+
+
+def differences(runs: Sequence[Mapping[str, str] | None]) -> dict[str, list[str | None]]:
+    """Settings in which the runs that have any differ: by key, each run's value, None where it has none.
+
+    `name` and `output_dir` are left out. Keys keep the order of the first run that has them.
+    """
+    known = [run for run in runs if run is not None]
+    keys = dict.fromkeys(key for run in known for key in run if key not in _LABELS)
+    changed = [key for key in keys if len({run.get(key) for run in known}) > 1]
+    return {key: [None if run is None else run.get(key) for run in runs] for key in changed}
+
+
+def _flat(tree: Any, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+    if depth > _MAX_DEPTH:
+        yield prefix, "..."
+    elif isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+    elif isinstance(tree, list) and tree:
+        for place, value in enumerate(tree):
+            yield from _flat(value, f"{prefix}[{place}]", depth + 1)
+    else:
+        yield prefix, _said(tree)
+
+
+def _said(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

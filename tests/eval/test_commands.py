@@ -1,0 +1,166 @@
+"""The real commands on toy models that were really trained: text with its trace, likelihoods as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from megadiff.errors import CheckpointError
+from megadiff.platform.quiet import quiet
+from tests.support.forked_command import call_forked as call
+from tests.support.ranks import on_ranks
+from tests.support.runs import toy_config, train_on_rank, write_corpus
+
+with quiet():
+    from megadiff.trained import open_model, open_trained
+
+PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "", "completion": "q"}, {"prompt": "xy z", "completion": "w"}]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Step folders of a hybrid model trained with prompts, and of an autoregressive control."""
+    folder = tmp_path_factory.mktemp("models")
+    corpus = write_corpus(folder / "corpus")
+    made = {}
+    for name, changes in {
+        "hybrid": {"conditioning__prompt": 0.5},
+        "ar": {"objective__name": "ar"},
+    }.items():
+        config = toy_config(
+            corpus, folder / name, schedule__steps=6, optimizer__lr=0.02, model__layers=2, data__valid=[], **changes
+        )
+        on_ranks(1, train_on_rank, config, 1, save=True)
+        made[name] = config.folder / "checkpoints/step_00000006"
+    return made
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "pairs.jsonl"
+    path.write_text("".join(json.dumps({**pair, "text": pair["prompt"] + "\u00e9 long text"}) + "\n" for pair in PAIRS))
+    return path
+
+
+def test_text_comes_out_in_blocks_with_its_trace(models, tmp_path):
+    trace = tmp_path / "trace.html"
+    options = ["--prompt", "ab", "--num-tokens", "12", "--block-length", "4", "--steps", "4", "--trace", trace]
+    shown = [
+        call("tools/generate.py", "--model", models["hybrid"], "--sampler", sampler, *options)
+        for sampler in ("ancestral", "adaptive", "adaptive")
+    ]
+    assert [code for code, _, _ in shown] == [0, 0, 0], shown[0][2]
+    assert shown[0][1].startswith("ab")
+    assert shown[1] == shown[2]
+    page = trace.read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in page
+    frames = json.loads(page.split('id="data">')[1].split("</script>")[0])["frames"]
+    assert {frame["block"] for frame in frames} == {1, 2, 3}
+    code, _, err = call(
+        "tools/generate.py",
+        "--model",
+        models["hybrid"],
+        "--sampler",
+        "adaptive",
+        "--steps",
+        "2",
+        "--tokens-per-step",
+        "1",
+    )
+    assert code == 2
+    assert "does not reach the 16 positions of a block" in err
+
+
+def _reference(folder: Path) -> list[float]:
+    """-log p of each completion under the autoregressive model, token by token."""
+    with open_trained(folder, platform="cpu") as model:
+        import torch
+
+        found = []
+        for pair in PAIRS:
+            before, after = (model.tokenizer.encode(pair[key]) for key in ("prompt", "completion"))
+            row = [model.tokenizer.bos_id, *before, *after]
+            logits = model.answer(torch.tensor([row[:-1]]), torch.zeros(1, dtype=torch.int64))[0].double()
+            logits[:, model.mixing.mask_id] = -torch.inf
+            log_p = logits.log_softmax(-1)
+            found.append(-sum(float(log_p[i, row[i + 1]]) for i in range(len(before), len(row) - 1)))
+        return found
+
+
+def test_likelihoods_are_written_as_json_and_do_not_depend_on_the_batch(models, pairs, tmp_path):
+    found = []
+    for batch in ("1", "8"):
+        output = tmp_path / f"{batch}.json"
+        code, out, err = call(
+            "tools/evaluate.py", "likelihood", "--model", models["hybrid"], "--data", pairs, "--draws", "16",
+            "--micro-sequences", batch, "--score-eos", "--output", output,
+        )  # fmt: skip
+        assert code == 0, err
+        assert "3 completions of 7 tokens" in out
+        found.append(json.loads(output.read_text()))
+    one, eight = found
+    assert [item["tokens"] for item in one["items"]] == [3, 2, 2]
+    for mine, other in zip(one["items"], eight["items"], strict=True):
+        assert mine["nll"] == pytest.approx(other["nll"], rel=1e-5)
+        assert 0 < mine["nll_stderr"] < mine["nll"]
+        assert mine["nll"] == pytest.approx(mine["tokens"] * math.log(259), rel=0.4)
+    assert one["nll"] == pytest.approx(sum(item["nll"] for item in one["items"]))
+    assert one["kind"] == "bound"
+
+
+def test_an_autoregressive_control_goes_through_the_same_command_exactly(models, pairs, tmp_path):
+    output = tmp_path / "ar.json"
+    code, _, err = call("tools/evaluate.py", "likelihood", "--model", models["ar"], "--data", pairs, "--output", output)
+    assert code == 0, err
+    found = json.loads(output.read_text())
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        want = pool.submit(_reference, models["ar"]).result()
+    assert [item["nll"] for item in found["items"]] == pytest.approx(want, rel=1e-5)
+    assert found["kind"] == "exact"
+    assert found["nll_stderr"] == 0
+
+
+def test_documents_are_measured_window_by_window(models, pairs, tmp_path):
+    output = tmp_path / "rolling.json"
+    code, out, err = call(
+        "tools/evaluate.py", "likelihood", "--model", models["hybrid"], "--data", pairs, "--text-key", "text",
+        "--context", "4", "--draws", "8", "--output", output,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "bits per byte" in out
+    found = json.loads(output.read_text())
+    texts = [pair["prompt"] + "\u00e9 long text" for pair in PAIRS]
+    assert found["bytes"] == found["tokens"] == sum(len(text.encode()) for text in texts)
+    assert found["bits_per_byte"] == pytest.approx(found["nll"] / found["bytes"] / math.log(2))
+    assert found["word_perplexity"] == pytest.approx(math.exp(found["nll"] / found["words"]))
+
+
+def test_mistakes_are_named(models, pairs, tmp_path):
+    likelihood = ["tools/evaluate.py", "likelihood", "--model", models["hybrid"], "--data"]
+    for command, message in [
+        ([*likelihood, pairs, "--completion-key", "answer"], "wanted a string under 'answer', found nothing"),
+        ([*likelihood, tmp_path / "none.jsonl"], "wanted a .jsonl file, found nothing"),
+        (
+            [*likelihood, pairs, "--text-key", "text", "--context", "16"],
+            "--context 16: the context (16 tokens) must be",
+        ),
+        ([*likelihood, pairs, "--draws", "5"], "--draws: must be even and at least 4, got 5"),
+    ]:
+        code, _, err = call(*command)
+        assert code == 2
+        assert message in err, err
+        assert "Traceback" not in err
+
+
+def test_a_folder_of_another_kind_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with (
+        pytest.raises(CheckpointError, match="found a Hugging Face folder; turn it into a checkpoint"),
+        open_model(tmp_path),
+    ):
+        pass

@@ -1,0 +1,249 @@
+"""Likelihoods of texts whose worth is known: estimates, their standard errors, and what they may not depend on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.objective import gidd_objective
+from megadiff.eval.effective_count import copy_bounds
+from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, bounds, exact, mean_and_error
+from tests.diffusion.dense import gauss
+from tests.sampling.toy_joint import JOINT, MASK, NOISES, REAL, VOCAB, leave_one_out, probability
+
+TEXT = (0, 3, 3, 1)
+SEEDS = 100
+
+
+def denoiser(name: str, level: float):
+    """The toy's posterior as if every copy were of one level: what a model that is not told the level may answer."""
+    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
+    return lambda ids, _prompts=None: leave_one_out(ids, level, mixing)
+
+
+def at_level(name: str) -> float:
+    """Of masked noise the posterior depends on no level, if only tokens that are no mask are certain."""
+    return 30.0 if name == "masked" else 0.5
+
+
+@cache
+def enumerated_bound(name: str) -> float:
+    """The bound of TEXT by summing over all 5^4 copies and quadrature over all levels: no Monte Carlo."""
+    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
+    nodes, weights = gauss(-35, 35, panels=24)
+    clean = torch.tensor(TEXT)
+    copies = torch.tensor(list(itertools.product(range(VOCAB), repeat=4)))
+    logits = denoiser(name, at_level(name))(copies)
+    total = 0.0
+    for node, weight in zip(nodes, weights, strict=True):
+        q_token = mixing.marginal(torch.eye(VOCAB).double()[clean], node.expand(4))  # [4, V]
+        q = q_token[torch.arange(4), copies].prod(-1)
+        many, seen = node.expand(len(copies), 4), q > 0
+        terms = gidd_objective(logits[seen], clean.expand_as(copies)[seen], copies[seen], many[seen], mixing=mixing)
+        total += float(weight * (q[seen] * terms.loss.sum(-1)).sum())
+    return total
+
+
+def estimates(name: str, item: Item, **settings) -> list[Likelihood]:
+    """One estimate a seed. What a copy says is worked out once: there are 625 copies and many draws of them."""
+    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
+    answer, known = denoiser(name, at_level(name)), {}
+
+    def remembered(logits, clean, noised, log_snr, *, mixing):
+        key = (*noised.tolist(), log_snr)
+        if key not in known:
+            known[key] = copy_bounds(logits, clean, noised, log_snr, mixing=mixing)
+        return known[key]
+
+    with mock.patch("megadiff.eval.likelihood.copy_bounds", remembered):
+        return [
+            bounds([item], answer, mixing=mixing, settings=BoundSettings(seed=seed, batch_rows=256, **settings))[0]
+            for seed in range(SEEDS)
+        ]
+
+
+def covered(found: list[Likelihood], truth: float, errors: float = 2.0) -> int:
+    return sum(abs(one.nll - truth) <= errors * one.stderr for one in found)
+
+
+def test_masked_noise_with_the_exact_denoiser_brackets_the_exact_likelihood():
+    """The bound is tight here (the posteriors do not depend on the level), so the truth is the likelihood itself."""
+    truth = -math.log(probability(list(TEXT)))
+    assert enumerated_bound("masked") == pytest.approx(truth, abs=1e-8)
+    found = estimates("masked", Item((), TEXT), draws=256)
+    assert covered(found, truth) >= 95
+    assert abs(np.mean([one.nll for one in found]) - truth) < 4 * np.std([one.nll for one in found]) / SEEDS**0.5
+    assert np.mean([one.stderr for one in found]) < 0.1 * truth
+
+
+@pytest.mark.parametrize("name", ["hybrid", "uniform"])
+def test_with_uniform_tokens_estimates_bracket_the_bound_summed_over_every_copy(name):
+    """A model that is not told the level does not know the posterior, so the truth is its own bound, worked out."""
+    truth = enumerated_bound(name)
+    found = estimates(name, Item((), TEXT), draws=256)
+    assert covered(found, truth) >= 95
+    assert abs(np.mean([one.nll for one in found]) - truth) < 4 * np.std([one.nll for one in found]) / SEEDS**0.5
+
+
+def test_stratified_levels_agree_with_counts_and_scatter_more():
+    item, truth = Item((), TEXT), enumerated_bound("hybrid")
+    levels, counts = (estimates("hybrid", item, draws=32, estimator=kind) for kind in ("levels", "counts"))
+    spread = {kind: np.std([one.nll for one in found]) for kind, found in (("levels", levels), ("counts", counts))}
+    assert np.mean([one.nll for one in levels]) == pytest.approx(truth, abs=4 * spread["levels"] / SEEDS**0.5 + 2e-3)
+    assert spread["counts"] < 0.7 * spread["levels"]
+    honest = np.mean([((one.nll - truth) / one.stderr) ** 2 for one in counts])
+    assert honest < 2.0, honest  # 16 differences: a few degrees of freedom
+
+
+def test_a_completion_is_measured_given_its_clean_prompt():
+    """Only the completion is noised; the exact conditional is what comes out."""
+    index = torch.searchsorted(REAL, torch.tensor(TEXT)).tolist()
+    conditional = JOINT[index[0], index[1]] / JOINT[index[0], index[1]].sum()
+    truth = -math.log(float(conditional[index[2], index[3]]))
+    seen: list[Tensor] = []
+    mixing, answer = HybridMixing(VOCAB, MASK, NOISES["masked"]), denoiser("masked", 30.0)
+
+    def watch(ids: Tensor, prompts: Tensor) -> Tensor:
+        seen.append(ids)
+        assert prompts.tolist() == [2] * len(ids)
+        return answer(ids)
+
+    settings = BoundSettings(draws=400, batch_rows=100)
+    found = bounds([Item(TEXT[:2], TEXT[2:])], watch, mixing=mixing, settings=settings)[0]
+    assert abs(found.nll - truth) <= 2 * found.stderr
+    assert found.tokens == 2
+    rows = torch.cat(seen)
+    assert bool((rows[:, :2] == torch.tensor(TEXT[:2])).all())
+    assert bool((rows[:, 2:] == MASK).any())
+
+
+@pytest.mark.parametrize("length", [1, 5, 50])
+def test_masked_completions_of_any_length_show_no_bias_of_n_over_n_plus_1(length):
+    """A model that always pays 1 nat a token is worth n nats, to the last digit: n^2 / (n + 1) is the biased answer."""
+    mixing = HybridMixing(VOCAB, MASK, -1000.0)
+    one_nat = torch.full((VOCAB,), math.log((1 - math.exp(-1)) / 3), dtype=torch.float64)
+    one_nat[0] = -1.0
+    item, settings = Item((), (0,) * length), BoundSettings(draws=16)
+    found = bounds([item], lambda ids, _: one_nat.expand(*ids.shape, VOCAB), mixing=mixing, settings=settings)[0]
+    assert found.nll == pytest.approx(length, rel=1e-12)
+    assert found.stderr == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "uniform"])
+@pytest.mark.parametrize("length", [1, 5, 50])
+def test_completions_with_uniform_noise_of_any_length_show_no_bias_either(name, length):
+    """With a prediction that depends on nothing the bound is -log p a token, whatever the noise (it telescopes)."""
+    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
+    logits = torch.tensor([0.8, -0.4, 0.0, 0.3, -1.1]).double()
+    probs = logits.masked_fill(torch.arange(VOCAB) == MASK, -torch.inf).softmax(-1)
+    draw = np.random.default_rng(0)
+    ratios, scatter = [], []
+    for seed in range(60 if length < 50 else 30):
+        item = Item((), tuple(REAL[draw.integers(0, 4, size=length)].tolist()))
+        truth = -float(probs[list(item.completion)].log().sum())
+        found = bounds(
+            [item], lambda ids, _: logits.expand(*ids.shape, VOCAB), mixing=mixing,
+            settings=BoundSettings(draws=16 if length < 50 else 32, seed=seed),
+        )[0]  # fmt: skip
+        ratios.append(found.nll - truth)
+        scatter.append(truth)
+    bias, error = np.mean(ratios), np.std(ratios) / len(ratios) ** 0.5
+    assert abs(bias) < 4 * error
+    assert 4 * error < 2.0 * np.mean(scatter) / (length + 1), "too noisy to see the bias"
+
+
+@pytest.mark.parametrize("name", ["hybrid", "uniform"])
+def test_integrating_the_level_out_agrees_with_dense_quadrature(name):
+    mixing, length = HybridMixing(9, 4, NOISES[name]), 40
+    draw = torch.Generator().manual_seed(3)
+    clean = torch.randint(0, 4, (length,), generator=draw)
+    logits = torch.randn(length, 9, generator=draw).double()
+    nodes, weights = gauss(-39.5, 39.5, panels=400, order=12)
+    eye = torch.eye(9).double()[clean]
+    for share in (0.0, 0.03, 0.4, 1.0):
+        noised = torch.where(torch.arange(length) < share * length, (clean + 5) % 9, clean)
+        if name == "hybrid":
+            noised = torch.where(torch.arange(length) < share * length / 2, 4, noised)
+        noised = torch.where((noised == 4) & (name == "uniform"), 5, noised)
+        q = mixing.marginal(eye.expand(len(nodes), length, 9), nodes[:, None].expand(-1, length))
+        q = q.gather(-1, noised.expand(len(nodes), length).unsqueeze(-1)).squeeze(-1).log().sum(-1)
+        like = weights * torch.exp(q - q.max())
+        many = len(nodes), length
+        terms = gidd_objective(
+            logits.expand(*many, 9), clean.expand(many), noised.expand(many), nodes[:, None].expand(many), mixing=mixing
+        )
+        want = float((like * terms.loss.sum(-1)).sum() / (like * torch.sigmoid(nodes) * torch.sigmoid(-nodes)).sum())
+        assert copy_bounds(logits, clean, noised, None, mixing=mixing) == pytest.approx(want, rel=1e-6), share
+
+
+ITEMS = [Item((1, 2), (3, 5, 6)), Item((), (7,)), Item((8,), (1, 1, 1, 1)), Item((3,), ()), Item((2, 2, 2), (5, 6))]
+TABLE = torch.randn(9, 9, generator=torch.Generator().manual_seed(0)).double()
+
+
+def bigram(ids: Tensor, _prompts: Tensor) -> Tensor:
+    return TABLE[ids] + TABLE.T[ids.roll(1, 1)]
+
+
+@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("context", [None, 12])
+def test_an_item_does_not_depend_on_its_batch_or_place(name, context):
+    mixing = HybridMixing(9, 4, NOISES[name])
+
+    def measured(items, batch_rows):
+        settings = BoundSettings(draws=8, batch_rows=batch_rows, context_length=context)
+        return bounds(items, bigram, mixing=mixing, settings=settings)
+
+    together = measured(ITEMS, 7)
+    assert together == measured(ITEMS, 1)
+    assert together[::-1] == measured(ITEMS[::-1], 64)
+    assert together[3].nll == together[3].stderr == 0.0
+    assert [one.tokens for one in together] == [3, 1, 4, 0, 2]
+
+
+def test_a_filled_context_is_pure_noise_behind_the_completion():
+    seen: list[Tensor] = []
+
+    def watch(ids: Tensor, _prompts: Tensor) -> Tensor:
+        seen.append(ids)
+        return bigram(ids, _prompts)
+
+    settings = BoundSettings(draws=4, context_length=300)
+    bounds([ITEMS[0]], watch, mixing=HybridMixing(9, 4, NOISES["uniform"]), settings=settings)
+    tail = seen[0][:, 5:]
+    assert tail.shape[1] == 295
+    assert not bool((tail == 4).any())
+    assert np.bincount(tail[0].numpy(), minlength=9)[[0, 1, 2, 3, 5, 6, 7, 8]].min() > 15
+    with pytest.raises(ValueError, match="an item has 5 tokens, more than the context of 4"):
+        bounds(ITEMS, bigram, mixing=HybridMixing(9, 4, 0.0), settings=BoundSettings(draws=4, context_length=4))
+
+
+def test_an_autoregressive_model_is_measured_exactly():
+    table = TABLE.clone()
+
+    def next_token(ids: Tensor, _prompts: Tensor) -> Tensor:
+        return torch.nn.functional.pad(table[ids], (0, 3), value=50.0)  # padding columns say nothing
+
+    found = exact(ITEMS, next_token, start_id=0, mask_id=4, vocab_size=9, batch_rows=2)
+    log_p = table.masked_fill(torch.arange(9) == 4, -torch.inf).log_softmax(-1)
+    for item, one in zip(ITEMS, found, strict=True):
+        row = (0, *item.ids)
+        want = -sum(float(log_p[row[i], row[i + 1]]) for i in range(len(item.prompt), len(item.ids)))
+        assert one.nll == pytest.approx(want, rel=1e-12)
+        assert one.stderr == 0.0
+
+
+def test_the_standard_error_of_neighbouring_strata():
+    assert mean_and_error(np.array([1.0, 3.0, 2.0, 2.0])) == (2.0, 0.5)
+    draw = np.random.default_rng(0)
+    scores = [mean / error for mean, error in (mean_and_error(draw.normal(size=64)) for _ in range(2000))]
+    assert np.std(scores) == pytest.approx(1.0, abs=0.06)
+    with pytest.raises(ValueError, match="draws must be even and at least 4, got 5"):
+        BoundSettings(draws=5)

@@ -1,0 +1,26 @@
+"""Nothing here reaches for the network or for a person's own cache of model code."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))
+
+import pytest
+
+from tests.export.runs import trained
+
+LAYOUTS = {
+    "tp1": (1, {}),
+    "tp2_pp2": (4, {"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}),
+    "pp2_vpp2": (2, {"parallel": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True}}),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(toy_corpus, tmp_path_factory):
+    """`{layout: step folder}` of a trained GIDD block on each layout."""
+    root = tmp_path_factory.mktemp("export")
+    return {name: trained(toy_corpus, root, ranks, name=name, **changes) for name, (ranks, changes) in LAYOUTS.items()}

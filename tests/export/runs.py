@@ -1,0 +1,55 @@
+"""Checkpoints to be exported, trained for four steps on several layouts, and the trainer's own logits."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadiff.model.attention import prompt_code
+from megadiff.platform.quiet import quiet
+from tests.support.ranks import on_ranks
+from tests.support.runs import GIDD_BLOCK, toy_config, train_on_rank
+
+with quiet():
+    from megadiff.trained import open_trained
+
+SOFTCAP = 5.0
+"""Lower than the paper's, so that scores of a toy feel it."""
+
+
+def trained(corpus: Path, output: Path, ranks: int, **changes: Any) -> Path:
+    """Train a GIDD block with a non-zero head for four steps; the step folder."""
+    block = {f"model__{key}": value for key, value in {**GIDD_BLOCK, "softcap": SOFTCAP}.items()}
+    settings = {**block, "model__head_init": 0.02, "model__embed_init": 0.5, "model__init_scale": 2.0}
+    settings |= {"conditioning__prompt": 0.5, "data__valid": [], "schedule__steps": 4, "optimizer__lr": 0.05}
+    config = toy_config(corpus, output, **{**settings, **changes})
+    on_ranks(ranks, train_on_rank, config, ranks, save=True)
+    return config.folder / "checkpoints/step_00000004"
+
+
+def rows_with_prompts(*, length: int = 16) -> list[tuple[int, torch.Tensor]]:
+    """Rows [2, length], and how many of their tokens are a clean prompt."""
+    draw = torch.Generator().manual_seed(1)
+    return [(prompt, torch.randint(0, 260, (2, length), generator=draw)) for prompt in (0, 5, length)]
+
+
+def trainer_logits(folder: Path, rows: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+    """The trainer's float32 logits [2, length, V] of the rows; from a forked process, as this one stays clean."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return [torch.from_numpy(found) for found in pool.submit(_logits, folder, rows).result()]
+
+
+@torch.no_grad()
+def _logits(folder: Path, rows: list[tuple[int, torch.Tensor]]) -> list[Any]:
+    with open_trained(folder, platform="cpu") as model:
+        is_causal = model.manifest.config["conditioning"]["prompt_attention"] == "causal" or model.is_autoregressive
+        found = []
+        for prompt, ids in rows:
+            length = ids.shape[1] if model.is_autoregressive else prompt
+            logits = model.chunks[0](ids, prompt_code(torch.full((len(ids),), length), is_causal=is_causal))
+            found.append(logits.transpose(0, 1)[..., : model.mixing.vocab_size].contiguous().numpy())
+        return found

@@ -1,0 +1,76 @@
+"""What the released checkpoints are not: other norms, no sink, no cap, causal prompts, time noise, next tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from megadiff.diffusion.time_mixing import TimeMixing
+from megadiff.diffusion.time_process import TimeProcess
+from megadiff.export.export import export
+from tests.export.runs import rows_with_prompts, trained, trainer_logits
+
+PLAIN = {"qk_norm": "head", "sink": False, "softcap": None, "resid_scale": 0.7, "head_scale": 1.0, "mlp_bias": False}
+MODELS = {
+    "plain block, causal prompts, time noise": {
+        **{f"model__{key}": value for key, value in PLAIN.items()},
+        "conditioning__prompt_attention": "causal",
+        "noise": {"form": "time", "p_uniform": 0.2},
+    },
+    "no norms of queries, sink without cap": {
+        "model__qk_norm": "none",
+        "model__softcap": None,
+        "conditioning__prompt": 0,
+    },
+    "autoregressive control": {"objective__name": "ar", "conditioning__prompt": 0},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, toy_corpus, tmp_path_factory):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+    root = tmp_path_factory.mktemp("other")
+    checkpoint = trained(toy_corpus, root, 1, **MODELS[request.param])
+    folder = export(checkpoint, root / "out").folder
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return request.param, checkpoint, folder, loaded.eval()
+
+
+def test_its_logits_are_the_trainers(model):
+    name, checkpoint, folder, loaded = model
+    rows = rows_with_prompts()
+    if "causal" not in name:
+        rows = rows[:1]
+    with torch.no_grad():
+        found = [loaded(ids, prompt_lengths=torch.full((len(ids),), prompt)).logits for prompt, ids in rows]
+    for ours, theirs in zip(trainer_logits(checkpoint, rows), found, strict=True):
+        assert float(ours.abs().max()) > 0.05
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["prompt_attention"] == ("causal" if "causal" in name else "full")
+
+
+def test_it_generates_alike_with_and_without_cache_or_says_why_not(model):
+    name, _, _, loaded = model
+    options = {"max_new_tokens": 6, "max_denoising_steps": 6, "block_length": 3, "eos_token_id": None}
+    prompt = torch.tensor([[0, 9, 10, 11]])
+    if "autoregressive" in name:
+        with pytest.raises(ValueError, match="predicts next tokens and cannot denoise"):
+            loaded.generate(prompt, **options)
+        return
+    cached, plain = (loaded.generate(prompt, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+    assert not (cached == 3).any()
+
+
+@pytest.mark.parametrize(("p_uniform", "gamma"), [(0.1, 1.0), (0.5, 2.0), (0.9, 0.5)])
+def test_time_noise_is_found_again_from_its_levels(p_uniform, gamma):
+    pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+    from megadiff.export.huggingface.generation_gidd import TimeNoise
+
+    ours, shipped = TimeMixing(260, 3, TimeProcess(p_uniform, gamma)), TimeNoise(260, 3, p_uniform, gamma)
+    levels = torch.linspace(-12, 12, 49, dtype=torch.float64)
+    torch.testing.assert_close(shipped.u(levels), ours.u(levels), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(shipped.mask_share(levels), ours.mask_share(levels), rtol=1e-9, atol=1e-12)

@@ -1,0 +1,154 @@
+"""A training checkpoint to a Hugging Face folder and back, on one CPU process."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megadiff.errors import ConfigError, run_command
+
+_EPILOG = """examples:
+  python tools/convert_checkpoint.py export --checkpoint runs/demo --output demo-hf --verify
+  python tools/convert_checkpoint.py import --input gidd-unif-3b --output checkpoints/gidd-unif-3b
+
+Checkpoints of any layout are read; an imported one can be loaded on any layout. It has weights alone: a run that begins
+with it (checkpoint.start_from) starts at step 0 with new optimizer moments. --verify needs transformers ('.[hf]') and
+memory for the whole model twice.
+"""
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def main() -> None:
+    """Read the command line, convert, say what was written."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    out = commands.add_parser("export", help="a run's checkpoint as a Hugging Face folder")
+    out.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one checkpoints/step_* of it")
+    out.add_argument("--output", type=Path, required=True, help="folder to make")
+    out.add_argument("--dtype", choices=["bf16", "fp32"], help="of the weights (default: as they are stored)")
+    out.add_argument("--max-shard-size", type=_bytes, default="5GB", help="of one weight file (default 5GB)")
+    out.add_argument("--verify", action="store_true", help="compare its logits with the trainer's in a clean process")
+    back = commands.add_parser("import", help="a Hugging Face folder as a checkpoint to train from")
+    back.add_argument("--input", type=Path, required=True, help="GIDD folder, or an autoregressive one that fits")
+    back.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
+    back.add_argument("--seq-length", type=_positive, help="row length to train with (default: the folder's)")
+    for command in (out, back):
+        command.add_argument("--tokenizer", help="tokenizer path, where it is not where the run or the folder says")
+    arguments = parser.parse_args()
+    (_export if arguments.command == "export" else _import)(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from megadiff.platform.quiet import quiet
+
+    with quiet():
+        from megadiff.export.export import export
+        from megadiff.export.verify import require_transformers
+
+    if arguments.verify:
+        require_transformers()
+    with _progress("exporting") as say:
+        found = export(
+            arguments.checkpoint,
+            arguments.output,
+            dtype=arguments.dtype,
+            max_shard_bytes=arguments.max_shard_size,
+            tokenizer=arguments.tokenizer,
+            on_tensor=say,
+        )
+    print(f"{found.folder}: {found.tensors} tensors, {found.parameters:,} parameters, {found.bytes:,} bytes")
+    if arguments.verify:
+        _verify(arguments, found.checkpoint)
+
+
+def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
+    import torch
+
+    from megadiff.checkpoint.manifest import read_manifest
+    from megadiff.diffusion.config import NoiseConfig
+    from megadiff.diffusion.mixing import mixing_from
+    from megadiff.export import verify
+    from megadiff.export.export import DTYPES
+    from megadiff.platform.quiet import quiet
+
+    with quiet():
+        from megadiff.model.attention import prompt_code
+        from megadiff.trained import open_trained
+
+    @contextmanager
+    def open_trainer(compute: str) -> Iterator[verify.Trainer]:
+        with open_trained(checkpoint, platform="cpu", compute=compute, tokenizer=arguments.tokenizer) as trained:  # type: ignore[arg-type]
+            chunk = trained.chunks[0]
+            for weight in chunk.parameters() if arguments.dtype else ():
+                weight.data.copy_(weight.data.to(DTYPES[arguments.dtype]))
+
+            @torch.no_grad()
+            def logits(case: verify.Case) -> torch.Tensor:
+                length = case.ids.shape[1] if trained.is_autoregressive else case.prompt_length
+                is_causal = trained.is_autoregressive or conditioning["prompt_attention"] == "causal"
+                code = prompt_code(torch.tensor([length]), is_causal=is_causal)
+                return chunk(case.ids, code).transpose(0, 1)[..., : manifest.vocab_size]
+
+            yield verify.Trainer(logits, chunk.output_layer.weight.data)
+
+    manifest = read_manifest(checkpoint)
+    conditioning = manifest.config["conditioning"]
+    noise = NoiseConfig.model_validate(manifest.config["noise"])
+    mixing = mixing_from(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id)
+    length = min(manifest.config["model"]["seq_length"], 256)
+    cases = verify.noised_cases(mixing, length=length, knows_prompts=conditioning["prompt"] > 0)
+    for found in verify.verify(arguments.output, open_trainer, cases):
+        print(f"verified {found.describe()}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from megadiff.platform.quiet import quiet
+
+    with quiet():
+        from megadiff.export.importing import import_folder
+
+    with _progress("importing") as say:
+        found = import_folder(
+            arguments.input,
+            arguments.output,
+            tokenizer=arguments.tokenizer,
+            seq_length=arguments.seq_length,
+            on_tensor=say,
+        )
+    print(
+        f"{found.folder}: {found.parameters:,} parameters, ready for checkpoint.start_from and tools/evaluate.py; the "
+        "optimizer's moments are not in such a folder, so a run begins at step 0 with new ones"
+    )
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str], None]]:
+    """Which tensor it is at, on a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
+        yield lambda name: status.update(f"{what} {name}")
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"--max-shard-size must be a size such as 5GB or 500MiB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    run_command(main)
