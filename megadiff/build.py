@@ -24,6 +24,7 @@ from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.snr import rate_from
 from megadiff.errors import ConfigError, DataError, StorageError
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
+from megadiff.kernels.choice import choose_head
 from megadiff.model import cost
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
@@ -161,6 +162,7 @@ def wire(
     for line in [platform.describe(), *describe(config, prepared.layout, prepared.shape), *describe_data(prepared)]:
         log.info(line)
     log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
+    log.info(f"head              {choose_head(config.objective.head)[0]}")
     origin = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
@@ -224,9 +226,10 @@ def _log_hook(prepared: Prepared, platform: Platform, files: _Files, goodput: Go
 def row_objective(prepared: Prepared, mixing: Mixing, topology: Topology) -> RowObjective:
     """What is minimised, on this rank's part of the vocabulary."""
     config = prepared.config
+    _, head = choose_head(config.objective.head)
     if config.is_autoregressive:
-        return NextTokenObjective(mixing, topology)
-    return DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective)
+        return NextTokenObjective(mixing, topology, head)
+    return DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective, head)
 
 
 def training_step(
@@ -244,7 +247,7 @@ def training_step(
     return Step(
         chunks=wrapped,
         optimizer=optimizer,
-        loss=row_objective(prepared, mixing, topology).loss,
+        objective=row_objective(prepared, mixing, topology),
         topology=topology,
         device=platform.device,
         seq_length=config.model.seq_length,
@@ -372,10 +375,11 @@ def _evaluation(
     config = prepared.config
     if not prepared.data.valid:
         return []
-    measure = next_token_likelihood(mixing, start_id=start_id(prepared.tokenizer), topology=topology)
+    _, head = choose_head(config.objective.head)
+    measure = next_token_likelihood(mixing, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
     if not config.is_autoregressive:
         measure = diffusion_bound(
-            mixing, rate=rate_from(config.noise), topology=topology, noise_levels=config.eval.noise_levels
+            mixing, rate=rate_from(config.noise), topology=topology, noise_levels=config.eval.noise_levels, head=head
         )
     held_out = HeldOut(
         sources=prepared.data.valid,

@@ -26,8 +26,9 @@ from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
 from megadiff.errors import CheckpointError, ConfigError
+from megadiff.kernels.head import HeadLoss
 from megadiff.parallel.config import ParallelConfig
-from megadiff.parallel.row_objective import RowObjective
+from megadiff.parallel.row_objective import PlacedRows, RowObjective
 from megadiff.parallel.row_report import metrics_of
 from megadiff.parallel.topology import Topology, open_topology, process_group
 from megadiff.platform.machine import Platform, detect
@@ -83,13 +84,13 @@ class _Recorded(RowObjective):
     inner: RowObjective
     found: list[Terms] = field(default_factory=list)
 
-    def terms(self, logits: Tensor, rows: NoisedRows) -> Terms:
-        terms = self.inner.terms(logits, rows)
-        self.found.append(Terms(*(term.detach().t() for term in terms)))
-        return terms
+    def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
+        return self.inner.place(rows, device)
 
-    def optimised(self, terms: Terms) -> Tensor:
-        return self.inner.optimised(terms)
+    def score(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
+        answer = self.inner.score(hidden, weight, placed)
+        self.found.append(Terms(*(term.t() for term in answer.terms)))
+        return answer
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         run_folder=run_folder,
         prepared=prepared,
         topology=topology,
-        train_step=replace(train_step, loss=recorded.loss),
+        train_step=replace(train_step, objective=recorded),
         recorded=recorded,
         done=done,
         start=f"checkpoint {folder.name}" if folder is not None else "the first weights",

@@ -37,6 +37,9 @@ MUST_MATCH = (
 )
 """Settings whose change makes a resumed run another run; everything else may change."""
 
+_NEVER_MATTERS = ("objective.head",)
+"""Among those, settings of how things are computed and not of what."""
+
 MAY_BE_ALLOWED = ("seed", "noise", "objective", "conditioning")
 """Those of them whose change the saved weights and optimizer state survive, if a person asks for it."""
 
@@ -197,7 +200,7 @@ def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:
 def _matters(key: str, allowed: Sequence[str], allow_data: bool) -> bool:
     if key == "data_fingerprint":
         return not allow_data
-    if any(_is_at_or_below(key, other) for other in allowed):
+    if key in _NEVER_MATTERS or any(_is_at_or_below(key, other) for other in allowed):
         return False
     return key in _IDENTITY or any(_is_at_or_below(key, other) for other in MUST_MATCH)
 

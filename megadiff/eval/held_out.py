@@ -21,9 +21,12 @@ from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows
 from megadiff.diffusion.noising import NoisedRows, evaluation_noise
 from megadiff.diffusion.snr import LINEAR, LinearRate, Rate
+from megadiff.kernels.choice import Head
+from megadiff.kernels.fused_head import fused_objective
+from megadiff.kernels.head import HeadLoss
 from megadiff.model.attention import prompt_code
 from megadiff.parallel.pipeline import run_microbatches
-from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective, on_device
+from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, PlacedRows, RowObjective
 from megadiff.parallel.row_report import BIN_EDGES
 from megadiff.parallel.topology import Topology
 
@@ -94,7 +97,9 @@ class Measure:
     is_causal_prompt: bool = False
 
 
-def diffusion_bound(mixing: Mixing, *, rate: Rate, topology: Topology, noise_levels: int) -> Measure:
+def diffusion_bound(
+    mixing: Mixing, *, rate: Rate, topology: Topology, noise_levels: int, head: Head = fused_objective
+) -> Measure:
     """The bound under the run's noise with the linear rate, whatever rate the run trains with.
 
     So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
@@ -108,16 +113,18 @@ def diffusion_bound(mixing: Mixing, *, rate: Rate, topology: Topology, noise_lev
             clean, seed=SEED, row_index=index, level=level, num_levels=noise_levels, mixing=mixing, rate=linear
         )
 
-    return Measure(DiffusionObjective(mixing, topology, linear, ObjectiveConfig()), rows, noise_levels)
+    return Measure(DiffusionObjective(mixing, topology, linear, ObjectiveConfig(), head), rows, noise_levels)
 
 
-def next_token_likelihood(mixing: Mixing, *, start_id: int, topology: Topology) -> Measure:
+def next_token_likelihood(
+    mixing: Mixing, *, start_id: int, topology: Topology, head: Head = fused_objective
+) -> Measure:
     """The exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
 
     def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
         return next_token_rows(clean, start_id=start_id)
 
-    return Measure(NextTokenObjective(mixing, topology), rows, noise_levels=1, is_causal_prompt=True)
+    return Measure(NextTokenObjective(mixing, topology, head), rows, noise_levels=1, is_causal_prompt=True)
 
 
 class HeldOut:
@@ -185,7 +192,7 @@ class HeldOut:
             return None
         return sum(ratio * count for ratio, count in known if ratio is not None) / len(self.rows)
 
-    def _my_microbatches(self) -> list[tuple[tuple[int, Tensor], NoisedRows]]:
+    def _my_microbatches(self) -> list[tuple[tuple[int, Tensor], PlacedRows]]:
         """This replica's microbatches: a level and a few rows each; row index -1 pads the last ones."""
         micro, layout = self.micro_sequences, self.topology.layout
         starts = [
@@ -198,20 +205,24 @@ class HeldOut:
         mine = starts[self.topology.data_rank * share : (self.topology.data_rank + 1) * share]
         return [self._microbatch(level, first) for level, first in mine]
 
-    def _microbatch(self, level: int, first: int) -> tuple[tuple[int, Tensor], NoisedRows]:
+    def _microbatch(self, level: int, first: int) -> tuple[tuple[int, Tensor], PlacedRows]:
         index = np.arange(first, first + self.micro_sequences)
         index = np.where(index < len(self.rows), index, -1)
         taken = np.maximum(index, 0)
-        rows = on_device(self.measure.rows(self.rows[taken], taken, level), self.device)
-        return (level, torch.from_numpy(index).to(self.device)), rows
+        placed = self.measure.objective.place(self.measure.rows(self.rows[taken], taken, level), self.device)
+        return (level, torch.from_numpy(index).to(self.device)), placed
 
-    def _forward(self, chunk: Any, item: tuple[Any, NoisedRows]) -> Tensor:
-        rows = item[1]
-        return chunk(rows.noised, prompt_code(rows.prompt_length, is_causal=self.measure.is_causal_prompt))
+    def _forward(self, chunk: Any, item: tuple[Any, PlacedRows]) -> Any:
+        placed = item[1]
+        return chunk(
+            placed.rows.noised,
+            prompt_code(placed.rows.prompt_length, is_causal=self.measure.is_causal_prompt),
+            score=lambda hidden, weight: self.measure.objective.score(hidden, weight, placed),
+        )
 
-    def _report(self, logits: Tensor, item: tuple[tuple[int, Tensor], NoisedRows]) -> tuple[Tensor, Tensor, Any]:
-        key, rows = item
-        terms = self.measure.objective.terms(logits, rows)
+    def _report(self, answer: HeadLoss, item: tuple[tuple[int, Tensor], PlacedRows]) -> tuple[Tensor, Tensor, Any]:
+        key, (rows, _) = item
+        terms = answer.terms
         plain = terms.weight * (terms.kl + terms.is_div)
         sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain, rows.log_snr.t())])
         nothing = torch.zeros((), device=self.device)

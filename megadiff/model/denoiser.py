@@ -17,6 +17,10 @@ from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -36,13 +40,47 @@ from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
 
+Score = Callable[[Tensor, Tensor], Any]
+"""(hidden states [sequence, batch, hidden] whole on every tensor rank, this rank's head weight [V / tp, hidden]) ->
+anything; the gradient of the states is to be this rank's part."""
+
+
+class Head(ColumnParallelLinear):
+    """The output layer: logits, or a score made of its input and weight without logits that are ever whole."""
+
+    def forward(self, input_: Tensor, score: Score | None = None) -> Any:  # type: ignore[override]
+        """(logits [sequence, batch, V / tp], None) as the parent's, or what `score` makes of the whole input."""
+        if score is None:
+            return super().forward(input_)
+        if self.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        assert self.weight is not None
+        return score(whole, self.weight)
+
 
 class Denoiser(GPTModel):
     """One pipeline stage's chunk of the model."""
 
     head_factor: float = 1.0
 
-    def forward(self, input_ids: Tensor | None, prompts: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer = Head(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=_keep,
+                bias=False,
+                gather_output=False,
+                tp_group=self.pg_collection.tp,
+            )
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor | None, prompts: Tensor | None = None, *, score: Score | None = None
+    ) -> Any:
         """Run this chunk.
 
         Args:
@@ -50,10 +88,12 @@ class Denoiser(GPTModel):
                 `set_input_tensor`) and the row length is the model's.
             prompts: [batch] lengths of clean prompts that see only themselves (`attention.prompt_code`), or None:
                 every token sees every token.
+            score: what becomes of the last hidden states and the head instead of logits.
 
         Returns:
-            On the last stage logits [sequence, batch, padded vocabulary / tensor ranks]; elsewhere hidden states.
-            Sequence first, as megatron-core computes them: no transposing copy is made.
+            On the last stage what `score` returns, or without one logits [sequence, batch, padded vocabulary / tensor
+            ranks]; elsewhere hidden states. Sequence first, as megatron-core computes them: no transposing copy is
+            made.
         """
         length = self.max_sequence_length if input_ids is None else input_ids.shape[1]
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
@@ -62,6 +102,8 @@ class Denoiser(GPTModel):
             return hidden
         if self.head_factor != 1.0:
             hidden = hidden * self.head_factor
+        if score is not None:
+            return self.output_layer(hidden, score)
         logits, _ = self.output_layer(hidden)
         return logits
 

@@ -18,8 +18,8 @@ def run_microbatches(
     chunks: Sequence[torch.nn.Module],
     microbatches: Sequence[Any],
     *,
-    forward: Callable[[torch.nn.Module, Any], Tensor],
-    loss: Callable[[Tensor, Any], Loss],
+    forward: Callable[[torch.nn.Module, Any], Any],
+    loss: Callable[[Any, Any], Loss],
     seq_length: int,
     micro_sequences: int,
     forward_only: bool = False,
@@ -29,7 +29,7 @@ def run_microbatches(
     Args:
         chunks: this rank's model chunks.
         microbatches: this data-parallel rank's, the same list on every stage and tensor rank.
-        forward: (chunk, microbatch) -> that chunk's output.
+        forward: (chunk, microbatch) -> that chunk's output; a tensor, but on the last stage whatever `loss` takes.
         loss: (last stage's output, microbatch) -> `Loss`. Gradients of the summed losses are divided by the number of
             counted tokens over all microbatches and replicas, or not at all, as `configure_reduction` set.
         seq_length, micro_sequences: shape of a microbatch.
@@ -39,7 +39,7 @@ def run_microbatches(
         What `loss` handed back, by microbatch; empty except on the last stage. Collective over the model group.
     """
 
-    def forward_step(data: Any, chunk: torch.nn.Module, *_: Any) -> tuple[Tensor, Callable[[Tensor], Loss]]:
+    def forward_step(data: Any, chunk: torch.nn.Module, *_: Any) -> tuple[Any, Callable[[Any], Loss]]:
         microbatch = next(data)
         return forward(chunk, microbatch), lambda output: loss(output, microbatch)
 

@@ -1,9 +1,10 @@
-"""Objectives of a microbatch: from the last stage's logit shards and its rows to a summed loss and a report."""
+"""Objectives of a microbatch: from the last stage's hidden states and its rows to a summed loss and a report."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,41 +13,55 @@ from megadiff.diffusion.config import ObjectiveConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.noising import NoisedRows
-from megadiff.diffusion.objective import Terms
 from megadiff.diffusion.snr import Rate
+from megadiff.kernels.choice import Head
+from megadiff.kernels.fused_head import fused_objective
+from megadiff.kernels.head import Formula, HeadLoss, HeadTokens, worth_computing
+from megadiff.kernels.vocab_shard import VocabShard
 from megadiff.parallel.row_report import report_sums
 from megadiff.parallel.topology import Topology
-from megadiff.parallel.vocab_objective import vocab_parallel_objective
 
 _ALL_KEPT = 40.0
 """A log-SNR at which alpha is 1 in float32 and p(lambda) is still far from underflow."""
 
 
+class PlacedRows(NamedTuple):
+    """A microbatch where it is used."""
+
+    rows: NoisedRows
+    """On the device, but for the prompt lengths, which attention reads on the CPU without waiting for the device."""
+    computed: Tensor | None
+    """Places, sequence first, of the tokens that can have a loss (`worth_computing`)."""
+
+
 @dataclass(frozen=True)
 class RowObjective(ABC):
-    """Per-token terms on this rank's vocabulary shard."""
+    """What is minimised, on this rank's part of the vocabulary."""
 
     mixing: Mixing
     topology: Topology
 
     @abstractmethod
-    def terms(self, logits: Tensor, rows: NoisedRows) -> Terms:
-        """Per-token terms, sequence first: each [L, b]; 0 at noise-free positions. `loss` carries the gradient.
+    def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
+        """Move a microbatch to the device, after the host has seen which of its tokens count."""
+
+    @abstractmethod
+    def score(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
+        """Summed loss and per-token terms, sequence first.
 
         Args:
-            logits: [L, b, padded vocabulary / tensor ranks] as the last stage returns them; the backward pass writes
-                their gradient over them.
-            rows: the microbatch, on the logits' device.
+            hidden: [L, b, d], the same on all tensor ranks; its gradient is this rank's part.
+            weight: [padded vocabulary / tensor ranks, d], this rank's columns of the head.
+            placed: the microbatch.
         """
 
-    def loss(self, logits: Tensor, rows: NoisedRows) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(self, answer: HeadLoss, placed: PlacedRows) -> tuple[Tensor, Tensor, Tensor]:
         """Summed loss over noisy tokens, their number, and the sums of `row_report`."""
-        terms = self.terms(logits, rows)
-        return self.optimised(terms).sum(), rows.is_noisy.sum().int(), report_sums(terms, rows)
+        return answer.loss, placed.rows.is_noisy.sum().int(), report_sums(answer.terms, placed.rows)
 
-    def optimised(self, terms: Terms) -> Tensor:
-        """The term that carries the gradient."""
-        return terms.loss
+    def _shard(self, weight: Tensor, mixing: Mixing) -> VocabShard:
+        start = self.topology.tensor_rank * weight.shape[0]
+        return VocabShard.of(weight, mixing, start=start, group=self.topology.tensor_group)
 
 
 @dataclass(frozen=True)
@@ -55,27 +70,19 @@ class DiffusionObjective(RowObjective):
 
     rate: Rate
     settings: ObjectiveConfig
+    head: Head = fused_objective
 
-    def terms(self, logits: Tensor, rows: NoisedRows) -> Terms:
-        """See `RowObjective.terms` and `diffusion.objective`."""
-        return vocab_parallel_objective(
-            logits,
-            rows.clean.t(),
-            rows.noised.t(),
-            rows.log_snr.t(),
-            mixing=self.mixing,
-            rate=self.rate,
-            is_weight=self.settings.is_weight,
-            group=self.topology.tensor_group,
-            vocab_start=self.topology.tensor_rank * logits.shape[-1],
-            needed=rows.is_noisy.t(),
-            weighting=self.settings.weighting,
-            overwrite_logits=True,
-        )
+    def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
+        """See `RowObjective.place`."""
+        computed = worth_computing(rows.noised.t(), rows.is_noisy.t(), self.mixing)
+        return _placed(rows, computed, device)
 
-    def optimised(self, terms: Terms) -> Tensor:
-        """`loss`, or `elbo` under `weighting: elbo`."""
-        return terms.elbo if self.settings.weighting == "elbo" else terms.loss
+    def score(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
+        """See `RowObjective.score` and `diffusion.objective`."""
+        rows = placed.rows
+        formula = Formula(self.mixing, self.rate, self.settings.is_weight, self.settings.weighting)
+        tokens = HeadTokens(rows.clean.t(), rows.noised.t(), rows.log_snr.t(), placed.computed)
+        return self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.mixing))
 
 
 @dataclass(frozen=True)
@@ -86,22 +93,25 @@ class NextTokenObjective(RowObjective):
     w KL = -log p_x, computed by the same sharded code (the mask and padding excluded alike).
     """
 
-    def terms(self, logits: Tensor, rows: NoisedRows) -> Terms:
-        """`loss`, `elbo` and `kl` are the negative log-likelihood in nats, exact; see `RowObjective.terms`."""
-        found = vocab_parallel_objective(
-            logits,
-            rows.clean.t(),
-            torch.full_like(rows.clean.t(), self.mixing.mask_id),
-            torch.full_like(rows.log_snr.t(), _ALL_KEPT),
-            mixing=HybridMixing(self.mixing.vocab_size, self.mixing.mask_id, shift=-1000.0),
-            group=self.topology.tensor_group,
-            vocab_start=self.topology.tensor_rank * logits.shape[-1],
-            overwrite_logits=True,
+    head: Head = fused_objective
+
+    def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
+        """See `RowObjective.place`; every token counts."""
+        return _placed(rows, None, device)
+
+    def score(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
+        """`loss`, `elbo` and `kl` are the negative log-likelihood in nats, exact; see `RowObjective.score`."""
+        clean = placed.rows.clean.t()
+        mixing = HybridMixing(self.mixing.vocab_size, self.mixing.mask_id, shift=-1000.0)
+        tokens = HeadTokens(
+            clean, torch.full_like(clean, mixing.mask_id), torch.full(clean.shape, _ALL_KEPT, device=clean.device)
         )
-        return found._replace(elbo=found.kl)
+        found = self.head(hidden, weight, tokens, Formula(mixing), shard=self._shard(weight, mixing))
+        return found._replace(terms=found.terms._replace(elbo=found.terms.kl))
 
 
-def on_device(rows: NoisedRows, device: torch.device) -> NoisedRows:
-    """The rows on `device`, but for the prompt lengths, which attention reads on the CPU without waiting for it."""
+def _placed(rows: NoisedRows, computed: Tensor | None, device: torch.device) -> PlacedRows:
     moved = NoisedRows(*(field.to(device, non_blocking=True) for field in rows))
-    return moved._replace(prompt_length=rows.prompt_length)
+    if computed is not None:
+        computed = computed.to(device, non_blocking=True)
+    return PlacedRows(moved._replace(prompt_length=rows.prompt_length), computed)

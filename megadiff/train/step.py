@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.noising import NoisedRows
+from megadiff.kernels.head import HeadLoss
 from megadiff.model.attention import prompt_code
 from megadiff.optim.optimizer import Optimizer
 from megadiff.parallel.pipeline import run_microbatches
-from megadiff.parallel.row_objective import on_device
+from megadiff.parallel.row_objective import PlacedRows, RowObjective
 from megadiff.parallel.row_report import SIZE, mean_loss
 from megadiff.parallel.topology import Topology
 from megadiff.train.culprits import Culprit, find_culprits
@@ -39,7 +40,7 @@ class Step:
     chunks: Sequence[Any]
     """Data-parallel wrapped model chunks of this rank."""
     optimizer: Optimizer
-    loss: Callable[[Tensor, NoisedRows], tuple[Tensor, Tensor, Tensor]]
+    objective: RowObjective
     topology: Topology
     device: torch.device
     seq_length: int
@@ -67,10 +68,8 @@ class Step:
         self.optimizer.zero_grad()
         found = run_microbatches(
             self.chunks,
-            [on_device(rows, self.device) for rows in microbatches],
-            forward=lambda chunk, rows: chunk(
-                rows.noised, prompt_code(rows.prompt_length, is_causal=self.is_causal_prompt)
-            ),
+            [self.objective.place(rows, self.device) for rows in microbatches],
+            forward=self._forward,
             loss=self._gated_loss,
             seq_length=self.seq_length,
             micro_sequences=self.micro_sequences,
@@ -90,12 +89,20 @@ class Step:
             culprits = find_culprits(reports, self.chunks, self.topology, micro_sequences=self.micro_sequences)
         return Taken(total, grad_norm, verdicts[0], culprits)
 
-    def _gated_loss(self, logits: Tensor, rows: NoisedRows) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, chunk: Any, placed: PlacedRows) -> Any:
+        rows = placed.rows
+        return chunk(
+            rows.noised,
+            prompt_code(rows.prompt_length, is_causal=self.is_causal_prompt),
+            score=lambda hidden, weight: self.objective.score(hidden, weight, placed),
+        )
+
+    def _gated_loss(self, answer: HeadLoss, placed: PlacedRows) -> tuple[Tensor, Tensor, Tensor]:
         """The loss with its gradient times 1 where it is finite and times NaN where not.
 
         Of tensor-parallel ranks only the first one's report is counted. So that a loss that went wrong on another is
         not missed, it makes the gradient norm not finite, on every rank and without asking the host, even where its
         own derivative came out finite.
         """
-        loss, tokens, report = self.loss(logits, rows)
+        loss, tokens, report = self.objective.loss(answer, placed)
         return loss * (1.0 + 0.0 * loss.detach()), tokens, report

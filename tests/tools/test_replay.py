@@ -175,13 +175,17 @@ def replayed_with_one_broken_row(run: Path, step: int, sample: int, what: str):
         inner: RowObjective
         clean: Any
 
-        def terms(self, logits, rows):
-            here = (rows.clean == self.clean).all(dim=1)
+        def place(self, rows, device):
+            return self.inner.place(rows, device)
+
+        def score(self, hidden, weight, placed):
+            here = (placed.rows.clean == self.clean).all(dim=1)
             if what == "gradient":
-                logits.register_hook(lambda gradient: gradient.masked_fill(here[None, :, None], float("nan")))
-                return self.inner.terms(logits, rows)
-            terms = self.inner.terms(logits, rows)
-            return terms._replace(loss=terms.loss.masked_fill(here[None, :], float("inf")))
+                hidden.register_hook(lambda gradient: gradient.masked_fill(here[None, :, None], float("nan")))
+                return self.inner.score(hidden, weight, placed)
+            answer = self.inner.score(hidden, weight, placed)
+            terms = answer.terms._replace(loss=answer.terms.loss.masked_fill(here[None, :], float("inf")))
+            return answer._replace(loss=answer.loss + (float("inf") if here.any() else 0.0), terms=terms)
 
     def row_objective(prepared, mixing, topology):
         clean = torch.from_numpy(prepared.data.train.rows([sample])[0])

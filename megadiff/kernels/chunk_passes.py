@@ -1,0 +1,139 @@
+"""The passes over a chunk of logits: what each must return, and how plain torch does it.
+
+A chunk's tokens meet its logits [n, V / tp] three times, since each pass needs sums over the whole vocabulary of the
+one before. With l_v this rank's logits, top their maximum, and x and z a token's clean and noised id:
+
+    sums       top, sum over v != x of e^(l_v - top), and the logits at x and z
+    shares     with y_v = scale e^(l_v - top), over v != x: T = sum log(1 + y_v) and A = sum y_v / (1 + y_v)
+    gradient   g_v = y_v (slope + log1p_slope / (1 + y_v)), then `at_noised` added at z and `at_clean` put at x
+
+Columns of the mask and of padding take no part and get no gradient. Passes may overwrite the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megadiff.kernels.vocab_shard import VocabShard
+
+_CACHE_ELEMENTS = 2**17
+"""On the CPU rows are taken so many elements at a time that a pass's operations find them in the second-level cache."""
+
+
+class RowSums(NamedTuple):
+    """What the first pass finds on this rank, each [n] in the dtype of computation."""
+
+    top: Tensor
+    """The largest logit; the smallest finite number where no column is real."""
+    other: Tensor
+    """Sum over real v != x of e^(l_v - top)."""
+    at_clean: Tensor
+    """Logit of x; 0 where x is not on this rank."""
+    at_noised: Tensor
+    """Logit of z; 0 where z is not on this rank, or is the mask."""
+
+
+class ChunkPasses(Protocol):
+    """The passes over one chunk, in this order; `shares` is left out under masked noise."""
+
+    def sums(self) -> RowSums:
+        """First pass."""
+        ...
+
+    def shares(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, A) for scale [n]."""
+        ...
+
+    def gradient(
+        self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, at_clean: Tensor, at_noised: Tensor
+    ) -> Tensor:
+        """The gradient [n, V / tp] in the logits' dtype; all arguments [n]; `log1p_slope` None stands for 0."""
+        ...
+
+
+class MakePasses(Protocol):
+    """What makes the passes over a chunk."""
+
+    def __call__(self, logits: Tensor, clean: Tensor, noised: Tensor, shard: VocabShard) -> ChunkPasses:
+        """Logits [n, V / tp] and ids [n] of the chunk, and which columns they are."""
+        ...
+
+
+class TorchPasses:
+    """In plain torch, on any device; low-precision logits are computed on in a float32 copy.
+
+    The logits are overwritten: by e^(l - top) in the first pass, by y in the second, by the gradient in the third. At
+    x, the mask and padding stand zeros, so sums need no exceptions.
+    """
+
+    def __init__(self, logits: Tensor, clean: Tensor, noised: Tensor, shard: VocabShard) -> None:
+        self._dtype = logits.dtype
+        self._values = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        self._shard = shard
+        self._clean, self._noised = shard.place(clean), shard.place(noised)
+
+    def sums(self) -> RowSums:
+        """See the module's text."""
+        found = RowSums(*(self._values.new_empty(len(self._values)) for _ in RowSums._fields))
+        for rows in self._blocks():
+            values = self._values[rows]
+            self._shard.hide_unreal(values)
+            found.at_clean[rows], found.at_noised[rows] = (
+                self._read(values, self._clean, rows),
+                self._read(values, self._noised, rows),
+            )
+            top = values.amax(dim=-1).clamp_(min=torch.finfo(values.dtype).min)
+            found.top[rows] = top
+            values.sub_(top.unsqueeze(-1)).exp_()
+            self._put(values, self._clean, rows, torch.zeros_like(top))
+            torch.sum(values, dim=-1, out=found.other[rows])
+        return found
+
+    def shares(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """See the module's text."""
+        log1p_sum, share_sum = torch.empty_like(scale), torch.empty_like(scale)
+        for rows in self._blocks():
+            values = self._values[rows]
+            values.mul_(scale[rows, None])
+            scratch = torch.log1p(values)
+            torch.sum(scratch, dim=-1, out=log1p_sum[rows])
+            torch.div(values, torch.add(values, 1.0, out=scratch), out=scratch)
+            torch.sum(scratch, dim=-1, out=share_sum[rows])
+        return log1p_sum, share_sum
+
+    def gradient(
+        self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, at_clean: Tensor, at_noised: Tensor
+    ) -> Tensor:
+        """See the module's text."""
+        for rows in self._blocks():
+            values = self._values[rows]
+            if log1p_slope is None:
+                values.mul_((scale * slope)[rows, None])
+            else:
+                factor = values + 1.0
+                torch.div(log1p_slope[rows, None], factor, out=factor)
+                values.mul_(factor.add_(slope[rows, None]))
+            column, here = self._noised
+            values.scatter_add_(-1, column[rows], at_noised[rows, None] * here[rows])
+            self._put(values, self._clean, rows, at_clean[rows])
+        return self._values.to(self._dtype)
+
+    def _blocks(self) -> Iterator[slice]:
+        count, width = self._values.shape
+        step = count if self._values.is_cuda else max(1, _CACHE_ELEMENTS // max(1, width))
+        return (slice(first, min(first + step, count)) for first in range(0, count, max(1, step)))
+
+    @staticmethod
+    def _read(values: Tensor, place: tuple[Tensor, Tensor], rows: slice) -> Tensor:
+        column, here = place
+        return values.gather(-1, column[rows]).masked_fill_(~here[rows], 0.0).squeeze(-1)
+
+    @staticmethod
+    def _put(values: Tensor, place: tuple[Tensor, Tensor], rows: slice, new: Tensor) -> None:
+        """Set one entry of each row, where it is here, without asking the host which rows those are."""
+        column, here = place[0][rows], place[1][rows]
+        values.scatter_(-1, column, torch.where(here, new.unsqueeze(-1), values.gather(-1, column)))

@@ -1,0 +1,266 @@
+"""The output head and the objective in one pass over chunks of tokens: logits live for a chunk and are made once.
+
+For each chunk of n tokens, with H its hidden states and W this rank's columns of the head
+
+    logits = H W^T                                            2 n d V flops
+    three passes over them (`chunk_passes`): sums over the vocabulary, the gradient in their place
+    dH = g W,  dW += g^T H                                     4 n d V flops
+
+so the whole costs 6 d V flops a token and what three passes over a chunk cost; nothing but the two gradients is kept
+for the backward pass, which multiplies them by the scalar that comes in. Only tokens that can have a loss are computed:
+under masked noise masks alone.
+
+Where the vocabulary is cut over ranks, a chunk needs three small all-reduces:
+
+    MAX   the row's maximum                                            4 bytes a token
+    SUM   sum over real v != x of e_v, and the logits at x, z          12 bytes
+    SUM   T = sum of log1p(y_v), A = sum of y_v / (1 + y_v)             8 bytes (not under masked noise)
+
+The gradient needs none: each rank fills its own columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megadiff.diffusion.objective import (
+    LOG_RHO_LIMIT,
+    OPTIMISED,
+    Terms,
+    VocabularySums,
+    log1p_exp,
+    terms_from_sums,
+)
+from megadiff.kernels.chunk_passes import MakePasses, RowSums, TorchPasses
+from megadiff.kernels.head import Formula, HeadLoss, HeadTokens
+from megadiff.kernels.products import add_product
+from megadiff.kernels.vocab_shard import VocabShard
+
+_CPU_CHUNK_ELEMENTS = 2**25
+_CUDA_CHUNK_ELEMENTS = 2**29
+"""Logits of one chunk: 128 MiB in float32 on the CPU, 1 GiB in bf16 on a GPU, where fewer would leave it waiting for
+launches and for the traffic of dW, which every chunk reads and writes once."""
+
+
+def fused_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: HeadTokens,
+    formula: Formula,
+    *,
+    shard: VocabShard | None = None,
+    passes: MakePasses = TorchPasses,
+    chunk_tokens: int | None = None,
+) -> HeadLoss:
+    """`gidd_objective` of the logits hidden @ weight^T, which are never whole.
+
+    Args:
+        hidden: [..., d], axes as those of `tokens`; the same on every rank of the group. Its gradient is this rank's
+            part: the caller adds the parts up, as for any column-parallel layer.
+        weight: [V / tp, d], this rank's columns of the head, in the dtype of `hidden`. Where it has a `main_grad` (as
+            megatron-core's data-parallel wrapper gives it) its gradient is added to that in float32.
+        tokens: the ids and levels, and which of them count.
+        formula: the objective.
+        shard: which columns `weight` holds; None for all of them.
+        passes: how a chunk's passes are done.
+        chunk_tokens: tokens worked on at a time; memory grows with this. None: what suits the device.
+
+    Returns:
+        Loss and terms in float32 (float64 for float64 states), the same on every rank.
+
+    Raises:
+        ValueError: shapes that do not agree, a chunk below 1, no such weighting.
+        ConfigError: dynamic weights where the noise has none.
+    """
+    tokens.check(hidden)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    job = _Job(
+        tokens=tokens.selected(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
+        formula=formula,
+        shard=shard or VocabShard.of(weight, formula.mixing),
+        passes=passes,
+        chunk_tokens=chunk_tokens or _chunk_tokens(weight),
+        is_training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
+    )
+    loss, *terms = _FusedHead.apply(hidden.reshape(-1, hidden.shape[-1]), weight, job)
+    return HeadLoss(loss, Terms(*(tokens.scattered(term) for term in terms)))
+
+
+@dataclass(frozen=True)
+class _Job:
+    tokens: HeadTokens
+    """Flat, of the tokens computed alone, levels in the dtype of computation."""
+    formula: Formula
+    shard: VocabShard
+    passes: MakePasses
+    chunk_tokens: int
+    is_training: bool
+
+    def chunks(self) -> list[slice]:
+        count = self.tokens.log_snr.numel()
+        return [slice(first, min(first + self.chunk_tokens, count)) for first in range(0, count, self.chunk_tokens)]
+
+
+def _chunk_tokens(weight: Tensor) -> int:
+    elements = _CUDA_CHUNK_ELEMENTS if weight.is_cuda else _CPU_CHUNK_ELEMENTS
+    return max(64, elements // max(1, weight.shape[0]))
+
+
+class _FusedHead(torch.autograd.Function):
+    """(hidden [T, d], weight) -> (loss, terms of the n tokens computed); the gradients are made going forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, ...]:
+        """Chunk by chunk."""
+        gradients = _Gradients(hidden, weight, job.tokens) if job.is_training else None
+        parts = [_chunk(hidden, weight, job, part, gradients) for part in job.chunks()]
+        nothing = job.tokens.log_snr.new_zeros(1 + len(Terms._fields), 0)
+        loss, *terms = torch.cat([*parts, nothing], dim=1).unbind(0)
+        ctx.gradients, ctx.weight = gradients, weight
+        ctx.mark_non_differentiable(*terms)
+        return loss.sum(), *terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Scale what was made."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("a fused head's gradients can be asked for once")
+        return gradients.hidden.mul_(loss_grad), gradients.of_weight(ctx.weight, loss_grad), None
+
+
+class _Gradients:
+    """Gradients of the loss itself, filled chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, tokens: HeadTokens) -> None:
+        self.hidden = torch.empty_like(hidden) if tokens.computed is None else torch.zeros_like(hidden)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self._is_empty = True
+
+    def add(self, logits_grad: Tensor, states: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
+        """A chunk's part: dH = g W, dW += g^T H."""
+        if isinstance(rows, slice):
+            torch.mm(logits_grad, weight, out=self.hidden[rows])
+        else:
+            self.hidden.index_copy_(0, rows, logits_grad @ weight)
+        add_product(self._weight, logits_grad.t(), states, is_first=self._is_empty)
+        self._is_empty = False
+
+    def of_weight(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """The weight's gradient times `factor`, or a stand-in where it went into the weight's `main_grad`."""
+        if self._is_empty:
+            self._weight.zero_()
+        main_grad = getattr(weight, "main_grad", None)
+        if main_grad is None:
+            return self._weight.mul_(factor).to(weight.dtype)
+        main_grad.addcmul_(self._weight, factor)
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  what the data-parallel hook asks
+        return torch.empty_like(weight)
+
+
+def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _Gradients | None) -> Tensor:
+    """Loss and terms of a chunk's tokens, [1 + 5, n]; their gradients go into `gradients`."""
+    tokens, shard, is_masked = job.tokens, job.shard, job.formula.mixing.is_masked_limit
+    rows = tokens.rows(part)
+    states = hidden[rows]
+    clean, noised, log_snr = tokens.clean[part], tokens.noised[part], tokens.log_snr[part]
+    passes = job.passes(states @ weight.t(), clean, noised, shard)
+    found = _whole(passes.sums(), clean, noised, shard, log_snr.dtype)
+    scale, log1p_sum, share_sum = found.shift, None, None
+    rho = torch.exp(job.formula.mixing.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
+    if not is_masked:
+        scale = found.shift * (rho / found.total)
+        log1p_sum, share_sum = shard.reduce(*passes.shares(scale))
+    values, slopes = _terms(found, log1p_sum, tokens.part(part), job)
+    if gradients is not None:
+        arguments = _gradient_arguments(found, share_sum, slopes, noised == clean, None if is_masked else rho)
+        gradients.add(passes.gradient(scale, *arguments), states, weight, rows)
+    return values
+
+
+class _Sums(NamedTuple):
+    """A chunk's sums over the whole vocabulary, each [n]; logits are relative to the whole row's maximum."""
+
+    shift: Tensor
+    """e^(this rank's maximum - the whole row's)."""
+    other: Tensor
+    at_clean: Tensor
+    at_noised: Tensor
+
+    @property
+    def e_clean(self) -> Tensor:
+        return torch.exp(self.at_clean)
+
+    @property
+    def total(self) -> Tensor:
+        """Z, the sum over all real tokens."""
+        return self.other + self.e_clean
+
+
+def _whole(own: RowSums, clean: Tensor, noised: Tensor, shard: VocabShard, dtype: torch.dtype) -> _Sums:
+    """Put this rank's sums and the others' together, in two collectives."""
+    own = RowSums(*(value.to(dtype) for value in own))
+    (top,) = shard.reduce(own.top, op=torch.distributed.ReduceOp.MAX)
+    shift = torch.exp(own.top - top)
+    at_clean = torch.where(shard.place(clean)[1].squeeze(-1), own.at_clean - top, 0.0)
+    at_noised = torch.where(shard.place(noised)[1].squeeze(-1), own.at_noised - top, 0.0)
+    return _Sums(shift, *shard.reduce(own.other * shift, at_clean, at_noised))
+
+
+def _terms(
+    found: _Sums, log1p_sum: Tensor | None, tokens: HeadTokens, job: _Job
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    """Loss and terms [1 + 5, n], and d loss / d (log odds, log p_z, T)."""
+    formula = job.formula
+    log_odds = torch.log(found.other.clamp(min=torch.finfo(found.other.dtype).tiny)) - found.at_clean
+    log_p_noised = found.at_noised - found.at_clean - log1p_exp(log_odds)
+    inputs = [log_odds, log_p_noised] if log1p_sum is None else [log_odds, log_p_noised, log1p_sum]
+    with torch.set_grad_enabled(job.is_training):
+        leaves = [value.detach().requires_grad_(job.is_training) for value in inputs]
+        terms = terms_from_sums(
+            VocabularySums(*leaves, **({"log1p_sum": None} if log1p_sum is None else {})),
+            tokens.clean,
+            tokens.noised,
+            tokens.log_snr,
+            mixing=formula.mixing,
+            is_weight=formula.is_weight,
+            rate=formula.rate,
+            weighting=formula.weighting,
+        )
+        loss: Tensor = getattr(terms, OPTIMISED[formula.weighting])
+        slopes: Any = (None,) * len(leaves)
+        if job.is_training:
+            slopes = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+    values = torch.stack([loss, *terms]).detach()
+    return values, (slopes[0], slopes[1], slopes[2] if log1p_sum is not None else None)
+
+
+def _gradient_arguments(
+    found: _Sums,
+    share_sum: Tensor | None,
+    slopes: tuple[Tensor, Tensor, Tensor | None],
+    is_kept: Tensor,
+    rho: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """What the last pass needs, from the loss's slopes in its sums (g_odds, g_z, g_T).
+
+    With G = (g_z + g_T A) / Z, e_v = e^(l_v - top) and s_v = y_v / (1 + y_v), d loss / d l_v is, for real v,
+
+        v != x    e_v (g_odds / Z' - G) + g_T s_v + g_z 1[v = z]
+        v  = x    -g_odds + g_z 1[x = z] - G e_x
+    """
+    g_odds, g_z, g_t = slopes
+    total, e_clean = found.total, found.e_clean
+    through_total = (g_z if g_t is None or share_sum is None else g_z + g_t * share_sum) / total
+    slope = g_odds / found.other.clamp(min=torch.finfo(total.dtype).tiny) - through_total
+    if rho is not None:
+        slope = slope * (total / rho)  # of y rather than of e
+    return slope, g_t, g_z * is_kept - g_odds - through_total * e_clean, g_z

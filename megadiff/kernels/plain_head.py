@@ -1,0 +1,55 @@
+"""The plain twin of `fused_head`: whole logits, whole rows, the reference objective. What the fast ones are held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megadiff.diffusion.objective import OPTIMISED, Terms, gidd_objective
+from megadiff.kernels.head import Formula, HeadLoss, HeadTokens
+from megadiff.kernels.vocab_shard import VocabShard
+
+
+def plain_objective(
+    hidden: Tensor, weight: Tensor, tokens: HeadTokens, formula: Formula, *, shard: VocabShard | None = None
+) -> HeadLoss:
+    """As `fused_head.fused_objective`, argument by argument; every rank of the group makes all the logits' columns.
+
+    About six arrays of [tokens, V] are alive at once.
+    """
+    tokens.check(hidden)
+    shard = shard or VocabShard.of(weight, formula.mixing)
+    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
+    if shard.group is not None:
+        logits = _Gathered.apply(logits, shard)
+    own = tokens.selected(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    terms = gidd_objective(
+        logits if own.computed is None else logits[own.computed],
+        own.clean,
+        own.noised,
+        own.log_snr,
+        mixing=formula.mixing,
+        rate=formula.rate,
+        is_weight=formula.is_weight,
+        weighting=formula.weighting,
+    )
+    loss = getattr(terms, OPTIMISED[formula.weighting]).sum()
+    return HeadLoss(loss, Terms(*(tokens.scattered(term.detach()) for term in terms)))
+
+
+class _Gathered(torch.autograd.Function):
+    """Every rank's columns side by side; backward each rank keeps its own, since all compute the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, shard: VocabShard) -> Tensor:
+        parts = [torch.empty_like(columns) for _ in range(torch.distributed.get_world_size(shard.group))]
+        torch.distributed.all_gather(parts, columns.contiguous(), group=shard.group)
+        ctx.shard = shard
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, ctx.shard.start : ctx.shard.start + ctx.shard.width].contiguous(), None

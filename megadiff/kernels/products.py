@@ -1,0 +1,24 @@
+"""Matrix products that add up in float32 whatever their factors' dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """total (+)= a @ b, in place; the first product overwrites what `total` held.
+
+    Args:
+        total: [m, k], float32 or the factors' own dtype.
+        a, b: [m, n] and [n, k] of one dtype.
+    """
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if is_first else 1, out=total)
+    elif total.is_cuda:
+        # cuBLAS multiplies in bf16 and writes float32: no rounding between, no extra pass.
+        torch.addmm(total, a, b, beta=0 if is_first else 1, out_dtype=total.dtype, out=total)
+    elif is_first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)

@@ -1,0 +1,68 @@
+"""The columns of the vocabulary that this rank holds, and how per-token sums over all columns are put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.mixing_base import Mixing
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Columns [start, start + width) of a vocabulary whose first `vocab_size` ids are real, the mask among them."""
+
+    start: int
+    """Global id of the first column."""
+    width: int
+    """Columns here; those from the vocabulary's end on are padding."""
+    vocab_size: int
+    mask_id: int
+    group: torch.distributed.ProcessGroup | None = None
+    """The ranks that share the vocabulary; None where this rank holds all of it."""
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, mixing: Mixing, *, start: int = 0, group: torch.distributed.ProcessGroup | None = None
+    ) -> VocabShard:
+        """The shard of a head weight [V / tp, d]; a group of one communicates nothing."""
+        if group is not None and torch.distributed.get_world_size(group) == 1:
+            group = None
+        return cls(start, weight.shape[0], mixing.vocab_size, mixing.mask_id, group)
+
+    @property
+    def real_columns(self) -> int:
+        """How many columns here are vocabulary rather than padding."""
+        return max(0, min(self.width, self.vocab_size - self.start))
+
+    @property
+    def mask_column(self) -> int | None:
+        """Where the mask stands here, if it does."""
+        column = self.mask_id - self.start
+        return column if 0 <= column < self.real_columns else None
+
+    def place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(column [n, 1], here [n, 1]): where each id of [n] stands on this rank, and whether it does and is no mask.
+
+        A column is in range even where the id is not here.
+        """
+        column = (ids - self.start).unsqueeze(-1)
+        here = (column >= 0) & (column < self.real_columns) & (ids != self.mask_id).unsqueeze(-1)
+        return column.clamp(0, max(0, self.real_columns - 1)), here
+
+    def hide_unreal(self, logits: Tensor) -> None:
+        """Set the mask's column and the padding of [n, width] to -inf, in place."""
+        logits[:, self.real_columns :] = -torch.inf
+        if self.mask_column is not None:
+            logits[:, self.mask_column] = -torch.inf
+
+    def reduce(self, *values: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> tuple[Tensor, ...]:
+        """Combine per-token values over the group, in one collective."""
+        if self.group is None:
+            return values
+        packed = torch.stack(values)
+        torch.distributed.all_reduce(packed, op=op, group=self.group)
+        return packed.unbind(0)

@@ -1,0 +1,84 @@
+"""Tokens, states and heads that meet every branch of the objective, for tests of any implementation of the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.objective import Terms
+from megadiff.diffusion.time_mixing import TimeMixing
+from megadiff.diffusion.time_process import TimeProcess
+from megadiff.kernels.head import Formula, HeadLoss, HeadTokens, worth_computing
+
+VOCAB, MASK, TOKENS, HIDDEN = 61, 5, 70, 24
+MIXES: dict[str, Mixing] = {
+    **{f"shift {shift:g}": HybridMixing(VOCAB, MASK, shift) for shift in (-1000.0, -75.0, -2.0, 0.0, 2.0, 1000.0)},
+    "time": TimeMixing(VOCAB, MASK, TimeProcess(0.3)),
+    "masked time": TimeMixing(VOCAB, MASK, TimeProcess()),
+}
+ONLY_MASKS = ("shift -1000", "shift -75", "masked time")
+
+
+class Case(NamedTuple):
+    """A head's question."""
+
+    hidden: Tensor
+    weight: Tensor
+    tokens: HeadTokens
+
+
+def case(mix: str, dtype: torch.dtype, width: int = 64, *, seed: int = 3) -> Case:
+    """States [T, d] and a head of `width` columns, those from VOCAB on padding.
+
+    Some rows are sharp, some certain and right, log-SNRs reach both ends.
+    """
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(width, HIDDEN, generator=g, dtype=torch.float64)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=g, dtype=torch.float64) * 0.6
+    clean = torch.randint(VOCAB - 1, (TOKENS,), generator=g)
+    clean += clean >= MASK
+    hidden[:5] *= 20
+    hidden[5:8] = (
+        400.0
+        * torch.nn.functional.normalize(weight[clean[5:8]], dim=-1)
+        / weight[clean[5:8]].norm(dim=-1, keepdim=True)
+    )
+    other = torch.randint(VOCAB - 1, (TOKENS,), generator=g)
+    other += other >= MASK
+    kind = torch.rand(TOKENS, generator=g)
+    noised = torch.where(kind < 0.3, clean, torch.where(kind < 0.6, MASK, other))
+    if mix in ONLY_MASKS:
+        noised = torch.where(kind < 0.4, clean, MASK)
+    if mix == "shift 1000":
+        noised = torch.where(noised == MASK, clean, noised)
+    log_snr = torch.rand(TOKENS, generator=g, dtype=torch.float64) * 18 - 9
+    log_snr[8], log_snr[9] = -9.0, 9.0
+    return Case(hidden.to(dtype), weight.to(dtype), HeadTokens(clean, noised, log_snr))
+
+
+def asked(
+    head: Callable[..., HeadLoss],
+    mix: str,
+    case: Case,
+    *,
+    needed: Tensor | None = None,
+    factor: float = 1.7,
+    **kwargs: Any,
+) -> tuple[HeadLoss, Tensor, Tensor]:
+    """The answer, and the gradients of `factor` times its loss in states and weight."""
+    formula = kwargs.pop("formula", None) or Formula(MIXES[mix])
+    is_noisy = torch.ones(TOKENS, dtype=torch.bool) if needed is None else needed
+    computed = worth_computing(case.tokens.noised, is_noisy, formula.mixing)
+    tokens = replace(case.tokens, computed=computed)
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    answer = head(hidden, weight, tokens, formula, **kwargs)
+    (answer.loss * factor).backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return HeadLoss(answer.loss.detach(), Terms(*answer.terms)), hidden.grad, weight.grad
