@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,32 +96,32 @@ def take(config, sabotage, change=None) -> dict[str, Any]:
 
 
 def with_loss(step, change):
-    """The step with `change(loss, logits)` on its way out."""
+    """The step with `change(loss, its report)` on its way out."""
+    honest = step.objective
 
-    def loss(logits, rows):
-        value, tokens, report = step.loss(logits, rows)
+    def loss(answer, placed):
+        value, tokens, report = honest.loss(answer, placed)
         report = report.clone()
-        value, report[0] = change(value, report[0], logits)
+        value, report[0] = change(value, report[0])
         return value, tokens, report
 
-    return dataclasses.replace(step, loss=loss)
+    return dataclasses.replace(step, objective=SimpleNamespace(place=honest.place, score=honest.score, loss=loss))
 
 
-def nan_loss(value, reported, logits):
+def nan_loss(value, reported):
     """A loss that is not finite and whose derivative is."""
     return value + NAN, reported + NAN
 
 
-def nan_gradient(value, reported, logits):
+def nan_gradient(value, reported):
     """A finite loss whose derivative is not."""
-    logits.register_hook(lambda gradient: gradient * NAN)
-    return value, reported
+    return value + (value - value.detach()).abs().sqrt(), reported
 
 
 def broken_at(steps, how, step, number, run, *, rank=1):
     """On one rank alone."""
     is_mine = torch.distributed.get_rank() == rank and number in steps
-    return with_loss(step, lambda value, reported, logits: how(value, reported, logits)) if is_mine else step
+    return with_loss(step, how) if is_mine else step
 
 
 def all_runs(jobs):
@@ -229,7 +230,7 @@ def counted(run, step):
     run.health.follow = after
 
 
-def louder(value, reported, logits):
+def louder(value, reported):
     """A loss a thousand times its size on one rank."""
     return 1000 * value, 1000 * reported
 
@@ -329,11 +330,11 @@ def sleepy(rank, step, number, run):
     if torch.distributed.get_rank() != rank:
         return step
 
-    def loss(logits, rows):
+    def slowly(value, reported):
         time.sleep(0.15)
-        return step.loss(logits, rows)
+        return value, reported
 
-    return dataclasses.replace(step, loss=loss)
+    return with_loss(step, slowly)
 
 
 def test_a_rank_that_sleeps_is_named_though_the_others_wait_for_it(toy_corpus, tmp_path):
