@@ -1,0 +1,59 @@
+"""A run on made-up rows, for timing: random ids of any vocabulary, and a stand-in for their tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_writer import IndexedWriter
+from megadiff.data.open import open_data
+from megadiff.platform.quiet import quiet
+from megadiff.run_config import RunConfig
+
+with quiet():
+    from megadiff.prepared import Prepared
+
+_DOCUMENTS = 100
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Stands in for a tokenizer: any ids below the vocabulary's size are its text. Never asked to read any."""
+
+    vocab_size: int
+    """Ids with the mask, which is the last."""
+    name: str = "numbers"
+    fingerprint: str = "0" * 64
+    bos_id: int | None = 0
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+    @property
+    def mask_id(self) -> int:
+        """The last."""
+        return self.vocab_size - 1
+
+
+def describe_made_up(folder: Path, tree: dict[str, Any], *, vocab_size: int) -> RunConfig:
+    """The run description `tree` (without name, output and data) on random ids, which are written to `folder`."""
+    tokenizer: Any = Numbers(vocab_size)
+    length = tree["model"]["seq_length"]
+    with IndexedWriter(folder / "rows", vocab_size=vocab_size) as writer:
+        draw = np.random.default_rng(0)
+        for _ in range(_DOCUMENTS):
+            writer.add_document(draw.integers(1, vocab_size - 1, size=4 * length))
+        writer.finish(tokenizer=tokenizer_facts(tokenizer), source_bytes=writer.num_tokens)
+    data = {"train": [str(folder / "rows")], "tokenizer": "byte"}
+    return RunConfig.model_validate({"name": "run", "output_dir": str(folder), "data": data, **tree})
+
+
+def prepare_made_up(config: RunConfig, *, vocab_size: int) -> Prepared:
+    """What `megadiff.build.wire` takes, for one rank; makes the run folder."""
+    tokenizer: Any = Numbers(vocab_size)
+    data = open_data(config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=1)
+    config.folder.mkdir(exist_ok=True)
+    return Prepared(config, tokenizer, data, config.layout(world_size=1, vocab_size=vocab_size))
