@@ -46,6 +46,7 @@ from megadiff.prepared import Prepared, describe_data, prepare
 from megadiff.resumption import Resumption, describe_origin, manifest_of, resume
 from megadiff.run_config import RunConfig
 from megadiff.run_folder import Standing, log_to_console, run_folder, write_config
+from megadiff.sampled import sample_hooks
 from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.launch import Launch
 from megadiff.supervision.stopping import StopRequest
@@ -172,6 +173,7 @@ def wire(
     files = _open_files(config, origin.step, topology)
     loader = row_loader(prepared, mixing, topology, origin.step)
     evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput)
+    sample = sample_hooks(prepared, mixing, wrapped, topology, platform, goodput)
     saves = Saves(
         Saver(config.folder, chunks, optimizer, keep=config.checkpoint.keep, topology=topology, platform=platform),
         lambda step: manifest_of(prepared, origin, step, health=health.state()),
@@ -196,13 +198,14 @@ def wire(
             _log_hook(prepared, platform, files, goodput),
             *_watchers(config, chunks, wrapped, topology, platform),
             *evaluate,
+            *sample,
             saves,
         ],
         saves=saves,
         stop=AgreedStop(supervision.stop, topology),
         watchdog=supervision.watchdog,
         goodput=goodput,
-        before=[partial(hook.run, 0) for hook in evaluate if origin.step == 0],
+        before=[partial(hook.run, 0) for hook in (*evaluate, *sample) if origin.step == 0],
         ends=[loader.close, files.close],
         failing=supervision.failing,
     )

@@ -77,6 +77,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _samples_fit(self) -> RunConfig:
+        if self.eval.samples and self.is_autoregressive:
+            raise ValueError(
+                f"eval.samples is {self.eval.samples}, but an autoregressive control (objective.name=ar) is not "
+                "sampled; set eval.samples to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _quirks_fit(self) -> RunConfig:
         if self.precision.master_weights:
             return self

@@ -72,7 +72,7 @@ def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments
 
     from megadiff.sampling.live import LiveDenoising
     from megadiff.sampling.standalone import generate
-    from megadiff.sampling.trace import Trace, token_text
+    from megadiff.sampling.trace import Trace, printable, token_text
     from megadiff.sampling.trace_page import trace_page
 
     look = token_text(trained.tokenizer)
@@ -88,7 +88,7 @@ def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments
             on_step=trace if arguments.trace or live.is_drawn else None,
         )
     for number, row in enumerate(found.sequences.tolist(), start=1):
-        text = _for_a_terminal(trained.tokenizer.decode(row))
+        text = printable(trained.tokenizer.decode(row))
         print(text if arguments.count == 1 else f"[{number}] {' '.join(text.split())}")
     if arguments.trace:
         about = (
@@ -145,11 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     return parser
-
-
-def _for_a_terminal(text: str) -> str:
-    """A sampled control character must not reach the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 if __name__ == "__main__":

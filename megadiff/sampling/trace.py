@@ -105,5 +105,10 @@ def token_text(tokenizer: Tokenizer) -> Callable[[int], str]:
     return text
 
 
+def printable(text: str) -> str:
+    """Drawn text in which a control character cannot reach a terminal or a viewer."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def _row(values: Tensor, row: int) -> list[float]:
     return values[row].tolist()

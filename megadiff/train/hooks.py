@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -165,6 +166,38 @@ class Evaluate:
         if self.tensorboard is not None:
             self.tensorboard.add_scalar("eval/elbo", found.elbo, step)
         log.info(f"step {step:>7}/{self.steps} | {found.describe()}")
+
+
+@dataclass
+class WriteSamples:
+    """Text drawn by the model as it stands, as often as it is measured: `samples/step_XXXXXXXX.txt`."""
+
+    section: ClassVar[Part] = "eval"
+    every: int
+    steps: int
+    draw: Callable[[], str]
+    """Collective over the world."""
+    folder: Path | None
+    """The run folder; None on ranks other than the main one."""
+    goodput: Goodput
+
+    def __call__(self, result: StepResult) -> None:
+        """Draw if due."""
+        if (self.every and result.step % self.every == 0) or result.step == self.steps:
+            self.run(result.step)
+
+    def run(self, step: int) -> None:
+        """Draw and write the file of this step; a disk that refuses costs the file and not the run."""
+        with self.goodput.during("evaluate"):
+            text = self.draw()
+        if self.folder is None:
+            return
+        path = self.folder / "samples" / f"step_{step:08d}.txt"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8", errors="replace")
+        except OSError as error:
+            log.warning(f"step {step:>7}/{self.steps} | {path} was not written: {error.strerror or error}")
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,64 @@
+"""Text that a run's model draws while it trains, for a person to watch it learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadiff.data.tokenizers import Tokenizer
+from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.snr import Rate
+from megadiff.parallel.asked_model import AskedModel
+from megadiff.parallel.topology import Topology
+from megadiff.sampling.standalone import Settings, generate
+from megadiff.sampling.trace import printable
+
+SEED = 0
+"""Not the run's seed: the same noise at every step and in every run, so that what changes is the model."""
+
+
+class DrawnText:
+    """Whole rows of new text by the ancestral sampler, temperature 1, without a prompt.
+
+    Args:
+        rows, steps: how many rows, and denoising steps of each.
+        chunks: this rank's model chunks.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        steps: int,
+        seq_length: int,
+        mixing: Mixing,
+        rate: Rate,
+        tokenizer: Tokenizer,
+        chunks: Sequence[Any],
+        topology: Topology,
+        device: torch.device,
+    ) -> None:
+        self._rows, self._mixing, self._tokenizer, self._device = rows, mixing, tokenizer, device
+        self._model = AskedModel(
+            chunks, topology=topology, device=device, shape=(rows, seq_length), vocab_size=mixing.vocab_size
+        )
+        self._settings = Settings(
+            max_new_tokens=seq_length,
+            max_denoising_steps=steps,
+            min_log_snr=rate.min_log_snr,
+            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
+            max_log_snr=max(9.0, rate.max_log_snr),
+        )
+
+    def __call__(self) -> str:
+        """Draw. Collective over the world; every rank gets the text, rows numbered."""
+        ids = self._model.run(lambda ask: self._drawn(lambda ids, _: ask(ids)))
+        texts = [printable(self._tokenizer.decode(row)) for row in ids.tolist()]
+        return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)) + "\n"
+
+    def _drawn(self, denoise: Any) -> Tensor:
+        prompt = torch.empty(self._rows, 0, dtype=torch.int64, device=self._device)
+        return generate(denoise, prompt, self._settings, self._mixing, seed=SEED).sequences.cpu()

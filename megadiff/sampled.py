@@ -1,0 +1,42 @@
+"""Text drawn while a run trains, connected to the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.snr import rate_from
+from megadiff.eval.drawn_text import DrawnText
+from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
+from megadiff.prepared import Prepared
+from megadiff.train import hooks
+from megadiff.train.goodput import Goodput
+
+
+def sample_hooks(
+    prepared: Prepared,
+    mixing: Mixing,
+    chunks: Sequence[Any],
+    topology: Topology,
+    platform: Platform,
+    goodput: Goodput,
+) -> list[hooks.WriteSamples]:
+    """The hook that draws text; none where none is asked for."""
+    config = prepared.config
+    if not config.eval.samples:
+        return []
+    drawn = DrawnText(
+        rows=config.eval.samples,
+        steps=config.eval.sample_steps,
+        seq_length=config.model.seq_length,
+        mixing=mixing,
+        rate=rate_from(config.noise),
+        tokenizer=prepared.tokenizer,
+        chunks=chunks,
+        topology=topology,
+        device=platform.device,
+    )
+    folder = config.folder if topology.is_main else None
+    return [hooks.WriteSamples(config.eval.every, config.steps, drawn, folder, goodput)]
