@@ -136,13 +136,15 @@ def test_cached_and_masked_attention_compute_the_same(transformers, folder):
     ids = torch.arange(20, 36)[None]
     with torch.no_grad():
         whole = model(ids, prompt_lengths=torch.tensor([6])).logits
-        cache = model.model(ids[:, :6], use_cache=True).past_key_values
-        rest = model(ids[:, 6:], past_key_values=cache).logits
+        seen = model.model(ids[:, :6], use_cache=True)
+        rest = model(ids[:, 6:], cache=seen.cache).logits
+        same = model(ids[:, 6:], past_key_values=seen.past_key_values).logits  # its name before transformers 5.24
         order = torch.arange(16) >= 6
         masked = model(ids, attention_mask=(order[:, None] >= order)[None]).logits
         padded = model(torch.cat([ids, ids[:, :3]], dim=1), attention_mask=(torch.arange(19) < 16).long()[None]).logits
         plain = model(ids).logits
     torch.testing.assert_close(rest, whole[:, 6:], rtol=0, atol=2e-5)
+    assert torch.equal(rest, same)
     torch.testing.assert_close(masked, whole, rtol=0, atol=2e-5)
     torch.testing.assert_close(padded[:, :16], plain, rtol=0, atol=2e-5)
     assert float((plain - whole).abs().max()) > 1e-2

@@ -87,7 +87,9 @@ def test_a_folder_that_does_not_stand_alone_is_noticed(folder, tmp_path):
     wrong = shutil.copytree(folder, tmp_path / "wrong")
     path = wrong / "modeling_gidd.py"
     path.write_text(path.read_text() + "\nimport megadiff\n")
-    with pytest.raises(CheckpointError, match=r"does not load in transformers: .*stand alone"):
+    with pytest.raises(
+        CheckpointError, match=r"does not load in transformers: .*(stand alone|No module named 'megadiff')"
+    ):
         verified(wrong, folder)
 
 

@@ -44,7 +44,7 @@ class GiddConfig(PretrainedConfig):
     """
 
     model_type = "gidd"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  transformers' own way
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  transformers' own way
 
     def __init__(
         self,

@@ -84,12 +84,12 @@ class _PrefixCache:
         past = previous if self._model.config.prompt_attention == "causal" else None
         known = 0 if past is None else past[0][0].shape[2]
         lengths = torch.full((len(ids),), length, device=ids.device)
-        out = self._model.model(ids[:, known:], past_key_values=past, prompt_lengths=lengths, use_cache=True)
-        return out.past_key_values
+        out = self._model.model(ids[:, known:], cache=past, prompt_lengths=lengths, use_cache=True)
+        return out.cache
 
     def denoise_block(self, ids: Tensor, cache: Any) -> Tensor:
         """Logits of what follows the prefix and sees all of it."""
-        return self._model(ids, past_key_values=cache).logits
+        return self._model(ids, cache=cache).logits
 
 
 class GiddGeneration:

@@ -31,12 +31,21 @@ Cache = tuple[tuple[Tensor, Tensor], ...]
 
 @dataclass
 class GiddModelOutput(ModelOutput):
-    """What the blocks return. (transformers' own classes of this kind change their fields: 5.24 says `cache`.)"""
+    """What the blocks return.
+
+    The field has the name it has since transformers 5.24, which renames the older one in every subclass; `ModelOutput`
+    there has the property below as well, with a warning.
+    """
 
     last_hidden_state: Tensor | None = None
     """[B, L, hidden]."""
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     """Of all positions, with `use_cache`."""
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """The cache by its name in older transformers."""
+        return self.cache
 
 
 @dataclass
@@ -45,8 +54,13 @@ class GiddLogits(ModelOutput):
 
     logits: Tensor | None = None
     """[B, L, V]."""
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     """Of all positions, with `use_cache`."""
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """The cache by its name in older transformers."""
+        return self.cache
 
 
 class GiddRMSNorm(nn.Module):
@@ -203,6 +217,7 @@ class GiddModel(GiddPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         prompt_lengths: Tensor | None = None,
@@ -216,25 +231,26 @@ class GiddModel(GiddPreTrainedModel):
                 [B, L, K] or [B, 1, L, K], True where that query may see that key. The sink is always seen.
             position_ids: [L] or [B, L]; default: on from the cached ones.
             inputs_embeds: [B, L, hidden] instead of `input_ids`.
-            past_key_values: see `Cache`.
+            cache: see `Cache`; `past_key_values`, its name in older transformers, means the same.
             use_cache: return keys and values of all positions, the cached ones first.
             prompt_lengths: [B] leading tokens that are clean and attend as `config.prompt_attention` says.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        known = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        past = past_key_values if cache is None else cache
+        known = 0 if past is None else past[0][0].shape[2]
         if position_ids is None:
             position_ids = torch.arange(known, known + x.shape[1], device=x.device)
         rope = self._rope(position_ids, x.dtype)
         allowed = self._allowed(x, known, attention_mask, prompt_lengths)
         seen = []
         for index, layer in enumerate(self.layers):
-            x, keys_and_values = layer(x, rope, allowed, None if past_key_values is None else past_key_values[index])
+            x, keys_and_values = layer(x, rope, allowed, None if past is None else past[index])
             seen.append(keys_and_values if use_cache else None)
         return GiddModelOutput(
             last_hidden_state=self.norm(x),
-            past_key_values=tuple(seen) if use_cache else None,  # type: ignore[arg-type]
+            cache=tuple(seen) if use_cache else None,  # type: ignore[arg-type]
         )
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -304,7 +320,7 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
         hidden = out.last_hidden_state
         if self.config.head_scaling != 1.0:
             hidden = hidden * self.config.head_scaling
-        return GiddLogits(logits=self.lm_head(hidden), past_key_values=out.past_key_values)
+        return GiddLogits(logits=self.lm_head(hidden), cache=out.cache)
 
 
 def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
