@@ -45,8 +45,9 @@ def test_killed_anywhere_the_same_run_again_gives_the_same_curve(toy_corpus: Pat
     killed_at, slowest = [], 0.0
     for number in range(KILLS):
         config = _config(toy_corpus, tmp_path, f"kill-{number}")
-        ranks = Ranks(config, 2)
-        time.sleep(draw.uniform(0.1, 1.0) * lasted)
+        ranks, started = Ranks(config, 2), time.monotonic()
+        ranks.wait_until_watched()
+        time.sleep(draw.uniform(0.0, 1.0) * max(0.0, lasted - (time.monotonic() - started)))
         victim = draw.randrange(2)
         ranks.send(victim, signal.SIGKILL)
         struck = time.monotonic()

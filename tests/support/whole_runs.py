@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.run_config import RunConfig
+from megadiff.supervision.launch import Launch, heartbeat_path
 from tests.support.runs import read_metrics
 
 COMPARED = ("step", "tokens", "loss", "elbo", "kl", "is", "mean_weight", "grad_norm", "lr")
@@ -30,6 +31,12 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self._launch = Launch.of(
+            config.folder,
+            rank=0,
+            world_size=world_size,
+            environ={**os.environ, **(environ or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
         context = multiprocessing.get_context("fork")
         self._processes = [
             context.Process(target=_rank_main, args=(config, rank, world_size, port, dict(environ or {})))
@@ -54,6 +61,14 @@ class Ranks:
             process.kill()
             process.join()
         return codes
+
+    def wait_until_watched(self, *, within_s: float = 60.0) -> None:
+        """Until every rank has its watcher: one that dies earlier is its launcher's to notice, and here is none."""
+        end = time.monotonic() + within_s
+        folder = self._launch.node_folder()
+        while not all(heartbeat_path(folder, rank).exists() for rank in range(len(self._processes))):
+            assert time.monotonic() < end, f"not every rank was watched within {within_s} s: {self.said(0)}"
+            time.sleep(0.005)
 
     def wait_for_step(self, step: int, *, within_s: float = 120.0) -> None:
         """Until the run has logged that many steps."""
