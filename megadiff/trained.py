@@ -101,28 +101,6 @@ class TrainedModel:
 
 
 @contextmanager
-def open_model(
-    path: str | Path,
-    *,
-    platform: Literal["auto", "cpu", "cuda"] = "auto",
-    tokenizer: str | None = None,
-) -> Iterator[TrainedModel]:
-    """Open whatever the commands take as `--model`, by what is in the folder.
-
-    Raises:
-        CheckpointError: as `open_trained`, and for a folder of another kind than a training checkpoint.
-    """
-    folder = Path(path)
-    if (folder / "config.json").is_file() and not (folder / "manifest.json").is_file():
-        raise CheckpointError(
-            f"{folder}: wanted a run folder (such as runs/NAME) or one of its checkpoints/step_* folders, found a "
-            "Hugging Face folder; turn it into a checkpoint with tools/convert_checkpoint.py import first"
-        )
-    with open_trained(folder, platform=platform, tokenizer=tokenizer) as trained:
-        yield trained
-
-
-@contextmanager
 def open_trained(
     path: str | Path,
     *,

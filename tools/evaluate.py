@@ -27,7 +27,7 @@ def main() -> None:
     from megadiff.platform.quiet import quiet
 
     with quiet():
-        from megadiff.trained import open_model
+        from megadiff.export.opened import open_model
 
     with open_model(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
         measure = _elbo if arguments.measure == "elbo" else _likelihood
@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "measure", choices=["elbo", "likelihood"], help="the held-out evidence bound, or the likelihood of given texts"
     )
-    parser.add_argument("--model", required=True, help="a run folder, or one checkpoints/step_* folder of it")
+    parser.add_argument(
+        "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"
+    )
     parser.add_argument("--data", required=True, help="elbo: prefix of indexed data; likelihood: a .jsonl file")
     parser.add_argument("--micro-sequences", type=_positive, default=8, help="rows per forward pass (default 8)")
     parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")

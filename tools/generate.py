@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from megadiff.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
-    from megadiff.sampling.standalone import Settings
+    from megadiff.sampling.standalone import Generated, Settings
     from megadiff.trained import TrainedModel
 
 _EPILOG = """examples:
   python tools/generate.py --model runs/demo --num-tokens 64 --steps 64 --count 4
   python tools/generate.py --model runs/demo --prompt "A list is" --temperature 0.8 --top-p 0.95
+  python tools/generate.py --model runs/demo --prompt "A list" --suffix "is returned." --num-tokens 12
   python tools/generate.py --model runs/demo --sampler adaptive --block-length 32 --trace denoising.html
 """
 
@@ -33,25 +34,13 @@ def main() -> None:
     from megadiff.platform.quiet import quiet
 
     with quiet():
-        from megadiff.trained import open_model
+        from megadiff.export.opened import open_model
 
     with open_model(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
         if trained.is_autoregressive:
             raise ConfigError(f"{trained.folder} is an autoregressive control; this tool samples diffusion models only")
-        ids = trained.tokenizer.encode(arguments.prompt)
-        room = trained.model.seq_length - len(ids)
-        if room < 1:
-            raise ConfigError(
-                f"the prompt takes {len(ids)} tokens and the model's row holds {trained.model.seq_length}, so none "
-                "can be generated; shorten the prompt"
-            )
-        new = room if arguments.num_tokens is None else arguments.num_tokens
-        if not 1 <= new <= room or arguments.count < 1:
-            raise ConfigError(
-                f"the model's row holds {trained.model.seq_length} tokens, the prompt takes {len(ids)}: --num-tokens "
-                f"must lie in 1 to {room}, got {new}; --count must be at least 1, got {arguments.count}"
-            )
-        _sample(trained, ids, _settings(arguments, trained, new), arguments)
+        ids, new = _given(arguments, trained)
+        _sample(trained, ids, _settings(arguments, trained, ids, new), arguments)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -65,6 +54,25 @@ def _check(arguments: argparse.Namespace) -> None:
             "--temperature must be at least 0 and finite, --top-k at least 1 and --top-p in (0, 1], got "
             f"{arguments.temperature}, {top_k} and {top_p}"
         )
+
+
+def _given(arguments: argparse.Namespace, trained: TrainedModel) -> tuple[list[int], int]:
+    """The prompt, with holes (-1) before a suffix where there is one, and how many tokens are new."""
+    before, after = (trained.tokenizer.encode(text) for text in (arguments.prompt, arguments.suffix))
+    taken, holds = len(before) + len(after), trained.model.seq_length
+    what = "the prompt and the suffix take" if after else "the prompt takes"
+    room = holds - taken
+    if room < 1:
+        raise ConfigError(
+            f"{what} {taken} tokens and the model's row holds {holds}, so none can be generated; shorten the prompt"
+        )
+    new = room if arguments.num_tokens is None else arguments.num_tokens
+    if not 1 <= new <= room or arguments.count < 1:
+        raise ConfigError(
+            f"the model's row holds {holds} tokens, {what} {taken}: --num-tokens must lie in 1 to {room}, got {new}; "
+            f"--count must be at least 1, got {arguments.count}"
+        )
+    return (before + [-1] * new + after, new) if after else (before, new)
 
 
 def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments: argparse.Namespace) -> None:
@@ -93,18 +101,25 @@ def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments
     if arguments.trace:
         about = (
             f"{trained.folder}, {settings.sampler}, {settings.max_denoising_steps} steps, seed {arguments.seed}, "
-            f"{float(found.tokens_per_forward[0]):.2f} tokens per forward pass"
+            f"{_new_tokens(found, ids) / max(found.forwards, 1):.2f} tokens per forward pass"
         )
         page = trace_page(trace.frames, token_text=look, about=about)
         arguments.trace.write_text(page, encoding="utf-8")
 
 
-def _settings(arguments: argparse.Namespace, trained: TrainedModel, new: int) -> Settings:
+def _new_tokens(found: Generated, ids: list[int]) -> int:
+    """Of the first row: those behind the prompt, and those in its holes."""
+    return int(found.new_tokens[0]) + ids.count(-1)
+
+
+def _settings(arguments: argparse.Namespace, trained: TrainedModel, ids: list[int], new: int) -> Settings:
     from megadiff.sampling.standalone import Settings
 
+    behind = 0 if -1 in ids else new
+    width = behind or len(ids) - ids.index(-1)
     try:
-        return Settings(
-            max_new_tokens=new,
+        found = Settings(
+            max_new_tokens=behind,
             max_denoising_steps=arguments.steps,
             block_length=arguments.block_length,
             sampler=arguments.sampler,
@@ -119,16 +134,21 @@ def _settings(arguments: argparse.Namespace, trained: TrainedModel, new: int) ->
             eos_token_id=trained.tokenizer.eos_id if arguments.stop_at_end else None,
             pad_token_id=trained.tokenizer.pad_id,
         )
+        found.check_reach(min(width, arguments.block_length or width))
     except ValueError as error:
         raise ConfigError(f"these options do not go together: {error}") from error
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a run folder, or one checkpoints/step_* folder of it")
+    parser.add_argument(
+        "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"
+    )
     parser.add_argument("--prompt", default="", help="text the row starts with; it is never changed")
+    parser.add_argument("--suffix", default="", help="text behind the new tokens, which fill what is between")
     parser.add_argument("--sampler", choices=["ancestral", "adaptive"], default="ancestral")
     parser.add_argument("--steps", type=int, default=128, help="denoising steps of a block (default 128)")
     parser.add_argument("--block-length", type=int, help="denoise so many tokens at a time (default: all at once)")

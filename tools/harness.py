@@ -35,7 +35,7 @@ def main() -> None:
     from megadiff.platform.quiet import quiet
 
     with quiet():
-        from megadiff.trained import open_model
+        from megadiff.export.opened import open_model
 
         try:
             from megadiff.eval.harness import HarnessModel
@@ -156,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a run folder, or one checkpoints/step_* folder of it")
+    parser.add_argument(
+        "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"
+    )
     parser.add_argument("--tasks", required=True, help="names of tasks or groups, comma-separated")
     parser.add_argument("--include-path", type=Path, help="a folder with task files of your own")
     parser.add_argument("--batch-size", type=int, default=8, help="rows for each forward pass (default 8)")

@@ -82,7 +82,7 @@ class HarnessModel(LM):
     by their bounds; those of an autoregressive model are exact. No end token is scored.
 
     Args:
-        model: an opened one (`trained.open_model`).
+        model: an opened one (`export.opened.open_model`).
         settings: how it answers.
         batch_size: rows for each forward pass instead of the settings' own; what the harness hands on by this name.
         say: told once of each thing that is cut or left out.
@@ -102,8 +102,8 @@ class HarnessModel(LM):
         super().__init__()
         if isinstance(model, str):
             raise ConfigError(
-                f"wanted an opened model, found the path {model!r}; open it with megadiff.trained.open_model, or run "
-                "tools/harness.py"
+                f"wanted an opened model, found the path {model!r}; open it with megadiff.export.opened.open_model, or "
+                "run tools/harness.py"
             )
         self._model, self._settings = model, settings or HarnessSettings()
         if batch_size is not None:

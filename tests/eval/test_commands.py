@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from megadiff.errors import CheckpointError
 from megadiff.platform.quiet import quiet
 from tests.support.forked_command import call_forked as call
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_on_rank, write_corpus
 
 with quiet():
-    from megadiff.trained import open_model, open_trained
+    from megadiff.export.export import export
+    from megadiff.trained import open_trained
 
 PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "", "completion": "q"}, {"prompt": "xy z", "completion": "w"}]
 
@@ -157,10 +158,47 @@ def test_mistakes_are_named(models, pairs, tmp_path):
         assert "Traceback" not in err
 
 
-def test_a_folder_of_another_kind_is_refused_in_one_sentence(tmp_path):
+@pytest.fixture(scope="module")
+def exported(models, tmp_path_factory):
+    return export(models["hybrid"], tmp_path_factory.mktemp("hf") / "hybrid").folder
+
+
+def test_a_hugging_face_folder_gives_the_text_and_the_likelihoods_of_its_run(models, exported, pairs, tmp_path):
+    said = {}
+    for model in (models["hybrid"], exported):
+        options = ("--prompt", "ab", "--num-tokens", "8", "--steps", "4", "--count", "3")
+        text = call("tools/generate.py", "--model", model, *options)
+        measure = ("--data", pairs, "--draws", "8", "--output", tmp_path / "out.json")
+        found = call("tools/evaluate.py", "likelihood", "--model", model, *measure)
+        assert (text.code, found.code) == (0, 0), text.err + found.err
+        said[model] = text.out, json.loads((tmp_path / "out.json").read_text())["items"]
+        assert str(model) in found.out
+    assert said[models["hybrid"]] == said[exported]
+
+
+def test_a_folder_that_is_neither_is_refused_in_one_sentence(exported, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with (
-        pytest.raises(CheckpointError, match="found a Hugging Face folder; turn it into a checkpoint"),
-        open_model(tmp_path),
+    ended = call("tools/generate.py", "--model", tmp_path)
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1), ended.err
+    assert f"error: {tmp_path}" in ended.err
+    assert "safetensors" in ended.err
+
+
+def test_what_is_between_prompt_and_suffix_is_filled_in(models, tmp_path):
+    options = ("--prompt", "ab", "--suffix", "yz", "--num-tokens", "4", "--steps", "4")
+    for more in (("--sampler", "ancestral"), ("--sampler", "adaptive", "--block-length", "2"), ("--count", "2")):
+        ended = call(
+            "tools/generate.py", "--model", models["hybrid"], *options, *more, "--trace", tmp_path / "trace.html"
+        )
+        assert ended.code == 0, ended.err
+        for line in ended.out.strip("\n").split("\n") if "--count" in more else [ended.out.rstrip("\n")]:
+            assert re.search("(^|] )ab", line), line
+            assert line.endswith("yz"), line
+    assert " tokens per forward pass" in (tmp_path / "trace.html").read_text()
+    for wrong, message in (
+        (("--num-tokens", "13"), r"the prompt and the suffix take 4: --num-tokens must lie in 1 to 12, got 13"),
+        (("--sampler", "adaptive", "--tokens-per-step", "1"), r"does not reach the 6 positions of a block"),
     ):
-        pass
+        ended = call("tools/generate.py", "--model", models["hybrid"], *options, *wrong)
+        assert ended.code == 2
+        assert re.search(message, ended.err), ended.err
