@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megadiff.errors import ShortageError
 from megadiff.model import cost
 from megadiff.parallel.config import Layout
 from megadiff.run_config import RunConfig
@@ -36,6 +37,26 @@ def memory_per_rank(config: RunConfig, layout: Layout, shape: cost.Shape) -> cos
     """Estimated bytes on the fullest rank."""
     rows = config.model.padded_vocab_size(shape.vocab_size)
     return cost.bytes_per_rank(shape, _cost_layout(config, layout), _cost_precision(config), vocab_rows=rows)
+
+
+def memory_shortage(error: BaseException, config: RunConfig, layout: Layout, shape: cost.Shape) -> ShortageError | None:
+    """What to say in place of an allocation that failed, on a device or on the host; None if `error` is another.
+
+    Known by torch's words, so that nothing here imports it.
+    """
+    text, on_host = str(error), "can't allocate memory"
+    is_short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not is_short and on_host not in text:
+        return None
+    told = ". ".join(text[max(0, text.find(on_host)) :].split(". ")[:2]).strip(" .")
+    now = config.parallel
+    cut = "" if now.distributed_optimizer else ", set parallel.distributed_optimizer=true"
+    return ShortageError(
+        f"out of memory ({told or type(error).__name__}); the estimate for this layout is "
+        f"{_gib(memory_per_rank(config, layout, shape).total)} a rank: lower batch.micro_sequences "
+        f"({config.batch.micro_sequences}), raise parallel.tensor ({now.tensor}) or parallel.pipeline ({now.pipeline})"
+        f"{cut}, or take more memory; tools/doctor.py says which of these would fit"
+    )
 
 
 def checkpoint_bytes(config: RunConfig, shape: cost.Shape) -> int:

@@ -34,6 +34,12 @@ class StorageError(MegadiffError):
     exit_code = 1
 
 
+class ShortageError(MegadiffError):
+    """A rank whose device, or whose machine, ran out of memory; perhaps not the next time. Exit code 1."""
+
+    exit_code = 1
+
+
 class PlatformError(MegadiffError):
     """A machine or an installed library that cannot do what was asked."""
 

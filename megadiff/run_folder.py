@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 
 from megadiff.config.load import dump_config
-from megadiff.errors import ConfigError, MegadiffError, StorageError
+from megadiff.errors import ConfigError, MegadiffError, ShortageError, StorageError
 from megadiff.parallel.topology import is_main_process
 from megadiff.run_config import RunConfig
 from megadiff.supervision.launch import Launch
@@ -118,7 +118,7 @@ class Standing:
         self._step = self._step if step is None else step
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, MegadiffError):
-            state = FAILED if isinstance(error, StorageError) else NO_RESTART
+            state = FAILED if isinstance(error, (StorageError, ShortageError)) else NO_RESTART
             self._write(state, reason=reason, exit_code=error.exit_code)
         elif self._are_others_watched:
             return
