@@ -344,7 +344,7 @@ def _open_files(config: RunConfig, first_step: int, topology: Topology) -> _File
 def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
     """This data-parallel rank's noised microbatches from `first_step` on."""
     config = prepared.config
-    batch = config.batch
+    batch, rate = config.batch, rate_from(config.noise)
 
     def noise(clean: npt.NDArray[np.int64], samples: list[int], step_batch: StepBatch) -> NoisedRows:
         if config.is_autoregressive:
@@ -354,7 +354,7 @@ def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_ste
             seed=config.seed,
             sample_index=samples,
             mixing=mixing,
-            rate=rate_from(config.noise),
+            rate=rate,
             conditioning=config.conditioning,
             stratified=config.objective.stratified,
             global_batch=step_batch.sequences,

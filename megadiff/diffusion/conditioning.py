@@ -47,9 +47,18 @@ class RowDraws:
     empty_fraction: FloatArray
     """Drawn share of empty tokens."""
 
+    def of(self, which: IntArray) -> RowDraws:
+        """Those of some rows."""
+        return RowDraws(
+            self.levels[which], self.prompt_fraction[which], self.infill_fraction[which], self.empty_fraction[which]
+        )
+
 
 def draw_rows(stream: Stream, rows: IntArray, config: ConditioningConfig) -> RowDraws:
     """The row-level coins of `conditioning`, one counter block each at positions 0 to 5 of the row."""
+    if not any((config.independent, config.linear, config.prompt, config.infill, config.empty)):
+        nothing = np.zeros(len(rows))
+        return RowDraws(np.full(len(rows), Levels.ISOTROPIC, dtype=np.int8), nothing - 1.0, nothing, nothing)
     kind, prompt_coin, prompt_r, infill_coin, infill_r, empty_r = stream.uniforms(rows, 6).T
     levels = np.where(kind < config.independent + config.linear, Levels.LINEAR, Levels.ISOTROPIC)
     levels = np.where(kind < config.independent, Levels.INDEPENDENT, levels).astype(np.int8)
@@ -93,7 +102,7 @@ def empty_positions(stream: Stream, rows: IntArray, counts: IntArray, length: in
     some = np.flatnonzero(counts)
     if len(some):
         # The position in the low bits makes keys differ, so the smallest `count` of them are exactly that many.
-        keys = (stream.words(rows[some], length)[0] << np.uint64(32)) | np.arange(length, dtype=np.uint64)
+        keys = (stream.words(rows[some], length, count=1)[0] << np.uint64(32)) | np.arange(length, dtype=np.uint64)
         last = np.take_along_axis(np.sort(keys, axis=1), counts[some, None] - 1, axis=1)
         is_empty[some] = keys <= last
     return is_empty
@@ -107,8 +116,11 @@ def insert_empties(clean: IntArray, is_empty: BoolArray, pad_id: int) -> tuple[I
         real token, so that what belongs to positions (documents, say) can follow: `documents[row, source]`.
     """
     length = clean.shape[1]
-    source = np.minimum(np.cumsum(~is_empty, axis=1) - ~is_empty, length - 1)
-    moved = np.take_along_axis(clean, source, axis=1)
+    is_real = ~is_empty
+    source = np.cumsum(is_real, axis=1, dtype=np.int64)
+    source -= is_real
+    np.minimum(source, length - 1, out=source)
+    moved = np.take(clean, source + length * np.arange(len(clean))[:, None])
     return np.where(is_empty, pad_id, moved), source
 
 
@@ -118,6 +130,6 @@ def noisy_positions(draws: RowDraws, length: int, rows: IntArray, infill: Stream
     is_noisy = np.arange(length) >= prompt[:, None]
     some = np.flatnonzero(draws.infill_fraction > 0)
     if len(some):
-        kept = infill.words(rows[some], length)[0] < threshold(draws.infill_fraction[some])[:, None]
+        kept = infill.words(rows[some], length, count=1)[0] < threshold(draws.infill_fraction[some])[:, None]
         is_noisy[some] &= ~kept
     return is_noisy, prompt

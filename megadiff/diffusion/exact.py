@@ -18,16 +18,17 @@ FloatArray = npt.NDArray[np.float64]
 _LN2_HI, _LN2_LO = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _LOG2_E = 1.44269504088896338700e00
 _SQRT_HALF = 0.70710678118654752440
-_EXP = [1.0 / math.factorial(k) for k in range(14)]
-_ATANH = [1.0 / (2 * k + 1) for k in range(13)]
-_ATAN = [(-1.0) ** k / (2 * k + 1) for k in range(14)]
-_SIN = [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(9)]
-_COS = [(-1.0) ** k / math.factorial(2 * k) for k in range(9)]
+# Coefficients are arrays, since numpy would convert a number anew in every call.
+_EXP = [np.array(1.0 / math.factorial(k)) for k in range(14)]
+_ATANH = [np.array(1.0 / (2 * k + 1)) for k in range(13)]
+_ATAN = [np.array((-1.0) ** k / (2 * k + 1)) for k in range(14)]
+_SIN = [np.array((-1.0) ** k / math.factorial(2 * k + 1)) for k in range(9)]
+_COS = [np.array((-1.0) ** k / math.factorial(2 * k)) for k in range(9)]
 
 
 def exp(x: npt.ArrayLike) -> FloatArray:
     """e^x, with x held to [-700, 700]."""
-    x = np.clip(np.asarray(x, dtype=np.float64), -700.0, 700.0)
+    x = np.minimum(np.maximum(np.asarray(x, dtype=np.float64), -700.0), 700.0)
     k = np.rint(x * _LOG2_E)
     r = (x - k * _LN2_HI) - k * _LN2_LO
     return np.ldexp(_polynomial(_EXP, r), k.astype(np.int32))
@@ -71,7 +72,7 @@ def log_tan_half_pi(t: npt.ArrayLike) -> FloatArray:
     return np.where(upper, -value, value)
 
 
-def _polynomial(coefficients: list[float], x: FloatArray) -> FloatArray:
+def _polynomial(coefficients: list[FloatArray], x: FloatArray) -> FloatArray:
     """The polynomial with these coefficients, lowest first, by Horner's rule."""
     total = np.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):

@@ -19,6 +19,8 @@ A coin of probability P is word < rint(P 2^32), so P is met to within 2^-33. `pr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -28,14 +30,16 @@ from torch import Tensor
 
 from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import exact
-from megadiff.diffusion.conditioning import FloatArray, IntArray, Levels
+from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, Levels, RowDraws
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.philox import Stream, Words, below, threshold
+from megadiff.diffusion.philox import Stream, UintArray, below, philox4x32, threshold
 from megadiff.diffusion.snr import LINEAR, Rate
 from megadiff.errors import ConfigError, DataError
 
-_BLOCK_TOKENS = 32768  # rows are noised this many tokens at a time, so that temporaries stay in the cache
+# Rows are noised this many tokens at a time: a few temporaries of 64 KiB stay in the cache, and in the memory that the
+# allocator keeps (it gives arrays of 128 KiB and more back, and getting fresh pages costs more than the arithmetic).
+_BLOCK_TOKENS = 8192
 _GOLDEN_RATIO = 0.6180339887498949
 
 
@@ -45,7 +49,7 @@ class NoisedRows(NamedTuple):
     noised: Tensor
     """[B, L] int64: the model's input z."""
     clean: Tensor
-    """[B, L] int64: the targets x, empty tokens inserted."""
+    """[B, L] int64: the targets x, empty tokens inserted; where there are none, the memory of int64 ids is shared."""
     log_snr: Tensor
     """[B, L] float32: lambda; max_log_snr at noise-free positions."""
     is_noisy: Tensor
@@ -55,7 +59,7 @@ class NoisedRows(NamedTuple):
     levels: Tensor
     """[B] int8: `conditioning.Levels` of each row."""
     source: Tensor
-    """[B, L] int64: original position of each token (see `conditioning.insert_empties`)."""
+    """[B, L] int64: original position of each token (see `conditioning.insert_empties`); to be read, not written."""
 
 
 def noise_rows(
@@ -98,19 +102,25 @@ def noise_rows(
     conditioning = conditioning or ConditioningConfig()
     if conditioning.empty > 0 and pad_id is None:
         raise ConfigError("conditioning.empty inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
-    names = ("row", "empty", "infill", "log_snr", "batch", "noise")
-    streams = {name: Stream(seed, f"{prefix}/{name}") for name in names}
+    streams = _streams(seed, prefix)
     quantiles = streams["log_snr"].uniforms(rows, 1)[:, 0]
     if stratified and global_batch is not None:
         quantiles = stratified_quantiles(streams["batch"], rows, quantiles, global_batch, batch_origin)
+    draws = conditions.draw_rows(streams["row"], rows, conditioning)
+    level = _level(rate.log_snr(quantiles).astype(np.float32)[:, None], mixing)
     length = tokens.shape[1]
-    step = max(1, _BLOCK_TOKENS // max(1, length))
-    blocks = [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]
-    parts = [
-        _noise_part(tokens[block], rows[block], quantiles[block], streams, mixing, rate, conditioning, pad_id)
-        for block in blocks
-    ]
-    return NoisedRows(*(torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)))
+    source = torch.arange(length).expand(tokens.shape)
+    if conditioning.empty > 0 and pad_id is not None:
+        counts = conditions.empty_counts(draws.empty_fraction, length, conditioning.empty_law)
+        tokens, moved = _insert_empties(tokens, rows, counts, streams["empty"], pad_id)
+        source = torch.from_numpy(moved)
+    noised, log_snr = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.float32)
+    is_noisy, prompt = np.empty(tokens.shape, dtype=np.bool_), np.empty(len(rows), dtype=np.int64)
+    for which in _blocks(draws.levels != Levels.ISOTROPIC, length):
+        part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, mixing, rate)
+        noised[which], log_snr[which], is_noisy[which], prompt[which] = part
+    arrays = noised, tokens, log_snr, is_noisy, prompt, draws.levels
+    return NoisedRows(*(torch.from_numpy(array) for array in arrays), source=source)
 
 
 def stratified_quantiles(
@@ -124,10 +134,8 @@ def stratified_quantiles(
     if global_batch < 1:
         raise ValueError(f"global_batch must be at least 1, got {global_batch}")
     slot = (rows - origin) % global_batch
-    first, which = np.unique(rows - slot, return_inverse=True)
-    words = stream.words(first.astype(np.int64), 1)
-    offset = below(words[0], words[1], global_batch)[:, 0].astype(np.int64)[which.reshape(-1)]
-    stratum = (offset + slot * _stride(global_batch)) % global_batch
+    offset = [_batch_offset(stream.key, first, global_batch) for first in (rows - slot).tolist()]
+    stratum = (np.array(offset, dtype=np.int64) + slot * _stride(global_batch)) % global_batch
     return (stratum + jitter) / global_batch
 
 
@@ -160,16 +168,18 @@ def evaluation_noise(
         raise ValueError(f"level must lie in [0, {num_levels}), got {level}")
     tokens, rows = _token_rows(clean, row_index, mixing)
     quantiles = evaluation_quantiles(seed, rows, num_levels, prefix=prefix)[:, level]
-    log_snr = np.repeat(rate.log_snr(quantiles).astype(np.float32)[:, None], tokens.shape[1], axis=1)
-    words = Stream(seed, f"{prefix}/noise").words(rows, tokens.shape[1], draw=level)
+    log_snr = rate.log_snr(quantiles).astype(np.float32)[:, None]
+    row_level, stream, noised = _level(log_snr, mixing), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
+    for which in _blocks(np.zeros(len(rows), dtype=np.bool_), tokens.shape[1]):
+        noised[which] = _corrupt(tokens[which], rows[which], row_level.of(which), stream, mixing, draw=level)
     return NoisedRows(
-        noised=torch.from_numpy(_corrupt(tokens, log_snr[:, :1], words, mixing)),
+        noised=torch.from_numpy(noised),
         clean=torch.from_numpy(tokens),
-        log_snr=torch.from_numpy(log_snr),
+        log_snr=torch.from_numpy(np.repeat(log_snr, tokens.shape[1], axis=1)),
         is_noisy=torch.ones(tokens.shape, dtype=torch.bool),
         prompt_length=torch.zeros(len(rows), dtype=torch.int64),
         levels=torch.full((len(rows),), int(Levels.ISOTROPIC), dtype=torch.int8),
-        source=torch.arange(tokens.shape[1]).repeat(len(rows), 1),
+        source=torch.arange(tokens.shape[1]).expand(tokens.shape),
     )
 
 
@@ -179,58 +189,101 @@ def evaluation_quantiles(seed: int, rows: IntArray, num_levels: int, *, prefix: 
     return (np.arange(num_levels) + offset) / num_levels
 
 
+class _Level(NamedTuple):
+    """Lambda and the thresholds of its two coins, [B, 1] for rows of one level or [B, L]."""
+
+    log_snr: npt.NDArray[np.float32]
+    keep: UintArray
+    uniform: UintArray | None
+    """None where noise is masks alone or random tokens alone, and takes no coin."""
+
+    def of(self, which: IntArray) -> _Level:
+        """Those of some rows."""
+        return _Level(self.log_snr[which], self.keep[which], None if self.uniform is None else self.uniform[which])
+
+
+@lru_cache(typed=True)
+def _streams(seed: int, prefix: str) -> dict[str, Stream]:
+    """The streams of the module's table; kept, since a stream hashes its key when it is first used."""
+    names = ("row", "empty", "infill", "log_snr", "batch", "noise")
+    return {name: Stream(seed, f"{prefix}/{name}") for name in names}
+
+
+def _blocks(varies: BoolArray, length: int) -> Iterator[IntArray]:
+    """Indices of rows to noise together: first those of one level, then those whose level varies."""
+    step = max(1, _BLOCK_TOKENS // max(1, length))
+    for group in (np.flatnonzero(~varies), np.flatnonzero(varies)):
+        for start in range(0, len(group), step):
+            yield group[start : start + step]
+
+
+def _insert_empties(
+    clean: IntArray, rows: IntArray, counts: IntArray, stream: Stream, pad_id: int
+) -> tuple[IntArray, IntArray]:
+    """Rows with their `counts` empty tokens, and the source of each token (see `conditioning.insert_empties`)."""
+    filled, source = np.empty_like(clean), np.empty_like(clean)
+    for which in _blocks(np.zeros(len(rows), dtype=np.bool_), clean.shape[1]):
+        is_empty = conditions.empty_positions(stream, rows[which], counts[which], clean.shape[1])
+        filled[which], source[which] = conditions.insert_empties(clean[which], is_empty, pad_id)
+    return filled, source
+
+
 def _noise_part(
     clean: IntArray,
     rows: IntArray,
-    quantiles: FloatArray,
+    draws: RowDraws,
+    level: _Level,
     streams: dict[str, Stream],
     mixing: Mixing,
     rate: Rate,
-    config: ConditioningConfig,
-    pad_id: int | None,
-) -> tuple[npt.NDArray[np.generic], ...]:
-    """The fields of `NoisedRows` for a few rows, as arrays."""
+) -> tuple[IntArray, npt.NDArray[np.float32], BoolArray, IntArray]:
+    """Noised tokens, lambda, is_noisy and the prompt's length of a few rows of one level each, or of varying ones."""
     length = clean.shape[1]
-    draws = conditions.draw_rows(streams["row"], rows, config)
-    source = np.broadcast_to(np.arange(length), clean.shape)
-    if config.empty > 0 and pad_id is not None:
-        counts = conditions.empty_counts(draws.empty_fraction, length, config.empty_law)
-        is_empty = conditions.empty_positions(streams["empty"], rows, counts, length)
-        clean, source = conditions.insert_empties(clean, is_empty, pad_id)
+    if draws.levels[0] != Levels.ISOTROPIC:
+        level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], rate), mixing)
     is_noisy, prompt = conditions.noisy_positions(draws, length, rows, streams["infill"])
-    log_snr = _levels(draws.levels, quantiles, rows, length, streams["log_snr"], rate)
-    words = streams["noise"].words(rows, length)
-    varies = bool((draws.levels != Levels.ISOTROPIC).any())
-    noised = _corrupt(clean, log_snr if varies else log_snr[:, :1], words, mixing)
-    noised = np.where(is_noisy, noised, clean)
-    log_snr = np.where(is_noisy, log_snr, np.float32(rate.max_log_snr))
-    return noised, clean, log_snr, is_noisy, prompt, draws.levels, source
+    noised, log_snr = _corrupt(clean, rows, level, streams["noise"], mixing), level.log_snr
+    if not is_noisy.all():
+        noised = np.where(is_noisy, noised, clean)
+        log_snr = np.where(is_noisy, log_snr, np.float32(rate.max_log_snr))
+    return noised, log_snr, is_noisy, prompt
 
 
-def _levels(
-    levels: npt.NDArray[np.int8], quantiles: FloatArray, rows: IntArray, length: int, stream: Stream, rate: Rate
+def _level(log_snr: npt.NDArray[np.float32], mixing: Mixing) -> _Level:
+    """Levels with the thresholds of their coins."""
+    is_pure = mixing.is_masked_limit or mixing.is_uniform_limit
+    uniform = None if is_pure else threshold(mixing.uniform_share(log_snr))
+    return _Level(log_snr, threshold(exact.sigmoid(log_snr)), uniform)
+
+
+def _varying_log_snr(
+    levels: npt.NDArray[np.int8], rows: IntArray, length: int, stream: Stream, rate: Rate
 ) -> npt.NDArray[np.float32]:
-    """Lambda of every token, [B, L] float32."""
-    log_snr = np.repeat(rate.log_snr(quantiles).astype(np.float32)[:, None], length, axis=1)
-    independent = np.flatnonzero(levels == Levels.INDEPENDENT)
-    if len(independent):
-        log_snr[independent] = rate.log_snr(stream.uniforms(rows[independent], length))
-    log_snr[levels == Levels.LINEAR] = conditions.linear_log_snr(length, rate)
+    """Lambda of every token of rows whose level varies, [B, L] float32."""
+    log_snr = np.empty((len(rows), length), dtype=np.float32)
+    is_linear = levels == Levels.LINEAR
+    if is_linear.any():
+        log_snr[is_linear] = conditions.linear_log_snr(length, rate)
+    if not is_linear.all():
+        log_snr[~is_linear] = rate.log_snr(stream.uniforms(rows[~is_linear], length))
     return log_snr
 
 
-def _corrupt(clean: IntArray, log_snr: npt.NDArray[np.float32], words: Words, mixing: Mixing) -> IntArray:
+def _corrupt(
+    clean: IntArray, rows: IntArray, level: _Level, stream: Stream, mixing: Mixing, *, draw: int = 0
+) -> IntArray:
     """Draw z ~ q_lambda(. | x): keep x with probability alpha, else a uniform real token or the mask.
 
     The uniform token is any of the N real ones, x among them; the mask and padding never come up.
     """
-    keep = words[0] < threshold(exact.sigmoid(log_snr))
+    words = stream.words(rows, clean.shape[1], draw=draw, count=1 if mixing.is_masked_limit else 4)
+    keep = words[0] < level.keep
     if mixing.is_masked_limit:
         return np.where(keep, clean, mixing.mask_id)
-    token = below(words[2], words[3], mixing.num_real).astype(np.int64)
+    token = below(words[2], words[3], mixing.num_real).view(np.int64)
     token += token >= mixing.mask_id
-    if not mixing.is_uniform_limit:
-        token = np.where(words[1] < threshold(mixing.uniform_share(log_snr)), token, mixing.mask_id)
+    if level.uniform is not None:
+        token = np.where(words[1] < level.uniform, token, mixing.mask_id)
     return np.where(keep, clean, token)
 
 
@@ -238,14 +291,15 @@ def _token_rows(
     clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, mixing: Mixing
 ) -> tuple[IntArray, IntArray]:
     """Ids as int64 [B, L] and indices as int64 [B], checked."""
-    tokens = np.asarray(clean.numpy() if isinstance(clean, Tensor) else clean).astype(np.int64, copy=False)
+    tokens = np.require(clean.numpy() if isinstance(clean, Tensor) else clean, dtype=np.int64, requirements=["C", "W"])
     index = sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index
     rows = np.asarray(index).astype(np.int64)
     if tokens.ndim != 2 or rows.shape != tokens.shape[:1]:
         raise ValueError(f"clean must be [B, L] and sample_index [B], got {tokens.shape} and {rows.shape}")
     if rows.size and rows.min() < 0:
         raise ValueError(f"sample_index counts from 0, got {rows.min()}")
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= mixing.vocab_size):
+    # As an unsigned number, a negative id is a large one: one look finds both.
+    if tokens.size and tokens.view(np.uint64).max() >= mixing.vocab_size:
         raise DataError(
             f"token ids run from {tokens.min()} to {tokens.max()}, outside the vocabulary of {mixing.vocab_size}: "
             "the data were made with another tokenizer"
@@ -255,6 +309,14 @@ def _token_rows(
     return tokens, rows
 
 
+@lru_cache
+def _batch_offset(key: tuple[int, int], first: int, global_batch: int) -> int:
+    """The offset of the stratification of the global batch that begins with a sample, in [0, global_batch)."""
+    high, low, *_ = philox4x32((0, 0, first & 0xFFFFFFFF, (first >> 32) & 0xFFFFFFFF), key)
+    return ((high << 32 | low) * global_batch) >> 64
+
+
+@lru_cache
 def _stride(global_batch: int) -> int:
     """The step nearest 0.618 G that is coprime with G; one is never more than a few dozen away."""
     target = global_batch * _GOLDEN_RATIO

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -77,13 +78,17 @@ class LinearRate(Rate):
     def log_snr(self, u: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Lambda = log(alpha / beta), both linear in u and neither made from the other."""
         u = np.asarray(u, dtype=np.float64)
-        high, low = (
-            exact.sigmoid([self.max_log_snr, -self.max_log_snr]),
-            exact.sigmoid([self.min_log_snr, -self.min_log_snr]),
-        )
-        alpha_u = high[0] * (1.0 - u) + low[0] * u
-        beta_u = high[1] * (1.0 - u) + low[1] * u
+        (alpha_high, alpha_low), (beta_high, beta_low) = self._ends
+        rest = 1.0 - u
+        alpha_u = alpha_high * rest + alpha_low * u
+        beta_u = beta_high * rest + beta_low * u
         return np.clip(exact.log(alpha_u / beta_u), self.min_log_snr, self.max_log_snr)
+
+    @cached_property
+    def _ends(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Alpha, then beta, at the highest and at the lowest level."""
+        ends = np.array([self.max_log_snr, self.min_log_snr])
+        return exact.sigmoid(ends), exact.sigmoid(-ends)
 
     def density(self, log_snr: Tensor) -> Tensor:
         """Alpha beta = sigmoid(lambda) sigmoid(-lambda)."""

@@ -9,10 +9,18 @@ import pytest
 import torch
 from scipy import stats
 
+from megadiff.diffusion import noising
 from megadiff.diffusion.conditioning import Levels
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.noising import NoisedRows, evaluation_noise, evaluation_quantiles, noise_rows
+from megadiff.diffusion.noising import (
+    NoisedRows,
+    evaluation_noise,
+    evaluation_quantiles,
+    noise_rows,
+    stratified_quantiles,
+)
+from megadiff.diffusion.philox import Stream, below
 from megadiff.errors import ConfigError, DataError
 from tests.golden import make_noise_hashes
 
@@ -44,6 +52,32 @@ def test_a_row_depends_on_its_index_alone(global_batch):
         part = noised(clean[piece], index[piece], conditioning=EVERYTHING, global_batch=global_batch)
         for name, values in part._asdict().items():
             assert torch.equal(values, getattr(whole, name)[torch.from_numpy(piece)]), name
+
+
+@pytest.mark.parametrize("tokens", [1, 200, 10**6])
+def test_rows_may_be_worked_on_in_blocks_of_any_size(tokens, monkeypatch):
+    clean, index, mixing = rows_of(24), np.arange(2**32 - 9, 2**32 + 15), HybridMixing(V, MASK, 0.0)
+
+    def made() -> list[NoisedRows]:
+        fixed = evaluation_noise(clean, seed=0, row_index=index, level=1, num_levels=4, mixing=mixing)
+        return [noised(clean, index, conditioning=EVERYTHING), noised(clean, index, shift=-1000.0), fixed]
+
+    want = made()
+    monkeypatch.setattr(noising, "_BLOCK_TOKENS", tokens)
+    for one, other in zip(want, made(), strict=True):
+        for name, values in one._asdict().items():
+            assert torch.equal(values, getattr(other, name)), name
+
+
+@pytest.mark.parametrize("conditioning", [ConditioningConfig(), EVERYTHING])
+def test_the_rows_given_are_not_written_to(conditioning):
+    clean = rows_of(8)
+    before = clean.copy()
+    clean.flags.writeable = False  # a view of a file, say
+    got = noised(clean, np.arange(8), conditioning=conditioning)
+    got.clean.zero_()
+    got.noised.zero_()
+    assert (clean == before).all()
 
 
 def test_torch_and_numpy_rows_of_any_integer_type_give_the_same():
@@ -112,6 +146,15 @@ def test_every_global_batch_covers_the_schedule_evenly(global_batch):
         low, high = torch.sigmoid(torch.tensor([-9.0, 9.0]).double())
         u = ((t - low) / (high - low)).numpy()
         assert sorted(np.floor(u * global_batch + 1e-4 * (1 - u)).astype(int)) == list(range(global_batch)), step
+
+
+def test_a_batch_s_offset_is_drawn_at_its_first_sample():
+    """By the vector form of the draw; with an origin that makes the first batch begin before sample 0."""
+    stream, rows, jitter = Stream(4, "train/batch"), np.array([0, 1, 2, 2**40, 2**40 + 1]), np.full(5, 0.5)
+    high, low, *_ = stream.words(rows - (rows - 2) % 8, 1)
+    offset = below(high, low, 8)[:, 0].astype(np.int64)
+    stratum = np.floor(stratified_quantiles(stream, rows, jitter, 8, 2) * 8).astype(np.int64)
+    assert stratum.tolist() == ((offset + (rows - 2) % 8 * 5) % 8).tolist()
 
 
 def test_neighbouring_samples_share_the_schedule_alike():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from megadiff.diffusion.philox import Stream, below, philox4x32, threshold, unit_interval
@@ -25,6 +27,44 @@ def test_the_published_vectors_come_out(counter, key, result):
     k0, k1 = words(key)
     got = philox4x32(tuple(np.array([word], dtype=np.uint64) for word in words(counter)), (k0, k1))
     assert [int(word[0]) for word in got] == words(result)
+    c0, c1, c2, c3 = words(counter)
+    assert list(philox4x32((c0, c1, c2, c3), (k0, k1))) == words(result)
+
+
+def plain_words(stream: Stream, rows: np.ndarray, positions: int, draw: int) -> list[np.ndarray]:
+    """Words by the definition, [B, positions] each."""
+    index = np.repeat(rows.astype(np.uint64)[:, None], positions, axis=1)
+    position = np.tile(np.arange(positions, dtype=np.uint64), (len(rows), 1))
+    low, high = index & np.uint64(2**32 - 1), index >> np.uint64(32)
+    return list(philox4x32((position, np.full_like(position, draw), low, high), stream.key))
+
+
+ROW = st.integers(0, 2**63 - 1) | st.integers(0, 100) | st.integers(2**32 - 3, 2**32 + 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(-(2**70), 2**70), st.lists(ROW, max_size=5), st.integers(0, 40), st.integers(0, 2**32 - 1), st.data()
+)
+def test_the_short_way_to_the_words_is_the_definition_s(seed, rows, positions, draw, data):
+    """Rows on both sides of 2^32 in one call too, and whichever words are asked for."""
+    stream, index = Stream(seed, "train/noise"), np.array(rows, dtype=np.int64)
+    count = data.draw(st.integers(1, 4))
+    got = stream.words(index, positions, draw=draw, count=count)
+    assert len(got) == count
+    for short, plain in zip(got, plain_words(stream, index, positions, draw), strict=False):
+        assert short.dtype == np.uint64
+        np.testing.assert_array_equal(short, plain, strict=True)
+
+
+def test_words_are_the_caller_s_own():
+    stream, rows = Stream(0, "a"), np.arange(2)
+    first = stream.words(rows, 3)
+    kept = [word.copy() for word in first]
+    for word in stream.words(rows, 3):
+        word[:] = 0
+    for word, copy in zip(first, kept, strict=True):
+        np.testing.assert_array_equal(word, copy)
 
 
 def test_a_block_is_keyed_by_seed_name_row_position_and_draw():

@@ -1,0 +1,155 @@
+"""What noising a million tokens costs, in seconds of one core, beside its plain twin and beside reading the tokens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform as host
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_reader import IndexedReader
+from megadiff.data.indexed_writer import IndexedWriter
+from megadiff.data.rows import ValidationRows
+from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.diffusion.config import SHIFTS, ConditioningConfig
+from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noising import noise_rows
+from megadiff.diffusion.philox import Stream, Words, philox4x32
+from megadiff.errors import run_command
+
+_EPILOG = """example:
+  OMP_NUM_THREADS=1 python tools/benchmarks/noising.py --rows 1 4 16 64
+
+"reading" makes int64 rows of indexed binaries that the system holds in memory. "plain" is the same noising with every
+random word made by `philox4x32`, the definition. All are CPU time of the process. Repetitions alternate: each round
+measures everything once. Ratios are medians of the ratios within a round, so that a busy machine moves both sides.
+"""
+
+_KINDS = ("masked", "balanced", "uniform")
+_PRESETS = ("none", "as_described")
+_MASK, _PAD, _FIRST_WORD = 3, 2, 4
+
+
+def main() -> None:
+    """Measure every kind of noise with every number of rows, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 16], help="rows of a microbatch (default 4 16)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row (default 2048)")
+    parser.add_argument("--vocab-size", type=int, default=131072, help="entries, the mask included (default 131072)")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds (default 9)")
+    parser.add_argument("--tokens", type=int, default=2**19, help="tokens of each measurement (default 524288)")
+    arguments = parser.parse_args()
+
+    print(f"{_processor()}, {os.cpu_count()} cores; Python {host.python_version()}, numpy {version('numpy')}")
+    print(f"rows of {arguments.length} tokens, vocabulary {arguments.vocab_size}, {arguments.repeats} rounds\n")
+    print("| rows | conditioning | noise | s per million tokens | reading | plain / this | this / reading |")
+    print("|---:|---|---|---:|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as folder:
+        reader = _written(Path(folder) / "words", arguments.tokens, arguments.vocab_size)
+        for rows in arguments.rows:
+            for line in _measured(reader, rows, arguments):
+                print(f"| {rows} | {line}", flush=True)
+
+
+def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -> Iterator[str]:
+    """The rest of each line of the table for microbatches of so many rows."""
+    length, calls = arguments.length, max(1, arguments.tokens // (rows * arguments.length))
+    source = ValidationRows(reader, length, num_rows=rows * calls, name="words")
+    clean = source.rows([number % len(source) for number in range(rows)])
+    million = rows * calls * length / 1e6
+
+    def read(call: int) -> None:
+        source.rows([(call * rows + row) % len(source) for row in range(rows)])
+
+    for preset in _PRESETS:
+        for kind in _KINDS:
+            mixing = HybridMixing(arguments.vocab_size, _MASK, SHIFTS[kind])
+            noise = _noising(clean, mixing, ConditioningConfig(preset=preset))
+            found: list[tuple[float, float, float]] = []
+            for number in range(arguments.repeats + 1):
+                this, reading = _cpu_s(noise, calls) / million, _cpu_s(read, calls) / million
+                with _plain_words():
+                    plain = _cpu_s(noise, calls) / million
+                if number:  # the first round fills caches
+                    found.append((this, reading, plain))
+            this, reading = (statistics.median(times[place] for times in found) for place in (0, 1))
+            gain = statistics.median(plain / this for this, _, plain in found)
+            share = statistics.median(this / reading for this, reading, _ in found)
+            yield f"{preset} | {kind} | {this:.3f} | {reading:.4f} | {gain:.1f} | {share:.1f} |"
+
+
+def _noising(
+    clean: npt.NDArray[np.int64], mixing: HybridMixing, conditioning: ConditioningConfig
+) -> Callable[[int], object]:
+    """Noises the rows as those of the n-th microbatch of a run."""
+    rows = len(clean)
+
+    def noise(call: int) -> object:
+        return noise_rows(
+            clean,
+            seed=0,
+            sample_index=range(call * rows, (call + 1) * rows),
+            mixing=mixing,
+            conditioning=conditioning,
+            global_batch=256,
+            pad_id=_PAD,
+        )
+
+    return noise
+
+
+def _cpu_s(work: Callable[[int], object], calls: int) -> float:
+    began = time.process_time()
+    for call in range(calls):
+        work(call)
+    return time.process_time() - began
+
+
+@contextmanager
+def _plain_words() -> Iterator[None]:
+    """Every stream makes its words by the definition, all four of them."""
+
+    def plain(self: Stream, rows: npt.NDArray[np.int64], positions: int, *, draw: int = 0, count: int = 4) -> Words:
+        index, position = rows.astype(np.uint64)[:, None], np.arange(positions, dtype=np.uint64)[None, :]
+        low, high = index & np.uint64(2**32 - 1), index >> np.uint64(32)
+        words = philox4x32((position, np.full((1, 1), draw, dtype=np.uint64), low, high), self.key)
+        return tuple(np.broadcast_to(word, (len(rows), positions)) for word in words)[:count]
+
+    short, Stream.words = Stream.words, plain
+    try:
+        yield
+    finally:
+        Stream.words = short
+
+
+def _written(prefix: Path, tokens: int, vocab_size: int) -> IndexedReader:
+    """Indexed binaries of drawn ids."""
+    ids = np.random.default_rng(0).integers(_FIRST_WORD, vocab_size, tokens)
+    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
+        writer.add_document(ids)
+        writer.finish(tokenizer=tokenizer_facts(ByteTokenizer()), source_bytes=tokens)
+    return IndexedReader(prefix)
+
+
+def _processor() -> str:
+    """The name of the processor, as Linux has it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else host.processor() or host.machine()
+
+
+if __name__ == "__main__":
+    run_command(main)
