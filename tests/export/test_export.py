@@ -127,6 +127,9 @@ def test_generate_fills_rows_whatever_they_are_batched_with(transformers, folder
     assert torch.equal(
         one, model.generate(inputs=prompt, seed=[5], max_length=8, steps=8, block_length=4, eos_token_id=None)
     )
+    greedy = model.generate(prompt, seed=[5], temperature=0, **options)
+    assert torch.equal(greedy, model.generate(prompt, seed=[5], do_sample=False, **options))
+    assert torch.equal(one, model.generate(prompt, seed=[5], do_sample=True, **options))
     with pytest.raises(ValueError, match="prompt and new tokens are 17 tokens, the model was trained on rows of 16"):
         model.generate(prompt, max_new_tokens=13)
 

@@ -129,7 +129,7 @@ class GiddGeneration:
             **settings: fields of `Settings` (sampling_gidd.py): `max_new_tokens`, `max_denoising_steps`,
                 `block_length`, `sampler`, `tokens_per_step`, `temperature`, `top_k`, `top_p`, `guidance_scale`,
                 `min_new_tokens`, ...; or the released names `max_length` (of new tokens), `steps`, `min_length`,
-                `sampling_method`, `noise_schedule`.
+                `sampling_method`, `noise_schedule`; `do_sample=False` means temperature 0.
 
         Returns:
             [B, P + new tokens] ids without masks; behind a row's first eos among the new tokens stands padding.
@@ -166,6 +166,8 @@ class GiddGeneration:
 
     def _settings(self, given: dict[str, Any], asked: Any) -> Settings:
         config, names = self.config, {key: value for key, value in given.items() if value is not None}
+        if names.pop("do_sample", True) is False:
+            names["temperature"] = 0.0
         defaults: dict[str, Any] = {
             "max_new_tokens": 128,
             "min_log_snr": config.min_log_snr,
