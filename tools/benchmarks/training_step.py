@@ -1,0 +1,398 @@
+"""What a training step costs: against a hand-written PyTorch loop, and diffusion against next-token steps."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform as host
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_writer import IndexedWriter
+from megadiff.data.open import open_data
+from megadiff.diffusion.mixing import mixing_from
+from megadiff.errors import run_command
+from megadiff.parallel.row_report import metrics_of
+from megadiff.platform.machine import detect
+from megadiff.platform.quiet import quiet
+from megadiff.run_config import RunConfig
+
+with quiet():
+    from megadiff import build
+    from megadiff.parallel.topology import process_group
+    from megadiff.prepared import Prepared
+    from megadiff.train.loop import Run
+    from megadiff.train.step import Step
+
+_EPILOG = """examples:
+  OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py
+  OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py --vocab-size 32768 --only noise
+
+One process, one thread, float32, AdamW, clipping at 1; CPU seconds of the process, its loader thread included; the
+sides of a ratio take turns, and the median of each counts. `plain` is the next-token model as one would write it by
+hand (nn.Linear, scaled_dot_product_attention, fused AdamW); before anything is timed it takes the same steps from the
+same weights on the same rows, and the benchmark fails unless the losses are those of megadiff.
+"""
+
+_LR = 1e-4
+_BOS = 0
+_SAME_LOSS = 1e-5
+_NOISES = ("masked", "balanced", "uniform")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained."""
+
+    layers: int
+    hidden: int
+    heads: int
+    seq_length: int
+    vocab_size: int
+    """Ids with the mask, which is the last."""
+    sequences: int
+    """Of a step."""
+    micro_sequences: int
+
+
+SIZES = {
+    "25m": Size(8, 512, 8, seq_length=512, vocab_size=16384, sequences=4, micro_sequences=2),
+    "toy": Size(4, 64, 2, seq_length=64, vocab_size=512, sequences=4, micro_sequences=2),
+}
+"""25m: 25.2 million parameters in blocks, 8.4 in the head, so the head is a quarter of the matrix products."""
+
+
+def main() -> None:
+    """Check, time, print both tables."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=_EPILOG, formatter_class=raw)
+    parser.add_argument("--size", choices=sorted(SIZES), default="25m", help="model and batch (default 25m)")
+    parser.add_argument("--vocab-size", type=int, help="another vocabulary, the mask included")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each side (default 9)")
+    parser.add_argument("--only", choices=("plain", "noise"), help="one of the two tables")
+    arguments = parser.parse_args()
+    size = SIZES[arguments.size]
+    if arguments.vocab_size is not None:
+        size = Size(**{**vars(size), "vocab_size": arguments.vocab_size})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, process_group(detect("cpu"), alone=True):
+        _print_setting(size)
+        for kind in ("plain", "noise"):
+            if arguments.only in (None, kind):
+                measure(size, Path(folder, kind), kind=kind, rounds=arguments.rounds)
+
+
+def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, float]:
+    """Time one table's sides, print it, and return each side's ratio to the last one. The default group is open.
+
+    Args:
+        folder: to be made, for data and run.
+        kind: `plain`: megadiff's next-token step against `PlainModel`'s; `noise`: diffusion steps against megadiff's
+            next-token step.
+        rounds: steps of each side that are timed.
+    """
+    wired = Wired.open(size, folder)
+    try:
+        next_token = wired.side("ar")
+        if kind == "plain":
+            plain = PlainTraining(size, wired.prepared, wired.run.step.chunks[0].module)
+            check_equal(next_token, plain)
+            sides = {"megadiff": next_token, "plain": plain}
+        else:
+            sides = {name: wired.side("gidd", name) for name in _NOISES} | {"next token": next_token}
+        seconds, waited = _alternate(sides, rounds)
+    finally:
+        wired.close()
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    *_, base = medians.values()
+    for name, median in medians.items():
+        low, high = min(seconds[name]), max(seconds[name])
+        wait = f"waits {1e3 * statistics.median(waited[name]):.2f} ms for rows"
+        print(f"{name:12} {median:8.4f} CPU-s a step ({low:.4f} to {high:.4f})   ratio {median / base:.3f}   {wait}")
+    return {name: median / base for name, median in medians.items()}
+
+
+class MegadiffTraining:
+    """megadiff's own step on rows of its own loader."""
+
+    def __init__(self, step: Step, rows: Iterator[Any], microbatches: int) -> None:
+        self._step, self._rows, self._microbatches = step, rows, microbatches
+        self.waited_s = 0.0
+        """Wall time that the last step waited for its rows."""
+
+    def __call__(self) -> float:
+        """Take a step; its loss."""
+        began = time.perf_counter()
+        rows = [next(self._rows) for _ in range(self._microbatches)]
+        self.waited_s = time.perf_counter() - began
+        return metrics_of(self._step(rows, _LR).total.tolist())["loss"]
+
+
+class PlainTraining:
+    """The same next-token training as a plain PyTorch loop, from the same weights on."""
+
+    def __init__(self, size: Size, prepared: Prepared, chunk: nn.Module) -> None:
+        """Begin from the weights of a bare model chunk of megadiff's that is the whole model."""
+        self._size, self._prepared = size, prepared
+        self._samples = 0
+        self.waited_s = 0.0
+        self.model = PlainModel(size, norm_eps=prepared.config.model.norm_eps)
+        self.model.take_weights(chunk)
+        settings = prepared.config.optimizer
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        vectors = [p for p in self.model.parameters() if p.dim() == 1]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=_LR,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            fused=True,
+        )
+
+    def __call__(self) -> float:
+        """Take a step; its loss."""
+        size, total = self._size, 0.0
+        self._optimizer.zero_grad()
+        for first in range(self._samples, self._samples + size.sequences, size.micro_sequences):
+            rows = self._prepared.data.train.rows(list(range(first, first + size.micro_sequences)))
+            targets = torch.from_numpy(rows.astype(np.int64))
+            inputs = torch.cat([torch.full((len(rows), 1), _BOS), targets[:, :-1]], dim=1)
+            logits = self.model(inputs)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            loss = loss / (size.sequences * size.seq_length)
+            loss.backward()
+            total += float(loss.detach())
+        self._samples += size.sequences
+        nn.utils.clip_grad_norm_(self.model.parameters(), self._prepared.config.optimizer.clip_grad)
+        self._optimizer.step()
+        return total
+
+
+Side = MegadiffTraining | PlainTraining
+
+
+class PlainBlock(nn.Module):
+    """Pre-norm attention with rotary embeddings and QK-norm per head, then a squared-ReLU MLP."""
+
+    def __init__(self, size: Size, norm_eps: float) -> None:
+        super().__init__()
+        hidden, self.heads = size.hidden, size.heads
+        self.attention_norm = nn.RMSNorm(hidden, eps=norm_eps)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.q_norm = nn.RMSNorm(hidden // size.heads, eps=norm_eps)
+        self.k_norm = nn.RMSNorm(hidden // size.heads, eps=norm_eps)
+        self.projection = nn.Linear(hidden, hidden, bias=False)
+        self.mlp_norm = nn.RMSNorm(hidden, eps=norm_eps)
+        self.up = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.down = nn.Linear(4 * hidden, hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, L, hidden] to the same."""
+        batch, length, hidden = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, hidden // self.heads)
+        q, k, v = qkv.unbind(2)
+        q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.projection(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(self.mlp_norm(x))).square())
+
+
+class PlainModel(nn.Module):
+    """The denoiser of `Size` as a plain causal language model; logits of the real tokens alone."""
+
+    def __init__(self, size: Size, *, norm_eps: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.vocab_size, size.hidden)
+        self.blocks = nn.ModuleList(PlainBlock(size, norm_eps) for _ in range(size.layers))
+        self.norm = nn.RMSNorm(size.hidden, eps=norm_eps)
+        self.head = nn.Linear(size.hidden, size.vocab_size - 1, bias=False)
+        half = size.hidden // size.heads // 2
+        angles = torch.outer(torch.arange(size.seq_length), 10000.0 ** (-torch.arange(half) / half))
+        angles = torch.cat([angles, angles], dim=1)[:, None]
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, L] ids to [B, L, real tokens] logits of the next one."""
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return self.head(self.norm(x))
+
+    @torch.no_grad()
+    def take_weights(self, chunk: nn.Module) -> None:
+        """Copy those of megadiff's denoiser, whose norms store gain - 1 and whose q, k, v lie head by head."""
+        weights = dict(chunk.named_parameters())
+        self.embedding.weight.copy_(weights["embedding.word_embeddings.weight"][: len(self.embedding.weight)])
+        self.norm.weight.copy_(1.0 + weights["decoder.final_layernorm.weight"])
+        self.head.weight.copy_(weights["output_layer.weight"][: len(self.head.weight)])
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, PlainBlock)
+            place = f"decoder.layers.{number}."
+            own = {name.removeprefix(place): w for name, w in weights.items() if name.startswith(place)}
+            qkv = own["self_attention.linear_qkv.weight"].unflatten(0, (block.heads, 3, -1))
+            block.qkv.weight.copy_(qkv.transpose(0, 1).flatten(0, 2))
+            block.projection.weight.copy_(own["self_attention.linear_proj.weight"])
+            block.up.weight.copy_(own["mlp.linear_fc1.weight"])
+            block.down.weight.copy_(own["mlp.linear_fc2.weight"])
+            block.q_norm.weight.copy_(1.0 + own["self_attention.q_layernorm.weight"])
+            block.k_norm.weight.copy_(1.0 + own["self_attention.k_layernorm.weight"])
+            block.attention_norm.weight.copy_(1.0 + own["input_layernorm.weight"])
+            block.mlp_norm.weight.copy_(1.0 + own["pre_mlp_layernorm.weight"])
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [B, L, H, D], halves paired; `cos` and `sin` [L, 1, D]."""
+    one, other = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-other, one], dim=-1) * sin
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Stands in for a tokenizer: any ids below the vocabulary's size are its text. Never asked to read any."""
+
+    vocab_size: int
+    name: str = "numbers"
+    fingerprint: str = "0" * 64
+    bos_id: int | None = _BOS
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+    @property
+    def mask_id(self) -> int:
+        """The last."""
+        return self.vocab_size - 1
+
+
+@dataclass(frozen=True)
+class Wired:
+    """One model wired by `megadiff.build`, to be trained by several objectives in turn."""
+
+    description: dict[str, Any]
+    """Of the next-token run."""
+    prepared: Prepared
+    run: Run
+    opened: list[Any]
+    """Loaders to be closed."""
+
+    @classmethod
+    def open(cls, size: Size, folder: Path) -> Wired:
+        """Write a corpus and wire the next-token run. The default group is open."""
+        platform = detect("cpu")
+        platform.prepare_megatron()
+        tokenizer: Any = Numbers(size.vocab_size)
+        folder.mkdir()
+        with IndexedWriter(folder / "rows", vocab_size=size.vocab_size) as writer:
+            draw = np.random.default_rng(0)
+            for _ in range(100):
+                writer.add_document(draw.integers(1, size.vocab_size - 1, size=4 * size.seq_length))
+            writer.finish(tokenizer=tokenizer_facts(tokenizer), source_bytes=writer.num_tokens)
+        description = _description(size, folder)
+        config = RunConfig.model_validate(description)
+        config.folder.mkdir()
+        data = open_data(config.data, tokenizer, seq_length=size.seq_length, seed=0, valid_rows=1)
+        prepared = Prepared(config, tokenizer, data, config.layout(world_size=1, vocab_size=size.vocab_size))
+        with quiet():
+            return cls(description, prepared, build.wire(prepared, platform), [])
+
+    def side(self, objective: str, noise: str = "balanced") -> MegadiffTraining:
+        """The step of the same model under another objective."""
+        if objective == "ar":
+            return MegadiffTraining(self.run.step, self.run.rows, self.run.microbatches_of(0))
+        changes = {"objective": {"name": objective}, "noise": {"shift": noise}}
+        config = RunConfig.model_validate(self.description | changes)
+        prepared = replace(self.prepared, config=config)
+        step, tokenizer = self.run.step, prepared.tokenizer
+        mixing = mixing_from(config.noise, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id)
+        loader = build.row_loader(prepared, mixing, step.topology, 0)
+        self.opened.append(loader)
+        other = build.training_step(
+            prepared, step.chunks, step.optimizer, mixing, step.topology, detect("cpu"), judge=step.judge
+        )
+        return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
+
+    def close(self) -> None:
+        """End the loaders and close the run."""
+        for loader in self.opened:
+            loader.close()
+        self.run.close()
+
+
+def check_equal(one: Side, other: Side, *, steps: int = 3) -> None:
+    """Take the same steps on both sides; SystemExit where losses differ by more than the order of sums explains."""
+    losses = [(one(), other()) for _ in range(steps)]
+    worst = max(abs(a - b) / abs(b) for a, b in losses)
+    print(f"losses of {steps} steps: " + ", ".join(f"{a:.6f} and {b:.6f}" for a, b in losses) + f"; apart {worst:.1e}")
+    if not worst < _SAME_LOSS:
+        raise SystemExit("the two sides do not train the same model: nothing was timed")
+
+
+def _alternate(sides: Mapping[str, Side], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """CPU seconds of the steps of each side, and wall seconds it waited for rows, one step of each after another."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    waited: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            gc.collect()
+            began = time.process_time()
+            side()
+            if number:  # the first allocates
+                seconds[name].append(time.process_time() - began)
+                waited[name].append(side.waited_s)
+    return seconds, waited
+
+
+def _description(size: Size, folder: Path) -> dict[str, Any]:
+    model = {key: getattr(size, key) for key in ("layers", "hidden", "heads", "seq_length")}
+    return {
+        "name": "run",
+        "output_dir": str(folder),
+        "platform": "cpu",
+        "model": model | {"head_init": 0.02},
+        "objective": {"name": "ar"},
+        "data": {"train": [str(folder / "rows")], "tokenizer": "byte"},
+        "batch": {"global_sequences": size.sequences, "micro_sequences": size.micro_sequences},
+        "precision": {"compute": "fp32"},
+        "optimizer": {"name": "adamw", "lr": _LR, "weight_decay": 0.1, "clip_grad": 1.0},
+        "schedule": {"steps": 100_000},
+        "log": {"tensorboard": False},
+    }
+
+
+def _print_setting(size: Size) -> None:
+    blocks, head = 12e-6 * size.layers * size.hidden**2, 1e-6 * size.vocab_size * size.hidden
+    print(f"machine      {_cpu_name()}, {os.cpu_count()} cores, one thread used")
+    print(
+        f"versions     Python {host.python_version()}, torch {torch.__version__}, "
+        f"megatron-core {version('megatron-core')}"
+    )
+    print(
+        f"model        {size.layers} layers, hidden {size.hidden}, {size.heads} heads, vocabulary {size.vocab_size}: "
+        f"{blocks:.1f} million parameters in blocks, {head:.1f} in the head; float32"
+    )
+    print(f"step         {size.sequences} rows of {size.seq_length} tokens in microbatches of {size.micro_sequences}")
+
+
+def _cpu_name() -> str:
+    """As the kernel calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), host.machine())
+
+
+if __name__ == "__main__":
+    run_command(main)
