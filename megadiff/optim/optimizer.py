@@ -2,52 +2,63 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+from torch import Tensor
 
 from megadiff.config import family
 from megadiff.optim.config import MEMBERS, OptimizerConfig
 from megadiff.optim.distributed import ResumableDistributedOptimizer, allocate_state
+from megadiff.optim.gradient_norm import gradient_norm, hold_to_norm
 from megadiff.optim.groups import Scale, parameter_groups
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 
 
 class Optimizer:
-    """Takes optimizer steps on reduced gradients; the only thing the training loop sees of megatron-core's wrappers."""
+    """Takes optimizer steps on reduced gradients; all that the training loop sees of megatron-core's wrappers."""
 
-    def __init__(self, wrapped: MegatronOptimizer, settings: OptimizerConfig, platform: Platform, kernel: str) -> None:
+    def __init__(
+        self, wrapped: MegatronOptimizer, settings: OptimizerConfig, device: torch.device, kernel: str
+    ) -> None:
         self._wrapped = wrapped
         self._settings = settings
-        self._platform = platform
+        self._device = device
         self.kernel = kernel
         """Name of the update kernel, for the log."""
 
-    def step(self, lr: float, *, accept: Callable[[float], bool] = math.isfinite) -> float:
-        """Clip if configured, update the weights, return the global gradient norm (before clipping).
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The global norm of the reduced gradients, a float64 scalar on the device, for which the host does not wait.
+
+        Collective over the model group, over the world with the distributed optimizer.
+        """
+        self._wrapped.prepare_grads()
+        return gradient_norm(
+            self._wrapped.get_main_grads_for_grad_norm(),
+            group=self._wrapped.get_grad_stats_parallel_group(),
+            device=self._device,
+        )
+
+    @torch.no_grad()
+    def step(self, lr: float, *, norm: float) -> None:
+        """Clip if configured and update the weights. Collective over the data group with the distributed optimizer.
 
         Args:
             lr: learning rate now; each group multiplies it by its own factor.
-            accept: told the norm, whether to update; if not, weights, moments and step counters stay as they are.
-                Must answer alike on every rank. By default any finite norm will do.
-
-        Collective over the model group, and over the data group with the distributed optimizer.
+            norm: what `gradient_norm`, called before, gave.
         """
-        with self._platform.scope(), torch.no_grad():
-            for group in self._wrapped.param_groups:
-                group["lr"] = lr * group["lr_mult"]
-            self._wrapped.prepare_grads()
-            clip = self._settings.clip_grad
-            norm = float(self._wrapped.clip_grad_norm(clip) if clip > 0 else self._wrapped.get_grad_norm())
-            if accept(norm):
-                self._wrapped.step_with_ready_grads()
-        return norm
+        for group in self._wrapped.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        if self._settings.clip_grad > 0:
+            gradients = [p.grad for p in self._wrapped.get_parameters() if p.grad is not None]
+            hold_to_norm(gradients, self._settings.clip_grad, norm=norm)
+        self._wrapped.step_with_ready_grads()
 
     def zero_grad(self) -> None:
         """Forget the gradients of the last step."""
@@ -138,4 +149,4 @@ def build_optimizer(
             wrapped, stats_group = FP32Optimizer(base, config, allocate_state), topology.model_group
         wrapped.grad_stats_parallel_group = stats_group
         wrapped.tp_group = topology.tensor_group
-    return Optimizer(wrapped, settings, platform, member.kernel())
+    return Optimizer(wrapped, settings, platform.device, member.kernel())

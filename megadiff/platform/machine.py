@@ -57,7 +57,7 @@ class Platform:
             megatron_on_cpu.install()
 
     def scope(self) -> AbstractContextManager[None]:
-        """Surround megatron-core's optimizer and checkpoint calls with this; does nothing on CUDA."""
+        """Surround building megatron-core's optimizer and checkpoint calls with this; does nothing on CUDA."""
         return megatron_on_cpu.scope() if self.is_cpu else nullcontext()
 
     def synchronize(self) -> None:

@@ -13,8 +13,9 @@ streams, events, synchronize, empty_cache           facade, once: null objects a
 `pipeline_parallel/schedules.py:596,983,2138`       once: that module's `torch` becomes a forwarding namespace
 `torch.zeros(..., device="cuda")` in the hot path   whose `zeros` maps the device
 literal `device="cuda"`, `.cuda()`, pinned memory,  `scope()`: a `TorchFunctionMode` around optimizer
-`Tensor.type() == "torch.cuda.FloatTensor"` in the  construction, optimizer steps and checkpoints only: it costs
-optimizer, clip_grads, dist_checkpointing           2 to 3 microseconds per torch call, 25 % of a toy step
+`Tensor.type() == "torch.cuda.FloatTensor"` in the  construction and checkpoints only: it costs 2 to 3
+optimizer, dist_checkpointing                       microseconds per torch call, 25 % of a toy step (those of
+                                                    clip_grads are avoided: `optim/gradient_norm.py`)
 `jit_fuser` = `torch.compile` on small functions    once: stance `force_eager`; Inductor would want a C++ compiler
                                                     and five seconds a process
 ==================================================  ==========================================================

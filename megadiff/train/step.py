@@ -55,8 +55,6 @@ class Step:
     ) -> Taken:
         """Forward, backward, reduce, judge, update.
 
-        The loss is read right after the gradient norm, for which the host waits in any case.
-
         Args:
             microbatches: this data-parallel rank's, the same on its tensor and pipeline ranks.
             lr: learning rate now.
@@ -77,17 +75,15 @@ class Step:
         mark("update")
         reports = torch.stack(found) if found else torch.zeros(0, SIZE, dtype=torch.float64, device=self.device)
         total = self.topology.sum_over_run(reports.sum(0))
-        verdicts: list[Verdict] = []
-
-        def accept(grad_norm: float) -> bool:
-            verdicts.append(self.judge(float(mean_loss(total)), grad_norm))
-            return verdicts[0].skip is None
-
-        grad_norm = self.optimizer.step(lr, accept=accept)
+        # The one time in a step that the host waits for the device.
+        loss, grad_norm = torch.stack((mean_loss(total), self.optimizer.gradient_norm())).tolist()
+        verdict = self.judge(loss, grad_norm)
         culprits: tuple[Culprit, ...] = ()
-        if verdicts[0].skip == "non_finite":
+        if verdict.skip is None:
+            self.optimizer.step(lr, norm=grad_norm)
+        elif verdict.skip == "non_finite":
             culprits = find_culprits(reports, self.chunks, self.topology, micro_sequences=self.micro_sequences)
-        return Taken(total, grad_norm, verdicts[0], culprits)
+        return Taken(total, grad_norm, verdict, culprits)
 
     def _forward(self, chunk: Any, placed: PlacedRows) -> Any:
         rows = placed.rows
