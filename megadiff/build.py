@@ -295,7 +295,7 @@ def build_trainables(
     )
     initialise(chunks, config.model, seed=config.seed, topology=topology)
     wrapped = wrap_data_parallel(chunks, parallel=config.parallel, precision=config.precision)
-    configure_reduction(wrapped, mean=config.objective.reduction == "mean")
+    configure_reduction(wrapped, topology, mean=config.objective.reduction == "mean")
     optimizer = build_optimizer(
         wrapped,
         [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],

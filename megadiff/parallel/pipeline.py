@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+
+from megadiff.parallel.topology import Topology
 
 Loss = tuple[Tensor, Tensor, Any]
 """(summed loss of the microbatch, its number of counted tokens as an int32 scalar, anything to hand back)."""
@@ -56,11 +59,27 @@ def run_microbatches(
     )
 
 
-def configure_reduction(chunks: Sequence[torch.nn.Module], *, mean: bool) -> None:
+def configure_reduction(chunks: Sequence[torch.nn.Module], topology: Topology, *, mean: bool) -> None:
     """Choose what the summed gradients are divided by: the global count of tokens (`mean`), or nothing (sum)."""
 
     def finalize(model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-        finalize_model_grads(model, num_tokens if mean else None, *args, **kwargs)
+        finalize_model_grads(model, None, *args, **kwargs)
+        if mean and num_tokens is not None:
+            _divide(model, num_tokens, topology)
 
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize  # type: ignore[union-attr]
+
+
+def _divide(chunks: Sequence[Any], num_tokens: Tensor, topology: Topology) -> None:
+    """Divide gradients by the tokens of all replicas, known on the last stage; by nothing where there are none.
+
+    megadiff's stand-in for the end of megatron-core's `finalize_model_grads`, which asks the device whether there are
+    any and so makes the host wait, once for every chunk. Collective over the pipeline and the data group.
+    """
+    last = dist.get_process_group_ranks(topology.pipeline_group)[-1]
+    dist.broadcast(num_tokens, src=last, group=topology.pipeline_group)
+    dist.all_reduce(num_tokens, group=topology.data_group)
+    scale = 1.0 / num_tokens.clamp(min=1)
+    for chunk in chunks:
+        chunk.scale_gradients(scale)
