@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,30 +33,45 @@ SIZE = len(_LAYOUT)
 
 
 def report_sums(terms: Terms, rows: NoisedRows) -> Tensor:
-    """Sums over one microbatch, [SIZE] float64 on its device.
+    """Sums over one microbatch, [SIZE] float64 on its device, for which the host does not wait.
+
+    Few large operations rather than a few for each number.
 
     Args:
         terms: sequence first, [L, b]; 0 at noise-free positions.
-        rows: the microbatch, [b, L].
+        rows: the microbatch, [b, L]; prompt lengths may be on the CPU.
     """
-    elbo = terms.elbo.detach().double()
-    plain = (terms.weight * (terms.kl + terms.is_div)).detach().double()
     noisy = rows.is_noisy.t()
+    plain = terms.weight * (terms.kl + terms.is_div)
     means = (terms.loss, terms.elbo, terms.weight * terms.kl, terms.weight * terms.is_div, terms.weight)
-    sums = [value.detach().double().sum() for value in means]
-    sums += [noisy.sum(), _count(rows.levels.shape[0], noisy), _count(noisy.numel(), noisy)]
-    prompted, kept = rows.prompt_length.to(noisy.device) > 0, ~rows.is_noisy.all(1)
-    sums += [(rows.levels == Levels.INDEPENDENT).sum(), (rows.levels == Levels.LINEAR).sum(), prompted.sum()]
-    sums += [(kept & ~prompted).sum(), (rows.source.diff(dim=1) == 0).sum()]
-    isotropic = rows.levels == Levels.ISOTROPIC
-    for of_kind in (isotropic & ~kept, ~isotropic & ~kept, kept):
-        sums += [(elbo * of_kind).sum(), (noisy & of_kind).sum()]
-    edges = torch.tensor(BIN_EDGES[1:-1], device=noisy.device)
-    which = torch.bucketize(rows.log_snr, edges, right=True).t()
-    for index in range(len(BIN_EDGES) - 1):
-        inside = noisy & (which == index)
-        sums += [(plain * inside).sum(), inside.sum()]
-    return torch.stack([value.double() for value in sums])
+    of_rows = torch.stack((*means, noisy.to(plain.dtype))).detach().sum(dim=1, dtype=torch.float64)  # [6, b]
+    facts = _row_facts(rows)
+    shared, kinds = facts.split((facts.shape[0] - len(_KINDS), len(_KINDS)))
+    by_kind = kinds @ of_rows[1::4].t()  # elbo and tokens
+    which = torch.bucketize(rows.log_snr, _inner_edges(noisy.device), right=True).t()
+    inside = (which == torch.arange(len(BIN_EDGES) - 1, device=noisy.device)[:, None, None]) & noisy  # [bins, L, b]
+    by_bin = torch.stack(((inside * plain.detach()).flatten(1).sum(1, dtype=torch.float64), inside.flatten(1).sum(1)))
+    return torch.cat((of_rows.sum(1), shared.sum(1), by_kind.flatten(), by_bin.t().flatten()))
+
+
+def _row_facts(rows: NoisedRows) -> Tensor:
+    """What each row adds to the counts from `rows` to the last share, then whether it is of each kind, float64."""
+    length = rows.is_noisy.shape[1]
+    is_kept = ~rows.is_noisy.all(dim=1)
+    is_prompted = rows.prompt_length.to(is_kept.device, non_blocking=True) > 0
+    is_isotropic = rows.levels == Levels.ISOTROPIC
+    empty = length - 1 - rows.source.diff(dim=1).count_nonzero(dim=1)
+    one = torch.ones_like(empty)
+    facts = (one, one * length, rows.levels == Levels.INDEPENDENT, rows.levels == Levels.LINEAR)
+    facts += (is_prompted, is_kept & ~is_prompted, empty)
+    facts += (is_isotropic & ~is_kept, ~is_isotropic & ~is_kept, is_kept)
+    return torch.stack([fact.double() for fact in facts])
+
+
+@cache
+def _inner_edges(device: torch.device) -> Tensor:
+    """Kept per device: to make a tensor of numbers waits for the device."""
+    return torch.tensor(BIN_EDGES[1:-1], device=device)
 
 
 def mean_loss(total: Tensor) -> Tensor:
@@ -91,7 +107,3 @@ def metrics_of(total: list[float]) -> dict[str, Any]:
         if found[f"bin{index}/tokens"]
     ]
     return line
-
-
-def _count(value: int, like: Tensor) -> Tensor:
-    return torch.tensor(value, device=like.device)
