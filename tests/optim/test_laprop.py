@@ -119,6 +119,37 @@ def test_each_group_has_its_own_rate_decay_and_epsilon():
     assert [theta.item() for theta in thetas] == pytest.approx([0.9, 0.99, 0.95, 0.89], abs=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_parameters_updated_together_are_updated_as_each_alone(dtype, weight_decay):
+    """And both as the formula has it, an operation at a time."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(5, 7), (33,), (1,), (4, 3, 2)]
+    together, alone, plain = (
+        [torch.nn.Parameter(torch.linspace(-1, 1, torch.Size(s).numel()).view(s).to(dtype)) for s in shapes]
+        for _ in range(3)
+    )
+    optimizers = [build([group(*together, lr=0.01, weight_decay=weight_decay)], SETTINGS)]
+    optimizers += [build([group(p, lr=0.01, weight_decay=weight_decay)], SETTINGS) for p in alone]
+    moments = [(torch.zeros(s), torch.zeros(s)) for s in shapes]
+    for t in range(1, 5):
+        keep1, keep2 = (1 - (1 - beta) / (1 - beta**t) for beta in (SETTINGS.beta1, SETTINGS.beta2))
+        for one, other, copy_, (mu, nu) in zip(together, alone, plain, moments, strict=True):
+            one.grad = torch.randn(one.shape, generator=draw).to(dtype)
+            other.grad = one.grad.clone()
+            gradient = one.grad.float()
+            nu.mul_(keep2).addcmul_(gradient, gradient, value=1 - keep2)
+            mu.mul_(keep1).addcdiv_(gradient, nu.sqrt().add_(1e-8), value=1 - keep1)
+            with torch.no_grad():
+                copy_.mul_(1 - 0.01 * weight_decay).add_(mu, alpha=-0.01)
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, copy_ in zip(together, alone, plain, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, copy_)
+    assert all(float(optimizers[0].state[p]["step"]) == 4.0 for p in together)
+
+
 def test_the_rate_may_change_between_steps():
     """The schedule writes each group's `lr`; nothing of the old one may stick."""
     theta = scalar()

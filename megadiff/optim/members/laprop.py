@@ -51,11 +51,13 @@ class LaProp(torch.optim.AdamW):
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_mul_(mu, keep1)
         torch._foreach_addcdiv_(mu, gradients, scale, 1 - keep1)
-        torch._foreach_mul_(list[torch.Tensor](parameters), 1 - group["lr"] * group["weight_decay"])
-        for parameter, direction in zip(parameters, mu, strict=True):
-            parameter.add_(direction, alpha=-group["lr"])
-        for state in states:
-            state["step"].fill_(t)
+        weights = list[torch.Tensor](parameters)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, mu, alpha=-group["lr"])
+        steps = [state["step"] for state in states]
+        torch._foreach_zero_(steps)
+        torch._foreach_add_(steps, t)
 
     def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
         state = self.state[parameter]
