@@ -74,7 +74,8 @@ class RowLoader(Generic[T]):
         sizes: sequences of every step.
         share: this rank's part of each.
         first_step: steps taken before.
-        prefetch: microbatches kept ready.
+        prefetch: microbatches kept ready; by default those of a step (of the largest, and at least two), since a step
+            takes all of its own at once.
 
     Raises:
         ConfigError: some step's sequences do not divide over the ranks.
@@ -88,11 +89,13 @@ class RowLoader(Generic[T]):
         sizes: BatchSizes,
         share: Share,
         first_step: int = 0,
-        prefetch: int = 2,
+        prefetch: int | None = None,
     ) -> None:
         sizes.check(micro_sequences=share.micro_sequences, dp_size=share.dp_size)
         self._sizes, self._share = sizes, share
         self._steps_taken, self._left_in_step = first_step, self.microbatches_in(first_step)
+        if prefetch is None:
+            prefetch = max(2, sizes.global_sequences // (share.micro_sequences * share.dp_size))
         self._failure: BaseException | None = None
         self._ready: queue.Queue[Microbatch[T] | _Failed] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()

@@ -104,6 +104,26 @@ def test_the_row_transform_runs_in_the_background_at_most_so_far_ahead(rows):
         assert 2 <= len(made) <= 4  # taken, two ready, one waiting for room
 
 
+@pytest.mark.parametrize("sizes", [BatchSizes(12), RAMPED], ids=["constant", "ramp"])
+def test_a_whole_step_is_made_ready_while_the_one_before_runs(rows, sizes):
+    """A step takes all its microbatches at once: what is not ready by then, the device waits for."""
+    made = []
+
+    def transform(clean: np.ndarray, samples: list[int], batch: StepBatch) -> int:
+        made.append(batch.step)
+        return 0
+
+    with RowLoader(rows, transform, sizes=sizes, share=Share(2, 1, 2)) as loader:
+        for step in range(9):
+            deadline = time.monotonic() + 5
+            while made.count(step) < loader.microbatches_in(step) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert made.count(step) == loader.microbatches_in(step)
+            for _ in range(loader.microbatches_in(step)):
+                next(loader)
+        assert len(made) <= sum(loader.microbatches_in(step) for step in range(9)) + 3 + 1
+
+
 def test_an_error_in_the_background_reaches_the_consumer_in_its_turn_and_stays(rows):
     def transform(clean: np.ndarray, samples: list[int], batch: StepBatch) -> np.ndarray:
         if samples == [2]:
