@@ -111,7 +111,14 @@ class NextTokenObjective(RowObjective):
 
 
 def _placed(rows: NoisedRows, computed: Tensor | None, device: torch.device) -> PlacedRows:
-    moved = NoisedRows(*(field.to(device, non_blocking=True) for field in rows))
+    moved = NoisedRows(*(_moved(field, device) for field in rows))
     if computed is not None:
-        computed = computed.to(device, non_blocking=True)
+        computed = _moved(computed, device)
     return PlacedRows(moved._replace(prompt_length=rows.prompt_length), computed)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a GPU through pinned memory, which alone lets the host go on while the copy runs."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
