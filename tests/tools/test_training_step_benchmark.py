@@ -8,7 +8,7 @@ from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks
 
 with quiet():
-    from tools.benchmarks.training_step import PlainTraining, Size, Wired, check_equal, measure
+    from training_step import PlainTraining, Size, Wired, check_equal, measure
 
 TINY = Size(2, 32, 2, seq_length=16, vocab_size=300, sequences=4, micro_sequences=2)
 

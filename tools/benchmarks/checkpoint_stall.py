@@ -10,6 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from made_up import describe_made_up, prepare_made_up
+
 from megadiff.errors import run_command
 
 _EPILOG = """example:
@@ -19,6 +21,16 @@ One CPU process trains a model of 25 million parameters (float32, AdamW: 12 byte
 foreground saves alternate. "stood" is the time between two steps that the save took away: the copy to host memory, the
 polls and the completion. "steps beside it" is how much longer steps take while the writer thread works.
 """
+
+_DESCRIPTION = {
+    "platform": "cpu",
+    "model": {"layers": 8, "hidden": 512, "heads": 8, "seq_length": 128},
+    "batch": {"global_sequences": 1, "micro_sequences": 1},
+    "precision": {"compute": "fp32"},
+    "optimizer": {"name": "adamw", "lr": 1e-4},
+    "schedule": {"steps": 10_000},
+    "log": {"tensorboard": False},
+}
 
 
 def main() -> None:
@@ -40,24 +52,15 @@ def _measure(folder: Path, *, saves: int) -> None:
 
     with quiet():
         from megadiff import build
-    from megadiff.data.indexed_manifest import tokenizer_facts
-    from megadiff.data.indexed_writer import IndexedWriter
-    from megadiff.data.tokenizers.byte import ByteTokenizer
     from megadiff.parallel.topology import process_group
-    from megadiff.run_config import RunConfig
     from megadiff.train.saving import Saves
 
-    with IndexedWriter(folder / "bytes", vocab_size=260) as writer:
-        for first in range(40):
-            writer.add_document([4 + (first + i) % 250 for i in range(500)])
-        writer.finish(tokenizer=tokenizer_facts(ByteTokenizer()), source_bytes=20_000)
-    config = RunConfig.model_validate(_description(folder))
-    config.folder.mkdir()
+    config = describe_made_up(folder, _DESCRIPTION, vocab_size=260)
     platform = detect("cpu")
     with process_group(platform, alone=True):
         platform.prepare_megatron()
         with quiet():
-            run = build.wire(build.prepare(config, world_size=1), platform)
+            run = build.wire(prepare_made_up(config, vocab_size=260), platform)
         hook = next(hook for hook in run.hooks if isinstance(hook, Saves))
         saver, manifest = hook.saver, hook.manifest
         stood: dict[str, list[float]] = {"background": [], "foreground": []}
@@ -87,21 +90,6 @@ def _measure(folder: Path, *, saves: int) -> None:
             written = sum(path.stat().st_size for path in outcome.folder.iterdir())
         run.close()
     _report(stood, alone, beside, written)
-
-
-def _description(folder: Path) -> dict[str, object]:
-    return {
-        "name": "run",
-        "output_dir": str(folder),
-        "platform": "cpu",
-        "model": {"layers": 8, "hidden": 512, "heads": 8, "seq_length": 128},
-        "data": {"train": [str(folder / "bytes")], "tokenizer": "byte"},
-        "batch": {"global_sequences": 1, "micro_sequences": 1},
-        "precision": {"compute": "fp32"},
-        "optimizer": {"name": "adamw", "lr": 1e-4},
-        "schedule": {"steps": 10_000},
-        "log": {"tensorboard": False},
-    }
 
 
 def _report(stood: dict[str, list[float]], alone: list[float], beside: list[float], written: int) -> None:

@@ -18,17 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from made_up import describe_made_up, prepare_made_up
 from torch import Tensor, nn
 
-from megadiff.data.indexed_manifest import tokenizer_facts
-from megadiff.data.indexed_writer import IndexedWriter
-from megadiff.data.open import open_data
+from megadiff.diffusion.config import NoiseConfig, ObjectiveConfig, ShiftName
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.errors import run_command
 from megadiff.parallel.row_report import metrics_of
 from megadiff.platform.machine import detect
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
 
 with quiet():
     from megadiff import build
@@ -50,7 +48,7 @@ same weights on the same rows, and the benchmark fails unless the losses are tho
 _LR = 1e-4
 _BOS = 0
 _SAME_LOSS = 1e-5
-_NOISES = ("masked", "balanced", "uniform")
+_NOISES: tuple[ShiftName, ...] = ("masked", "balanced", "uniform")
 
 
 @dataclass(frozen=True)
@@ -262,29 +260,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Stands in for a tokenizer: any ids below the vocabulary's size are its text. Never asked to read any."""
-
-    vocab_size: int
-    name: str = "numbers"
-    fingerprint: str = "0" * 64
-    bos_id: int | None = _BOS
-    eos_id: int | None = None
-    pad_id: int | None = None
-
-    @property
-    def mask_id(self) -> int:
-        """The last."""
-        return self.vocab_size - 1
-
-
-@dataclass(frozen=True)
 class Wired:
     """One model wired by `megadiff.build`, to be trained by several objectives in turn."""
 
-    description: dict[str, Any]
-    """Of the next-token run."""
     prepared: Prepared
+    """Of the next-token run."""
     run: Run
     opened: list[Any]
     """Loaders to be closed."""
@@ -294,27 +274,19 @@ class Wired:
         """Write a corpus and wire the next-token run. The default group is open."""
         platform = detect("cpu")
         platform.prepare_megatron()
-        tokenizer: Any = Numbers(size.vocab_size)
         folder.mkdir()
-        with IndexedWriter(folder / "rows", vocab_size=size.vocab_size) as writer:
-            draw = np.random.default_rng(0)
-            for _ in range(100):
-                writer.add_document(draw.integers(1, size.vocab_size - 1, size=4 * size.seq_length))
-            writer.finish(tokenizer=tokenizer_facts(tokenizer), source_bytes=writer.num_tokens)
-        description = _description(size, folder)
-        config = RunConfig.model_validate(description)
-        config.folder.mkdir()
-        data = open_data(config.data, tokenizer, seq_length=size.seq_length, seed=0, valid_rows=1)
-        prepared = Prepared(config, tokenizer, data, config.layout(world_size=1, vocab_size=size.vocab_size))
+        config = describe_made_up(folder, _description(size), vocab_size=size.vocab_size)
+        prepared = prepare_made_up(config, vocab_size=size.vocab_size)
         with quiet():
-            return cls(description, prepared, build.wire(prepared, platform), [])
+            return cls(prepared, build.wire(prepared, platform), [])
 
-    def side(self, objective: str, noise: str = "balanced") -> MegadiffTraining:
+    def side(self, objective: Literal["ar", "gidd"], noise: ShiftName = "balanced") -> MegadiffTraining:
         """The step of the same model under another objective."""
         if objective == "ar":
             return MegadiffTraining(self.run.step, self.run.rows, self.run.microbatches_of(0))
-        changes = {"objective": {"name": objective}, "noise": {"shift": noise}}
-        config = RunConfig.model_validate(self.description | changes)
+        own = self.prepared.config
+        changes = {"objective": ObjectiveConfig(name=objective), "noise": NoiseConfig(shift=noise)}
+        config = own.model_copy(update=changes)
         prepared = replace(self.prepared, config=config)
         step, tokenizer = self.run.step, prepared.tokenizer
         mixing = mixing_from(config.noise, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id)
@@ -356,15 +328,12 @@ def _alternate(sides: Mapping[str, Side], rounds: int) -> tuple[dict[str, list[f
     return seconds, waited
 
 
-def _description(size: Size, folder: Path) -> dict[str, Any]:
+def _description(size: Size) -> dict[str, Any]:
     model = {key: getattr(size, key) for key in ("layers", "hidden", "heads", "seq_length")}
     return {
-        "name": "run",
-        "output_dir": str(folder),
         "platform": "cpu",
         "model": model | {"head_init": 0.02},
         "objective": {"name": "ar"},
-        "data": {"train": [str(folder / "rows")], "tokenizer": "byte"},
         "batch": {"global_sequences": size.sequences, "micro_sequences": size.micro_sequences},
         "precision": {"compute": "fp32"},
         "optimizer": {"name": "adamw", "lr": _LR, "weight_decay": 0.1, "clip_grad": 1.0},
