@@ -119,6 +119,6 @@ def _placed(rows: NoisedRows, computed: Tensor | None, device: torch.device) -> 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     """On a GPU through pinned memory, which alone lets the host go on while the copy runs."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
