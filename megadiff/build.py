@@ -28,6 +28,7 @@ from megadiff.kernels.choice import choose_head
 from megadiff.model import cost
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
+from megadiff.model.kernels import describe_kernels, open_tensor_overlap
 from megadiff.optim.groups import Scale
 from megadiff.optim.optimizer import Optimizer, build_optimizer
 from megadiff.parallel.pipeline import configure_reduction
@@ -40,9 +41,9 @@ from megadiff.parallel.topology import (
     rank_from_environment,
     world_size_from_environment,
 )
-from megadiff.platform.machine import Platform, detect
+from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import stopwatch
-from megadiff.prepared import Prepared, describe_data, prepare
+from megadiff.prepared import Prepared, describe_data, machine_for, prepare
 from megadiff.resumption import Resumption, describe_origin, manifest_of, resume
 from megadiff.run_config import RunConfig
 from megadiff.run_folder import Standing, log_to_console, run_folder, write_config
@@ -93,7 +94,7 @@ def run(config: RunConfig, resumption: Resumption | None = None) -> None:
     Asked to stop, the run saves itself and returns as after its last step; `status.json` says which it was.
     """
     log_to_console()
-    platform = detect(config.platform)
+    platform = machine_for(config)
     world_size = world_size_from_environment()
     prepared = prepare(config, world_size=world_size)
     with ExitStack() as opened:
@@ -166,7 +167,9 @@ def wire(
     goodput = supervision.goodput
     topology = open_topology(prepared.layout, timeout_s=config.watchdog.longest_s + _PATIENCE_S)
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
-    for line in [platform.describe(), *describe(config, prepared.layout, prepared.shape), *describe_data(prepared)]:
+    kernels = f"kernels           {describe_kernels(config.parallel, config.precision, platform)}"
+    derived = describe(config, prepared.layout, prepared.shape)
+    for line in [platform.describe(), kernels, *derived, *describe_data(prepared)]:
         log.info(line)
     log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
     log.info(f"head              {choose_head(config.objective.head)[0]}")
@@ -285,6 +288,7 @@ def build_trainables(
 ) -> tuple[list[Denoiser], list[Any], Optimizer]:
     """Model chunks with their first weights, their data-parallel wrappers, and the optimizer."""
     config = prepared.config
+    open_tensor_overlap(config.model, config.parallel, config.precision, micro_sequences=config.batch.micro_sequences)
     chunks = build_chunks(
         config.model,
         vocab_size=prepared.tokenizer.vocab_size,

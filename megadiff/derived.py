@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megadiff.errors import ShortageError
 from megadiff.model import cost
 from megadiff.parallel.config import Layout
@@ -62,7 +64,8 @@ def memory_shortage(error: BaseException, config: RunConfig, layout: Layout, sha
 def checkpoint_bytes(config: RunConfig, shape: cost.Shape) -> int:
     """Estimated bytes of one checkpoint, whatever the layout: weights and optimizer state, once each."""
     rows = config.model.padded_vocab_size(shape.vocab_size)
-    whole = cost.bytes_per_rank(shape, cost.Layout(), _cost_precision(config), vocab_rows=rows)
+    precision = replace(_cost_precision(config), fp8=False)
+    whole = cost.bytes_per_rank(shape, cost.Layout(), precision, vocab_rows=rows)
     return whole.parameters + whole.optimizer
 
 
@@ -75,14 +78,28 @@ def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:
         sequence=config.parallel.sequence,
         micro_sequences=config.batch.micro_sequences,
         distributed_optimizer=config.parallel.distributed_optimizer,
+        recompute_layers=_fully_recomputed(config),
+        recompute_modules=config.parallel.recomputed_modules,
     )
+
+
+def _fully_recomputed(config: RunConfig) -> int:
+    """Blocks of each model chunk of which only the input is kept."""
+    parallel = config.parallel
+    if parallel.recompute != "full":
+        return 0
+    return parallel.recompute_layers or config.model.layers // (parallel.pipeline * parallel.virtual_pipeline)
 
 
 def _cost_precision(config: RunConfig) -> cost.Precision:
     compute = config.precision.compute
     masters = compute == "bf16" and config.precision.master_weights
     return cost.Precision(
-        params=compute, compute=compute, master_weights=masters, fp32_gradients=masters or compute == "fp32"
+        params=compute,
+        compute=compute,
+        master_weights=masters,
+        fp32_gradients=masters or compute == "fp32",
+        fp8=config.precision.fp8 != "none",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from megadiff.data.open import OpenData, open_data
@@ -9,8 +10,13 @@ from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import ConfigError, DataError
 from megadiff.model import cost
+from megadiff.model.kernels import check_kernels
 from megadiff.parallel.config import Layout
+from megadiff.platform.launch_order import order_launches
+from megadiff.platform.machine import Platform, detect
 from megadiff.run_config import RunConfig
+
+log = logging.getLogger("megadiff")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,20 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
         config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=config.eval.rows
     )
     return Prepared(config, tokenizer, data, layout)
+
+
+def machine_for(config: RunConfig) -> Platform:
+    """Find the machine the run asks for.
+
+    Raises:
+        PlatformError: it, or a kernel the run insists on, is not there.
+    """
+    launches = order_launches(tensor_ranks=config.parallel.tensor) if config.platform != "cpu" else None
+    platform = detect(config.platform, layers=config.wanted_layers)
+    check_kernels(config.parallel, config.precision, platform)
+    if launches is not None and not platform.is_cpu:
+        log.info(launches)
+    return platform
 
 
 def describe_data(prepared: Prepared) -> list[str]:

@@ -74,7 +74,9 @@ def _settings(run_folder: Path, overrides: Sequence[str]) -> RunConfig:
     config = load_config(path, overrides, RunConfig)
     alone = ParallelConfig(distributed_optimizer=config.parallel.distributed_optimizer)
     train_only = config.data.model_copy(update={"valid": ()})
-    return config.model_copy(update={"platform": "cpu", "parallel": alone, "data": train_only})
+    bf16 = config.precision.model_copy(update={"fp8": "none", "fp8_first_last_bf16": 0})
+    on_cpu = {"platform": "cpu", "kernels": "auto", "parallel": alone, "precision": bf16}
+    return config.model_copy(update={**on_cpu, "data": train_only})
 
 
 @dataclass(frozen=True)

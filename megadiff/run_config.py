@@ -22,6 +22,7 @@ from megadiff.errors import ConfigError
 from megadiff.eval.config import EvalConfig
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.fp8 import check_shapes
 from megadiff.optim.config import OptimizerConfig, ScheduleConfig
 from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
@@ -40,6 +41,9 @@ class RunConfig(Section):
     """Seed of the first weights, the data order and the noise."""
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     """The machine; `auto` takes CUDA when there is one."""
+    kernels: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers a bf16 model is built of on CUDA: Transformer Engine's fused ones, or megatron-core's own on torch
+    kernels. `auto` takes the first where it can be imported; which it was is in the log's first line."""
     model: ModelConfig
     noise: NoiseConfig = NoiseConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -99,6 +103,36 @@ class RunConfig(Section):
         if wrong:
             raise ValueError(f"precision.master_weights=false needs {', '.join(wrong)}")
         return self
+
+    @model_validator(mode="after")
+    def _kernels_fit(self) -> RunConfig:
+        wanted = {
+            "kernels=transformer_engine": self.kernels == "transformer_engine",
+            f"precision.fp8={self.precision.fp8}": self.precision.fp8 != "none",
+            "parallel.tensor_overlap=true": self.parallel.tensor_overlap,
+        }
+        refused = {
+            "kernels=local": self.kernels == "local",
+            "platform=cpu": self.platform == "cpu",
+            "precision.compute=fp32": self.precision.compute == "fp32",
+        }
+        asked = [setting for setting, is_set in wanted.items() if is_set]
+        against = [setting for setting, is_set in refused.items() if is_set]
+        if asked and against:
+            raise ValueError(
+                f"{' and '.join(asked)} needs Transformer Engine's layers, which are for GPUs and bf16; found "
+                f"{' and '.join(against)}"
+            )
+        if self.precision.fp8 == "delayed" and "layernorm" in self.parallel.recomputed_modules:
+            raise ValueError(
+                "parallel.recompute_modules has layernorm, which precision.fp8=delayed cannot recompute; leave it out"
+            )
+        return self
+
+    @property
+    def wanted_layers(self) -> Literal["auto", "local", "transformer_engine"]:
+        """`kernels`, or the local layers where `auto` has no choice: Transformer Engine's are for bf16."""
+        return "local" if self.kernels == "auto" and self.precision.compute == "fp32" else self.kernels
 
     @property
     def folder(self) -> Path:
@@ -177,7 +211,7 @@ class RunConfig(Section):
         return layouts[-1]
 
     def _layout(self, global_sequences: int, world_size: int, vocab_size: int) -> Layout:
-        return lay_out(
+        layout = lay_out(
             self.parallel,
             world_size=world_size,
             layers=self.model.layers,
@@ -189,3 +223,5 @@ class RunConfig(Section):
             global_sequences=global_sequences,
             micro_sequences=self.batch.micro_sequences,
         )
+        check_shapes(self.precision, self.model, self.parallel, micro_sequences=self.batch.micro_sequences)
+        return layout

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -157,7 +158,7 @@ class HeldOut:
     def __call__(self) -> HeldOutResult:
         """Run the model over every row at every level. Collective over the world; gradients are not touched."""
         found = torch.zeros(3, self.measure.noise_levels, len(self.rows), dtype=torch.float64, device=self.device)
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self.chunks):
             reports = run_microbatches(
                 self.chunks,
                 self._my_microbatches(),
@@ -227,6 +228,19 @@ class HeldOut:
         sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain, rows.log_snr.t())])
         nothing = torch.zeros((), device=self.device)
         return nothing, nothing.int(), (key, sums)
+
+
+@contextmanager
+def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
+    """Modules in evaluation mode inside the block: what computes in FP8 while training then computes in bf16."""
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)
 
 
 def _by_log_snr(

@@ -93,3 +93,20 @@ class PrecisionConfig(Section):
     master_weights: bool = True
     """Keep float32 copies of bf16 weights. Without them weights and gradients are bf16 alone, as in the released code;
     only `laprop` without the distributed optimizer and without clipping does that."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    """Compute the blocks' matrix products in FP8 (Transformer Engine, `compute: bf16`, an H100 or newer), scaled by the
+    largest values of past steps (`delayed`), of each tensor (`tensorwise`), or of blocks of 128 (`blockwise`). Weights,
+    attention, norms, the embedding, the head and held-out evaluation stay in bf16."""
+    fp8_first_last_bf16: int = Field(default=0, ge=0)
+    """So many blocks at either end compute in bf16 all the same; not with `delayed`."""
+
+    @model_validator(mode="after")
+    def _fp8_fits(self) -> PrecisionConfig:
+        if self.fp8 != "none" and self.compute != "bf16":
+            raise ValueError(f"precision.fp8={self.fp8} needs precision.compute=bf16 (found {self.compute})")
+        if self.fp8_first_last_bf16 and self.fp8 in ("none", "delayed"):
+            raise ValueError(
+                f"precision.fp8_first_last_bf16 is {self.fp8_first_last_bf16}, which goes with fp8=tensorwise "
+                f"or blockwise only (found {self.fp8})"
+            )
+        return self

@@ -124,8 +124,10 @@ class Layout:
     """Sequence parallelism: the residual stream is split over the tensor group too."""
     micro_sequences: int = 1
     distributed_optimizer: bool = False
-    recompute: bool = False
-    """Full recomputation: of each layer only its input is kept."""
+    recompute_layers: int = 0
+    """Full recomputation: of so many layers of each chunk only the input is kept."""
+    recompute_modules: tuple[str, ...] = ()
+    """Selective recomputation: `mlp`, `layernorm`; `core_attn` changes nothing here, no scores being counted."""
     fused_loss: bool = False
     """The logits of a microbatch never exist as a whole."""
 
@@ -139,6 +141,8 @@ class Precision:
     master_weights: bool = False
     """A further fp32 copy of bf16 parameters, in the optimizer."""
     fp32_gradients: bool = True
+    fp8: bool = False
+    """The layers' matrices also as FP8, once each way they are multiplied, from a step's first microbatch on."""
 
 
 @dataclass(frozen=True)
@@ -179,18 +183,21 @@ def _stage(shape: Shape, layout: Layout, precision: Precision, rows: int, stage:
     replicas = layout.data * layout.context if layout.distributed_optimizer else 1
     state_bytes = 8 + 4 * (precision.master_weights and precision.params == "bf16")
     tokens = layout.micro_sequences * shape.seq_length // layout.context
-    per_layer = tokens * _layer_activations(shape, layout) * _size(precision.compute)
+    inputs_only = layout.recompute_layers * layout.virtual_pipeline
+    elements = (layers - inputs_only) * _layer_activations(shape, layout) + inputs_only * _stream(shape, layout)
+    kept = tokens * elements * _size(precision.compute)
+    fp8_copies = 2 * layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.ffn_hidden) // layout.tensor
     in_flight = layout.pipeline - stage
     if layout.virtual_pipeline > 1:  # interleaving starts (pipeline - 1) more chunks before the first backward
         in_flight += (layout.pipeline - 1) / layout.virtual_pipeline
     # In compute precision, once more as float32, and their float32 gradient.
     logit_bytes = 0 if layout.fused_loss or not last else _size(precision.compute) + 8
     return Memory(
-        parameters=held * _size(precision.params),
+        parameters=held * _size(precision.params) + fp8_copies * precision.fp8,
         gradients=held * (4 if precision.fp32_gradients else _size(precision.params)),
         optimizer=-(-held * state_bytes // replicas),
-        activations_per_microbatch=round(layers * per_layer),
-        activations=round(layers * per_layer * in_flight),
+        activations_per_microbatch=round(kept),
+        activations=round(kept * in_flight),
         logits=tokens * rows // layout.tensor * logit_bytes,
     )
 
@@ -212,12 +219,15 @@ def _layer_activations(shape: Shape, layout: Layout) -> float:
     group: q, k, v, the attention's output, q and k before their norm, and the MLP's middle before and after relu^2.
     Compare Korthikanti et al., arXiv:2205.05198, section 4, without dropout.
     """
-    d, tensor = shape.hidden, layout.tensor
-    stream = d / (tensor if layout.sequence else 1)
-    if layout.recompute:
-        return stream
-    inner = 4 * d + (2 * d if shape.qk_norm != "none" else 0) + 2 * shape.ffn_hidden
-    return 4 * stream + inner / tensor
+    d, stream = shape.hidden, _stream(shape, layout)
+    inner = 4 * d + (2 * d if shape.qk_norm != "none" else 0)
+    inner += 0 if "mlp" in layout.recompute_modules else 2 * shape.ffn_hidden
+    return (2 if "layernorm" in layout.recompute_modules else 4) * stream + inner / layout.tensor
+
+
+def _stream(shape: Shape, layout: Layout) -> float:
+    """Elements of the residual stream on one rank, per token."""
+    return shape.hidden / (layout.tensor if layout.sequence else 1)
 
 
 def _size(dtype: Literal["bf16", "fp32"]) -> int:

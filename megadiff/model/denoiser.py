@@ -6,35 +6,26 @@ pipeline parallelism are the library's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 
-from megadiff.model.attention import BidirectionalAttention
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.norms import AllHeadsRMSNorm, RMSNorm
+from megadiff.model.kernels import parts_for
+from megadiff.model.layer_spec import block_spec
+from megadiff.model.megatron_config import transformer_config
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
@@ -115,20 +106,6 @@ class _Bf16Chunk(Float16Module):
         return super().forward(*inputs, fp32_output=False, **kwargs)
 
 
-class UnbiasedColumnLinear(ColumnParallelLinear):
-    """A column-parallel matrix that never has a bias; megatron-core has one bias switch for attention and MLP."""
-
-    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, bias=False, **kwargs)
-
-
-class UnbiasedRowLinear(RowParallelLinear):
-    """A row-parallel matrix that never has a bias."""
-
-    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, bias=False, **kwargs)
-
-
 def build_chunks(
     model: ModelConfig,
     *,
@@ -145,6 +122,7 @@ def build_chunks(
     """
     with quiet():
         config = transformer_config(model, parallel=parallel, precision=precision, platform=platform)
+        parts = parts_for(precision, platform)
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # nothing draws from it; the embedding asks that it exists
     virtual = topology.layout.virtual_pipeline
     chunks = []
@@ -152,7 +130,7 @@ def build_chunks(
         stage = index if virtual > 1 else None
         chunk = Denoiser(
             config,
-            _block_spec(model, config, stage),
+            block_spec(model, parts, layers=get_num_layers_to_build(config, vp_stage=stage)),
             vocab_size=model.padded_vocab_size(vocab_size),
             max_sequence_length=model.seq_length,
             pre_process=topology.is_first_stage and index == 0,
@@ -212,119 +190,3 @@ def gathered_weights(wrapped: Sequence[DistributedDataParallel]) -> Iterator[Non
     finally:
         for chunk in overlapped:
             chunk.enable_forward_pre_hook()
-
-
-def transformer_config(
-    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, platform: Platform
-) -> TransformerConfig:
-    """megatron-core's settings for this model on this machine.
-
-    Batched P2P is off on gloo, and with interleaving everywhere: two stages with virtual chunks exchange two messages
-    each way in one batch and megatron-core matches them crosswise, wrong gradients without an error (its check lives
-    in `megatron.training`, not in core). Overlapped P2P is off: on gloo a deallocated output races with its own send.
-    """
-    dtype = torch.bfloat16 if precision.compute == "bf16" else torch.float32
-    interleaved = parallel.virtual_pipeline > 1
-    config = TransformerConfig(
-        num_layers=model.layers,
-        hidden_size=model.hidden,
-        num_attention_heads=model.heads,
-        ffn_hidden_size=model.ffn_hidden,
-        kv_channels=model.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.norm_eps,
-        layernorm_zero_centered_gamma=True,
-        qk_layernorm=model.qk_norm == "head",
-        add_bias_linear=model.mlp_bias,
-        activation_func=squared_relu,
-        gated_linear_unit=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method=_keep,
-        output_layer_init_method=_keep,
-        embedding_init_method=_keep,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
-        sequence_parallel=parallel.sequence,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=precision.compute == "bf16",
-        use_cpu_initialization=platform.is_cpu,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        persist_layer_norm=False,
-        calculate_per_token_loss=True,
-        batch_p2p_comm=not platform.is_cpu and not interleaved,
-        overlap_p2p_comm=False,
-        deallocate_pipeline_outputs=not platform.is_cpu,
-    )
-    return config
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2."""
-    return F.relu(x).square()
-
-
-def _keep(weight: Tensor) -> Tensor:
-    """Initialisation happens once, by name, after construction; this keeps megatron-core from drawing its own."""
-    return weight
-
-
-def _block_spec(model: ModelConfig, config: TransformerConfig, stage: int | None) -> Any:
-    norm: Any = RMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(model)] * layers, layer_norm=norm)
-
-
-def _layer_spec(model: ModelConfig) -> ModuleSpec:
-    qk_norm = {"full": AllHeadsRMSNorm, "head": RMSNorm, "none": IdentityOp}[model.qk_norm]
-    residual: Any = _scaled_residual(model.resid_factor)
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=UnbiasedColumnLinear,
-                    core_attention=partial(BidirectionalAttention, sink=model.sink, softcap=model.softcap),
-                    linear_proj=UnbiasedRowLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
-            self_attn_bda=residual,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
-            mlp_bda=residual,
-            # megatron-core's names for the norms fused into Transformer Engine's linears, so that a checkpoint of
-            # either path loads in the other.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
-        ),
-    )
-
-
-def _scaled_residual(factor: float) -> Callable[..., Any]:
-    """megatron-core's bias-dropout-add seam: residual + factor * (branch + bias); dropout is never used."""
-
-    def add(branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-        branch, bias = branch_with_bias
-        if bias is not None:
-            branch = branch + bias
-        return torch.add(residual, branch, alpha=factor)
-
-    def choose(training: bool, fused: bool) -> Callable[..., Tensor]:
-        return add
-
-    return choose

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
@@ -27,6 +28,37 @@ class ParallelConfig(Section):
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass runs; needs both options above."""
+    tensor_overlap: bool = False
+    """Overlap tensor-parallel communication with the matrix products it belongs to, through Transformer Engine's
+    buffers; needs `sequence`, a GPU, and tensor groups that do not span nodes."""
+    gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
+    """Add weight gradients to the float32 buffer inside the matrix product that makes them (GPU and bf16 with master
+    weights only). `auto`: where it can be done; true insists."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Keep fewer activations and compute them again in the backward pass: of whole blocks only their input (`full`,
+    about a third more compute), or all but what `recompute_modules` names (`selective`)."""
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = None
+    """With `selective`, what is computed again; unset, the MLP. `core_attn` saves memory with `model.softcap` alone (a
+    fused kernel keeps no scores); `layernorm` does nothing where Transformer Engine's layers hold the norms."""
+    recompute_layers: int | None = Field(default=None, ge=1)
+    """With `full`, how many blocks of each model chunk are recomputed; unset, all."""
+
+    @model_validator(mode="after")
+    def _recompute_fits(self) -> ParallelConfig:
+        for key, wanted in (("recompute_modules", "selective"), ("recompute_layers", "full")):
+            if getattr(self, key) is not None and self.recompute != wanted:
+                raise ValueError(
+                    f"parallel.{key} goes with parallel.recompute={wanted} only (found {self.recompute}); set that, or "
+                    "leave it out"
+                )
+        if self.recompute_modules == ():
+            raise ValueError("parallel.recompute_modules is empty; name core_attn, layernorm or mlp, or leave it out")
+        return self
+
+    @property
+    def recomputed_modules(self) -> tuple[str, ...]:
+        """What selective recomputation computes again; nothing without it."""
+        return (self.recompute_modules or ("mlp",)) if self.recompute == "selective" else ()
 
     @property
     def ranks_per_replica(self) -> int:
@@ -94,6 +126,12 @@ def lay_out(
     num_microbatches = global_sequences // (micro_sequences * data)
     _check_virtual_pipeline(pipeline, virtual, num_microbatches)
     _check_flags(parallel, seq_length)
+    chunk_layers = layers // (pipeline * virtual)
+    if parallel.recompute_layers is not None and parallel.recompute_layers > chunk_layers:
+        raise ConfigError(
+            f"parallel.recompute_layers is {parallel.recompute_layers}, but a model chunk has {chunk_layers} of the "
+            f"{layers} blocks; set at most that, or leave it out for all"
+        )
     return Layout(tensor, pipeline, virtual, data, num_microbatches)
 
 
@@ -119,6 +157,8 @@ def _check_virtual_pipeline(pipeline: int, virtual: int, num_microbatches: int) 
 
 
 def _check_flags(parallel: ParallelConfig, seq_length: int) -> None:
+    if parallel.tensor_overlap and not parallel.sequence:
+        raise ConfigError("parallel.tensor_overlap is true but parallel.sequence is not; it needs sequence parallelism")
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence is true but parallel.tensor is 1; sequence parallelism needs tensor > 1")
     if parallel.sequence:

@@ -16,8 +16,11 @@ from typing import Literal
 import torch
 
 from megadiff.errors import PlatformError
-from megadiff.platform import megatron_on_cpu
+from megadiff.platform import megatron_on_cpu, recompute_default, transformer_engine, weight_gradients
 from megadiff.platform.quiet import silence_libraries
+
+Layers = Literal["local", "transformer_engine"]
+"""Whose layers: megatron-core's own on torch kernels, or Transformer Engine's fused ones."""
 
 # Dense bf16 peak of the datasheets, in FLOP/s, by a part of the device's name.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
@@ -36,6 +39,14 @@ class Platform:
     """Datasheet peak of one device in dense bf16 FLOP/s; None where there is no meaningful one."""
     has_transformer_engine: bool
     has_apex: bool
+    layers: Layers = "local"
+    """Whose layers bf16 models are built of here."""
+    layers_problem: str = ""
+    """Why they are not Transformer Engine's, where that was looked for in vain."""
+    weight_gradients: str | None = None
+    """What adds weight gradients up inside their matrix product; None where nothing can."""
+    weight_gradients_problem: str = "that needs a GPU"
+    """Why nothing can."""
 
     @property
     def is_cpu(self) -> bool:
@@ -48,13 +59,20 @@ class Platform:
             name for name, has in (("Transformer Engine", self.has_transformer_engine), ("Apex", self.has_apex)) if has
         ]
         kernels = ", ".join(found) if found else "plain torch kernels (no Transformer Engine, no Apex)"
-        return f"{self.device_name} over {self.backend}, torch {torch.__version__}, {kernels}"
+        layers = ""
+        if not self.is_cpu:
+            layers = "; layers: Transformer Engine's" if self.layers == "transformer_engine" else "; layers: local"
+            layers += f" ({self.layers_problem})" if self.layers_problem else ""
+        return f"{self.device_name} over {self.backend}, torch {torch.__version__}, {kernels}{layers}"
 
     def prepare_megatron(self) -> None:
-        """Make megatron-core ready for this machine; does nothing on CUDA. Call once, before any use of it."""
+        """Make megatron-core ready for this machine. Call once, before any use of it."""
         silence_libraries()
         if self.is_cpu:
             megatron_on_cpu.install()
+        elif self.weight_gradients is not None:
+            weight_gradients.install()
+        recompute_default.mend()
 
     def scope(self) -> AbstractContextManager[None]:
         """Surround building megatron-core's optimizer and checkpoint calls with this; does nothing on CUDA."""
@@ -82,14 +100,17 @@ class Platform:
         return len(os.sched_getaffinity(0)) if self.is_cpu else torch.cuda.device_count()
 
 
-def detect(wanted: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
+def detect(
+    wanted: Literal["auto", "cpu", "cuda"] = "auto", *, layers: Literal["auto", "local", "transformer_engine"] = "local"
+) -> Platform:
     """Find the machine.
 
     Args:
         wanted: `auto` takes CUDA when torch sees a device; the other two insist.
+        layers: `auto` takes Transformer Engine's on CUDA when it can be used; the other two insist.
 
     Raises:
-        PlatformError: CUDA was asked for and torch sees no device.
+        PlatformError: CUDA or Transformer Engine were asked for and are not there.
     """
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
@@ -98,11 +119,15 @@ def detect(wanted: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
             f"the driver and that torch is a CUDA build (this one is {torch.__version__})"
         )
     if wanted == "cpu" or not has_cuda:
+        if layers == "transformer_engine":
+            raise PlatformError(
+                "kernels is `transformer_engine`, which needs a GPU, but the run is on CPU; set `kernels=auto`"
+            )
         return Platform("cpu", torch.device("cpu"), "gloo", f"CPU ({os.cpu_count()} cores)", None, False, False)
-    return _cuda_platform()
+    return _cuda_platform(layers)
 
 
-def _cuda_platform() -> Platform:
+def _cuda_platform(layers: Literal["auto", "local", "transformer_engine"]) -> Platform:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise PlatformError(
@@ -113,7 +138,26 @@ def _cuda_platform() -> Platform:
     torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device)
     peak = next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
-    return Platform("cuda", device, "nccl", name, peak, _importable("transformer_engine"), _is_nvidia_apex())
+    found = transformer_engine.find() if layers != "local" else transformer_engine.Found(None)
+    if layers == "transformer_engine" and found.version is None:
+        raise PlatformError(
+            f"kernels is `transformer_engine`, but {found.problem}; install `transformer-engine[pytorch]>=2.9,<2.12` "
+            "for this torch, or set `kernels=auto`"
+        )
+    adds_up, problem = weight_gradients.kernel(device)
+    return Platform(
+        "cuda",
+        device,
+        "nccl",
+        name,
+        peak,
+        _importable("transformer_engine"),
+        _is_nvidia_apex(),
+        layers="local" if found.version is None else "transformer_engine",
+        layers_problem=found.problem,
+        weight_gradients=adds_up,
+        weight_gradients_problem=problem,
+    )
 
 
 def _importable(module: str) -> bool:

@@ -101,6 +101,13 @@ def test_bf16_with_a_master_copy_takes_eighteen_bytes_a_parameter():
     assert plain.parameters + plain.gradients + plain.optimizer == 12 * total
 
 
+def test_fp8_holds_every_matrix_of_the_layers_twice_more_in_a_byte():
+    shape = Shape(4, 64, 4, 256, 32)
+    plain, fp8 = (bytes_per_rank(shape, Layout(tensor=2), Precision("bf16", "bf16", fp8=on)) for on in (False, True))
+    assert fp8.parameters - plain.parameters == 2 * parameters(shape).bulk // 2
+    assert fp8.total - plain.total == parameters(shape).bulk
+
+
 def test_the_distributed_optimizer_splits_the_state_over_data_and_context_ranks():
     shape = Shape(4, 64, 4, 256, 32)
     alone = bytes_per_rank(shape, Layout(data=4, context=2), Precision())
@@ -131,7 +138,10 @@ def test_activations_shrink_with_sequence_context_and_recomputation():
     assert kept(tensor=2) == 4 * 32 * (4 + 6) * 64 * 2
     assert kept(context=2) == whole // 2
     assert kept(micro_sequences=3) == 3 * whole
-    assert kept(recompute=True) == 4 * 32 * 64 * 2
+    assert kept(recompute_layers=4) == 4 * 32 * 64 * 2
+    assert kept(recompute_layers=1) == (3 * 16 + 1) * 32 * 64 * 2
+    assert kept(recompute_modules=("mlp",)) == 4 * 32 * (16 - 8) * 64 * 2
+    assert kept(recompute_modules=("mlp", "layernorm", "core_attn")) == 4 * 32 * (16 - 8 - 2) * 64 * 2
 
 
 def test_interleaving_holds_more_microbatches():
