@@ -53,7 +53,9 @@ class Subject:
         """The machine; `PlatformError` where the run insists on another."""
         from megadiff.platform.machine import detect
 
-        return detect(self.config.platform if self.config is not None else "auto")
+        if self.config is None:
+            return detect(layers="auto")
+        return detect(self.config.platform, layers=self.config.wanted_layers)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
