@@ -1,4 +1,4 @@
-"""A model of `one_gpu` to megatron-core's sharded files and back, by the shards the product saves."""
+"""A model of `one_gpu` to a checkpoint's sharded files and back, as a run saves and loads them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 
 from megadiff.checkpoint.safe_metadata import unpickle_plain_objects_only
-from megadiff.checkpoint.snapshot import model_key, sharded_state
+from megadiff.checkpoint.snapshot import HostBuffers, model_key, sharded_state, take_snapshot
 from tests.gpu.one_gpu import Trainee
 
 
 def save(trained: Trainee, folder: Path) -> None:
     """Weights, optimizer and FP8 scales into the new `folder`."""
     folder.mkdir()
-    state, _ = sharded_state(trained.chunks, trained.optimizer, trained.topology, is_loading=False)
-    dist_checkpointing.save(state, str(folder))
+    snapshot = take_snapshot(
+        folder,
+        trained.chunks,
+        trained.optimizer,
+        buffers=HostBuffers(trained.platform),
+        check_sharding=True,
+        topology=trained.topology,
+        platform=trained.platform,
+    )
+    snapshot.write_index([snapshot.write().results])
 
 
 def load(trained: Trainee, folder: Path) -> None:
