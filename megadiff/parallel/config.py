@@ -37,8 +37,8 @@ class ParallelConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Keep fewer activations and compute them again in the backward pass: of whole blocks only their input (`full`,
     about a third more compute), or all but what `recompute_modules` names (`selective`)."""
-    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] | None = None
-    """With `selective`, what is computed again; unset, the MLP. `core_attn` saves memory with `model.softcap` alone (a
+    recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = ()
+    """With `selective`, what is computed again; empty, the MLP. `core_attn` saves memory with `model.softcap` alone (a
     fused kernel keeps no scores); `layernorm` does nothing where Transformer Engine's layers hold the norms."""
     recompute_layers: int | None = Field(default=None, ge=1)
     """With `full`, how many blocks of each model chunk are recomputed; unset, all."""
@@ -46,13 +46,11 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _recompute_fits(self) -> ParallelConfig:
         for key, wanted in (("recompute_modules", "selective"), ("recompute_layers", "full")):
-            if getattr(self, key) is not None and self.recompute != wanted:
+            if getattr(self, key) and self.recompute != wanted:
                 raise ValueError(
                     f"parallel.{key} goes with parallel.recompute={wanted} only (found {self.recompute}); set that, or "
                     "leave it out"
                 )
-        if self.recompute_modules == ():
-            raise ValueError("parallel.recompute_modules is empty; name core_attn, layernorm or mlp, or leave it out")
         return self
 
     @property

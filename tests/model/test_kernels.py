@@ -90,7 +90,6 @@ def test_recomputation_becomes_megatrons_settings(wanted, granularity, method, l
             r"recompute_modules goes with parallel.recompute=selective only \(found none\)",
         ),
         ({"recompute": "selective", "recompute_layers": 2}, r"recompute_layers goes with parallel.recompute=full only"),
-        ({"recompute": "selective", "recompute_modules": []}, r"recompute_modules is empty; name core_attn"),
     ],
 )
 def test_recompute_keys_that_would_do_nothing_are_refused(tree, message):
