@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import importlib.util
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megadiff.errors import PlatformError
+from megadiff.platform import transformer_engine
 from megadiff.platform.machine import Platform, detect
 
 
@@ -30,3 +33,28 @@ def test_on_cuda_the_scope_is_nothing_at_all():
     gpu = Platform("cuda", torch.device("cuda", 0), "nccl", "NVIDIA H200", 989e12, True, False)
     assert isinstance(gpu.scope(), nullcontext)
     assert "Transformer Engine" in gpu.describe()
+
+
+def test_transformer_engines_layers_without_a_gpu_are_refused_and_auto_takes_the_local_ones():
+    with pytest.raises(
+        PlatformError, match=r"^kernels is `transformer_engine`, which needs a GPU, but the run is on CPU"
+    ):
+        detect("cpu", layers="transformer_engine")
+    found = detect("cpu", layers="auto")
+    assert (found.layers, found.weight_gradients) == ("local", None)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
+)
+def test_where_transformer_engine_cannot_be_imported_the_reason_is_kept():
+    found = transformer_engine.find()
+    assert found.version is None
+    assert found.problem.startswith("`import transformer_engine.pytorch` fails (ModuleNotFoundError: ")
+
+
+def test_the_log_says_whose_layers_a_gpu_runs_and_why_not_the_faster_ones():
+    gpu = Platform("cuda", torch.device("cuda", 0), "nccl", "NVIDIA H200", 989e12, True, False)
+    assert gpu.describe().endswith("Transformer Engine; layers: local")
+    assert replace(gpu, layers="transformer_engine").describe().endswith("; layers: Transformer Engine's")
+    assert replace(gpu, layers_problem="it is broken").describe().endswith("; layers: local (it is broken)")
