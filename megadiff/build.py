@@ -22,7 +22,7 @@ from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows, start_id
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.snr import rate_from
-from megadiff.errors import ConfigError, DataError, ShortageError, StorageError
+from megadiff.errors import ConfigError, DataError, ShortageError
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.kernels.choice import choose_head
 from megadiff.model import cost
@@ -46,6 +46,7 @@ from megadiff.platform.stopwatch import stopwatch
 from megadiff.prepared import Prepared, describe_data, machine_for, prepare
 from megadiff.resumption import Resumption, describe_origin, manifest_of, resume
 from megadiff.run_config import RunConfig
+from megadiff.run_files import RunFiles
 from megadiff.run_folder import Standing, log_to_console, run_folder, write_config
 from megadiff.sampled import sample_hooks
 from megadiff.supervision.config import WatchdogConfig
@@ -53,11 +54,9 @@ from megadiff.supervision.launch import Launch
 from megadiff.supervision.stopping import StopRequest
 from megadiff.supervision.watchdog import Watchdog
 from megadiff.train import hooks
-from megadiff.train.board import Board
 from megadiff.train.goodput import Goodput
 from megadiff.train.health import Health, Verdict
 from megadiff.train.loop import Run, train
-from megadiff.train.metrics import MetricsFile
 from megadiff.train.replicas import CheckReplicas
 from megadiff.train.saving import Saves
 from megadiff.train.step import Step
@@ -179,7 +178,7 @@ def wire(
     mixing = mixing_from(config.noise, vocab_size=prepared.tokenizer.vocab_size, mask_id=prepared.tokenizer.mask_id)
     if topology.is_main:
         write_config(config)
-    files = _open_files(config, origin.step, topology)
+    files = RunFiles.open(config, origin.step, is_main=topology.is_main)
     loader = row_loader(prepared, mixing, topology, origin.step)
     evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput)
     sample = sample_hooks(prepared, mixing, wrapped, topology, platform, goodput)
@@ -220,7 +219,7 @@ def wire(
     )
 
 
-def _log_hook(prepared: Prepared, platform: Platform, files: _Files, goodput: Goodput) -> hooks.Log:
+def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: Goodput) -> hooks.Log:
     config = prepared.config
     return hooks.Log(
         every=config.log.every,
@@ -319,32 +318,6 @@ def build_trainables(
     return chunks, wrapped, optimizer
 
 
-@dataclass(frozen=True)
-class _Files:
-    """What the main rank writes to while training; None on the others."""
-
-    metrics: MetricsFile | None
-    tensorboard: Any
-
-    def close(self) -> None:
-        for file in (self.metrics, self.tensorboard):
-            if file is not None:
-                file.close()
-
-
-def _open_files(config: RunConfig, first_step: int, topology: Topology) -> _Files:
-    if not topology.is_main:
-        return _Files(None, None)
-    try:
-        board = Board(config.folder / "tensorboard", after_step=first_step) if config.log.tensorboard else None
-        return _Files(MetricsFile(config.folder / "metrics.jsonl", after_step=first_step), board)
-    except OSError as error:
-        raise StorageError(
-            f"the run folder {config.folder} cannot be written ({error.strerror or error}); free space there, or set "
-            "output_dir to another disk"
-        ) from None
-
-
 def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
     """This data-parallel rank's noised microbatches from `first_step` on."""
     config = prepared.config
@@ -381,7 +354,7 @@ def _evaluation(
     chunks: Sequence[Any],
     topology: Topology,
     platform: Platform,
-    files: _Files,
+    files: RunFiles,
     goodput: Goodput,
 ) -> list[hooks.Evaluate]:
     """The hook that measures held-out rows; none without any."""

@@ -78,6 +78,7 @@ def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:
         sequence=config.parallel.sequence,
         micro_sequences=config.batch.micro_sequences,
         distributed_optimizer=config.parallel.distributed_optimizer,
+        fused_loss=config.objective.head != "plain",
         recompute_layers=_fully_recomputed(config),
         recompute_modules=config.parallel.recomputed_modules,
     )

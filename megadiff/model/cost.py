@@ -67,6 +67,10 @@ class Parameters:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+_CHUNK_ELEMENTS = {"fp32": 2**25, "bf16": 2**29}
+"""Logits that a fused head makes at a time on the CPU, and on a GPU."""
+
+
 def padded_vocab_size(vocab_size: int, *, multiple: int = 128) -> int:
     """Rows of the embedding and the head, dead ones included; the same on every layout."""
     return -(-vocab_size // multiple) * multiple
@@ -129,7 +133,7 @@ class Layout:
     recompute_modules: tuple[str, ...] = ()
     """Selective recomputation: `mlp`, `layernorm`; `core_attn` changes nothing here, no scores being counted."""
     fused_loss: bool = False
-    """The logits of a microbatch never exist as a whole."""
+    """The logits of a microbatch never exist as a whole (`kernels.fused_head`)."""
 
 
 @dataclass(frozen=True)
@@ -190,16 +194,22 @@ def _stage(shape: Shape, layout: Layout, precision: Precision, rows: int, stage:
     in_flight = layout.pipeline - stage
     if layout.virtual_pipeline > 1:  # interleaving starts (pipeline - 1) more chunks before the first backward
         in_flight += (layout.pipeline - 1) / layout.virtual_pipeline
-    # In compute precision, once more as float32, and their float32 gradient.
-    logit_bytes = 0 if layout.fused_loss or not last else _size(precision.compute) + 8
     return Memory(
         parameters=held * _size(precision.params) + fp8_copies * precision.fp8,
         gradients=held * (4 if precision.fp32_gradients else _size(precision.params)),
         optimizer=-(-held * state_bytes // replicas),
         activations_per_microbatch=round(kept),
         activations=round(kept * in_flight),
-        logits=tokens * rows // layout.tensor * logit_bytes,
+        logits=_head(layout, precision, tokens, rows // layout.tensor, shape.hidden) if last else 0,
     )
+
+
+def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidden: int) -> int:
+    """Bytes of a microbatch's logits and what is made of them."""
+    size, elements = _size(precision.compute), tokens * columns
+    if layout.fused_loss:  # a chunk of them, and the head's gradient until it joins the others
+        return min(elements, _CHUNK_ELEMENTS[precision.compute]) * size + 4 * columns * hidden
+    return elements * (size + 8)  # in compute precision, once more as float32, and their float32 gradient
 
 
 def _layer_parameters(shape: Shape, tensor: int) -> int:

@@ -6,7 +6,7 @@ pipeline parallelism are the library's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.kernels import parts_for
 from megadiff.model.layer_spec import block_spec
-from megadiff.model.megatron_config import transformer_config
+from megadiff.model.megatron_config import keep, transformer_config
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
@@ -63,7 +63,7 @@ class Denoiser(GPTModel):
                 self.config.hidden_size,
                 self.vocab_size,
                 config=self.config,
-                init_method=_keep,
+                init_method=keep,
                 bias=False,
                 gather_output=False,
                 tp_group=self.pg_collection.tp,

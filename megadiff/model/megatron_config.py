@@ -42,9 +42,9 @@ def transformer_config(
         gated_linear_unit=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method=_keep,
-        output_layer_init_method=_keep,
-        embedding_init_method=_keep,
+        init_method=keep,
+        output_layer_init_method=keep,
+        embedding_init_method=keep,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
@@ -87,6 +87,6 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-def _keep(weight: Tensor) -> Tensor:
+def keep(weight: Tensor) -> Tensor:
     """Initialisation happens once, by name, after construction; this keeps megatron-core from drawing its own."""
     return weight

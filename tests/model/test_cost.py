@@ -144,6 +144,17 @@ def test_activations_shrink_with_sequence_context_and_recomputation():
     assert kept(recompute_modules=("mlp", "layernorm", "core_attn")) == 4 * 32 * (16 - 8 - 2) * 64 * 2
 
 
+def test_a_fused_head_holds_a_chunk_of_logits_and_its_own_gradient():
+    shape = Shape(1, 64, 4, vocab_size=2**17, seq_length=4096)
+    for compute, size, at_once in (("fp32", 4, 2**25), ("bf16", 2, 2**29)):
+        precision = Precision(compute=compute)
+        assert bytes_per_rank(shape, Layout(), precision).logits == 2**29 * (size + 8)
+        fused = bytes_per_rank(shape, Layout(fused_loss=True), precision).logits
+        assert fused == at_once * size + 4 * 2**17 * 64
+    small = Shape(1, 64, 4, vocab_size=256, seq_length=32)
+    assert bytes_per_rank(small, Layout(fused_loss=True), Precision()).logits == 256 * 32 * 4 + 4 * 256 * 64
+
+
 def test_interleaving_holds_more_microbatches():
     shape = Shape(8, 64, 4, 256, 32)
     memory = bytes_per_rank(shape, Layout(pipeline=4, virtual_pipeline=2, fused_loss=True), Precision())
