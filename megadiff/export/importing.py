@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 import megadiff
@@ -145,7 +146,26 @@ def _source(folder: Path) -> _Source:
     config = _json(folder / "config.json")
     if config is None:
         raise CheckpointError(f"{folder} has no config.json; give a folder that save_pretrained or an export wrote")
-    return _Source(folder, config, _json(folder / TRAINING))
+    return _Source(folder, config, _training(folder / TRAINING))
+
+
+def _training(path: Path) -> dict[str, Any] | None:
+    """What our own export says of the run; None where the folder is another's."""
+    found = _json(path)
+    if found is None:
+        return None
+    try:
+        ModelConfig.model_validate(found["config"]["model"])
+        names = ("noise", "conditioning", "objective", "data")
+        strange = [name for name in names if not isinstance(found["config"][name], dict)]
+        if strange or "name" not in found["config"]["objective"]:
+            raise TypeError(f"{(*strange, 'objective')[0]} is no such section")
+    except (KeyError, TypeError, ValidationError) as error:
+        what = " ".join(str(error).splitlines()[:2])
+        raise CheckpointError(
+            f"{path} is damaged ({what}); fetch it again, or move it away to go by config.json alone"
+        ) from None
+    return found
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -115,7 +115,7 @@ def model_from(config: Mapping[str, Any], *, where: str) -> ModelConfig:
         model = ModelConfig.model_validate(tree)
     except KeyError as error:
         raise CheckpointError(f"{where} has no {error.args[0]}, which every such model needs; fetch it again") from None
-    except (ValidationError, TypeError, ValueError) as error:
+    except (ValidationError, TypeError, ValueError, ZeroDivisionError) as error:
         last = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{where} describes a model that cannot be trained here: {last}") from None
     _refuse_other_models(config, model, where)
@@ -178,7 +178,8 @@ def _refuse_other_models(config: Mapping[str, Any], model: ModelConfig, where: s
     wrong = {
         "weight_scaling": config.get("weight_scaling", 1.0) != 1.0,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
-        "rope_scaling": bool(scaling) and scaling.get("rope_type", "default") != "default",
+        "rope_scaling": bool(scaling)
+        and (not isinstance(scaling, Mapping) or scaling.get("rope_type", "default") != "default"),
         "head_dim": config.get("head_dim") not in (None, model.head_dim),
     }
     for key, is_wrong in wrong.items():

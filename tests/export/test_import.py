@@ -136,6 +136,12 @@ def _pickled(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def _mapped(folder, name):
+    (folder.parent / "model.safetensors").symlink_to(folder / "model.safetensors")  # there to be read, were it tried
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, name)}))
+
+
 SPOILT = {
     "a missing tensor": (_without, r"model.layers.2.mlp.up_proj.bias is missing, its config.json wants \(128,\)"),
     "a cut file": (_cut, "model.safetensors is missing or damaged"),
@@ -145,6 +151,17 @@ SPOILT = {
     "a gain in the weights": (lambda f: edit(f / "config.json", weight_scaling=2.0), "weight_scaling is 2.0"),
     "an odd width": (lambda f: edit(f / "config.json", intermediate_size=100), "is 3.125, wanted a whole number"),
     "another mask": (lambda f: edit(f / "config.json", mask_token_id=9), "260 ids with the mask 9, but the tokenizer"),
+    "no width": (
+        lambda f: edit(f / "config.json", hidden_size=0),
+        "config.json describes a model that cannot be trained here: division by zero",
+    ),
+    "rotations of a strange kind": (lambda f: edit(f / "config.json", rope_scaling="x"), "rope_scaling"),
+    "a way out": (lambda f: _mapped(f, "../model.safetensors"), "which is no file beside it; fetch it again"),
+    "no sections": (lambda f: edit(f / TRAINING, config=None), "training.json is damaged .*to go by config.json alone"),
+    "half a section": (
+        lambda f: edit(f / TRAINING, config={"model": {"layers": None}}),
+        "training.json is damaged .*validation error.*; fetch it again, or move it away",
+    ),
     "another tokenizer": (lambda f: edit(f / TRAINING, tokenizer_fingerprint="x"), "with another tokenizer"),
 }
 
@@ -155,7 +172,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(copy, tmp_path, name):
     spoil(copy)
     with pytest.raises(CheckpointError, match=message):
         import_folder(copy, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    assert [path.name for path in tmp_path.iterdir() if not path.is_symlink()] == ["copy"]
 
 
 def test_a_flipped_bit_is_noticed_where_there_are_checksums(folder, tmp_path):
