@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check clean help
+.PHONY: demo test check bench clean help
 
 help:
 	@echo "make demo   real text -> indexed data -> training on 8 CPU ranks -> held-out ELBO -> samples -> Hugging Face"
 	@echo "make test   the test suite"
 	@echo "make check  ruff, pyright, import rules"
+	@echo "make bench  what a CPU can measure: a save's stall, the cache of finished blocks, memory of a 10B export"
 
 $(STAMP): setup.py requirements/cpu.txt requirements/hf.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +30,11 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python tools/benchmarks/checkpoint_stall.py --saves 7
+	$(BIN)/python tools/benchmarks/cached_blocks.py --runs 5
+	$(BIN)/python tools/benchmarks/export_memory.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
