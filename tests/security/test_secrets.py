@@ -78,3 +78,17 @@ def test_no_other_command_says_one(run, command):
     ended = call_forked(*words, env=SECRETS)
     assert ended.code in (0, 2), ended.err
     assert not [name for name, value in SECRETS.items() if value in ended.out + ended.err]
+
+
+def test_neither_an_export_nor_a_report_nor_a_trace_holds_one(run, tmp_path):
+    model = run[0] / "runs/toy"
+    for command in (
+        ("tools/convert_checkpoint.py", "export", "--checkpoint", model, "--output", tmp_path / "hf"),
+        ("tools/report.py", model, "--output", tmp_path / "report.html"),
+        ("tools/generate.py", "--model", model, "--steps", "2", "--trace", tmp_path / "trace.html"),
+    ):
+        ended = call_forked(*command, env=SECRETS)
+        assert ended.code == 0, ended.err
+        assert not [name for name, value in SECRETS.items() if value in ended.out + ended.err]
+    assert {"README.md", "training.json", "report.html", "trace.html"} <= {path.name for path in tmp_path.rglob("*")}
+    assert leaks(tmp_path) == []
