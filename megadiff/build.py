@@ -16,13 +16,13 @@ from megadiff.checkpoint.save import Saver
 from megadiff.config.load import dump_config
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
-from megadiff.derived import describe, memory_shortage
+from megadiff.derived import describe
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows, start_id
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.snr import rate_from
-from megadiff.errors import ConfigError, DataError, ShortageError
+from megadiff.errors import ConfigError, DataError
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.kernels.choice import choose_head
 from megadiff.model import cost
@@ -103,8 +103,8 @@ def run(config: RunConfig, resumption: Resumption | None = None) -> None:
         watchdog = opened.enter_context(Watchdog(config.watchdog, launch))
 
         def failing(error: BaseException, step: int | None = None) -> None:
-            standing.failing(_shortage(error, prepared) or error, step)
-            watchdog.failing(_shortage(error, prepared) or error)
+            standing.failing(prepared.shortage(error) or error, step)
+            watchdog.failing(prepared.shortage(error) or error)
 
         try:
             stop = opened.enter_context(StopRequest(config.stop, config.folder, is_main=is_main_process()))
@@ -117,13 +117,9 @@ def run(config: RunConfig, resumption: Resumption | None = None) -> None:
             standing.ended(train(wired))
         except BaseException as error:
             failing(error)  # before the process group is left, which may hang
-            if (shortage := _shortage(error, prepared)) is not None:
+            if (shortage := prepared.shortage(error)) is not None:
                 raise shortage from error
             raise
-
-
-def _shortage(error: BaseException, prepared: Prepared) -> ShortageError | None:
-    return memory_shortage(error, prepared.config, prepared.layout, prepared.shape)
 
 
 _PATIENCE_S = 60.0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from megadiff.data.open import OpenData, open_data
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.errors import ConfigError, DataError
+from megadiff.derived import memory_shortage
+from megadiff.errors import ConfigError, DataError, ShortageError
 from megadiff.model import cost
 from megadiff.model.kernels import check_kernels
 from megadiff.parallel.config import Layout
@@ -32,6 +33,10 @@ class Prepared:
     def shape(self) -> cost.Shape:
         """The model's size for closed-form costs."""
         return self.config.shape(vocab_size=self.tokenizer.vocab_size)
+
+    def shortage(self, error: BaseException) -> ShortageError | None:
+        """What to say of an allocation that failed (`derived.memory_shortage`); None of any other error."""
+        return memory_shortage(error, self.config, self.layout, self.shape)
 
 
 def prepare(config: RunConfig, *, world_size: int) -> Prepared:

@@ -60,7 +60,7 @@ def cuda_words(path: Path) -> list[str]:
     return found
 
 
-WORDS_OF_THE_CONFIGURATION = {"megadiff/run_config.py": 1, "megadiff/trained.py": 2, "megadiff/export/opened.py": 1}
+WORDS_OF_THE_CONFIGURATION = {"megadiff/run_config.py": 1, "megadiff/trained.py": 1, "megadiff/export/opened.py": 1}
 """The names of the choices themselves: `platform: Literal["auto", "cpu", "cuda"]`."""
 
 
