@@ -48,6 +48,7 @@ setup(
             "ruff>=0.6",
             "pyright>=1.1.380",
             "import-linter>=2.0",
+            "triton>=3.6; sys_platform == 'linux'",  # interpreted and compiled in tests; a CUDA torch brings its own
         ],
     },
 )

@@ -160,6 +160,7 @@ def wire(
     config = prepared.config
     supervision = supervision or Supervision.none(config)
     goodput = supervision.goodput
+    head, _ = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     topology = open_topology(prepared.layout, timeout_s=config.watchdog.longest_s + _PATIENCE_S)
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
     kernels = f"kernels           {describe_kernels(config.parallel, config.precision, platform)}"
@@ -167,7 +168,7 @@ def wire(
     for line in [platform.describe(), kernels, *derived, *describe_data(prepared)]:
         log.info(line)
     log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
-    log.info(f"head              {choose_head(config.objective.head)[0]}")
+    log.info(f"head              {head}")
     origin = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
@@ -230,10 +231,10 @@ def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: 
     )
 
 
-def row_objective(prepared: Prepared, mixing: Mixing, topology: Topology) -> RowObjective:
+def row_objective(prepared: Prepared, mixing: Mixing, topology: Topology, platform: Platform) -> RowObjective:
     """What is minimised, on this rank's part of the vocabulary."""
     config = prepared.config
-    _, head = choose_head(config.objective.head)
+    _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     if config.is_autoregressive:
         return NextTokenObjective(mixing, topology, head)
     return DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective, head)
@@ -254,7 +255,7 @@ def training_step(
     return Step(
         chunks=wrapped,
         optimizer=optimizer,
-        objective=row_objective(prepared, mixing, topology),
+        objective=row_objective(prepared, mixing, topology, platform),
         topology=topology,
         device=platform.device,
         seq_length=config.model.seq_length,
@@ -357,7 +358,7 @@ def _evaluation(
     config = prepared.config
     if not prepared.data.valid:
         return []
-    _, head = choose_head(config.objective.head)
+    _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     measure = next_token_likelihood(mixing, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
     if not config.is_autoregressive:
         measure = diffusion_bound(

@@ -198,7 +198,7 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         health.restore(saved.health)
         done = saved.step
     mixing = mixing_from(config.noise, vocab_size=text.vocab_size, mask_id=text.mask_id)
-    recorded = _Recorded(mixing, topology, inner=row_objective(prepared, mixing, topology))
+    recorded = _Recorded(mixing, topology, inner=row_objective(prepared, mixing, topology, platform))
     train_step = training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge)
     return _Opened(
         run_folder=run_folder,

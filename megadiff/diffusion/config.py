@@ -152,9 +152,10 @@ class ObjectiveConfig(Section):
     reduction: Literal["sum", "mean"] = "mean"
     """mean: over the noisy tokens of the global batch; sum: over them, as the released code."""
 
-    head: Literal["auto", "plain", "chunked"] = "auto"
-    """How output layer and objective are computed: chunk by chunk; plain makes whole logits, to compare with. The
-    numbers are the same up to rounding."""
+    head: Literal["auto", "plain", "chunked", "triton"] = "auto"
+    """How output layer and objective are computed: chunk by chunk, in plain torch (chunked) or in Triton kernels
+    (triton; auto takes them on GPUs where installed); plain makes whole logits, to compare with. The numbers are the
+    same up to rounding."""
 
     stratified: bool = True
     """Spread each global batch's noise levels evenly over the schedule instead of drawing them independently."""

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
+from megadiff.errors import ConfigError
 from megadiff.kernels.fused_head import fused_objective
 from megadiff.kernels.head import HeadLoss
 from megadiff.kernels.plain_head import plain_objective
 
-HeadName = Literal["auto", "plain", "chunked"]
+HeadName = Literal["auto", "plain", "chunked", "triton"]
 Head = Callable[..., HeadLoss]
 """(hidden, weight, tokens, formula, *, shard) -> the answer; see `fused_head.fused_objective`."""
 
 
-def choose_head(wanted: HeadName) -> tuple[str, Head]:
-    """The implementation's name, for the log, and the implementation; auto takes chunked."""
-    name = "chunked" if wanted == "auto" else wanted
-    return name, {"plain": plain_objective, "chunked": fused_objective}[name]
+def choose_head(wanted: HeadName, *, is_cpu: bool) -> tuple[str, Head]:
+    """The implementation's description, for the log, and the implementation.
+
+    Args:
+        wanted: auto takes triton on GPUs where it is installed, else chunked.
+        is_cpu: whether ranks run on the CPU, where Triton has no compiler.
+
+    Raises:
+        ConfigError: triton was asked for and cannot run here.
+    """
+    problem = _what_keeps_triton_away(is_cpu=is_cpu)
+    if wanted == "triton" and problem is not None:
+        raise ConfigError(f"objective.head is triton, but {problem}; set objective.head to auto or chunked")
+    name, why = wanted, ""
+    if wanted == "auto":
+        name, why = ("triton", "") if problem is None else ("chunked", f", since {problem}")
+    heads: dict[str, Head] = {"plain": plain_objective, "chunked": fused_objective}
+    return name + why, _triton_head() if name == "triton" else heads[name]
+
+
+def _what_keeps_triton_away(*, is_cpu: bool) -> str | None:
+    if is_cpu:
+        return "this run is on CPU ranks and Triton compiles for GPUs alone"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (a CUDA build of torch brings it; pip install triton)"
+    return None
+
+
+def _triton_head() -> Head:
+    from megadiff.kernels.triton_passes import TritonPasses
+
+    return partial(fused_objective, passes=TritonPasses)

@@ -1,0 +1,258 @@
+"""The passes over a chunk of logits as three Triton kernels that read the logits where the product left them.
+
+One program to a row, which it walks in steps of `_TILES` tiles of `_TILE` columns. A pass is to be bound by memory: of
+a logit of two bytes the first two passes read 2 bytes and the last reads and writes 4, so on a GPU of 3.35 TB/s (H100)
+a logit takes 0.6, 0.6 and 1.2 ps, the time in which its multiprocessors issue 18 instructions for every 2 bytes. Hence
+
+- all tiles of a step are loaded before the first is used: 4 loads of 16 bytes a thread are in flight;
+- one rescaling of the running sum a step, and one logarithm and one reciprocal for the four columns at one place of the
+  tiles, which one thread holds (`_joined`): special functions come at an eighth of the rate;
+- 4 warps a program: 8 neighbouring columns of two bytes for each of 128 threads make a tile. A chunk has thousands of
+  rows, so programs that wait for memory are hidden behind others on the same multiprocessor.
+
+Sums are kept in float32, one to a lane, and added up at the row's end. Logits stay as they are until the last pass
+puts the gradient in their place. Nothing depends on the number of rows, so chunks of any length run the same compiled
+kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]  optional
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from megadiff.kernels.chunk_passes import RowSums
+from megadiff.kernels.vocab_shard import VocabShard
+
+_CONSTANTS: dict[str, Any] = {"TILES": 4, "TILE": 1024, "num_warps": 4, "enable_fp_fusion": True}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_LARGEST_Y = tl.constexpr(2.0**31)
+"""y is held to this in T, whose four factors then stay below 2^128. T enters the loss as c T, of which at most 2.2e-8
+alpha (1 - p_x) is lost for rho up to 1e30: each y beyond takes at least 2^31 of the row's sum, rho (1 - p_x)."""
+_NOT_SPECIALISED = ["start", "real", "mask_column"]
+
+
+class TritonPasses:
+    """In Triton, on the logits' device; they are replaced by the gradient in the last pass and not before.
+
+    Raises:
+        ValueError: float64 logits (nothing here is computed beyond float32), or rows that are not contiguous.
+    """
+
+    def __init__(self, logits: Tensor, clean: Tensor, noised: Tensor, shard: VocabShard) -> None:
+        if logits.dtype not in _DTYPES or logits.stride(-1) != 1:
+            raise ValueError(
+                "logits must be float32, bfloat16 or float16 with contiguous rows, "
+                f"got {logits.dtype} with strides {logits.stride()}"
+            )
+        self._logits = logits
+        self._ids = clean.contiguous(), noised.contiguous()
+        column = -1 if shard.mask_column is None else shard.mask_column
+        self._columns = (logits.stride(0), logits.shape[1], shard.start, shard.real_columns, column)
+        self._top = self._per_row()
+
+    def sums(self) -> RowSums:
+        """See `chunk_passes`."""
+        other, at_clean, at_noised = self._per_row(), self._per_row(), self._per_row()
+        self._run(_sums, *self._ids, self._top, other, at_clean, at_noised)
+        return RowSums(self._top, other, at_clean, at_noised)
+
+    def shares(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """See `chunk_passes`."""
+        log1p_sum, share_sum = self._per_row(), self._per_row()
+        self._run(_shares, self._ids[0], self._top, scale.contiguous(), log1p_sum, share_sum)
+        return log1p_sum, share_sum
+
+    def gradient(
+        self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, at_clean: Tensor, at_noised: Tensor
+    ) -> Tensor:
+        """See `chunk_passes`."""
+        has_log1p = log1p_slope is not None
+        factors = (scale, slope, log1p_slope) if has_log1p else (scale * slope, slope, slope)
+        values = (value.contiguous() for value in (*factors, at_clean, at_noised))
+        self._run(_gradient, *self._ids, self._top, *values, HAS_LOG1P=has_log1p)
+        return self._logits
+
+    def _per_row(self) -> Tensor:
+        return self._logits.new_empty(len(self._logits), dtype=torch.float32)
+
+    def _run(self, kernel: Any, *per_row: Tensor, **constants: Any) -> None:
+        if len(self._logits):
+            grid = (len(self._logits),)
+            kernel[grid](self._logits, *per_row, *self._columns, **constants, **_CONSTANTS)
+
+
+@triton.jit
+def _column_of(ids, row, start, real, mask_column):
+    """Where a row's id stands among this rank's columns; -1 where it does not, or is the mask."""
+    column = tl.load(ids + row) - start
+    return tl.where((column >= 0) & (column < real) & (column != mask_column), column, -1)
+
+
+@triton.jit
+def _is_in_step(column, first, STEP: tl.constexpr):
+    return (column >= first) & (column < first + STEP)
+
+
+@triton.jit
+def _exp(x):
+    """e^x as a power of 2, which is one instruction where `tl.exp` guards subnormal results with three more."""
+    return tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
+def _load(line, columns, first, width, real, clean, mask_column, STEP: tl.constexpr):
+    """Logits of a step in float32, -inf where a column takes no part.
+
+    Only the buffer's width, a multiple of 16 as a rule, guards the loads: they stay of 16 bytes. Few steps hold a
+    column to leave out, so the comparisons are behind a branch that all of a program's threads take together.
+    """
+    values = tl.load(line + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if (first + STEP > real) | _is_in_step(clean, first, STEP) | _is_in_step(mask_column, first, STEP):
+        is_left_out = (columns >= real) | (columns == clean) | (columns == mask_column)
+        values = tl.where(is_left_out, -float("inf"), values)
+    return values
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+def _sums(
+    logits,
+    clean_ids,
+    noised_ids,
+    top_out,
+    other_out,
+    at_clean_out,
+    at_noised_out,
+    stride,
+    width,
+    start,
+    real,
+    mask_column,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """top over all real columns, and the sum of e^(l - top) over those that are not x: one read, every lane its own."""
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * stride
+    clean = _column_of(clean_ids, row, start, real, mask_column)
+    noised = _column_of(noised_ids, row, start, real, mask_column)
+    at_clean = tl.load(line + clean, mask=clean >= 0, other=0.0).to(tl.float32)
+    at_noised = tl.load(line + noised, mask=noised >= 0, other=0.0).to(tl.float32)
+
+    top = tl.full((TILE,), _LOWEST, tl.float32)
+    top = tl.where(clean >= 0, tl.maximum(top, at_clean), top)
+    total = tl.zeros((TILE,), tl.float32)
+    lanes = tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    for first in range(0, width, TILES * TILE):
+        values = _load(line, first + lanes, first, width, real, clean, mask_column, TILES * TILE)
+        higher = tl.maximum(top, tl.max(values, axis=0))
+        total = total * _exp(top - higher) + tl.sum(_exp(values - higher[None, :]), axis=0)
+        top = higher
+
+    row_top = tl.max(top, axis=0)
+    tl.store(top_out + row, row_top)
+    tl.store(other_out + row, tl.sum(total * _exp(top - row_top), axis=0))
+    tl.store(at_clean_out + row, at_clean)
+    tl.store(at_noised_out + row, at_noised)
+
+
+@triton.jit
+def _joined(w0, n0, w1, n1):
+    """Two groups of columns as one: a group's product of 1 + y is 1 + w, and the sum of its y / (1 + y) is n / (1 + w).
+
+    Nothing is subtracted, so many y of 1e-9 lose no digits.
+    """
+    return w0 + (w1 + w0 * w1), n0 + (n1 + (n0 * w1 + n1 * w0))
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+def _shares(
+    logits,
+    clean_ids,
+    top_in,
+    scale_in,
+    log1p_out,
+    share_out,
+    stride,
+    width,
+    start,
+    real,
+    mask_column,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sums over v != x of log(1 + y) and y / (1 + y); a thread's columns at one place of the four tiles go together."""
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * stride
+    clean = _column_of(clean_ids, row, start, real, mask_column)
+    top, scale = tl.load(top_in + row), tl.load(scale_in + row)
+
+    log1p_sum = tl.zeros((TILE,), tl.float32)
+    share_sum = tl.zeros((TILE,), tl.float32)
+    lanes = tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    for first in range(0, width, TILES * TILE):
+        values = _load(line, first + lanes, first, width, real, clean, mask_column, TILES * TILE)
+        y = tl.minimum(scale * _exp(values - top), _LARGEST_Y)
+        upper, lower = tl.split(tl.reshape(tl.trans(y), (TILE, 2, 2)))
+        y0, y1 = tl.split(upper)
+        y2, y3 = tl.split(lower)
+        w01, n01 = _joined(y0, y0, y1, y1)
+        w23, n23 = _joined(y2, y2, y3, y3)
+        w, n = _joined(w01, n01, w23, n23)
+        factor = 1.0 + w
+        reciprocal = 1.0 / factor
+        # what 1 + w rounded away is added to first order
+        log1p_sum += tl.log(factor) + (w - (factor - 1.0)) * reciprocal
+        share_sum += n * reciprocal
+
+    tl.store(log1p_out + row, tl.sum(log1p_sum, axis=0))
+    tl.store(share_out + row, tl.sum(share_sum, axis=0))
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+def _gradient(
+    logits,
+    clean_ids,
+    noised_ids,
+    top_in,
+    scale_in,
+    slope_in,
+    log1p_slope_in,
+    at_clean_in,
+    at_noised_in,
+    stride,
+    width,
+    start,
+    real,
+    mask_column,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_LOG1P: tl.constexpr,
+):
+    """y (slope + log1p_slope / (1 + y)) in place, in the buffer's dtype; `scale` holds the slope without HAS_LOG1P."""
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * stride
+    clean = _column_of(clean_ids, row, start, real, mask_column)
+    noised = _column_of(noised_ids, row, start, real, mask_column)
+    top, scale = tl.load(top_in + row), tl.load(scale_in + row)
+    slope, log1p_slope = tl.load(slope_in + row), tl.load(log1p_slope_in + row)
+    at_clean, at_noised = tl.load(at_clean_in + row), tl.load(at_noised_in + row)
+
+    lanes = tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    for first in range(0, width, TILES * TILE):
+        columns = first + lanes
+        values = _load(line, columns, first, width, real, clean, mask_column, TILES * TILE)
+        grad = scale * _exp(values - top)
+        if HAS_LOG1P:
+            grad = grad * (slope + log1p_slope / (1.0 + grad))
+        if _is_in_step(clean, first, TILES * TILE) | _is_in_step(noised, first, TILES * TILE):
+            grad = tl.where(columns == noised, grad + at_noised, grad)
+            grad = tl.where(columns == clean, at_clean, grad)
+        tl.store(line + columns, grad.to(logits.dtype.element_ty), mask=columns < width)
