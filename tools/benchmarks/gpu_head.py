@@ -1,0 +1,244 @@
+"""The output head and its objective on one GPU: fused in torch and in Triton, plain, and against products alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gpu_environment import milliseconds, product_ceiling
+from torch import Tensor
+from torch.nn import functional
+
+from megadiff.diffusion.mixing import HybridMixing
+from megadiff.errors import PlatformError, run_command
+from megadiff.kernels.choice import choose_head
+from megadiff.kernels.head import Formula, HeadTokens, worth_computing
+from megadiff.kernels.products import add_product
+from megadiff.kernels.vocab_shard import VocabShard
+
+_EPILOG = """example:
+  python tools/benchmarks/gpu_head.py --output results
+
+Forward and backward in bf16, weight gradient in float32; medians of event-timed runs, rows taking turns. FLOPs are the three
+products' 6 d V a token computed: nothing is computed twice. "of ceiling" is the share of what a large bf16 product reached
+in the same process. Under masked noise half the tokens are masks and the others are not computed. Extra memory is the
+allocator's peak beyond what was there before the run. The plain head takes fewer tokens, since it holds whole logits in
+float32 several times over. Bytes a pass are those of the logits it reads and writes.
+"""
+MASK, CHUNK = 3, 4096
+NOISES = {"masked": -1000.0, "balanced": 0.0, "uniform": 1000.0}
+
+
+class Question(NamedTuple):
+    """States and ids on the device."""
+
+    hidden: Tensor
+    weight: Tensor
+    clean: Tensor
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    computed: int
+    """Tokens whose logits are made."""
+    run: Callable[[], object]
+
+
+def main() -> None:
+    """Time every row at every hidden size, then the passes alone."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--vocab-size", type=int, default=131072)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--plain-tokens", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder for head.json (default: here)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():  # noqa: TID251
+        raise PlatformError("these figures need a CUDA device and torch sees none here")
+    ceiling = product_ceiling()
+    print(f"device {torch.cuda.get_device_name()}, torch {torch.__version__}")  # noqa: TID251
+    print(f"ceiling {ceiling:.0f} TFLOP/s (8192^3 in bf16); V = {arguments.vocab_size}, {arguments.tokens} tokens\n")
+    found: dict[str, Any] = {"ceiling_tflops": ceiling, "rows": [], "passes": []}
+    print("| d | what | tokens computed | ms | TFLOP/s | of ceiling | extra GiB |\n|---:|---|---:|---:|---:|---:|---:|")
+    for width in arguments.hidden:
+        for row in _timed(_rows(arguments, width), rounds=arguments.rounds):
+            found["rows"].append({"hidden": width, **_print_row(row, width, arguments.vocab_size, ceiling)})
+    print("\n| pass | kernels | bytes a logit | ms | TB/s |\n|---|---|---:|---:|---:|")
+    for line in _passes(arguments.vocab_size):
+        found["passes"].append(line)
+        rest = line.get("failed") or f"{line['ms']:.3f} | {line['tb_per_s']:.2f}"
+        print(f"| {line['pass']} | {line['kernels']} | {line['bytes']} | {rest} |")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "head.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _rows(arguments: argparse.Namespace, width: int) -> list[Row]:
+    question = _question(arguments.tokens, arguments.vocab_size, width)
+    small = Question(question.hidden[: arguments.plain_tokens].detach().requires_grad_(), *question[1:])
+    small = small._replace(clean=question.clean[: arguments.plain_tokens])
+    rows = [
+        Row("three products", arguments.tokens, lambda: _in_chunks(question, lambda logits, rows: logits)),
+        Row("cross-entropy, chunks", arguments.tokens, lambda: _in_chunks(question, _softmax_slope(question.clean))),
+        Row("cross-entropy, whole", arguments.tokens, lambda: _whole_cross_entropy(question)),
+    ]
+    for noise, shift in NOISES.items():
+        for head in ("plain", "chunked", "triton"):
+            rows.append(_head_row(head, noise, shift, small if head == "plain" else question))
+    return rows
+
+
+def _question(tokens: int, vocab_size: int, width: int) -> Question:
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=g, device="cuda").bfloat16()
+    weight = (torch.randn(vocab_size, width, generator=g, device="cuda") * width**-0.5).bfloat16()
+    clean = torch.randint(MASK + 1, vocab_size, (tokens,), generator=g, device="cuda")
+    return Question(hidden.requires_grad_(), weight.requires_grad_(), clean)
+
+
+def _head_row(name: str, noise: str, shift: float, question: Question) -> Row:
+    """Half masks under masked noise; half x, a quarter masks under balanced; half x under uniform."""
+    mixing = HybridMixing(question.weight.shape[0], MASK, shift)
+    noised = question.clean.cpu()
+    noised[::2] = MASK if noise == "masked" else noised.flip(0)[::2]
+    if noise == "balanced":
+        noised[::4] = MASK
+    computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), mixing)
+    log_snr = torch.linspace(-7, 7, len(noised), device="cuda")
+    places = None if computed is None else computed.cuda()
+    tokens = HeadTokens(question.clean, noised.cuda(), log_snr, places)
+    count = len(noised) if computed is None else len(computed)
+
+    def run() -> None:
+        _, head = choose_head(name, is_cpu=False)  # type: ignore[arg-type]
+        question.hidden.grad = question.weight.grad = None
+        head(question.hidden, question.weight, tokens, Formula(mixing)).loss.backward()
+
+    return Row(f"{name}, {noise}", count, run)
+
+
+def _softmax_slope(clean: Tensor) -> Callable[[Tensor, slice], Tensor]:
+    def slope(logits: Tensor, rows: slice) -> Tensor:
+        p = torch.softmax(logits, dim=-1)
+        return p.scatter_add_(-1, clean[rows, None], p.new_full((len(p), 1), -1.0))
+
+    return slope
+
+
+@torch.no_grad()
+def _in_chunks(question: Question, slope: Callable[[Tensor, slice], Tensor]) -> None:
+    """Logits, what `slope` makes of them, and the two products that follow, kept as the fused head keeps them."""
+    hidden, weight = question.hidden, question.weight
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
+    for first in range(0, len(hidden), CHUNK):
+        rows = slice(first, first + CHUNK)
+        grad = slope(hidden[rows] @ weight.t(), rows)
+        torch.mm(grad, weight, out=grad_hidden[rows])
+        add_product(grad_weight, grad.t(), hidden[rows], is_first=first == 0)
+
+
+def _whole_cross_entropy(question: Question) -> None:
+    question.hidden.grad = question.weight.grad = None
+    logits = functional.linear(question.hidden, question.weight)
+    functional.cross_entropy(logits, question.clean, reduction="sum").backward()
+
+
+class Timed(NamedTuple):
+    """A row's median, or why there is none."""
+
+    row: Row
+    milliseconds: float
+    extra_bytes: int
+    failure: str | None
+
+
+def _timed(rows: list[Row], *, rounds: int) -> list[Timed]:
+    spent: dict[str, list[float]] = {row.name: [] for row in rows}
+    extra: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    for number in range(rounds + 1):
+        for row in rows:
+            if row.name in failures:
+                continue
+            try:
+                if number == 0:
+                    extra[row.name] = _extra_bytes(row.run)
+                else:
+                    spent[row.name].append(milliseconds(row.run, rounds=1, warm_up=0))
+            except Exception as error:  # a row that fails is a finding of its own; the others still tell
+                failures[row.name] = f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                torch.cuda.empty_cache()  # noqa: TID251
+    middle = {name: statistics.median(values) if values else 0.0 for name, values in spent.items()}
+    return [Timed(row, middle[row.name], extra.get(row.name, 0), failures.get(row.name)) for row in rows]
+
+
+def _extra_bytes(run: Callable[[], object]) -> int:
+    """Also the warm-up: kernels are compiled here."""
+    torch.cuda.synchronize()  # noqa: TID251
+    torch.cuda.reset_peak_memory_stats()  # noqa: TID251
+    before = torch.cuda.memory_allocated()  # noqa: TID251
+    run()
+    torch.cuda.synchronize()  # noqa: TID251
+    return torch.cuda.max_memory_allocated() - before  # noqa: TID251
+
+
+def _print_row(timed: Timed, width: int, vocab_size: int, ceiling: float) -> dict[str, Any]:
+    row, line = timed.row, {"what": timed.row.name, "tokens": timed.row.computed}
+    if timed.failure is not None:
+        print(f"| {width} | {row.name} | {row.computed} | {timed.failure} | | | |", flush=True)
+        return {**line, "failed": timed.failure}
+    tflops = 6 * width * vocab_size * row.computed / timed.milliseconds / 1e9
+    print(
+        f"| {width} | {row.name} | {row.computed} | {timed.milliseconds:.2f} | {tflops:.0f} | {tflops / ceiling:.1%} | "
+        f"{timed.extra_bytes / 2**30:.2f} |",
+        flush=True,
+    )
+    return {**line, "ms": timed.milliseconds, "tflops": tflops, "extra_bytes": timed.extra_bytes}
+
+
+def _passes(vocab_size: int) -> list[dict[str, Any]]:
+    """Each pass alone, on one chunk of random logits in bf16."""
+    from megadiff.kernels.chunk_passes import TorchPasses
+
+    found: list[dict[str, Any]] = []
+    for name, wanted in (("sums", 2), ("shares", 2), ("gradient", 4)):
+        for kernels in ("triton", "torch"):
+            line: dict[str, Any] = {"pass": name, "kernels": kernels, "bytes": wanted}
+            try:
+                if kernels == "triton":
+                    from megadiff.kernels.triton_passes import TritonPasses as Passes
+                else:
+                    Passes = TorchPasses  # type: ignore[misc,assignment]
+                line["ms"] = _pass_milliseconds(Passes, name, vocab_size)
+                line["tb_per_s"] = wanted * CHUNK * vocab_size / line["ms"] / 1e9
+            except Exception as error:  # as above
+                line["failed"] = f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:120]} | "
+            found.append(line)
+    return found
+
+
+def _pass_milliseconds(make: Any, name: str, vocab_size: int) -> float:
+    logits = torch.randn(CHUNK, vocab_size, device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(MASK + 1, vocab_size, (CHUNK,), device="cuda")
+    passes = make(logits, ids, ids, VocabShard(0, vocab_size, vocab_size, MASK))
+    passes.sums()
+    row = torch.full((CHUNK,), 1e-3, device="cuda")
+    calls = {
+        "sums": passes.sums,
+        "shares": lambda: passes.shares(row),
+        "gradient": lambda: passes.gradient(row, row, row, row, row),
+    }
+    return milliseconds(calls[name])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,196 @@
+"""The fused output head on the CPU against a transcription of the objective, its bare products, and cross-entropy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform as host
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transcription import transcribed_loss
+
+from megadiff.diffusion.mixing import HybridMixing
+from megadiff.errors import run_command
+from megadiff.kernels.fused_head import fused_objective
+from megadiff.kernels.head import Formula, HeadTokens, worth_computing
+from megadiff.kernels.products import add_product
+
+_EPILOG = """example:
+  python tools/benchmarks/head.py
+
+Forward and backward in float32 on one thread, CPU seconds; each run in a fresh process. `extra` is the largest resident
+memory less that before the run and less the two gradients. Under masked noise half the tokens are masks. The cross-entropy
+and the bare products take all tokens, in chunks of the size that the fused head takes.
+"""
+MASK, CHUNK = 3, 256
+SHIFTS = {"balanced": 0.0, "masked": -1000.0}
+_PAIRS = (
+    ("fused balanced", "transcription balanced"),
+    ("fused balanced", "products"),
+    ("fused balanced", "cross-entropy"),
+    ("fused masked", "transcription masked"),
+    ("fused masked", "products"),
+    ("fused masked", "cross-entropy"),
+)
+
+
+def main() -> None:
+    """Alternate the variants and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repetitions", type=int, default=3, help="of all but the transcriptions, which run once")
+    parser.add_argument("--vocab-size", type=int, default=131072)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        print(json.dumps(_measure(arguments)))
+        return
+    found: dict[str, list[dict[str, float]]] = {}
+    for repetition in range(arguments.repetitions):
+        for name in VARIANTS:
+            if repetition == 0 or not name.startswith("transcription"):
+                found.setdefault(name, []).append(_in_a_process(arguments, name))
+                print(f"{name:<24}{found[name][-1]}", file=sys.stderr)
+    print(_table(found, arguments))
+
+
+def _in_a_process(arguments: argparse.Namespace, name: str) -> dict[str, float]:
+    shape = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in ("vocab_size", "tokens", "hidden")]
+    done = subprocess.run(
+        [sys.executable, __file__, "--variant", name, *shape], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, float]:
+    torch.set_num_threads(1)
+    question = _question(arguments)
+    run = VARIANTS[arguments.variant]
+    before, began = _status_bytes("VmRSS"), time.process_time()
+    run(*question)
+    seconds = time.process_time() - began
+    gradients = sum(4 * tensor.numel() for tensor in question[:2])
+    return {"seconds": seconds, "extra_bytes": max(0, _status_bytes("VmHWM") - before - gradients)}
+
+
+def _question(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(arguments.tokens, arguments.hidden, generator=g)
+    weight = torch.randn(arguments.vocab_size, arguments.hidden, generator=g).mul_(arguments.hidden**-0.5)
+    clean = torch.randint(MASK + 1, arguments.vocab_size, (arguments.tokens,), generator=g)
+    log_snr = torch.logit(torch.rand(arguments.tokens, generator=g).clamp(1e-3, 1 - 1e-3))
+    return hidden.requires_grad_(), weight.requires_grad_(), clean, log_snr
+
+
+def _fused(name: str) -> Callable[..., None]:
+    def run(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> None:
+        mixing = HybridMixing(weight.shape[0], MASK, SHIFTS[name])
+        noised = _noised(clean, name)
+        computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), mixing)
+        tokens = HeadTokens(clean, noised, log_snr, computed)
+        fused_objective(hidden, weight, tokens, Formula(mixing), chunk_tokens=CHUNK).loss.backward()
+
+    return run
+
+
+def _transcription(name: str) -> Callable[..., None]:
+    def run(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> None:
+        noised = _noised(clean, name)
+        transcribed_loss(hidden, weight, clean, noised, log_snr, mask_id=MASK, shift=SHIFTS[name]).backward()
+
+    return run
+
+
+def _noised(clean: Tensor, name: str) -> Tensor:
+    """Half masks; of the rest of a hybrid's, half stay and half are other tokens."""
+    noised = clean.clone()
+    noised[::2] = MASK
+    if name != "masked":
+        noised[1::4] = clean.flip(0)[1::4]
+    return noised
+
+
+def _products(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> None:
+    _in_chunks(hidden, weight, lambda logits, rows: logits)
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> None:
+    def slope(logits: Tensor, rows: slice) -> Tensor:
+        logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+        logits.div_(logits.sum(dim=-1, keepdim=True))
+        return logits.scatter_add_(-1, clean[rows, None], torch.full((len(logits), 1), -1.0))
+
+    _in_chunks(hidden, weight, slope)
+
+
+@torch.no_grad()
+def _in_chunks(hidden: Tensor, weight: Tensor, slope: Callable[[Tensor, slice], Tensor]) -> None:
+    """Logits, what `slope` makes of them, and the two products that follow; kept as the fused head keeps them."""
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    for first in range(0, len(hidden), CHUNK):
+        rows = slice(first, first + CHUNK)
+        grad = slope(hidden[rows] @ weight.t(), rows)
+        torch.mm(grad, weight, out=grad_hidden[rows])
+        add_product(grad_weight, grad.t(), hidden[rows], is_first=first == 0)
+
+
+VARIANTS: dict[str, Callable[..., None]] = {
+    "products": _products,
+    "fused balanced": _fused("balanced"),
+    "fused masked": _fused("masked"),
+    "cross-entropy": _cross_entropy,
+    "transcription balanced": _transcription("balanced"),
+    "transcription masked": _transcription("masked"),
+}
+
+
+def _status_bytes(key: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{key}:")) * 1024
+
+
+def _table(found: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> str:
+    def middle(name: str, key: str) -> Any:
+        return statistics.median(run[key] for run in found[name])
+
+    lines = [
+        f"{_processor()}, one thread, torch {torch.__version__}, Python {host.python_version()}; V = "
+        f"{arguments.vocab_size}, {arguments.tokens} tokens, hidden {arguments.hidden}, float32, forward and backward",
+        "",
+        "| variant | CPU seconds, median of runs | least | extra peak MiB |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, runs in found.items():
+        least = min(run["seconds"] for run in runs)
+        lines.append(
+            f"| {name} | {middle(name, 'seconds'):.1f} ({len(runs)}) | {least:.1f} | "
+            f"{middle(name, 'extra_bytes') / 2**20:.0f} |"
+        )
+    lines += ["", "| ratio | time | extra peak memory |", "| --- | --- | --- |"]
+    for ours, theirs in _PAIRS:
+        time_ratio = middle(ours, "seconds") / middle(theirs, "seconds")
+        memory = middle(ours, "extra_bytes") / max(1, middle(theirs, "extra_bytes"))
+        lines.append(f"| {ours} / {theirs} | {time_ratio:.3f} | {memory:.3f} |")
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return host.machine()
+
+
+if __name__ == "__main__":
+    run_command(main)
