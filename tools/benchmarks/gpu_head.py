@@ -24,11 +24,12 @@ from megadiff.kernels.vocab_shard import VocabShard
 _EPILOG = """example:
   python tools/benchmarks/gpu_head.py --output results
 
-Forward and backward in bf16, weight gradient in float32; medians of event-timed runs, rows taking turns. FLOPs are the three
-products' 6 d V a token computed: nothing is computed twice. "of ceiling" is the share of what a large bf16 product reached
-in the same process. Under masked noise half the tokens are masks and the others are not computed. Extra memory is the
-allocator's peak beyond what was there before the run. The plain head takes fewer tokens, since it holds whole logits in
-float32 several times over. Bytes a pass are those of the logits it reads and writes.
+Forward and backward in bf16, weight gradient in float32; medians of event-timed runs, rows taking turns. FLOPs are
+the three products' 6 d V a token computed: nothing is computed twice. "of ceiling" is the share of what a large
+bf16 product reached in the same process. Under masked noise half the tokens are masks and the others are not
+computed. Extra memory is the allocator's peak beyond what was there before the run. The plain head takes fewer
+tokens, since it holds whole logits in float32 several times over. Bytes a pass are those of the logits it reads and
+writes.
 """
 MASK, CHUNK = 3, 4096
 NOISES = {"masked": -1000.0, "balanced": 0.0, "uniform": 1000.0}

@@ -26,9 +26,10 @@ from megadiff.kernels.products import add_product
 _EPILOG = """example:
   python tools/benchmarks/head.py
 
-Forward and backward in float32 on one thread, CPU seconds; each run in a fresh process. `extra` is the largest resident
-memory less that before the run and less the two gradients. Under masked noise half the tokens are masks. The cross-entropy
-and the bare products take all tokens, in chunks of the size that the fused head takes.
+Forward and backward in float32 on one thread, CPU seconds; each run in a fresh process. `extra` is the largest
+resident memory less that before the run and less the two gradients. Under masked noise half the tokens are masks.
+The bare products and the cross-entropy take all tokens, in chunks of the size that the fused head takes; they hold
+two chunks' logits at once.
 """
 MASK, CHUNK = 3, 256
 SHIFTS = {"balanced": 0.0, "masked": -1000.0}

@@ -1,4 +1,4 @@
-"""The objective as the papers write it: every distribution a whole [T, V] tensor, autograd. What a fused head replaces."""
+"""The objective as the papers write it, every distribution a whole [T, V] tensor: what a fused head replaces."""
 
 from __future__ import annotations
 
