@@ -70,9 +70,8 @@ def large(mixing_name: str, dtype: torch.dtype, tokens: int = 96) -> tuple[Case,
     noised = clean.clone()
     noised[::2] = clean.flip(0)[::2] if mixing_name == "uniform" else MASK
     noised[1::4] = clean.flip(0)[1::4] if mixing_name != "masked" else MASK
-    return Case(hidden, weight, HeadTokens(clean, noised, torch.linspace(-8, 8, tokens, device="cuda"))), Formula(
-        mixing
-    )
+    log_snr = torch.linspace(-8, 8, tokens, device="cuda")
+    return Case(hidden, weight, HeadTokens(clean, noised, log_snr)), Formula(mixing)
 
 
 def answered(head, question: Case, formula: Formula, **kwargs) -> tuple[HeadLoss, torch.Tensor, torch.Tensor]:
