@@ -31,7 +31,7 @@ part() { # NAME SECONDS COMMAND...
 
 git rev-parse HEAD > "$out/commit.txt" 2>/dev/null || true
 part environment 45 "$python" tools/benchmarks/gpu_environment.py --output "$out"
-part tests 170 "$python" -m pytest tests/gpu -p no:cacheprovider --override-ini=addopts= -q -x --maxfail=20
+part tests 170 "$python" -m pytest tests/gpu -p no:cacheprovider --override-ini=addopts= -q --maxfail=20
 part head 100 "$python" tools/benchmarks/gpu_head.py --output "$out"
 part training 180 "$python" tools/benchmarks/gpu_training.py --seconds 150 --output "$out"
 part fp8 90 "$python" tools/benchmarks/gpu_fp8_quality.py --output "$out"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import platform as host
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from megadiff.kernels.products import add_product
 _EPILOG = """example:
   python tools/benchmarks/head.py
 
-Forward and backward in float32 on one thread, CPU seconds; each run in a fresh process. `extra` is the largest
+Forward and backward in float32 on one thread; each run in a fresh process. CPU seconds are the program's and the
+system's on its behalf, which fetches the pages of tensors too large to be kept for reuse. `extra` is the largest
 resident memory less that before the run and less the two gradients. Under masked noise half the tokens are masks.
 The bare products and the cross-entropy take all tokens, in chunks of the size that the fused head takes; they hold
 two chunks' logits at once.
@@ -48,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repetitions", type=int, default=3, help="of all but the transcriptions, which run once")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each variant, taken in turn")
     parser.add_argument("--vocab-size", type=int, default=131072)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=512)
@@ -58,11 +60,10 @@ def main() -> None:
         print(json.dumps(_measure(arguments)))
         return
     found: dict[str, list[dict[str, float]]] = {}
-    for repetition in range(arguments.repetitions):
+    for _ in range(arguments.repetitions):
         for name in VARIANTS:
-            if repetition == 0 or not name.startswith("transcription"):
-                found.setdefault(name, []).append(_in_a_process(arguments, name))
-                print(f"{name:<24}{found[name][-1]}", file=sys.stderr)
+            found.setdefault(name, []).append(_in_a_process(arguments, name))
+            print(f"{name:<24}{found[name][-1]}", file=sys.stderr)
     print(_table(found, arguments))
 
 
@@ -78,11 +79,16 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     question = _question(arguments)
     run = VARIANTS[arguments.variant]
-    before, began = _status_bytes("VmRSS"), time.process_time()
-    run(*question)
-    seconds = time.process_time() - began
+    before, began = _status_bytes("VmRSS"), os.times()
+    loss = run(*question)
+    ended = os.times()
     gradients = sum(4 * tensor.numel() for tensor in question[:2])
-    return {"seconds": seconds, "extra_bytes": max(0, _status_bytes("VmHWM") - before - gradients)}
+    return {
+        "seconds": ended.user - began.user + ended.system - began.system,
+        "system_seconds": ended.system - began.system,
+        "extra_bytes": max(0, _status_bytes("VmHWM") - before - gradients),
+        "loss": loss,
+    }
 
 
 def _question(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,21 +100,25 @@ def _question(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Te
     return hidden.requires_grad_(), weight.requires_grad_(), clean, log_snr
 
 
-def _fused(name: str) -> Callable[..., None]:
-    def run(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> None:
+def _fused(name: str) -> Callable[..., float]:
+    def run(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> float:
         mixing = HybridMixing(weight.shape[0], MASK, SHIFTS[name])
         noised = _noised(clean, name)
         computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), mixing)
         tokens = HeadTokens(clean, noised, log_snr, computed)
-        fused_objective(hidden, weight, tokens, Formula(mixing), chunk_tokens=CHUNK).loss.backward()
+        loss = fused_objective(hidden, weight, tokens, Formula(mixing), chunk_tokens=CHUNK).loss
+        loss.backward()
+        return loss.item()
 
     return run
 
 
-def _transcription(name: str) -> Callable[..., None]:
-    def run(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> None:
+def _transcription(name: str) -> Callable[..., float]:
+    def run(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> float:
         noised = _noised(clean, name)
-        transcribed_loss(hidden, weight, clean, noised, log_snr, mask_id=MASK, shift=SHIFTS[name]).backward()
+        loss = transcribed_loss(hidden, weight, clean, noised, log_snr, mask_id=MASK, shift=SHIFTS[name])
+        loss.backward()
+        return loss.item()
 
     return run
 
@@ -122,17 +132,19 @@ def _noised(clean: Tensor, name: str) -> Tensor:
     return noised
 
 
-def _products(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> None:
+def _products(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> float:
     _in_chunks(hidden, weight, lambda logits, rows: logits)
+    return math.nan
 
 
-def _cross_entropy(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> None:
+def _cross_entropy(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> float:
     def slope(logits: Tensor, rows: slice) -> Tensor:
         logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
         logits.div_(logits.sum(dim=-1, keepdim=True))
         return logits.scatter_add_(-1, clean[rows, None], torch.full((len(logits), 1), -1.0))
 
     _in_chunks(hidden, weight, slope)
+    return math.nan
 
 
 @torch.no_grad()
@@ -146,7 +158,7 @@ def _in_chunks(hidden: Tensor, weight: Tensor, slope: Callable[[Tensor, slice], 
         add_product(grad_weight, grad.t(), hidden[rows], is_first=first == 0)
 
 
-VARIANTS: dict[str, Callable[..., None]] = {
+VARIANTS: dict[str, Callable[..., float]] = {
     "products": _products,
     "fused balanced": _fused("balanced"),
     "fused masked": _fused("masked"),
@@ -169,20 +181,22 @@ def _table(found: dict[str, list[dict[str, float]]], arguments: argparse.Namespa
         f"{_processor()}, one thread, torch {torch.__version__}, Python {host.python_version()}; V = "
         f"{arguments.vocab_size}, {arguments.tokens} tokens, hidden {arguments.hidden}, float32, forward and backward",
         "",
-        "| variant | CPU seconds, median of runs | least | extra peak MiB |",
-        "| --- | --- | --- | --- |",
+        "| variant | CPU seconds, median of runs | least | of them the system's | extra peak MiB |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, runs in found.items():
         least = min(run["seconds"] for run in runs)
         lines.append(
             f"| {name} | {middle(name, 'seconds'):.1f} ({len(runs)}) | {least:.1f} | "
-            f"{middle(name, 'extra_bytes') / 2**20:.0f} |"
+            f"{middle(name, 'system_seconds'):.1f} | {middle(name, 'extra_bytes') / 2**20:.0f} |"
         )
-    lines += ["", "| ratio | time | extra peak memory |", "| --- | --- | --- |"]
+    lines += ["", "| ratio | time | extra peak memory | losses differ, relative |", "| --- | --- | --- | --- |"]
     for ours, theirs in _PAIRS:
+        losses = middle(ours, "loss"), middle(theirs, "loss")
+        apart = "" if math.isnan(losses[1]) else f"{abs(losses[0] / losses[1] - 1):.0e}"
         time_ratio = middle(ours, "seconds") / middle(theirs, "seconds")
         memory = middle(ours, "extra_bytes") / max(1, middle(theirs, "extra_bytes"))
-        lines.append(f"| {ours} / {theirs} | {time_ratio:.3f} | {memory:.3f} |")
+        lines.append(f"| {ours} / {theirs} | {time_ratio:.3f} | {memory:.3f} | {apart} |")
     return "\n".join(lines)
 
 

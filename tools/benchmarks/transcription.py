@@ -1,4 +1,4 @@
-"""The objective as the papers write it, every distribution a whole [T, V] tensor: what a fused head replaces."""
+"""The objective as the paper's code computes it, all distributions whole [T, V] tensors: what a fused head replaces."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ def transcribed_loss(
 ) -> Tensor:
     """Sum of w (KL(q || qhat) + IS(q_z, qhat_z)) over tokens [T], scale a = 1 (arXiv:2512.10858, proposition 1).
 
+    The order of work is that of the paper's code: softmax, marginals, their logarithms held at -1e6, and the divergence
+    of the two, in float32. Not for noise that is all uniform: there the mask's logarithm has no slope.
     Digits are lost where KL is small beside the sums it is the difference of; this is about time and memory.
     """
     logits = functional.linear(hidden, weight)
     vocab_size = logits.shape[-1]
     is_mask = torch.arange(vocab_size) == mask_id
-    p = logits.masked_fill(is_mask, -torch.inf).log_softmax(dim=-1).exp()
+    p = logits.masked_fill(is_mask, -1e6).softmax(dim=-1)
     alpha, uniform = torch.sigmoid(log_snr)[:, None], torch.sigmoid(log_snr + shift)[:, None]
     noise = torch.where(is_mask, 1 - uniform, uniform / (vocab_size - 1))
-    q = functional.one_hot(clean, vocab_size) * alpha + (1 - alpha) * noise
-    q_hat = alpha * p + (1 - alpha) * noise
-    kl = (torch.xlogy(q, q) - torch.xlogy(q, q_hat)).sum(dim=-1)
     at = noised[:, None]
-    ratio = q.gather(-1, at) / q_hat.gather(-1, at)
-    is_div = (ratio - ratio.log() - 1).squeeze(-1)
+    log_q_hat = (alpha * p + (1 - alpha) * noise).log().clamp_min(-1e6)
+    log_q = ((1 - alpha) * noise).scatter_add_(-1, clean[:, None], alpha).log().clamp_min(-1e6)
+    kl = (log_q.exp() * (log_q - log_q_hat)).sum(dim=-1)
+    log_ratio = (log_q.gather(-1, at) - log_q_hat.gather(-1, at)).squeeze(-1)
+    is_div = log_ratio.exp() - log_ratio - 1
     slope = torch.where(at == mask_id, (1 - uniform) * (1 + uniform), uniform.square() / (vocab_size - 1))
     odds = torch.where(noised == clean, torch.exp(log_snr), torch.zeros_like(log_snr))
     w = slope.squeeze(-1) / (noise.gather(-1, at).squeeze(-1) + odds)
