@@ -36,15 +36,11 @@ from megadiff.diffusion.objective import (
     log1p_exp,
     terms_from_sums,
 )
+from megadiff.kernels import chunk_size
 from megadiff.kernels.chunk_passes import MakePasses, RowSums, TorchPasses
 from megadiff.kernels.head import Formula, HeadLoss, HeadTokens
 from megadiff.kernels.products import add_product
 from megadiff.kernels.vocab_shard import VocabShard
-
-_CPU_CHUNK_ELEMENTS = 2**25
-_CUDA_CHUNK_ELEMENTS = 2**29
-"""Logits of one chunk: 128 MiB in float32 on the CPU, 1 GiB in bf16 on a GPU, where fewer would leave it waiting for
-launches and for the traffic of dW, which every chunk reads and writes once."""
 
 
 def fused_objective(
@@ -103,13 +99,16 @@ class _Job:
     is_training: bool
 
     def chunks(self) -> list[slice]:
+        """As few as memory allows, and of about one size: each costs a reading and a writing of dW, however short."""
         count = self.tokens.log_snr.numel()
-        return [slice(first, min(first + self.chunk_tokens, count)) for first in range(0, count, self.chunk_tokens)]
+        even = -(-count // max(1, -(-count // self.chunk_tokens)))
+        size = max(1, min(self.chunk_tokens, -(-even // chunk_size.ROWS) * chunk_size.ROWS))
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _chunk_tokens(weight: Tensor) -> int:
-    elements = _CUDA_CHUNK_ELEMENTS if weight.is_cuda else _CPU_CHUNK_ELEMENTS
-    return max(64, elements // max(1, weight.shape[0]))
+    logits = chunk_size.LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
+    return max(64, logits // max(1, weight.shape[0]))
 
 
 class _FusedHead(torch.autograd.Function):

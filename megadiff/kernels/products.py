@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megadiff.platform import float32_products
+
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
     """total (+)= a @ b, in place; the first product overwrites what `total` held.
@@ -15,9 +17,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
     """
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if is_first else 1, out=total)
-    elif total.is_cuda:
-        # cuBLAS multiplies in bf16 and writes float32: no rounding between, no extra pass.
-        torch.addmm(total, a, b, beta=0 if is_first else 1, out_dtype=total.dtype, out=total)
+    elif total.is_cuda and not float32_products.problem_of(total.device):
+        float32_products.add_product(total, a, b, beta=0 if is_first else 1)
     elif is_first:
         total.copy_(a @ b)
     else:

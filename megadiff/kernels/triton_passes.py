@@ -1,6 +1,6 @@
 """The passes over a chunk of logits as three Triton kernels that read the logits where the product left them.
 
-One program to a row, which it walks in steps of `_TILES` tiles of `_TILE` columns. A pass is to be bound by memory: of
+One program to a row, which it walks in steps of `TILES` tiles of `TILE` columns. A pass is to be bound by memory: of
 a logit of two bytes the first two passes read 2 bytes and the last reads and writes 4, so on a GPU of 3.35 TB/s (H100)
 a logit takes 0.6, 0.6 and 1.2 ps, the time in which its multiprocessors issue 18 instructions for every 2 bytes. Hence
 

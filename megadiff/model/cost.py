@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megadiff.errors import ConfigError
+from megadiff.kernels import chunk_size
 
 QkNorm = Literal["full", "head", "none"]
 
@@ -65,10 +66,6 @@ class Parameters:
     def total(self) -> int:
         """All of them."""
         return sum(getattr(self, field.name) for field in fields(self))
-
-
-_CHUNK_ELEMENTS = {"fp32": 2**25, "bf16": 2**29}
-"""Logits that a fused head makes at a time on the CPU, and on a GPU."""
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int = 128) -> int:
@@ -208,7 +205,7 @@ def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidde
     """Bytes of a microbatch's logits and what is made of them."""
     size, elements = _size(precision.compute), tokens * columns
     if layout.fused_loss:  # a chunk of them, and the head's gradient until it joins the others
-        return min(elements, _CHUNK_ELEMENTS[precision.compute]) * size + 4 * columns * hidden
+        return min(elements, chunk_size.LOGITS[precision.compute]) * size + 4 * columns * hidden
     return elements * (size + 8)  # in compute precision, once more as float32, and their float32 gradient
 
 

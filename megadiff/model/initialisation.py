@@ -8,8 +8,10 @@ generator; a rank draws only the blocks it holds a part of.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
@@ -60,27 +62,39 @@ def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, *, seed: i
         "norm": 0.0,
         "bias": 0.0,
     }
-    for chunk in chunks:
-        for name, parameter in global_parameters(chunk):
-            if (deviation := std[role_of(name)]) == 0.0:
-                parameter.zero_()
-            else:
-                _draw(parameter, name, deviation, seed, topology)
+    with ThreadPoolExecutor(_threads()) as pool:
+        for chunk in chunks:
+            for name, parameter in global_parameters(chunk):
+                if (deviation := std[role_of(name)]) == 0.0:
+                    parameter.zero_()
+                else:
+                    _draw(pool, parameter, name, deviation, seed, topology)
 
 
-def _draw(parameter: Tensor, name: str, std: float, seed: int, topology: Topology) -> None:
-    """Fill a rank's part of a matrix from its global rows, block by block."""
+def _threads() -> int:
+    """This rank's share of the node's cores: a core draws some 70 million numbers a second, a large model has more."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _draw(pool: ThreadPoolExecutor, parameter: Tensor, name: str, std: float, seed: int, topology: Topology) -> None:
+    """Fill a rank's part of a matrix from its global rows, block by block, each from its own generator."""
     cut = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
     rows, columns = parameter.shape
     parts = topology.layout.tensor
     first_row = topology.tensor_rank * rows if cut == 0 else 0
     all_columns = columns * parts if cut == 1 else columns
     column = slice(topology.tensor_rank * columns, (topology.tensor_rank + 1) * columns) if cut == 1 else slice(None)
-    for block in range(first_row // _ROWS_PER_BLOCK, -(-(first_row + rows) // _ROWS_PER_BLOCK)):
+
+    @torch.no_grad()  # grad mode is a thread's own
+    def fill(block: int) -> None:
         start = block * _ROWS_PER_BLOCK
         drawn = torch.randn(_ROWS_PER_BLOCK, all_columns, generator=_generator(seed, name, block)) * std
         low, high = max(start, first_row), min(start + _ROWS_PER_BLOCK, first_row + rows)
         parameter[low - first_row : high - first_row].copy_(drawn[low - start : high - start, column])
+
+    blocks = range(first_row // _ROWS_PER_BLOCK, -(-(first_row + rows) // _ROWS_PER_BLOCK))
+    for _ in pool.map(fill, blocks):  # raises what a block raised
+        pass
 
 
 def _generator(seed: int, name: str, block: int) -> torch.Generator:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadiff.platform import float32_products
+
 NAME = "fused_weight_gradient_mlp_cuda"
 """The module megatron-core imports."""
 
@@ -29,7 +31,7 @@ def accumulate_in_float32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor
         grad_output: [tokens, out], of the same dtype.
         main_grad: [out, in] float32, changed in place.
     """
-    torch.addmm(main_grad, grad_output.t(), inputs, out_dtype=torch.float32, out=main_grad)
+    float32_products.add_product(main_grad, grad_output.t(), inputs)
 
 
 def accumulate(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
@@ -40,23 +42,12 @@ def accumulate(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
 def kernel(device: torch.device) -> tuple[str | None, str]:
     """(name of what would do it on `device`, "") or (None, why nothing would).
 
-    Apex's extension is taken where it is installed; torch's product is tried once on a tiny tensor, against numbers
-    that bf16 holds exactly.
+    Apex's extension is taken where it is installed, torch's product where it works.
     """
     if _apex_has_it():
         return "Apex", ""
-    try:
-        inputs = torch.arange(256, device=device).remainder(7).view(16, 16).bfloat16()
-        grad_output = torch.arange(256, device=device).remainder(5).view(16, 16).bfloat16()
-        found = torch.full((16, 16), 0.001, device=device)
-        expected = found.double() + grad_output.double().t() @ inputs.double()
-        accumulate_in_float32(inputs, grad_output, found)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        said = str(error).split(". ")[0]
-        return None, f"torch.addmm does not add bf16 products to a float32 tensor here ({said})"
-    if not torch.allclose(found.double(), expected, rtol=1e-6, atol=0.0):
-        return None, "torch.addmm with a float32 output gives wrong sums here"
-    return "torch addmm", ""
+    problem = float32_products.problem_of(device)
+    return (None, problem) if problem else ("torch addmm", "")
 
 
 def install() -> None:

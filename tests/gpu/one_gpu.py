@@ -1,4 +1,4 @@
-"""A model with its optimizer on this process's GPU through the real builders, trained on fixed random rows.
+"""A model with its optimizer on this process's device through the real builders, trained on fixed random rows.
 
 Imports nothing of the data path, so a machine with torch, megatron-core, pydantic and pytest alone can run it.
 """
@@ -30,6 +30,7 @@ with quiet():
     from megadiff.parallel.pipeline import configure_reduction, run_microbatches
     from megadiff.parallel.topology import Topology, open_topology
 
+DEVICE: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, ROWS, MICROBATCHES = 512, 2, 2
 PLAIN: dict[str, Any] = {"layers": 4, "hidden": 256, "heads": 4, "seq_length": 128, "head_init": 0.02}
 GIDD: dict[str, Any] = {
@@ -45,11 +46,13 @@ GIDD: dict[str, Any] = {
 
 @cache
 def machine(layers: Literal["local", "transformer_engine"]) -> Platform:
-    """The GPU with megatron-core made ready; the default group of one rank is opened once."""
-    platform = detect("cuda", layers=layers)
+    """The device with megatron-core made ready; the default group of one rank is opened once."""
+    platform = detect(DEVICE, layers=layers)
     platform.prepare_megatron()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            platform.backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
         atexit.register(torch.distributed.destroy_process_group)
     return platform
 
@@ -78,7 +81,8 @@ class Trainee:
             seq_length=self.model.seq_length,
             micro_sequences=ROWS,
         )
-        norm = self.optimizer.step(lr)
+        norm = float(self.optimizer.gradient_norm())
+        self.optimizer.step(lr, norm=norm)
         return float(torch.stack(losses).sum()) / (MICROBATCHES * ROWS * self.model.seq_length), norm
 
     def train(self, steps: range) -> list[tuple[float, float]]:
@@ -140,7 +144,7 @@ def trainee(
     )
     initialise(chunks, shape, seed=0, topology=topology)
     wrapped = wrap_data_parallel(chunks, parallel=cut, precision=numbers)
-    configure_reduction(wrapped, mean=True)
+    configure_reduction(wrapped, topology, mean=True)
     built = build_optimizer(
         wrapped,
         [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megadiff.platform.machine import detect
 from megadiff.platform.quiet import quiet
-from tests.support.runs import toy_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,13 +57,14 @@ def test_a_step_waits_for_the_device_once_and_where_it_must(toy_corpus, tmp_path
     with quiet():
         from megadiff import build
         from megadiff.parallel.topology import process_group
+    from tests.support.runs import toy_config
 
     config = toy_config(
         toy_corpus, tmp_path, platform="cuda", data__valid=[], optimizer__name=optimizer, **OBJECTIVES[objective]
     )
     config.folder.mkdir(parents=True)
     platform = detect("cuda")
-    with process_group(platform, alone=True):
+    with nullcontext() if dist.is_initialized() else process_group(platform, alone=True):
         platform.prepare_megatron()
         with quiet():
             run = build.wire(build.prepare(config, world_size=1), platform)

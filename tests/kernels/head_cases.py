@@ -82,3 +82,23 @@ def asked(
     assert hidden.grad is not None
     assert weight.grad is not None
     return HeadLoss(answer.loss.detach(), Terms(*answer.terms)), hidden.grad, weight.grad
+
+
+def close(got: tuple[HeadLoss, Any, Any], want: tuple[HeadLoss, Any, Any], dtype: torch.dtype) -> None:
+    """Terms per token to 1e-10 in float64 and 2e-5 nats in float32; gradients to 1e-5 of the largest."""
+    tight = dtype == torch.float64
+    rtol, atol = (1e-10, 1e-12) if tight else (2e-5, 2e-5)
+    answer, reference = got[0], want[0]
+    torch.testing.assert_close(answer.loss, reference.loss, rtol=rtol, atol=atol)
+    for name in ("loss", "weight"):
+        torch.testing.assert_close(
+            getattr(answer.terms, name), getattr(reference.terms, name), msg=name, rtol=rtol, atol=atol
+        )
+    # 1 / p(lambda) is up to 8000, and rounding of about alpha * 1e-7 in the divergence grows with it
+    torch.testing.assert_close(answer.terms.elbo, reference.terms.elbo, rtol=rtol, atol=10 * atol)
+    for field in ("kl", "is_div"):
+        weighed = [terms.weight * getattr(terms, field) for terms in (answer.terms, reference.terms)]
+        torch.testing.assert_close(*weighed, msg=field, rtol=rtol, atol=atol)
+    allowed = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for made, expected in zip(got[1:], want[1:], strict=True):
+        assert float((made - expected).abs().max()) <= allowed * float(expected.abs().max())
