@@ -1,41 +1,57 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in ten minutes: what the machine is, tests/gpu, the fused head, training, FP8 against bf16.
+# All that needs a GPU, in ten minutes: what the machine is, tests/gpu, the fused head, training, FP8 against bf16.
 #
 #   tools/benchmarks/gpu.sh [FOLDER]        results go to FOLDER (default: $OUT, else gpu-results)
 #
-# Needs a python3 ($PYTHON) with torch for CUDA, megatron-core, pydantic, pyyaml, orjson, zstandard and pytest; megadiff
-# itself need not be installed, and nothing is fetched. Transformer Engine is used where it is installed. A part that fails or
-# runs out of its time leaves its log and lets the next one begin; the last lines are the table, also in FOLDER/summary.txt.
+# Needs a python3 ($PYTHON) with torch for CUDA and its triton, megatron-core, numpy, pydantic, pyyaml, psutil,
+# filelock, orjson, zstandard, rich, pytest and hypothesis; megadiff itself need not be installed, and
+# nothing is fetched. The FP8 parts need Transformer Engine too, installed or on PYTHONPATH; without it they are left
+# out, and the table says so.
+#
+# It ends after GPU_SECONDS (default 560). A part that fails or runs out of its time lets the next one begin; one that
+# has no time left is not run. FOLDER gets summary.txt (the table, renewed after each part), logs.txt and a few .json.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 out=$(realpath -m "${1:-${OUT:-gpu-results}}")
 mkdir -p "$out" || exit
+rm -f "$out"/{summary,logs}.txt "$out"/{environment,head,training,fp8_quality}.json
 python=${PYTHON:-python3}
+deadline=$((SECONDS + ${GPU_SECONDS:-560}))
 export PYTHONPATH=$PWD/tools/benchmarks:$PWD${PYTHONPATH:+:$PYTHONPATH}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-summary=()
+states=("commit       $(git rev-parse HEAD 2> /dev/null || echo unknown)") tables="" failures=0
+told='^\||TFLOP|TB/s|held-out|^(device|torch|transformer-engine|error:|SKIPPED|FAILED|ERROR)'
+told+='|(passed|failed|skipped|error).* in [0-9.]+'
 
-part() { # NAME SECONDS COMMAND...
-  local name=$1 seconds=$2 began=$SECONDS code
+part() { # NAME SECONDS COMMAND...; an argument LEFT becomes the part's limit less 25 s, for starting and ending
+  local name=$1 limit=$2 left=$((deadline - SECONDS)) began=$SECONDS code=0 before=0 state
   shift 2
-  echo "== $name (at most $seconds s)"
-  timeout --kill-after=10 "$seconds" "$@" > "$out/$name.log" 2>&1
-  code=$?
-  tail -n 40 "$out/$name.log"
-  case $code in
-    0) summary+=("$(printf '%-12s ok, %d s' "$name" $((SECONDS - began)))") ;;
-    124 | 137) summary+=("$(printf '%-12s OUT OF TIME after %d s; see %s.log' "$name" "$seconds" "$name")") ;;
-    *) summary+=("$(printf '%-12s FAILED (%d); see %s.log' "$name" "$code" "$name")") ;;
-  esac
+  ((limit = limit < left ? limit : left))
+  if ((limit < 10)); then
+    state="not run, no time left"
+  else
+    echo "== $name (at most $limit s)" | tee -a "$out/logs.txt"
+    before=$(wc -l < "$out/logs.txt")
+    timeout --kill-after=10 "$limit" "${@/#LEFT/$((limit - 25))}" >> "$out/logs.txt" 2>&1 || code=$?
+    tail -n "+$((before + 1))" "$out/logs.txt" | tail -n 40
+    tables+=$'\n'"$name"$'\n'$(tail -n "+$((before + 1))" "$out/logs.txt" | grep -E "$told")$'\n'
+    case $code in
+      0) state="ok, $((SECONDS - began)) s" ;;
+      124 | 137) state="OUT OF TIME after $((SECONDS - began)) s" ;;
+      *) state="FAILED ($code) after $((SECONDS - began)) s" ;;
+    esac
+  fi
+  ((failures += code != 0))
+  states+=("$(printf '%-12s %s' "$name" "$state")")
+  printf '%s\n' "${states[@]}" "$tables" > "$out/summary.txt"
 }
 
-git rev-parse HEAD > "$out/commit.txt" 2>/dev/null || true
 part environment 45 "$python" tools/benchmarks/gpu_environment.py --output "$out"
-part tests 170 "$python" -m pytest tests/gpu -p no:cacheprovider --override-ini=addopts= -q --maxfail=20
-part head 100 "$python" tools/benchmarks/gpu_head.py --output "$out"
-part training 180 "$python" tools/benchmarks/gpu_training.py --seconds 150 --output "$out"
-part fp8 90 "$python" tools/benchmarks/gpu_fp8_quality.py --output "$out"
-{
-  printf '%s\n' "${summary[@]}"
-  for name in environment head training fp8; do echo; grep -E '^\||TFLOP|held-out|^device|^torch|ceiling' "$out/$name.log"; done
-} | tee "$out/summary.txt"
+part tests 170 "$python" -m pytest tests/gpu -p no:cacheprovider --override-ini=addopts= -q -rsfE --tb=short \
+  --maxfail=20 --continue-on-collection-errors
+part head 90 "$python" tools/benchmarks/gpu_head.py --output "$out"
+part training 170 "$python" tools/benchmarks/gpu_training.py --seconds LEFT --output "$out"
+part fp8 150 "$python" tools/benchmarks/gpu_fp8_quality.py --output "$out"
+echo
+cat "$out/summary.txt"
+exit $((failures > 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.errors import PlatformError, run_command
+from megadiff.errors import MegadiffError, PlatformError, run_command
 from megadiff.kernels.choice import choose_head
 from megadiff.kernels.head import Formula, HeadTokens, worth_computing
 from megadiff.kernels.products import add_product
@@ -27,7 +28,7 @@ _EPILOG = """example:
 Forward and backward in bf16, weight gradient in float32; medians of event-timed runs, rows taking turns. FLOPs are
 the three products' 6 d V a token computed: nothing is computed twice. "of ceiling" is the share of what a large
 bf16 product reached in the same process. Under masked noise half the tokens are masks and the others are not
-computed. Extra memory is the allocator's peak beyond what was there before the run. The plain head takes fewer
+computed. Extra memory is the allocator's peak beyond the inputs, both gradients included. The plain head takes fewer
 tokens, since it holds whole logits in float32 several times over. Bytes a pass are those of the logits it reads and
 writes.
 """
@@ -50,6 +51,8 @@ class Row(NamedTuple):
     computed: int
     """Tokens whose logits are made."""
     run: Callable[[], object]
+    question: Question
+    """Whose gradients `run` makes."""
 
 
 def main() -> None:
@@ -81,16 +84,19 @@ def main() -> None:
         print(f"| {line['pass']} | {line['kernels']} | {line['bytes']} | {rest} |")
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "head.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if lost := sum("failed" in line for line in [*found["rows"], *found["passes"]]):
+        raise MegadiffError(f"no figure for {lost} line(s); they say why above")
 
 
 def _rows(arguments: argparse.Namespace, width: int) -> list[Row]:
     question = _question(arguments.tokens, arguments.vocab_size, width)
     small = Question(question.hidden[: arguments.plain_tokens].detach().requires_grad_(), *question[1:])
     small = small._replace(clean=question.clean[: arguments.plain_tokens])
+    slope = _softmax_slope(question.clean)
     rows = [
-        Row("three products", arguments.tokens, lambda: _in_chunks(question, lambda logits, rows: logits)),
-        Row("cross-entropy, chunks", arguments.tokens, lambda: _in_chunks(question, _softmax_slope(question.clean))),
-        Row("cross-entropy, whole", arguments.tokens, lambda: _whole_cross_entropy(question)),
+        Row("three products", arguments.tokens, lambda: _in_chunks(question, lambda logits, rows: logits), question),
+        Row("cross-entropy, chunks", arguments.tokens, lambda: _in_chunks(question, slope), question),
+        Row("cross-entropy, whole", arguments.tokens, lambda: _whole_cross_entropy(question), question),
     ]
     for noise, shift in NOISES.items():
         for head in ("plain", "chunked", "triton"):
@@ -124,7 +130,7 @@ def _head_row(name: str, noise: str, shift: float, question: Question) -> Row:
         question.hidden.grad = question.weight.grad = None
         head(question.hidden, question.weight, tokens, Formula(mixing)).loss.backward()
 
-    return Row(f"{name}, {noise}", count, run)
+    return Row(f"{name}, {noise}", count, run, question)
 
 
 def _softmax_slope(clean: Tensor) -> Callable[[Tensor, slice], Tensor]:
@@ -172,22 +178,29 @@ def _timed(rows: list[Row], *, rounds: int) -> list[Timed]:
                 continue
             try:
                 if number == 0:
-                    extra[row.name] = _extra_bytes(row.run)
+                    extra[row.name] = _extra_bytes(row)
                 else:
                     spent[row.name].append(milliseconds(row.run, rounds=1, warm_up=0))
             except Exception as error:  # a row that fails is a finding of its own; the others still tell
-                failures[row.name] = f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                failures[row.name] = _failure(error)
+            if row.name in failures:  # only out here are the frames that held its tensors gone
+                gc.collect()
                 torch.cuda.empty_cache()  # noqa: TID251
     middle = {name: statistics.median(values) if values else 0.0 for name, values in spent.items()}
     return [Timed(row, middle[row.name], extra.get(row.name, 0), failures.get(row.name)) for row in rows]
 
 
-def _extra_bytes(run: Callable[[], object]) -> int:
+def _failure(error: Exception) -> str:
+    return f"FAILED {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def _extra_bytes(row: Row) -> int:
     """Also the warm-up: kernels are compiled here."""
+    row.question.hidden.grad = row.question.weight.grad = None  # else they would be freed while it is measured
     torch.cuda.synchronize()  # noqa: TID251
     torch.cuda.reset_peak_memory_stats()  # noqa: TID251
     before = torch.cuda.memory_allocated()  # noqa: TID251
-    run()
+    row.run()
     torch.cuda.synchronize()  # noqa: TID251
     return torch.cuda.max_memory_allocated() - before  # noqa: TID251
 
@@ -222,7 +235,7 @@ def _passes(vocab_size: int) -> list[dict[str, Any]]:
                 line["ms"] = _pass_milliseconds(Passes, name, vocab_size)
                 line["tb_per_s"] = wanted * CHUNK * vocab_size / line["ms"] / 1e9
             except Exception as error:  # as above
-                line["failed"] = f"FAILED {type(error).__name__}: {str(error).splitlines()[0][:120]} | "
+                line["failed"] = f"{_failure(error)} | "
             found.append(line)
     return found
 

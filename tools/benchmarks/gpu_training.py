@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -19,13 +20,15 @@ from made_up import describe_made_up, prepare_made_up
 from megadiff.errors import MegadiffError, PlatformError, run_command
 from megadiff.model import cost
 from megadiff.parallel.row_report import metrics_of
-from megadiff.platform.machine import detect
+from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
 from megadiff.run_config import RunConfig
 
 with quiet():
     from megadiff import build
+    from megadiff.model.kernels import describe_kernels
     from megadiff.parallel.topology import process_group
+    from megadiff.prepared import machine_for
 
 _EPILOG = """examples:
   python tools/benchmarks/gpu_training.py --output results
@@ -35,7 +38,9 @@ Each line is a run of its own through megadiff's wiring, on made-up rows: AdamW,
 tokens, no recomputation where it fits. Model FLOPs are counted in full, a token's attention over its whole row
 included and the head at every position, also where masked noise does not compute it (`cost.training_flops_per_token`);
 recomputation never counts. MFU is the share of the datasheet's 989 TFLOP/s (dense bf16, also for FP8), "of ceiling"
-that of a large bf16 product measured in the same run. A microbatch that does not fit in memory is halved.
+that of a large bf16 product measured in the same run. A microbatch that does not fit in memory is halved. The last
+column says which kernels ran; FP8 that did not reach a layer is a failure. A run that would not end in time is left
+out, which is no failure, nor is FP8 without Transformer Engine.
 """
 
 _DATASHEET = 989.0
@@ -54,11 +59,41 @@ class Model:
 
 
 MODELS = {
-    "1.7b": Model(28, 2048, 16, 50304, 16),
+    "1.7b": Model(28, 2048, 16, 50304, 8),
     "l20-d1536": Model(20, 1536, 12, 131072, 16),
-    "3b": Model(19, 3072, 24, 131072, 8),
+    "3b": Model(19, 3072, 24, 131072, 4),
+    "tiny": Model(2, 128, 2, 512, 2),
 }
 PRECISIONS = ("bf16", "tensorwise", "delayed", "blockwise")
+_UNTIMED = 3
+"""First steps of a run, in which kernels are compiled and memory is found."""
+
+
+class LateError(Exception):
+    """The time was over before enough steps were timed."""
+
+
+class Clock:
+    """What is left of the time, and what a run will take of it, judged by the one before."""
+
+    def __init__(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+        self._setup = 15.0
+        self._flops_per_second = 250e12
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def wanted(self, flops: float) -> float:
+        """Seconds a run of so many FLOPs will probably take."""
+        return self._setup + flops / self._flops_per_second
+
+    def learn(self, *, seconds: float, flops: float, flops_per_second: float) -> None:
+        """A run took so long with all around it, at that rate in its timed steps."""
+        self._flops_per_second = flops_per_second
+        self._setup = max(0.0, seconds - flops / flops_per_second)
 
 
 def main() -> None:
@@ -66,95 +101,128 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "tensorwise", "delayed"])
+    usual = [name for name in MODELS if name != "tiny"]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=usual, help="`tiny` tries the script itself")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--noise", default="balanced", help="noise.shift (default balanced)")
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed (default 8)")
     parser.add_argument("--accumulation", type=int, default=2, help="microbatches of a step (default 2)")
-    parser.add_argument("--seconds", type=float, default=240.0, help="begin no further run after this long")
+    parser.add_argument("--seconds", type=float, default=240.0, help="leave out what would end later (default 240)")
+    parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script itself")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for training.json (default: here)")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():  # noqa: TID251
+    clock = Clock(arguments.seconds)
+    on_gpu = arguments.platform == "cuda"
+    if on_gpu and not torch.cuda.is_available():  # noqa: TID251
         raise PlatformError("these figures need a CUDA device and torch sees none here")
-    began = time.monotonic()
-    ceiling = product_ceiling()
-    print(f"ceiling: {ceiling:.0f} TFLOP/s, bf16 8192^3 in this run\n")
-    print("| model | precision | microbatch | tokens/s | TFLOP/s | MFU | of ceiling | peak GiB | loss |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    ceiling = product_ceiling() if on_gpu else None
+    if ceiling is not None:
+        print(f"ceiling: {ceiling:.0f} TFLOP/s, bf16 8192^3 in this run\n")
+    print("| model | precision | microbatch | tokens/s | TFLOP/s | MFU | of ceiling | peak GiB | loss | kernels |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     lines = []
-    for precision in arguments.precisions:
-        for name in arguments.models:
+    for name in arguments.models:
+        for precision in arguments.precisions:
             if precision != "bf16" and find_spec("transformer_engine") is None:
-                line: dict[str, Any] = {"failed": "Transformer Engine is not installed"}
-            elif time.monotonic() - began > arguments.seconds:
-                line = {"failed": f"left out: {arguments.seconds:.0f} s were over"}
+                line: dict[str, Any] = {"skipped": "Transformer Engine cannot be imported"}
             else:
-                line = _survived(MODELS[name], precision, arguments)
+                line = _survived(MODELS[name], precision, arguments, clock)
             lines.append({"model": name, "precision": precision, **line})
             print(_row(lines[-1], ceiling), flush=True)
             (arguments.output / "training.json").write_text(json.dumps({"ceiling": ceiling, "runs": lines}, indent=1))
+    if lost := [f"{line['model']} {line['precision']}" for line in lines if "failed" in line]:
+        raise MegadiffError(f"no figure for {', '.join(lost)}; the lines above say why")
 
 
-def _survived(model: Model, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def _survived(model: Model, precision: str, arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """The run's figures, with the largest power-of-two part of the microbatch that fits, or why there are none."""
     micro = model.micro_sequences
     while True:
         try:
-            return _measured(model, precision, micro, arguments)
+            return _measured(model, precision, micro, arguments, clock)
         except torch.OutOfMemoryError:
             if micro == 1:
                 return {"failed": "out of memory with one row"}
-            micro //= 2
+            micro //= 2  # the next try begins outside this block, where the failed one's frames are gone
+        except LateError as error:
+            return {"skipped": str(error)}
         except MegadiffError as error:
             return {"failed": str(error)}
         except Exception as error:  # one run that fails must not take the others' figures with it
-            return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        torch.cuda.empty_cache()  # noqa: TID251
+            return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
-def _measured(model: Model, precision: str, micro: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def _measured(model: Model, precision: str, micro: int, arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
+    gc.collect()  # the hooks of the model before are cycles, which hold it whole until they are found
+    torch.cuda.empty_cache()  # noqa: TID251
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         config = _description(Path(folder), model, precision, micro, arguments)
-        platform = detect("cuda")
+        flops = (arguments.steps + _UNTIMED) * config.tokens_per_step * _flops_per_token(config, model)
+        if clock.wanted(flops) > clock.left:
+            raise LateError(f"would take {clock.wanted(flops):.0f} s and {max(0.0, clock.left):.0f} s are left")
+        platform = machine_for(config)
         with process_group(platform, alone=True):
             platform.prepare_megatron()
             with quiet():
                 run = build.wire(prepare_made_up(config, vocab_size=model.vocab_size), platform)
             try:
-                return _timed(run, config, model, arguments.steps)
+                found = _timed(run, config, model, platform, arguments.steps, clock)
             finally:
                 run.close()
+            _check_precision(run, precision)
+        done = (len(found["seconds"]) + _UNTIMED) * config.tokens_per_step * found["flops_per_token"]
+        clock.learn(seconds=time.monotonic() - began, flops=done, flops_per_second=found["tflops"] * 1e12)
+        return {**found, "kernels": describe_kernels(config.parallel, config.precision, platform)}
 
 
-def _timed(run: Any, config: RunConfig, model: Model, steps: int) -> dict[str, Any]:
-    torch.cuda.reset_peak_memory_stats()  # noqa: TID251
+def _check_precision(run: Any, precision: str) -> None:
+    """Refuse figures of another precision than they would be printed under; layers know how they last computed."""
+    modules = [module for chunk in run.step.chunks for module in chunk.modules()]
+    in_fp8 = sum(bool(getattr(module, "fp8", False)) for module in modules)
+    if (in_fp8 > 0) != (precision != "bf16"):
+        raise PlatformError(f"precision {precision} was asked for and {in_fp8} modules computed in FP8")
+
+
+def _flops_per_token(config: RunConfig, model: Model) -> float:
+    return cost.training_flops_per_token(config.shape(vocab_size=model.vocab_size))
+
+
+def _timed(run: Any, config: RunConfig, model: Model, platform: Platform, steps: int, clock: Clock) -> dict[str, Any]:
+    if not platform.is_cpu:
+        torch.cuda.reset_peak_memory_stats()  # noqa: TID251
     count = config.batch.global_sequences // config.batch.micro_sequences
     seconds, loss = [], float("nan")
-    for number in range(steps + 3):
+    for number in range(steps + _UNTIMED):
+        if clock.left < 0:  # three timed steps are a figure too
+            if len(seconds) >= min(3, steps):
+                break
+            raise LateError(f"the time was over after {number} of {steps + _UNTIMED} steps")
         rows = [next(run.rows) for _ in range(count)]
-        torch.cuda.synchronize()  # noqa: TID251
+        platform.synchronize()
         began = time.perf_counter()
         taken = run.step(rows, config.optimizer.lr)
-        torch.cuda.synchronize()  # noqa: TID251
-        if number >= 3:
+        platform.synchronize()
+        if number >= _UNTIMED:
             seconds.append(time.perf_counter() - began)
         loss = metrics_of(taken.total.tolist())["loss"]
     tokens = config.tokens_per_step / statistics.median(seconds)
-    flops = cost.training_flops_per_token(config.shape(vocab_size=model.vocab_size))
+    flops = _flops_per_token(config, model)
     return {
         "micro_sequences": config.batch.micro_sequences,
         "tokens_per_s": tokens,
         "tflops": tokens * flops / 1e12,
         "flops_per_token": flops,
         "seconds": seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,  # noqa: TID251
+        "peak_gib": platform.peak_bytes() / 2**30,
         "loss": loss,
     }
 
 
 def _description(folder: Path, model: Model, precision: str, micro: int, arguments: argparse.Namespace) -> RunConfig:
     tree = {
-        "platform": "cuda",
+        "platform": arguments.platform,
         "model": {
             "layers": model.layers, "hidden": model.hidden, "heads": model.heads, "seq_length": _SEQ_LENGTH,
             "qk_norm": "head",
@@ -169,14 +237,17 @@ def _description(folder: Path, model: Model, precision: str, micro: int, argumen
     return describe_made_up(folder, tree, vocab_size=model.vocab_size)
 
 
-def _row(line: dict[str, Any], ceiling: float) -> str:
+def _row(line: dict[str, Any], ceiling: float | None) -> str:
     head = f"| {line['model']} | {line['precision']} |"
     if "failed" in line:
-        return f"{head} FAILED: {line['failed']} | | | | | | |"
+        return f"{head} FAILED: {line['failed']} | | | | | | | |"
+    if "skipped" in line:
+        return f"{head} left out: {line['skipped']} | | | | | | | |"
     tflops = line["tflops"]
+    of_ceiling = "" if ceiling is None else f"{tflops / ceiling:.1%}"
     return (
         f"{head} {line['micro_sequences']} | {line['tokens_per_s']:,.0f} | {tflops:.0f} | {tflops / _DATASHEET:.1%} | "
-        f"{tflops / ceiling:.1%} | {line['peak_gib']:.1f} | {line['loss']:.3f} |"
+        f"{of_ceiling} | {line['peak_gib']:.1f} | {line['loss']:.3f} | {line['kernels']} |"
     )
 
 
