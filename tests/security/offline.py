@@ -1,7 +1,7 @@
 """Import every module of the package, train as the command does, and list what Python tried to connect to.
 
 Run as a program: `python -m tests.security.offline --config F`; what the command prints comes first, then two lines,
-`connections` and `unimported`, each with a JSON list.
+`connections` with a JSON list, and `unimported` with the package that each such module lacks.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ def watch_connections(note: Callable[[str], object]) -> None:
     sys.addaudithook(hook)
 
 
-def import_everything() -> list[str]:
-    """Modules that could not be imported for want of an optional package."""
+def import_everything() -> dict[str, str]:
+    """The modules that could not be imported for want of an optional package, and which."""
     import megadiff
 
-    missing = []
+    missing = {}
     for module in pkgutil.walk_packages(megadiff.__path__, "megadiff."):
         try:
             importlib.import_module(module.name)
         except ImportError as error:
-            if (error.name or "").partition(".")[0] not in OPTIONAL:
+            package = (error.name or "").partition(".")[0]
+            if package not in OPTIONAL:
                 raise
-            missing.append(module.name)
+            missing[module.name] = package
     return missing
 
 
