@@ -64,6 +64,7 @@ class StopRequest:
         self._lead_s = config.lead_s
         self._end = _job_end(environ.get("SLURM_JOB_END_TIME"))
         self._reason: str | None = None
+        self._settling = threading.Lock()
         self._look_again = 0.0
         self._first_end_signal: float | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -97,8 +98,8 @@ class StopRequest:
         Costs well under a microsecond, but for a look at the stop file every `FILE_EVERY_S` on the main rank. Ranks may
         answer differently at one moment; they have to agree before they act.
         """
-        if self._reason is None:
-            self._reason = self._from_clock() or self._from_file()
+        if self._reason is None and (found := self._from_clock() or self._from_file()):
+            self._settle(found)
         return self._reason
 
     def honoured(self) -> None:
@@ -127,8 +128,13 @@ class StopRequest:
                 if number in SIGNALS:
                     self._hear(signal.Signals(number))
 
+    def _settle(self, reason: str) -> None:
+        """The first reason stays, whoever finds it: a signal may be heard while the stop file is looked for."""
+        with self._settling:
+            self._reason = self._reason or reason
+
     def _hear(self, number: signal.Signals) -> None:
-        self._reason = self._reason or number.name
+        self._settle(number.name)
         if number not in _CODES:
             return
         now = time.monotonic()

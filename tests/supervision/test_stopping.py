@@ -92,6 +92,18 @@ def test_a_signal_counts_while_the_main_thread_is_in_c_code(tmp_path):
     process.communicate(timeout=10)
 
 
+def test_a_signal_heard_while_the_stop_file_is_looked_for_is_not_forgotten(tmp_path, monkeypatch):
+    """The look at a shared disk may take long, and lets the listening thread run."""
+    stop = StopRequest(StopConfig(), tmp_path, is_main=True)
+
+    def slow_look(path):
+        stop._hear(signal.SIGUSR2)
+        return False
+
+    monkeypatch.setattr("megadiff.supervision.stopping.os.path.lexists", slow_look)
+    assert stop.reason() == "SIGUSR2"
+
+
 def test_usr2_may_be_repeated_and_a_term_after_it_is_the_first(tmp_path):
     process = program(tmp_path, UNTIL_ASKED.format(more=4))
     process.send_signal(signal.SIGUSR2)
