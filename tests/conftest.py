@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.support.cuda_build import imitate_where_asked
+
+imitate_where_asked()
 torch.set_num_threads(1)  # ranks are forked from here; a thread pool would not survive that
 
 
