@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.objective import Terms, gidd_objective
+from megadiff.diffusion.objective import Terms, _minus_log1p, gidd_objective
 from megadiff.diffusion.snr import UniformRate
 from tests.diffusion.dense import LOGITS, dense_objective, f64, read_csv
 
@@ -197,3 +198,17 @@ def test_shapes_that_do_not_agree_are_refused():
         gidd_objective(logits, ids, ids, torch.zeros(2), mixing=mixing)
     with pytest.raises(ValueError, match=r"logits must have shape \(2, 3, 5\)"):
         gidd_objective(torch.zeros(2, 3, 4), ids, ids, lam, mixing=mixing)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-5)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_small_arguments_of_the_itakura_saito_term_lose_no_digits(dtype, tolerance, sign):
+    """Compare with 50 digits: e - log1p(e) is about e^2 / 2, so a plain difference would lose all of them."""
+    sizes = [*(10.0**power for power in range(-12, 0)), 0.0199, 0.0201]
+    arguments = sign * torch.tensor(sizes, dtype=dtype)
+    found = _minus_log1p(arguments, torch.log1p(arguments))
+    for argument, value in zip(arguments.tolist(), found.tolist(), strict=True):
+        with localcontext() as context:
+            context.prec = 50
+            exact = Decimal(argument) - (1 + Decimal(argument)).ln()
+        assert value == pytest.approx(float(exact), rel=tolerance), argument

@@ -47,12 +47,13 @@ def test_rms_norm_takes_its_statistic_in_float32_and_answers_in_the_inputs_type(
     assert torch.equal(found, torch.ones(1, 4096, dtype=torch.bfloat16))
 
 
-def test_all_heads_norm_takes_one_statistic_over_all_heads():
-    norm = AllHeadsRMSNorm(settings(), WIDTH)
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_all_heads_norm_takes_one_statistic_over_all_heads(eps):
+    norm = AllHeadsRMSNorm(settings(), WIDTH, eps=eps)
     x, offset = drawn(SEQUENCE, BATCH, HEADS, WIDTH), drawn(HEADS * WIDTH, seed=1)
     norm.weight.data = torch.from_numpy(offset).float()
     found = norm(torch.from_numpy(x).float())
-    wanted = formula(x.reshape(SEQUENCE, BATCH, -1), offset, 1e-6).reshape(x.shape)
+    wanted = formula(x.reshape(SEQUENCE, BATCH, -1), offset, eps).reshape(x.shape)
     np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=2e-6, atol=1e-6)
     assert norm(torch.from_numpy(x).bfloat16()).dtype == torch.bfloat16
 
