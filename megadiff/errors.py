@@ -6,14 +6,26 @@ Everything that is not one of these is our own bug and keeps its stack trace.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from typing import Any
+
+_MAX_LINES, _HEAD, _TAIL = 200, 3000, 800
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class MegadiffError(Exception):
-    """A mistake a user can mend; the command ends with its exit code, 2 for most, and the message alone."""
+    """A mistake a user can correct; the command ends with its exit code, 2 for most, and the message alone.
+
+    The message is kept printable and bounded, whatever a file gave it to quote: a line of more than a few thousand
+    characters loses its middle, and control characters are written as escapes.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_bounded(str(message)))
 
 
 class ConfigError(MegadiffError):
@@ -48,6 +60,28 @@ class TrainingError(MegadiffError):
     """A run that cannot go on, such as one whose loss is no longer finite."""
 
     exit_code = 5
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """Return a value that was found in a file as a message quotes it, of about `limit` characters at most."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value[: limit + 1]) if isinstance(value, str) else str(value)
+    return text if len(text) <= limit + 2 else f"{text[:limit]}..."
+
+
+def _bounded(message: str) -> str:
+    """The message without its excess and with control characters escaped; its lines stay lines."""
+    kept = message.split("\n", _MAX_LINES)[:_MAX_LINES]
+    cut = [
+        line if len(line) <= _HEAD + _TAIL else f"{line[:_HEAD]} ... [{len(line):,} characters] ... {line[-_TAIL:]}"
+        for line in kept
+    ]
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], "\n".join(cut))
 
 
 def run_command(main: Callable[[], None]) -> None:

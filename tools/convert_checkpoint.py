@@ -121,6 +121,8 @@ def _import(arguments: argparse.Namespace) -> None:
             seq_length=arguments.seq_length,
             on_tensor=say,
         )
+    if not found.is_checked:
+        print(f"{arguments.input} has no checksums.sha256, so its files were taken as they are")
     print(
         f"{found.folder}: {found.parameters:,} parameters, ready for checkpoint.start_from and tools/evaluate.py; the "
         "optimizer's moments are not in such a folder, so a run begins at step 0 with new ones"

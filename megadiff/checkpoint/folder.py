@@ -5,6 +5,7 @@ Only names that a run writes are ever touched, and never what a symlink points a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
@@ -12,12 +13,15 @@ from pathlib import Path
 
 from megadiff.checkpoint.durable import entry_of, sync
 from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, Manifest, read_manifest
+from megadiff.checkpoint.path_kinds import no_checkpoint, what_it_is
 from megadiff.errors import CheckpointError
+from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_STEP_FOLDER = re.compile(r"step_(\d{8,18})")
 _STAGING = re.compile(r"\.step_\d{8,}\.tmp")
 _SET_ASIDE = re.compile(r"step_\d{8,}\.bad(\.\d+)?")
 _LOOKS, _PAUSE_S = 3, 1.0
+_MAX_HINT_BYTES = 200
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -60,15 +64,18 @@ def chosen(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / FILE_NAME).is_file():
+    if os.path.isfile(path / FILE_NAME):
         return path
     newest = newest_complete(path)
-    if newest is None:
-        what = "no such folder" if not path.exists() else "no complete checkpoint in it"
-        raise CheckpointError(
-            f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
-        )
-    return newest
+    if newest is not None:
+        return newest
+    kind = what_it_is(path)
+    if kind == "a Hugging Face folder":
+        raise CheckpointError(no_checkpoint(path))
+    what = "no complete checkpoint in it" if os.path.isdir(path) else kind.replace("file or ", "")
+    raise CheckpointError(
+        f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
+    )
 
 
 def damaged(run_folder: Path) -> list[Path]:
@@ -190,8 +197,8 @@ def _set_aside(run_folder: Path) -> list[Path]:
 def _hinted_step(run_folder: Path) -> int | None:
     path = run_folder / "LATEST"
     try:
-        text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    except OSError:
+        text = read_bytes(path, max_bytes=_MAX_HINT_BYTES).decode("utf-8", "replace").strip()
+    except (OSError, UnreadableFileError):
         return None
     match = _STEP_FOLDER.fullmatch(text)
     return int(match[1]) if match else None

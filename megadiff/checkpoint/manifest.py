@@ -10,12 +10,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megadiff.checkpoint.path_kinds import MANIFEST_NAME, no_checkpoint
 from megadiff.errors import CheckpointError, ConfigError
+from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 FORMAT = 2
 """Version of the manifest; a change of meaning raises it. 2: the manifest has a checksum of its own."""
 
-FILE_NAME = "manifest.json"
+FILE_NAME = MANIFEST_NAME
 SUM_NAME = "manifest.sha256"
 """The manifest's own checksum, as `sha256sum --check` reads it."""
 
@@ -111,18 +113,12 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / FILE_NAME
     try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is damaged: it is no plain file; take another checkpoint of the run")
-        if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(
-                f"{path} is damaged: {path.stat().st_size:,} bytes; take another checkpoint of the run"
-            )
-        text = path.read_bytes()
+        text = read_bytes(path, max_bytes=_MAX_BYTES)
         manifest = Manifest.model_validate_json(text)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint: it has no {FILE_NAME}; give a step_* folder written by a run"
-        ) from None
+        raise CheckpointError(no_checkpoint(folder)) from None
+    except UnreadableFileError as error:
+        raise CheckpointError(f"{path} is damaged: it {error}; take another checkpoint of the run") from None
     except (ValidationError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is damaged ({first}); take another checkpoint of the run") from None
@@ -137,7 +133,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_sum(path: Path, text: bytes) -> None:
     wanted = f"{hashlib.sha256(text).hexdigest()}  {FILE_NAME}\n".encode()
     sum_path = path.with_name(SUM_NAME)
-    found = sum_path.read_bytes() if sum_path.is_file() else b""
+    try:
+        found = read_bytes(sum_path, max_bytes=len(wanted) + 1)
+    except (FileNotFoundError, UnreadableFileError):
+        found = b""
     if found != wanted:
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 is not the one in {SUM_NAME}; take another checkpoint of the run"

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadiff.checkpoint.durable import entry_of, sync, write_durably
+from megadiff.checkpoint.durable import sync
 from megadiff.checkpoint.folder import chosen, verify_files
-from megadiff.checkpoint.manifest import FileEntry, Manifest
+from megadiff.checkpoint.manifest import Manifest
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export import huggingface
+from megadiff.export.checksums import write_checksums
+from megadiff.export.folder_files import CONFIG, TRAINING
 from megadiff.export.model_card import model_card
 from megadiff.export.released_config import config_of
 from megadiff.export.shipped_tokenizer import write_tokenizer
@@ -29,8 +31,6 @@ from megadiff.export.weights import TrainingTensor, training_tensors
 from megadiff.model.config import ModelConfig
 from megadiff.sampling import standalone
 
-CHECKSUMS = "checksums.sha256"
-TRAINING = "training.json"
 CODE = ("configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py")
 """The shipped files of `megadiff.export.huggingface`."""
 SAMPLER = "sampling_gidd.py"
@@ -89,7 +89,7 @@ def export(
         parameters = sum(torch.Size(tensor.shape).numel() for tensor in weights.planned)
         stored = str(weights.planned[0].dtype).removeprefix("torch.")
         _write_code(staging)
-        _write_json(staging / "config.json", config_of(manifest, text, dtype=stored))
+        _write_json(staging / CONFIG, config_of(manifest, text, dtype=stored))
         _write_json(staging / "generation_config.json", _generation_config(manifest, text))
         _write_json(staging / TRAINING, _training(manifest))
         names = write_tokenizer(staging, text, source, row_length=weights.model.seq_length)
@@ -102,7 +102,7 @@ def export(
             has_fast_tokenizer="tokenizer.json" in names,
         )
         (staging / "README.md").write_text(card, encoding="utf-8")
-        _write_checksums(staging, entries)
+        write_checksums(staging, entries)
     return Exported(output, folder, len(weights.planned), parameters, sum(tensor.bytes for tensor in weights.planned))
 
 
@@ -237,10 +237,3 @@ def _training(manifest: Manifest) -> dict[str, Any]:
 def _metrics_of(folder: Path) -> Path | None:
     found = folder.resolve().parent.parent / "metrics.jsonl"
     return found if folder.resolve().parent.name == "checkpoints" and found.is_file() else None
-
-
-def _write_checksums(folder: Path, known: dict[str, FileEntry]) -> None:
-    """In the format of `sha256sum`."""
-    names = sorted(path.name for path in folder.iterdir())
-    lines = [f"{(known.get(name) or entry_of(folder / name)).sha256}  {name}\n" for name in names]
-    write_durably(folder / CHECKSUMS, "".join(lines))

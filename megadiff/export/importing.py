@@ -6,7 +6,7 @@ names. Only safetensors are read, and no code of the folder is run.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,23 +14,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 import megadiff
-from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FORMAT, Manifest
+from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig
-from megadiff.errors import CheckpointError
-from megadiff.export.export import CHECKSUMS, TRAINING, staged
-from megadiff.export.next_token_source import next_token_dtype, next_token_model, read_next_token
-from megadiff.export.released_config import conditioning_from, model_from, model_keys, noise_from
+from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
+from megadiff.errors import CheckpointError, shown
+from megadiff.export.checksums import Checksums
+from megadiff.export.export import staged
+from megadiff.export.folder_files import CONFIG, TRAINING, check_files, plain_file
+from megadiff.export.next_token_source import NextTokenSource, next_token_dtype
+from megadiff.export.released_config import (
+    ReleasedConfig,
+    agree,
+    conditioning_from,
+    first_complaint,
+    model_from,
+    model_keys,
+    noise_from,
+    read_released,
+)
 from megadiff.export.training_checkpoint import write_training_checkpoint
 from megadiff.export.weight_files import WeightFiles
 from megadiff.export.weights import TrainingTensor, released_shapes, training_tensors
 from megadiff.model.config import ModelConfig
+from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
+
+_MAX_BYTES = 2**23
+"""Size of a `config.json` or `training.json`; such files have a few thousand bytes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,29 @@ class Imported:
     model: ModelConfig
     manifest: Manifest
     parameters: int
+    is_checked: bool
+    """Whether the folder brought checksums, which its files then have."""
+
+
+class _TrainingSections(BaseModel):
+    """Parts of the run's configuration that a checkpoint made of its export repeats."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: ModelConfig
+    noise: NoiseConfig
+    conditioning: ConditioningConfig
+    objective: ObjectiveConfig
+    data: dict[str, Any]
+
+
+class _Training(BaseModel):
+    """`training.json`, which our own export adds."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    config: _TrainingSections
+    tokenizer_fingerprint: str | None = Field(default=None)
 
 
 @dataclass(frozen=True)
@@ -49,16 +87,14 @@ class _Source:
 
     folder: Path
     config: dict[str, Any]
-    training: dict[str, Any] | None
-    """What our own export says of the run."""
-
-    @property
-    def is_gidd(self) -> bool:
-        return self.config.get("model_type") == "gidd"
+    released: ReleasedConfig | None
+    """The keys of a GIDD folder; None of an autoregressive one."""
+    training: _Training | None
+    """What our own export adds about the run."""
 
     @property
     def where(self) -> str:
-        return str(self.folder / "config.json")
+        return str(self.folder / CONFIG)
 
 
 def import_folder(
@@ -71,8 +107,11 @@ def import_folder(
 ) -> Imported:
     """Write `output`, a checkpoint of step 0 without optimizer state, whole or not at all.
 
+    What can be refused without reading the weights is refused before they are read. Nothing is built or counted from
+    the configuration before it agrees with the sizes in the weight files' own headers.
+
     Args:
-        folder: the Hugging Face folder; its checksums are checked where it has them.
+        folder: the Hugging Face folder; where it has checksums, every file that they list is compared.
         output: must not exist, or be empty.
         tokenizer: path to use instead of the folder's own.
         seq_length: row length to train with, instead of the folder's.
@@ -83,19 +122,25 @@ def import_folder(
         ConfigError: `output` holds something.
         DataError: the tokenizer cannot be read.
     """
+    _check_folder(folder)
+    sums = Checksums(folder)
+    sums.compare(weights=False)
     source = _source(folder)
-    _verify_checksums(folder)
     with WeightFiles(folder) as files:
-        model = _model(source, files)
+        next_token = None if source.released else NextTokenSource(source.config, files, where=source.where)
+        model = next_token.model if next_token else _model(source)
+        text, said = _tokenizer(source, tokenizer)
+        if next_token is not None:
+            vocab_size = next_token.vocab_size(text)
+        else:
+            vocab_size = _vocab_size(source, text)
+            _check_shapes(source, files, model, vocab_size)
         if seq_length is not None:
             model = model.model_copy(update={"seq_length": seq_length})
-        text, said = _tokenizer(source, tokenizer)
-        vocab_size = _vocab_size(source, text)
-        tensors = list(training_tensors(model, vocab_size=vocab_size))
-        if source.is_gidd:
-            _check_shapes(source, files, model, vocab_size)
         manifest = _manifest(source, model, text, said, vocab_size)
-        fetch = _Fetch(source, files, on_tensor)
+        sums.compare(weights=True)
+        tensors = list(training_tensors(model, vocab_size=vocab_size))
+        fetch = _Fetch(next_token, files, on_tensor)
         with staged(output) as staging:
             write_training_checkpoint(
                 staging,
@@ -106,20 +151,23 @@ def import_folder(
                 manifest=manifest,
             )
     shapes = released_shapes(model, vocab_size=vocab_size)
-    return Imported(output, model, manifest, sum(torch.Size(shape).numel() for shape in shapes.values()))
+    parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return Imported(output, model, manifest, parameters, sums.exists)
 
 
 class _Fetch:
     """Training tensors out of the folder's files."""
 
-    def __init__(self, source: _Source, files: WeightFiles, on_tensor: Callable[[str], None]) -> None:
-        self._source, self._files, self._on_tensor = source, files, on_tensor
+    def __init__(
+        self, next_token: NextTokenSource | None, files: WeightFiles, on_tensor: Callable[[str], None]
+    ) -> None:
+        self._next_token, self._files, self._on_tensor = next_token, files, on_tensor
         self._dtypes: dict[str, torch.dtype] = {}
 
     def __call__(self, tensor: TrainingTensor) -> Tensor:
         self._on_tensor(tensor.released[0])
-        if not self._source.is_gidd:
-            found = read_next_token(tensor, self._files, self._source.config)
+        if self._next_token is not None:
+            found = self._next_token.read(tensor)
         elif tensor.heads:
             rows = [self._files.read(name).unflatten(0, (tensor.heads, -1)) for name in tensor.released]
             found = torch.stack(rows, dim=1).flatten(0, 2)
@@ -130,75 +178,65 @@ class _Fetch:
         return torch.cat([found, found.new_zeros(dead, *found.shape[1:])]) if dead else found.contiguous()
 
     def dtype(self, tensor: TrainingTensor) -> torch.dtype:
-        """What a tensor is written in: as it is stored, all blocks' alike."""
+        """Return what a tensor is written in: as it is stored, all blocks' alike."""
         if tensor.key not in self._dtypes:
             stored = self._files.dtype(tensor.released[0]) if self._has(tensor) else torch.float32
-            self._dtypes[tensor.key] = stored if self._source.is_gidd else next_token_dtype(tensor, stored)
+            self._dtypes[tensor.key] = next_token_dtype(tensor, stored) if self._next_token else stored
         return self._dtypes[tensor.key]
 
     def _has(self, tensor: TrainingTensor) -> bool:
         return tensor.released[0] in self._files.shapes
 
 
-def _source(folder: Path) -> _Source:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; give one with config.json and safetensors weights")
-    config = _json(folder / "config.json")
-    if config is None:
-        raise CheckpointError(f"{folder} has no config.json; give a folder that save_pretrained or an export wrote")
-    return _Source(folder, config, _training(folder / TRAINING))
-
-
-def _training(path: Path) -> dict[str, Any] | None:
-    """What our own export says of the run; None where the folder is another's."""
-    found = _json(path)
-    if found is None:
-        return None
-    try:
-        ModelConfig.model_validate(found["config"]["model"])
-        names = ("noise", "conditioning", "objective", "data")
-        strange = [name for name in names if not isinstance(found["config"][name], dict)]
-        if strange or "name" not in found["config"]["objective"]:
-            raise TypeError(f"{(*strange, 'objective')[0]} is no such section")
-    except (KeyError, TypeError, ValidationError) as error:
-        what = " ".join(str(error).splitlines()[:2])
+def _check_folder(folder: Path) -> None:
+    """Refuse what is no Hugging Face folder, by what it is instead."""
+    if not os.path.isdir(folder):
         raise CheckpointError(
-            f"{path} is damaged ({what}); fetch it again, or move it away to go by config.json alone"
-        ) from None
-    return found
+            f"{folder} is {what_it_is(folder)}; give a folder with {CONFIG} and safetensors weights, such as "
+            "save_pretrained or an export wrote"
+        )
+    check_files(folder)
+    if plain_file(folder, CONFIG) is None:
+        raise CheckpointError(
+            f"{folder} has no {CONFIG}: it is {what_it_is(folder)}; give one that save_pretrained or an export wrote"
+        )
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _source(folder: Path) -> _Source:
+    config = _json(folder, CONFIG)
+    assert config is not None
+    is_gidd = config.get("model_type") == "gidd"
+    released = read_released(config, where=str(folder / CONFIG)) if is_gidd else None
+    return _Source(folder, config, released, _training(folder))
+
+
+def _training(folder: Path) -> _Training | None:
+    """What our own export adds about the run; None where the folder is another's."""
+    found = _json(folder, TRAINING)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is no JSON object; fetch it again")
-    return found
+        return None if found is None else _Training.model_validate(found)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{folder / TRAINING} is damaged ({first_complaint(error)}); fetch it again, or move it away to go by "
+            f"{CONFIG} alone"
+        ) from None
 
 
-def _verify_checksums(folder: Path) -> None:
-    """safetensors notices a cut file but no flipped bit."""
-    path = folder / CHECKSUMS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        digest, _, name = line.partition("  ")
-        target = folder / Path(name).name
-        if not target.is_file():
-            raise CheckpointError(f"{target} is missing, which {CHECKSUMS} lists; fetch the folder again")
-        if name.endswith(".safetensors") and entry_of(target).sha256 != digest:
-            raise CheckpointError(f"{target} is damaged: its content is not what {CHECKSUMS} says; fetch it again")
+def _json(folder: Path, name: str) -> dict[str, Any] | None:
+    """The object in a file of the folder; None where there is no such file."""
+    path = plain_file(folder, name)
+    try:
+        return None if path is None else read_json_object(path, max_bytes=_MAX_BYTES)
+    except (UnreadableFileError, OSError) as error:
+        raise CheckpointError(f"{path} {why(error)}; fetch it again") from None
 
 
-def _model(source: _Source, files: WeightFiles) -> ModelConfig:
-    if not source.is_gidd:
-        return next_token_model(source.config, files.shapes, where=source.where)
-    model = model_from(source.config, where=source.where)
+def _model(source: _Source) -> ModelConfig:
+    assert source.released is not None
+    model = model_from(source.released, where=source.where)
     if source.training is None:
         return model
-    trained = ModelConfig.model_validate(source.training["config"]["model"])
+    trained = source.training.config.model
     # config.json is what a person may have edited; where both say the same, the run's own words are kept.
     return trained if model_keys(trained) == model_keys(model) or _same_keys(source.config, trained) else model
 
@@ -209,38 +247,41 @@ def _same_keys(config: dict[str, Any], model: ModelConfig) -> bool:
 
 def _tokenizer(source: _Source, given: str | None) -> tuple[Tokenizer, str]:
     """The tokenizer, and what a run calls it."""
-    trained_with = (source.training or {}).get("config", {}).get("data", {}).get("tokenizer")
+    training = source.training
+    trained_with = training.config.data.get("tokenizer") if training else None
     said = given or ("byte" if trained_with == "byte" else str(source.folder.resolve()))
     found = load_tokenizer(said)
-    wanted = (source.training or {}).get("tokenizer_fingerprint")
+    wanted = training.tokenizer_fingerprint if training else None
     if wanted not in (None, found.fingerprint):
         raise CheckpointError(
-            f"{source.folder} was trained with another tokenizer ({wanted}) than {said} ({found.fingerprint}); give "
-            "the first one's path with --tokenizer"
+            f"{source.folder} was trained with another tokenizer ({shown(wanted)}) than {said} ({found.fingerprint}); "
+            "give the first one's path with --tokenizer"
         )
     return found, said
 
 
 def _vocab_size(source: _Source, tokenizer: Tokenizer) -> int:
     """Real ids, the mask among them."""
-    said, mask = source.config.get("vocab_size"), source.config.get("mask_token_id", 3)
-    if not source.is_gidd:
-        return tokenizer.vocab_size
-    if tokenizer.vocab_size != said or tokenizer.mask_id != mask:
+    assert source.released is not None
+    wanted, mask = source.released.vocab_size, source.released.mask_token_id
+    if tokenizer.vocab_size != wanted or tokenizer.mask_id != mask:
         raise CheckpointError(
-            f"{source.where} speaks of {said} ids with the mask {mask}, but the tokenizer {tokenizer.name} has "
+            f"{source.where} speaks of {wanted} ids with the mask {mask}, but the tokenizer {tokenizer.name} has "
             f"{tokenizer.vocab_size} with the mask {tokenizer.mask_id}; give the right one with --tokenizer"
         )
     return tokenizer.vocab_size
 
 
 def _check_shapes(source: _Source, files: WeightFiles, model: ModelConfig, vocab_size: int) -> None:
+    files.check_layers(model.layers, where=source.where)
     wanted, found = released_shapes(model, vocab_size=vocab_size), files.shapes
     for name in sorted(set(wanted) | set(found)):
         if wanted.get(name) != found.get(name):
             what = "is missing" if name not in found else f"has shape {found[name]}"
             want = "no such tensor" if name not in wanted else f"{wanted[name]}"
-            raise CheckpointError(f"{source.folder}: {name} {what}, its config.json wants {want}; fetch it again")
+            raise CheckpointError(
+                f"{source.folder}: {shown(name)[1:-1]} {what}, its config.json wants {want}; fetch it again"
+            )
 
 
 def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, said: str, vocab_size: int) -> Manifest:
@@ -268,19 +309,20 @@ def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, said: s
 
 def _sections(source: _Source) -> dict[str, Any]:
     """Noise, conditioning and objective: the run's own words where our export gave them and still agree."""
-    if not source.is_gidd:
+    if source.released is None:
         return {
             "noise": NoiseConfig().model_dump(mode="json"),
             "conditioning": ConditioningConfig().model_dump(mode="json"),
             "objective": {"name": "ar"},
         }
-    name = "ar" if source.config.get("is_causal") else "gidd"
-    if source.training is not None:
-        kept = {key: source.training["config"][key] for key in ("noise", "conditioning", "objective")}
-        if kept["objective"]["name"] == name:
-            return kept
+    name = "ar" if source.released.is_causal else "gidd"
+    noise = noise_from(source.released, where=source.where)
+    kept = source.training.config if source.training is not None else None
+    if kept is not None and kept.objective.name == name and agree(source.config, kept.noise, kept.conditioning):
+        sections = {"noise": kept.noise, "conditioning": kept.conditioning, "objective": kept.objective}
+        return {key: section.model_dump(mode="json") for key, section in sections.items()}
     return {
-        "noise": noise_from(source.config).model_dump(mode="json"),
-        "conditioning": conditioning_from(source.config).model_dump(mode="json"),
+        "noise": noise.model_dump(mode="json"),
+        "conditioning": conditioning_from(source.released).model_dump(mode="json"),
         "objective": {"name": name},
     }

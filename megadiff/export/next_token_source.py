@@ -8,64 +8,172 @@ and key norms (Qwen 3) are kept. Llama, Mistral and Qwen themselves do not fit: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from megadiff.errors import CheckpointError
+from megadiff.data.tokenizers import Tokenizer
+from megadiff.errors import CheckpointError, shown
+from megadiff.export.released_config import first_complaint
 from megadiff.export.weight_files import WeightFiles
-from megadiff.export.weights import TrainingTensor
+from megadiff.export.weights import TrainingTensor, training_tensors
 from megadiff.model.config import ModelConfig
 
 _NAMES = {"attn_layernorm": "input_layernorm", "mlp_layernorm": "post_attention_layernorm"}
 _NORMS = ("layernorm.weight", "model.norm.weight", "_norm.weight")
+_NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Tables that older programs store beside the weights and that follow from the configuration."""
+
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+
+MOST_ADDED_IDS = 128
+"""Ids that a tokenizer may have beyond the rows of the embedding, such as a mask; they get the mean of the others."""
 
 
-def next_token_model(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, where: str) -> ModelConfig:
-    """The model section that holds this checkpoint.
+class _Keys(BaseModel):
+    """The keys of a `config.json` that are read, strictly typed."""
 
-    Raises:
-        CheckpointError: with every reason why none does.
-    """
-    reasons = _reasons(config, shapes)
-    if reasons:
-        raise CheckpointError(
-            f"{where} ({config.get('model_type', 'no model_type')}) cannot be a starting point: {'; '.join(reasons)}. "
-            "What fits has RMSNorm before each branch, full rotary embeddings, and an ungated relu^2 MLP, as arcee has"
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    hidden_size: int = Field(gt=0, le=2**20)
+    num_hidden_layers: int = Field(gt=0, le=2**16)
+    num_attention_heads: int = Field(gt=0, le=2**16)
+    num_key_value_heads: int | None = Field(default=None, gt=0, le=2**16)
+    intermediate_size: int = Field(gt=0, le=2**24)
+    max_position_embeddings: int = Field(gt=0, lt=2**31)
+    head_dim: int | None = Field(default=None, gt=0, le=2**20)
+    hidden_act: str | None = None
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    rope_theta: float | None = Field(default=None, ge=1, lt=2**53)
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
+    layer_types: list[str] | None = None
+    use_sliding_window: bool | None = None
+    sliding_window: int | None = None
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def theta(self) -> float:
+        """Base of the rotary frequencies; 0 where it is given and no number."""
+        found = self.rope_theta or (self.rope_parameters or {}).get("rope_theta", 10000.0)
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        return found if is_number and 1 <= found < 2**53 else 0.0
+
+    @property
+    def rope_kind(self) -> str:
+        """How rotary frequencies are scaled; `default` where they are not."""
+        rope = self.rope_scaling or self.rope_parameters or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        return shown(kind).strip("'")
+
+    @property
+    def slides(self) -> bool:
+        """Whether some layers attend to a window alone."""
+        if self.layer_types:
+            return "sliding_attention" in self.layer_types
+        return self.use_sliding_window is not False and bool(self.sliding_window)
+
+
+class NextTokenSource:
+    """A checkpoint in the Llama naming that fits, read as tensors of this model."""
+
+    def __init__(self, config: Mapping[str, Any], files: WeightFiles, *, where: str) -> None:
+        """Compare its configuration and the shapes of its weights with what this model can hold.
+
+        Raises:
+            CheckpointError: with every reason why it does not fit, or with the weight that is missing or of another
+                shape than its configuration says.
+        """
+        self._files, self._where = files, where
+        self._keys = _keys(config, where)
+        reasons = _reasons(self._keys, files.shapes)
+        if reasons:
+            raise CheckpointError(
+                f"{where} ({_kind(config)}) cannot be a starting point: {'; '.join(reasons)}. What fits has RMSNorm "
+                "before each branch, full rotary embeddings, and an ungated relu^2 MLP, as arcee has"
+            )
+        files.check_layers(self._keys.num_hidden_layers, where=where)
+        self.model = _model(self._keys, files.shapes, where)
+        self._check_shapes()
+
+    def vocab_size(self, tokenizer: Tokenizer) -> int:
+        """Return the number of ids of the tokenizer.
+
+        Raises:
+            CheckpointError: it has many more than the embedding has rows, so it is another model's.
+        """
+        rows = self._files.shapes["model.embed_tokens.weight"][0]
+        if tokenizer.vocab_size > rows + MOST_ADDED_IDS:
+            raise CheckpointError(
+                f"{self._where}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids, the embedding "
+                f"{rows:,} rows; give the model's own tokenizer with --tokenizer"
+            )
+        return tokenizer.vocab_size
+
+    def read(self, tensor: TrainingTensor) -> Tensor:
+        """Return a training tensor without dead rows; rows the checkpoint lacks are the mean of the others."""
+        parts = [self._part(name) for name in tensor.released]
+        if tensor.heads:
+            rows = [part.unflatten(0, (tensor.heads, -1)) for part in parts]
+            return torch.stack(rows, dim=1).flatten(0, 2)
+        found = parts[0].float() - 1.0 if tensor.released[0].endswith(_NORMS) else parts[0]
+        missing = (tensor.rows or 0) - len(found)
+        if missing > 0:
+            found = torch.cat([found, found.float().mean(0, keepdim=True).to(found.dtype).expand(missing, -1)])
+        return found if tensor.rows is None else found[: tensor.rows]
+
+    def _part(self, name: str) -> Tensor:
+        found = self._files.read(self._stored_name(name))
+        heads, groups = self._keys.num_attention_heads, self._keys.key_heads
+        if self._is_grouped(name):
+            found = found.unflatten(0, (groups, -1)).repeat_interleave(heads // groups, dim=0).flatten(0, 1)
+        return found
+
+    def _stored_name(self, name: str) -> str:
+        if name == "lm_head.weight" and self._keys.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
+        for ours, theirs in _NAMES.items():
+            name = name.replace(ours, theirs)
+        return name
+
+    def _is_grouped(self, name: str) -> bool:
+        return name.endswith(("k_proj.weight", "v_proj.weight")) and self._keys.key_heads != (
+            self._keys.num_attention_heads
         )
-    hidden = config["hidden_size"]
-    try:
-        return ModelConfig.model_validate(
-            {
-                "layers": config["num_hidden_layers"],
-                "hidden": hidden,
-                "heads": config["num_attention_heads"],
-                "seq_length": config["max_position_embeddings"],
-                "ffn_multiple": config["intermediate_size"] // hidden,
-                "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
-                "qk_norm": "head" if "model.layers.0.self_attn.q_norm.weight" in shapes else "none",
-                "norm_eps": config.get("rms_norm_eps", 1e-6),
-                "rope_base": int(_theta(config)),
-            }
-        )
-    except ValidationError as error:
-        raise CheckpointError(f"{where} cannot be a starting point: {str(error).splitlines()[-2].strip()}") from None
 
-
-def read_next_token(tensor: TrainingTensor, files: WeightFiles, config: Mapping[str, Any]) -> Tensor:
-    """One training tensor, without dead rows; rows the checkpoint lacks (a mask added) are the mean of the others."""
-    parts = [_part(name, files, config) for name in tensor.released]
-    if tensor.heads:
-        rows = [part.unflatten(0, (tensor.heads, -1)) for part in parts]
-        return torch.stack(rows, dim=1).flatten(0, 2)
-    found = parts[0].float() - 1.0 if tensor.released[0].endswith(_NORMS) else parts[0]
-    missing = (tensor.rows or 0) - len(found)
-    if missing > 0:
-        found = torch.cat([found, found.float().mean(0, keepdim=True).to(found.dtype).expand(missing, -1)])
-    return found if tensor.rows is None else found[: tensor.rows]
+    def _check_shapes(self) -> None:
+        """Compare every weight with the configuration; one that would be left out belongs to another model."""
+        shapes, keys = self._files.shapes, self._keys
+        rows = shapes.get("model.embed_tokens.weight", (0,))[0]
+        left = {name for name in shapes if not _NOT_WEIGHTS.fullmatch(name)}
+        if keys.tie_word_embeddings:
+            left.discard("lm_head.weight")
+        for tensor in training_tensors(self.model, vocab_size=max(rows, 2)):
+            for name in tensor.released:
+                wanted = tensor.released_shape
+                if self._is_grouped(name):
+                    wanted = (wanted[0] // keys.num_attention_heads * keys.key_heads, *wanted[1:])
+                stored = self._stored_name(name)
+                if shapes.get(stored) != wanted:
+                    found = f"has shape {shapes[stored]}" if stored in shapes else "is missing"
+                    raise CheckpointError(
+                        f"{self._where} wants {stored} of shape {wanted}, which {found}; fetch it again"
+                    )
+                left.discard(stored)
+        if left:
+            raise CheckpointError(
+                f"{self._where} cannot be a starting point: its weights hold {shown(min(left))}, which this model lacks"
+            )
 
 
 def next_token_dtype(tensor: TrainingTensor, stored: torch.dtype) -> torch.dtype:
@@ -73,54 +181,66 @@ def next_token_dtype(tensor: TrainingTensor, stored: torch.dtype) -> torch.dtype
     return torch.float32 if tensor.released[0].endswith(_NORMS) else stored
 
 
-def _part(name: str, files: WeightFiles, config: Mapping[str, Any]) -> Tensor:
-    if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-        name = "model.embed_tokens.weight"
-    for ours, theirs in _NAMES.items():
-        name = name.replace(ours, theirs)
-    found = files.read(name)
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    if name.endswith(("k_proj.weight", "v_proj.weight")) and groups != heads:
-        found = found.unflatten(0, (groups, -1)).repeat_interleave(heads // groups, dim=0).flatten(0, 1)
-    return found
-
-
-def _theta(config: Mapping[str, Any]) -> float:
-    return config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-
-
-def _reasons(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
-    missing = [key for key in needed if not isinstance(config.get(key), int)]
+def _keys(config: Mapping[str, Any], where: str) -> _Keys:
+    missing = [key for key in _NEEDED if config.get(key) is None]
     if missing:
-        return [f"its config.json has no {', '.join(missing)}"]
-    hidden, heads, ffn = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
-    activation, head_dim = config.get("hidden_act"), config.get("head_dim") or hidden // heads
+        why = f"its config.json has no {', '.join(missing)}"
+        raise CheckpointError(
+            f"{where} ({_kind(config)}) cannot be a starting point: {why}. What fits has RMSNorm before each branch, "
+            "full rotary embeddings, and an ungated relu^2 MLP, as arcee has"
+        )
+    try:
+        return _Keys.model_validate(config)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{where} ({_kind(config)}) cannot be a starting point: {first_complaint(error)}"
+        ) from None
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    found = config.get("model_type")
+    return "no model_type" if found is None else shown(found).strip("'")
+
+
+def _model(keys: _Keys, shapes: Mapping[str, tuple[int, ...]], where: str) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(
+            {
+                "layers": keys.num_hidden_layers,
+                "hidden": keys.hidden_size,
+                "heads": keys.num_attention_heads,
+                "seq_length": keys.max_position_embeddings,
+                "ffn_multiple": keys.intermediate_size // keys.hidden_size,
+                "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
+                "qk_norm": "head" if "model.layers.0.self_attn.q_norm.weight" in shapes else "none",
+                "norm_eps": keys.rms_norm_eps,
+                "rope_base": int(keys.theta),
+            }
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{where} cannot be a starting point: {first_complaint(error)}") from None
+
+
+def _reasons(keys: _Keys, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    hidden, heads, ffn = keys.hidden_size, keys.num_attention_heads, keys.intermediate_size
+    head_dim = keys.head_dim or hidden // heads
     has_norms = "model.layers.0.post_attention_layernorm.weight" in shapes
     tests = {
         "it has no model.layers.0.self_attn.q_proj.weight": "model.layers.0.self_attn.q_proj.weight" not in shapes,
         "its MLP is gated (gate_proj)": any(".gate_proj." in name for name in shapes),
-        f"its activation is {activation}, not relu2": activation not in ("relu2", "relu_squared"),
+        f"its activation is {shown(keys.hidden_act).strip(chr(39))}, not relu2": (
+            keys.hidden_act not in ("relu2", "relu_squared")
+        ),
         "its layers have experts": any(".experts." in name or ".router." in name for name in shapes),
         "it has no RMSNorm before the MLP (post_attention_layernorm)": not has_norms,
         "its norms are not RMSNorm (they have biases)": any(name.endswith("layernorm.bias") for name in shapes),
         "its attention has biases": any(".self_attn." in name and name.endswith("_proj.bias") for name in shapes),
-        f"its rotary embeddings are scaled ({_rope_kind(config)})": _rope_kind(config) != "default",
-        "its rotary base is no whole number": _theta(config) != int(_theta(config)),
-        "its rotary embeddings turn a part of each head alone": config.get("partial_rotary_factor", 1.0) != 1.0,
-        "its attention slides": _slides(config),
+        f"its rotary embeddings are scaled ({keys.rope_kind})": keys.rope_kind != "default",
+        "its rotary base is no whole number of at least 1": keys.theta < 1 or keys.theta != int(keys.theta),
+        "its rotary embeddings turn a part of each head alone": keys.partial_rotary_factor != 1.0,
+        "its attention slides": keys.slides,
         f"its heads are {head_dim} wide, not hidden_size / heads": head_dim * heads != hidden,
+        f"its {keys.key_heads} key heads do not divide its {heads} heads": heads % keys.key_heads != 0,
         f"its MLP width {ffn} is no multiple of its width {hidden}": ffn % hidden != 0,
     }
     return [reason for reason, is_so in tests.items() if is_so]
-
-
-def _rope_kind(config: Mapping[str, Any]) -> str:
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _slides(config: Mapping[str, Any]) -> bool:
-    if config.get("layer_types"):
-        return "sliding_attention" in config["layer_types"]
-    return bool(config.get("use_sliding_window", True)) and bool(config.get("sliding_window"))

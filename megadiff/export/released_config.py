@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadiff.checkpoint.manifest import Manifest
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import ConditioningConfig, NoiseConfig
 from megadiff.diffusion.snr import rate_from
-from megadiff.errors import CheckpointError
+from megadiff.errors import CheckpointError, shown
 from megadiff.model.config import ModelConfig
 
 CLASS = "GiddForDiffusionLM"
@@ -81,67 +81,153 @@ def model_keys(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_from(config: Mapping[str, Any], *, where: str) -> ModelConfig:
-    """The model section that a `config.json` of this layout means.
+class ReleasedConfig(BaseModel):
+    """The keys of a `config.json` of this layout that say what is computed, with what their absence means.
+
+    Types are strict and every number is finite and bounded, so that nothing is built or counted from a value that no
+    such model has. Other keys are not read.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+    vocab_size: int = Field(gt=1, lt=2**31)
+    mask_token_id: int = Field(default=3, ge=0, lt=2**31)
+    hidden_size: int = Field(gt=0, le=2**20)
+    num_hidden_layers: int = Field(gt=0, le=2**16)
+    num_attention_heads: int = Field(gt=0, le=2**16)
+    intermediate_size: int | None = Field(default=None, gt=0, le=2**24)
+    head_dim: int | None = Field(default=None, gt=0, le=2**20)
+    max_position_embeddings: int = Field(gt=0, lt=2**31)
+    resid_scale: float = _COMPLETEP_RESID
+    head_scaling: float | None = None
+    weight_scaling: float = 1.0
+    init_scale: float | None = Field(default=None, ge=0)
+    emb_init_scale: float = Field(default=0.02, ge=0)
+    head_init_scale: float = Field(default=0.0, ge=0)
+    attn_soft_cap: float | None = Field(default=30.0, gt=0)
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    use_qk_norm: bool = True
+    qk_norm: Literal["full", "head", "none"] | None = None
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    tie_word_embeddings: bool = False
+    is_causal: bool = False
+    rope_theta: float | None = Field(default=None, ge=1, lt=2**53)
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    noise_type: float = 0.0
+    noise_scale: float = Field(default=1.0, gt=0, le=1)
+    noise_p_uniform: float | None = Field(default=None, ge=0, lt=1)
+    noise_gamma: float = Field(default=1.0, gt=0, le=2)
+    min_log_snr: float = Field(default=-9.0, ge=-50, le=50)
+    max_log_snr: float = Field(default=9.0, ge=-50, le=50)
+    prompt_attention: Literal["block", "causal", "full"] | None = None
+
+
+def read_released(config: Mapping[str, Any], *, where: str) -> ReleasedConfig:
+    """Check the keys of a `config.json` of this layout.
+
+    Args:
+        config: the file's object.
+        where: the file, for messages.
 
     Raises:
-        CheckpointError: a key is missing or asks for what this model has not.
+        CheckpointError: a key is missing, or has a value that no such model has; in one sentence.
     """
     try:
-        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-        ffn = int(config.get("intermediate_size") or 4 * hidden)
-        resid, head = config.get("resid_scale", _COMPLETEP_RESID), config.get("head_scaling")
-        theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 10000)
-        init = config.get("init_scale")
-        full = "full" if config.get("use_qk_norm", True) else "none"
-        tree = {
-            "layers": layers,
-            "hidden": hidden,
-            "heads": config["num_attention_heads"],
-            "seq_length": config["max_position_embeddings"],
-            "ffn_multiple": _whole(ffn / hidden, "intermediate_size / hidden_size"),
-            "mlp_bias": config.get("mlp_bias", True),
-            "qk_norm": config.get("qk_norm") or full,
-            "sink": config.get("attention_bias", True),
-            "softcap": config.get("attn_soft_cap", 30.0),
-            "resid_scale": "completep" if resid == _COMPLETEP_RESID else resid / layers,
-            "head_scale": "completep" if head in (None, _COMPLETEP_HEAD / hidden) else head,
-            "norm_eps": config.get("rms_norm_eps", 1e-6),
-            "rope_base": _whole(theta, "rope_theta"),
-            "init_scale": 0.4 if init is None else round(init * math.sqrt(hidden), 12),
-            "embed_init": config.get("emb_init_scale", 0.02),
-            "head_init": config.get("head_init_scale", 0.0),
-        }
+        return ReleasedConfig.model_validate(config)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: {first_complaint(error)}; fetch it again") from None
+
+
+def first_complaint(error: ValidationError) -> str:
+    """Return the first complaint about the keys of a file: key, rule, and a clipped form of what was found."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"the key {shown(key)[1:-1]} is unknown"
+    if "error" in first.get("ctx", {}):
+        return str(first["ctx"]["error"])
+    rule = first["msg"].replace("Input should be a valid", "must be a").replace("Input should", "must")
+    return f"{shown(key)[1:-1]} {rule.replace('be a integer', 'be an integer')}, found {shown(first['input'])}"
+
+
+def model_from(config: ReleasedConfig, *, where: str) -> ModelConfig:
+    """Return the model section that a `config.json` of this layout means.
+
+    Args:
+        config: its keys.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: a key asks for what this model does not have.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    ffn = config.intermediate_size or 4 * hidden
+    resid, head, init = config.resid_scale, config.head_scaling, config.init_scale
+    tree = {
+        "layers": layers,
+        "hidden": hidden,
+        "heads": config.num_attention_heads,
+        "seq_length": config.max_position_embeddings,
+        "mlp_bias": config.mlp_bias,
+        "qk_norm": config.qk_norm or ("full" if config.use_qk_norm else "none"),
+        "sink": config.attention_bias,
+        "softcap": config.attn_soft_cap,
+        "resid_scale": "completep" if resid == _COMPLETEP_RESID else resid / layers,
+        "head_scale": "completep" if head in (None, _COMPLETEP_HEAD / hidden) else head,
+        "norm_eps": config.rms_norm_eps,
+        "init_scale": 0.4 if init is None else round(init * math.sqrt(hidden), 12),
+        "embed_init": config.emb_init_scale,
+        "head_init": config.head_init_scale,
+    }
+    try:
+        tree["ffn_multiple"] = _whole(ffn / hidden, "intermediate_size / hidden_size")
+        tree["rope_base"] = _whole(_rope_theta(config), "rope_theta")
         model = ModelConfig.model_validate(tree)
-    except KeyError as error:
-        raise CheckpointError(f"{where} has no {error.args[0]}, which every such model needs; fetch it again") from None
-    except (ValidationError, TypeError, ValueError, ZeroDivisionError) as error:
-        last = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{where} describes a model that cannot be trained here: {last}") from None
+    except ValueError as error:
+        why = first_complaint(error) if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(f"{where} describes a model that cannot be trained here: {why}") from None
     _refuse_other_models(config, model, where)
     return model
 
 
-def noise_from(config: Mapping[str, Any]) -> NoiseConfig:
-    """The noise that a `config.json` of this layout means."""
-    if config.get("noise_p_uniform") is not None:
-        return NoiseConfig(form="time", p_uniform=config["noise_p_uniform"], gamma=config.get("noise_gamma", 1.0))
-    return NoiseConfig(
-        shift=float(config.get("noise_type", 0.0)),
-        scale=config.get("noise_scale", 1.0),
-        min_log_snr=config.get("min_log_snr", -9.0),
-        max_log_snr=config.get("max_log_snr", 9.0),
-    )
+def noise_from(config: ReleasedConfig, *, where: str) -> NoiseConfig:
+    """Return the noise that a `config.json` of this layout means.
+
+    Raises:
+        CheckpointError: there is no such noise.
+    """
+    try:
+        if config.noise_p_uniform is not None:
+            return NoiseConfig(form="time", p_uniform=config.noise_p_uniform, gamma=config.noise_gamma)
+        return NoiseConfig(
+            shift=config.noise_type,
+            scale=config.noise_scale,
+            min_log_snr=config.min_log_snr,
+            max_log_snr=config.max_log_snr,
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{where} describes noise that does not exist: {first_complaint(error)}") from None
 
 
-def conditioning_from(config: Mapping[str, Any]) -> ConditioningConfig:
-    """How prompts attend; a released file means the paper's preset."""
-    attention = config.get("prompt_attention")
+def conditioning_from(config: ReleasedConfig) -> ConditioningConfig:
+    """Return how prompts attend; a released file means the paper's preset."""
+    attention = config.prompt_attention
     if attention == "full":
         return ConditioningConfig()
     if attention is None:
         return ConditioningConfig(preset="as_released")
     return ConditioningConfig.model_validate({"prompt": 0.2, "prompt_attention": attention})
+
+
+def agree(config: Mapping[str, Any], noise: NoiseConfig, conditioning: ConditioningConfig) -> bool:
+    """Whether a `config.json` means the noise and the attention of prompts that these sections do."""
+    keys = {**_noise_keys(noise), "prompt_attention": _prompt_attention(conditioning.model_dump())}
+    given = {key: config.get(key) for key in keys} | {"noise_p_uniform": config.get("noise_p_uniform")}
+    return given == {"noise_p_uniform": None, **keys}
 
 
 def _noise_keys(noise: NoiseConfig) -> dict[str, Any]:
@@ -173,15 +259,22 @@ def _whole(value: float, key: str) -> int:
     return int(value)
 
 
-def _refuse_other_models(config: Mapping[str, Any], model: ModelConfig, where: str) -> None:
-    scaling = config.get("rope_scaling")
+def _rope_theta(config: ReleasedConfig) -> float:
+    found = config.rope_theta or (config.rope_parameters or {}).get("rope_theta", 10000.0)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 1 <= found < 2**53:
+        raise ValueError(f"rope_theta is {shown(found)}, wanted a whole number")
+    return found
+
+
+def _refuse_other_models(config: ReleasedConfig, model: ModelConfig, where: str) -> None:
+    scaling = config.rope_scaling or config.rope_parameters or {}
     wrong = {
-        "weight_scaling": config.get("weight_scaling", 1.0) != 1.0,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
-        "rope_scaling": bool(scaling)
-        and (not isinstance(scaling, Mapping) or scaling.get("rope_type", "default") != "default"),
-        "head_dim": config.get("head_dim") not in (None, model.head_dim),
+        "weight_scaling": config.weight_scaling != 1.0,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_scaling": scaling.get("rope_type", "default") != "default",
+        "head_dim": config.head_dim not in (None, model.head_dim),
     }
     for key, is_wrong in wrong.items():
         if is_wrong:
-            raise CheckpointError(f"{where} describes a model that cannot be trained here: {key} is {config[key]!r}")
+            found = shown(scaling.get("rope_type") if key == "rope_scaling" else getattr(config, key))
+            raise CheckpointError(f"{where} describes a model that cannot be trained here: {key} is {found}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ from torch import Tensor
 
 from megadiff.checkpoint.durable import HashingFile, hashed_file
 from megadiff.checkpoint.manifest import FileEntry
-from megadiff.errors import CheckpointError
+from megadiff.checkpoint.path_kinds import what_it_is
+from megadiff.errors import CheckpointError, shown
+from megadiff.export.folder_files import INDEX, WEIGHTS, WHOLE, plain_file
+from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
 
-INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _BLOCK_BYTES = 256 * 2**20
+_MAX_INDEX_BYTES = 2**26
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def write_weights(
     """
     files = shards(planned, max_bytes=max_bytes)
     numbered = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
-    names = numbered if len(files) > 1 else [_WHOLE]
+    names = numbered if len(files) > 1 else [WHOLE]
     entries: dict[str, FileEntry] = {}
     for name, tensors in zip(names, files, strict=True):
         with hashed_file(folder / name) as file:
@@ -125,27 +129,32 @@ def _write_one(file: HashingFile, tensors: Sequence[Planned], fetch: Fetch) -> N
 class WeightFiles:
     """The tensors of a Hugging Face folder, read one at a time; a context that keeps the files open.
 
-    `shapes` are those of every tensor.
+    `shapes` are those of every tensor, from the files' headers.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Find the files.
+        """Open the files and read their headers.
 
         Raises:
-            CheckpointError: there are none, the index names one that is missing, or one is damaged.
+            CheckpointError: there are none, one is missing or damaged, the index and the files disagree, or a tensor is
+                stored as something else than floats of 16 or 32 bits.
         """
         self._folder, self._stack = folder, ExitStack()
         self._files: dict[str, Any] = {}
-        for name in _file_names(folder):
-            try:
-                opened = self._stack.enter_context(safe_open(folder / name, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                self._stack.close()
-                raise CheckpointError(f"{folder / name} is missing or damaged ({error}); fetch it again") from None
-            self._files.update(dict.fromkeys(opened.keys(), opened))
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()
-        }
+        try:
+            self._open(*_file_names(folder))
+        except BaseException:
+            self._stack.close()
+            raise
+        slices = {name: file.get_slice(name) for name, file in self._files.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(one.get_shape()) for name, one in slices.items()}
+        self._dtypes = {name: one.get_dtype() for name, one in slices.items()}
+        strange = next((name for name, found in self._dtypes.items() if found not in _DTYPES), None)
+        if strange is not None:
+            self._stack.close()
+            raise CheckpointError(
+                f"{folder}: {shown(strange)} is stored as {self._dtypes[strange]}; wanted one of {', '.join(_DTYPES)}"
+            )
 
     def __enter__(self) -> WeightFiles:
         return self
@@ -154,34 +163,80 @@ class WeightFiles:
         self._stack.close()
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor is stored in; its data are not read.
-
-        Raises:
-            CheckpointError: neither float32 nor one of the 16-bit floats.
-        """
-        found = self._files[name].get_slice(name).get_dtype()
-        if found not in _DTYPES:
-            raise CheckpointError(f"{self._folder}: {name} is stored as {found}; wanted one of {', '.join(_DTYPES)}")
-        return _DTYPES[found]
+        """Return what a tensor is stored in; its data are not read."""
+        return _DTYPES[self._dtypes[name]]
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """Return one tensor."""
         return self._files[name].get_tensor(name)
 
+    def check_layers(self, wanted: int, *, where: str) -> None:
+        """Compare a number of layers with the names of the tensors, before anything is counted by it.
 
-def _file_names(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{folder / INDEX} is damaged ({error}); fetch it again") from None
-        strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if strange:
-            raise CheckpointError(f"{folder / INDEX} names {strange[0]!r}, which is no file beside it; fetch it again")
-        return names
-    if (folder / _WHOLE).is_file():
-        return [_WHOLE]
+        Raises:
+            CheckpointError: the weights have more or fewer layers.
+        """
+        found = {match[1] for name in self.shapes if (match := _LAYER.match(name))}
+        if len(found) != wanted:
+            raise CheckpointError(
+                f"{where} has num_hidden_layers={wanted}, but the weight files beside it hold {len(found)} layers; "
+                "fetch the folder again"
+            )
+
+    def _open(self, names: Sequence[str], places: Mapping[str, str] | None) -> None:
+        for name in names:
+            path = plain_file(self._folder, name)
+            if path is None:
+                raise CheckpointError(f"{self._folder / name} is missing; fetch it again")
+            try:
+                opened = self._stack.enter_context(safe_open(path, framework="pt"))
+                keys = opened.keys()
+            except (OSError, SafetensorError, ValueError) as error:
+                raise CheckpointError(f"{path} is missing or damaged ({error}); fetch it again") from None
+            for key in keys:
+                if key in self._files or (places is not None and places.get(key) != name):
+                    beside = "another file" if key in self._files else f"{INDEX}, which names another place for it"
+                    raise CheckpointError(f"{path} holds {shown(key)}, in contradiction to {beside}; fetch it again")
+                self._files[key] = opened
+        lost = next((key for key in places or () if key not in self._files), None)
+        if lost is not None:
+            raise CheckpointError(f"{self._folder / INDEX} names {shown(lost)}, which no file holds; fetch it again")
+
+
+def _file_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
+    """The weight files, and, from their index, the file of each tensor."""
+    index, whole = plain_file(folder, INDEX), plain_file(folder, WHOLE)
+    if index is not None:
+        places = _places(index)
+        if whole is not None and WHOLE not in places.values():
+            raise CheckpointError(
+                f"{folder} holds both {WHOLE} and {INDEX}, two sets of weights; move one of them away"
+            )
+        return sorted(set(places.values())), places
+    if whole is not None:
+        return [WHOLE], None
     raise CheckpointError(
-        f"{folder} holds no safetensors weights ({INDEX} or {_WHOLE}); give a folder that save_pretrained or "
-        "tools/convert_checkpoint.py export wrote (other formats can run code and are not read)"
+        f"{folder} holds no safetensors weights ({INDEX} or {WHOLE}): it is {what_it_is(folder)}; give a folder that "
+        "save_pretrained or tools/convert_checkpoint.py export wrote (other formats can run code and are not read)"
     )
+
+
+def _places(index: Path) -> dict[str, str]:
+    """File of each tensor."""
+    try:
+        found = read_json_object(index, max_bytes=_MAX_INDEX_BYTES)
+        places = found["weight_map"]
+        if not isinstance(places, dict) or not places:
+            raise UnreadableFileError("has a weight_map that is not an object of file names")
+    except KeyError:
+        raise CheckpointError(f"{index} is damaged (it has no weight_map); fetch it again") from None
+    except (UnreadableFileError, OSError) as error:
+        raise CheckpointError(f"{index} {why(error)}; fetch it again") from None
+    strange = [
+        name
+        for name in places.values()
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(WEIGHTS) or len(name) > 200
+    ]
+    if strange:
+        raise CheckpointError(f"{index} names {shown(strange[0])}, which is no weight file beside it; fetch it again")
+    return places

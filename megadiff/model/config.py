@@ -46,7 +46,7 @@ class ModelConfig(Section):
     """Standard deviation of the embedding."""
     head_init: float = Field(default=0.0, ge=0)
     """Standard deviation of the output head; 0 makes the first prediction uniform."""
-    vocab_multiple: int = Field(default=128, gt=0)
+    vocab_multiple: int = Field(default=128, gt=0, le=65536)
     """The vocabulary is padded with dead rows to a multiple of this; it must not change between layouts."""
 
     @model_validator(mode="after")

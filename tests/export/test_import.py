@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from megadiff.checkpoint.folder import verify_files
 from megadiff.checkpoint.safe_metadata import read_index
 from megadiff.errors import CheckpointError, ConfigError
-from megadiff.export.export import CHECKSUMS, TRAINING, export
+from megadiff.export.checksums import CHECKSUMS
+from megadiff.export.export import export
+from megadiff.export.folder_files import TRAINING
 from megadiff.export.importing import import_folder
 from megadiff.export.stored_tensors import StoredTensors
 from megadiff.export.weights import training_tensors
@@ -147,20 +149,23 @@ SPOILT = {
     "a cut file": (_cut, "model.safetensors is missing or damaged"),
     "no safetensors": (_pickled, "holds no safetensors weights .*other formats can run code and are not read"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "another size": (lambda f: edit(f / "config.json", num_hidden_layers=5), "model.layers.4.* is missing"),
+    "another size": (
+        lambda f: edit(f / "config.json", num_hidden_layers=5),
+        "=5, but the weight files beside it hold 4",
+    ),
     "a gain in the weights": (lambda f: edit(f / "config.json", weight_scaling=2.0), "weight_scaling is 2.0"),
     "an odd width": (lambda f: edit(f / "config.json", intermediate_size=100), "is 3.125, wanted a whole number"),
     "another mask": (lambda f: edit(f / "config.json", mask_token_id=9), "260 ids with the mask 9, but the tokenizer"),
     "no width": (
         lambda f: edit(f / "config.json", hidden_size=0),
-        "config.json describes a model that cannot be trained here: division by zero",
+        "config.json: hidden_size must be greater than 0, found 0; fetch it again",
     ),
     "rotations of a strange kind": (lambda f: edit(f / "config.json", rope_scaling="x"), "rope_scaling"),
-    "a way out": (lambda f: _mapped(f, "../model.safetensors"), "which is no file beside it; fetch it again"),
+    "a way out": (lambda f: _mapped(f, "../model.safetensors"), "which is no weight file beside it; fetch it again"),
     "no sections": (lambda f: edit(f / TRAINING, config=None), "training.json is damaged .*to go by config.json alone"),
     "half a section": (
         lambda f: edit(f / TRAINING, config={"model": {"layers": None}}),
-        "training.json is damaged .*validation error.*; fetch it again, or move it away",
+        r"training.json is damaged \(config.model.layers must be an integer, found null\); fetch it again, or move",
     ),
     "another tokenizer": (lambda f: edit(f / TRAINING, tokenizer_fingerprint="x"), "with another tokenizer"),
 }

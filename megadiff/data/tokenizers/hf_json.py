@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import tokenizers
 
 from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, split_until_plain
 from megadiff.errors import DataError
+from megadiff.untrusted_files import UnreadableFileError, parse_json, read_json_object, read_text, type_name, why
 
 _FILE = "tokenizer.json"
+_MAX_BYTES = 2**28
 
 
 def accepts(path: str) -> bool:
@@ -90,11 +93,15 @@ class HfJsonTokenizer:
 
 def _read(path: Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
     try:
-        text = path.read_text(encoding="utf-8")
-        definition = json.loads(text)
+        text = read_text(path, max_bytes=_MAX_BYTES)
+        definition = parse_json(text)
+        if not isinstance(definition, dict):
+            raise UnreadableFileError(f"is not a JSON object but {type_name(definition)}")
         inner = tokenizers.Tokenizer.from_str(text)
     except OSError as error:
         raise DataError(f"{path}: the tokenizer cannot be read ({error.strerror}); check data.tokenizer") from error
+    except UnreadableFileError as error:
+        raise DataError(f"{path}: not a whole tokenizer.json (it {error}); train or fetch it again") from error
     except Exception as error:  # the library raises bare Exception for a file it cannot understand
         raise DataError(f"{path}: not a whole tokenizer.json ({error}); train or fetch it again") from error
     return definition, inner
@@ -103,15 +110,15 @@ def _read(path: Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
 def _said_beside(path: Path) -> dict[str, str]:
     """What `tokenizer_config.json` calls bos, eos, pad and mask: {"mask": "<mask>", ...}."""
     beside = path.parent / "tokenizer_config.json"
-    if not beside.is_file():
+    if not os.path.lexists(beside):
         return {}
     try:
-        config = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{beside}: not a JSON file ({error}); mend or remove it") from error
+        config = read_json_object(beside, max_bytes=_MAX_BYTES)
+    except (OSError, UnreadableFileError) as error:
+        raise DataError(f"{beside} {why(error)}; correct or remove it") from error
     said: dict[str, str] = {}
     for kind in ("mask", "bos", "eos", "pad"):
-        token = config.get(f"{kind}_token") if isinstance(config, dict) else None
+        token = config.get(f"{kind}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             said[kind] = token

@@ -10,6 +10,9 @@ import sentencepiece
 
 from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, split_until_plain
 from megadiff.errors import DataError
+from megadiff.untrusted_files import UnreadableFileError, read_bytes
+
+_MAX_BYTES = 2**28
 
 
 def accepts(path: str) -> bool:
@@ -34,9 +37,11 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         try:
-            model = path.read_bytes()
+            model = read_bytes(path, max_bytes=_MAX_BYTES)
         except OSError as error:
             raise DataError(f"{path}: the tokenizer cannot be read ({error.strerror}); check data.tokenizer") from error
+        except UnreadableFileError as error:
+            raise DataError(f"{path}: the tokenizer {error}; check data.tokenizer") from error
         self._inner = _loaded(path, model)
         self._live = self._inner.vocab_size()
         ids = find_special_ids(self._id_of, self._live, self._declared())
