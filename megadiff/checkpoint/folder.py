@@ -72,7 +72,7 @@ def chosen(path: Path) -> Path:
     kind = what_it_is(path)
     if kind == "a Hugging Face folder":
         raise CheckpointError(no_checkpoint(path))
-    what = "no complete checkpoint in it" if os.path.isdir(path) else kind.replace("file or ", "")
+    what = "no complete checkpoint in it" if os.path.isdir(path) else kind
     raise CheckpointError(
         f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
     )

@@ -14,7 +14,7 @@ def what_it_is(path: Path) -> str:
     """Return the kind of thing at a path with its article, as the end of a sentence that begins with `it is`."""
     if not os.path.lexists(path):
         is_prefix = any(os.path.isfile(f"{path}{suffix}") for suffix in (".idx", ".bin"))
-        return "the prefix of indexed data" if is_prefix else "no such file or folder"
+        return "the prefix of indexed data" if is_prefix else "no such folder"
     if not os.path.isdir(path):
         return "a link that leads nowhere" if not os.path.exists(path) else "a file"
     try:
@@ -41,4 +41,7 @@ def no_checkpoint(path: Path) -> str:
     if kind == "a run folder":
         kind += f", so one of {path / 'checkpoints'}/step_* is meant"
     there = "there is" if kind.startswith("no ") else "it is"
-    return f"{path} is not a complete checkpoint: it has no {MANIFEST_NAME}; give a step_* folder written by a run ({there} {kind})"
+    return (
+        f"{path} is not a complete checkpoint: it has no {MANIFEST_NAME}; give a step_* folder written by a run "
+        f"({there} {kind})"
+    )

@@ -18,6 +18,8 @@ from megadiff.untrusted_files import UnreadableFileError, read_text, why
 CHECKSUMS = "checksums.sha256"
 
 _MAX_BYTES = 2**22
+MAX_OTHER_BYTES = 2**28
+"""Size of a listed file that holds no weights; the largest tokenizers have some tens of megabytes."""
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
@@ -75,6 +77,8 @@ class Checksums:
                 raise CheckpointError(
                     f"{self.folder / name} is missing, which {CHECKSUMS} lists; fetch the folder again"
                 )
+            if not weights and path.stat().st_size > MAX_OTHER_BYTES:
+                raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; fetch it again")
             if entry_of(path).sha256 != digest:
                 raise CheckpointError(
                     f"{path} is damaged or was changed: its content is not what {CHECKSUMS} says; fetch it again, or, "
