@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -98,10 +100,10 @@ class Settings:
     grid: str = "cosine"
     min_log_snr: float = -9.0
     max_log_snr: float = 9.0
-    eos_token_id: int | None = None
-    """Ends a row where it stands in a finished block behind the prompt; None: rows never end early."""
+    eos_token_id: int | Sequence[int] | None = None
+    """Token, or tokens, that end a sequence in a finished block behind the prompt; None: sequences never end early."""
     pad_token_id: int | None = None
-    """What follows the end; None: the end token."""
+    """Token that follows the end; None: the (first) end token."""
     min_new_tokens: int = 0
     """No end before so many new tokens."""
     see_tail: bool = True
@@ -114,13 +116,22 @@ class Settings:
         least |= {"block_length": 1, "tokens_per_step": 1}
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
+            if value is not None and _whole_number(name, value) < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {value}")
+        for token in self.end_ids:
+            _whole_number("eos_token_id", token)
         _check_truncation(self.temperature, self.top_k, self.top_p)
         if self.sampler not in ("ancestral", "adaptive"):
             raise ValueError(f"sampler must be ancestral or adaptive, got {self.sampler!r}")
         level_grid(1, grid=self.grid)
         self.check_reach(min(self.max_new_tokens, self.block_length or self.max_new_tokens))
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence; none where sequences never end early."""
+        if self.eos_token_id is None:
+            return ()
+        return tuple(self.eos_token_id) if isinstance(self.eos_token_id, Sequence) else (self.eos_token_id,)
 
     def check_reach(self, width: int) -> None:
         """Refuse adaptive steps too few to write a block of this width: noise would be left.
@@ -142,14 +153,28 @@ class Settings:
         Raises:
             TypeError: a name unknown or given twice.
         """
-        said: dict[str, Any] = {}
+        return cls(**cls.own_names(**names))
+
+    @classmethod
+    def own_names(cls, **names: Any) -> dict[str, Any]:
+        """Return settings under the names of the fields above, without those that are None.
+
+        Raises:
+            TypeError: a name unknown, or given twice with different values.
+        """
+        given: dict[str, Any] = {}
         for name, value in names.items():
             field = _RELEASED_NAMES.get(name, name)
-            if field not in {known.name for known in fields(cls)}:
-                raise TypeError(f"unknown setting {name!r}")
-            if value is not None and said.setdefault(field, value) != value:
-                raise TypeError(f"{field} is given twice, as {said[field]} and {value}")
-        return cls(**said)
+            if field not in cls.names():
+                raise TypeError(f"unknown setting {name!r}; the settings are {', '.join(cls.names())}")
+            if value is not None and given.setdefault(field, value) != value:
+                raise TypeError(f"{field} is given twice, as {given[field]} and {value}")
+        return given
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return every name that `from_names` takes."""
+        return [known.name for known in fields(cls)] + list(_RELEASED_NAMES)
 
 
 class Draws:
@@ -518,17 +543,16 @@ class _Walk:
 
     def close_block(self) -> Tensor:
         """End rows whose finished blocks hold an end token behind the prompt: which rows have ended, [B]."""
-        eos = self.settings.eos_token_id
-        if eos is None:
+        if not self.settings.end_ids:
             return self.finished
         place = torch.arange(self.ids.shape[1], device=self.ids.device)
-        is_end = (self.ids == eos) & (place >= self.prompt_length) & (place < self.stop)
+        is_end = self._are_ends(self.ids) & (place >= self.prompt_length) & (place < self.stop)
         ends = is_end.any(dim=1) & ~self.finished
         last = is_end.long().argmax(dim=1)
         self.finished |= ends
         self.new_tokens = torch.where(ends, last - self.prompt_length + 1, self.new_tokens)
         beyond = ends.unsqueeze(1) & (place > last.unsqueeze(1))
-        pad = eos if self.settings.pad_token_id is None else self.settings.pad_token_id
+        pad = self.settings.end_ids[0] if self.settings.pad_token_id is None else self.settings.pad_token_id
         self.ids = torch.where(beyond, pad, self.ids)
         self.fixed |= beyond
         return self.finished
@@ -569,8 +593,10 @@ class _Walk:
 
     def _too_early(self, window: Tensor) -> Tensor:
         place = torch.arange(self.start, self.stop, device=window.device)
-        eos = -1 if self.settings.eos_token_id is None else self.settings.eos_token_id
-        return (window == eos) & (place < self.prompt_length + self.settings.min_new_tokens)
+        return self._are_ends(window) & (place < self.prompt_length + self.settings.min_new_tokens)
+
+    def _are_ends(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.settings.end_ids, dtype=ids.dtype, device=ids.device))
 
     def _predict(self, logits: Tensor) -> Prediction:
         s = self.settings
@@ -599,9 +625,9 @@ class _Walk:
             without = self.denoise(blind, 0)[:, self.start : self.stop].clamp(min=-1e30)
             logits = without + self.settings.guidance_scale * (logits.clamp(min=-1e30) - without)
         early = self.prompt_length + self.settings.min_new_tokens - self.start
-        if self.settings.eos_token_id is not None and early > 0:
+        if self.settings.end_ids and early > 0:
             logits = logits.clone()
-            logits[:, :early, self.settings.eos_token_id] = -torch.inf
+            logits[:, :early, list(self.settings.end_ids)] = -torch.inf
         return logits
 
     def _seen(self, steps_left: int) -> Step:
@@ -623,6 +649,9 @@ def _leading(given: Tensor) -> int:
 
 
 def _check_truncation(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if (
         not 0 <= temperature < math.inf
         or (top_k is not None and top_k < 1)
@@ -632,6 +661,13 @@ def _check_truncation(temperature: float, top_k: int | None, top_p: float | None
             "temperature must be at least 0, top_k at least 1 and top_p in (0, 1], "
             f"got temperature={temperature}, top_k={top_k}, top_p={top_p}"
         )
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _unit_interval(words: Sequence[Tensor]) -> Tensor:

@@ -8,19 +8,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from .sampling_gidd import HybridNoise, Noise, Settings, generate
 
-_FROM_GENERATION_CONFIG = (
-    "max_new_tokens",
-    "max_denoising_steps",
-    "block_length",
-    "sampler",
-    "tokens_per_step",
-    "temperature",
+_OFF: dict[str, Any] = {
+    "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "length_penalty": 1.0,
+    "min_p": 0.0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "penalty_alpha": 0.0,
+    "repetition_penalty": 1.0,
+    "top_h": 1.0,
+    "typical_p": 1.0,
+}
+"""Values with which options of transformers that are not supported change nothing, besides None, False and nothing."""
+
+_WITHOUT_EFFECT = (
+    "assistant_tokenizer",
+    "bos_token_id",
+    "disable_compile",
+    "low_memory",
+    "synced_gpus",
+    "token_type_ids",
+    "tokenizer",
+    "transformers_version",
 )
-"""What the folder's generation_config.json may set. Not `top_k` and `top_p`: transformers fills in its own."""
+"""Arguments that transformers and its pipelines hand over to every model and that mean nothing here."""
+
+_OF_THE_CALL = ("num_return_sequences", "return_dict_in_generate", "use_cache")
+"""Fields of a generation config that are arguments of `generate` here."""
+
+_OPTIONS = (
+    "assistant_model",
+    "custom_generate",
+    "logits_processor",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "past_key_values",
+    "prefix_allowed_tokens_fn",
+    "stopping_criteria",
+)
+"""Options of transformers' own `generate` that are not fields of its `GenerationConfig`."""
 
 _BISECTIONS = 60
 
@@ -107,51 +143,104 @@ class GiddGeneration:
         inputs: Tensor | None = None,
         attention_mask: Tensor | None = None,
         seed: int | Sequence[int] = 0,
-        use_cache: bool = True,
+        num_return_sequences: int | None = None,
+        use_cache: bool | None = True,
         streamer: Any = None,
         generation_config: Any = None,
-        return_dict_in_generate: bool = False,
+        return_dict_in_generate: bool | None = None,
         **settings: Any,
     ) -> Tensor | GiddGenerateOutput:
         """Write new tokens behind a prompt, or in its holes.
 
         Args:
-            input_ids: [B, P] prompts of one length, -1 where a token is to be filled in; none: one row that begins with
-                bos. `inputs`, as the released code has it, means the same.
-            attention_mask: must be all ones.
-            seed: one for all rows or one a row; a row's text does not depend on the others.
+            input_ids: [B, P] prompts, -1 where a token is to be filled in; none: one sequence that begins with bos.
+                `inputs`, as the released code has it, means the same.
+            attention_mask: [B, P], 0 where a shorter prompt is padded on the left, 1 elsewhere. Prompts of each length
+                are written by themselves, so the padding is never seen and a text is what it would be alone.
+            seed: one for all prompts or one a prompt; a sequence's text does not depend on the others.
+            num_return_sequences: number of texts per prompt, one behind the other, of which the first is what 1 gives.
             use_cache: keep the keys and values of finished blocks, where the model was trained with prompts that see
                 only themselves.
             streamer: `put` gets the prompts and each finished block, `put_draft` (if it has one) the block after each
-                step, `end` nothing.
-            generation_config: further defaults; the folder's are taken for what neither it nor `settings` gives.
+                step, `end` nothing. Its prompts must have one length.
+            generation_config: further settings, such as a `GenerationConfig`; the folder's are taken for what neither
+                it nor `settings` gives.
             return_dict_in_generate: return a `GiddGenerateOutput` instead of its `sequences`.
             **settings: fields of `Settings` (sampling_gidd.py): `max_new_tokens`, `max_denoising_steps`,
                 `block_length`, `sampler`, `tokens_per_step`, `temperature`, `top_k`, `top_p`, `guidance_scale`,
-                `min_new_tokens`, ...; or the released names `max_length` (of new tokens), `steps`, `min_length`,
-                `sampling_method`, `noise_schedule`; `do_sample=False` means temperature 0.
+                `min_new_tokens`, `eos_token_id` (one or a list), `pad_token_id`, ...; or the released names
+                `max_length` (number of new tokens, unlike transformers'), `steps`, `min_length`, `sampling_method`,
+                `noise_schedule`; `do_sample=False` means temperature 0. None leaves a setting as it is.
 
         Returns:
-            [B, P + new tokens] ids without masks; behind a row's first eos among the new tokens stands padding.
+            [B * num_return_sequences, P + new tokens] ids without masks; behind a sequence's first eos among the new
+            tokens there is padding.
+
+        Raises:
+            TypeError: a setting is unknown, or one that text written in blocks cannot follow (beams, scores of each
+                token, stopping criteria, ...).
+            ValueError: a value is out of its range, or prompt and new tokens are longer than the model's sequences.
         """
-        prompt = self._prompt(input_ids if inputs is None else inputs, attention_mask)
-        chosen = self._settings(settings, generation_config)
-        length, most = prompt.shape[1] + chosen.max_new_tokens, self.config.max_position_embeddings
+        prompt = self._prompt(input_ids, inputs)
+        lengths = _lengths(prompt, attention_mask)
+        chosen = _merged(self.generation_config, generation_config, settings)
+        if num_return_sequences is None:
+            num_return_sequences = chosen.pop("num_return_sequences", 1)
+        wants_dict = chosen.pop("return_dict_in_generate", False) if return_dict_in_generate is None else True
+        wants_dict &= return_dict_in_generate is not False
+        use_cache = chosen.pop("use_cache", True) is not False and use_cache is not False
+        found = self._texts(
+            prompt,
+            lengths,
+            self._settings(chosen),
+            _draws(seed, len(prompt), num_return_sequences),
+            use_cache,
+            streamer,
+        )
+        return found if wants_dict else found.sequences  # type: ignore[return-value]
+
+    def _texts(
+        self,
+        prompt: Tensor,
+        lengths: list[int],
+        settings: Settings,
+        draws: list[list[tuple[int, int]]],
+        use_cache: bool,
+        streamer: Any,
+    ) -> GiddGenerateOutput:
+        """Write the prompts of each length together.
+
+        Args:
+            lengths: of every prompt, at the right end of its row of `prompt`.
+            draws: (seed, number under it) of every text of every prompt.
+        """
+        count, width, copies = len(prompt), prompt.shape[1], len(draws[0]) if draws else 1
+        length, most = max(lengths, default=0) + settings.max_new_tokens, self.config.max_position_embeddings
         if length > most:
             raise ValueError(f"prompt and new tokens are {length} tokens, the model was trained on rows of {most}")
+        if streamer is not None and len(set(lengths)) > 1:
+            raise ValueError("a streamer takes prompts of one length; generate the others in calls of their own")
+        whole = torch.nn.functional.pad(prompt, (0, settings.max_new_tokens))
+        sequences = whole.repeat_interleave(copies, dim=0)
+        per_forward = torch.zeros(count * copies, device=self.device)
         is_cached = use_cache and self.config.prompt_attention != "full"
-        found = generate(
-            self._denoise,
-            prompt,
-            chosen,
-            self._noise(),
-            seed=seed,
-            cache=_PrefixCache(self) if is_cached else None,
-            streamer=streamer,
-        )
-        if not return_dict_in_generate:
-            return found.sequences
-        return GiddGenerateOutput(sequences=found.sequences, tokens_per_forward=found.tokens_per_forward)
+        for own in sorted(set(lengths)):
+            rows = [row for row in range(count) if lengths[row] == own]
+            texts = [row * copies + copy for row in rows for copy in range(copies)]
+            pairs = [draws[row][copy] for row in rows for copy in range(copies)]
+            found = generate(
+                self._denoise,
+                sequences[texts, width - own : width],
+                settings,
+                self._noise(),
+                seed=[seed for seed, _ in pairs],
+                rows=torch.tensor([number for _, number in pairs]),
+                cache=_PrefixCache(self) if is_cached else None,
+                streamer=streamer,
+            )
+            sequences[texts, width - own :] = found.sequences
+            per_forward[texts] = found.tokens_per_forward.to(per_forward.dtype)
+        return GiddGenerateOutput(sequences=sequences, tokens_per_forward=per_forward)
 
     def _denoise(self, ids: Tensor, prefix_length: int) -> Tensor:
         lengths = torch.full((len(ids),), prefix_length, device=ids.device)
@@ -164,10 +253,8 @@ class GiddGeneration:
         shift = config.noise_type if config.noise_p_uniform is None else -1000.0
         return HybridNoise(config.vocab_size, config.mask_token_id, shift, config.noise_scale)
 
-    def _settings(self, given: dict[str, Any], asked: Any) -> Settings:
-        config, names = self.config, {key: value for key, value in given.items() if value is not None}
-        if names.pop("do_sample", True) is False:
-            names["temperature"] = 0.0
+    def _settings(self, given: dict[str, Any]) -> Settings:
+        config = self.config
         defaults: dict[str, Any] = {
             "max_new_tokens": 128,
             "min_log_snr": config.min_log_snr,
@@ -176,19 +263,110 @@ class GiddGeneration:
             "eos_token_id": config.eos_token_id,
             "pad_token_id": config.pad_token_id,
         }
-        for source in (self.generation_config, asked):
-            said = {key: getattr(source, key, None) for key in _FROM_GENERATION_CONFIG}
-            defaults |= {key: value for key, value in said.items() if value is not None}
-        own = {"max_length": "max_new_tokens", "steps": "max_denoising_steps", "sampling_method": "sampler"}
-        replaced = {own.get(key, key) for key in names}
-        return Settings.from_names(**{k: v for k, v in defaults.items() if k not in replaced}, **names)
+        found = Settings(**{**defaults, **given})
+        for name, ids in (("eos_token_id", found.end_ids), ("pad_token_id", (found.pad_token_id,))):
+            wrong = [one for one in ids if one is not None and not 0 <= one < config.vocab_size]
+            if wrong:
+                raise ValueError(f"{name} is {wrong[0]}, wanted an id from 0 to {config.vocab_size - 1}")
+        return found
 
-    def _prompt(self, ids: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _prompt(self, ids: Tensor | None, inputs: Tensor | None) -> Tensor:
+        """The prompts, [B, P] int64."""
         if self.config.is_causal:
             raise ValueError("this is an autoregressive control: it predicts next tokens and cannot denoise")
-        if mask is not None and not bool(mask.bool().all()):
-            raise ValueError("prompts of unequal length cannot be mixed in one call; generate them one by one")
+        if ids is not None and inputs is not None:
+            raise ValueError("give input_ids or inputs, which mean the same, not both")
+        ids = inputs if ids is None else ids
         if ids is None:
             first = self.config.bos_token_id
             ids = torch.full((1, 0 if first is None else 1), first or 0, dtype=torch.int64)
-        return ids.to(self.device)
+        ids = torch.as_tensor(ids)
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"input_ids must be ids [batch, length], got {ids.dtype} of shape {list(ids.shape)}")
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"input_ids go from {int(ids.min())} to {int(ids.max())}, wanted ids from 0 to "
+                f"{self.config.vocab_size - 1}, or -1 for a token to fill in"
+            )
+        return ids.to(self.device, torch.int64)
+
+
+def _lengths(prompt: Tensor, mask: Tensor | None) -> list[int]:
+    """Number of tokens of each prompt, which padding on the left may precede."""
+    count, width = prompt.shape
+    if mask is None:
+        return [width] * count
+    mask = torch.as_tensor(mask).to(prompt.device)
+    if mask.shape != prompt.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}, input_ids {list(prompt.shape)}; wanted the same"
+        )
+    lengths = mask.bool().sum(dim=1)
+    if not bool((mask.bool() == (torch.arange(width, device=prompt.device) >= width - lengths[:, None])).all()):
+        raise ValueError(
+            "attention_mask may be 0 only where prompts are padded on the left; set tokenizer.padding_side = 'left'"
+        )
+    return lengths.tolist()
+
+
+def _draws(seed: int | Sequence[int], count: int, copies: int) -> list[list[tuple[int, int]]]:
+    """(seed, number under it) of each of the `copies` texts of each of `count` prompts.
+
+    The first text of a prompt has the numbers it would have alone.
+    """
+    if not isinstance(copies, int) or copies < 1:
+        raise ValueError(f"num_return_sequences must be a whole number of at least 1, got {copies!r}")
+    if isinstance(seed, int):
+        return [[(seed, row + copy * count) for copy in range(copies)] for row in range(count)]
+    seeds = [int(one) for one in seed]
+    if len(seeds) == count * copies and copies > 1:
+        return [[(seeds[row * copies + copy], 0) for copy in range(copies)] for row in range(count)]
+    if len(seeds) != count:
+        raise ValueError(f"wanted one seed or one for each of {count} prompts, got {len(seeds)}")
+    return [[(one, copy) for copy in range(copies)] for one in seeds]
+
+
+def _merged(folders: Any, asked: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the folder, of a generation config and of the call; a later one wins.
+
+    Raises:
+        TypeError: one is unknown, or an option of transformers that has no meaning here is turned on.
+    """
+    merged: dict[str, Any] = {}
+    for source in (_set_in(folders), _set_in(asked), given):
+        found = {
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in source.items()
+            if value is not None
+        }
+        for name in [name for name in found if not _is_setting(name)]:
+            _refuse(name, found.pop(name))
+        if source is not given and "max_new_tokens" in found:
+            found.pop("max_length", None)  # as in transformers, where the two count different things
+        if found.pop("do_sample", True) is False:
+            found["temperature"] = 0.0
+        merged |= {name: found.pop(name) for name in _OF_THE_CALL if name in found} | Settings.own_names(**found)
+    return merged
+
+
+def _set_in(config: Any) -> dict[str, Any]:
+    """What a generation config sets; transformers 4 fills in defaults of its own, which are left out."""
+    if config is None or isinstance(config, dict):
+        return config or {}
+    return {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
+
+
+def _is_setting(name: str) -> bool:
+    return name in ("do_sample", *_OF_THE_CALL) or name in Settings.names()
+
+
+def _refuse(name: str, value: Any) -> None:
+    """Refuse an argument that is no setting, unless it changes nothing."""
+    settings = f"the settings are {', '.join(Settings.names())}, do_sample, num_return_sequences and seed"
+    if name in _WITHOUT_EFFECT:
+        return
+    if name not in _OPTIONS and not hasattr(GenerationConfig(), name):
+        raise TypeError(f"unknown setting {name!r}; {settings}")
+    is_nothing = value is False or (hasattr(value, "__len__") and len(value) == 0)
+    if not is_nothing and not (name in _OFF and value == _OFF[name]):
+        raise TypeError(f"{name}={value!r:.60} is not supported, as text is denoised in blocks; {settings}")

@@ -40,7 +40,11 @@ class GiddModelOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     """[B, L, hidden]."""
     cache: Cache | None = None
-    """Of all positions, with `use_cache`."""
+    """Keys and values of all positions, with `use_cache`."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """[B, L, hidden] before each block and after the last norm, with `output_hidden_states`."""
+    attentions: tuple[Tensor, ...] | None = None
+    """Always None: attention weights are not kept."""
 
     @property
     def past_key_values(self) -> Cache | None:
@@ -52,10 +56,16 @@ class GiddModelOutput(ModelOutput):
 class GiddLogits(ModelOutput):
     """What the whole model returns."""
 
+    loss: Tensor | None = None
+    """Always None: no loss is computed here."""
     logits: Tensor | None = None
     """[B, L, V]."""
     cache: Cache | None = None
-    """Of all positions, with `use_cache`."""
+    """Keys and values of all positions, with `use_cache`."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """[B, L, hidden] before each block and after the last norm, with `output_hidden_states`."""
+    attentions: tuple[Tensor, ...] | None = None
+    """Always None: attention weights are not kept."""
 
     @property
     def past_key_values(self) -> Cache | None:
@@ -221,8 +231,11 @@ class GiddModel(GiddPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         prompt_lengths: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **_: Any,
-    ) -> GiddModelOutput:
+    ) -> GiddModelOutput | tuple[Any, ...]:
         """Run the blocks.
 
         Args:
@@ -234,7 +247,19 @@ class GiddModel(GiddPreTrainedModel):
             cache: see `Cache`; `past_key_values`, its name in older transformers, means the same.
             use_cache: return keys and values of all positions, the cached ones first.
             prompt_lengths: [B] leading tokens that are clean and attend as `config.prompt_attention` says.
+            output_hidden_states: return the hidden states of every block as well; default: as the configuration says.
+            output_attentions: only False.
+            return_dict: False for a tuple of what is not None instead of an output with names.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings are given, or attention weights are wanted.
         """
+        if output_attentions:
+            raise ValueError(
+                "output_attentions=True is not supported: attention weights are formed in parts and let go"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -244,14 +269,18 @@ class GiddModel(GiddPreTrainedModel):
             position_ids = torch.arange(known, known + x.shape[1], device=x.device)
         rope = self._rope(position_ids, x.dtype)
         allowed = self._allowed(x, known, attention_mask, prompt_lengths)
-        seen = []
+        seen, states = [], []
         for index, layer in enumerate(self.layers):
+            states += [x] if output_hidden_states else []
             x, keys_and_values = layer(x, rope, allowed, None if past is None else past[index])
             seen.append(keys_and_values if use_cache else None)
-        return GiddModelOutput(
-            last_hidden_state=self.norm(x),
+        x = self.norm(x)
+        out = GiddModelOutput(
+            last_hidden_state=x,
             cache=tuple(seen) if use_cache else None,  # type: ignore[arg-type]
+            hidden_states=(*states, x) if output_hidden_states else None,
         )
+        return _named(out, return_dict, self.config)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine, [1 or B, 1, L, D]; computed in place, so there is no buffer to lose."""
@@ -308,19 +337,32 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
         """Replace the head."""
         self.lm_head = new_embeddings
 
-    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> GiddLogits:
-        """`GiddModel.forward`'s arguments to logits [B, L, V].
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> GiddLogits | tuple[Any, ...]:
+        """Compute logits [B, L, V] from `GiddModel.forward`'s arguments; `loss` is None.
 
         Raises:
             ValueError: labels are given; the diffusion bound needs the noise levels, which a batch does not hold.
         """
         if labels is not None:
             raise ValueError("no loss is computed here: the bound needs each token's noise level; train with megadiff")
-        out = self.model(input_ids, **kwargs)
+        out = self.model(input_ids, return_dict=True, **kwargs)
         hidden = out.last_hidden_state
         if self.config.head_scaling != 1.0:
             hidden = hidden * self.config.head_scaling
-        return GiddLogits(logits=self.lm_head(hidden), cache=out.cache)
+        logits = GiddLogits(logits=self.lm_head(hidden), cache=out.cache, hidden_states=out.hidden_states)
+        return _named(logits, return_dict, self.config)
+
+
+def _named(out: Any, return_dict: bool | None, config: GiddConfig) -> Any:
+    """The output itself, or a tuple of its values where that is wanted."""
+    wants_names = getattr(config, "return_dict", True) if return_dict is None else return_dict
+    return out if wants_names else out.to_tuple()
 
 
 def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
