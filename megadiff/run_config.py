@@ -18,7 +18,7 @@ from megadiff.diffusion.config import (
     ObjectiveConfig,
     check_noise_and_objective,
 )
-from megadiff.errors import ConfigError
+from megadiff.errors import ConfigError, shown
 from megadiff.eval.config import EvalConfig
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
@@ -28,6 +28,9 @@ from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
 from megadiff.supervision.config import StopConfig, WatchdogConfig
 from megadiff.train.config import GoodputConfig, HealthConfig, LogConfig
+
+_LONGEST_NAME = 200
+"""Bytes of a run's name; file systems take 255, of which temporary and scheduler's files need some."""
 
 
 class RunConfig(Section):
@@ -69,6 +72,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"name must be a plain folder name without `/`, leading dot or control characters, got {name!r}"
             )
+        if (size := len(name.encode())) > _LONGEST_NAME:
+            raise ValueError(f"name must have at most {_LONGEST_NAME} bytes, got {size}: {shown(name)}")
         return name
 
     @model_validator(mode="after")

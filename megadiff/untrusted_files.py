@@ -68,10 +68,10 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
         OSError: it cannot be read.
     """
     with open_plain(path) as file:
-        data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            size = max(os.fstat(file.fileno()).st_size, len(data))
-            raise UnreadableFileError(f"has {size:,} bytes where at most {max_bytes:,} are wanted")
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(max_bytes + 1) if size <= max_bytes else b""  # it may have grown, or not tell its size
+        if max(size, len(data)) > max_bytes:
+            raise UnreadableFileError(f"has {max(size, len(data)):,} bytes where at most {max_bytes:,} are wanted")
     return data
 
 
@@ -130,7 +130,7 @@ def parse_json(text: str | bytes, *, max_depth: int = MAX_DEPTH) -> Any:
         raise UnreadableFileError(f"is not UTF-8 text (byte {error.start})") from None
     except ValueError:  # Python converts no integer of more than 4,300 digits
         raise UnreadableFileError("holds an integer of thousands of digits") from None
-    if _is_deeper(found, max_depth):
+    if is_deeper(found, max_depth):
         raise UnreadableFileError(f"is nested deeper than {max_depth} levels")
     return found
 
@@ -168,7 +168,7 @@ def _kind(path: Path) -> int | None:
         return None
 
 
-def _is_deeper(value: Any, depth: int) -> bool:
+def is_deeper(value: Any, depth: int) -> bool:
     """Whether lists and objects nest deeper than `depth`, found without recursion."""
     level = [value]
     for _ in range(depth):

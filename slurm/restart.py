@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -75,18 +76,26 @@ class Scheduled(NamedTuple):
 
 def latest_step(run: Path) -> int:
     """Step of the newest checkpoint; -1 without any."""
-    try:
-        found = re.match(r"step_(\d+)", (run / "LATEST").read_text())
-    except OSError:
-        return -1
+    found = re.match(r"step_(\d{1,18})$", read_small(run / "LATEST", 200).strip())
     return int(found.group(1)) if found else -1
+
+
+def read_small(path: Path, most: int) -> str:
+    """Content of a plain file of at most so many bytes; empty where there is none such."""
+    try:
+        descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            text = file.read(most + 1) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    except OSError:
+        return ""
+    return text.decode("utf-8", "replace") if len(text) <= most else ""
 
 
 def read_status(attempt: Attempt, own_id: str) -> dict[str, object]:
     """What the trainer said of its end in this attempt; empty when it said nothing."""
     try:
-        status = json.loads((attempt.run / "status.json").read_text())
-    except (OSError, ValueError):
+        status = json.loads(read_small(attempt.run / "status.json", 2**20))
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(status, dict):
         return {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,32 @@ from rich.console import Console
 from rich.table import Table
 
 from megadiff.errors import DataError, run_command
+from megadiff.train.metric_lines import MAX_LINE_BYTES, number, parsed
+from megadiff.untrusted_files import UnreadableFileError, why
+from megadiff.untrusted_files import lines as lines_of
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """A run folder's metric lines in the order of their steps; a last line cut short by a kill is left out."""
     path = run / "metrics.jsonl"
-    if not path.is_file():
+    if not os.path.exists(path):
         raise DataError(f"{run}: no metrics.jsonl here; a run folder is wanted")
-    lines = path.read_text(encoding="utf-8").split("\n")
     found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                metrics = json.loads(line)
-                found.append({**metrics, "step": int(metrics["step"])})
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):  # the last piece has no newline yet: it is being written
-                raise DataError(f"{path}:{number}: a JSON object with a step is wanted") from None
+    try:
+        for place, raw in enumerate(lines_of(path, max_bytes=MAX_LINE_BYTES), start=1):
+            line = parsed(raw)
+            if line is not None:
+                found.append(line)
+            elif raw is None or (raw.strip() and raw.endswith(b"\n")):  # without its newline it is being written
+                raise DataError(f"{path}:{place}: a JSON object with a step is wanted")
+    except (UnreadableFileError, OSError) as error:
+        raise DataError(f"{path} {why(error)}; a run folder is wanted") from None
     return sorted(found, key=lambda line: line["step"])
 
 
 def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of the lines that hold the key."""
-    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    """(step, value) of the lines that hold a finite number under the key."""
+    return [(line["step"], value) for line in lines if (value := number(line, key)) is not None]
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> Table:
@@ -46,12 +49,12 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> Table:
     for name in ("run", "step", "tokens", "loss", "elbo", "held-out elbo", "best held-out", "tokens/s"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for name, lines in runs.items():
-        last = {key: value for line in lines for key, value in line.items() if value is not None}
+        last = {key: value for line in lines for key in line if (value := number(line, key)) is not None}
         held_out = [value for _, value in curve(lines, "eval_elbo")]
         error = last.get("eval_elbo_stderr")
         table.add_row(
             name,
-            *(f"{last[key]:,}" if key in last else "-" for key in ("step", "tokens")),
+            *(f"{int(last[key]):,}" if key in last else "-" for key in ("step", "tokens")),
             *(f"{last[key]:.4f}" if key in last else "-" for key in ("loss", "elbo")),
             f"{held_out[-1]:.4f}" + (f" ± {error:.4f}" if error is not None else "") if held_out else "-",
             f"{min(held_out):.4f}" if held_out else "-",
@@ -71,10 +74,10 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
     for name, lines in runs.items():
         train = curve(lines, "elbo")
         (drawn,) = axes.plot(*zip(*train, strict=True), alpha=0.6, label=name) if train else axes.plot([], label=name)
-        held_out = [line for line in lines if line.get("eval_elbo") is not None]
+        held_out = [line for line in lines if number(line, "eval_elbo") is not None]
         if held_out:
             steps, bounds = [line["step"] for line in held_out], [line["eval_elbo"] for line in held_out]
-            errors = [line.get("eval_elbo_stderr") or 0.0 for line in held_out]
+            errors = [number(line, "eval_elbo_stderr") or 0.0 for line in held_out]
             axes.errorbar(steps, bounds, yerr=errors, fmt="o", color=drawn.get_color(), label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="ELBO, nats per noisy token")
     axes.legend()

@@ -55,7 +55,7 @@ _NOT_WORTH_RECORDING = ("name", "output_dir", "checkpoint.start_from")
 class FileEntry(BaseModel):
     """One file of a checkpoint."""
 
-    bytes: int
+    bytes: int = Field(ge=0, le=2**62)
     sha256: str
 
 
@@ -77,15 +77,15 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    format: int
-    step: int = Field(ge=0)
-    samples: int = Field(ge=0)
+    format: int = Field(ge=0, le=2**31)
+    step: int = Field(ge=0, le=2**62)
+    samples: int = Field(ge=0, le=2**62)
     """Rows the run has trained on."""
-    tokens: int
+    tokens: int = Field(ge=0, le=2**62)
     config: dict[str, Any]
     """The resolved tree."""
-    vocab_size: int = Field(gt=1)
-    mask_id: int = Field(ge=0)
+    vocab_size: int = Field(gt=1, lt=2**31)
+    mask_id: int = Field(ge=0, lt=2**31)
     tokenizer_fingerprint: str
     data_fingerprint: str
     layout: dict[str, int]

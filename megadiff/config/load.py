@@ -20,6 +20,7 @@ from megadiff.config.tree import Group, Items, Place, Scalar, Tree, found, merge
 from megadiff.config.typed import Reader
 from megadiff.config.yaml_text import parse_yaml
 from megadiff.errors import ConfigError
+from megadiff.untrusted_files import UnreadableFileError, read_text, why
 
 T = TypeVar("T", bound=Section)
 
@@ -78,7 +79,7 @@ class _Files:
 
     def tree(self, path: Path, shown: Place, *, named_by: Place | None) -> Group:
         """The file's tree laid upon its base files' trees."""
-        real = path.resolve()
+        real = Path(os.path.realpath(path))
         names = [name for _, name in self._open]
         if real in (opened for opened, _ in self._open):
             circle = " -> ".join([*names, str(path)])
@@ -117,18 +118,11 @@ def _base_names(tree: Tree) -> list[Scalar]:
 def _text(path: Path, named_by: Place | None) -> str:
     asked = f"{named_by}: the base file {path}" if named_by is not None else f"{path}: the run description"
     try:
-        if not path.exists():
-            raise ConfigError(f"{asked} does not exist; check the path")
-        if not path.is_file():
-            raise ConfigError(f"{asked} is not a file; give the path of a YAML file")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ConfigError(f"{asked} has {size} bytes; at most {MAX_BYTES} are wanted, so it is hardly one")
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{asked} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{asked} cannot be read: {error.strerror or error}") from None
+        return read_text(path, max_bytes=MAX_BYTES)
+    except FileNotFoundError:
+        raise ConfigError(f"{asked} does not exist; check the path") from None
+    except (OSError, UnreadableFileError) as error:
+        raise ConfigError(f"{asked} {why(error)}; give the path of a YAML file in UTF-8") from None
 
 
 class _Dumper(yaml.SafeDumper):

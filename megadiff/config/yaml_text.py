@@ -9,7 +9,7 @@ import yaml
 from yaml import events
 
 from megadiff.config.tree import Entry, Group, Items, Place, Scalar, Tree
-from megadiff.errors import ConfigError
+from megadiff.errors import ConfigError, shown
 
 MAX_NODES = 50_000
 """Values a file may hold once its aliases are written out; a run description needs a few hundred."""
@@ -92,6 +92,7 @@ class _Composer:
         before = self._nodes
         self._count(1, event)
         if isinstance(event, events.ScalarEvent):
+            self._refuse_what_no_path_can_hold(event)
             tree: Tree = Scalar(event.value, self._place(event), quoted=event.style is not None)
         elif isinstance(event, events.SequenceStartEvent):
             tree = Items(
@@ -103,6 +104,15 @@ class _Composer:
         if event.anchor is not None:
             self._anchors[event.anchor] = (tree, self._nodes - before)
         return tree
+
+    def _refuse_what_no_path_can_hold(self, event: events.ScalarEvent) -> None:
+        """Escapes in quotes can spell characters that neither a file's name nor a UTF-8 file can hold."""
+        wrong = next((c for c in event.value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+        if wrong is not None:
+            what = "a NUL character" if wrong == "\0" else "half of a surrogate pair"
+            raise ConfigError(
+                f"{self._place(event)}: {shown(event.value)} holds {what}, which no setting may; remove it"
+            )
 
     def _until(self, end: type[events.Event]) -> Iterator[events.Event]:
         while not isinstance(event := next(self._events), end):

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 from megadiff.config.section import Section
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
+from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 MANIFEST_VERSION = 2
 """2 has `idx_sha256`; files of version 1, which lack it, are read too."""
@@ -131,11 +132,11 @@ def read_manifest(path: Path) -> IndexedManifest | None:
         DataError: the file is no manifest, or one of a newer version.
     """
     try:
-        if not path.exists():
-            return None
-        if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise DataError(f"{path}: wanted a manifest of at most {_MAX_MANIFEST_BYTES} bytes; make the data again")
-        found = orjson.loads(path.read_bytes())
+        found = orjson.loads(read_bytes(path, max_bytes=_MAX_MANIFEST_BYTES))
+    except FileNotFoundError:
+        return None
+    except UnreadableFileError as error:
+        raise DataError(f"{path}: the manifest {error}; make the data again") from error
     except OSError as error:
         raise DataError(f"{path}: the manifest cannot be read ({error.strerror}); check its permissions") from error
     except orjson.JSONDecodeError as error:

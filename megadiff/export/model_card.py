@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megadiff.checkpoint.manifest import Manifest
 from megadiff.diffusion.config import NoiseConfig
 from megadiff.model.config import ModelConfig
+from megadiff.train.metric_lines import Line, number, read_lines
+from megadiff.untrusted_files import UnreadableFileError
 
 _LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -107,21 +109,31 @@ def _facts(manifest: Manifest, parameters: int, dtype: str) -> dict[str, Any]:
 
 
 def _scores(metrics: Path | None, step: int) -> dict[str, str]:
-    """The last measurements up to the checkpoint's step."""
+    """The last measurements up to the checkpoint's step; one that is no finite number is told as such."""
     found: dict[str, Any] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics is not None else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # a line torn by a kill
-        if entry.get("step", step + 1) <= step:
-            found.update(entry)
+    for line in _lines(metrics) if metrics is not None else []:
+        if line["step"] <= step:
+            found.update(line)
     scores = {}
     if "elbo" in found:
-        scores["ELBO of the last training step logged"] = f"{found['elbo']:.4f} nats per noisy token"
+        scores["ELBO of the last training step logged"] = _nats(found, "elbo", "nats per noisy token")
     if "eval_elbo" in found:
-        error = f" ± {found['eval_elbo_stderr']:.4f}" if "eval_elbo_stderr" in found else ""
-        scores["held-out ELBO"] = f"{found['eval_elbo']:.4f}{error} nats per token"
-    if "eval_bits_per_byte" in found:
-        scores["held-out bits per byte"] = f"{found['eval_bits_per_byte']:.4f}"
+        scores["held-out ELBO"] = _nats(found, "eval_elbo", "nats per token")
+    if (bits := number(found, "eval_bits_per_byte")) is not None:
+        scores["held-out bits per byte"] = f"{bits:.4f}"
     return scores
+
+
+def _lines(metrics: Path) -> Iterator[Line]:
+    """The run's lines; a card is written without them where the file cannot be read."""
+    try:
+        yield from read_lines(metrics)
+    except (OSError, UnreadableFileError):
+        return
+
+
+def _nats(found: dict[str, Any], key: str, unit: str) -> str:
+    value, error = number(found, key), number(found, f"{key}_stderr")
+    if value is None:
+        return "not a finite number"
+    return f"{value:.4f}{'' if error is None else f' ± {error:.4f}'} {unit}"

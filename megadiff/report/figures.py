@@ -6,9 +6,9 @@ _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def short(value: float, digits: int = 3) -> str:
-    """Large numbers with a letter (1.23M, B for 10^9), tiny ones with a power of ten, the rest in few digits."""
+    """Large numbers with a letter (1.23M, B for 10^9), tiny and huge ones with a power of ten, the rest in few digits."""
     size = abs(value)
-    if 0 < size < 1e-3:
+    if 0 < size < 1e-3 or size >= 1e18:
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
     for scale, letter in _SCALES:
@@ -16,6 +16,11 @@ def short(value: float, digits: int = 3) -> str:
             scaled = value / scale
             return f"{scaled:.{digits}g}{letter}" if abs(scaled) < 10**digits else f"{scaled:.0f}{letter}"
     return f"{value:.{digits}g}"
+
+
+def exact(value: float) -> str:
+    """Return a figure to four places behind the point; one too large for that to mean anything by its power of ten."""
+    return f"{value:.4f}" if abs(value) < 1e9 else f"{value:.4e}"
 
 
 def of_bytes(count: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megadiff.report.downsample import Point, downsample
-from megadiff.report.figures import short
+from megadiff.report.figures import exact, short
 from megadiff.report.markup import escaped
 from megadiff.report.scale import Scale, scale_of
 
@@ -150,7 +150,7 @@ class _Frame:
     def _dot(self, curve: Curve, point: Point) -> str:
         assert point.y is not None
         across, up = self.across(point.x), self.up(point.y)
-        said = f"{curve.label}: {point.y:.4f}" + (f" \u00b1 {point.error:.4f}" if point.error is not None else "")
+        said = f"{curve.label}: {exact(point.y)}" + (f" \u00b1 {exact(point.error)}" if point.error is not None else "")
         whisker = ""
         if point.error:
             low, high = (min(max(self.up(end), _TOP), _BOTTOM) for end in _ends(point, self.y))

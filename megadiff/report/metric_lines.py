@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import orjson
 
 from megadiff.errors import DataError
-
-Line = dict[str, Any]
+from megadiff.train.metric_lines import MAX_LINE_BYTES, Line, finite, parsed
+from megadiff.untrusted_files import UnreadableFileError, lines, why
 
 
 @dataclass(frozen=True)
@@ -34,28 +30,15 @@ def read_metric_lines(path: Path) -> MetricLines:
     evaluations: dict[int, Line] = {}
     unreadable = 0
     try:
-        with path.open("rb") as file:
-            for raw in file:
-                line = _parsed(raw)
-                if line is not None:
-                    (evaluations if "eval_elbo" in line else training)[line["step"]] = line
-                elif raw.endswith(b"\n") and raw.strip():  # else: still being written, or cut short by a kill
-                    unreadable += 1
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); a run folder is wanted") from None
+        for raw in lines(path, max_bytes=MAX_LINE_BYTES):
+            line = parsed(raw)
+            if line is not None:
+                (evaluations if "eval_elbo" in line else training)[line["step"]] = line
+            elif raw is None or (raw.endswith(b"\n") and raw.strip()):  # else: being written, or cut short by a kill
+                unreadable += 1
+    except (OSError, UnreadableFileError) as error:
+        raise DataError(f"{path} {why(error)}; a run folder is wanted") from None
     return MetricLines(_in_order(training), _in_order(evaluations), unreadable)
-
-
-def number(line: Line, key: str) -> float | None:
-    """A finite number of a line; None for what is missing, null or something else."""
-    return finite(line.get(key))
-
-
-def finite(value: Any) -> float | None:
-    """The value as a float if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def levels(line: Line, key: str) -> list[tuple[float, float, float]]:
@@ -68,15 +51,6 @@ def levels(line: Line, key: str) -> list[tuple[float, float, float]]:
             if low is not None and high is not None and value is not None:
                 found.append((low, high, value))
     return found
-
-
-def _parsed(raw: bytes) -> Line | None:
-    try:
-        line = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return None
-    is_step = isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0
-    return line if is_step else None
 
 
 def _in_order(lines: dict[int, Line]) -> list[Line]:

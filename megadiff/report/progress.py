@@ -6,9 +6,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from megadiff.report.metric_lines import Line, number
+from megadiff.train.metric_lines import Line, number
 
 Axis = Literal["tokens", "steps"]
+_MOST_TOKENS = 1e30
 AXIS_LABELS: dict[Axis, str] = {"tokens": "tokens seen", "steps": "optimizer steps"}
 
 
@@ -23,7 +24,7 @@ def position_of(axis: Axis, training: Iterable[Line]) -> Callable[[int], float |
     known = [(0.0, 0.0)]
     for line in training:
         tokens = number(line, "tokens")
-        if tokens is not None and line["step"] > known[-1][0]:
+        if tokens is not None and 0 <= tokens < _MOST_TOKENS and line["step"] > known[-1][0]:
             known.append((float(line["step"]), tokens))
     steps = [step for step, _ in known]
 

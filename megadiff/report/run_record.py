@@ -16,6 +16,7 @@ from megadiff.report.settings import read_settings
 from megadiff.report.unusual_steps import UnusualStep, unusual_steps
 from megadiff.supervision.status import Status, read_status
 from megadiff.train.attempts import Attempt
+from megadiff.untrusted_files import UnreadableFileError, open_plain, read_bytes
 
 _ATTEMPTS = TypeAdapter(list[Attempt])
 _MAX_BYTES = 2**24
@@ -114,8 +115,8 @@ def _labels(folders: list[Path]) -> list[str]:
 def _read_attempts(path: Path) -> list[Attempt] | None:
     """As `megadiff.train.attempts.read_attempts`, but a damaged file stays where it is."""
     try:
-        return _ATTEMPTS.validate_json(path.read_bytes()) if path.stat().st_size <= _MAX_BYTES else None
-    except (OSError, ValidationError):
+        return _ATTEMPTS.validate_json(read_bytes(path, max_bytes=_MAX_BYTES))
+    except (OSError, UnreadableFileError, ValidationError):
         return None
 
 
@@ -142,7 +143,7 @@ def _checkpoint(path: Path, state: str, why: str = "") -> Checkpoint | None:
     try:
         size = sum(part.stat().st_size for part in path.iterdir() if part.is_file())
         when = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
-    except OSError:
+    except (OSError, ValueError, OverflowError):  # or its time is none that a calendar has
         return None
     return Checkpoint(path.name, state, size, when.isoformat(timespec="seconds"), why)
 
@@ -159,16 +160,16 @@ def _samples(folder: Path) -> list[Sample]:
 
 def _sample(path: Path, step: int) -> Sample | None:
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             data = file.read(_SAMPLE_BYTES + 1)
-    except OSError:
+    except (OSError, UnreadableFileError):
         return None
     return Sample(step, data[:_SAMPLE_BYTES].decode("utf-8", "replace"), len(data) > _SAMPLE_BYTES)
 
 
 def _first_line(path: Path) -> str | None:
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.readline(200).strip() or None
-    except OSError:
+        with open_plain(path) as file:
+            return file.readline(200).decode("utf-8", "replace").strip() or None
+    except (OSError, UnreadableFileError):
         return None

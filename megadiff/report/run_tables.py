@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from megadiff.report.figures import of_bytes, percent, short
+from megadiff.report.figures import exact, of_bytes, percent, short
 from megadiff.report.markup import escaped, paragraph, table
-from megadiff.report.metric_lines import finite, number
 from megadiff.report.run_record import RunRecord
 from megadiff.report.settings import differences
 from megadiff.report.wall_time import wall_time
+from megadiff.train.metric_lines import finite, number
 
 _NONE = "\u2013"
 _UNUSUAL_SHOWN = 100
@@ -173,4 +173,4 @@ def _with_error(line: dict[str, Any]) -> str:
     value, error = number(line, "eval_elbo"), number(line, "eval_elbo_stderr")
     if value is None:
         return _NONE
-    return f"{value:.4f}" + (f" \u00b1 {error:.4f}" if error is not None else "")
+    return exact(value) + (f" \u00b1 {exact(error)}" if error is not None else "")

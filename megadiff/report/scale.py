@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_SMALLEST, _LARGEST = 1e-280, 1e280
+"""Sizes of the numbers that axes can show; ratios and differences of these are numbers too."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -18,7 +21,8 @@ class Scale:
     def at(self, value: float) -> float:
         """Where a value lies: 0 at `low`, 1 at `high`."""
         low, high = self._bent(self.low), self._bent(self.high)
-        return (self._bent(value) - low) / (high - low)
+        inside = max(_held(value), self.low) if self.is_log else _held(value)
+        return (self._bent(inside) - low) / (high - low)
 
     def ticks(self, most: int = 6) -> list[float]:
         """Round values inside, at least two where the range allows."""
@@ -40,15 +44,23 @@ class Scale:
 
 def scale_of(values: Iterable[float], *, is_log: bool = False, margin: float = 0.05) -> Scale | None:
     """The scale that shows all values with some room; None where no value can be shown."""
-    shown = [value for value in values if not is_log or value > 0]
+    shown = [_held(value) for value in values if not is_log or value > 0]
+    shown = [value for value in shown if not is_log or value > 0]
     if not shown:
         return None
     low, high = min(shown), max(shown)
     if is_log:
-        room = max(margin * math.log10(high / low), 0.02)
+        room = max(margin * (math.log10(high) - math.log10(low)), 0.02)
         return Scale(low / 10**room, high * 10**room, True)
     room = margin * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(low - room, high + room)
+
+
+def _held(value: float) -> float:
+    """A value within what sums, differences and powers of ten can be taken of: to the edge or to 0 where it is not."""
+    if abs(value) < _SMALLEST:
+        return 0.0
+    return min(max(value, -_LARGEST), _LARGEST)
 
 
 def _round_steps(low: float, high: float, most: int) -> list[float]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-_MAX_BYTES, _MAX_KEYS, _MAX_DEPTH = 2**20, 5000, 12
+from megadiff.untrusted_files import read_bytes
+
+_MAX_BYTES, _MAX_KEYS, _MAX_DEPTH, _MAX_CHARACTERS = 2**20, 5000, 12, 2000
 _LABELS = ("name", "output_dir")
 """What says which run it is, not how it was made."""
 
@@ -17,12 +19,10 @@ _LABELS = ("name", "output_dir")
 def read_settings(path: Path) -> dict[str, str] | None:
     """The resolved tree of `config.yaml`, flat; None where it is missing or no such tree."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            return None
-        tree = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+        tree = yaml.safe_load(read_bytes(path, max_bytes=_MAX_BYTES).decode("utf-8", "replace"))
+        return dict(itertools.islice(_flat(tree, "", 0), _MAX_KEYS)) if isinstance(tree, dict) else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
-    return dict(itertools.islice(_flat(tree, "", 0), _MAX_KEYS)) if isinstance(tree, dict) else None
 
 
 def differences(runs: Sequence[Mapping[str, str] | None]) -> dict[str, list[str | None]]:
@@ -52,4 +52,4 @@ def _flat(tree: Any, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
 def _said(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return str(value)[:_MAX_CHARACTERS]

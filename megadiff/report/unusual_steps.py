@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadiff.report.metric_lines import Line
+from megadiff.train.metric_lines import Line
+from megadiff.untrusted_files import UnreadableFileError, open_plain
 
 _SPIKE = re.compile(r" WARNING step (\d{1,18}): spike: (.{1,400})")
 _MAX_LOG_BYTES = 2**27
@@ -42,11 +43,11 @@ def unusual_steps(training: Sequence[Line], log_file: Path) -> list[UnusualStep]
 def _spikes(log_file: Path) -> dict[int, str]:
     """What the log says of spikes, by step; of a huge log, its end."""
     try:
-        with log_file.open("rb") as file:
+        with open_plain(log_file) as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - _MAX_LOG_BYTES))
             return {int(match[1]): match[2] for raw in file if (match := _match(raw))}
-    except OSError:
+    except (OSError, UnreadableFileError):
         return {}
 
 

@@ -12,9 +12,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from megadiff.untrusted_files import read_json_object
+
 RUNNING, STOPPED, FINISHED, FAILED, NO_RESTART = "running", "stopped", "finished", "failed", "no_restart"
 STATES = (RUNNING, STOPPED, FINISHED, FAILED, NO_RESTART)
 _NAME = "status.json"
+_MAX_BYTES, _MAX_NUMBER = 2**20, 10**15
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ def write_status(run_folder: Path, status: Status) -> None:
 def read_status(run_folder: Path) -> Status | None:
     """The run's status; None where there is none or it is not one of ours."""
     try:
-        found = json.loads((run_folder / _NAME).read_text(encoding="utf-8"))
-        return Status(**_known(found)) if found["state"] in STATES else None
-    except (OSError, ValueError, TypeError, KeyError):
+        found = _known(read_json_object(run_folder / _NAME, max_bytes=_MAX_BYTES))
+        return Status(**found) if found.get("state") in STATES else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -120,8 +123,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(Status)}
-    return {name: value for name, value in found.items() if name in names}
+    """The fields of a status among what was found.
+
+    Raises:
+        ValueError: one is of another type, or a number that no run has.
+    """
+    known = {}
+    for field in fields(Status):
+        if field.name not in found:
+            continue
+        value = found[field.name]
+        is_number = type(value) is int and abs(value) < _MAX_NUMBER
+        is_text = isinstance(value, str) and "int" not in str(field.type)
+        is_absent = value is None and "None" in str(field.type)
+        if not (is_text or is_absent or (is_number and "int" in str(field.type))):
+            raise ValueError(f"{field.name} cannot be {type(value).__name__}")
+        known[field.name] = value
+    return known
 
 
 def _utc_now() -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from megadiff.untrusted_files import read_bytes
 
 log = logging.getLogger("megadiff")
 
@@ -15,6 +17,8 @@ Phase = Literal["setup", "step", "wait_for_data", "evaluate", "save_stall", "los
 Ending = Literal["finished", "stopped", "failed"]
 PHASES: tuple[Phase, ...] = ("setup", "step", "wait_for_data", "evaluate", "save_stall", "lost")
 _MAX_BYTES = 2**24
+_Seconds = Annotated[float, Field(ge=0, le=1e12)]
+_Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
 class Attempt(BaseModel):
@@ -26,19 +30,19 @@ class Attempt(BaseModel):
     """Wall clock, seconds since 1970."""
     updated: float
     """Wall clock of the last line."""
-    elapsed_s: float = Field(default=0.0, ge=0)
+    elapsed_s: _Seconds = 0.0
     """From the start to the last line, on a clock that nobody sets."""
-    down_s: float = Field(default=0.0, ge=0)
+    down_s: _Seconds = 0.0
     """Between the last line of the attempt before and this start; 0 after one that finished."""
-    last_step: int = Field(default=0, ge=0)
+    last_step: _Count = 0
     """The last step taken; 0 for none."""
-    steps: int = Field(default=0, ge=0)
+    steps: _Count = 0
     """Steps taken, repeated ones too."""
-    phases: dict[str, float] = Field(default_factory=dict)
+    phases: dict[str, _Seconds] = Field(default_factory=dict)
     """Seconds by phase."""
-    saves: int = Field(default=0, ge=0)
+    saves: _Count = 0
     """Checkpoints completed."""
-    save_s: float = Field(default=0.0, ge=0)
+    save_s: _Seconds = 0.0
     """From their beginning to their completion, summed; `save_stall` is the part that training stood still for."""
     ended: Ending | None = None
     """None while it runs, and for ever when it was killed."""
@@ -75,9 +79,7 @@ def read_attempts(path: Path) -> list[Attempt]:
     One that is torn or damaged is set aside as `goodput.json.bad`, with a warning: it holds nothing a run depends on.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
-        return _LIST.validate_json(path.read_bytes())
+        return _LIST.validate_json(read_bytes(path, max_bytes=_MAX_BYTES))
     except FileNotFoundError:
         return []
     except OSError as error:

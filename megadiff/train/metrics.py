@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megadiff.untrusted_files import UnreadableFileError, parse_json
+
 log = logging.getLogger("megadiff")
 
 
@@ -89,8 +91,8 @@ def _whole_lines(path: Path) -> list[str]:
 
 def _step_of(line: str) -> int:
     try:
-        parsed = json.loads(line)
-    except json.JSONDecodeError:
+        parsed = parse_json(line)
+    except UnreadableFileError:
         return -1
     step = parsed.get("step", -1) if isinstance(parsed, dict) else -1
     return step if isinstance(step, int) else -1

@@ -123,7 +123,7 @@ FILES = [
     ("2 MB", b"#" * 2_000_000, r"bad\.yaml: .*2000000 bytes; at most 1000000 are wanted"),
     ("a circle", b"base: bad.yaml\n", r"bad\.yaml:1: base files go in a circle: .*bad\.yaml -> .*bad\.yaml"),
     ("no base", b"base: nowhere.yaml\n", r"bad\.yaml:1: the base file .*nowhere\.yaml does not exist; check the path"),
-    ("a folder", None, r"bad\.yaml: the run description is not a file; give the path of a YAML file"),
+    ("a folder", None, r"bad\.yaml: the run description is a folder, not a plain file; give the path of a YAML file"),
 ]
 """What is in the file (None: it is a folder), sentence; the first word of a row is its name."""
 

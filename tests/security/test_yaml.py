@@ -81,5 +81,7 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path):
     """A sparse file of 100 GB, which reading would put into memory."""
     with open(tmp_path / "run.yaml", "wb") as file:
         file.truncate(100 * 2**30)
-    with pytest.raises(ConfigError, match=r"run\.yaml: the run description has 107374182400 bytes; at most 1000000"):
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: the run description has 107,374,182,400 bytes where at most 1,000,000"
+    ):
         load_config(tmp_path / "run.yaml", [], RunConfig)

@@ -1,0 +1,55 @@
+"""The lines of a `metrics.jsonl` as they may lie there: cut short by a kill, damaged, or written by somebody else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megadiff.untrusted_files import MAX_DEPTH, is_deeper, lines
+
+Line = dict[str, Any]
+
+MAX_LINE_BYTES = 2**20
+"""Longest line that is read; a training step writes some hundred bytes."""
+
+_MAX_STEP = 10**15
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Yield the lines that are objects with a step, in the order of the file.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        UnreadableFileError: it is no plain file.
+        OSError: it cannot be read.
+    """
+    for raw in lines(path, max_bytes=MAX_LINE_BYTES):
+        line = parsed(raw)
+        if line is not None:
+            yield line
+
+
+def parsed(raw: bytes | None) -> Line | None:
+    """Return a line as an object with a step; None for anything else, such as a line too long to be one."""
+    try:
+        line = None if raw is None else orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    is_step = isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] <= _MAX_STEP
+    return line if is_step and not is_deeper(line, MAX_DEPTH) else None
+
+
+def number(line: Line, key: str) -> float | None:
+    """Return a finite number of a line; None for what is missing, null or something else."""
+    return finite(line.get(key))
+
+
+def finite(value: Any) -> float | None:
+    """Return the value as a float if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
