@@ -6,11 +6,13 @@ Everything that is not one of these is our own bug and keeps its stack trace.
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 _MAX_LINES, _HEAD, _TAIL = 200, 3000, 800
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -87,7 +89,8 @@ def _bounded(message: str) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process as every command here ends.
 
-    Exit code 0 on success; that of a `MegadiffError` with its one message on stderr; 130 when interrupted; any other
+    Exit code 0 on success; that of a `MegadiffError` with its one message on stderr; 2 with one message for a path that
+    no file can have, such as one that is too long; 130 when interrupted; any other
     exception is our own fault and propagates with its stack trace (exit code 1).
     """
     try:
@@ -95,6 +98,11 @@ def run_command(main: Callable[[], None]) -> None:
     except MegadiffError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _NO_PATH or error.filename is None:
+            raise
+        print(f"error: {ConfigError(f'{error.filename}: {error.strerror}; check the path')}", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

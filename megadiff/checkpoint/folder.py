@@ -66,7 +66,7 @@ def chosen(path: Path) -> Path:
     """
     if os.path.isfile(path / FILE_NAME):
         return path
-    newest = newest_complete(path)
+    newest = newest_complete(path) if os.path.isdir(path) else None
     if newest is not None:
         return newest
     kind = what_it_is(path)

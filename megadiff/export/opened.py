@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from megadiff.checkpoint.manifest import FILE_NAME
+from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.export.importing import import_folder
 from megadiff.trained import TrainedModel, open_trained
 
@@ -34,7 +34,7 @@ def open_model(
         DataError: the tokenizer is missing, or another one than the model was trained with.
     """
     folder = Path(path)
-    if (folder / FILE_NAME).is_file() or not (folder / "config.json").is_file():
+    if what_it_is(folder) != "a Hugging Face folder":
         with open_trained(folder, platform=platform, tokenizer=tokenizer) as trained:
             yield trained
         return

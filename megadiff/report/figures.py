@@ -6,7 +6,7 @@ _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def short(value: float, digits: int = 3) -> str:
-    """Large numbers with a letter (1.23M, B for 10^9), tiny and huge ones with a power of ten, the rest in few digits."""
+    """Large numbers with a letter (1.23M, B for 10^9), tiny and huge ones with a power of ten, others short."""
     size = abs(value)
     if 0 < size < 1e-3 or size >= 1e18:
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
