@@ -148,8 +148,8 @@ def first_complaint(error: ValidationError) -> str:
         return f"{key} is missing"
     if first["type"] == "extra_forbidden":
         return f"the key {shown(key)[1:-1]} is unknown"
-    if "error" in first.get("ctx", {}):
-        return str(first["ctx"]["error"])
+    if (own := first.get("ctx", {}).get("error")) is not None:
+        return str(own)
     rule = first["msg"].replace("Input should be a valid", "must be a").replace("Input should", "must")
     return f"{shown(key)[1:-1]} {rule.replace('be a integer', 'be an integer')}, found {shown(first['input'])}"
 

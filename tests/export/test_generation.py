@@ -102,6 +102,13 @@ def test_a_generation_config_is_followed_and_the_call_wins(transformers, model):
     assert model.generate(PROMPT, generation_config=config, max_length=3, steps=2).shape == (1, P + 3)
     both = transformers.GenerationConfig(max_new_tokens=5, max_length=100)
     assert model.generate(PROMPT, generation_config=both, steps=2).shape == (1, P + 5)
+    several = transformers.GenerationConfig(max_new_tokens=5, num_return_sequences=2, do_sample=True)
+    several.return_dict_in_generate = True
+    assert model.generate(PROMPT, generation_config=several, steps=2).sequences.shape == (2, P + 5)
+    found = model.generate(
+        PROMPT, generation_config=several, steps=2, num_return_sequences=3, return_dict_in_generate=False
+    )
+    assert found.shape == (3, P + 5)
     greedy = transformers.GenerationConfig(max_new_tokens=5, do_sample=False)
     found = model.generate(PROMPT, generation_config=greedy, max_denoising_steps=STEPS, seed=[1])
     same |= {"temperature": 0, "top_k": None}

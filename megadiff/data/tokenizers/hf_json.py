@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 
 from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, split_until_plain
-from megadiff.errors import DataError
+from megadiff.errors import DataError, shown
 from megadiff.untrusted_files import UnreadableFileError, parse_json, read_json_object, read_text, type_name, why
 
 _FILE = "tokenizer.json"
@@ -103,7 +103,7 @@ def _read(path: Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
     except UnreadableFileError as error:
         raise DataError(f"{path}: not a whole tokenizer.json (it {error}); train or fetch it again") from error
     except Exception as error:  # the library raises bare Exception for a file it cannot understand
-        raise DataError(f"{path}: not a whole tokenizer.json ({error}); train or fetch it again") from error
+        raise DataError(f"{path}: not a whole tokenizer.json ({str(error)[:300]}); train or fetch it again") from error
     return definition, inner
 
 
@@ -121,6 +121,8 @@ def _said_beside(path: Path) -> dict[str, str]:
         token = config.get(f"{kind}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
+            if any("\ud800" <= character <= "\udfff" for character in token):
+                raise DataError(f"{beside}: {kind}_token is {shown(token)}, no valid Unicode; correct or remove it")
             said[kind] = token
     return said
 

@@ -144,7 +144,7 @@ class GiddGeneration:
         attention_mask: Tensor | None = None,
         seed: int | Sequence[int] = 0,
         num_return_sequences: int | None = None,
-        use_cache: bool | None = True,
+        use_cache: bool | None = None,
         streamer: Any = None,
         generation_config: Any = None,
         return_dict_in_generate: bool | None = None,
@@ -160,7 +160,7 @@ class GiddGeneration:
             seed: one for all prompts or one a prompt; a sequence's text does not depend on the others.
             num_return_sequences: number of texts per prompt, one behind the other, of which the first is what 1 gives.
             use_cache: keep the keys and values of finished blocks, where the model was trained with prompts that see
-                only themselves.
+                only themselves; the default.
             streamer: `put` gets the prompts and each finished block, `put_draft` (if it has one) the block after each
                 step, `end` nothing. Its prompts must have one length.
             generation_config: further settings, such as a `GenerationConfig`; the folder's are taken for what neither
@@ -183,20 +183,14 @@ class GiddGeneration:
         """
         prompt = self._prompt(input_ids, inputs)
         lengths = _lengths(prompt, attention_mask)
-        chosen = _merged(self.generation_config, generation_config, settings)
-        if num_return_sequences is None:
-            num_return_sequences = chosen.pop("num_return_sequences", 1)
-        wants_dict = chosen.pop("return_dict_in_generate", False) if return_dict_in_generate is None else True
-        wants_dict &= return_dict_in_generate is not False
-        use_cache = chosen.pop("use_cache", True) is not False and use_cache is not False
-        found = self._texts(
-            prompt,
-            lengths,
-            self._settings(chosen),
-            _draws(seed, len(prompt), num_return_sequences),
-            use_cache,
-            streamer,
+        of_the_call = (num_return_sequences, return_dict_in_generate, use_cache)
+        given = {**settings, **dict(zip(_OF_THE_CALL, of_the_call, strict=True))}
+        chosen = _merged(self.generation_config, generation_config, given)
+        copies, wants_dict, is_cached = (
+            chosen.pop(name, usual) for name, usual in zip(_OF_THE_CALL, (1, False, True), strict=True)
         )
+        draws = _draws(seed, len(prompt), copies)
+        found = self._texts(prompt, lengths, self._settings(chosen), draws, is_cached, streamer)
         return found if wants_dict else found.sequences  # type: ignore[return-value]
 
     def _texts(

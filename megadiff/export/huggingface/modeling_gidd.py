@@ -359,7 +359,7 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
         return _named(logits, return_dict, self.config)
 
 
-def _named(out: Any, return_dict: bool | None, config: GiddConfig) -> Any:
+def _named(out: Any, return_dict: bool | None, config: Any) -> Any:
     """The output itself, or a tuple of its values where that is wanted."""
     wants_names = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return out if wants_names else out.to_tuple()
