@@ -88,7 +88,7 @@ def test_what_tokenizer_config_says_comes_first(tmp_path):
     assert tokenizer.mask_id == inner.token_to_id("<hole>")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (inner.token_to_id("<start>"), None)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: not a JSON file"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not JSON"):
         load_tokenizer(folder)
 
 
