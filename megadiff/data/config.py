@@ -10,13 +10,15 @@ from megadiff.config.section import Section
 
 
 class SourceConfig(Section):
-    """One indexed corpus; a bare string stands for its path."""
+    """One indexed corpus; a bare string is its path."""
 
     path: str = Field(min_length=1)
     """Prefix P of `P.bin` and `P.idx`, made by tools/preprocess_data.py or by Megatron."""
 
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the samples, relative to the other sources; any unit, above 0."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the samples, relative to the other sources; any unit, above 0. Where no source has one, sources share by
+    size, so that all come to the end of an epoch together; beside sources that have one, a source without counts as 1.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -28,7 +30,7 @@ class DataConfig(Section):
     """Where the text comes from."""
 
     train: tuple[SourceConfig, ...] = Field(min_length=1)
-    """Sources to train on, blended by weight; at least one."""
+    """Sources to train on, blended by weight or, without weights, by size; at least one."""
 
     valid: tuple[SourceConfig, ...] = ()
     """Sources for the held-out ELBO, each measured alone; weights are not used."""

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from megadiff.data.config import DataConfig, SourceConfig
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.rows import PackedRows, TrainingRows, ValidationRows
+from megadiff.data.mixture import Mixture, Position, Source, first_mixture
+from megadiff.data.overlap import opening_fingerprint
+from megadiff.data.rows import GrownRows, PackedRows, TrainingRows, ValidationRows, sequences_in
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """A training source, open, with every entry of `data.train` that holds its content."""
+
+    reader: IndexedReader
+    content: str
+    """SHA-256 (hex) of its content."""
+    sequences: int
+    """Number of sequences in an epoch."""
+    label: str
+    """Shortest end of its path that tells it from the other sources."""
+    keys: tuple[str, ...]
+    """Entries that hold this content, such as `data.train[0]`; more than one where it is listed again."""
 
 
 @dataclass(frozen=True)
@@ -18,45 +36,169 @@ class OpenData:
     """A run's data, checked."""
 
     train: TrainingRows
-    """Rows by global sample index."""
+    """Sequences by global sample index."""
 
     valid: tuple[ValidationRows, ...]
     """One per source of `data.valid`, in that order."""
 
     fingerprint: str
-    """SHA-256 (hex) of what fixes the training rows: contents, order and weights of the sources, not their paths."""
+    """SHA-256 (hex) of what fixes the mixture: contents, order and weights of the sources, not their paths."""
 
     train_tokens: int
     """Tokens in all training sources together."""
+
+    sources: tuple[TrainingSource, ...]
+    """Training sources in the order of `data.train`, each content once."""
+
+    weights: tuple[float, ...] | None
+    """Weight of each source; None where they share by size."""
+
+    mixture: Mixture
+    """Names and starts of the sources, from which `train` follows."""
+
+    seed: int
+
+    def continued(self, mixture: Mixture) -> OpenData:
+        """Return the same data from the positions of a mixture of the same sources on.
+
+        Raises:
+            ValueError: the mixture is of other sources.
+        """
+        if [position.content for position in mixture.sources] != self.contents:
+            raise ValueError("a mixture of other sources")
+        train = _training_rows(self.sources, self.weights, mixture, self.train.seq_length, self.seed)
+        return replace(self, train=train, mixture=mixture)
+
+    @property
+    def fingerprint_of_equal_weights(self) -> str:
+        """Fingerprint that the same sources have when each has weight 1."""
+        return _fingerprint(self.sources, [1.0] * len(self.sources))
+
+    def mixture_at(self, sample: int) -> Mixture:
+        """Return the mixture with the positions that its sources have reached before a sample of the run."""
+        return self.mixture.moved_to(self.train.drawn_before(sample)).at_paths_of(self.identities)
+
+    def epochs_at(self, sample: int) -> dict[str, float]:
+        """Return how often each source has been gone through before a sample of the run, by label."""
+        epochs = self.train.epochs_at(sample)
+        return {source.label: found for source, found in zip(self.sources, epochs, strict=True)}
+
+    @property
+    def contents(self) -> list[str]:
+        """Contents of the sources, as SHA-256 (hex)."""
+        return [source.content for source in self.sources]
+
+    @property
+    def identities(self) -> list[Source]:
+        """The sources as `data.mixture` knows them."""
+        return _identities(self.sources, self.train.seq_length)
 
 
 def open_data(
     config: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, valid_rows: int, full_scan: bool = False
 ) -> OpenData:
-    """Open all sources of a run.
+    """Open all sources of a run that begins; `OpenData.continued` takes them to where a resumed run stopped.
+
+    Entries of `data.train` with the same content are one source, whose weights add up (without weights, which counts
+    as often as it is listed): it then has one order, in which no sequence comes twice before every other came once.
 
     Args:
         seq_length: L.
-        seed: of the run; fixes the order of the rows.
-        valid_rows: rows per validation source at most.
+        seed: seed of the run; fixes the order of the sequences.
+        valid_rows: sequences per validation source at most.
         full_scan: look at every token id now instead of some 300 spans per source; the rest is checked as it is read.
 
     Raises:
-        DataError: files missing or damaged, made with another tokenizer, ids outside its vocabulary, less than a row.
+        DataError: files missing or damaged, made with another tokenizer, ids outside its vocabulary, less than a
+            sequence.
     """
-    train = [_checked(f"data.train[{i}]", source, tokenizer, full_scan) for i, source in enumerate(config.train)]
+    readers = [_checked(f"data.train[{i}]", source, tokenizer, full_scan) for i, source in enumerate(config.train)]
     valid = [_checked(f"data.valid[{i}]", source, tokenizer, full_scan) for i, source in enumerate(config.valid)]
-    # Sources are named by place, not by path, so that moved data give the same rows.
-    packed = [PackedRows(reader, seq_length, seed=seed, name=f"train.{i}") for i, reader in enumerate(train)]
+    sources, weights = _distinct(config.train, readers, seq_length)
+    mixture = first_mixture(_identities(sources, seq_length))
     return OpenData(
-        train=TrainingRows(packed, [source.weight for source in config.train], seed=seed),
+        train=_training_rows(sources, weights, mixture, seq_length, seed),
         valid=tuple(
             ValidationRows(reader, seq_length, num_rows=valid_rows, name=reader.prefix.rpartition("/")[2])
             for reader in valid
         ),
-        fingerprint=_fingerprint(config.train, train),
-        train_tokens=sum(reader.num_tokens for reader in train),
+        fingerprint=_fingerprint(sources, weights),
+        train_tokens=sum(source.reader.num_tokens for source in sources),
+        sources=sources,
+        weights=weights,
+        mixture=mixture,
+        seed=seed,
     )
+
+
+def _distinct(
+    entries: Sequence[SourceConfig], readers: Sequence[IndexedReader], seq_length: int
+) -> tuple[tuple[TrainingSource, ...], tuple[float, ...] | None]:
+    """Return the sources, each content once, and their weights; None where no entry has one.
+
+    An entry without a weight beside others that have one counts as 1.
+    """
+    places: dict[str, list[int]] = {}
+    for place, reader in enumerate(readers):
+        places.setdefault(reader.content_fingerprint(), []).append(place)
+    labels = shortest_ends([readers[found[0]].prefix for found in places.values()])
+    sources = tuple(
+        TrainingSource(
+            reader=readers[found[0]],
+            content=content,
+            sequences=sequences_in(readers[found[0]], seq_length),
+            label=label,
+            keys=tuple(f"data.train[{place}]" for place in found),
+        )
+        for (content, found), label in zip(places.items(), labels, strict=True)
+    )
+    if all(entry.weight is None for entry in entries):
+        return sources, None
+    given = [1.0 if entry.weight is None else entry.weight for entry in entries]
+    return sources, tuple(sum(given[place] for place in found) for found in places.values())
+
+
+def _training_rows(
+    sources: Sequence[TrainingSource],
+    weights: Sequence[float] | None,
+    mixture: Mixture,
+    seq_length: int,
+    seed: int,
+) -> TrainingRows:
+    positions = zip(sources, mixture.sources, strict=True)
+    return TrainingRows(
+        [_stream(source.reader, seq_length, position, seed) for source, position in positions],
+        weights,
+        seed=seed,
+        first_sample=mixture.first_sample,
+        starts=[position.start for position in mixture.sources],
+        copies=[len(source.keys) for source in sources],
+        keys=[source.keys[0] for source in sources],
+    )
+
+
+def _stream(reader: IndexedReader, seq_length: int, position: Position, seed: int) -> PackedRows | GrownRows:
+    if position.parts:
+        return GrownRows(reader, seq_length, seed=seed, position=position)
+    return PackedRows(reader, seq_length, seed=seed, name=position.name)
+
+
+def _identities(sources: Sequence[TrainingSource], seq_length: int) -> list[Source]:
+    def opening(reader: IndexedReader, sequences: int) -> str:
+        return opening_fingerprint(reader, sequences * seq_length)
+
+    return [
+        Source(found.reader.prefix, found.content, found.sequences, partial(opening, found.reader)) for found in sources
+    ]
+
+
+def shortest_ends(paths: Sequence[str]) -> list[str]:
+    """Return the shortest ends of different paths, in whole names, that tell them apart."""
+    parts = [path.split("/") for path in paths]
+    count = 1
+    while len({tuple(part[-count:]) for part in parts}) < len(parts) and count < max(map(len, parts)):
+        count += 1
+    return ["/".join(part[-count:]) for part in parts]
 
 
 def _checked(key: str, source: SourceConfig, tokenizer: Tokenizer, full_scan: bool) -> IndexedReader:
@@ -76,9 +218,14 @@ def _checked(key: str, source: SourceConfig, tokenizer: Tokenizer, full_scan: bo
     return reader
 
 
-def _fingerprint(sources: Sequence[SourceConfig], readers: Sequence[IndexedReader]) -> str:
-    total = sum(source.weight for source in sources)
+def _fingerprint(sources: Sequence[TrainingSource], weights: Sequence[float] | None) -> str:
     digest = hashlib.sha256()
-    for source, reader in zip(sources, readers, strict=True):
-        digest.update(f"{source.weight / total:.12g} {reader.content_fingerprint()}\n".encode())
+    for place, source in enumerate(sources):
+        share = f"{weights[place] / sum(weights):.12g}" if weights is not None else _size_share(sources, source)
+        digest.update(f"{share} {source.content}\n".encode())
     return digest.hexdigest()
+
+
+def _size_share(sources: Sequence[TrainingSource], source: TrainingSource) -> str:
+    """Return how sharing by size enters the fingerprint: one source alone is all, with a weight or without."""
+    return "1" if len(sources) == 1 else f"by size x {len(source.keys)}"

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadiff.data.blend import Blend
+from megadiff.data.blend import Blend, Place, SizeBlend, SourceOrder
 from megadiff.data.indexed_reader import IndexedReader
+from megadiff.data.mixture import Position, Unfinished
 from megadiff.data.permutation import Permutation, stream_key
 from megadiff.errors import DataError
 
@@ -31,70 +32,168 @@ class Origin(NamedTuple):
 
 
 class PackedRows:
-    """An endless stream of rows of one source: epoch after epoch, each a new permutation of the same rows.
+    """An endless stream of sequences of one source: epoch after epoch, each a new permutation of the same sequences.
 
     Args:
         reader: the source.
         seq_length: L.
         seed, name: fix the permutations; sources of one run need different names.
+        first, sequences: the part of the source that is drawn from, in sequences; by default all of it.
 
     Raises:
-        DataError: the source holds less than one row.
+        DataError: the source holds less than one sequence.
     """
 
-    def __init__(self, reader: IndexedReader, seq_length: int, *, seed: int, name: str) -> None:
+    def __init__(
+        self, reader: IndexedReader, seq_length: int, *, seed: int, name: str, first: int = 0, sequences: int = 0
+    ) -> None:
         self.name = name
         self.seq_length = seq_length
-        self.len_epoch = _rows_in(reader, seq_length)
+        self.len_epoch = sequences or sequences_in(reader, seq_length) - first
         self._reader = reader
+        self._first = first
         self._seed = seed
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)
 
     def row(self, number: int) -> np.ndarray:
-        """Row `number` >= 0 of the stream: [L] int64."""
+        """Return sequence `number` >= 0 of the stream: [L] int64."""
         return self._reader.tokens(self._first_token(number), self.seq_length)
 
     def origin(self, number: int) -> Origin:
-        """Where row `number` begins."""
+        """Return where sequence `number` begins."""
         token = self._first_token(number)
         return Origin(self._reader.prefix, token, *self._reader.locate(token))
 
+    def unseen(self, number: int) -> int:
+        """Return how many sequences occur nowhere among the first `number` of the stream."""
+        return max(0, self.len_epoch - number)
+
     def _first_token(self, number: int) -> int:
         epoch, within = divmod(number, self.len_epoch)
-        return self._permutation(epoch)[within] * self.seq_length
+        return (self._first + self._permutation(epoch)[within]) * self.seq_length
 
     def _permutation_of(self, epoch: int) -> Permutation:
         return Permutation(self.len_epoch, stream_key(self._seed, "rows", self.name, epoch))
 
 
+class GrownRows:
+    """The stream of a source whose file has grown: first what its epoch still lacked, then epochs of the whole file.
+
+    The sequences that were not drawn in the epoch under way, and all that the file has gained, come first, in
+    proportion. So no sequence comes again before every other has come as well.
+
+    Args:
+        reader: the source.
+        seq_length: L.
+        seed: seed of the run.
+        position: position of the source, with the parts of its file.
+    """
+
+    def __init__(self, reader: IndexedReader, seq_length: int, *, seed: int, position: Position) -> None:
+        self.name, self.seq_length, self.len_epoch = position.name, seq_length, position.sequences
+        self._unfinished, self._whole_from = Unfinished(position), position.whole_from
+        self._whole = PackedRows(reader, seq_length, seed=seed, name=position.name)
+        self._parts = [
+            PackedRows(reader, seq_length, seed=seed, name=part.name, first=part.first, sequences=part.sequences)
+            for part in position.parts
+        ]
+        self._are_seen = [part.is_seen for part in position.parts]
+
+    def row(self, number: int) -> np.ndarray:
+        """Return sequence `number` of the stream: [L] int64."""
+        rows, index = self._found(number)
+        return rows.row(index)
+
+    def origin(self, number: int) -> Origin:
+        """Return where sequence `number` begins."""
+        rows, index = self._found(number)
+        return rows.origin(index)
+
+    def unseen(self, number: int) -> int:
+        """Return how many sequences occur nowhere among the first `number` of the stream."""
+        reached = self._unfinished.reached(number)
+        parts = zip(self._parts, self._are_seen, reached, strict=True)
+        return sum(part.unseen(drawn) for part, is_seen, drawn in parts if not is_seen)
+
+    def _found(self, number: int) -> tuple[PackedRows, int]:
+        place = self._unfinished.place(number)
+        return (self._whole, number - self._whole_from) if place is None else (self._parts[place[0]], place[1])
+
+
 class TrainingRows:
-    """The rows of a run by global sample index: a weighted blend of sources.
+    """The sequences of a run by global sample index: a blend of sources, each from its own position on.
+
+    Args:
+        sources: K sources of different names.
+        weights: one per source, in any unit; None shares in exact proportion to the sequences of an epoch.
+        seed: seed of the run.
+        first_sample: sample at which this mixture begins; samples before it belong to another mixture.
+        starts: sequences that each source had given before that sample; 0 each by default.
+        copies: times that each source counts when sharing by size; once each by default.
+        keys: configuration key of each source, for messages.
 
     Raises:
         DataError: a weight is too small for its source to be seen.
     """
 
-    def __init__(self, sources: Sequence[PackedRows], weights: Sequence[float], *, seed: int) -> None:
-        if not sources or len(sources) != len(weights) or len({source.name for source in sources}) != len(sources):
-            raise ValueError("a blend needs sources of different names and one weight for each")
+    def __init__(
+        self,
+        sources: Sequence[PackedRows | GrownRows],
+        weights: Sequence[float] | None,
+        *,
+        seed: int,
+        first_sample: int = 0,
+        starts: Sequence[int] = (),
+        copies: Sequence[int] = (),
+        keys: Sequence[str] = (),
+    ) -> None:
+        if not sources or len({source.name for source in sources}) != len(sources):
+            raise ValueError("a blend needs sources of different names")
         self.sources = list(sources)
         self.seq_length = sources[0].seq_length
-        self.blend = Blend(weights, seed=seed)
+        self.first_sample = first_sample
+        self.starts = list(starts or [0] * len(sources))
+        copies = copies or [1] * len(sources)
+        if {len(sources)} != {len(self.starts), len(copies), len(sources if weights is None else weights)}:
+            raise ValueError("a blend needs one weight and one start for each source")
+        sizes = [number * source.len_epoch for number, source in zip(copies, sources, strict=True)]
+        self.blend: SourceOrder = (
+            SizeBlend(sizes, seed=seed) if weights is None else Blend(weights, seed=seed, keys=keys)
+        )
+
+    def place(self, sample: int) -> Place:
+        """Return the source of a sample, and the number of its sequence in that source's stream.
+
+        Raises:
+            IndexError: the sample lies before this mixture.
+        """
+        source, index = self.blend.place(self._in_mixture(sample))
+        return Place(source, self.starts[source] + index)
 
     def rows(self, samples: Sequence[int]) -> np.ndarray:
-        """The rows of these samples, in their order: [B, L] int64."""
-        places = [self.blend.place(sample) for sample in samples]
+        """Return the sequences of these samples, in their order: [B, L] int64."""
+        places = [self.place(sample) for sample in samples]
         return np.stack([self.sources[place.source].row(place.index) for place in places])
 
     def origin(self, sample: int) -> Origin:
-        """Where the row of a sample begins."""
-        place = self.blend.place(sample)
+        """Return where the sequence of a sample begins."""
+        place = self.place(sample)
         return self.sources[place.source].origin(place.index)
 
+    def drawn_before(self, sample: int) -> list[int]:
+        """Return how many sequences each source has given before a sample, those before this mixture included."""
+        drawn = self.blend.drawn(self._in_mixture(sample))
+        return [start + count for start, count in zip(self.starts, drawn, strict=True)]
+
     def epochs_at(self, samples_seen: int) -> list[float]:
-        """How often each source has been gone through after that many samples."""
-        shares = np.array(self.blend.counts) / sum(self.blend.counts)
-        return [float(share * samples_seen / s.len_epoch) for share, s in zip(shares, self.sources, strict=True)]
+        """Return how often each source has been gone through after that many samples of the run."""
+        drawn = self.drawn_before(samples_seen)
+        return [count / source.len_epoch for count, source in zip(drawn, self.sources, strict=True)]
+
+    def _in_mixture(self, sample: int) -> int:
+        if sample < self.first_sample:
+            raise IndexError(f"sample {sample} lies before sample {self.first_sample}, where this mixture begins")
+        return sample - self.first_sample
 
 
 class ValidationRows:
@@ -111,9 +210,10 @@ class ValidationRows:
         self.name = name
         self.seq_length = seq_length
         self.bytes_per_token = reader.bytes_per_token
-        self._reader = reader
-        self._available = _rows_in(reader, seq_length)
-        self._num_rows = min(num_rows, self._available)
+        self.num_tokens = reader.num_tokens
+        self.reader = reader
+        self.available = sequences_in(reader, seq_length)
+        self._num_rows = min(num_rows, self.available)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -122,11 +222,16 @@ class ValidationRows:
         """The rows of these indices, each in 0 .. len - 1: [B, L] int64."""
         if any(not 0 <= index < self._num_rows for index in indices):
             raise IndexError(f"indices must lie in 0 to {self._num_rows - 1}, got {list(indices)}")
-        places = [index * self._available // self._num_rows for index in indices]
-        return np.stack([self._reader.tokens(place * self.seq_length, self.seq_length) for place in places])
+        places = [index * self.available // self._num_rows for index in indices]
+        return np.stack([self.reader.tokens(place * self.seq_length, self.seq_length) for place in places])
 
 
-def _rows_in(reader: IndexedReader, seq_length: int) -> int:
+def sequences_in(reader: IndexedReader, seq_length: int) -> int:
+    """Return the number of whole sequences of a source.
+
+    Raises:
+        DataError: there is none.
+    """
     if seq_length < 1:
         raise ValueError(f"seq_length must be at least 1, got {seq_length}")
     if reader.num_tokens < seq_length:

@@ -1,8 +1,10 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.data.blend import PATTERN_LENGTH, Blend
+from megadiff.data.blend import PATTERN_LENGTH, Blend, SizeBlend
 from megadiff.errors import DataError
 
 weight_lists = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=5)
@@ -54,3 +56,63 @@ def test_the_seed_moves_places_but_not_shares():
 def test_a_source_that_would_never_be_seen_is_refused():
     with pytest.raises(DataError, match=r"data\.train\[1\]\.weight: wanted at least 0.0001 .*found 1e-06; raise it"):
         Blend([1.0, 1e-6], seed=0)
+
+
+size_lists = st.lists(st.integers(1, 60), min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size_lists, st.integers(0, 2**32))
+def test_sharing_by_size_gives_every_sequence_once_in_a_period_and_counts_what_it_gives(sizes, seed):
+    blend, counts = SizeBlend(sizes, seed=seed), [0] * len(sizes)
+    for sample in range(3 * sum(sizes)):
+        assert blend.drawn(sample) == counts
+        place = blend.place(sample)
+        assert place.index == counts[place.source]
+        counts[place.source] += 1
+        if (sample + 1) % sum(sizes) == 0:
+            assert counts == [(sample + 1) // sum(sizes) * size for size in sizes]
+    assert blend.shares == pytest.approx([size / sum(sizes) for size in sizes])
+
+
+def test_a_source_of_one_part_in_a_billion_comes_once_in_its_period_and_nothing_is_stored():
+    sizes = [10**9, 1, 10**9]
+    blend = SizeBlend(sizes, seed=5)
+    first, last = 0, sum(sizes)
+    while last - first > 1:  # the sample before which the small source has given nothing
+        middle = (first + last) // 2
+        first, last = (first, middle) if blend.drawn(middle)[1] else (middle, last)
+    assert blend.place(first) == (1, 0)
+    assert blend.drawn(sum(sizes)) == sizes
+    assert blend.place(first + 1).source != 1
+
+
+def test_sharing_by_size_holds_the_proportion_in_any_stretch_without_a_fixed_rhythm():
+    """0.7, 0.2, 0.1 over stretches of 100 samples: never off by more than 4; gaps between small ones vary."""
+    blend = SizeBlend([7000, 2000, 1000], seed=9)
+    sources = [blend.place(i).source for i in range(10_000)]
+    for start in range(0, 9_900, 17):
+        window = sources[start : start + 100]
+        assert [abs(window.count(s) - want) <= 4 for s, want in enumerate((70, 20, 10))] == [True] * 3
+    places = [i for i, source in enumerate(sources) if source == 2]
+    assert len({b - a for a, b in pairwise(places)}) > 5
+    other = SizeBlend([7000, 2000, 1000], seed=10)
+    assert [other.place(i).source for i in range(100)] != sources[:100]
+
+
+@settings(max_examples=20, deadline=None)
+@given(weight_lists, st.integers(0, 25_000))
+def test_what_a_weighted_blend_has_given_is_counted_exactly(weights, samples):
+    blend, counts = Blend(weights, seed=2), [0] * len(weights)
+    for sample in range(samples):
+        counts[blend.place(sample).source] += 1
+    assert blend.drawn(samples) == counts
+    assert blend.shares == pytest.approx([count / sum(blend.counts) for count in blend.counts])
+
+
+def test_samples_before_the_first_are_our_mistake():
+    for blend in (Blend([2, 1], seed=1), SizeBlend([2, 1], seed=1)):
+        with pytest.raises(IndexError, match="a sample index is 0 or more, got -1"):
+            blend.place(-1)
+    with pytest.raises(ValueError, match="sizes must be at least 1"):
+        SizeBlend([3, 0], seed=1)

@@ -4,9 +4,9 @@ from pydantic import ValidationError
 from megadiff.data.config import BatchConfig, DataConfig, SourceConfig
 
 
-def test_a_bare_string_is_a_source_of_weight_one():
+def test_a_bare_string_is_a_source_without_a_weight():
     config = DataConfig.model_validate({"train": ["a", {"path": "b", "weight": 2}], "tokenizer": "byte"})
-    assert config.train == (SourceConfig(path="a", weight=1.0), SourceConfig(path="b", weight=2.0))
+    assert config.train == (SourceConfig(path="a", weight=None), SourceConfig(path="b", weight=2.0))
     assert config.valid == ()
 
 

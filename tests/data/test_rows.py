@@ -70,3 +70,32 @@ def test_validation_rows_are_spread_over_the_file_in_its_order(reader):
 def test_more_validation_rows_than_there_are_means_all(reader):
     rows = ValidationRows(reader, L, num_rows=1000, name="v")
     assert [(row[0] - 10) // L for row in rows.rows(range(len(rows)))] == list(range(43))
+
+
+def test_the_order_of_a_weighted_blend_is_what_it_was(tmp_path):
+    """Sequence numbers by sample, those of the second source with 1000 added, as of before sources had positions."""
+    readers = [counting_reader(tmp_path / "a", 43 * L + 5), counting_reader(tmp_path / "b", 17 * L)]
+    sources = [PackedRows(reader, L, seed=4, name=f"train.{i}") for i, reader in enumerate(readers)]
+    training = TrainingRows(sources, [2, 1], seed=4)
+
+    def numbers(samples):
+        origins = [training.origin(sample) for sample in samples]
+        return [origin.token // L + 1000 * origin.prefix.endswith("b") for origin in origins]
+
+    assert numbers(range(16)) == [23, 16, 1004, 22, 1009, 14, 36, 1005, 26, 1007, 42, 29, 1016, 12, 24, 25]
+    assert numbers(range(12345, 12361)) == [
+        33, 28, 21, 1000, 20, 1008, 42, 41, 1007, 40, 1014, 29, 11, 30, 1001, 26,
+    ]  # fmt: skip
+
+
+def test_epochs_are_counted_sequence_by_sequence(reader):
+    sources = [PackedRows(reader, L, seed=1, name="a"), PackedRows(reader, L, seed=1, name="b")]
+    training = TrainingRows(sources, [3, 1], seed=1, first_sample=100, starts=[60, 5])
+    places = [training.place(sample) for sample in range(100, 321)]
+    for source, start in enumerate((60, 5)):
+        drawn = [place.index for place in places if place.source == source]
+        assert drawn == list(range(start, start + len(drawn)))
+        assert training.drawn_before(321)[source] == start + len(drawn)
+        assert training.epochs_at(321)[source] == (start + len(drawn)) / 43
+    with pytest.raises(ValueError, match="one weight and one start for each source"):
+        TrainingRows(sources, [3, 1], seed=1, starts=[1])
