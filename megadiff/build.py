@@ -43,11 +43,11 @@ from megadiff.parallel.topology import (
 )
 from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import stopwatch
-from megadiff.prepared import Prepared, describe_data, machine_for, prepare
-from megadiff.resumption import Resumption, describe_origin, manifest_of, resume
+from megadiff.prepared import Prepared, data_advice, data_facts, describe_data, machine_for, prepare
+from megadiff.resumption import Resumption, foresee_resumption, manifest_of, resume
 from megadiff.run_config import RunConfig
 from megadiff.run_files import RunFiles
-from megadiff.run_folder import Standing, log_to_console, run_folder, write_config
+from megadiff.run_folder import Standing, log_to_console, run_folder, write_config, write_facts
 from megadiff.sampled import sample_hooks
 from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.launch import Launch
@@ -76,8 +76,9 @@ def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption
     world_size = ranks or world_size_from_environment()
     try:
         prepared = prepare(config, world_size=world_size)
-        lines = describe(config, prepared.layout, prepared.shape) + describe_data(prepared)
-        lines += describe_origin(prepared, resumption or Resumption())
+        prepared, step, origin = foresee_resumption(prepared, resumption or Resumption())
+        lines = describe(config, prepared.layout, prepared.shape) + describe_data(prepared, step=step)
+        lines += [f"warning           {found}" for found in data_advice(prepared)] + origin
     except DataError as error:
         if config.data.vocab_size is None:
             raise
@@ -165,16 +166,22 @@ def wire(
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
     kernels = f"kernels           {describe_kernels(config.parallel, config.precision, platform)}"
     derived = describe(config, prepared.layout, prepared.shape)
-    for line in [platform.describe(), kernels, *derived, *describe_data(prepared)]:
+    for line in [platform.describe(), kernels, *derived]:
         log.info(line)
     log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
     log.info(f"head              {head}")
-    origin = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
+    origin, prepared = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
     mixing = mixing_from(config.noise, vocab_size=prepared.tokenizer.vocab_size, mask_id=prepared.tokenizer.mask_id)
+    for line in describe_data(prepared, step=origin.step):
+        log.info(line)
     if topology.is_main:
         write_config(config)
+        doubts = data_advice(prepared)
+        for doubt in doubts:
+            log.warning(doubt)
+        write_facts(config, data_facts(prepared, step=origin.step, advice=doubts))
     files = RunFiles.open(config, origin.step, is_main=topology.is_main)
     loader = row_loader(prepared, mixing, topology, origin.step)
     evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput)
@@ -228,6 +235,7 @@ def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: 
         metrics=files.metrics,
         tensorboard=files.tensorboard,
         extras=[goodput.record],
+        epochs=lambda step: prepared.data.epochs_at(config.sizes.samples_before(step)),
     )
 
 

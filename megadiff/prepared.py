@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from megadiff.data.facts import DataFacts
+from megadiff.data.mixture import Mixture
 from megadiff.data.open import OpenData, open_data
+from megadiff.data.review import (
+    Advice,
+    advice,
+    describe_sources,
+    describe_validation,
+    source_facts,
+    validation_facts,
+)
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.derived import memory_shortage
@@ -28,6 +39,10 @@ class Prepared:
     tokenizer: Tokenizer
     data: OpenData
     layout: Layout
+
+    def at(self, mixture: Mixture) -> Prepared:
+        """Return the same run with its data at the positions of a mixture of the same sources."""
+        return replace(self, data=self.data.continued(mixture))
 
     @property
     def shape(self) -> cost.Shape:
@@ -75,10 +90,31 @@ def machine_for(config: RunConfig) -> Platform:
     return platform
 
 
-def describe_data(prepared: Prepared) -> list[str]:
-    """Lines about tokenizer and data."""
-    trained, held = prepared.config.tokens_before(prepared.config.steps), prepared.data.train_tokens
+def describe_data(prepared: Prepared, *, step: int = 0) -> list[str]:
+    """Return lines about tokenizer and data of a run that has taken `step` steps, a line for each source."""
+    config = prepared.config
     return [
         f"tokenizer         {prepared.tokenizer.name}, mask id {prepared.tokenizer.mask_id}",
-        f"data              {held:,} tokens to train on: {trained / held:.2f} epochs",
+        *describe_sources(prepared.data, now=config.sizes.samples_before(step), end=config.samples),
+        *describe_validation(prepared.data),
     ]
+
+
+def data_advice(prepared: Prepared) -> list[Advice]:
+    """Return likely mistakes in the run's data. Reads parts of the sources, to find text that two of them share."""
+    config = prepared.config
+    return advice(
+        prepared.data, config.data, end=config.samples, length=config.length_setting, eval_rows=config.eval.rows
+    )
+
+
+def data_facts(prepared: Prepared, *, step: int, advice: Sequence[Advice]) -> DataFacts:
+    """Return what `data.json` of the run folder holds after `step` steps."""
+    config, data = prepared.config, prepared.data
+    return DataFacts(
+        step=step,
+        fingerprint=data.fingerprint,
+        train=source_facts(data, now=config.sizes.samples_before(step), end=config.samples),
+        valid=validation_facts(data),
+        advice=[str(found) for found in advice],
+    )

@@ -21,7 +21,9 @@ from megadiff.checkpoint.folder import is_complete, step_folders, step_of
 from megadiff.checkpoint.load import load, problem_of
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.config.load import load_config
+from megadiff.data.facts import read_data_facts
 from megadiff.data.loader import Microbatch
+from megadiff.data.mixture import next_mixture
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
@@ -33,6 +35,7 @@ from megadiff.parallel.row_report import metrics_of
 from megadiff.parallel.topology import Topology, open_topology, process_group
 from megadiff.platform.machine import Platform, detect
 from megadiff.prepared import Prepared, prepare
+from megadiff.resumption import saved_mixture
 from megadiff.run_config import RunConfig
 from megadiff.train.health import Health, Verdict
 from megadiff.train.metrics import read_metrics
@@ -183,17 +186,11 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
     health = Health(config.health, sizes=config.sizes)
     folder, done = _nearest_checkpoint(run_folder, step, config, topology), 0
+    prepared = _with_data_of_step(run_folder, step, prepared, folder)
     if folder is not None:
         saved = read_manifest(folder)
-        for what, then, now in (
-            ("training data", saved.data_fingerprint, prepared.data.fingerprint),
-            ("a tokenizer", saved.tokenizer_fingerprint, text.fingerprint),
-        ):
-            if then != now:
-                raise CheckpointError(
-                    f"{folder} was trained with {what} of fingerprint {then}, but what is there now has {now}; give "
-                    "the first one's path as data.train or data.tokenizer"
-                )
+        if saved.tokenizer_fingerprint != text.fingerprint:
+            raise _trained_with(folder, "a tokenizer", saved.tokenizer_fingerprint, text.fingerprint)
         load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
         health.restore(saved.health)
         done = saved.step
@@ -208,6 +205,60 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         recorded=recorded,
         done=done,
         start=f"checkpoint {folder.name}" if folder is not None else "the first weights",
+    )
+
+
+def _with_data_of_step(run_folder: Path, step: int, prepared: Prepared, folder: Path | None) -> Prepared:
+    """Return the run with its data as they were drawn in a step, also where the run changed them before or after it.
+
+    Args:
+        folder: checkpoint from which the steps up to this one are taken again; None for the first weights.
+
+    Raises:
+        CheckpointError: other data are given, or the data change between the checkpoint and the step.
+    """
+    saved = read_manifest(folder) if folder is not None else None
+    done, now = saved.step if saved is not None else 0, prepared.data.fingerprint
+    recorded_in, then, changed_after = _trained_on(run_folder, step)
+    if then not in (None, now):
+        if folder is not None and saved is not None and saved.data_fingerprint == then:
+            raise _trained_with(folder, "training data", then, now)
+        raise _trained_with(recorded_in, f"training data in step {step}", then, now)
+    if between := [change for change in changed_after if done < change < step]:
+        raise CheckpointError(
+            f"{run_folder} changed its data after step {between[0]}, and has no checkpoint from then to before step "
+            f"{step}; give a step up to {between[0]}"
+        )
+    if saved is None or folder is None:
+        return prepared
+    mixture = saved_mixture(prepared, saved, folder)
+    if saved.data_fingerprint != now:
+        if then is None:
+            raise _trained_with(folder, "training data", saved.data_fingerprint, now)
+        mixture = next_mixture(mixture, prepared.data.identities, first_sample=saved.samples)
+    return prepared.at(mixture)
+
+
+def _trained_on(run_folder: Path, step: int) -> tuple[Path, str | None, list[int]]:
+    """Return where it is recorded on which data a step was taken, their fingerprint, and the steps of all changes.
+
+    The run's next checkpoint records every change until then; without one, the step was taken by the last attempt,
+    whose data are in `data.json`. The fingerprint is None where neither is there.
+    """
+    later = [path for path in step_folders(run_folder) if step_of(path) >= step and is_complete(path)]
+    if not later:
+        facts = read_data_facts(run_folder)
+        return run_folder, facts.fingerprint if facts is not None else None, []
+    following = read_manifest(later[-1])
+    changes = [change for change in following.changes if change.key == "data_fingerprint"]
+    then = next((change.before for change in changes if change.after_step >= step), following.data_fingerprint)
+    return later[-1], str(then), [change.after_step for change in changes]
+
+
+def _trained_with(folder: Path, what: str, then: str | None, now: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} was trained with {what} of fingerprint {then}, but what is there now has {now}; give the first "
+        "one's path as data.train or data.tokenizer"
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 import megadiff
 from megadiff.checkpoint.folder import newest_complete
@@ -22,7 +23,11 @@ from megadiff.checkpoint.manifest import (
     check_same_run,
     read_manifest,
 )
-from megadiff.errors import CheckpointError
+from megadiff.data.config import DataConfig
+from megadiff.data.mixture import Mixture, next_mixture
+from megadiff.data.open import open_data
+from megadiff.data.review import change_advice, describe_change
+from megadiff.errors import CheckpointError, DataError
 from megadiff.optim.optimizer import Optimizer
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
@@ -60,8 +65,11 @@ def resume(
     *,
     topology: Topology,
     platform: Platform,
-) -> Origin:
+) -> tuple[Origin, Prepared]:
     """Load the run's newest sound checkpoint, or the one it branches from, or weights alone that it begins with.
+
+    Returns:
+        Where the run goes on from, and the run with its data at the positions reached there.
 
     Raises:
         CheckpointError: there is none that is sound and of this run.
@@ -70,24 +78,30 @@ def resume(
     config = prepared.config
     own = newest_sound(config.folder, strict=resumption.strict, topology=topology)
     if own is None and config.checkpoint.start_from is None:
-        return Origin()
+        return Origin(), prepared
     folder = own or Path(config.checkpoint.start_from or "")
-    saved, changes = _accepted(prepared, resumption, folder)
-    is_verified = own is not None
+    accepted = _accepted(prepared, resumption, folder)
+    saved, is_verified = accepted.saved, own is not None
     if not saved.has_optimizer:
         load(folder, chunks, None, is_verified=is_verified, topology=topology, platform=platform)
         optimizer.take_weights()
         log.info(f"beginning with the weights of {folder}; optimizer and schedule begin anew")
-        return Origin()
+        return Origin(), prepared
     load(folder, chunks, optimizer, is_verified=is_verified, topology=topology, platform=platform)
     log.info(f"going on from {folder} after step {saved.step} of {config.steps}")
-    for change in changes:
-        log.info(f"changed since     {change.describe()}")
-    return Origin(saved.step, saved.health, [*saved.changes, *changes])
+    for line in accepted.describe():
+        log.info(line)
+    for doubt in accepted.doubts() if topology.is_main else []:
+        log.warning(doubt)
+    return Origin(saved.step, saved.health, [*saved.changes, *accepted.changes]), accepted.prepared
 
 
-def describe_origin(prepared: Prepared, resumption: Resumption) -> list[str]:
-    """What the run would go on from, told without reading more than a manifest; nothing for a run that begins.
+def foresee_resumption(prepared: Prepared, resumption: Resumption) -> tuple[Prepared, int, list[str]]:
+    """Return what `resume` would find, without reading more than a manifest.
+
+    Returns:
+        The run with its data at the positions reached, the steps taken, and lines that describe where it goes on from;
+        no lines for a run that begins.
 
     Raises:
         CheckpointError: it would be refused.
@@ -97,26 +111,117 @@ def describe_origin(prepared: Prepared, resumption: Resumption) -> list[str]:
     if folder is None and config.checkpoint.start_from is not None:
         folder = Path(config.checkpoint.start_from)
     if folder is None:
-        return []
-    saved, changes = _accepted(prepared, resumption, folder)
-    said = [f"changed since     {change.describe()}" for change in changes]
-    return [f"goes on from      {folder} after step {saved.step} of {config.steps}", *said]
+        return prepared, 0, []
+    accepted = _accepted(prepared, resumption, folder)
+    lines = [
+        f"goes on from      {folder} after step {accepted.saved.step} of {config.steps}",
+        *accepted.describe(),
+        *(f"warning           {doubt}" for doubt in accepted.doubts()),
+    ]
+    return accepted.prepared, accepted.saved.step if accepted.saved.has_optimizer else 0, lines
 
 
-def _accepted(prepared: Prepared, resumption: Resumption, folder: Path) -> tuple[Manifest, list[Change]]:
-    """The checkpoint's manifest and what was changed since, if this run may go on from it."""
+@dataclass(frozen=True)
+class _Accepted:
+    """A checkpoint that this run may go on from."""
+
+    saved: Manifest
+    changes: list[Change]
+    prepared: Prepared
+    """The run with its data at the positions reached."""
+    mixture_before: Mixture | None = None
+    """The mixture of the checkpoint where the run goes on with another one."""
+
+    def describe(self) -> list[str]:
+        """Return lines about what was changed since."""
+        lines = [f"changed since     {change.describe()}" for change in self.changes]
+        if self.mixture_before is not None:
+            lines += describe_change(self.mixture_before, self.prepared.data, end=self.prepared.config.samples)
+        return lines
+
+    def doubts(self) -> list[str]:
+        """Return warnings about the change of the mixture."""
+        if self.mixture_before is None:
+            return []
+        found = change_advice(self.mixture_before, self.prepared.data, end=self.prepared.config.samples)
+        return [str(doubt) for doubt in found]
+
+
+def _accepted(prepared: Prepared, resumption: Resumption, folder: Path) -> _Accepted:
+    """Return the checkpoint's manifest and what was changed since, if this run may go on from it."""
     saved, steps = read_manifest(folder), prepared.config.steps
     wanted = manifest_of(prepared, Origin(saved.step), saved.step)
     if not saved.has_optimizer:
         check_same_model(saved, wanted, folder)
-        return saved, []
+        return _Accepted(saved, [], prepared)
+    if not resumption.allow_data:
+        _refuse_new_shares(prepared, saved, folder)
     changes = check_same_run(saved, wanted, folder, allowed=resumption.allowed, allow_data=resumption.allow_data)
     if saved.step > steps:
         raise CheckpointError(
             f"{folder} was saved after step {saved.step}, but this run ends after step {steps}; set schedule.steps "
             "above that, or begin from an earlier checkpoint"
         )
-    return saved, changes
+    before = saved_mixture(prepared, saved, folder)
+    if saved.data_fingerprint == prepared.data.fingerprint:
+        return _Accepted(saved, changes, prepared.at(before))
+    mixture = next_mixture(before, prepared.data.identities, first_sample=saved.samples)
+    return _Accepted(saved, changes, prepared.at(mixture), before)
+
+
+def _refuse_new_shares(prepared: Prepared, saved: Manifest, folder: Path) -> None:
+    """Refuse to share by size in a run whose sources without weights were drawn equally, as format 2 did.
+
+    Raises:
+        CheckpointError: with what to do.
+    """
+    data = prepared.data
+    is_by_size = data.weights is None and len(data.sources) > 1
+    if saved.format == 2 and is_by_size and saved.data_fingerprint == data.fingerprint_of_equal_weights:
+        raise CheckpointError(
+            f"{folder} was written when sources without weights were drawn equally, and now they share by size; give "
+            "each of data.train `weight: 1` to go on as before, or --allow-data-change to share by size from here on"
+        )
+
+
+def saved_mixture(prepared: Prepared, saved: Manifest, folder: Path) -> Mixture:
+    """Return the mixture of a checkpoint, with the positions reached.
+
+    Format 2 has none: all its runs are in their first mixture, which follows from the data they were configured with.
+
+    Raises:
+        CheckpointError: the manifest holds no mixture of its data, or the data of format 2 have gone or changed.
+    """
+    if saved.format == 2:
+        return _mixture_of_format_2(prepared, saved, folder)
+    try:
+        mixture = Mixture.model_validate(saved.mixture)
+    except ValidationError as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{folder} is damaged: its manifest.json has no positions of the data ({first})"
+        ) from None
+    contents = [position.content for position in mixture.sources]
+    if saved.data_fingerprint == prepared.data.fingerprint and contents != prepared.data.contents:
+        raise CheckpointError(f"{folder} is damaged: the positions in its manifest.json are of other data")
+    return mixture
+
+
+def _mixture_of_format_2(prepared: Prepared, saved: Manifest, folder: Path) -> Mixture:
+    data, problem = prepared.data, "they differ"
+    if saved.data_fingerprint != data.fingerprint:
+        try:
+            entries = DataConfig.model_validate({**saved.config["data"], "valid": []})
+            model, seed = prepared.config.model, int(saved.config["seed"])
+            data = open_data(entries, prepared.tokenizer, seq_length=model.seq_length, seed=seed, valid_rows=1)
+        except (KeyError, ValueError, DataError) as error:
+            problem = str(error).splitlines()[0]
+    if saved.data_fingerprint != data.fingerprint:
+        raise CheckpointError(
+            f"{folder} has manifest format 2, without the positions of its data's sources, and the data it was trained "
+            f"with cannot be opened to find them ({problem}); put them back, or go on with these data first"
+        )
+    return data.mixture_at(saved.samples)
 
 
 def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[str, Any] | None = None) -> Manifest:
@@ -144,6 +249,7 @@ def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[s
             "torch": torch.__version__,
             "megatron-core": version("megatron-core"),
         },
+        mixture=prepared.data.mixture_at(samples).model_dump(mode="json"),
         health=health or {},
         changes=origin.changes,
     )

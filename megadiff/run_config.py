@@ -168,6 +168,19 @@ class RunConfig(Section):
         return self.sizes.steps_for_samples(math.ceil(wanted / self.model.seq_length))
 
     @property
+    def samples(self) -> int:
+        """Sequences of the whole run."""
+        return self.sizes.samples_before(self.steps)
+
+    @property
+    def length_setting(self) -> str:
+        """The setting that makes the run as long as it is, with its value."""
+        schedule = self.schedule
+        given = {"steps": schedule.steps, "tokens": schedule.tokens, "flops": schedule.flops}
+        key, value = next((key, value) for key, value in given.items() if value is not None)
+        return f"schedule.{key} = {value:,}" if isinstance(value, int) else f"schedule.{key} = {value:g}"
+
+    @property
     def is_autoregressive(self) -> bool:
         """Whether this is the autoregressive control."""
         return self.objective.name == "ar"

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 
 from megadiff.config.load import dump_config
+from megadiff.data.facts import NAME as DATA_FACTS
+from megadiff.data.facts import DataFacts, write_data_facts
 from megadiff.errors import ConfigError, MegadiffError, ShortageError, StorageError
 from megadiff.parallel.topology import is_main_process
 from megadiff.run_config import RunConfig
@@ -84,6 +86,14 @@ def write_config(config: RunConfig) -> None:
             f"{config.folder / 'config.yaml'} cannot be written ({error.strerror or error}); free space there, or set "
             "output_dir to another disk"
         ) from None
+
+
+def write_facts(config: RunConfig, facts: DataFacts) -> None:
+    """Write what is known of the run's data as `data.json`; a disk that refuses costs the file and not the run."""
+    try:
+        write_data_facts(config.folder, facts)
+    except OSError as error:
+        log.warning(f"{config.folder / DATA_FACTS} was not written: {error.strerror or error}")
 
 
 class Standing:

@@ -28,6 +28,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="steps of each cooldown")
     parser.add_argument("--launcher", default=sys.executable, help="what starts the ranks (default: this Python)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    parser.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="branch on other training data than the trunk's; every source goes on at its own next sequence",
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings over the file's")
     arguments = parser.parse_args()
 
@@ -61,6 +66,7 @@ def main() -> None:
             "schedule.flops=",
             f"schedule.steps={step + length}",
             f"schedule.cooldown={length}",
+            *(["--allow-data-change"] if arguments.allow_data_change else []),
         ]
         print("$ " + shlex.join(command), flush=True)
         if not arguments.dry_run and subprocess.run(command, check=False).returncode:

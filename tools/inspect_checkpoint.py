@@ -76,7 +76,19 @@ def _described(
         f"tokenizer {manifest.tokenizer_fingerprint}",
         f"data      {manifest.data_fingerprint}",
     ]
+    lines += _sources(manifest.mixture)
     lines += [f"changed   after step {change.after_step}: {change.describe()}" for change in manifest.changes]
+    return lines
+
+
+def _sources(mixture: dict[str, Any]) -> list[str]:
+    """Return a line for each source of the training data: how far it had been read."""
+    lines = []
+    for kind in ("sources", "removed"):
+        for found in mixture.get(kind, ()):
+            epochs = found["drawn"] / found["sequences"]
+            gone = ", not drawn from now" if kind == "removed" else ""
+            lines.append(f"source    {found['path']}: {found['drawn']:,} sequences drawn, {epochs:.2f} epochs{gone}")
     return lines
 
 

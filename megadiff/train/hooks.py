@@ -87,6 +87,8 @@ class Log:
     tensorboard: Any = None
     extras: Sequence[Callable[[], dict[str, Any]]] = ()
     """Each is asked, on the main rank alone, for more keys of a line."""
+    epochs: Callable[[int], dict[str, float]] = lambda step: {}
+    """(steps taken) -> number of times each training source has been gone through."""
     _tokens: int = field(default=0, init=False)
     _seconds: float = field(default=0.0, init=False)
     _started: float = field(default_factory=time.monotonic, init=False)
@@ -107,6 +109,8 @@ class Log:
             for key in ("loss", "elbo", "kl", "is", "mean_weight", "lr", "grad_norm", "tokens_per_s"):
                 if math.isfinite(line[key]):
                     self.tensorboard.add_scalar(f"train/{key}", line[key], result.step)
+            for source, epochs in line["epochs"].items():
+                self.tensorboard.add_scalar(f"epochs/{source}", epochs, result.step)
         log.info(self._console(line))
 
     def _line(self, result: StepResult, rate: float) -> dict[str, Any]:
@@ -115,6 +119,7 @@ class Log:
         return {
             "step": result.step,
             "tokens": self.tokens_before(result.step),
+            "epochs": self.epochs(result.step),
             **metrics_of(result.total.tolist()),
             "lr": result.lr,
             "grad_norm": result.grad_norm,

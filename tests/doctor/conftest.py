@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 from megadiff.doctor.subject import Subject
-from tests.support.runs import toy_config
+from tests.support.runs import toy_config, write_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +40,18 @@ def one_finding(findings_of):
     return examine
 
 
+@pytest.fixture(scope="session")
+def held_corpus(tmp_path_factory):
+    """Prefix of a corpus for validation, kept apart from the one to train on and smaller than it."""
+    return write_corpus(tmp_path_factory.mktemp("held") / "held", tokens=3000, seed=8)
+
+
 @pytest.fixture
-def subject_of(toy_corpus, tmp_path):
+def subject_of(toy_corpus, held_corpus, tmp_path):
     """A toy run on this machine, with keys changed."""
 
     def make(ranks=1, environment=None, **dotted):
+        dotted = {"data__valid": [str(held_corpus)], **dotted}
         return Subject(environment or {}, toy_config(toy_corpus, tmp_path / "runs", **dotted), wanted_ranks=ranks)
 
     return make

@@ -93,9 +93,26 @@ def test_data_that_are_not_there(findings_of, subject_of):
 
 def test_a_schedule_of_many_epochs_and_no_validation(findings_of, subject_of):
     found = findings_of("data", subject_of(schedule__steps=1000, data__valid=[]))
-    assert [level for level, *_ in found] == ["OK", "WARN", "WARN"]
-    assert "the schedule takes 128,000 tokens of 6,0" in found[1][1]
-    assert "data.valid is empty" in found[2][1]
+    assert [level for level, *_ in found] == ["OK", "OK", "OK", "WARN", "WARN"]
+    assert "the schedule takes 128,000 tokens of 6,0" in found[3][1]
+    assert found[3][1].endswith("epochs (schedule.steps = 1,000)")
+    assert "data.valid is empty" in found[4][1]
+
+
+def test_validation_that_is_training_text_or_smaller_than_is_wanted(findings_of, subject_of, toy_corpus, held_corpus):
+    same = findings_of("data", subject_of(data__valid=[str(toy_corpus)]))
+    assert ("WARN", "data.valid[0] (toy) is the same text as data.train[0] (toy)") in [
+        (level, text.split(":")[0]) for level, text, _ in same
+    ]
+    swapped = findings_of("data", subject_of(data__train=[str(held_corpus)], data__valid=[str(toy_corpus)]))
+    assert any("more than the 3,0" in text and "exchange" in remedy for _, text, remedy in swapped)
+    few = findings_of("data", subject_of(eval__rows=1000))
+    assert [text for level, text, _ in few if level == "WARN"] == [
+        "eval.rows is 1,000, but data.valid[0] (held) has 187 sequences: all of them are measured, and no more"
+    ]
+    assert [text for level, text, _ in few if "measured" in text and level == "OK"] == [
+        "data.valid[0] held: 3,004 tokens, 187 sequences, 187 of them (2,992 tokens) measured"
+    ]
 
 
 def test_a_layout_that_does_not_divide(one_finding, subject_of):

@@ -1,4 +1,4 @@
-"""The corpus: opens, is of the tokenizer, and lasts for the schedule."""
+"""The corpus: opens, is of the tokenizer, lasts for the schedule, and is kept apart from the validation data."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from megadiff.doctor.finding import Finding, fail, ok, warn
 from megadiff.doctor.subject import Subject
 from megadiff.errors import DataError
 
-_EPOCHS_OF_CARE = 4
-
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """All that a start would check, and the epochs; needs the tokenizer."""
+    """Check all that a start would, and look for likely mistakes; needs the tokenizer."""
     config = subject.config
     if config is None:
         return
     from megadiff.data.open import open_data
+    from megadiff.data.review import advice, describe_sources, describe_validation
 
     try:
         tokenizer = subject.tokenizer
@@ -31,10 +30,8 @@ def check(subject: Subject) -> Iterable[Finding]:
     except DataError as error:
         yield fail(str(error), "tools/preprocess_data.py makes data; data.train and data.valid name their prefixes")
         return
-    yield ok(f"{len(config.data.train)} source(s) to train on, fingerprint {opened.fingerprint[:16]}")
-    wanted, held = config.tokens_before(config.steps), opened.train_tokens
-    said = f"the schedule takes {wanted:,} tokens of {held:,}: {wanted / held:.2f} epochs"
-    remedy = "watch eval_elbo for overfitting; more text or a shorter schedule helps"
-    yield ok(said) if wanted <= _EPOCHS_OF_CARE * held else warn(said, remedy)
-    if not config.data.valid:
-        yield warn("data.valid is empty: no held-out bound will be measured", "preprocess a part of the corpus for it")
+    yield ok(f"{len(opened.sources)} source(s) to train on, fingerprint {opened.fingerprint[:16]}")
+    for line in (*describe_sources(opened, now=0, end=config.samples), *describe_validation(opened)):
+        yield ok(" ".join(line.split()))
+    found = advice(opened, config.data, end=config.samples, length=config.length_setting, eval_rows=config.eval.rows)
+    yield from (warn(doubt.text, doubt.remedy) for doubt in found)

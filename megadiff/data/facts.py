@@ -1,0 +1,84 @@
+"""`data.json` of a run folder: what the last attempt of a run knew of its data, for reports and replays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+NAME = "data.json"
+_MAX_BYTES = 2**24
+
+
+class SourceFacts(BaseModel):
+    """A training source."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    key: str
+    """Entries of the configuration that name it, such as `data.train[0]`."""
+    source: str
+    """Shortest end of its path that tells it from the other sources; its name in `metrics.jsonl`."""
+    tokens: int = Field(ge=0)
+    sequences: int = Field(ge=0)
+    """Number of sequences in an epoch."""
+    share: float
+    """Share of the samples, from 0 to 1."""
+    epochs_now: float
+    """Number of times it had been gone through when the attempt began."""
+    epochs_at_end: float
+    """The same at the end of the run."""
+
+
+class ValidationFacts(BaseModel):
+    """A validation source."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    key: str
+    """Entry of the configuration that names it, such as `data.valid[0]`."""
+    source: str
+    """Last part of its path; its name in `metrics.jsonl`."""
+    tokens: int = Field(ge=0)
+    sequences: int = Field(ge=0)
+    """Number of sequences there are."""
+    measured: int = Field(ge=0)
+    """Number of sequences that an evaluation measures."""
+    measured_tokens: int = Field(ge=0)
+    """Number of tokens in them."""
+
+
+class DataFacts(BaseModel):
+    """A run's data as an attempt found them."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int = Field(ge=0)
+    """Steps the run had taken when the attempt began."""
+    fingerprint: str
+    """SHA-256 (hex) of the mixture: contents, order and weights of its sources."""
+    train: list[SourceFacts]
+    valid: list[ValidationFacts]
+    advice: list[str]
+    """Likely mistakes, a sentence each."""
+
+
+def write_data_facts(folder: Path, facts: DataFacts) -> None:
+    """Replace the file of a run folder in one step.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = folder / f".{NAME}.tmp"
+    temporary.write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / NAME)
+
+
+def read_data_facts(folder: Path) -> DataFacts | None:
+    """Return what the last attempt of a run knew of its data; None where there is no readable `data.json`."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+        return DataFacts.model_validate_json(text) if len(text) <= _MAX_BYTES else None
+    except (OSError, ValidationError, RecursionError):
+        return None
