@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from megadiff.checkpoint.folder import step_folders, step_of, verify_files
+from megadiff.data.facts import DataFacts, read_data_facts
 from megadiff.errors import CheckpointError, DataError
 from megadiff.report.metric_lines import MetricLines, read_metric_lines
 from megadiff.report.settings import read_settings
@@ -65,6 +66,8 @@ class RunRecord:
     samples: list[Sample]
     settings: dict[str, str] | None
     """None where there is no readable `config.yaml`."""
+    data: DataFacts | None = None
+    """None where there is no readable `data.json`."""
 
 
 def read_runs(folders: list[Path]) -> list[RunRecord]:
@@ -100,6 +103,7 @@ def _read_run(folder: Path, label: str) -> RunRecord:
         latest=_first_line(folder / "LATEST"),
         samples=_samples(folder / "samples"),
         settings=read_settings(folder / "config.yaml"),
+        data=read_data_facts(folder),
     )
 
 

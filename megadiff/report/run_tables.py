@@ -94,6 +94,48 @@ def by_source(runs: Sequence[RunRecord]) -> str:
     return table(heads, rows, caption="Last evaluation by source; nats per token") if rows else ""
 
 
+def data(runs: Sequence[RunRecord]) -> str:
+    """Return what each run is trained and measured on: sizes, shares, epochs so far and at the end, and doubts."""
+    trained, measured, doubts = [], [], []
+    for run in runs:
+        if run.data is None:
+            continue
+        epochs = run.metrics.training[-1].get("epochs") if run.metrics.training else None
+        now = epochs if isinstance(epochs, dict) else {}
+        trained += [
+            (
+                escaped(run.label),
+                escaped(found.source),
+                f"{found.tokens:,}",
+                f"{found.sequences:,}",
+                percent(found.share),
+                _figure(now.get(found.source), 4),
+                _figure(found.epochs_at_end, 4),
+            )
+            for found in run.data.train
+        ]
+        measured += [
+            (
+                escaped(run.label),
+                escaped(found.source),
+                f"{found.tokens:,}",
+                f"{found.sequences:,}",
+                f"{found.measured:,}",
+                f"{found.measured_tokens:,}",
+            )
+            for found in run.data.valid
+        ]
+        doubts += [paragraph(f"{run.label}: {doubt}.") for doubt in run.data.advice]
+    if not trained:
+        return ""
+    heads = ("run", "source", "tokens", "sequences", "share", "epochs so far", "epochs at the end")
+    parts = [table(heads, trained, caption="Training data by source")]
+    if measured:
+        heads = ("run", "source", "tokens", "sequences", "measured sequences", "measured tokens")
+        parts.append(table(heads, measured, caption="Validation data by source"))
+    return "".join((*parts, *doubts))
+
+
 def unusual(runs: Sequence[RunRecord]) -> str:
     """Skipped steps and spikes, the newest of each run."""
     rows = [

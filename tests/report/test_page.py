@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from megadiff.data.facts import DataFacts, write_data_facts
 from megadiff.report.downsample import Point
 from megadiff.report.line_chart import Chart, Curve
 from megadiff.report.page import report_page
@@ -210,3 +211,31 @@ def test_a_long_run_makes_a_small_page(tmp_path):
 def test_curves_can_run_over_steps(full):
     assert "optimizer steps" in page_of(full, axis="steps")
     assert "tokens seen" in page_of(full)
+
+
+def test_the_data_are_a_table_of_sources_with_their_epochs_and_doubts(tmp_path):
+    folder = write_run(tmp_path / "run", [training_line(1), training_line(2, epochs={"<big>": 0.125, "small": 2.5})])
+    source = {"key": "data.train[0]", "source": "<big>", "tokens": 91003, "sequences": 5687, "share": 0.75}
+    small = {**source, "source": "small", "tokens": 912, "sequences": 57, "share": 0.25}
+    facts = DataFacts.model_validate(
+        {
+            "step": 0,
+            "fingerprint": "f",
+            "train": [
+                {**source, "epochs_now": 0, "epochs_at_end": 0.25},
+                {**small, "epochs_now": 0, "epochs_at_end": 5},
+            ],
+            "valid": [{**small, "key": "data.valid[0]", "source": "v", "measured": 7, "measured_tokens": 112}],
+            "advice": ["<b>small is repeated</b>"],
+        }
+    )
+    write_data_facts(folder, facts)
+    page = report_page(read_runs([folder]), now=NOW)
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    cells = [re.sub(r"<[^>]*>", "|", row).replace("||", "|").strip("|").split("|") for row in rows]
+    assert ["run", "&lt;big&gt;", "91,003", "5,687", "75.0 %", "0.125", "0.25"] in cells
+    assert ["run", "small", "912", "57", "25.0 %", "2.5", "5"] in cells
+    assert ["run", "v", "912", "57", "7", "112"] in cells
+    assert "run: &lt;b&gt;small is repeated&lt;/b&gt;." in page
+    write_run(tmp_path / "without", [training_line(1)])
+    assert 'id="data"' not in report_page(read_runs([tmp_path / "without"]), now=NOW)
