@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megadiff.errors import run_command
+from megadiff.supervision.launcher import end_with_launcher
 
 _EPILOG = """examples:
   python pretrain_dlm.py --config examples/demo.yaml --check --ranks 8
@@ -17,6 +18,7 @@ Run the same command again after an interruption: it goes on from the run folder
 
 def main() -> None:
     """Read the run description, then check it or train."""
+    end_with_launcher()
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

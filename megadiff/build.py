@@ -51,6 +51,7 @@ from megadiff.run_folder import Standing, log_to_console, run_folder, write_conf
 from megadiff.sampled import sample_hooks
 from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.launch import Launch
+from megadiff.supervision.launcher import end_with_launcher
 from megadiff.supervision.stopping import StopRequest
 from megadiff.supervision.watchdog import Watchdog
 from megadiff.train import hooks
@@ -93,6 +94,7 @@ def run(config: RunConfig, resumption: Resumption | None = None) -> None:
 
     Asked to stop, the run saves itself and returns as after its last step; `status.json` says which it was.
     """
+    end_with_launcher()
     log_to_console()
     platform = machine_for(config)
     world_size = world_size_from_environment()
@@ -109,7 +111,7 @@ def run(config: RunConfig, resumption: Resumption | None = None) -> None:
 
         try:
             stop = opened.enter_context(StopRequest(config.stop, config.folder, is_main=is_main_process()))
-            supervision = Supervision(watchdog, stop, _goodput(config), failing)
+            supervision = Supervision(watchdog, stop, _goodput(config), failing, standing.saved)
             with watchdog.section("setup"), supervision.goodput.during("setup"):
                 opened.enter_context(process_group(platform, timeout_s=config.watchdog.longest_s + _PATIENCE_S))
                 platform.prepare_megatron()
@@ -142,6 +144,8 @@ class Supervision:
     goodput: Goodput
     failing: Callable[[BaseException, int], None] = lambda error, step: None
     """Told of what ends the run after so many steps."""
+    saved: Callable[[int], None] = lambda step: None
+    """Called with the step of every checkpoint that is complete."""
 
     @classmethod
     def none(cls, config: RunConfig) -> Supervision:
@@ -187,7 +191,7 @@ def wire(
     evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput)
     sample = sample_hooks(prepared, mixing, wrapped, topology, platform, goodput)
     saves = Saves(
-        Saver(config.folder, chunks, optimizer, keep=config.checkpoint.keep, topology=topology, platform=platform),
+        _saver(config, chunks, optimizer, topology, platform),
         lambda step: manifest_of(prepared, origin, step, health=health.state()),
         every=config.checkpoint.every,
         steps=config.steps,
@@ -195,6 +199,7 @@ def wire(
         gathered=partial(gathered_weights, wrapped),
         metrics=files.metrics,
         goodput=goodput,
+        completed=supervision.saved,
     )
     return Run(
         step=training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge),
@@ -220,6 +225,20 @@ def wire(
         before=[partial(hook.run, 0) for hook in (*evaluate, *sample) if origin.step == 0],
         ends=[loader.close, files.close],
         failing=supervision.failing,
+    )
+
+
+def _saver(
+    config: RunConfig, chunks: Sequence[Denoiser], optimizer: Optimizer, topology: Topology, platform: Platform
+) -> Saver:
+    return Saver(
+        config.folder,
+        chunks,
+        optimizer,
+        keep=config.checkpoint.keep,
+        before_cooldown=config.lr_schedule().cooldown_start,
+        topology=topology,
+        platform=platform,
     )
 
 

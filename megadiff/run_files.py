@@ -20,7 +20,7 @@ class RunFiles:
 
     @classmethod
     def open(cls, config: RunConfig, first_step: int, *, is_main: bool) -> RunFiles:
-        """Go on after `first_step`; what later lines say is dropped.
+        """Open the files of a run that resumes after `first_step`; later lines move to a file beside the metrics.
 
         Raises:
             StorageError: the run folder cannot be written.

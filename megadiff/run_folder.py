@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
 
 from filelock import FileLock, Timeout
 
@@ -13,8 +18,10 @@ from megadiff.config.load import dump_config
 from megadiff.data.facts import NAME as DATA_FACTS
 from megadiff.data.facts import DataFacts, write_data_facts
 from megadiff.errors import ConfigError, MegadiffError, ShortageError, StorageError
+from megadiff.files import AppendedFile, clear_temporaries, is_storage_failure, write_atomically
 from megadiff.parallel.topology import is_main_process
 from megadiff.run_config import RunConfig
+from megadiff.supervision.holder import Holder
 from megadiff.supervision.launch import Launch
 from megadiff.supervision.status import (
     FAILED,
@@ -30,14 +37,50 @@ from megadiff.train.loop import Ending
 
 log = logging.getLogger("megadiff")
 
+_LEAVING_S, _LOOK_EVERY_S = 10.0, 0.1
+"""How long the processes of a launch that lost its launcher are waited for; they end within five seconds."""
+
 
 def log_to_console() -> None:
-    """The main rank speaks; the others only warn."""
-    handler = logging.StreamHandler(sys.stdout)
+    """Let the main rank log to stdout, and the others only warn."""
+    handler = _ConsoleHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+
+
+class _ConsoleHandler(logging.StreamHandler[TextIO]):
+    """Stdout, which may itself be a file on a full disk: a line that it refuses is lost and nothing else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line past the stream's buffer, where a refused line would stay and fail again at exit."""
+        text = self.format(record) + self.terminator
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+            try:
+                handle = self.stream.fileno()
+            except (OSError, AttributeError):  # a stream that is no file
+                self.stream.write(text)
+            else:
+                os.write(handle, text.encode(self.stream.encoding or "utf-8", "replace"))
+
+
+class _RunLog(logging.Handler):
+    """`log.txt`: lines that a full disk refuses come when there is room, up to a megabyte of them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = AppendedFile(path, most_waiting=2**20)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a line."""
+        self._file.append(f"{self.format(record)}\n".encode(errors="replace"))
+
+    def close(self) -> None:
+        """Write what waits, if there is room now."""
+        self._file.close()
+        super().close()
 
 
 @contextmanager
@@ -46,46 +89,83 @@ def run_folder(config: RunConfig) -> Iterator[None]:
 
     Raises:
         ConfigError: the folder cannot be written, or another process trains in it.
+        StorageError: its disk is full or failing.
     """
     if not is_main_process():
         yield
         return
     folder = config.folder
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-    except Timeout:
-        raise ConfigError(
-            f"another process trains in {folder} (it holds {folder / '.lock'}); give this run another `name`"
-        ) from None
+        lock = _locked(folder)
     except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder} cannot be written ({error.strerror or error}); set output_dir to a folder you "
-            "can write to"
-        ) from None
+        raise _unwritable(folder, error) from None
+    handler = _RunLog(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
+        clear_temporaries(folder)
         yield
     finally:
         log.removeHandler(handler)
         handler.close()
+        Holder.remove(folder)
         lock.release()
+
+
+def _locked(folder: Path) -> FileLock:
+    """Lock the folder; wait for a holder that is about to go because its launcher is gone.
+
+    Raises:
+        ConfigError: another process trains there.
+        OSError: the disk refuses.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    until, has_said = time.monotonic() + _LEAVING_S, False
+    while True:
+        try:
+            lock.acquire()
+            break
+        except Timeout:
+            holder = Holder.read(folder)
+            if holder is not None and holder.is_leaving and time.monotonic() < until:
+                if not has_said:
+                    log.info(f"waiting for an earlier launch to leave {folder}: {holder.describe()}")
+                has_said = True
+                time.sleep(_LOOK_EVERY_S)
+                continue
+        who = holder.describe() if holder is not None else f"`fuser {folder / '.lock'}` on its machine names it"
+        raise ConfigError(
+            f"another process trains in {folder} (it holds {folder / '.lock'}): {who}; stop it or wait for its end, "
+            "or give this run another `name`"
+        )
+    Holder.this_process().write(folder)
+    return lock
+
+
+def _unwritable(path: Path, error: OSError) -> MegadiffError:
+    """Return what to raise where a file of the run folder cannot be written; a full disk is worth another try."""
+    reason = error.strerror or error
+    if is_storage_failure(error):
+        return StorageError(f"{path} cannot be written ({reason}); free space there, then run the same command again")
+    return ConfigError(f"{path} cannot be written ({reason}); set output_dir to a folder you can write to")
 
 
 def write_config(config: RunConfig) -> None:
     """Write the resolved tree as `config.yaml`; once the run is known to go on, so a refused start changes nothing."""
-    temporary = config.folder / ".config.yaml.tmp"
+    _replace(config, "config.yaml", dump_config(config))
+
+
+def _replace(config: RunConfig, name: str, text: str) -> None:
+    """Write a file of the run folder in one step.
+
+    Raises:
+        ConfigError, StorageError: it cannot be written.
+    """
     try:
-        temporary.write_text(dump_config(config), encoding="utf-8")
-        temporary.replace(config.folder / "config.yaml")
+        write_atomically(config.folder / name, text)
     except OSError as error:
-        raise ConfigError(
-            f"{config.folder / 'config.yaml'} cannot be written ({error.strerror or error}); free space there, or set "
-            "output_dir to another disk"
-        ) from None
+        raise _unwritable(config.folder / name, error) from None
 
 
 def write_facts(config: RunConfig, facts: DataFacts) -> None:
@@ -105,11 +185,19 @@ class Standing:
         self._are_others_watched = launch.world_size > 1 and config.watchdog.enabled
         before = read_status(self._folder)
         self._step = before.step if before is not None else 0
+        self._saved_step = before.saved_step if before is not None else 0
         self._has_ended = False
 
     def running(self, step: int) -> None:
         """The run goes on after `step` steps."""
         self._step = step
+        self._write(RUNNING)
+
+    def saved(self, step: int) -> None:
+        """There is a checkpoint of this step; what else the status should have said before is written too."""
+        if self._has_ended:
+            return
+        self._step = self._saved_step = step
         self._write(RUNNING)
 
     def ended(self, ending: Ending) -> None:
@@ -140,7 +228,13 @@ class Standing:
         if not is_main_process():
             return
         status = Status.now(
-            state, step=self._step, steps=self._steps, reason=reason, exit_code=exit_code, launch=self._launch
+            state,
+            step=self._step,
+            steps=self._steps,
+            reason=reason,
+            exit_code=exit_code,
+            launch=self._launch,
+            saved_step=self._saved_step,
         )
         try:
             write_status(self._folder, status)

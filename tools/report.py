@@ -35,9 +35,9 @@ def main() -> None:
     if output.is_dir():
         raise DataError(f"--output {output}: this is a folder; name a file")
 
+    from megadiff.files import write_atomically
     from megadiff.report.page import report_page
     from megadiff.report.run_record import read_runs
-    from megadiff.supervision.status import write_atomically
 
     runs = read_runs(arguments.runs)
     page = report_page(runs, axis=arguments.x, now=datetime.now(timezone.utc))

@@ -16,7 +16,8 @@ class CheckpointConfig(Section):
     """A step folder of another run to begin with, weights, optimizer and step count: a cooldown branches from a trunk
     like this. Ignored once the run has checkpoints of its own."""
     keep: int = Field(default=2, ge=0)
-    """Newest complete checkpoints that stay, at least two; 0 keeps all."""
+    """Newest complete checkpoints that stay, at least two; 0 keeps all. The last one before the cooldown stays as well,
+    so that other cooldowns can branch from it."""
     in_background: bool = Field(default=True, alias="async")
     """Write while training goes on; training stops only for the copy to host memory."""
 

@@ -1,4 +1,4 @@
-"""Files that are on the disk when we say so: hashed while written, synced, replaced in one step."""
+"""Files whose SHA-256 is taken as they are written, or as they are read back."""
 
 from __future__ import annotations
 
@@ -88,20 +88,3 @@ def entry_of(path: Path) -> FileEntry:
             digest.update(block)
             size += len(block)
     return FileEntry(bytes=size, sha256=digest.hexdigest())
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small text file in one step; a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

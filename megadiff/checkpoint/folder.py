@@ -1,25 +1,32 @@
 """The `checkpoints/` folder of a run: which step folders there are, which are whole, which may go.
 
-Only names that a run writes are ever touched, and never what a symlink points at.
+`checkpoints/` may be a link to another disk. Inside it only names that a run writes are ever touched, and no link is
+followed to change anything: a step folder that is a link, or holds one, belongs to somebody else. A linked folder is
+loaded where it lies; nothing in it is deleted, renamed or replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import shutil
 import time
 from pathlib import Path
 
-from megadiff.checkpoint.durable import entry_of, sync
+from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, Manifest, read_manifest
 from megadiff.checkpoint.path_kinds import no_checkpoint, what_it_is
-from megadiff.errors import CheckpointError
+from megadiff.errors import CheckpointError, StorageError
+from megadiff.files import sync
+from megadiff.supervision.status import FINISHED, STOPPED, read_status
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 _STEP_FOLDER = re.compile(r"step_(\d{8,18})")
 _STAGING = re.compile(r"\.step_\d{8,}\.tmp")
 _SET_ASIDE = re.compile(r"step_\d{8,}\.bad(\.\d+)?")
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _LOOKS, _PAUSE_S = 3, 1.0
 _MAX_HINT_BYTES = 200
 
@@ -35,27 +42,48 @@ def staging_folder(final: Path) -> Path:
 
 
 def newest_complete(run_folder: Path) -> Path | None:
-    """The newest checkpoint of a run whose files all have the sizes its manifest says; None if there is none.
+    """Return the newest checkpoint of a run whose files all have the sizes its manifest says; None if there is none.
 
     `LATEST` is a hint, not the truth: if it names a newer one than can be seen, a network file system may be late to
     show it, so the folder is looked at again before an older one is taken.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole; a run must not start again over them unasked.
+        CheckpointError: there are checkpoints and none is whole, a newer one is behind a link and cannot be taken, or
+            the run has saved itself before and shows no checkpoint: it must not start again unasked.
+        StorageError: the folder cannot be read.
     """
+    try:
+        return _newest_complete(run_folder)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or run_folder / 'checkpoints'} cannot be read ({error.strerror or error}); see to the "
+            "disk and its permissions and run the same command again (nothing was changed)"
+        ) from None
+
+
+def _newest_complete(run_folder: Path) -> Path | None:
     for look in range(_LOOKS):
         if look:
             time.sleep(_PAUSE_S)
-        found = next((folder for folder in step_folders(run_folder) if is_complete(folder)), None)
+        found = _newest_whole(run_folder)
         hint = _hinted_step(run_folder)
         if hint is None or (found is not None and step_of(found) >= hint) or _was_seen_damaged(run_folder, hint):
             break
-    if found is None and (broken := [*step_folders(run_folder), *_set_aside(run_folder)]):
+    if found is not None:
+        return found
+    if broken := [*step_folders(run_folder), *_set_aside(run_folder)]:
         raise CheckpointError(
             f"{run_folder / 'checkpoints'} holds {len(broken)} checkpoint(s) and all are damaged (the newest is "
             f"{broken[0].name}); move them away to start the run again, or give it another `name`"
         )
-    return found
+    if (evidence := _evidence_of_checkpoints(run_folder)) is not None:
+        folder = run_folder / "checkpoints"
+        raise CheckpointError(
+            f"this run has saved itself before ({evidence}), but {folder} {_what_is_seen(folder)}; bring its "
+            f"checkpoints back (is the disk mounted?) and run the same command again; to start over, move "
+            f"{run_folder} away or give the run another `name`"
+        )
+    return None
 
 
 def chosen(path: Path) -> Path:
@@ -78,13 +106,27 @@ def chosen(path: Path) -> Path:
     )
 
 
-def damaged(run_folder: Path) -> list[Path]:
-    """Step folders that are no whole checkpoints, newest first."""
-    return [folder for folder in step_folders(run_folder) if not is_complete(folder)]
+def damaged(run_folder: Path, *, after_step: int) -> list[Path]:
+    """Return the step folders after a step that are no whole checkpoints, newest first.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    newer = [folder for folder in step_folders(run_folder) if step_of(folder) > after_step]
+    return [folder for folder in newer if not is_complete(folder)]
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint to `step_XXXXXXXX.bad`, kept for a person to look at; returns the new path."""
+    """Rename a damaged checkpoint to `step_XXXXXXXX.bad`, kept for a person to look at; returns the new path.
+
+    Raises:
+        CheckpointError: it is a link or holds one; it is left as it is.
+    """
+    if is_foreign(folder):
+        raise CheckpointError(
+            f"{folder} is damaged and is, or holds, a link; remove it from the run folder to resume from an older "
+            "checkpoint, or put whole files in its place"
+        )
     target = folder.with_name(f"{folder.name}.bad")
     number = 1
     while target.exists() or target.is_symlink():
@@ -95,31 +137,65 @@ def set_aside(folder: Path) -> Path:
     return target
 
 
-def prune(run_folder: Path, *, keep: int) -> None:
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder is a link, is mounted, or holds a link: what no run has written, and no run may delete."""
+    if folder.is_symlink() or os.path.ismount(folder):
+        return True
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return any(entry.is_symlink() for entry in entries)
+    return False
+
+
+def prune(run_folder: Path, *, keep: int, before_cooldown: int | None = None) -> None:
     """Delete all but the newest `keep` complete checkpoints; 0 keeps all.
 
-    At least two stay whatever is asked: the newest may yet prove damaged on load, when its hashes are checked.
+    At least two stay whatever `keep` is: the newest may yet prove damaged on load, when its hashes are checked. What
+    is a link, or holds one, is neither deleted nor counted.
+
+    Args:
+        before_cooldown: the step at which the cooldown begins; the newest checkpoint at or before it stays too, since
+            other cooldowns branch from it.
     """
-    folders = step_folders(run_folder)
+    folders = [folder for folder in step_folders(run_folder) if not is_foreign(folder)]
     complete = [folder for folder in folders if is_complete(folder)]
     kept = complete[: max(keep, 2)] if keep else complete
+    branching = next((folder for folder in complete if step_of(folder) <= (before_cooldown or -1)), None)
     for folder in complete[len(kept) :]:
-        delete(folder)
+        if folder != branching:
+            delete(folder)
     for folder in folders:  # what a deletion that was killed has left of older ones
-        if kept and step_of(folder) < step_of(kept[-1]) and not (folder / FILE_NAME).exists():
+        if kept and step_of(folder) < step_of(kept[-1]) and not os.path.lexists(folder / FILE_NAME):
             delete(folder)
 
 
 def clear_staging(run_folder: Path) -> None:
-    """Delete what killed saves left; call only while no save is under way."""
-    for path in (run_folder / "checkpoints").glob(".step_*.tmp"):
-        if _STAGING.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+    """Delete what killed saves left; call only while no save is under way. Of a link the link alone goes."""
+    for path in _entries(run_folder / "checkpoints"):
+        if not _STAGING.fullmatch(path.name):
+            continue
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first: a half-deleted folder must never look complete."""
-    (folder / FILE_NAME).unlink(missing_ok=True)
+    """Delete a checkpoint, its manifest first: a half-deleted folder must never look complete.
+
+    Raises:
+        CheckpointError: the folder is a link or holds one; nothing is deleted.
+    """
+    if is_foreign(folder):
+        raise CheckpointError(f"{folder} is, or holds, a link, and is not deleted; remove it from the run folder")
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(FILE_NAME, dir_fd=handle)
+    finally:
+        os.close(handle)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -133,6 +209,7 @@ def verify_files(folder: Path, *, hashes: bool, share: int = 0, of: int = 1) -> 
     Raises:
         CheckpointError: a file is missing, or of another size or content than was written.
     """
+    _refuse_links(folder)
     manifest = read_manifest(folder)
     if _STEP_FOLDER.fullmatch(folder.name) and manifest.step != step_of(folder):
         raise CheckpointError(
@@ -142,7 +219,7 @@ def verify_files(folder: Path, *, hashes: bool, share: int = 0, of: int = 1) -> 
         raise CheckpointError(f"{folder / FILE_NAME} is damaged: it lists no files; take another checkpoint of the run")
     for name, entry in manifest.files.items():
         path = folder / name
-        if Path(name).name != name or name in (FILE_NAME, SUM_NAME) or path.is_symlink() or not path.is_file():
+        if Path(name).name != name or name in (FILE_NAME, SUM_NAME) or not path.is_file():
             raise CheckpointError(f"{folder} is damaged: {name!r} is missing; take another checkpoint of the run")
         if path.stat().st_size != entry.bytes:
             raise CheckpointError(
@@ -159,18 +236,30 @@ def verify_files(folder: Path, *, hashes: bool, share: int = 0, of: int = 1) -> 
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all files are there with the sizes that were written."""
+    """Whether all files are there with the sizes that were written.
+
+    Raises:
+        OSError: the folder cannot be read, which says nothing about it.
+    """
     try:
         verify_files(folder, hashes=False)
-    except (CheckpointError, OSError):
+    except CheckpointError:
         return False
+    except OSError as error:
+        if error.errno in _NOTHING_THERE:
+            return False
+        raise
     return True
 
 
 def step_folders(run_folder: Path) -> list[Path]:
-    """Step folders, newest step first; a symlink is not one."""
-    found = [path for path in (run_folder / "checkpoints").glob("step_*") if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of, reverse=True)
+    """Return the step folders, links to folders among them, newest step first.
+
+    Raises:
+        OSError: `checkpoints/` cannot be read.
+    """
+    found = [path for path in _entries(run_folder / "checkpoints") if _STEP_FOLDER.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_symlink() or path.is_dir()), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -178,6 +267,72 @@ def step_of(folder: Path) -> int:
     match = _STEP_FOLDER.fullmatch(folder.name)
     assert match, folder
     return int(match[1])
+
+
+def _newest_whole(run_folder: Path) -> Path | None:
+    """Return the newest whole checkpoint; damaged ones are passed over, but not those that are or hold links."""
+    for folder in step_folders(run_folder):
+        if is_complete(folder):
+            return folder
+        if not is_foreign(folder):
+            continue
+        target = f"a link to {os.readlink(folder)}" if folder.is_symlink() else "a folder that holds links"
+        reason = _problem(folder) if folder.exists() else "there is nothing there (is its disk mounted?)"
+        raise CheckpointError(
+            f"{folder} is {target} and cannot be loaded: {reason}; make it loadable, or remove it from the run folder "
+            "to resume from an older checkpoint (nothing was changed)"
+        )
+    return None
+
+
+def _problem(folder: Path) -> str:
+    try:
+        verify_files(folder, hashes=False)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return "it changed while it was read"
+
+
+def _evidence_of_checkpoints(run_folder: Path) -> str | None:
+    """Return what shows that this run has completed a checkpoint; None if it never has, as far as can be known."""
+    if os.path.lexists(run_folder / "LATEST"):
+        hint = _hinted_step(run_folder)
+        return f"LATEST names step {hint}" if hint is not None else "it has a file LATEST"
+    status = read_status(run_folder)
+    if status is None:
+        return None
+    # A run that ended well has a checkpoint of its last step; one that failed, or was killed, may not.
+    step = max(status.saved_step, status.step if status.state in (STOPPED, FINISHED) else 0)
+    return f"status.json tells of step {step}" if step else None
+
+
+def _what_is_seen(folder: Path) -> str:
+    if folder.is_symlink() and not folder.exists():
+        return f"is a link to {os.readlink(folder)}, where there is nothing"
+    return "is empty" if folder.is_dir() else "is not there" if not os.path.lexists(folder) else "is no folder"
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a folder; nothing where there is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _refuse_links(folder: Path) -> None:
+    """A link inside a checkpoint would have a file read from anywhere."""
+    linked: list[str] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        linked = sorted(entry.name for entry in entries if entry.is_symlink())
+    if linked:
+        raise CheckpointError(
+            f"{folder} holds {linked[0]!r}, which is a link; put the file itself there, or link the whole folder"
+        )
 
 
 def _refuse_strangers(folder: Path, manifest: Manifest) -> None:
@@ -190,7 +345,7 @@ def _refuse_strangers(folder: Path, manifest: Manifest) -> None:
 
 
 def _set_aside(run_folder: Path) -> list[Path]:
-    found = (run_folder / "checkpoints").glob("step_*.bad*")
+    found = _entries(run_folder / "checkpoints")
     return sorted((path for path in found if _SET_ASIDE.fullmatch(path.name)), reverse=True)
 
 

@@ -32,15 +32,16 @@ def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path 
 
     Raises:
         CheckpointError: none is sound, or, with `strict`, the newest is not.
-        StorageError: a rank cannot read what the main rank can.
+        StorageError: the folder cannot be read, or a rank cannot read what the main rank can.
     """
     while True:
+        newer: list[Path] = []
         with main_rank_reports(f"reading {run_folder}", topology):
             found = newest_complete(run_folder) if topology.is_main else None
+            if found is not None:
+                newer = damaged(run_folder, after_step=step_of(found))
         folder = topology.from_main(found)
-        newer = damaged(run_folder) if topology.is_main else []
-        problems = [f"{path} is damaged or incomplete" for path in newer if folder and step_of(path) > step_of(folder)]
-        problem = topology.from_main(problems[0] if problems else None)
+        problem = topology.from_main(f"{newer[0]} is damaged or incomplete" if newer else None)
         if problem is None:
             problem = problem_of(folder, topology) if folder is not None else None
             newer = [folder] if folder is not None and problem is not None else []

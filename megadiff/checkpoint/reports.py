@@ -39,7 +39,7 @@ def main_rank_reports(what: str, topology: Topology) -> Iterator[None]:
     failure: MegadiffError | None = None
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, StorageError) as error:
         failure = error
     except OSError as error:
         failure = StorageError(f"{what} failed: {error.strerror or error}")

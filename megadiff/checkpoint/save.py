@@ -7,18 +7,19 @@ manifest with every file's hash, then one rename. Killed anywhere before the ren
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadiff.checkpoint.durable import sync, write_durably
 from megadiff.checkpoint.folder import (
     clear_staging,
     delete,
+    is_foreign,
     prune,
     staging_folder,
     step_folder,
@@ -28,6 +29,7 @@ from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, FileEntry, Manifes
 from megadiff.checkpoint.reports import every_rank_reports, library_failures, main_rank_reports
 from megadiff.checkpoint.snapshot import HostBuffers, SavableOptimizer, Snapshot, Written, take_snapshot
 from megadiff.errors import CheckpointError, StorageError
+from megadiff.files import sync, write_atomically
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
@@ -89,11 +91,13 @@ class Saver:
         optimizer: SavableOptimizer,
         *,
         keep: int,
+        before_cooldown: int | None = None,
         topology: Topology,
         platform: Platform,
     ) -> None:
-        """Takes the bare model chunks, not their data-parallel wrappers, and how many checkpoints stay (0: all)."""
-        self._run_folder, self._keep = run_folder, keep
+        """Take the bare model chunks, not their data-parallel wrappers; `keep` and `before_cooldown` are `prune`'s."""
+        self._run_folder = run_folder
+        self._kept: dict[str, Any] = {"keep": keep, "before_cooldown": before_cooldown}
         self._chunks, self._optimizer = chunks, optimizer
         self._topology, self._platform = topology, platform
         self._buffers = HostBuffers(platform)
@@ -101,10 +105,14 @@ class Saver:
         self._underway: _Underway | None = None
         self._pruning: threading.Thread | None = None
 
-    def start(self, manifest: Manifest) -> Outcome | None:
+    def start(self, manifest: Manifest, *, first: Callable[[], None] = lambda: None) -> Outcome | None:
         """Copy the state to host memory and begin to write it as `checkpoints/step_XXXXXXXX`.
 
         No save may be under way. Returns how it ended if it failed at once, such as on a disk without space.
+
+        Args:
+            first: called on the main rank; what a checkpoint relies on is made durable here, and there is no checkpoint
+                if it raises an OSError.
         """
         assert self._underway is None, "finish the save under way first"
         began = time.monotonic()
@@ -114,6 +122,8 @@ class Saver:
             with main_rank_reports(f"writing {final}", self._topology):
                 if self._topology.is_main:
                     self._wait_for_pruning()
+                    first()
+                    self._refuse_link(final)
                     clear_staging(self._run_folder)
                     staging_folder(final).mkdir(parents=True)
             with library_failures(f"writing {final} failed"), self._platform.scope(), quiet():
@@ -169,10 +179,23 @@ class Saver:
         now = time.monotonic()
         return Outcome(save.manifest.step, save.final, error, save.stall_s + now - began, now - save.started)
 
+    def _refuse_link(self, final: Path) -> None:
+        """Refuse to replace what lies elsewhere; before anything is written."""
+        if os.path.lexists(final) and is_foreign(final):
+            raise CheckpointError(
+                f"{final} is, or holds, a link and is not replaced; remove it from the run folder to have it saved"
+            )
+
     def _wait_for_pruning(self) -> None:
         if self._pruning is not None:
             self._pruning.join()
             self._pruning = None
+
+    def _prune(self) -> None:
+        try:
+            prune(self._run_folder, **self._kept)
+        except (OSError, CheckpointError) as error:
+            log.warning(f"older checkpoints of {self._run_folder} stay: {error}")
 
     def _complete(self, save: _Underway, parts: list[tuple[Written | None, str | None]]) -> None:
         """On the main rank: index, manifest, rename, each made durable; then older ones go."""
@@ -196,7 +219,7 @@ class Saver:
         staging.rename(save.final)
         sync(save.final.parent)
         verify_files(save.final, hashes=False)
-        write_durably(self._run_folder / "LATEST", save.final.name + "\n")
+        write_atomically(self._run_folder / "LATEST", save.final.name + "\n")
         # Deleting takes as long as copying; not a daemon, so that a run that ends leaves nothing half deleted.
-        self._pruning = threading.Thread(target=prune, args=(self._run_folder,), kwargs={"keep": self._keep})
+        self._pruning = threading.Thread(target=self._prune)
         self._pruning.start()

@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from megadiff.checkpoint.durable import entry_of, hashed_file, sync
+from megadiff.checkpoint.durable import entry_of, hashed_file
 from megadiff.checkpoint.manifest import FileEntry
+from megadiff.files import sync
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 

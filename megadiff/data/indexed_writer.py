@@ -22,6 +22,7 @@ from megadiff.data.indexed_format import CODES, HEADER, MAGIC, VERSION, bin_path
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, TokenizerFacts, manifest_bytes
 from megadiff.data.wrong_ids import wrong_ids
 from megadiff.errors import DataError
+from megadiff.files import sync
 
 _INDEX_CHUNK = 2**20
 
@@ -123,7 +124,7 @@ class IndexedWriter:
             idx_path(self.prefix).unlink(missing_ok=True)
             for temporary, final in zip(self._temporaries, self._finals, strict=True):
                 os.replace(temporary, final)
-            _sync_folder(self._finals[0].parent)
+            sync(self._finals[0].parent)
         except OSError as error:
             raise DataError(
                 f"{self.prefix}: writing failed ({error.strerror}); free disk space and run again"
@@ -221,12 +222,3 @@ def _write_whole(path: Path, parts: Iterable[bytes]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from megadiff.checkpoint.durable import entry_of, write_durably
+from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FileEntry
 from megadiff.errors import CheckpointError, shown
 from megadiff.export.folder_files import WEIGHTS, plain_file, read_files
+from megadiff.files import write_atomically
 from megadiff.untrusted_files import UnreadableFileError, read_text, why
 
 CHECKSUMS = "checksums.sha256"
@@ -32,7 +33,7 @@ def write_checksums(folder: Path, known: Mapping[str, FileEntry]) -> None:
     """
     names = sorted(path.name for path in folder.iterdir())
     lines = [f"{(known.get(name) or entry_of(folder / name)).sha256}  {name}\n" for name in names]
-    write_durably(folder / CHECKSUMS, "".join(lines))
+    write_atomically(folder / CHECKSUMS, "".join(lines))
 
 
 class Checksums:

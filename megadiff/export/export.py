@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadiff.checkpoint.durable import sync
 from megadiff.checkpoint.folder import chosen, verify_files
 from megadiff.checkpoint.manifest import Manifest
 from megadiff.data.tokenizer_files import load_tokenizer
@@ -28,6 +27,7 @@ from megadiff.export.shipped_tokenizer import write_tokenizer
 from megadiff.export.stored_tensors import StoredTensors
 from megadiff.export.weight_files import Planned, write_weights
 from megadiff.export.weights import TrainingTensor, training_tensors
+from megadiff.files import sync
 from megadiff.model.config import ModelConfig
 from megadiff.sampling import standalone
 

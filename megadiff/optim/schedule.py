@@ -43,6 +43,11 @@ class WarmupStableDecay:
                 f"of {self.steps} steps; shorten one of them or train longer"
             )
 
+    @property
+    def cooldown_start(self) -> int | None:
+        """Number of steps after which the rate begins to fall, from which other cooldowns can branch; None without."""
+        return self.steps - self.cooldown_steps if self.cooldown_steps else None
+
     def factor(self, step: int) -> float:
         """The share of the peak rate, in [0, 1], for the update that makes `step` into `step` + 1.
 

@@ -6,11 +6,11 @@ The accounts lie in `RUN/first_cause/LAUNCH/`, one file a rank; the watcher that
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megadiff.files import write_atomically
 from megadiff.supervision import process
 from megadiff.supervision.heartbeat import Heartbeat
 
@@ -124,7 +124,9 @@ class Records:
 
     def clear(self) -> None:
         """Remove what an earlier launch that looked the same (same port, same job) left; only names written here."""
-        for path in self._folder.glob("rank-?????.*") if self._folder.is_dir() else ():
+        if self._folder.is_symlink() or not self._folder.is_dir():
+            return
+        for path in self._folder.glob("rank-?????.*"):
             if path.suffix in (".json", ".stacks"):
                 path.unlink(missing_ok=True)
         (self._folder / VERDICT).unlink(missing_ok=True)
@@ -133,9 +135,7 @@ class Records:
         """Leave this rank's account; OSError if the disk refuses."""
         self._make()
         path = self._folder / f"rank-{account.rank:05d}.json"
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(account)), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(asdict(account)), is_durable=False)
 
     def accounts(self) -> list[Account]:
         """Those that are there and whole."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadiff.errors import PlatformError
+from megadiff.supervision import process
 
 _OF_THE_LAUNCH = (
     "MASTER_ADDR",
@@ -82,7 +83,7 @@ class Launch:
         """
         memory = Path("/dev/shm")
         root = memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-        folder = root / f"megadiff-{os.getuid()}-{_digest([self.key, _this_boot(), _pid_namespace()])}"
+        folder = root / f"megadiff-{os.getuid()}-{_digest([self.key, process.machine()])}"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             found = os.lstat(folder)
@@ -106,21 +107,6 @@ def heartbeat_path(node_folder: Path, rank: int) -> Path:
 
 def _digest(facts: list[str]) -> str:
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-
-
-def _this_boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    """Ranks in containers of their own cannot see each other's processes, so they do not watch each other."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
 
 
 def _number(text: str | None) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 _STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "T": "stopped", "t": "traced", "Z": "zombie"}
+_PF_EXITING = 0x4
 GONE = ("", "Z", "X", "x")
 
 
@@ -63,6 +66,38 @@ def how_it_ended(pid: int, ticks: int) -> str:
         return f"killed by {signal.Signals(number).name}"
     except ValueError:
         return f"killed by signal {number}"
+
+
+def parent(pid: int) -> int:
+    """Return the process that started this one, or has adopted it; 0 if unknown."""
+    fields = _fields(pid)
+    return int(fields[1]) if len(fields) > 1 else 0
+
+
+def threads(pid: int) -> int:
+    """Return the number of threads of a process; 0 if unknown."""
+    fields = _fields(pid)
+    return int(fields[17]) if len(fields) > 17 else 0
+
+
+def is_leaving(pid: int) -> bool:
+    """Whether the kernel is taking the process apart: its connections may be closed while it still seems to run."""
+    fields = _fields(pid)
+    return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
+
+
+@cache
+def machine() -> str:
+    """Return what names the space of process numbers: this boot of this machine, and the process namespace.
+
+    Ranks in containers of their own cannot see each other's processes.
+    """
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        found.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(found)
 
 
 def descendants(pid: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,14 @@ LOOK_EVERY_S, AT_FIRST_S = 1.0, 10.0
 DEATH_FIRST_S = 0.5
 """A peer raises within a millisecond of a rank's death, and both may be noticed in either order: a death counts as this
 much earlier. Not one by TERM or INT, which is how launchers end the peers of a rank that failed."""
+_ECHO = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process exited|closed by (the )?(remote )?peer"
+    r"|socket (closed|error)|connectFullMesh|connect(ion)? fail|failed to (recv|send|connect)|(recv|send)Value failed"
+    r"|communicator was aborted|\bDist(Network|Store|Backend)Error|ncclRemoteError|Connection(Reset|Aborted)Error"
+    r"|BrokenPipeError|\bNCCL\b|\bgloo\b",
+    re.IGNORECASE,
+)
+"""What a rank raises when another one is gone, or when the network fails."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,11 @@ class Event:
     """Whether the user has it from the rank itself."""
     is_effect: bool
     """Whether the rank's watcher ended it because of something else; that is then the cause."""
+    is_kill: bool = False
+    """Whether the rank was killed, or nothing is known of how it ended."""
+    is_echo: bool = False
+    """Whether this usually follows from another rank's end: a lost connection, or a request to end. A death goes before
+    it, whenever it is noticed, because the kernel closes a dying process's connections before it shows the death."""
 
 
 @dataclass
@@ -73,7 +87,10 @@ class Watched:
             if life not in (ENDED, FAILED):
                 self.event = self._death(f"{name} died in {place}", now)
         if self.event is None and life == FAILED:
-            self.event = Event(self.beat.rank, since, now, f"{name} raised in {place}: {reason}", is_told, False)
+            is_echo = _ECHO.search(reason) is not None
+            self.event = Event(
+                self.beat.rank, since, now, f"{name} raised in {place}: {reason}", is_told, False, is_echo=is_echo
+            )
 
     def _death(self, sentence: str, now: float) -> Event:
         if verdict := self.beat.verdict():
@@ -82,7 +99,9 @@ class Watched:
         hint = " (by the kernel for want of memory, or by somebody)" if how.endswith("SIGKILL") else ""
         is_asked = how.endswith(("SIGTERM", "SIGINT"))
         when = now if is_asked else now - DEATH_FIRST_S
-        return Event(self.beat.rank, when, now, f"{sentence}: {how}{hint}" if how else sentence, False, False)
+        cause = f"{sentence}: {how}{hint}" if how else sentence
+        is_kill = how.endswith("SIGKILL") or not how
+        return Event(self.beat.rank, when, now, cause, False, False, is_kill=is_kill, is_echo=is_asked)
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -134,9 +153,22 @@ class Siblings:
         return [beat for beat in here if beat.life()[0] == RUNNING]
 
     def first_event(self) -> Event | None:
-        """The earliest, causes before effects."""
+        """Return the earliest event, causes before their echoes and before effects."""
         events = [watched.event for watched in (self.own, *self.others.values()) if watched.event]
-        return min(events, key=lambda event: (event.is_effect, event.when), default=None)
+        return min(events, key=lambda event: (event.is_effect, event.is_echo, event.when), default=None)
+
+    def are_all_accounted_for(self, ranks: int) -> bool:
+        """Whether all ranks of this node are known, and nothing more can be learnt of them."""
+        known = (self.own, *self.others.values())
+        return len(known) == ranks and all(watched.is_gone or watched.event is not None for watched in known)
+
+    @property
+    def is_somebody_leaving(self) -> bool:
+        """Whether the kernel is taking a rank apart whose end is not to be seen yet."""
+        return any(
+            not watched.is_gone and watched.event is None and process.is_leaving(watched.beat.pid)
+            for watched in (self.own, *self.others.values())
+        )
 
     def _find(self) -> None:
         try:

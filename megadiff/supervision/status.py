@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,11 +13,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from megadiff.files import is_storage_failure, write_atomically
 from megadiff.untrusted_files import read_json_object
 
 RUNNING, STOPPED, FINISHED, FAILED, NO_RESTART = "running", "stopped", "finished", "failed", "no_restart"
 STATES = (RUNNING, STOPPED, FINISHED, FAILED, NO_RESTART)
 _NAME = "status.json"
+_RESERVE, _RESERVE_BYTES = ".status.reserve", 16384
 _MAX_BYTES, _MAX_NUMBER = 2**20, 10**15
 
 
@@ -42,6 +45,8 @@ class Status:
     """When this was written, ISO 8601, UTC."""
     launch: str = ""
     """Which launch of the run wrote this (`megadiff.supervision.launch`)."""
+    saved_step: int = 0
+    """Step of the newest checkpoint that is known to have been completed; 0 for none."""
 
     def __post_init__(self) -> None:
         assert self.state in STATES, self.state
@@ -56,6 +61,7 @@ class Status:
         reason: str = "",
         exit_code: int | None = None,
         launch: str = "",
+        saved_step: int = 0,
         environ: Mapping[str, str] = os.environ,
     ) -> Status:
         """This moment's status of this host and SLURM job."""
@@ -71,6 +77,7 @@ class Status:
             host=socket.gethostname(),
             time=_utc_now(),
             launch=launch,
+            saved_step=saved_step,
         )
 
     def changed(self, state: str, *, reason: str, exit_code: int | None) -> Status:
@@ -79,8 +86,24 @@ class Status:
 
 
 def write_status(run_folder: Path, status: Status) -> None:
-    """Replace the run's status; a reader sees the old or the new one whole, also after a crash of the machine."""
-    write_atomically(run_folder / _NAME, json.dumps(asdict(status), indent=1) + "\n")
+    """Replace the run's status; a reader sees the old or the new one whole, also after a crash of the machine.
+
+    On a full disk it is written into space that an earlier call has reserved.
+
+    Raises:
+        OSError: the disk refuses, and there is no reserve.
+    """
+    text = (json.dumps(asdict(status), indent=1) + "\n").encode()
+    try:
+        write_atomically(run_folder / _NAME, text)
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        try:
+            _write_into_reserve(run_folder, text)
+        except OSError:
+            raise error from None
+    _keep_reserve(run_folder)
 
 
 def read_status(run_folder: Path) -> Status | None:
@@ -108,18 +131,31 @@ def record_failure(run_folder: Path, reason: str, *, exit_code: int, launch: str
     return True
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, flush it to the disk and rename it over `path`."""
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+def _keep_reserve(run_folder: Path) -> None:
+    """Hold some disk space for the next status: the one that matters most is written when the disk is full."""
+    path = run_folder / _RESERVE
+    with contextlib.suppress(OSError):
+        if not path.is_symlink() and path.is_file() and path.stat().st_size == _RESERVE_BYTES:
+            return
+        write_atomically(path, b" " * _RESERVE_BYTES)
+
+
+def _write_into_reserve(run_folder: Path, text: bytes) -> None:
+    """Replace the status by the file that holds the reserve, whose space is taken already.
+
+    Raises:
+        OSError: there is none, or the disk refuses all the same.
+    """
+    path = run_folder / _RESERVE
+    handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        if os.write(handle, text) != len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(handle, len(text))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(path, run_folder / _NAME)
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:

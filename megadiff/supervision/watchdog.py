@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from megadiff.supervision.ending import STACKS_SIGNAL
 from megadiff.supervision.first_cause import Records
 from megadiff.supervision.heartbeat import ENDED, FAILED, NO_STEP, Heartbeat
 from megadiff.supervision.launch import Launch, heartbeat_path
+from megadiff.supervision.launcher import launcher_of_this_process
 from megadiff.supervision.siblings import leave_node
 from megadiff.supervision.watcher import BOOTSTRAP
 
@@ -168,7 +169,10 @@ class Watchdog:
     def _spawn(self) -> None:
         self._spawns += 1
         launch = {**asdict(self._launch), "run_folder": str(self._launch.run_folder.absolute())}
-        settings = json.dumps({"launch": launch, "folder": str(self._folder)})
+        launcher = launcher_of_this_process()
+        settings = json.dumps(
+            {"launch": launch, "folder": str(self._folder), "launcher": astuple(launcher) if launcher else None}
+        )
         self._watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", BOOTSTRAP, str(_ROOT), settings],
             stdin=subprocess.PIPE,

@@ -19,6 +19,7 @@ from megadiff.supervision.ending import kill, read_stacks, take_stacks, within
 from megadiff.supervision.first_cause import Account, Records, name_culprit
 from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
 from megadiff.supervision.launch import Launch, heartbeat_path
+from megadiff.supervision.launcher import Launcher, describe_loss
 from megadiff.supervision.siblings import Event, Siblings, Watched, leave_node
 from megadiff.supervision.status import record_failure
 
@@ -32,6 +33,9 @@ SETTLE_S = 0.6
 """For the other watchers' accounts of a stall to arrive."""
 OWN_DEATH_S, OTHER_DEATH_S = 0.1, 0.6
 """Before a death is spoken of: its own watcher knows most, the others only step in."""
+ECHO_S, MOST_ECHO_S = 5.0, 30.0
+"""How long an exception that usually follows from a death is kept back for that death to be noticed; the longer time
+while a rank is seen to be dying."""
 GRACE_S, GRACE_AFTER_EFFECT_S = 2.0, 0.5
 """A rank has this long to notice by itself that another one is gone, or was ended by its watcher."""
 LEAVING_S = 20.0
@@ -45,8 +49,9 @@ STACKS_IN_LOG = 16
 class Watcher:
     """Of one rank, from its start to its end."""
 
-    def __init__(self, launch: Launch, folder: Path) -> None:
+    def __init__(self, launch: Launch, folder: Path, launcher: Launcher | None = None) -> None:
         self._launch = launch
+        self._launcher = launcher
         self._folder = folder
         self._dump = folder / f"rank-{launch.rank:05d}.stacks"
         self._host = socket.gethostname()
@@ -73,6 +78,8 @@ class Watcher:
             if event is not None:
                 if self._follow(event, life, since):
                     return
+            elif self._launcher is not None and not self._launcher.is_alive:
+                return self._end_without_launcher(self._launcher)
             elif self._is_stalled():
                 return self._end_stalled()
             elif cause := self._cause_elsewhere():
@@ -100,6 +107,12 @@ class Watcher:
         place = self._beat.place()
         return bool(place.section) and time.monotonic() - max(place.started, self._fresh_from) > place.limit_s
 
+    def _end_without_launcher(self, launcher: Launcher) -> None:
+        """The rank would go on unseen; the kernel's signal has not reached it, or it has none."""
+        cause = describe_loss(launcher)
+        self._speak(cause, EXIT_DIED)
+        self._end(cause)
+
     def _end_stalled(self) -> None:
         """Account, compare with the other ranks' accounts, speak if first, write the stacks, kill."""
         now = time.monotonic()
@@ -120,7 +133,7 @@ class Watcher:
         now = time.monotonic()
         is_own = event.rank == self._launch.rank
         if now - event.seen > (OWN_DEATH_S if is_own else OTHER_DEATH_S) and not event.is_told:
-            self._speak_of(event)
+            self._speak_of(event)  # unless it is an echo, whose time has not come
         if life == FAILED and now - since > LEAVING_S:
             self._end(f"rank {self._launch.rank} raised and did not leave within {LEAVING_S:g} s")
             return True
@@ -138,12 +151,21 @@ class Watcher:
         if stacks and not (own and own.is_effect):
             within(1.0, lambda: self._keep_stacks(stacks))
         until = time.monotonic() + OWN_DEATH_S
-        while time.monotonic() < until:
+        while time.monotonic() < until or self._is_kept_back(self._nodes.first_event()):
             time.sleep(TICK_S / 2)
             self._nodes.look()
         event = self._nodes.first_event()
         if event is not None and not event.is_told:
             self._speak_of(event)
+
+    def _is_kept_back(self, event: Event | None) -> bool:
+        """Whether it is too early to call this the first cause: the death it follows from may yet be noticed."""
+        if event is None or not event.is_echo or self._has_spoken or self._launch.world_size == 1:
+            return False
+        if not self._spans_nodes and self._nodes.are_all_accounted_for(self._launch.local_world_size):
+            return False
+        waited = time.monotonic() - event.seen
+        return waited < ECHO_S or (waited < MOST_ECHO_S and self._nodes.is_somebody_leaving)
 
     def _cause_elsewhere(self) -> str:
         """A first cause that another node has written; one rank of a node looks, the lowest, for the sake of the disk.
@@ -164,8 +186,10 @@ class Watcher:
     def _speak_of(self, event: Event) -> None:
         """Of a death, or of an exception where other ranks exist that it leaves hanging."""
         is_alone = self._launch.world_size == 1 and self._beat.life()[0] == FAILED
-        if not event.is_effect and not is_alone:
-            self._speak(event.cause, EXIT_DIED)
+        if event.is_effect or is_alone or self._is_kept_back(event):
+            return
+        lost = event.is_kill and self._launcher is not None and not self._launcher.is_alive
+        self._speak(describe_loss(self._launcher) if lost and self._launcher else event.cause, EXIT_DIED)
 
     def _speak(self, cause: str, exit_code: int) -> None:
         """Once, and only the first watcher of the launch: stderr, the run's log, `status.json`."""
@@ -226,7 +250,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # of the job's; this process ends with its rank
     settings = json.loads(sys.argv[2])
     launch = Launch(**{**settings["launch"], "run_folder": Path(settings["launch"]["run_folder"])})
-    watcher = Watcher(launch, Path(settings["folder"]))
+    launcher = Launcher(*settings["launcher"]) if settings["launcher"] else None
+    watcher = Watcher(launch, Path(settings["folder"]), launcher)
     try:
         watcher.run()
     finally:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from megadiff.files import write_atomically
 from megadiff.untrusted_files import read_bytes
 
 log = logging.getLogger("megadiff")
@@ -68,9 +69,7 @@ def write_attempts(path: Path, attempts: Sequence[Attempt]) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(_LIST.dump_json(list(attempts), indent=1) + b"\n")
-    temporary.replace(path)
+    write_atomically(path, _LIST.dump_json(list(attempts), indent=1) + b"\n", is_durable=False)
 
 
 def read_attempts(path: Path) -> list[Attempt]:

@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import socket
+import time
+from itertools import count
 from pathlib import Path
+
+from megadiff.files import AppendedFile
 
 log = logging.getLogger("megadiff")
 
+_numbers = count()
+"""Tells the files of one process from one another."""
+
 
 class Board:
-    """A `SummaryWriter` that a full disk silences instead of ending the run: the figures are in `metrics.jsonl` too."""
+    """TensorBoard's event file, written record by record, so that what a full disk refuses comes when there is room.
+
+    torch's `SummaryWriter` writes in a thread that dies of the first refusal with a stack trace.
+    """
 
     def __init__(self, folder: Path, *, after_step: int) -> None:
-        """Opens `folder`; what an earlier attempt wrote there of later steps is hidden."""
-        from torch.utils.tensorboard import SummaryWriter
+        """Begin a file of its own in `folder`; earlier attempts' files stay, their later steps hidden.
 
+        Args:
+            after_step: the step the run resumes after; TensorBoard does not show earlier points beyond it.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self._event = Event
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self._folder = folder
-        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=after_step + 1)
+        self._file = AppendedFile(folder / name)
+        self._has_complained = False
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=after_step + 1, session_log=start))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """One point of a curve."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.add_scalar(tag, value, step)
-        except OSError as error:
-            self._give_up(error)
+        """Add one point of a curve."""
+        from torch.utils.tensorboard.summary import scalar
+
+        self._write(self._event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
 
     def close(self) -> None:
         """Write what is left."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-        except OSError as error:
-            self._give_up(error)
+        self._file.close()
 
-    def _give_up(self, error: OSError) -> None:
-        self._writer = None
-        log.warning(f"{self._folder} cannot be written ({error.strerror or error}); training goes on without it")
+    def _write(self, event: object) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())  # type: ignore[attr-defined]
+        error = self._make_folder() or self._file.append(record.getvalue())
+        if error is not None and not self._has_complained:
+            self._has_complained = True
+            log.warning(f"{self._folder} cannot be written ({error.strerror or error}); training goes on without it")
+
+    def _make_folder(self) -> OSError | None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return error
+        return None

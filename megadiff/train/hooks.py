@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from megadiff.files import write_atomically
 from megadiff.parallel.row_report import metrics_of
 from megadiff.platform.machine import Platform
 from megadiff.train.goodput import Goodput
@@ -200,7 +201,7 @@ class WriteSamples:
         path = self.folder / "samples" / f"step_{step:08d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8", errors="replace")
+            write_atomically(path, text.encode(errors="replace"), is_durable=False)
         except OSError as error:
             log.warning(f"step {step:>7}/{self.steps} | {path} was not written: {error.strerror or error}")
 

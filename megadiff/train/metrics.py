@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -11,27 +10,31 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megadiff.files import AppendedFile, sync, write_atomically
 from megadiff.untrusted_files import UnreadableFileError, parse_json
 
 log = logging.getLogger("megadiff")
 
 
 class MetricsFile:
-    """Appends lines; opened for a run that goes on after `step`, it first forgets what came later.
+    """A file that lines are appended to; opened for a run that resumes after `step`, it holds no later ones.
 
-    Lines written after the last checkpoint are written again, with the same values, as the run repeats those steps.
+    The run repeats the steps after its last checkpoint and writes their lines again. The earlier lines of these steps
+    are not destroyed: they move to `metrics.superseded.jsonl` beside it, with everything else that is not kept.
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
+        """Sort what is there, and open the file.
+
+        Raises:
+            OSError: the disk refuses; nothing is lost.
+        """
         self._path = path
-        kept = [line for line in _whole_lines(path) if _step_of(line) <= after_step and after_step > 0]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        # Unbuffered: what a full disk refuses must not lie in a buffer and come out twice.
-        self._file = path.open("ab", buffering=0)
-        self._size = path.stat().st_size
-        self._pending: list[bytes] = []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        is_kept = [after_step > 0 and _is_whole(line) and _step_of(line) <= after_step for line in lines]
+        _set_aside(superseded_path(path), [line for line, keep in zip(lines, is_kept, strict=True) if not keep])
+        write_atomically(path, b"".join(line for line, keep in zip(lines, is_kept, strict=True) if keep))
+        self._file = AppendedFile(path)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line and hand it to the operating system, so that a killed process loses nothing.
@@ -39,32 +42,54 @@ class MetricsFile:
         A number that is not finite, for which JSON has no token, is written as null. Lines that a full disk refuses are
         kept and written with the next one that it takes.
         """
-        self._pending.append(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
-        data, is_first = b"".join(self._pending), len(self._pending) == 1
-        try:
-            if self._file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._size)  # half a line may be there
-            if is_first:
-                log.warning(f"{self._path} cannot be written ({error.strerror or error}); lines wait for space")
-            return
-        self._size += len(data)
-        self._pending.clear()
+        was_waiting = self._file.is_waiting
+        error = self._file.append(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
+        if error is not None and not was_waiting:
+            log.warning(f"{self._path} cannot be written ({error.strerror or error}); lines wait for space")
 
     def sync(self) -> None:
-        """Make the lines so far durable; called before a checkpoint relies on them."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            log.warning(f"{self._path} cannot be synced ({error.strerror or error})")
+        """Make the lines so far durable; called before a checkpoint relies on them.
+
+        Raises:
+            OSError: the disk refuses; the lines wait.
+        """
+        self._file.sync()
 
     def close(self) -> None:
         """Close the file."""
-        if self._pending:
-            log.warning(f"{self._path}: the last {len(self._pending)} line(s) could not be written")
-        self._file.close()
+        if not self._file.close():
+            log.warning(f"{self._path}: the last lines could not be written")
+
+
+def superseded_path(path: Path) -> Path:
+    """Return the file beside a `metrics.jsonl` that keeps the lines which a resumed run has written again."""
+    return path.with_name(f"{path.stem}.superseded{path.suffix}")
+
+
+def _set_aside(path: Path, lines: list[bytes]) -> None:
+    """Append lines durably.
+
+    Raises:
+        OSError: the disk refuses, or a link lies there.
+    """
+    if not lines:
+        return
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if not lines[-1].endswith(b"\n"):
+        lines = [*lines, b"\n"]
+    file = AppendedFile(path)
+    file.append(b"".join(lines))
+    try:
+        file.sync()
+    finally:
+        file.close()
+    sync(path.parent)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line ends as it should and says which step it is of; a killed machine can leave a torn last one."""
+    return line.endswith(b"\n") and _step_of(line) >= 0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -89,7 +114,7 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in lines if line.endswith("\n") and _step_of(line) >= 0]
 
 
-def _step_of(line: str) -> int:
+def _step_of(line: str | bytes) -> int:
     try:
         parsed = parse_json(line)
     except UnreadableFileError:

@@ -36,8 +36,14 @@ class Saves:
         gathered: Callable[[], AbstractContextManager[None]],
         metrics: MetricsFile | None,
         goodput: Goodput,
+        completed: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """Takes the manifest of a step, and a context in which all weights are those of the last update."""
+        """Take the manifest of a step, and a context in which all weights are those of the last update.
+
+        Args:
+            completed: called with the step of every checkpoint that is complete.
+        """
+        self._completed = completed
         self.saver, self.manifest = saver, manifest
         self._every, self._steps, self._in_background = every, steps, in_background
         self._gathered, self._metrics, self._goodput = gathered, metrics, goodput
@@ -69,15 +75,18 @@ class Saves:
         self._begin(step)
         self._take(self.saver.finish())
         if self.last_step != step:
-            raise StorageError(f"{self._error}; step {step} could not be saved: mend that, then run this again")
+            raise StorageError(f"{self._error}; step {step} could not be saved; free space, then run this again")
 
     def _begin(self, step: int) -> None:
         self._take(self.saver.finish())
+        with self._gathered():
+            outcome = self.saver.start(self.manifest(step), first=self._sync_metrics)
+        self._take(outcome if self._in_background or outcome is not None else self.saver.finish())
+
+    def _sync_metrics(self) -> None:
+        """A run that resumes from a checkpoint never writes the lines before it again, so they come first."""
         if self._metrics is not None:
             self._metrics.sync()
-        with self._gathered():
-            outcome = self.saver.start(self.manifest(step))
-        self._take(outcome if self._in_background or outcome is not None else self.saver.finish())
 
     def _take(self, outcome: Outcome | None) -> None:
         """Say how a save ended."""
@@ -87,6 +96,7 @@ class Saves:
             self._failures, self.last_step = 0, outcome.step
             self._goodput.save_completed(outcome.seconds, stall_s=outcome.stall_s)
             self._goodput.write()
+            self._completed(outcome.step)
             if self._metrics is not None:
                 log.info(
                     f"step {outcome.step:>7}/{self._steps} | saved {outcome.folder} in {outcome.seconds:.1f} s, "

@@ -29,7 +29,7 @@ def test_a_status_names_job_attempt_and_host(tmp_path):
         "host": os.uname().nodename,
     }
     assert read_status(tmp_path) == Status(**found)
-    assert os.listdir(tmp_path) == ["status.json"]
+    assert sorted(os.listdir(tmp_path)) == [".status.reserve", "status.json"]
     assert stat.S_IMODE((tmp_path / "status.json").stat().st_mode) & 0o400
 
 

@@ -14,6 +14,9 @@ from unittest.mock import patch
 _CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "truncate", "ftruncate")
 
 
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
 class _Watched:
     """A file whose writes are announced, each also when half of it is on the disk."""
 
@@ -60,10 +63,10 @@ def watched_disk(announce: Callable[[str], None]) -> Iterator[None]:
 
     def opened(original: Callable[..., Any]) -> Callable[..., Any]:
         def open_and_watch(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            is_plain = isinstance(path, int) or not set(mode) & set("wxa+") or getattr(inside, "is_telling", False)
-            if is_plain:
+            if not set(mode) & set("wxa+") or getattr(inside, "is_telling", False):
                 return original(path, mode, *args, **kwargs)
-            tell(f"open {path}")
+            if not isinstance(path, int):  # a descriptor was announced when it was opened
+                tell(f"open {path}")
             return _Watched(original(path, mode, *args, **kwargs), tell)
 
         return open_and_watch
@@ -75,8 +78,23 @@ def watched_disk(announce: Callable[[str], None]) -> Iterator[None]:
 
         return change
 
+    open_descriptor, write_descriptor = os.open, os.write
+
+    def open_and_tell(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & _WRITING:
+            tell(f"open {path}")
+        return open_descriptor(path, flags, *args, **kwargs)
+
+    def write_and_tell(handle: int, data: Any) -> int:
+        name = _name_of(handle)
+        if not name.startswith("/") or name.startswith("/dev/"):
+            return write_descriptor(handle, data)
+        tell(f"write {name}")
+        return write_descriptor(handle, data)
+
     patches = [patch.object(os, name, changing(name, getattr(os, name))) for name in _CHANGES]
     patches += [patch.object(module, "open", opened(module.open)) for module in (io, builtins)]
+    patches += [patch.object(os, "open", open_and_tell), patch.object(os, "write", write_and_tell)]
     for one in patches:
         one.start()
     try:
@@ -84,3 +102,11 @@ def watched_disk(announce: Callable[[str], None]) -> Iterator[None]:
     finally:
         for one in patches:
             one.stop()
+
+
+def _name_of(handle: int) -> str:
+    """The path of an open file; "" for what is none."""
+    try:
+        return os.readlink(f"/proc/self/fd/{handle}")
+    except OSError:
+        return ""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 
 import pytest
 
@@ -75,29 +77,86 @@ def test_no_file_is_no_lines(tmp_path):
     assert read_metrics(tmp_path / "m.jsonl") == []
 
 
+class Disk:
+    """Takes half a line and no more while it is full, as a file system does that fills up."""
+
+    def __init__(self, monkeypatch):
+        self.is_full = self.drops_on_sync = False
+        self._has_room_for_half = True
+        self._write, self._fsync = os.write, os.fsync
+        monkeypatch.setattr(os, "write", self.write)
+        monkeypatch.setattr(os, "fsync", self.fsync)
+
+    def write(self, handle, data):
+        if not self.is_full:
+            return self._write(handle, data)
+        if not self._has_room_for_half:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._has_room_for_half = False
+        return self._write(handle, data[: len(data) // 2])
+
+    def fsync(self, handle):
+        if self.drops_on_sync:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._fsync(handle)
+
+
 def test_lines_that_a_full_disk_refuses_come_later_whole_and_once(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
+    disk = Disk(monkeypatch)
     file = MetricsFile(path, after_step=0)
     file.write({"step": 1})
-
-    class Full:
-        """Takes the first half of a line and no more, as a file system does that fills up."""
-
-        def __init__(self, real):
-            self.real = real
-
-        def write(self, data):
-            return self.real.write(data[: len(data) // 2])
-
-        def __getattr__(self, name):
-            return getattr(self.real, name)
-
-    real = file._file
-    file._file = Full(real)
+    disk.is_full = True
     file.write({"step": 2})
     file.write({"step": 3})
     assert [line["step"] for line in read_metrics(path)] == [1]
-    file._file = real
+    with pytest.raises(OSError, match="No space left on device"):
+        file.sync()
+    disk.is_full = False
     file.write({"step": 4})
     file.close()
     assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
+
+
+def test_lines_that_a_disk_may_have_dropped_are_written_again(tmp_path, monkeypatch):
+    """After a failed sync the kernel counts its pages as clean, whether they reached the disk or not."""
+    path = tmp_path / "metrics.jsonl"
+    disk = Disk(monkeypatch)
+    file = MetricsFile(path, after_step=0)
+    file.write({"step": 1})
+    file.sync()
+    file.write({"step": 2})
+    disk.drops_on_sync = True
+    with pytest.raises(OSError, match="Input/output error"):
+        file.sync()
+    disk.drops_on_sync = False
+    path.write_text('{"step": 1}\n\0\0\0\0')  # what a disk leaves that has dropped a page
+    file.write({"step": 3})
+    file.sync()
+    file.close()
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))
+
+
+def test_lines_that_a_resumed_run_drops_move_to_a_file_beside_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines(1, 2, 3).encode() + b'{"step": 4, "lo')
+    MetricsFile(path, after_step=2).close()
+    assert path.read_text() == lines(1, 2)
+    beside = tmp_path / "metrics.superseded.jsonl"
+    assert beside.read_bytes() == lines(3).encode() + b'{"step": 4, "lo\n'
+    path.write_bytes(lines(1, 2, 3, 4).encode())
+    MetricsFile(path, after_step=0).close()
+    assert path.read_text() == ""
+    assert beside.read_bytes() == lines(3).encode() + b'{"step": 4, "lo\n' + lines(1, 2, 3, 4).encode()
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "metrics.superseded.jsonl"]
+
+
+def test_a_link_in_the_place_of_the_file_beside_is_not_written_through(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(1, 2))
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "metrics.superseded.jsonl").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        MetricsFile(path, after_step=1)
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert path.read_text() == lines(1, 2)

@@ -1,0 +1,163 @@
+"""Files that are on the disk when we say so, and files that a full disk does not spoil; the standard library alone.
+
+A small file is replaced in one step (`write_atomically`); a file that grows by whole records keeps what a full disk
+refuses until the disk takes it (`AppendedFile`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+
+
+def is_storage_failure(error: OSError) -> bool:
+    """Whether a disk is full or failing, which may pass, rather than a path that can never be written."""
+    return error.errno in _STORAGE_ERRORS
+
+
+def write_atomically(path: Path, content: str | bytes, *, is_durable: bool = True) -> None:
+    """Replace a small file in one step: a reader sees the old one or the new one, also after a power cut.
+
+    The temporary file beside it has a name that nobody can foresee and is created by this call or not at all, so no
+    link that lies there is followed. Where `path` itself is a link, the link is replaced and its target stays.
+
+    Args:
+        is_durable: wait until the disk has the content and the name; without it a power cut may lose the new file.
+
+    Raises:
+        OSError: the disk refuses; the old file stays and no temporary file is left.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if is_durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if is_durable:
+        sync(path.parent)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Delete what killed calls of `write_atomically` left in a folder; call only while nobody writes there."""
+    for path in _listed(folder):
+        if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class AppendedFile:
+    """A file that grows by whole records. What the disk refuses waits in memory and comes later, whole and in order.
+
+    Unbuffered: what a full disk refuses must not lie in a buffer and come out twice. No method raises but `sync`.
+    """
+
+    def __init__(self, path: Path, *, most_waiting: int | None = None) -> None:
+        """Nothing is opened before the first record.
+
+        Args:
+            most_waiting: bytes that may wait; records beyond that are dropped. Unset: no limit.
+        """
+        self.path = path
+        self._most_waiting = most_waiting
+        self._handle: int | None = None
+        self._waiting = self._unsynced = b""
+        self._synced_size = 0
+        self._is_suspect = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is something that the disk has not taken yet."""
+        return bool(self._waiting)
+
+    def append(self, record: bytes) -> OSError | None:
+        """Write a record after those that wait before it; the error if the disk refuses."""
+        if self._most_waiting is None or len(self._waiting) + len(record) <= self._most_waiting:
+            self._waiting += record
+        return self.flush()
+
+    def flush(self) -> OSError | None:
+        """Hand the operating system what waits; the error if the disk refuses."""
+        try:
+            while self._waiting:
+                handle = self._open()
+                written = os.write(handle, self._waiting)
+                if written == 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._unsynced += self._waiting[:written] if self._most_waiting is None else b""
+                self._waiting = self._waiting[written:]
+        except OSError as error:
+            return error
+        return None
+
+    def sync(self) -> None:
+        """Wait until the disk has every record.
+
+        A disk that reports a failed write may have dropped all that it held since the last success, so these records
+        are written again by the next call.
+
+        Raises:
+            OSError: the disk refuses; nothing is forgotten.
+        """
+        if (error := self.flush()) is not None:
+            raise error
+        if self._handle is None:
+            return
+        try:
+            os.fsync(self._handle)
+        except OSError:
+            self._waiting, self._unsynced, self._is_suspect = self._unsynced + self._waiting, b"", True
+            raise
+        self._synced_size += len(self._unsynced)
+        self._unsynced = b""
+
+    def close(self) -> bool:
+        """Try once more to write what waits, and close; whether all of it was written."""
+        self.flush()
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._handle)
+            self._handle = None
+        return not self._waiting
+
+    def _open(self) -> int:
+        if self._handle is None:
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._synced_size = os.fstat(self._handle).st_size
+        if self._is_suspect:
+            os.ftruncate(self._handle, self._synced_size)
+            self._is_suspect = False
+        return self._handle
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []

@@ -1,0 +1,77 @@
+"""Who trains in a run folder, written beside its lock: the lock says that somebody does, this says who."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megadiff.files import write_atomically
+from megadiff.supervision import process
+from megadiff.supervision.launcher import Launcher, launcher_of_this_process
+
+_NAME = ".lock.holder"
+_MAX_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a run folder, or held it last."""
+
+    host: str
+    machine: str
+    """The boot and process namespace in which the process numbers below mean something."""
+    pid: int
+    ticks: int
+    """The process's start, in clock ticks since boot."""
+    launcher_pid: int = 0
+    """0 without a launcher."""
+    launcher_ticks: int = 0
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """Return this process and its launcher."""
+        pid, launcher = os.getpid(), launcher_of_this_process() or Launcher(0, 0)
+        return cls(socket.gethostname(), process.machine(), pid, process.start_ticks(pid), launcher.pid, launcher.ticks)
+
+    @classmethod
+    def read(cls, run_folder: Path) -> Holder | None:
+        """Return what the last holder wrote; None where there is nothing readable."""
+        try:
+            with open(run_folder / _NAME, "rb") as file:
+                return cls(**json.loads(file.read(_MAX_BYTES)))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return None
+
+    def write(self, run_folder: Path) -> None:
+        """Write it beside the lock; a disk that refuses costs a better message and no more."""
+        with contextlib.suppress(OSError):
+            write_atomically(run_folder / _NAME, json.dumps(asdict(self)), is_durable=False)
+
+    @staticmethod
+    def remove(run_folder: Path) -> None:
+        """Remove it, before the lock is released."""
+        with contextlib.suppress(OSError):
+            (run_folder / _NAME).unlink(missing_ok=True)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process numbers mean something to this process."""
+        return self.machine == process.machine()
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it is known to be gone, or about to go because its launcher is gone."""
+        if not self.is_here:
+            return False
+        has_lost_launcher = self.launcher_pid != 0 and not process.is_alive(self.launcher_pid, self.launcher_ticks)
+        return has_lost_launcher or not process.is_alive(self.pid, self.ticks)
+
+    def describe(self) -> str:
+        """Return `pid 4711 on node7`, or who is no longer there."""
+        if self.is_here and not process.is_alive(self.pid, self.ticks):
+            return f"pid {self.pid} on {self.host}, which is gone, left it to a process that it had started"
+        return f"pid {self.pid} on {self.host}"
