@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megadiff.checkpoint.folder import damaged, newest_complete, set_aside, step_of, verify_files
 from megadiff.checkpoint.reports import library_failures, main_rank_reports
@@ -20,6 +22,9 @@ from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
 
 log = logging.getLogger("megadiff")
+
+_MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+"""What goes before a parameter's name in the keys of float32 master weights."""
 
 
 def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path | None:
@@ -134,9 +139,26 @@ def load(
         raise CheckpointError(problem)
     with library_failures(f"{folder} does not fit this model"), platform.scope(), quiet():
         state, _ = sharded_state(chunks, optimizer, topology, is_loading=True)
+        if optimizer is not None:
+            _name_masters_as_stored(state["optimizer"], read_index(folder).state_dict_metadata)
         with unpickle_plain_objects_only():
             loaded = cast(dict[str, Any], dist_checkpointing.load(state, str(folder)))
         for index, chunk in enumerate(chunks):
             chunk.load_state_dict(loaded[model_key(index, chunks)])
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _name_masters_as_stored(state: dict[str, Any], stored: Collection[str]) -> None:
+    """Let the request for float32 master weights name them as the checkpoint does, or leave out what it has not.
+
+    The distributed optimizer calls them `param`, the bf16 wrapper `fp32_param`, and the float32 wrapper saves none,
+    since they are the model's weights.
+    """
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor | ShardedTensorFactory) and tensor.key not in stored:
+            name = next((tensor.key.removeprefix(start) for start in _MASTERS if tensor.key.startswith(start)), None)
+            tensor.key = next((f"{start}{name}" for start in _MASTERS if f"{start}{name}" in stored), tensor.key)
+    for tensors in state.get("param_state", {}).values():
+        if tensors["param"].key not in stored:
+            del tensors["param"]

@@ -38,7 +38,6 @@ MUST_MATCH = (
     "batch.ramp",
     "optimizer.name",
     "optimizer.parametrisation",
-    "parallel.distributed_optimizer",
     "precision.compute",
     "precision.master_weights",
 )

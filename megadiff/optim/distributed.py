@@ -33,14 +33,17 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                 state["step"] = state["step"].detach().clone()
 
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
-        """As the parent's, keeping the destination's own `step`.
+        """As the parent's, keeping the destination's own `step`, and its own weights where none were saved.
 
         Lines 933-940 look for a `step` the fully reshardable format does not store (KeyError), or copy a stale one.
+        A float32 run without the distributed optimizer saves no master weights: they are the model's, loaded before.
         """
         group_index, group_order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
-        if "step" in state:
-            tensors = {**tensors, "step": state["step"]}
+        main = self.optimizer.param_groups[group_index]["params"][group_order]
+        own = {"param": main, **self.optimizer.state[main]}
+        tensors = {"param": main, **tensors}
+        if "step" in own:
+            tensors["step"] = own["step"]
         super()._set_main_param_and_optimizer_states(model_param, tensors)
 
 

@@ -16,6 +16,7 @@ from megadiff.optim.config import MEMBERS, OptimizerConfig
 from megadiff.optim.distributed import ResumableDistributedOptimizer, allocate_state
 from megadiff.optim.gradient_norm import gradient_norm, hold_to_norm
 from megadiff.optim.groups import Scale, parameter_groups
+from megadiff.optim.resharding import in_the_form_of
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 
@@ -73,7 +74,7 @@ class Optimizer:
         return self._wrapped.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
     def load_state_dict(self, state: Any) -> None:
-        """Take over the state a checkpoint held; the settings stay this run's.
+        """Take over the state a checkpoint held, sharded over data ranks or not; the settings stay this run's.
 
         megatron-core's wrappers replace whole groups, so without this a changed decay, beta or epsilon would be
         recorded and not used.
@@ -82,7 +83,7 @@ class Optimizer:
             {key: group[key] for key in ("betas", "eps", "weight_decay") if key in group}
             for group in self._wrapped.param_groups
         ]
-        self._wrapped.load_state_dict(state)
+        self._wrapped.load_state_dict(in_the_form_of(self._wrapped, state))
         for group, own in zip(self._wrapped.param_groups, settings, strict=True):
             group.update(own)
 

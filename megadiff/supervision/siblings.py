@@ -20,7 +20,7 @@ DEATH_FIRST_S = 0.5
 """A peer raises within a millisecond of a rank's death, and both may be noticed in either order: a death counts as this
 much earlier. Not one by TERM or INT, which is how launchers end the peers of a rank that failed."""
 _ECHO = re.compile(
-    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process exited|closed by (the )?(remote )?peer"
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process exited|closed by peer"
     r"|socket (closed|error)|connectFullMesh|connect(ion)? fail|failed to (recv|send|connect)|(recv|send)Value failed"
     r"|communicator was aborted|\bDist(Network|Store|Backend)Error|ncclRemoteError|Connection(Reset|Aborted)Error"
     r"|BrokenPipeError|\bNCCL\b|\bgloo\b",
