@@ -7,14 +7,21 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from megadiff.errors import ConfigError, MegadiffError, run_command
+from megadiff.errors import CheckpointError, ConfigError, MegadiffError, run_command
+
+if TYPE_CHECKING:
+    from megadiff.checkpoint.manifest import Manifest
 
 _EPILOG = """example:
-  python tools/branch_cooldowns.py --config examples/demo.yaml --trunk runs/demo/checkpoints/step_00000120 \\
-      --lengths 50 100 200 --launcher "torchrun --standalone --nproc-per-node 8"
+  python tools/branch_cooldowns.py --trunk runs/demo --lengths 50 100 200 \\
+      --launcher "torchrun --standalone --nproc-per-node 8"
 
-Each branch is a run of its own, NAME-cooldown-LENGTH, that a second call of the same command continues.
+The branches have the trunk's own settings, as its checkpoint records them, whatever file and overrides it was started
+with; --set changes some. Each branch is a run of its own, NAME-cooldown-LENGTH, that a second call of the same command
+continues.
 """
 
 
@@ -23,54 +30,155 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, required=True, help="the trunk's YAML file")
-    parser.add_argument("--trunk", type=Path, required=True, help="the step_* folder to branch from")
+    parser.add_argument(
+        "--trunk",
+        type=Path,
+        required=True,
+        help="the step_* folder to branch from, or a run folder: its last checkpoint before the cooldown",
+    )
+    parser.add_argument("--config", type=Path, help="not needed: a YAML file whose differences from the trunk are said")
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="steps of each cooldown")
     parser.add_argument("--launcher", default=sys.executable, help="what starts the ranks (default: this Python)")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the commands only; the settings they name are written"
+    )
     parser.add_argument(
         "--allow-data-change",
         action="store_true",
         help="branch on other training data than the trunk's; every source goes on at its own next sequence",
     )
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings over the file's")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings over the trunk's")
     arguments = parser.parse_args()
-
-    from megadiff.checkpoint.manifest import read_manifest
-    from megadiff.config.load import load_config
-    from megadiff.run_config import RunConfig
-
-    config = load_config(arguments.config, arguments.set, RunConfig)
-    manifest = read_manifest(arguments.trunk)
-    step = manifest.step
     if min(arguments.lengths) < 1:
         raise ConfigError(f"--lengths are steps of a cooldown, at least 1, found {min(arguments.lengths)}")
-    trunk = RunConfig.model_validate(manifest.config).lr_schedule()
-    first, last = trunk.warmup_steps, trunk.steps - trunk.cooldown_steps
-    if not first <= step <= last:
-        raise ConfigError(
-            f"{arguments.trunk} is at step {step}, outside its run's stable stretch of steps {first} to {last}; branch "
-            "from a checkpoint inside it"
-        )
+
+    folder, manifest = _trunk(arguments.trunk)
+    if arguments.config is not None:
+        _describe_differences(arguments.config, manifest)
     program = Path(__file__).resolve().parent.parent / "pretrain_dlm.py"
     for length in arguments.lengths:
-        command = [
-            *shlex.split(arguments.launcher),
-            str(program),
-            "--config",
-            str(arguments.config),
-            *arguments.set,
-            f"name={config.name}-cooldown-{length}",
-            f"checkpoint.start_from={arguments.trunk}",
-            "schedule.tokens=",
-            "schedule.flops=",
-            f"schedule.steps={step + length}",
-            f"schedule.cooldown={length}",
-            *(["--allow-data-change"] if arguments.allow_data_change else []),
-        ]
+        settings = _write_settings(folder, manifest, arguments.set, length)
+        command = [*shlex.split(arguments.launcher), str(program), "--config", str(settings)]
+        command += ["--allow-data-change"] if arguments.allow_data_change else []
         print("$ " + shlex.join(command), flush=True)
         if not arguments.dry_run and subprocess.run(command, check=False).returncode:
             raise MegadiffError(f"the cooldown of {length} steps failed; its message is above")
+
+
+def _trunk(path: Path) -> tuple[Path, Manifest]:
+    """Return the checkpoint to branch from, and its manifest.
+
+    Raises:
+        CheckpointError: there is none, or it is not in the stable stretch; the message names those that are.
+    """
+    from megadiff.checkpoint.folder import step_folders
+    from megadiff.checkpoint.manifest import read_manifest
+
+    is_run = (path / "checkpoints").is_dir()
+    run_folder = path if is_run else path.absolute().parent.parent
+    found = _branchable(step_folders(run_folder))
+    if is_run and found:
+        path = found[0]
+    elif is_run or not path.exists():
+        what = "holds no checkpoint to branch from" if is_run else "does not exist"
+        raise CheckpointError(f"{path} {what}; {_what_there_is(run_folder, found)}")
+    manifest = read_manifest(path)
+    first, last = _stable_stretch(manifest)
+    if not first <= manifest.step <= last:
+        raise CheckpointError(
+            f"{path} is at step {manifest.step}, outside its run's stable stretch of steps {first} to {last}; "
+            f"{_what_there_is(run_folder, found)}"
+        )
+    return path, manifest
+
+
+def _branchable(folders: list[Path]) -> list[Path]:
+    """Return the checkpoints in the stable stretch of the learning rate, newest first."""
+    from megadiff.checkpoint.manifest import read_manifest
+
+    found = []
+    for folder in folders:
+        try:
+            manifest = read_manifest(folder)
+            first, last = _stable_stretch(manifest)
+        except MegadiffError:
+            continue
+        if first <= manifest.step <= last:
+            found.append(folder)
+    return found
+
+
+def _stable_stretch(manifest: Manifest) -> tuple[int, int]:
+    """Return the first and the last step after which the learning rate is at its peak.
+
+    Raises:
+        CheckpointError: the manifest describes no run of this version.
+    """
+    from pydantic import ValidationError
+
+    from megadiff.run_config import RunConfig
+
+    try:
+        schedule = RunConfig.model_validate(manifest.config).lr_schedule()
+    except ValidationError as error:
+        raise CheckpointError(
+            f"the trunk's settings are not of this version ({str(error).splitlines()[0]}); branch with the version "
+            "that trained it"
+        ) from None
+    return schedule.warmup_steps, schedule.steps - schedule.cooldown_steps
+
+
+def _what_there_is(run_folder: Path, branchable: list[Path]) -> str:
+    from megadiff.checkpoint.folder import step_folders
+
+    if branchable:
+        return f"checkpoints of {run_folder} in its stable stretch: {', '.join(path.name for path in branchable)}"
+    names = [path.name for path in step_folders(run_folder)]
+    if not names:
+        return f"{run_folder / 'checkpoints'} holds no checkpoint; give a run folder or one of its step_* folders"
+    return (
+        f"{run_folder / 'checkpoints'} holds {', '.join(names)}, none of them in the stable stretch; train the trunk "
+        "again with checkpoint.every below the length of that stretch"
+    )
+
+
+def _write_settings(trunk: Path, manifest: Manifest, overrides: list[str], length: int) -> Path:
+    """Write the trunk's settings with this cooldown into the branch's run folder; return the file."""
+    import yaml
+
+    from megadiff.config.load import dump_config, load_config
+    from megadiff.files import write_atomically
+    from megadiff.run_config import RunConfig
+
+    tree: dict[str, Any] = dict(manifest.config)
+    tree["name"] = f"{tree['name']}-cooldown-{length}"
+    tree["checkpoint"] = {**tree["checkpoint"], "start_from": str(trunk.absolute())}
+    steps = {"steps": manifest.step + length, "cooldown": length, "tokens": None, "flops": None}
+    tree["schedule"] = {**tree["schedule"], **steps}
+    with TemporaryDirectory() as place:
+        before = Path(place) / "trunk.yaml"
+        before.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        config = load_config(before, overrides, RunConfig)
+    path = config.folder / "branch.yaml"
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_config(config))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror or error}); choose another place with --set output_dir=..."
+        ) from None
+    return path
+
+
+def _describe_differences(config: Path, manifest: Manifest) -> None:
+    """Print what a file would have had otherwise, so that nobody takes it for what the branches are trained with."""
+    from megadiff.checkpoint.manifest import differences
+    from megadiff.config.load import load_config
+    from megadiff.run_config import RunConfig
+
+    wanted = load_config(config, [], RunConfig).model_dump(mode="json", by_alias=True)
+    for change in differences(manifest, wanted):
+        print(f"the trunk had {change.key} {change.before!r}, {config} has {change.now!r}; the trunk's is used")
 
 
 if __name__ == "__main__":

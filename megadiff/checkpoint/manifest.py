@@ -204,6 +204,13 @@ def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:
         )
 
 
+def differences(saved: Manifest, wanted: Mapping[str, Any]) -> list[Change]:
+    """Return every setting that a tree has otherwise than a checkpoint's, names of runs and folders left out."""
+    return [
+        change for change in _changes(saved.step, "", saved.config, wanted) if change.key not in _NOT_WORTH_RECORDING
+    ]
+
+
 def _matters(key: str, allowed: Sequence[str], allow_data: bool) -> bool:
     if key == "data_fingerprint":
         return not allow_data

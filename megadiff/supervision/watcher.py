@@ -15,6 +15,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from megadiff.supervision import process
 from megadiff.supervision.ending import kill, read_stacks, take_stacks, within
 from megadiff.supervision.first_cause import Account, Records, name_culprit
 from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
@@ -36,8 +37,9 @@ OWN_DEATH_S, OTHER_DEATH_S = 0.1, 0.6
 ECHO_S, MOST_ECHO_S = 5.0, 30.0
 """How long an exception that usually follows from a death is kept back for that death to be noticed; the longer time
 while a rank is seen to be dying."""
-GRACE_S, GRACE_AFTER_EFFECT_S = 2.0, 0.5
-"""A rank has this long to notice by itself that another one is gone, or was ended by its watcher."""
+GRACE_S, GRACE_AFTER_ECHO_S, GRACE_AFTER_EFFECT_S = 2.0, 4.0, 0.5
+"""A rank has this long to notice by itself that another one is gone, has lost a connection (it may be this rank that
+is dying), or was ended by its watcher."""
 LEAVING_S = 20.0
 """A rank that raised has this long to leave."""
 ELSEWHERE_EVERY_S, GRACE_ELSEWHERE_S = 1.0, 1.0
@@ -137,8 +139,8 @@ class Watcher:
         if life == FAILED and now - since > LEAVING_S:
             self._end(f"rank {self._launch.rank} raised and did not leave within {LEAVING_S:g} s")
             return True
-        grace = GRACE_AFTER_EFFECT_S if event.is_effect else GRACE_S
-        if life == RUNNING and now - event.seen > grace:
+        grace = GRACE_AFTER_EFFECT_S if event.is_effect else GRACE_AFTER_ECHO_S if event.is_echo else GRACE_S
+        if life == RUNNING and now - event.seen > grace and not process.is_leaving(self._beat.pid):
             self._speak_of(event)
             self._end(event.cause)
             return True

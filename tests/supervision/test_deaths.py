@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +65,42 @@ def test_a_death_ends_every_rank_and_is_named_once(harm, gloo, tmp_path):
     (line,) = ended.causes
     assert re.match(rf"first cause: rank 2 \(\S+, pid {ended.pids[2]}\) {cause}", line), line
     assert line in ended.log
+    assert traces(ended) == []
+
+
+def _shut_connections():
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            if connection.getpeername():  # one that listens has none
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def _lose_connections_and_die_after(seconds):
+    def harm(watchdog):
+        _shut_connections()
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return harm
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.2, 3.0])
+def test_a_death_that_is_noticed_late_goes_before_the_lost_connections_that_follow_from_it(seconds, tmp_path):
+    """The kernel closes a dying process's connections before it shows the death, on a loaded machine long before."""
+    ended = run_doomed(tmp_path, 3, _lose_connections_and_die_after(seconds), harmed=2, gloo=True, limit_s=30)
+
+    (line,) = ended.causes
+    assert line.startswith(f"first cause: rank 2 ({socket.gethostname()}, pid {ended.pids[2]}) died in section step 3")
+    assert "killed by SIGKILL" in line
+    assert traces(ended) == []
+
+
+def test_lost_connections_without_a_death_are_named_as_soon_as_every_rank_has_said_so(tmp_path):
+    ended = run_doomed(tmp_path, 3, lambda watchdog: _shut_connections(), harmed=2, gloo=True, limit_s=30)
+
+    assert ended.seconds < ALL_ENDED_S
+    (line,) = ended.causes
+    assert re.match(r"first cause: rank \d \(.*\) raised in section step 3 at reduce: RuntimeError: ", line), line
     assert traces(ended) == []
 
 
