@@ -175,11 +175,11 @@ def _train_with_failing_saves(config, failing):
         saver = _saves_of(run).saver
         start = saver.start
 
-        def start_and_maybe_fail(manifest):
+        def start_and_maybe_fail(manifest, **settings):
             if manifest.step not in failing:
-                return start(manifest)
+                return start(manifest, **settings)
             with watched_disk(_no_space):
-                return start(manifest) or saver.finish()
+                return start(manifest, **settings) or saver.finish()
 
         saver.start = start_and_maybe_fail
 
