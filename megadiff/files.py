@@ -82,7 +82,8 @@ class AppendedFile:
         """Nothing is opened before the first record.
 
         Args:
-            most_waiting: bytes that may wait; records beyond that are dropped. Unset: no limit.
+            most_waiting: bytes that may wait; records beyond that are dropped, and none is kept for `sync` to repeat.
+                Unset: no limit, and every record since the last `sync` is kept.
         """
         self.path = path
         self._most_waiting = most_waiting

@@ -9,6 +9,7 @@ import socket
 import time
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from megadiff.files import AppendedFile
 
@@ -30,32 +31,32 @@ class Board:
         Args:
             after_step: the step the run resumes after; TensorBoard does not show earlier points beyond it.
         """
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto import event_pb2
 
-        self._event = Event
+        self._proto: Any = event_pb2
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self._folder = folder
-        self._file = AppendedFile(folder / name)
+        self._file = AppendedFile(folder / name, most_waiting=2**24)
         self._has_complained = False
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        start = SessionLog(status=SessionLog.START)
-        self._write(Event(wall_time=time.time(), step=after_step + 1, session_log=start))
+        self._write(file_version="brain.Event:2")
+        start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._write(step=after_step + 1, session_log=start)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Add one point of a curve."""
         from torch.utils.tensorboard.summary import scalar
 
-        self._write(self._event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+        self._write(step=step, summary=scalar(tag, value))
 
     def close(self) -> None:
         """Write what is left."""
         self._file.close()
 
-    def _write(self, event: object) -> None:
+    def _write(self, **parts: Any) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())  # type: ignore[attr-defined]
+        RecordWriter(record).write(self._proto.Event(wall_time=time.time(), **parts).SerializeToString())
         error = self._make_folder() or self._file.append(record.getvalue())
         if error is not None and not self._has_complained:
             self._has_complained = True

@@ -1,0 +1,58 @@
+"""TensorBoard's own reader finds the points that were written, those of a resumed run once."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from megadiff.train.board import Board
+
+
+def _points(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder)).Reload()
+    return [(event.step, event.value) for event in reader.Scalars("train/loss")] if reader.Tags()["scalars"] else []
+
+
+def _written(folder, steps, *, after_step=0):
+    board = Board(folder, after_step=after_step)
+    for step in steps:
+        board.add_scalar("train/loss", step / 4, step)
+    return board
+
+
+def test_points_are_read_as_they_were_written_before_the_file_is_closed(tmp_path):
+    board = _written(tmp_path / "tensorboard", range(1, 5))
+    assert _points(tmp_path / "tensorboard") == [(step, step / 4) for step in range(1, 5)]
+    board.close()
+
+
+def test_steps_that_a_resumed_run_repeats_are_shown_once_and_no_earlier_file_is_changed(tmp_path):
+    _written(tmp_path, range(1, 6)).close()
+    (earlier,) = tmp_path.iterdir()
+    before = earlier.read_bytes()
+    _written(tmp_path, range(4, 7), after_step=3).close()
+    assert [step for step, _ in _points(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert earlier.read_bytes() == before
+
+
+def test_points_that_a_full_disk_refuses_come_when_there_is_room(tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "tensorboard"
+    board = _written(folder, [1])
+    write, room = os.write, [5]
+
+    def refuse(handle, data):
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(handle, data[: room.pop()])
+
+    monkeypatch.setattr(os, "write", refuse)
+    caplog.set_level("WARNING", logger="megadiff")
+    board.add_scalar("train/loss", 0.5, 2)
+    monkeypatch.undo()
+    board.add_scalar("train/loss", 0.75, 3)
+    board.close()
+    assert [step for step, _ in _points(folder)] == [1, 2, 3]
+    assert len(caplog.messages) == 1
+    assert "cannot be written (No space left on device); training goes on without it" in caplog.messages[0]
