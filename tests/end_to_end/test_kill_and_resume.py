@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
 import psutil
@@ -88,7 +89,8 @@ def test_a_folder_in_use_is_refused_and_ctrl_c_saves(description, tmp_path):
     wait_for_step(tmp_path / "toy", 1, first)
     code, _, err = call(*command)
     assert code == 2
-    assert err.startswith(f"error: another process trains in {tmp_path}/toy (it holds {tmp_path}/toy/.lock)")
+    holder = f"(it holds {tmp_path}/toy/.lock): pid {first.pid} on {os.uname().nodename}; stop it or wait for its end"
+    assert err.startswith(f"error: another process trains in {tmp_path}/toy {holder}")
     assert len(err.splitlines()) == 1
     first.send_signal(signal.SIGINT)
     code, out, err = finish(first)
