@@ -52,16 +52,6 @@ def newest_complete(run_folder: Path) -> Path | None:
             the run has saved itself before and shows no checkpoint: it must not start again unasked.
         StorageError: the folder cannot be read.
     """
-    try:
-        return _newest_complete(run_folder)
-    except OSError as error:
-        raise StorageError(
-            f"{error.filename or run_folder / 'checkpoints'} cannot be read ({error.strerror or error}); see to the "
-            "disk and its permissions and run the same command again (nothing was changed)"
-        ) from None
-
-
-def _newest_complete(run_folder: Path) -> Path | None:
     for look in range(_LOOKS):
         if look:
             time.sleep(_PAUSE_S)
@@ -110,7 +100,7 @@ def damaged(run_folder: Path, *, after_step: int) -> list[Path]:
     """Return the step folders after a step that are no whole checkpoints, newest first.
 
     Raises:
-        OSError: they cannot be read.
+        StorageError: they cannot be read.
     """
     newer = [folder for folder in step_folders(run_folder) if step_of(folder) > after_step]
     return [folder for folder in newer if not is_complete(folder)]
@@ -239,7 +229,7 @@ def is_complete(folder: Path) -> bool:
     """Whether all files are there with the sizes that were written.
 
     Raises:
-        OSError: the folder cannot be read, which says nothing about it.
+        StorageError: the folder cannot be read, which says nothing about it.
     """
     try:
         verify_files(folder, hashes=False)
@@ -248,7 +238,7 @@ def is_complete(folder: Path) -> bool:
     except OSError as error:
         if error.errno in _NOTHING_THERE:
             return False
-        raise
+        raise _unreadable(folder, error) from None
     return True
 
 
@@ -256,10 +246,14 @@ def step_folders(run_folder: Path) -> list[Path]:
     """Return the step folders, links to folders among them, newest step first.
 
     Raises:
-        OSError: `checkpoints/` cannot be read.
+        StorageError: `checkpoints/` cannot be read.
     """
     found = [path for path in _entries(run_folder / "checkpoints") if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted((path for path in found if path.is_symlink() or path.is_dir()), key=step_of, reverse=True)
+    try:
+        found = [path for path in found if path.is_symlink() or path.is_dir()]
+    except OSError as error:
+        raise _unreadable(run_folder / "checkpoints", error) from None
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -316,12 +310,21 @@ def _entries(folder: Path) -> list[Path]:
     """Return what is in a folder; nothing where there is none.
 
     Raises:
-        OSError: it cannot be read.
+        StorageError: it cannot be read.
     """
     try:
         return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    except OSError as error:
+        if error.errno in _NOTHING_THERE:
+            return []
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{error.filename or folder} cannot be read ({error.strerror or error}); see to the disk and its permissions "
+        "and run the same command again (nothing was changed)"
+    )
 
 
 def _refuse_links(folder: Path) -> None:

@@ -194,7 +194,7 @@ class Saver:
     def _prune(self) -> None:
         try:
             prune(self._run_folder, **self._kept)
-        except (OSError, CheckpointError) as error:
+        except (OSError, CheckpointError, StorageError) as error:
             log.warning(f"older checkpoints of {self._run_folder} stay: {error}")
 
     def _complete(self, save: _Underway, parts: list[tuple[Written | None, str | None]]) -> None:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megadiff.checkpoint.folder import step_folders, step_of, verify_files
 from megadiff.data.facts import DataFacts, read_data_facts
-from megadiff.errors import CheckpointError, DataError
+from megadiff.errors import CheckpointError, DataError, StorageError
 from megadiff.report.metric_lines import MetricLines, read_metric_lines
 from megadiff.report.settings import read_settings
 from megadiff.report.unusual_steps import UnusualStep, unusual_steps
@@ -126,7 +126,11 @@ def _read_attempts(path: Path) -> list[Attempt] | None:
 
 def _checkpoints(folder: Path) -> list[Checkpoint]:
     """Newest step first, then what is no checkpoint of the run: set aside, or still being written."""
-    found = [_checkpoint(path, *_examined(path)) for path in sorted(step_folders(folder), key=step_of, reverse=True)]
+    try:
+        steps = step_folders(folder)
+    except StorageError:
+        return []
+    found = [_checkpoint(path, *_examined(path)) for path in sorted(steps, key=step_of, reverse=True)]
     inside = folder / "checkpoints"
     found += [_checkpoint(path, "set aside") for path in sorted(inside.glob("step_*.bad*")) if path.is_dir()]
     found += [_checkpoint(path, "being written") for path in sorted(inside.glob(".step_*.tmp")) if path.is_dir()]
