@@ -152,20 +152,16 @@ def _unwritable(path: Path, error: OSError) -> MegadiffError:
 
 
 def write_config(config: RunConfig) -> None:
-    """Write the resolved tree as `config.yaml`; once the run is known to go on, so a refused start changes nothing."""
-    _replace(config, "config.yaml", dump_config(config))
-
-
-def _replace(config: RunConfig, name: str, text: str) -> None:
-    """Write a file of the run folder in one step.
+    """Write the resolved tree as `config.yaml`; once the run is known to go on, so a refused start changes nothing.
 
     Raises:
         ConfigError, StorageError: it cannot be written.
     """
+    path = config.folder / "config.yaml"
     try:
-        write_atomically(config.folder / name, text)
+        write_atomically(path, dump_config(config))
     except OSError as error:
-        raise _unwritable(config.folder / name, error) from None
+        raise _unwritable(path, error) from None
 
 
 def write_facts(config: RunConfig, facts: DataFacts) -> None:

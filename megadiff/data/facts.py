@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megadiff.files import write_atomically
+
 NAME = "data.json"
 _MAX_BYTES = 2**24
 
@@ -69,9 +71,7 @@ def write_data_facts(folder: Path, facts: DataFacts) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = folder / f".{NAME}.tmp"
-    temporary.write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / NAME)
+    write_atomically(folder / NAME, facts.model_dump_json(indent=1) + "\n", is_durable=False)
 
 
 def read_data_facts(folder: Path) -> DataFacts | None:

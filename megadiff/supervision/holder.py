@@ -12,9 +12,10 @@ from pathlib import Path
 from megadiff.files import write_atomically
 from megadiff.supervision import process
 from megadiff.supervision.launcher import Launcher, launcher_of_this_process
+from megadiff.untrusted_files import UnreadableFileError, read_json_object
 
 _NAME = ".lock.holder"
-_MAX_BYTES = 4096
+_MAX_BYTES, _MAX_NUMBER = 4096, 2**62
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Holder:
     def read(cls, run_folder: Path) -> Holder | None:
         """Return what the last holder wrote; None where there is nothing readable."""
         try:
-            with open(run_folder / _NAME, "rb") as file:
-                return cls(**json.loads(file.read(_MAX_BYTES)))
-        except (OSError, ValueError, TypeError, RecursionError):
+            found = cls(**read_json_object(run_folder / _NAME, max_bytes=_MAX_BYTES))
+        except (OSError, UnreadableFileError, TypeError):
             return None
+        numbers = (found.pid, found.ticks, found.launcher_pid, found.launcher_ticks)
+        is_ours = all(type(number) is int and 0 <= number < _MAX_NUMBER for number in numbers)
+        return found if is_ours and isinstance(found.host, str) and isinstance(found.machine, str) else None
 
     def write(self, run_folder: Path) -> None:
         """Write it beside the lock; a disk that refuses costs a better message and no more."""
