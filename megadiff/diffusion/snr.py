@@ -70,6 +70,16 @@ class Rate(ABC):
         """p(lambda) that integrates to 1 over [min_log_snr, max_log_snr]: the law that `log_snr` draws from."""
         return self.density(log_snr) / self.mass
 
+    def reporting_density(self, log_snr: Tensor) -> Tensor:
+        """Return what the bound's integrand is divided by so that its mean is the ELBO as it is reported.
+
+        It is the normalised density times the mass of the linear schedule on the same interval. The mean is then one
+        number for every schedule, the paper's: the integral over [min_log_snr, max_log_snr] divided by that mass
+        (0.999753 on [-9, 9]). For the linear schedule it is `density` itself.
+        """
+        linear = LinearRate(self.min_log_snr, self.max_log_snr)
+        return self.normalised_density(log_snr) * linear.mass
+
 
 @dataclass(frozen=True)
 class LinearRate(Rate):

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megadiff.diffusion.conditioning import Levels
 from megadiff.diffusion.config import ObjectiveConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.noising import NoisedRows
-from megadiff.diffusion.snr import Rate
+from megadiff.diffusion.snr import LINEAR, LinearRate, Rate
 from megadiff.kernels.choice import Head
 from megadiff.kernels.fused_head import fused_objective
 from megadiff.kernels.head import Formula, HeadLoss, HeadTokens, worth_computing
@@ -82,7 +83,20 @@ class DiffusionObjective(RowObjective):
         rows = placed.rows
         formula = Formula(self.mixing, self.rate, self.settings.is_weight, self.settings.weighting)
         tokens = HeadTokens(rows.clean.t(), rows.noised.t(), rows.log_snr.t(), placed.computed)
-        return self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.mixing))
+        found = self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.mixing))
+        return found._replace(terms=found.terms._replace(elbo=self._reported_elbo(found.terms.elbo, rows)))
+
+    def _reported_elbo(self, elbo: Tensor, rows: NoisedRows) -> Tensor:
+        """Return the bound's integrand [L, b] divided by the density that each token's level was really drawn from.
+
+        The result has one definition for every schedule (`Rate.reporting_density`). Rows of `Levels.LINEAR` take the
+        linear law whatever the schedule of the others, so their tokens are divided by its density.
+        """
+        if isinstance(self.rate, LinearRate):
+            return elbo
+        log_snr = rows.log_snr.t()
+        drawn = torch.where(rows.levels == Levels.LINEAR, LINEAR.density(log_snr), self.rate.reporting_density(log_snr))
+        return elbo * (self.rate.density(log_snr) / drawn)
 
 
 @dataclass(frozen=True)
