@@ -18,7 +18,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,16 +29,13 @@ from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.diffusion.philox import Stream, Words, below, threshold, unit_interval
 from megadiff.diffusion.snr import LINEAR
+from megadiff.eval.level_integral import integrated_bound
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-_LEVELS = 40.0
-_GRID = torch.linspace(-_LEVELS, _LEVELS, 4001, dtype=torch.float64)
-_NODES, _WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(64))
-_CHUNK = 2**22  # logits looked at together while levels are integrated out
-_NEGLIGIBLE = -26.0  # log of the share of a peak below which an integrand is left out
+_LEVELS = 40.0  # the log-SNR of a drawn level is held to this, either way, when its share of masks is looked up
 
 
 @dataclass(frozen=True)
@@ -99,54 +95,7 @@ def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | 
         return float(gidd_objective(logits, clean, noised, level, mixing=mixing).elbo.double().sum())
     if mixing.is_masked_limit:
         return _masked_bound(logits, clean, noised, mixing)
-    nodes, weights, log_likelihood = posterior_nodes(clean, noised, mixing)
-    like = torch.exp(log_likelihood - log_likelihood.max())
-    density = torch.sigmoid(nodes) * torch.sigmoid(-nodes)
-    total = 0.0
-    step = max(1, _CHUNK // logits.numel())
-    for first in range(0, len(nodes), step):
-        level = nodes[first : first + step].to(clean.device).unsqueeze(-1).expand(-1, len(clean))
-        many = level.shape
-        terms = gidd_objective(
-            logits.expand(*many, logits.shape[-1]), clean.expand(many), noised.expand(many), level, mixing=mixing
-        )
-        total += float((weights * like)[first : first + step] @ terms.loss.double().sum(-1).cpu())
-    return total / float((weights * like * density).sum())
-
-
-def posterior_nodes(clean: Tensor, noised: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
-    """Quadrature over the levels that may have made this copy: nodes, weights and log q(z | x) at the nodes, [S]."""
-    masks, kept = int((noised == mixing.mask_id).sum()), int((noised == clean).sum())
-    return _nodes_of_counts((masks, kept, len(clean) - masks - kept), mixing)
-
-
-@lru_cache(maxsize=4096)
-def _nodes_of_counts(counts: tuple[int, int, int], mixing: Mixing) -> tuple[Tensor, Tensor, Tensor]:
-    log_q = _log_likelihood(_GRID, counts, mixing)
-    log_u, log_alpha = mixing.log_u(_GRID), torch.nn.functional.logsigmoid(_GRID)
-    # The bound's integrand is about alpha times the largest weight; the schedule's is alpha beta.
-    kept_weight = 2 * log_u - torch.logaddexp(log_u, math.log(mixing.num_real) + _GRID)
-    upper = log_q + log_alpha + (torch.zeros_like(_GRID) if counts[0] or counts[2] else kept_weight)
-    lower = log_q + log_alpha + torch.nn.functional.logsigmoid(-_GRID)
-    matters = (upper > upper.max() + _NEGLIGIBLE) | (lower > lower.max() + _NEGLIGIBLE)
-    spacing = float(_GRID[1] - _GRID[0])
-    low, high = float(_GRID[matters][0]) - spacing, float(_GRID[matters][-1]) + spacing
-    half = (high - low) / 2
-    nodes = low + half * (_NODES + 1)
-    return nodes, _WEIGHTS * half, _log_likelihood(nodes, counts, mixing)
-
-
-def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> Tensor:
-    """log q_lambda(z | x) of a copy with so many masks, unchanged and changed tokens."""
-    log_alpha, log_beta = torch.nn.functional.logsigmoid(log_snr), torch.nn.functional.logsigmoid(-log_snr)
-    log_c = log_beta + mixing.log_u(log_snr) - math.log(mixing.num_real)
-    log_mask = log_beta + torch.nn.functional.logsigmoid(-mixing.logit_u(log_snr))
-    parts = (log_mask, torch.logaddexp(log_alpha, log_c), log_c)
-    total = torch.zeros_like(log_snr)
-    for count, part in zip(counts, parts, strict=True):
-        if count:  # never 0 times an infinite logarithm
-            total = total + count * part
-    return total
+    return integrated_bound(logits, clean, noised, mixing=mixing)
 
 
 def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, mixing: Mixing) -> float:

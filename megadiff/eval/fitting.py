@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from megadiff.eval.likelihood import Item, Likelihood
+from megadiff.eval.likelihood import Item
 from megadiff.eval.rolling import rolling_items
 
 
@@ -31,15 +30,6 @@ def fitted(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
 def is_cut(item: Item, *, length: int, start: Sequence[int] = ()) -> bool:
     """Whether `fitted` leaves something out or cuts in pieces."""
     return len(start) + len(item.ids) > length
-
-
-def joined(parts: Sequence[Likelihood]) -> Likelihood:
-    """An item's likelihood from those of its pieces, whose noise is independent."""
-    return Likelihood(
-        nll=math.fsum(part.nll for part in parts),
-        stderr=math.sqrt(math.fsum(part.stderr**2 for part in parts)),
-        tokens=sum(part.tokens for part in parts),
-    )
 
 
 def _last(ids: tuple[int, ...], count: int) -> tuple[int, ...]:

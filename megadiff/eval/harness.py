@@ -9,10 +9,10 @@ Every answer is a function of (seed, the request): not of the batch, the order, 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from lm_eval.api.model import LM
@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from megadiff.errors import ConfigError
 from megadiff.eval.continuation import Manner, Wish, continuations
-from megadiff.eval.fitting import fitted, is_cut, joined
+from megadiff.eval.fitting import fitted, is_cut
 from megadiff.eval.greedy import Sampled, greedy
-from megadiff.eval.likelihood import BoundSettings, Item, Likelihood
+from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, summed
 from megadiff.eval.rolling import rolling_items
 from megadiff.eval.texts import item_of
 from megadiff.eval.texts_likelihood import Framing, likelihoods
@@ -115,6 +115,8 @@ class HarnessModel(LM):
         """Every likelihood given so far, in the order of the requests."""
         self.continued: list[Continued] = []
         """Every continuation given so far."""
+        self._likelihoods: dict[Item, Likelihood] = {}
+        self._pieces: list[Sequence[Item]] = []  # of each answer, in their order
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, is_greedy) of a continuation behind its context, for each request.
@@ -133,7 +135,7 @@ class HarnessModel(LM):
         pieces = [fitted(item, length=length, start=self._start) for item in items]
         found = self._measured(pieces, "loglikelihood", disable_tqdm)
         agrees = self._greedy(pieces, disable_tqdm)
-        self._remember(requests, "loglikelihood", found, agrees)
+        self._remember(requests, "loglikelihood", pieces, agrees)
         return [(-one.nll, bool(same)) for one, same in zip(found, agrees, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -151,7 +153,7 @@ class HarnessModel(LM):
         except ValueError as error:
             raise ConfigError(str(error)) from error
         found = self._measured(pieces, "loglikelihood_rolling", disable_tqdm)
-        self._remember(requests, "loglikelihood_rolling", found, [None] * len(found))
+        self._remember(requests, "loglikelihood_rolling", pieces, [None] * len(found))
         return [-one.nll for one in found]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -177,15 +179,19 @@ class HarnessModel(LM):
         return {"likelihood": kind, "seq_length": self._model.model.seq_length, **asdict(self._settings)}
 
     def estimates(self) -> dict[str, dict[str, float]]:
-        """For each task the sum of its log-likelihoods with the standard error of the estimate."""
+        """Return for each task the sum of its log-likelihoods with the standard error of the estimate.
+
+        Requests that have pieces in common share those pieces' errors (`likelihood.summed`).
+        """
         found: dict[str, dict[str, float]] = {}
         for task in dict.fromkeys(answer.task for answer in self.answers):
-            own = [answer for answer in self.answers if answer.task == task]
+            own = [pieces for answer, pieces in zip(self.answers, self._pieces, strict=True) if answer.task == task]
+            total = summed(chain.from_iterable(own), self._likelihoods)
             found[str(task)] = {
                 "requests": len(own),
-                "tokens": sum(answer.tokens for answer in own),
-                "log_likelihood": math.fsum(answer.log_likelihood for answer in own),
-                "log_likelihood_stderr": math.sqrt(math.fsum(answer.stderr**2 for answer in own)),
+                "tokens": total.tokens,
+                "log_likelihood": -total.nll,
+                "log_likelihood_stderr": total.stderr,
             }
         return found
 
@@ -195,16 +201,17 @@ class HarnessModel(LM):
         return item_of(before, context[len(before) :] + continuation, self._model.tokenizer)
 
     def _measured(self, pieces: Sequence[Sequence[Item]], kind: str, is_silent: bool) -> list[Likelihood]:
-        """Each request's likelihood; equal pieces are measured once."""
-        items = sorted(dict.fromkeys(item for own in pieces for item in own), key=lambda item: len(item.ids))
-        found: dict[Item, Likelihood] = {}
+        """Return each request's likelihood; equal pieces are measured once."""
+        new = dict.fromkeys(item for own in pieces for item in own if item not in self._likelihoods)
+        items = sorted(new, key=lambda item: len(item.ids))
         count = 8 * self._settings.bound.batch_rows  # between two moves of the bar
         with _bar(len(items), kind, is_silent) as progress:
             for first in range(0, len(items), count):
                 taken = items[first : first + count]
-                found.update(zip(taken, likelihoods(self._model, taken, self._settings.bound), strict=True))
+                found = likelihoods(self._model, taken, self._settings.bound)
+                self._likelihoods.update(zip(taken, found, strict=True))
                 progress(len(taken))
-        return [joined([found[item] for item in own]) for own in pieces]
+        return [summed(own, self._likelihoods) for own in pieces]
 
     def _greedy(self, pieces: Sequence[Sequence[Item]], is_silent: bool) -> list[bool | None]:
         if not self._settings.check_greedy:
@@ -218,12 +225,14 @@ class HarnessModel(LM):
         return [all(agrees[item] for item in own) for own in pieces]
 
     def _remember(
-        self, requests: Sequence[Any], kind: str, found: Sequence[Likelihood], agrees: Sequence[bool | None]
+        self, requests: Sequence[Any], kind: str, pieces: Sequence[Sequence[Item]], agrees: Sequence[bool | None]
     ) -> None:
-        for request, one, same in zip(requests, found, agrees, strict=True):
+        for request, own, same in zip(requests, pieces, agrees, strict=True):
+            one = summed(own, self._likelihoods)
             self.answers.append(
                 Answer(request.task_name, request.doc_id, request.idx, kind, -one.nll, one.stderr, one.tokens, same)
             )
+            self._pieces.append(own)
 
     def _say(self, sentence: str) -> None:
         """Once for each sentence."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +26,7 @@ Answer = Callable[[Tensor, Tensor], Tensor]
 """(ids [B, L] int64, prompt lengths [B] int64 on the CPU) -> logits [B, L, V or more]."""
 
 Progress = Callable[[int], None]
-"""Told how many items have just been finished."""
+"""Called with the number of sequences that the model has just read; `sequences_read` gives their sum."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,25 @@ class BoundSettings:
             raise ValueError(f"draws must be even and at least 4, got {self.draws}")
 
 
+def summed(items: Iterable[Item], found: Mapping[Item, Likelihood]) -> Likelihood:
+    """Return the likelihood of several items together.
+
+    Distinct items have independent noise, so the squares of their errors add. Equal items share their noise: they are
+    one estimate, and their errors add themselves.
+    """
+    counts = Counter(items)
+    return Likelihood(
+        nll=math.fsum(count * found[item].nll for item, count in counts.items()),
+        stderr=math.sqrt(math.fsum((count * found[item].stderr) ** 2 for item, count in counts.items())),
+        tokens=sum(count * found[item].tokens for item, count in counts.items()),
+    )
+
+
+def sequences_read(items: Iterable[Item], *, draws: int = 1) -> int:
+    """Return how many sequences a model reads to measure these items; equal ones are measured once."""
+    return draws * sum(1 for item in dict.fromkeys(items) if item.completion)
+
+
 def bounds(
     items: Sequence[Item],
     denoise: Answer,
@@ -90,13 +110,16 @@ def bounds(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[Likelihood]:
-    """The diffusion bound of every item, in their order. Rows of equal length share a batch.
+    """Return the diffusion bound of every item, in their order. Sequences of equal length share a batch.
+
+    Equal items share their noise and so their estimate; they are measured once, and `summed` adds them up.
 
     Raises:
         ValueError: an item longer than `context_length`.
     """
+    asked, items = items, list(dict.fromkeys(items))
     settings = settings or BoundSettings()
-    found: list[Likelihood | None] = [None] * len(items)
+    found = {item: Likelihood(0.0, 0.0, 0) for item in items}
     for rows in _batches(items, settings, mixing):
         logits = denoise(_row_ids(items, rows, settings, mixing).to(device), _prompt_lengths(items, rows))
         for row, answer in zip(rows, logits, strict=True):
@@ -106,10 +129,10 @@ def bounds(
             row.values[row.draw] = copy_bounds(answer[start:stop], clean, noised, row.log_snr, mixing=mixing)
             if row.draw == settings.draws - 1:
                 mean, error = mean_and_error(row.values)
-                found[row.item] = Likelihood(mean * row.factor, error * row.factor, len(item.completion))
-                if progress is not None:
-                    progress(1)
-    return [Likelihood(0.0, 0.0, 0) if one is None else one for one in found]
+                found[item] = Likelihood(mean * row.factor, error * row.factor, len(item.completion))
+        if progress is not None:
+            progress(len(rows))
+    return [found[item] for item in asked]
 
 
 def exact(
@@ -123,14 +146,15 @@ def exact(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[Likelihood]:
-    """The likelihood of every item under an autoregressive model, in their order.
+    """Return the likelihood of every item under an autoregressive model, in their order; equal ones are measured once.
 
     Args:
         next_token: the model; causal, so rows are filled up behind their text to share a batch.
         start_id: what stands before the first token (see `diffusion.next_token`).
         mask_id, vocab_size: the mask and padding are no tokens: the softmax leaves them out.
     """
-    found = [Likelihood(0.0, 0.0, 0)] * len(items)
+    asked, items = items, list(dict.fromkeys(items))
+    found = {item: Likelihood(0.0, 0.0, 0) for item in items}
     order = sorted((i for i, item in enumerate(items) if item.completion), key=lambda i: (len(items[i].ids), i))
     for first in range(0, len(order), batch_rows):
         taken = order[first : first + batch_rows]
@@ -143,10 +167,10 @@ def exact(
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), shifted.clean.to(device), reduction="none")
         for i, row in zip(taken, nll.double(), strict=True):
             start, stop = len(items[i].prompt), len(items[i].ids)
-            found[i] = Likelihood(float(row[start:stop].sum()), 0.0, stop - start)
+            found[items[i]] = Likelihood(float(row[start:stop].sum()), 0.0, stop - start)
         if progress is not None:
             progress(len(taken))
-    return found
+    return [found[item] for item in asked]
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

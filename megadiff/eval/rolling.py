@@ -78,23 +78,29 @@ def rolling_items(ids: Sequence[int], *, length: int, context: int, start: Seque
     return items
 
 
-def rolled(parts: Sequence[Likelihood], text: str) -> RollingResult:
-    """A document's figures from those of its windows, which are independent."""
+def rolled(measured: Likelihood, text: str) -> RollingResult:
+    """Return a document's figures from the likelihood of all its windows together (`likelihood.summed`)."""
     return RollingResult(
-        nll=math.fsum(part.nll for part in parts),
-        stderr=math.sqrt(math.fsum(part.stderr**2 for part in parts)),
-        tokens=sum(part.tokens for part in parts),
+        nll=measured.nll,
+        stderr=measured.stderr,
+        tokens=measured.tokens,
         words=len(text.split()),
         bytes=len(text.encode("utf-8")),
     )
 
 
-def pooled(documents: Sequence[RollingResult]) -> RollingResult:
-    """Several documents as one: sums of everything, so that long documents count by their length."""
+def pooled(measured: Likelihood, documents: Sequence[RollingResult]) -> RollingResult:
+    """Return several documents as one: sums of everything, so that long documents count by their length.
+
+    Args:
+        measured: the likelihood of all windows of all documents together (`likelihood.summed`): documents that have
+            windows in common share those windows' errors, which cannot be seen from the documents' own.
+        documents: the documents one by one, for their words and bytes.
+    """
     return RollingResult(
-        nll=math.fsum(one.nll for one in documents),
-        stderr=math.sqrt(math.fsum(one.stderr**2 for one in documents)),
-        tokens=sum(one.tokens for one in documents),
+        nll=measured.nll,
+        stderr=measured.stderr,
+        tokens=measured.tokens,
         words=sum(one.words for one in documents),
         bytes=sum(one.bytes for one in documents),
     )

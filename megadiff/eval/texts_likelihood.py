@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megadiff.data.progress import ProgressReport
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import start_id
 from megadiff.errors import ConfigError, DataError
-from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, bounds, exact
+from megadiff.eval.likelihood import (
+    BoundSettings,
+    Item,
+    Likelihood,
+    Progress,
+    bounds,
+    exact,
+    sequences_read,
+    summed,
+)
 from megadiff.eval.rolling import pooled, rolled, rolling_items
 from megadiff.eval.texts import item_of, read_lines
 
@@ -98,10 +109,13 @@ class Framing:
         )
 
 
-def likelihoods(model: Measured, items: Sequence[Item], settings: BoundSettings) -> list[Likelihood]:
-    """Every item's likelihood: a bound of a diffusion model, exact of an autoregressive one."""
+def likelihoods(
+    model: Measured, items: Sequence[Item], settings: BoundSettings, *, progress: Progress | None = None
+) -> list[Likelihood]:
+    """Return every item's likelihood: a bound of a diffusion model, exact of an autoregressive one."""
+    device = model.platform.device
     if not model.is_autoregressive:
-        return bounds(items, model.answer, mixing=model.mixing, settings=settings, device=model.platform.device)
+        return bounds(items, model.answer, mixing=model.mixing, settings=settings, device=device, progress=progress)
     return exact(
         items,
         model.answer,
@@ -109,7 +123,8 @@ def likelihoods(model: Measured, items: Sequence[Item], settings: BoundSettings)
         mask_id=model.mixing.mask_id,
         vocab_size=model.mixing.vocab_size,
         batch_rows=settings.batch_rows,
-        device=model.platform.device,
+        device=device,
+        progress=progress,
     )
 
 
@@ -131,17 +146,17 @@ def pairs_likelihood(
                 "shorten the prompt, or measure documents with --text-key"
             )
         items.append(item)
-    found = likelihoods(model, items, settings)
-    nll, stderr = math.fsum(one.nll for one in found), math.sqrt(math.fsum(one.stderr**2 for one in found))
-    tokens = sum(one.tokens for one in found)
+    found = _measured(model, items, settings)
+    total = summed(items, found)
+    own = [found[item] for item in items]
     return {
-        "summary": f"{len(found)} completions of {tokens} tokens, {nll:.4f} +- {stderr:.4f} nats"
-        + (f", {nll / tokens:.4f} per token" if tokens else ""),
+        "summary": f"{len(items)} completions of {total.tokens} tokens, {total.nll:.4f} +- {total.stderr:.4f} nats"
+        + (f", {total.nll / total.tokens:.4f} per token" if total.tokens else ""),
         **_how(model, settings),
-        "nll": nll,
-        "nll_stderr": stderr,
-        "tokens": tokens,
-        "items": [{"nll": one.nll, "nll_stderr": one.stderr, "tokens": one.tokens} for one in found],
+        "nll": total.nll,
+        "nll_stderr": total.stderr,
+        "tokens": total.tokens,
+        "items": [{"nll": one.nll, "nll_stderr": one.stderr, "tokens": one.tokens} for one in own],
     }
 
 
@@ -165,9 +180,10 @@ def rolling_likelihood(
         ]
     except ValueError as error:
         raise ConfigError(f"--context {context}: {error}") from error
-    found = iter(likelihoods(model, [item for items in cut for item in items], settings))
-    documents = [rolled([next(found) for _ in items], text) for items, text in zip(cut, texts, strict=True)]
-    total = pooled(documents)
+    windows = [item for items in cut for item in items]
+    found = _measured(model, windows, settings)
+    documents = [rolled(summed(items, found), text) for items, text in zip(cut, texts, strict=True)]
+    total = pooled(summed(windows, found), documents)
     error = total.as_json()["bits_per_byte_stderr"]
     return {
         "summary": f"{len(documents)} documents of {total.bytes} bytes, {total.bits_per_byte:.4f} +- {error:.4f} bits "
@@ -176,6 +192,24 @@ def rolling_likelihood(
         **total.as_json(),
         "documents": [one.as_json() for one in documents],
     }
+
+
+def _measured(model: Measured, items: Sequence[Item], settings: BoundSettings) -> dict[Item, Likelihood]:
+    """Return each distinct item's likelihood; on stderr, what is to be done and, while it lasts, how long it takes."""
+    draws = 1 if model.is_autoregressive else settings.draws
+    count = sequences_read(items, draws=draws)
+    sys.stderr.write(f"measuring {count // draws:,} distinct texts, {draws} sequences each: {count:,} sequences\n")
+    started, done = time.monotonic(), 0
+    with ProgressReport("sequences", count) as report:
+
+        def progress(read: int) -> None:
+            nonlocal done
+            done += read
+            left = (time.monotonic() - started) * (count - done) / done
+            report.update(done, f"{done:,} of {count:,}, about {left:,.0f} s left")
+
+        found = likelihoods(model, items, settings, progress=progress)
+    return dict(zip(items, found, strict=True))
 
 
 def _how(model: Measured, settings: BoundSettings) -> dict[str, Any]:
