@@ -164,7 +164,7 @@ def _table(nodes: Tensor, weights: Tensor, mixing: Mixing) -> Tensor:
     alpha = torch.sigmoid(nodes)
     c = torch.where(log_rho <= LOG_RHO_LIMIT, alpha * torch.exp(-log_rho.clamp(max=LOG_RHO_LIMIT)), 0.0)
     held = log_rho.clamp(max=LOG_RHO_LIMIT)
-    x, other = (1, 0) if mixing.mask_id == 0 else (0, 1 if mixing.mask_id > 1 else 2)
+    x, other = [token for token in range(3) if token != mixing.mask_id][:2]
     tokens = {"mask": mixing.mask_id, "kept": x, "changed": other}
     factor = torch.stack(
         [

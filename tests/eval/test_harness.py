@@ -15,9 +15,9 @@ import pytest
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import ConfigError
 from megadiff.eval.continuation import Manner, Wish, continuations, room
-from megadiff.eval.fitting import fitted, is_cut, joined
+from megadiff.eval.fitting import fitted, is_cut
 from megadiff.eval.greedy import greedy
-from megadiff.eval.likelihood import BoundSettings, Item, Likelihood
+from megadiff.eval.likelihood import BoundSettings, Item
 from megadiff.eval.texts import item_of
 from megadiff.eval.texts_likelihood import likelihoods
 from megadiff.platform.quiet import quiet
@@ -302,11 +302,6 @@ def test_every_completion_token_is_scored_once_behind_the_end_of_its_prompt(prom
     for piece in pieces[1:]:
         assert piece.prompt == before[-8:]
         before += piece.completion
-
-
-def test_pieces_are_joined():
-    found = joined([Likelihood(1.0, 0.3, 2), Likelihood(2.0, 0.4, 5)])
-    assert (found.nll, found.stderr, found.tokens) == (3.0, pytest.approx(0.5), 7)
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from functools import cache
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.eval.effective_count import copy_bounds
-from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, bounds, exact, mean_and_error
+from megadiff.eval.likelihood import (
+    BoundSettings,
+    Item,
+    Likelihood,
+    bounds,
+    exact,
+    mean_and_error,
+    sequences_read,
+    summed,
+)
 from tests.diffusion.dense import gauss
 from tests.sampling.toy_joint import JOINT, MASK, NOISES, REAL, VOCAB, leave_one_out, probability
 
@@ -181,7 +192,7 @@ def test_integrating_the_level_out_agrees_with_dense_quadrature(name):
             logits.expand(*many, 9), clean.expand(many), noised.expand(many), nodes[:, None].expand(many), mixing=mixing
         )
         want = float((like * terms.loss.sum(-1)).sum() / (like * torch.sigmoid(nodes) * torch.sigmoid(-nodes)).sum())
-        assert copy_bounds(logits, clean, noised, None, mixing=mixing) == pytest.approx(want, rel=1e-6), share
+        assert copy_bounds(logits, clean, noised, None, mixing=mixing) == pytest.approx(want, rel=1e-9), share
 
 
 ITEMS = [Item((1, 2), (3, 5, 6)), Item((), (7,)), Item((8,), (1, 1, 1, 1)), Item((3,), ()), Item((2, 2, 2), (5, 6))]
@@ -241,9 +252,95 @@ def test_an_autoregressive_model_is_measured_exactly():
 
 
 def test_the_standard_error_of_neighbouring_strata():
-    assert mean_and_error(np.array([1.0, 3.0, 2.0, 2.0])) == (2.0, 0.5)
+    """Two pairs, one of which makes all the variance: one degree of freedom, and an error that is widened for it."""
+    mean, error, degrees = mean_and_error(np.array([1.0, 3.0, 2.0, 2.0]))
+    assert (mean, degrees) == (2.0, 1.0)
+    assert error == pytest.approx(0.5 * stats.t.ppf(0.975, 1) / stats.norm.ppf(0.975), rel=0.12)
+    assert mean_and_error(np.full(8, 3.0)) == (3.0, 0.0, math.inf)
     draw = np.random.default_rng(0)
-    scores = [mean / error for mean, error in (mean_and_error(draw.normal(size=64)) for _ in range(2000))]
-    assert np.std(scores) == pytest.approx(1.0, abs=0.06)
+    for size, low, high in ((8, 0.925, 0.985), (64, 0.935, 0.965)):
+        found = [mean_and_error(draw.normal(size=size)) for _ in range(2000)]
+        assert low < np.mean([abs(mean) <= 1.96 * error for mean, error, _ in found]) < high
     with pytest.raises(ValueError, match="draws must be even and at least 4, got 5"):
         BoundSettings(draws=5)
+
+
+@pytest.mark.parametrize("degrees", [3.0, 8.0, 31.0, 1e6])
+def test_an_error_of_few_degrees_is_widened_by_students_t(degrees):
+    item = Item((), (1,))
+    found = {item: Likelihood(1.0, 0.5, 1, degrees), Item((), (2,)): Likelihood(1.0, 0.0, 1)}
+    total = summed(found, found)
+    assert (total.nll, total.tokens, total.degrees) == (2.0, 2, pytest.approx(degrees))
+    assert total.stderr == pytest.approx(0.5)
+    plain = 0.5 / stats.t.ppf(0.975, degrees) * stats.norm.ppf(0.975)
+    both = summed([item, item, *found], {**found, Item((), (2,)): Likelihood(1.0, 3 * plain, 1)})
+    assert both.degrees == pytest.approx(4 * degrees, rel=5e-3)  # equal variances, one of them of many degrees
+    assert both.stderr == pytest.approx(plain * 18**0.5 * stats.t.ppf(0.975, 4 * degrees) / 1.96, rel=2e-3)
+
+
+def test_equal_items_are_measured_once_and_their_errors_add_as_one():
+    seen: list[Tensor] = []
+    read: list[int] = []
+
+    def watch(ids: Tensor, _prompts: Tensor) -> Tensor:
+        seen.append(ids)
+        return bigram(ids, _prompts)
+
+    items = [ITEMS[0], ITEMS[1], ITEMS[0], ITEMS[0], ITEMS[3]]
+    mixing, settings = HybridMixing(9, 4, -1000.0), BoundSettings(draws=16, batch_rows=5)
+    found = bounds(items, watch, mixing=mixing, settings=settings, progress=read.append)
+    assert sum(len(ids) for ids in seen) == 2 * 16 == sum(read) == sequences_read(items, draws=16)
+    assert found[0] == found[2] == found[3] != found[1]
+    total = summed(items, dict(zip(items, found, strict=True)))
+    assert total.nll == pytest.approx(3 * found[0].nll + found[1].nll)
+    assert total.tokens == 3 * 3 + 1
+    thrice = summed([items[0]] * 3, {items[0]: found[0]})
+    assert thrice.stderr == pytest.approx(3 * found[0].stderr)
+    seen.clear()
+    table = TABLE.clone()
+    once = exact([*items, *items], lambda ids, _: seen.append(ids) or table[ids], start_id=0, mask_id=4, vocab_size=9)
+    assert sum(len(ids) for ids in seen) == 2
+    assert len(once) == 10
+    assert once[:5] == once[5:]
+
+
+WHICH = {"distinct": list(range(8)), "repeated": [0] * 20, "mixed": [*[0] * 10, 1, 2, 3, 4, *[5] * 5]}
+SPREAD = torch.tensor([0.8, -0.4, 9.0, 0.3, -1.1, 1.5, -2.0]).double()
+"""Logits that a model answers everywhere, over seven entries of which 2 is the mask: its bound is -log p a token."""
+
+
+@cache
+def coverage(name: str, seeds: int, draws: int) -> dict[str, float]:
+    """Return how often 1.96 standard errors hold the truth: of eight texts, one twenty times over, and a mixture."""
+    mixing, real = HybridMixing(7, 2, NOISES[name]), np.array([0, 1, 3, 4, 5, 6])
+    log_p = SPREAD.masked_fill(torch.arange(7) == 2, -torch.inf).log_softmax(-1).numpy()
+    hits = dict.fromkeys(WHICH, 0)
+    for seed in range(seeds):
+        draw = np.random.default_rng(seed)
+        items = [Item((), tuple(real[draw.integers(0, 6, size=12)].tolist())) for _ in range(8)]
+        settings = BoundSettings(draws=draws, seed=seed, batch_rows=1024)
+        measured = bounds(items, lambda ids, _: SPREAD.expand(*ids.shape, 7), mixing=mixing, settings=settings)
+        found = dict(zip(items, measured, strict=True))
+        for kind, places in WHICH.items():
+            total = summed([items[place] for place in places], found)
+            truth = -sum(log_p[list(items[place].completion)].sum() for place in places)
+            hits[kind] += bool(abs(total.nll - truth) <= 1.96 * total.stderr)
+    return {kind: count / seeds for kind, count in hits.items()}
+
+
+@pytest.mark.parametrize("kind", WHICH)
+def test_the_stated_error_covers_the_truth_of_distinct_and_of_repeated_texts(kind):
+    """The bounds leave room for the chance of 100 seeds; MEGADIFF_COVERAGE=full takes more seeds and noises.
+
+    Errors added as those of independent texts would hold the truth of a repeated text a third of the time.
+    """
+    assert 0.90 <= coverage("masked", 100, 32)[kind] <= 0.99
+
+
+@pytest.mark.skipif(os.environ.get("MEGADIFF_COVERAGE") != "full", reason="minutes long; set MEGADIFF_COVERAGE=full")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", WHICH)
+@pytest.mark.parametrize("name", NOISES)
+def test_the_stated_error_covers_the_truth_under_every_noise(name, kind):
+    seeds = 1000 if name == "masked" else 300
+    assert 0.93 - 1.0 / seeds**0.5 <= coverage(name, seeds, 64)[kind] <= 0.97 + 1.0 / seeds**0.5

@@ -8,7 +8,7 @@ import pytest
 
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import DataError
-from megadiff.eval.likelihood import Likelihood
+from megadiff.eval.likelihood import Item, Likelihood, summed
 from megadiff.eval.rolling import pooled, rolled, rolling_items
 from megadiff.eval.texts import item_of, read_lines
 
@@ -32,15 +32,23 @@ def test_every_token_is_scored_once_and_prompts_are_what_comes_before(length, co
 
 def test_perplexities_are_per_word_and_per_byte():
     text = "two words é"  # 3 words, 12 bytes
-    found = rolled([Likelihood(3.0, 0.3, 4), Likelihood(9.0, 0.4, 8)], text)
+    first, second = Item((), (1, 2, 3, 4)), Item((), (1, 2, 3, 4, 5, 6, 7, 8))
+    measured = {first: Likelihood(3.0, 0.3, 4), second: Likelihood(9.0, 0.4, 8)}
+    found = rolled(summed([first, second], measured), text)
     assert (found.nll, found.tokens, found.words, found.bytes) == (12.0, 12, 3, 12)
     assert found.stderr == pytest.approx(0.5)
     assert found.word_perplexity == pytest.approx(math.exp(4))
     assert found.byte_perplexity == pytest.approx(math.e)
     assert found.bits_per_byte == pytest.approx(1 / math.log(2))
-    both = pooled([found, found])
+    both = pooled(summed([first, second, first, second], measured), [found, found])
     assert both.bits_per_byte == pytest.approx(found.bits_per_byte)
-    assert both.stderr == pytest.approx(0.5 * 2**0.5)
+    assert both.stderr == pytest.approx(2 * 0.5)  # the same document twice, and so the same error twice
+    other = Item((), (9,) * 12)
+    measured[other] = Likelihood(12.0, 0.5, 12)
+    apart = pooled(summed([first, second, other], measured), [found, found])
+    assert apart.stderr == pytest.approx(0.5 * 2**0.5)
+    half = pooled(summed([first, second, first, other], measured), [found, found])
+    assert half.stderr == pytest.approx(((2 * 0.3) ** 2 + 0.4**2 + 0.5**2) ** 0.5)  # documents share one window of two
     line = found.as_json()
     assert line["bits_per_byte_stderr"] == pytest.approx(0.5 / 12 / math.log(2))
     assert line["word_perplexity_stderr"] == pytest.approx(math.exp(4) * 0.5 / 3)
