@@ -24,7 +24,11 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("--check", action="store_true", help="resolve, print the derived numbers, and exit")
-    parser.add_argument("--ranks", type=int, help="with --check: number of ranks to lay out (default: this launch's)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        help="with --check: number of ranks to lay out (default: this launch's, or the fewest that fit)",
+    )
     parser.add_argument(
         "--strict-resume", action="store_true", help="refuse if the newest checkpoint is damaged, take no older one"
     )
@@ -44,10 +48,15 @@ def main() -> None:
 
     with quiet():
         from megadiff import build
+        from megadiff.derived import NoLayoutError
 
     resumption = build.Resumption(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
     if arguments.check:
-        print(build.check(config, ranks=arguments.ranks, resumption=resumption))  # noqa: T201  this was asked for
+        try:
+            print(build.check(config, ranks=arguments.ranks, resumption=resumption))  # noqa: T201  this was asked for
+        except NoLayoutError as error:
+            print("\n".join(error.sizes))  # noqa: T201
+            raise
     else:
         build.run(config, resumption)
 

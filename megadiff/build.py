@@ -16,7 +16,7 @@ from megadiff.checkpoint.save import Saver
 from megadiff.config.load import dump_config
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
-from megadiff.derived import describe
+from megadiff.derived import describe, lay_out_run, ranks_to_check
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows, start_id
@@ -36,6 +36,7 @@ from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjecti
 from megadiff.parallel.topology import (
     Topology,
     is_main_process,
+    launched_world_size,
     open_topology,
     process_group,
     rank_from_environment,
@@ -68,25 +69,31 @@ log = logging.getLogger("megadiff")
 
 
 def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption | None = None) -> str:
-    """What `--check` prints: the resolved tree, the numbers that follow from it, and what the run would go on from.
+    """Return what `--check` prints: the resolved tree, the numbers that follow from it, and the run's origin.
 
-    With `data.vocab_size` the numbers come out before tokenizer and data exist; what is missing is said.
+    With `data.vocab_size` the numbers come out before tokenizer and data exist; what is missing is named. Without
+    `ranks` and without a launcher the run is laid out on the fewest ranks that it fits on.
+
+    Raises:
+        NoLayoutError: the run does not fit on this number of ranks, or on any.
     """
     if ranks is not None and ranks < 1:
         raise ConfigError(f"--ranks must be at least 1, got {ranks}")
-    world_size = ranks or world_size_from_environment()
+    resumption = resumption or Resumption()
+    resumption.check()
+    world_size, remarks = ranks_to_check(config, ranks, launched=launched_world_size())
     try:
         prepared = prepare(config, world_size=world_size)
-        prepared, step, origin = foresee_resumption(prepared, resumption or Resumption())
+        prepared, step, origin = foresee_resumption(prepared, resumption)
         lines = describe(config, prepared.layout, prepared.shape) + describe_data(prepared, step=step)
         lines += [f"warning           {found}" for found in data_advice(prepared)] + origin
     except DataError as error:
         if config.data.vocab_size is None:
             raise
-        layout = config.layout(world_size=world_size, vocab_size=config.data.vocab_size)
+        layout = lay_out_run(config, world_size=world_size, vocab_size=config.data.vocab_size)
         lines = describe(config, layout, config.shape(vocab_size=config.data.vocab_size))
         lines.append(f"not there yet     {error}")
-    return dump_config(config) + "\n" + "\n".join(lines)
+    return dump_config(config) + "\n" + "\n".join([*remarks, *lines])
 
 
 def run(config: RunConfig, resumption: Resumption | None = None) -> None:
@@ -96,6 +103,8 @@ def run(config: RunConfig, resumption: Resumption | None = None) -> None:
     """
     end_with_launcher()
     log_to_console()
+    if resumption is not None:
+        resumption.check()
     platform = machine_for(config)
     world_size = world_size_from_environment()
     prepared = prepare(config, world_size=world_size)

@@ -4,35 +4,96 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megadiff.errors import ShortageError
+from megadiff.errors import ConfigError, ShortageError
 from megadiff.model import cost
 from megadiff.parallel.config import Layout
 from megadiff.run_config import RunConfig
 
 
+class NoLayoutError(ConfigError):
+    """A run that does not fit on a number of ranks; what does not depend on that number is still known."""
+
+    def __init__(self, message: str, sizes: list[str]) -> None:
+        super().__init__(message)
+        self.sizes = sizes
+        """Lines of `describe` that need no layout."""
+
+
 def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
     """The derived numbers, a line each."""
+    memory = memory_per_rank(config, layout, shape)
+    chunks = f" ({layout.virtual_pipeline} chunks each)" if layout.virtual_pipeline > 1 else ""
+    return [
+        *describe_sizes(config, shape),
+        f"layout            {layout.world_size} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline}{chunks} "
+        f"x data {layout.data}",
+        f"tokens per step   {config.tokens_per_step:,} ({config.batch.global_sequences} rows of "
+        f"{config.model.seq_length}, {layout.num_microbatches} microbatch(es) of {config.batch.micro_sequences} per "
+        f"replica){f', from {config.batch.ramp.start} rows up' if config.batch.ramp else ''}",
+        f"run               {config.steps:,} steps, {config.tokens_before(config.steps):,} tokens",
+        f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
+        f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
+        f"logits {_gib(memory.logits)} (estimate)",
+    ]
+
+
+def describe_sizes(config: RunConfig, shape: cost.Shape) -> list[str]:
+    """Return the derived numbers that are the same on every layout, a line each."""
     rows = config.model.padded_vocab_size(shape.vocab_size)
     counted = cost.parameters(shape)
-    memory = memory_per_rank(config, layout, shape)
-    tokens = config.tokens_per_step
-    chunks = f" ({layout.virtual_pipeline} chunks each)" if layout.virtual_pipeline > 1 else ""
     return [
         f"parameters        {counted.total:,} ({counted.non_embedding:,} without embedding and head; "
         f"{cost.paper_parameters(shape):,} as the paper counts)",
         f"vocabulary        {shape.vocab_size:,} ids with the mask, padded to {rows:,} rows",
         f"FLOPs per token   {cost.training_flops_per_token(shape):.5g} in full, "
         f"{cost.paper_flops_per_token(shape):.5g} by 6P + 12LdS (no embedding, no head)",
-        f"layout            {layout.world_size} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline}{chunks} "
-        f"x data {layout.data}",
-        f"tokens per step   {tokens:,} ({config.batch.global_sequences} rows of {config.model.seq_length}, "
-        f"{layout.num_microbatches} microbatch(es) of {config.batch.micro_sequences} per replica)"
-        f"{f', from {config.batch.ramp.start} rows up' if config.batch.ramp else ''}",
-        f"run               {config.steps:,} steps, {config.tokens_before(config.steps):,} tokens",
-        f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
-        f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
-        f"logits {_gib(memory.logits)} (estimate)",
     ]
+
+
+def lay_out_run(config: RunConfig, *, world_size: int, vocab_size: int) -> Layout:
+    """Return the run's layout on `world_size` ranks.
+
+    Raises:
+        NoLayoutError: it does not fit; the message names the first rule that does not hold, and numbers that fit.
+    """
+    try:
+        return config.layout(world_size=world_size, vocab_size=vocab_size)
+    except ConfigError as error:
+        fitting = fitting_ranks(config, vocab_size=vocab_size)
+        replica = config.parallel.ranks_per_replica
+        if not fitting and world_size != replica:  # what is wrong on any number of ranks is wrong on one replica
+            return lay_out_run(config, world_size=replica, vocab_size=vocab_size)
+        numbers = ", ".join(map(str, fitting))
+        ways = f"numbers of ranks that fit: {numbers} (--check --ranks {fitting[0]})" if fitting else "no number fits"
+        sizes = describe_sizes(config, config.shape(vocab_size=vocab_size))
+        raise NoLayoutError(f"{error}; {ways}", sizes) from error
+
+
+def fitting_ranks(config: RunConfig, *, vocab_size: int, count: int = 6) -> list[int]:
+    """Return the smallest numbers of ranks, at most `count` of them, that the run can be laid out on."""
+    found: list[int] = []
+    replica = config.parallel.ranks_per_replica
+    most = config.batch.global_sequences // config.batch.micro_sequences
+    for ranks in range(replica, replica * most + 1, replica):
+        try:
+            config.layout(world_size=ranks, vocab_size=vocab_size)
+        except ConfigError:
+            continue
+        found.append(ranks)
+        if len(found) == count:
+            break
+    return found
+
+
+def ranks_to_check(config: RunConfig, wanted: int | None, *, launched: int | None) -> tuple[int, list[str]]:
+    """Return the number of ranks that `--check` lays the run out on, and a line about it where nobody gave one."""
+    given = wanted or launched
+    if given is not None:
+        return given, []
+    fitting = fitting_ranks(config, vocab_size=config.data.vocab_size or 2)
+    fewest = fitting[0] if fitting else config.parallel.ranks_per_replica
+    others = f"; {', '.join(map(str, fitting[1:]))} fit too" if fitting[1:] else ""
+    return fewest, [f"ranks             {fewest}, the fewest that fit; --ranks N lays the run out on N{others}"]
 
 
 def memory_per_rank(config: RunConfig, layout: Layout, shape: cost.Shape) -> cost.Memory:

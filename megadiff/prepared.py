@@ -19,7 +19,7 @@ from megadiff.data.review import (
 )
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.derived import memory_shortage
+from megadiff.derived import lay_out_run, memory_shortage
 from megadiff.errors import ConfigError, DataError, ShortageError
 from megadiff.model import cost
 from megadiff.model.kernels import check_kernels
@@ -69,7 +69,7 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
             f"data.vocab_size is {config.data.vocab_size}, but the tokenizer {tokenizer.name} has "
             f"{tokenizer.vocab_size} ids with its mask; set it to that or leave it out"
         )
-    layout = config.layout(world_size=world_size, vocab_size=tokenizer.vocab_size)
+    layout = lay_out_run(config, world_size=world_size, vocab_size=tokenizer.vocab_size)
     data = open_data(
         config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=config.eval.rows
     )

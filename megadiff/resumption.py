@@ -19,19 +19,23 @@ from megadiff.checkpoint.manifest import (
     FORMAT,
     Change,
     Manifest,
+    check_allowed,
     check_same_model,
     check_same_run,
     read_manifest,
 )
+from megadiff.config.field_types import dotted_keys
+from megadiff.config.refusals import did_you_mean
 from megadiff.data.config import DataConfig
 from megadiff.data.mixture import Mixture, next_mixture
 from megadiff.data.open import open_data
 from megadiff.data.review import change_advice, describe_change
-from megadiff.errors import CheckpointError, DataError
+from megadiff.errors import CheckpointError, ConfigError, DataError
 from megadiff.optim.optimizer import Optimizer
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.prepared import Prepared
+from megadiff.run_config import RunConfig
 
 log = logging.getLogger("megadiff")
 
@@ -46,6 +50,18 @@ class Resumption:
     """Settings that matter and may differ all the same."""
     allow_data: bool = False
     """Whether the training data may differ."""
+
+    def check(self) -> None:
+        """Refuse allowed keys that no run description has, or whose change no run survives.
+
+        Raises:
+            ConfigError: the first such key, with the nearest that there is.
+        """
+        known = set(dotted_keys(RunConfig))
+        for key in self.allowed:
+            if key not in known:
+                raise ConfigError(f"--allow-change {key}: a run description has no such key{did_you_mean(key, known)}")
+        check_allowed(self.allowed)
 
 
 @dataclass(frozen=True)

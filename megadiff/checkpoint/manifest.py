@@ -157,7 +157,7 @@ def check_same_run(
     """Refuse to go on from a checkpoint whose settings, tokenizer or data differ where it matters.
 
     Args:
-        allowed: keys of `MAY_BE_ALLOWED`, or keys below them, whose change is accepted.
+        allowed: keys, or sections, whose change is accepted; keys that may change anyway are no mistake here.
         allow_data: accept other training data.
 
     Returns:
@@ -165,13 +165,9 @@ def check_same_run(
 
     Raises:
         CheckpointError: with every difference that matters as `key: saved -> wanted`.
-        ConfigError: a key is allowed that cannot be.
+        ConfigError: a key is allowed that cannot be (`check_allowed`).
     """
-    for key in allowed:
-        if not any(_is_at_or_below(key, other) for other in MAY_BE_ALLOWED):
-            raise ConfigError(
-                f"--allow-change {key}: this cannot change inside a run; what can is {', '.join(MAY_BE_ALLOWED)}"
-            )
+    check_allowed(allowed)
     changes = _changes(saved.step, "", saved.config, wanted.config)
     changes += [_change(saved, wanted, key) for key in _IDENTITY if getattr(saved, key) != getattr(wanted, key)]
     refused = [change for change in changes if _matters(change.key, allowed, allow_data)]
@@ -182,6 +178,24 @@ def check_same_run(
         f"{folder} belongs to another run; these settings differ (checkpoint -> this run): {said}. "
         f"Give the run another `name`, or the settings it was started with{_ways_out(refused)}"
     )
+
+
+def check_allowed(allowed: Sequence[str]) -> None:
+    """Refuse keys whose change no run survives, alone or inside a section.
+
+    Raises:
+        ConfigError: the first such key.
+    """
+    for key in allowed:
+        fixed = [other for other in MUST_MATCH if _is_at_or_below(key, other) or _is_at_or_below(other, key)]
+        fixed = [other for other in fixed if other not in MAY_BE_ALLOWED and key not in _NEVER_MATTERS]
+        if fixed:
+            inside = "" if _is_at_or_below(key, fixed[0]) else f"{', '.join(fixed)} in "
+            raise ConfigError(
+                f"--allow-change {key}: {inside}{'it' if inside else 'this'} cannot change inside a run; what can, if "
+                f"allowed, is {', '.join(MAY_BE_ALLOWED)}; settings that are not part of what a run is (such as "
+                "batch.micro_sequences or optimizer.lr) may change without being allowed"
+            )
 
 
 def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:

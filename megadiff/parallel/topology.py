@@ -95,7 +95,13 @@ def is_main_process() -> bool:
 
 def world_size_from_environment() -> int:
     """Number of ranks that torchrun or srun started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched_world_size() or 1
+
+
+def launched_world_size() -> int | None:
+    """Return the number of ranks that torchrun or srun started; None without a launcher."""
+    found = os.environ.get("WORLD_SIZE")
+    return None if found is None else int(found)
 
 
 @contextmanager

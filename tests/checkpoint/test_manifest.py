@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, read_manifest
-from megadiff.errors import CheckpointError
+from megadiff.errors import CheckpointError, ConfigError
 
 CONFIG = {
     "seed": 0,
@@ -84,3 +84,27 @@ def test_every_difference_that_matters_is_listed(tmp_path):
 )
 def test_layout_rate_and_microbatch_may_change(tmp_path, change):
     check_same_run(manifest(), manifest(config={**CONFIG, **change}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key", ["batch.micro_sequences", "parallel.tensor", "optimizer.lr", "log", "seed", "noise.shift"]
+)
+def test_a_key_that_may_change_is_accepted_whether_or_not_it_is_allowed(tmp_path, key):
+    other = {**CONFIG, "batch": {"global_sequences": 8, "micro_sequences": 4}}
+    changes = check_same_run(manifest(), manifest(config=other), tmp_path, allowed=[key])
+    assert [change.key for change in changes] == ["batch.micro_sequences"]
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("model.layers", "model.layers: this cannot"),
+        ("batch.global_sequences", "batch.global_sequences: this cannot"),
+        ("batch", "batch: batch.global_sequences, batch.ramp in it cannot"),
+        ("optimizer", "optimizer: optimizer.name, optimizer.parametrisation in it cannot"),
+    ],
+)
+def test_a_key_that_cannot_change_is_refused_and_so_is_its_section(tmp_path, key, named):
+    with pytest.raises(ConfigError) as refused:
+        check_same_run(manifest(), manifest(), tmp_path, allowed=["seed", key])
+    assert str(refused.value).startswith(f"--allow-change {named} change inside a run; what can, if allowed, is seed")
