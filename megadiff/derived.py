@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 from megadiff.errors import ConfigError, ShortageError
 from megadiff.model import cost
@@ -94,6 +95,39 @@ def ranks_to_check(config: RunConfig, wanted: int | None, *, launched: int | Non
     fewest = fitting[0] if fitting else config.parallel.ranks_per_replica
     others = f"; {', '.join(map(str, fitting[1:]))} fit too" if fitting[1:] else ""
     return fewest, [f"ranks             {fewest}, the fewest that fit; --ranks N lays the run out on N{others}"]
+
+
+def executed_flops(config: RunConfig, shape: cost.Shape, work: Work) -> float:
+    """Return the FLOPs that were computed for this work, over all ranks (`cost.executed_flops`)."""
+    chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+    return cost.executed_flops(
+        shape,
+        tokens=work.tokens,
+        head_tokens=work.head_tokens,
+        pairs=work.pairs,
+        vocab_rows=config.model.padded_vocab_size(shape.vocab_size),
+        recompute_layers=_fully_recomputed(config) * chunks,
+        recompute_modules=config.parallel.recomputed_modules,
+    )
+
+
+class Work(Protocol):
+    """What was computed (`parallel.row_report.Work`)."""
+
+    @property
+    def tokens(self) -> float:
+        """Number of tokens that passed the layers."""
+        ...
+
+    @property
+    def head_tokens(self) -> float:
+        """Number of tokens whose logits were computed."""
+        ...
+
+    @property
+    def pairs(self) -> float:
+        """Number of (query, key) pairs scored in one layer."""
+        ...
 
 
 def memory_per_rank(config: RunConfig, layout: Layout, shape: cost.Shape) -> cost.Memory:

@@ -175,7 +175,9 @@ class HarnessModel(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes about a model beside its scores."""
-        kind = "exact" if self._model.is_autoregressive else "bound"
+        kind = "exact" if self._model.is_autoregressive else "bound over all noise levels"
+        if not self._model.is_autoregressive and (levels := self._settings.bound.log_snr_range) is not None:
+            kind = "part of the bound over log-SNR {:g} to {:g}".format(*levels)
         return {"likelihood": kind, "seq_length": self._model.model.seq_length, **asdict(self._settings)}
 
     def estimates(self) -> dict[str, dict[str, float]]:

@@ -49,6 +49,8 @@ class HeldOutResult:
     """(low, high, mean of w (KL + IS) in nats) of each log-SNR bin that had draws."""
     by_source: dict[str, tuple[float, float]]
     """Bound and standard error of each source of the validation data."""
+    log_snr_range: tuple[float, float] | None
+    """Noise levels that the bound covers (`diffusion_bound`); None where it is an exact likelihood."""
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -62,6 +64,7 @@ class HeldOutResult:
             "eval_elbo_stderr": self.stderr if math.isfinite(self.stderr) else None,
             "eval_bits_per_byte": self.bits_per_byte,
             "eval_tokens": self.tokens,
+            "eval_log_snr_range": None if self.log_snr_range is None else list(self.log_snr_range),
             "eval_loss_by_log_snr": [list(part) for part in self.by_log_snr],
             "eval_elbo_by_source": {name: list(found) for name, found in self.by_source.items()},
         }
@@ -69,7 +72,10 @@ class HeldOutResult:
     def describe(self) -> str:
         """One line for the console."""
         bits = f" ({self.bits_per_byte:.3f} bits per byte)" if self.bits_per_byte else ""
-        return f"held-out elbo {self.elbo:.4f} +- {self.stderr:.4f} nats per token{bits}, {self.tokens:,} tokens"
+        levels = "" if self.log_snr_range is None else " over log-SNR {:g} to {:g}".format(*self.log_snr_range)
+        return (
+            f"held-out elbo {self.elbo:.4f} +- {self.stderr:.4f} nats per token{bits}, {self.tokens:,} tokens{levels}"
+        )
 
 
 class Rows(Protocol):
@@ -96,6 +102,8 @@ class Measure:
     noise_levels: int
     """K; 1 where there is no noise."""
     is_causal_prompt: bool = False
+    log_snr_range: tuple[float, float] | None = None
+    """Noise levels that a bound covers; None for an exact likelihood."""
 
 
 def diffusion_bound(
@@ -114,7 +122,9 @@ def diffusion_bound(
             clean, seed=SEED, row_index=index, level=level, num_levels=noise_levels, mixing=mixing, rate=linear
         )
 
-    return Measure(DiffusionObjective(mixing, topology, linear, ObjectiveConfig(), head), rows, noise_levels)
+    objective = DiffusionObjective(mixing, topology, linear, ObjectiveConfig(), head)
+    levels = linear.min_log_snr, linear.max_log_snr
+    return Measure(objective, rows, noise_levels, log_snr_range=levels)
 
 
 def next_token_likelihood(
@@ -179,6 +189,7 @@ class HeldOut:
             elbo=bound,
             stderr=stderr,
             tokens=self.rows.size,
+            log_snr_range=self.measure.log_snr_range,
             bytes_per_token=self._bytes_per_token(),
             by_log_snr=_by_log_snr(loss, log_snr) if self.measure.noise_levels > 1 else (),
             by_source={

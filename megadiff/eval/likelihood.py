@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows
+from megadiff.diffusion.snr import LINEAR
 from megadiff.eval.effective_count import Copies, copies_by_count, copies_by_level, copy_bounds
 from megadiff.sampling.standalone import Draws
 
@@ -74,7 +75,8 @@ class BoundSettings:
     draws: int = 128
     """Noised copies of each item, each a row for the model; even."""
     estimator: Literal["counts", "levels"] = "counts"
-    """counts: by the number of noised tokens (`effective_count`); levels: by stratified levels on [-9, 9]."""
+    """counts: by the number of noised tokens, over all noise levels (`effective_count`); levels: by stratified levels
+    on [-9, 9], the integral over which leaves out what the bound has beyond."""
     seed: int = 0
     batch_rows: int = 32
     context_length: int | None = None
@@ -83,6 +85,11 @@ class BoundSettings:
     def __post_init__(self) -> None:
         if self.draws < 4 or self.draws % 2:
             raise ValueError(f"draws must be even and at least 4, got {self.draws}")
+
+    @property
+    def log_snr_range(self) -> tuple[float, float] | None:
+        """Noise levels that the estimate covers; None for all of them."""
+        return None if self.estimator == "counts" else (LINEAR.min_log_snr, LINEAR.max_log_snr)
 
 
 def summed(items: Iterable[Item], found: Mapping[Item, Likelihood]) -> Likelihood:

@@ -151,7 +151,8 @@ def pairs_likelihood(
     own = [found[item] for item in items]
     return {
         "summary": f"{len(items)} completions of {total.tokens} tokens, {total.nll:.4f} +- {total.stderr:.4f} nats"
-        + (f", {total.nll / total.tokens:.4f} per token" if total.tokens else ""),
+        + (f", {total.nll / total.tokens:.4f} per token" if total.tokens else "")
+        + _covers(model, settings),
         **_how(model, settings),
         "nll": total.nll,
         "nll_stderr": total.stderr,
@@ -187,7 +188,8 @@ def rolling_likelihood(
     error = total.as_json()["bits_per_byte_stderr"]
     return {
         "summary": f"{len(documents)} documents of {total.bytes} bytes, {total.bits_per_byte:.4f} +- {error:.4f} bits "
-        f"per byte, word perplexity {total.word_perplexity:.4g}, byte perplexity {total.byte_perplexity:.4g}",
+        f"per byte, word perplexity {total.word_perplexity:.4g}, byte perplexity {total.byte_perplexity:.4g}"
+        f"{_covers(model, settings)}",
         **_how(model, settings),
         **total.as_json(),
         "documents": [one.as_json() for one in documents],
@@ -215,4 +217,20 @@ def _measured(model: Measured, items: Sequence[Item], settings: BoundSettings) -
 def _how(model: Measured, settings: BoundSettings) -> dict[str, Any]:
     if model.is_autoregressive:
         return {"kind": "exact"}
-    return {"kind": "bound", "estimator": settings.estimator, "draws": settings.draws, "seed": settings.seed}
+    levels = settings.log_snr_range
+    return {
+        "kind": "bound" if levels is None else "part of the bound",
+        "log_snr_range": "all" if levels is None else list(levels),
+        "estimator": settings.estimator,
+        "draws": settings.draws,
+        "seed": settings.seed,
+    }
+
+
+def _covers(model: Measured, settings: BoundSettings) -> str:
+    """Return what the figures are, for a person."""
+    if model.is_autoregressive:
+        return " (exact)"
+    if settings.log_snr_range is None:
+        return " (bound, all noise levels)"
+    return " (the bound's part over log-SNR {:g} to {:g})".format(*settings.log_snr_range)

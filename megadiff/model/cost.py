@@ -94,13 +94,50 @@ def paper_parameters(shape: Shape) -> int:
 
 
 def training_flops_per_token(shape: Shape) -> float:
-    """Forward and backward in full: 6 per matrix entry, the head's V d included, and 12 L d S of attention.
+    """Return the model FLOPs of a token by the convention called `full`: 6 (P + V d) + 12 L d S.
 
+    Forward and backward: 6 per matrix entry, the head's V d at every token included, and 12 L d S of attention.
     Attention is bidirectional, so each token meets all S of its row and nothing is halved. Recomputation, norms,
-    the softmax and the embedding look-up are not counted, as usual for model FLOPs.
+    the softmax and the embedding look-up are not counted, as usual for model FLOPs. What a step really computed is
+    `executed_flops`.
     """
     matrices = parameters(shape).bulk + shape.vocab_size * shape.hidden
     return 6.0 * matrices + _attention_flops(shape)
+
+
+def executed_flops(
+    shape: Shape,
+    *,
+    tokens: float,
+    head_tokens: float,
+    pairs: float,
+    vocab_rows: int,
+    recompute_layers: int = 0,
+    recompute_modules: tuple[str, ...] = (),
+) -> float:
+    """Return the FLOPs of the matrix products that a step computed, forward and backward, over all ranks.
+
+    Unlike model FLOPs this counts the head only at the tokens whose logits are computed (under masked noise the masks),
+    padded vocabulary entries, attention only over the pairs that are scored, and recomputed parts once more. What an
+    attention kernel computes again inside itself is not counted.
+
+    Args:
+        tokens: tokens that passed the layers.
+        head_tokens: tokens whose logits were computed.
+        pairs: (query, key) pairs that were scored in one layer, a sink's left out.
+        vocab_rows: columns of the logits, padding included.
+        recompute_layers: layers of the whole model that are recomputed in full.
+        recompute_modules: what is recomputed in every layer (`Layout.recompute_modules`).
+    """
+    d, matrices = shape.hidden, parameters(shape).bulk / shape.layers
+    scores = 4.0 * d * (pairs + tokens * shape.sink)  # forward, one layer: q k^T and the weighted sum of values
+    layer = 2.0 * matrices * tokens + scores
+    again = recompute_layers * layer
+    if "mlp" in recompute_modules:
+        again += shape.layers * 4.0 * d * shape.ffn_hidden * tokens
+    if "core_attn" in recompute_modules:
+        again += shape.layers * scores
+    return 3.0 * shape.layers * layer + 6.0 * vocab_rows * d * head_tokens + again
 
 
 def paper_flops_per_token(shape: Shape, method: Literal["deepseek", "chinchilla"] = "deepseek") -> float:

@@ -18,6 +18,7 @@ from megadiff.diffusion.snr import LINEAR, LinearRate, Rate
 from megadiff.kernels.choice import Head
 from megadiff.kernels.fused_head import fused_objective
 from megadiff.kernels.head import Formula, HeadLoss, HeadTokens, worth_computing
+from megadiff.kernels.plain_head import plain_objective
 from megadiff.kernels.vocab_shard import VocabShard
 from megadiff.parallel.row_report import report_sums
 from megadiff.parallel.topology import Topology
@@ -42,6 +43,11 @@ class RowObjective(ABC):
     mixing: Mixing
     topology: Topology
 
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """How the output head and the objective are computed."""
+
     @abstractmethod
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
         """Move a microbatch to the device, after the host has seen which of its tokens count."""
@@ -58,7 +64,12 @@ class RowObjective(ABC):
 
     def loss(self, answer: HeadLoss, placed: PlacedRows) -> tuple[Tensor, Tensor, Tensor]:
         """Summed loss over noisy tokens, their number, and the sums of `row_report`."""
-        return answer.loss, placed.rows.is_noisy.sum().int(), report_sums(answer.terms, placed.rows)
+        sums = report_sums(answer.terms, placed.rows, head_tokens=self.head_tokens(placed))
+        return answer.loss, placed.rows.is_noisy.sum().int(), sums
+
+    def head_tokens(self, placed: PlacedRows) -> int | None:
+        """Return how many tokens the output head computes; None for all (the plain head always does)."""
+        return None if placed.computed is None or self.head is plain_objective else placed.computed.numel()
 
     def _shard(self, weight: Tensor, mixing: Mixing) -> VocabShard:
         start = self.topology.tensor_rank * weight.shape[0]

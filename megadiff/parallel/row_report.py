@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +25,28 @@ _LAYOUT = (
     "rows",
     "tokens",
     *_SHARES,
+    "prompt_tokens",
+    "prompt_pairs",
     *(f"{kind}/{what}" for kind in _KINDS for what in ("elbo", "tokens")),
     *(f"bin{index}/{what}" for index in range(len(BIN_EDGES) - 1) for what in ("loss", "tokens")),
+    "head_tokens",
 )
 SIZE = len(_LAYOUT)
 """Length of the vector `report_sums` makes."""
 
 
-def report_sums(terms: Terms, rows: NoisedRows) -> Tensor:
+class Work(NamedTuple):
+    """What was computed, in the units that FLOPs are counted by."""
+
+    tokens: float
+    """Number of tokens that passed the layers."""
+    head_tokens: float
+    """Number of tokens whose logits were computed: under masked noise the masks alone."""
+    pairs: float
+    """Number of (query, key) pairs that attention scored in one layer, a sink's left out."""
+
+
+def report_sums(terms: Terms, rows: NoisedRows, *, head_tokens: int | None = None) -> Tensor:
     """Sums over one microbatch, [SIZE] float64 on its device, for which the host does not wait.
 
     Few large operations rather than a few for each number.
@@ -40,6 +54,7 @@ def report_sums(terms: Terms, rows: NoisedRows) -> Tensor:
     Args:
         terms: sequence first, [L, b]; 0 at noise-free positions.
         rows: the microbatch, [b, L]; prompt lengths may be on the CPU.
+        head_tokens: how many tokens the output head computed; None for all.
     """
     noisy = rows.is_noisy.t()
     plain = terms.weight * (terms.kl + terms.is_div)
@@ -51,19 +66,21 @@ def report_sums(terms: Terms, rows: NoisedRows) -> Tensor:
     which = torch.bucketize(rows.log_snr, _inner_edges(noisy.device), right=True).t()
     inside = (which == torch.arange(len(BIN_EDGES) - 1, device=noisy.device)[:, None, None]) & noisy  # [bins, L, b]
     by_bin = torch.stack(((inside * plain.detach()).flatten(1).sum(1, dtype=torch.float64), inside.flatten(1).sum(1)))
-    return torch.cat((of_rows.sum(1), shared.sum(1), by_kind.flatten(), by_bin.t().flatten()))
+    computed = by_kind.new_full((1,), rows.is_noisy.numel() if head_tokens is None else head_tokens)
+    return torch.cat((of_rows.sum(1), shared.sum(1), by_kind.flatten(), by_bin.t().flatten(), computed))
 
 
 def _row_facts(rows: NoisedRows) -> Tensor:
-    """What each row adds to the counts from `rows` to the last share, then whether it is of each kind, float64."""
+    """What each row adds to the counts from `rows` to `prompt_pairs`, then whether it is of each kind, float64."""
     length = rows.is_noisy.shape[1]
     is_kept = ~rows.is_noisy.all(dim=1)
-    is_prompted = rows.prompt_length.to(is_kept.device, non_blocking=True) > 0
+    prompt = rows.prompt_length.to(is_kept.device, non_blocking=True)
+    is_prompted = prompt > 0
     is_isotropic = rows.levels == Levels.ISOTROPIC
     empty = length - 1 - rows.source.diff(dim=1).count_nonzero(dim=1)
     one = torch.ones_like(empty)
     facts = (one, one * length, rows.levels == Levels.INDEPENDENT, rows.levels == Levels.LINEAR)
-    facts += (is_prompted, is_kept & ~is_prompted, empty)
+    facts += (is_prompted, is_kept & ~is_prompted, empty, prompt, prompt.square())
     facts += (is_isotropic & ~is_kept, ~is_isotropic & ~is_kept, is_kept)
     return torch.stack([fact.double() for fact in facts])
 
@@ -72,6 +89,19 @@ def _row_facts(rows: NoisedRows) -> Tensor:
 def _inner_edges(device: torch.device) -> Tensor:
     """Kept per device: to make a tensor of numbers waits for the device."""
     return torch.tensor(BIN_EDGES[1:-1], device=device)
+
+
+def work_of(total: list[float], *, seq_length: int, is_causal_prompt: bool) -> Work:
+    """Return the work of a step from the sums over the whole run's batch.
+
+    Args:
+        seq_length: L, tokens of a sequence.
+        is_causal_prompt: whether a clean prompt's tokens see only what comes before them.
+    """
+    found = dict(zip(_LAYOUT, total, strict=True))
+    prompt, pairs = found["prompt_tokens"], found["prompt_pairs"]
+    own = 0.5 * (pairs + prompt) if is_causal_prompt else pairs
+    return Work(found["tokens"], found["head_tokens"], own + (found["tokens"] - prompt) * seq_length)
 
 
 def mean_loss(total: Tensor) -> Tensor:

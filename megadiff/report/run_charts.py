@@ -57,10 +57,24 @@ class RunCharts:
         """Throughput, arithmetic and memory."""
         charts = [
             self._chart("tokens-per-s", "Throughput", "tokens per second", self._figure("tokens_per_s")),
-            self._chart("tflops", "Arithmetic", "TFLOP/s per device", self._figure("tflops_per_device")),
+            self._chart(
+                "tflops",
+                "Model arithmetic",
+                "TFLOP/s per device",
+                self._figure("tflops_per_device"),
+                remark="Model FLOPs: 6 per matrix entry and token, the output head's included, and 12 L d S.",
+            ),
+            self._chart(
+                "executed-tflops",
+                "Executed arithmetic",
+                "TFLOP/s per device",
+                self._figure("executed_tflops_per_device"),
+                remark="Matrix products computed: the output head where it is, recomputed parts once more.",
+            ),
         ]
         if any(number(line, "mfu") is not None for run in self._runs for line in run.metrics.training):
             charts.append(self._chart("mfu", "Model FLOPs utilisation", "share of peak", self._figure("mfu")))
+            charts.append(self._chart("hfu", "Executed FLOPs utilisation", "share of peak", self._figure("hfu")))
         memory = _curves(self._runs, self._training, lambda line: _scaled(number(line, "peak_bytes"), 2**30))
         return [*charts, self._chart("memory", "Peak memory of the main rank", "GiB", memory)]
 

@@ -81,6 +81,9 @@ class Log:
     tokens_before: Callable[[int], int]
     """Tokens of the first so many steps."""
     flops_per_token: float
+    """Model FLOPs of a token, by the convention `full` (`cost.training_flops_per_token`)."""
+    executed_flops: Callable[[list[float]], float]
+    """FLOPs that were computed, from a step's or several steps' sums (`row_report`)."""
     world_size: int
     platform: Platform
     metrics: MetricsFile | None
@@ -92,19 +95,22 @@ class Log:
     """(steps taken) -> number of times each training source has been gone through."""
     _tokens: int = field(default=0, init=False)
     _seconds: float = field(default=0.0, init=False)
+    _sums: Tensor | None = field(default=None, init=False)
+    """Sums over all steps since the last line; they stay on their device until a line is due."""
     _started: float = field(default_factory=time.monotonic, init=False)
 
     def __call__(self, result: StepResult) -> None:
         """Write the lines of this step if due."""
         self._tokens += self.tokens_before(result.step) - self.tokens_before(result.step - 1)
         self._seconds += result.seconds
+        self._sums = result.total if self._sums is None else self._sums + result.total
         if result.step % self.every and result.step not in (1, self.steps) and result.skip is None:
             return
-        rate = self._tokens / max(self._seconds, 1e-9)
-        self._tokens, self._seconds = 0, 0.0
-        if self.metrics is None:
+        seconds, tokens, sums = max(self._seconds, 1e-9), self._tokens, self._sums
+        self._tokens, self._seconds, self._sums = 0, 0.0, None
+        if self.metrics is None or sums is None:
             return
-        line = self._line(result, rate)
+        line = self._line(result, tokens / seconds, self.executed_flops(sums.tolist()) / seconds)
         self.metrics.write(line)
         if self.tensorboard is not None:
             for key in ("loss", "elbo", "kl", "is", "mean_weight", "lr", "grad_norm", "tokens_per_s"):
@@ -114,8 +120,9 @@ class Log:
                 self.tensorboard.add_scalar(f"epochs/{source}", epochs, result.step)
         log.info(self._console(line))
 
-    def _line(self, result: StepResult, rate: float) -> dict[str, Any]:
-        flops = rate * self.flops_per_token / self.world_size
+    def _line(self, result: StepResult, rate: float, executed: float) -> dict[str, Any]:
+        """Return a line's figures from tokens and executed FLOPs per second of the whole run."""
+        flops, executed = rate * self.flops_per_token / self.world_size, executed / self.world_size
         peak = self.platform.peak_flops
         return {
             "step": result.step,
@@ -127,6 +134,8 @@ class Log:
             "tokens_per_s": rate,
             "tflops_per_device": flops / 1e12,
             "mfu": flops / peak if peak else None,
+            "executed_tflops_per_device": executed / 1e12,
+            "hfu": executed / peak if peak else None,
             "peak_bytes": self.platform.peak_bytes(),
             "elapsed_s": time.monotonic() - self._started,
             **({"skipped": result.skip} if result.skip is not None else {}),
@@ -135,12 +144,13 @@ class Log:
 
     def _console(self, line: dict[str, Any]) -> str:
         left = (self.tokens_before(self.steps) - line["tokens"]) / max(line["tokens_per_s"], 1e-9)
-        mfu = f" | MFU {line['mfu']:.1%}" if line["mfu"] is not None else ""
+        mfu = f" | MFU {line['mfu']:.1%}, HFU {line['hfu']:.1%}" if line["mfu"] is not None else ""
         skipped = f" | skipped: {line['skipped']}" if "skipped" in line else ""
         return (
             f"step {line['step']:>7}/{self.steps} | loss {line['loss']:.4f} | elbo {line['elbo']:.4f} | "
             f"w {line['mean_weight']:.3f} | lr {line['lr']:.3e} | grad norm {line['grad_norm']:.3f} | "
-            f"{line['tokens_per_s']:,.0f} tokens/s | {line['tflops_per_device']:.3g} TFLOP/s/device{mfu} | "
+            f"{line['tokens_per_s']:,.0f} tokens/s | {line['tflops_per_device']:.3g} TFLOP/s/device "
+            f"({line['executed_tflops_per_device']:.3g} executed){mfu} | "
             f"ETA {_duration(left)}{skipped}"
         )
 

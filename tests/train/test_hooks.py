@@ -28,6 +28,7 @@ def log_hook(path, every, steps, **options):
         steps=steps,
         tokens_before=lambda step: 100 * step,
         flops_per_token=1e6,
+        executed_flops=lambda sums: 1e5 * sums[5],
         world_size=2,
         platform=detect("cpu"),
         metrics=MetricsFile(path, after_step=0),
@@ -57,6 +58,11 @@ def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_
     assert "skipped" not in line
     assert line["tokens_per_s"] == pytest.approx(400.0)
     assert line["tflops_per_device"] == pytest.approx(400.0 * 1e6 / 2 / 1e12)
+    # Step 2 alone, since step 1 has a line of its own: 6 units in 0.25 s.
+    assert line["executed_tflops_per_device"] == pytest.approx(6 * 1e5 / 0.25 / 2 / 1e12)
+    assert line["hfu"] is None
+    later = read_metrics(tmp_path / "m.jsonl")[2]
+    assert later["executed_tflops_per_device"] == pytest.approx(2 * 6 * 1e5 / 0.5 / 2 / 1e12)
 
 
 @dataclass
