@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Protocol
 
 from megadiff.errors import ConfigError, ShortageError
@@ -34,7 +35,8 @@ def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
         f"run               {config.steps:,} steps, {config.tokens_before(config.steps):,} tokens",
         f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
         f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
-        f"logits {_gib(memory.logits)} (estimate)",
+        f"logits {_gib(memory.logits)} (estimate for "
+        f"{'Transformer Engine' if has_fused_layers(config) else 'local'} layers)",
     ]
 
 
@@ -176,7 +178,15 @@ def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:
         fused_loss=config.objective.head != "plain",
         recompute_layers=_fully_recomputed(config),
         recompute_modules=config.parallel.recomputed_modules,
+        fused_layers=has_fused_layers(config),
     )
+
+
+def has_fused_layers(config: RunConfig) -> bool:
+    """Return whether the layers will be Transformer Engine's, as far as can be told before a machine is opened."""
+    if config.precision.compute != "bf16" or config.platform == "cpu" or config.kernels == "local":
+        return False
+    return config.kernels == "transformer_engine" or find_spec("transformer_engine") is not None
 
 
 def _fully_recomputed(config: RunConfig) -> int:

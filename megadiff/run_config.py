@@ -207,6 +207,7 @@ class RunConfig(Section):
             qk_norm=model.qk_norm,
             sink=model.sink,
             mlp_bias=model.mlp_bias,
+            softcap=model.softcap is not None,
         )
 
     def lr_schedule(self) -> WarmupStableDecay:

@@ -16,8 +16,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_SCORE_BYTES = 256 * 2**20
-"""Scores of one query chunk of the soft-capped path stay below this many bytes."""
+from megadiff.model.cost import SCORE_BYTES
 
 
 class BidirectionalAttention(MegatronModule):
@@ -146,7 +145,7 @@ def capped_attention(
     Returns:
         [B, H, Q, D] in q's dtype.
     """
-    rows = max(1, _SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+    rows = max(1, SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
     first = k.shape[2] - q.shape[2] if is_causal else None
     if rows >= q.shape[2]:
         return _capped_chunk(q, k, v, scale, softcap, first)

@@ -13,6 +13,9 @@ from megadiff.kernels import chunk_size
 
 QkNorm = Literal["full", "head", "none"]
 
+SCORE_BYTES = 256 * 2**20
+"""Capped attention scores of one chunk of queries stay below this many bytes in float32 (`model.attention`)."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -27,6 +30,8 @@ class Shape:
     qk_norm: QkNorm = "head"
     sink: bool = False
     mlp_bias: bool = False
+    softcap: bool = False
+    """Whether attention scores are capped, and so formed as arrays."""
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -168,6 +173,8 @@ class Layout:
     """Selective recomputation: `mlp`, `layernorm`; `core_attn` changes nothing here, no scores being counted."""
     fused_loss: bool = False
     """The logits of a microbatch never exist as a whole (`kernels.fused_head`)."""
+    fused_layers: bool = False
+    """Whether the layers are Transformer Engine's; otherwise they are megatron-core's own on torch kernels."""
 
 
 @dataclass(frozen=True)
@@ -208,12 +215,17 @@ def bytes_per_rank(shape: Shape, layout: Layout, precision: Precision, *, vocab_
     data and context ranks. Not counted: the CUDA context, collective buffers, workspaces, fragmentation, and the
     working set of the layer that is being recomputed.
     """
-    rows = vocab_rows if vocab_rows is not None else padded_vocab_size(shape.vocab_size)
-    stages = (_stage(shape, layout, precision, rows, stage) for stage in range(layout.pipeline))
+    stages = (
+        stage_memory(shape, layout, precision, stage=stage, vocab_rows=vocab_rows) for stage in range(layout.pipeline)
+    )
     return max(stages, key=lambda memory: memory.total)
 
 
-def _stage(shape: Shape, layout: Layout, precision: Precision, rows: int, stage: int) -> Memory:
+def stage_memory(
+    shape: Shape, layout: Layout, precision: Precision, *, stage: int, vocab_rows: int | None = None
+) -> Memory:
+    """Return the estimated bytes on one pipeline stage's ranks; see `bytes_per_rank`."""
+    rows = vocab_rows if vocab_rows is not None else padded_vocab_size(shape.vocab_size)
     first, last = stage == 0, stage == layout.pipeline - 1
     layers = -(-shape.layers // layout.pipeline)
     held = layers * _layer_parameters(shape, layout.tensor)
@@ -222,8 +234,12 @@ def _stage(shape: Shape, layout: Layout, precision: Precision, rows: int, stage:
     state_bytes = 8 + 4 * (precision.master_weights and precision.params == "bf16")
     tokens = layout.micro_sequences * shape.seq_length // layout.context
     inputs_only = layout.recompute_layers * layout.virtual_pipeline
-    elements = (layers - inputs_only) * _layer_activations(shape, layout) + inputs_only * _stream(shape, layout)
-    kept = tokens * elements * _size(precision.compute)
+    per_token = (layers - inputs_only) * _layer_bytes(shape, layout, precision)
+    per_token += inputs_only * _stream(shape, layout) * _size(precision.compute)
+    if inputs_only:  # the angles of the rotary embedding, an input of every recomputed layer
+        per_token += 4 * shape.head_dim / layout.micro_sequences
+    per_token += last * _final_norm_bytes(shape, layout, precision)
+    kept = tokens * per_token
     fp8_copies = 2 * layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.ffn_hidden) // layout.tensor
     in_flight = layout.pipeline - stage
     if layout.virtual_pipeline > 1:  # interleaving starts (pipeline - 1) more chunks before the first backward
@@ -256,17 +272,77 @@ def _layer_parameters(shape: Shape, tensor: int) -> int:
     return split // tensor + whole
 
 
-def _layer_activations(shape: Shape, layout: Layout) -> float:
-    """Elements one layer keeps for its backward, per token, with attention that keeps no [S, S] scores.
+def _layer_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
+    """Return the bytes that one layer keeps for its backward pass, per token.
 
-    Residual stream and norm output before attention and before the MLP: 4 d. After them, split over the tensor
-    group: q, k, v, the attention's output, q and k before their norm, and the MLP's middle before and after relu^2.
-    Compare Korthikanti et al., arXiv:2205.05198, section 4, without dropout.
+    The parts are those that autograd was seen to save in real builds on the CPU (`tests/model/test_saved_tensors.py`);
+    for Transformer Engine's layers they follow from what its modules save by their source (release 2.11), which has not
+    been measured. Compare Korthikanti et al., arXiv:2205.05198, section 4, which counts fused layers without dropout.
     """
-    d, stream = shape.hidden, _stream(shape, layout)
-    inner = 4 * d + (2 * d if shape.qk_norm != "none" else 0)
-    inner += 0 if "mlp" in layout.recompute_modules else 2 * shape.ffn_hidden
-    return (2 if "layernorm" in layout.recompute_modules else 4) * stream + inner / layout.tensor
+    stream, cut = _stream(shape, layout), layout.tensor
+    branches = 2 * stream * _branch_norm_bytes(layout, precision) + 8 * stream / shape.hidden  # with 1 / rms in float32
+    return branches + (_attention_bytes(shape, layout, precision) + _mlp_bytes(shape, layout, precision)) / cut
+
+
+def _branch_norm_bytes(layout: Layout, precision: Precision) -> int:
+    """Return the bytes per feature of the norm before a branch: its input and what the matrix behind it reads.
+
+    The local norm keeps its input and the normalised input in float32; recomputed, it keeps its input alone.
+    """
+    size = _size(precision.compute)
+    if layout.fused_layers:
+        return size + (1 if precision.fp8 else size)
+    return size if "layernorm" in layout.recompute_modules else 8 + size
+
+
+def _attention_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
+    """Return the bytes per token of attention between its matrices, over all heads.
+
+    Queries, keys and values are views of one array of 3 d, which is kept whole as soon as one of them is. A sink copies
+    keys and values. The tables of the rotary embedding are made in each layer, for queries and keys apart.
+    """
+    d, size = shape.hidden, _size(precision.compute)
+    is_fused, is_bf16 = layout.fused_layers, precision.compute == "bf16"
+    reads_views = shape.qk_norm == "head" and not is_fused and not is_bf16  # float32 needs no copy to normalise
+    packed = 3 * size if not shape.sink or reads_views else 0
+    rotated = 2 * size  # queries and keys; with a sink the keys' copy takes their place
+    values = size if shape.sink else 0
+    norm = {"none": 0, "head": 8 + 8 * is_bf16, "full": 16}[shape.qk_norm]
+    if is_fused and shape.qk_norm == "head":
+        norm = 2 * size
+    out = size + (1 if is_fused and precision.fp8 else 0)
+    small = 4.0 * shape.heads  # the log of each softmax's sum
+    small += {"none": 0, "head": 8 * shape.heads, "full": 8 * layout.tensor}[shape.qk_norm]
+    small += 0 if is_fused else 4.0 * shape.head_dim * size * layout.tensor / layout.micro_sequences
+    return d * (packed + rotated + values + norm + out) + small + _score_bytes(shape, layout, precision)
+
+
+def _score_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
+    """Return the bytes per token of capped scores, over all heads: tanh, softmax, and the softmax in bf16.
+
+    Where they are too many for one chunk they are recomputed chunk by chunk and not kept.
+    """
+    if not shape.softcap or "core_attn" in layout.recompute_modules:
+        return 0.0
+    keys = shape.seq_length + shape.sink
+    whole = 4 * layout.micro_sequences * shape.heads // layout.tensor * keys * shape.seq_length
+    if whole > SCORE_BYTES:
+        return 0.0
+    return shape.heads * keys * (8.0 + (2 if precision.compute == "bf16" else 0))
+
+
+def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
+    """Return the bytes per token of the MLP between its matrices: relu, and its square, which the second one reads."""
+    if "mlp" in layout.recompute_modules:
+        return 0.0
+    size = _size(precision.compute)
+    return shape.ffn_hidden * (size + (1 if layout.fused_layers and precision.fp8 else size))
+
+
+def _final_norm_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
+    """Return the bytes per token of the norm behind the last layer; what the head reads is counted with it."""
+    stream = _stream(shape, layout)
+    return stream * (_size(precision.compute) if layout.fused_layers else 8) + 4 * stream / shape.hidden
 
 
 def _stream(shape: Shape, layout: Layout) -> float:

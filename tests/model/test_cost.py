@@ -10,6 +10,7 @@ from megadiff.model.cost import (
     Precision,
     Shape,
     bytes_per_rank,
+    executed_flops,
     padded_vocab_size,
     paper_flops_per_token,
     paper_parameters,
@@ -86,8 +87,11 @@ def test_one_rank_holds_what_the_model_has():
     total = parameters(shape).total
     memory = bytes_per_rank(shape, Layout(), Precision())
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * total, 4 * total, 8 * total)
-    # 16 tokens, 2 layers, (4 + 4 + 2 + 8) x 8 elements of 4 bytes; logits 16 x 128 x (4 + 8) bytes
-    assert memory.activations == memory.activations_per_microbatch == 16 * 2 * 18 * 8 * 4
+    # 16 tokens, float32. A layer of width 8 with 2 heads: two norms of 3 d and 1 / rms, the copies of q and k and their
+    # products, rotated q, copied k and v and the output (8 d), relu and its square (8 d), a float for each softmax, two
+    # for the norms of q and k, and four rotary tables.
+    layer = 2 * (12 * 8 + 4) + 8 * 4 * 8 + 2 * 4 * 32 + 2 * 4 + 8 + 4 * 4 * 4
+    assert memory.activations == memory.activations_per_microbatch == 16 * (2 * layer + 8 * 8 + 4)
     assert memory.logits == 16 * 128 * 12
     assert memory.total == 16 * total + memory.activations + memory.logits
 
@@ -127,21 +131,64 @@ def test_tensor_and_pipeline_ranks_hold_their_share():
 
 
 def test_activations_shrink_with_sequence_context_and_recomputation():
+    """Local layers are counted in `test_saved_tensors`; here, what each setting takes away of Transformer Engine's.
+
+    Bytes of a token in bf16, d = 64: norms 2 (2 + 2) d and two floats; packed q, k, v, rotated q and k, and the output
+    6 x 2 d; the MLP's middle twice, 2 x 2 x 4 d; a float for each of 4 heads.
+    """
     shape, precision = Shape(4, 64, 4, 256, 32, qk_norm="none"), Precision(compute="bf16")
 
     def kept(**layout: object) -> int:
-        return bytes_per_rank(shape, Layout(**layout), precision).activations_per_microbatch  # type: ignore[arg-type]
+        last = layout.pop("last", 1)
+        whole = Layout(fused_layers=True, **layout)  # type: ignore[arg-type]
+        return bytes_per_rank(shape, whole, precision).activations_per_microbatch - int(32 * last * (2 * 64 + 4))
 
-    whole = kept()
-    assert whole == 4 * 32 * 16 * 64 * 2
-    assert kept(tensor=2, sequence=True) == whole // 2
-    assert kept(tensor=2) == 4 * 32 * (4 + 6) * 64 * 2
-    assert kept(context=2) == whole // 2
-    assert kept(micro_sequences=3) == 3 * whole
-    assert kept(recompute_layers=4) == 4 * 32 * 64 * 2
-    assert kept(recompute_layers=1) == (3 * 16 + 1) * 32 * 64 * 2
-    assert kept(recompute_modules=("mlp",)) == 4 * 32 * (16 - 8) * 64 * 2
-    assert kept(recompute_modules=("mlp", "layernorm", "core_attn")) == 4 * 32 * (16 - 8 - 2) * 64 * 2
+    streams, inner = 8 * 64 + 8, 12 * 64 + 4 * 4
+    middle = 16 * 64
+    assert kept() == 4 * 32 * (streams + inner + middle)
+    assert kept(tensor=2, sequence=True, last=0.5) == 4 * 32 * (streams + inner + middle) / 2
+    assert kept(tensor=2) == 4 * 32 * (streams + (inner + middle) / 2)
+    assert kept(context=2, last=0.5) == 4 * 16 * (streams + inner + middle)
+    assert kept(micro_sequences=3, last=3) == 3 * kept()
+    assert kept(recompute_layers=4) == 32 * (4 * 128 + 4 * 16)
+    assert kept(recompute_layers=1) == 32 * (3 * (streams + inner + middle) + 128 + 4 * 16)
+    assert kept(recompute_modules=("mlp",)) == 4 * 32 * (streams + inner)
+    assert kept(recompute_modules=("mlp", "layernorm", "core_attn")) == kept(recompute_modules=("mlp",))
+
+
+def test_fp8_keeps_a_byte_of_what_its_matrices_read():
+    shape = Shape(1, 64, 4, 256, 32, qk_norm="none")
+    bf16, fp8 = (
+        bytes_per_rank(shape, Layout(fused_layers=True), Precision("bf16", "bf16", fp8=on)).activations
+        for on in (False, True)
+    )
+    # Both norms' outputs and the squared middle in one byte instead of two; the attention's output in both.
+    assert bf16 - fp8 == 32 * (2 * 64 + 4 * 64 - 64)
+
+
+def test_model_flops_and_executed_flops_differ_by_what_is_not_computed_or_computed_twice():
+    """L = 2, d = 4, f = 4, V = 10 padded to 16, S = 8: one sequence."""
+    shape = Shape(2, 4, 2, 10, 8)
+    layers = 6 * 384 * 8 + 12 * 2 * 4 * 64
+
+    def executed(head_tokens=8.0, pairs=64.0, **options):
+        return executed_flops(shape, tokens=8, head_tokens=head_tokens, pairs=pairs, vocab_rows=16, **options)
+
+    assert executed() == layers + 6 * 16 * 4 * 8
+    assert training_flops_per_token(shape) * 8 == layers + 6 * 10 * 4 * 8
+    assert executed(head_tokens=3) == layers + 6 * 16 * 4 * 3
+    assert executed(pairs=36) == executed() - 12 * 2 * 4 * (64 - 36)
+    assert executed(recompute_layers=2) == executed() + layers / 3
+    assert executed(recompute_layers=1) == executed() + layers / 6
+    assert executed(recompute_modules=("mlp",)) == executed() + 2 * 2 * (2 * 4 * 16) * 8
+    assert executed(recompute_modules=("core_attn", "layernorm")) == executed() + 2 * 4 * 4 * 64
+
+
+@pytest.mark.parametrize(("layers", "hidden", "ratio"), [(8, 512, 1.44), (34, 4608, 1.03)])
+def test_masked_noise_computes_the_head_at_half_the_tokens(layers, hidden, ratio):
+    shape = paper_shape(layers, hidden, hidden // 64)
+    done = executed_flops(shape, tokens=1, head_tokens=0.5, pairs=2048, vocab_rows=131_072)
+    assert training_flops_per_token(shape) / done == pytest.approx(ratio, abs=0.01)
 
 
 def test_a_fused_head_holds_a_chunk_of_logits_and_its_own_gradient():

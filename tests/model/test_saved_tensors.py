@@ -40,6 +40,14 @@ ONE = {
     "bf16, the paper's block": Case("bf16", model=GIDD),
     "float32, the paper's block": Case("fp32", model=GIDD),
     "bf16, no q and k norm": Case("bf16", model={"qk_norm": "none"}),
+    "bf16, all heads normalised": Case("bf16", model={"qk_norm": "full"}),
+    "float32, all heads normalised": Case("fp32", model={"qk_norm": "full"}),
+    "bf16, a sink": Case("bf16", model={"sink": True}),
+    "float32, a sink": Case("fp32", model={"sink": True}),
+    "bf16, capped scores": Case("bf16", model={"softcap": 30.0}),
+    "capped scores recomputed": Case(
+        "bf16", {"recompute": "selective", "recompute_modules": ("core_attn",)}, {"softcap": 30.0}
+    ),
     "full": Case("bf16", {"recompute": "full"}),
     "full, some layers": Case("fp32", {"recompute": "full", "recompute_layers": 2}),
     "mlp": Case("bf16", {"recompute": "selective"}),
@@ -89,7 +97,7 @@ def _estimated(case: Case, stage: int) -> int:
     model = ModelConfig.model_validate({**MODEL, **case.model})
     shape = cost.Shape(
         model.layers, model.hidden, model.heads, VOCAB, model.seq_length, model.ffn_multiple, model.qk_norm,
-        model.sink, model.mlp_bias,
+        model.sink, model.mlp_bias, model.softcap is not None,
     )  # fmt: skip
     full = parallel.recompute_layers or model.layers // parallel.pipeline
     layout = cost.Layout(
