@@ -43,11 +43,6 @@ class RowObjective(ABC):
     mixing: Mixing
     topology: Topology
 
-    @property
-    @abstractmethod
-    def head(self) -> Head:
-        """How the output head and the objective are computed."""
-
     @abstractmethod
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
         """Move a microbatch to the device, after the host has seen which of its tokens count."""
@@ -68,8 +63,8 @@ class RowObjective(ABC):
         return answer.loss, placed.rows.is_noisy.sum().int(), sums
 
     def head_tokens(self, placed: PlacedRows) -> int | None:
-        """Return how many tokens the output head computes; None for all (the plain head always does)."""
-        return None if placed.computed is None or self.head is plain_objective else placed.computed.numel()
+        """Return how many of a microbatch's tokens have their logits computed; None for all."""
+        return None if placed.computed is None else placed.computed.numel()
 
     def _shard(self, weight: Tensor, mixing: Mixing) -> VocabShard:
         start = self.topology.tensor_rank * weight.shape[0]
@@ -83,6 +78,10 @@ class DiffusionObjective(RowObjective):
     rate: Rate
     settings: ObjectiveConfig
     head: Head = fused_objective
+
+    def head_tokens(self, placed: PlacedRows) -> int | None:
+        """See `RowObjective.head_tokens`; the plain head makes whole logits."""
+        return None if self.head is plain_objective else super().head_tokens(placed)
 
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
         """See `RowObjective.place`."""

@@ -141,6 +141,38 @@ def test_documents_are_measured_window_by_window(models, pairs, tmp_path):
     assert found["word_perplexity"] == pytest.approx(math.exp(found["nll"] / found["words"]))
 
 
+def test_equal_texts_and_windows_share_their_error_and_the_estimate_names_its_levels(models, pairs, tmp_path):
+    """Twenty lines of one text, and two documents that are one window repeated, or share windows with each other."""
+    line = json.dumps(PAIRS[0] | {"text": "abcdefghijklmnop" * 3})  # three equal windows of sixteen tokens
+    other = json.dumps(PAIRS[1] | {"text": "abcdefghijklmnop" + "qrst"})
+    files = {"once": [line], "twenty": [line] * 20, "mixed": [line, line, other]}
+    found = {}
+    for name, lines in files.items():
+        path, output = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
+        path.write_text("\n".join(lines))
+        for kind, options in (("pairs", []), ("text", ["--text-key", "text"]), ("levels", ["--estimator", "levels"])):
+            ended = call(
+                "tools/evaluate.py", "likelihood", "--model", models["hybrid"], "--data", path, "--draws", "16",
+                "--output", output, *options,
+            )  # fmt: skip
+            assert ended.code == 0, ended.err
+            found[name, kind] = json.loads(output.read_text()), ended
+    for kind in ("pairs", "text", "levels"):
+        once, twenty = found["once", kind][0], found["twenty", kind][0]
+        assert twenty["nll"] == pytest.approx(20 * once["nll"])
+        assert twenty["nll_stderr"] == pytest.approx(20 * once["nll_stderr"])
+    assert "measuring 1 distinct texts, 16 sequences each: 16 sequences" in found["twenty", "text"][1].err
+    mixed, (three, _, one) = found["mixed", "text"][0], found["mixed", "text"][0]["documents"]
+    window, rest = three["nll_stderr"] / 3, one["nll"] - three["nll"] / 3
+    assert rest > 0
+    assert mixed["nll_stderr"] > 0.99 * 7 * window  # seven times one window, and a short one that is independent
+    counts, levels = found["once", "pairs"], found["once", "levels"]
+    assert (counts[0]["kind"], counts[0]["log_snr_range"]) == ("bound", "all")
+    assert (levels[0]["kind"], levels[0]["log_snr_range"]) == ("part of the bound", [-9.0, 9.0])
+    assert "(bound, all noise levels)" in counts[1].out
+    assert "(the bound's part over log-SNR -9 to 9)" in levels[1].out
+
+
 def test_mistakes_are_named(models, pairs, tmp_path):
     likelihood = ["tools/evaluate.py", "likelihood", "--model", models["hybrid"], "--data"]
     for command, message in [
