@@ -110,8 +110,16 @@ FILES = [
     ("empty", b"", r"bad\.yaml: the file is empty; a mapping of keys is wanted"),
     ("only a comment", b"# nothing\n", r"bad\.yaml: the file is empty; a mapping of keys is wanted"),
     ("a list", b"- a\n- b\n", r"bad\.yaml:1: the top level must be a mapping of keys, found a list"),
-    ("latin 1", "name: caf\xe9\n".encode("latin-1"), r"bad\.yaml: .* not UTF-8 text \(byte 9\); save it as UTF-8"),
-    ("utf 16", "name: a\n".encode("utf-16"), r"bad\.yaml: .* not UTF-8 text \(byte 0\); save it as UTF-8"),
+    (
+        "latin 1",
+        "name: caf\xe9\n".encode("latin-1"),
+        r"bad\.yaml: .* not UTF-8 text \(byte 9\); give the path of a YAML file in UTF-8",
+    ),
+    (
+        "utf 16",
+        "name: a\n".encode("utf-16"),
+        r"bad\.yaml: .* not UTF-8 text \(byte 0\); give the path of a YAML file in UTF-8",
+    ),
     ("a nul", b"name: a\x00b\n", r"bad\.yaml:1: not valid YAML: the control character '\\x00'"),
     ("two documents", b"name: a\n---\nname: b\n", r"bad\.yaml:2: a second YAML document starts here; one is wanted"),
     (
@@ -120,7 +128,7 @@ FILES = [
         r"bad\.yaml:1: the tag .*os\.system` is not allowed; write",
     ),
     ("a bomb", bomb(), r"bad\.yaml:\d: more than 50000 values once aliases are written out"),
-    ("2 MB", b"#" * 2_000_000, r"bad\.yaml: .*2000000 bytes; at most 1000000 are wanted"),
+    ("2 MB", b"#" * 2_000_000, r"bad\.yaml: .*2,000,000 bytes where at most 1,000,000 are wanted"),
     ("a circle", b"base: bad.yaml\n", r"bad\.yaml:1: base files go in a circle: .*bad\.yaml -> .*bad\.yaml"),
     ("no base", b"base: nowhere.yaml\n", r"bad\.yaml:1: the base file .*nowhere\.yaml does not exist; check the path"),
     ("a folder", None, r"bad\.yaml: the run description is a folder, not a plain file; give the path of a YAML file"),

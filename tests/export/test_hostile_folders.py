@@ -1,6 +1,6 @@
 """Spoilt Hugging Face folders through the real command: one sentence each, soon, and never other weights unnoticed.
 
-`MEGADIFF_HOSTILE_FOLDERS=300` runs that many folders spoilt at random, and those spoilt by hand through the command.
+`MEGADIFF_HOSTILE_FOLDERS=0:300` runs these folders spoilt at random, and those spoilt by hand through the command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tests.export import hostile_folders
 from tests.export.hostile_folders import BY_HAND, as_another_program_writes, copy_of, relist
 from tests.support.forked_command import call_forked
 
-COUNT = int(os.environ.get("MEGADIFF_HOSTILE_FOLDERS", "0"))
+ASKED = os.environ.get("MEGADIFF_HOSTILE_FOLDERS", "")
+NUMBERS = range(*map(int, (ASKED or "0:8").split(":")))
 LIMIT_S = 10.0
 LONGEST_MESSAGE = 5000
 
@@ -113,11 +114,11 @@ def test_what_is_spoilt_by_hand_is_refused(folder, tmp_path, name, sums):
 
 def test_what_is_spoilt_at_random_is_refused_or_changes_nothing(folder, foreign, tmp_path):
     """With checksums as they were, what is accepted is what was exported; without, or with new ones, no traceback."""
-    draw = random.Random(20)
     assert ended(folder, tmp_path / "whole") == "accepted"
     wanted = content_of(tmp_path / "whole")
     count = collections.Counter()
-    for number in range(max(COUNT, 8)):
+    for number in NUMBERS:
+        draw = random.Random(number)
         mode = ("kept", "removed", "written again", "another program's")[number % 4]
         spoilt = copy_of(foreign if mode.startswith("another") else folder, tmp_path / "spoilt")
         what = hostile_folders.at_random(spoilt, draw)
@@ -141,7 +142,7 @@ def _relisted(folder):
         relist(folder)
 
 
-@pytest.mark.skipif(not COUNT, reason="set MEGADIFF_HOSTILE_FOLDERS to run these through the command")
+@pytest.mark.skipif(not ASKED, reason="set MEGADIFF_HOSTILE_FOLDERS to run these through the command")
 def test_what_is_spoilt_by_hand_is_refused_by_the_command(folder, tmp_path):
     for name, spoil in BY_HAND.items():
         spoilt = copy_of(folder, tmp_path / "spoilt")
