@@ -1,7 +1,8 @@
-"""Text documents out of corpus files, one after another, in bounded memory and never half a document.
+"""Text documents out of corpus files, one after another, in memory bounded by the largest of them.
 
 Kinds, by the file's name: `.jsonl` (also `.json`, `.ndjson`: one JSON object a line), `.txt` (one file is one
-document), each also as `.gz` or `.zst`, and `.parquet` (one document a row; needs pyarrow).
+document unless `text_split` cuts it at lines or blank lines), each also as `.gz` or `.zst`, and `.parquet` (one
+document a row; needs pyarrow).
 
 A UTF-8 byte-order mark at a file's start is dropped, Windows line ends between JSON lines are accepted, blank lines
 are no lines, and a document whose text is empty is skipped and counted. Everything else that is wrong makes a bad
@@ -17,21 +18,40 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import orjson
 import zstandard
 
+from megadiff.data.corpus_lines import CHUNK_BYTES, Line, even_chunks, split_json_lines, split_lines
+from megadiff.data.json_text import Bad, invalid_utf8, json_kind, text_of
 from megadiff.errors import DataError
 
 MAX_DOCUMENT_BYTES = 2**28
 """A longer line, text file or row is a bad one by default: it is surely an accident, and it is held in memory."""
 
+TEXT_SPLITS = ("file", "line", "blank-line")
+"""Ways to cut a `.txt` file into documents; the first is the default."""
+
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_CHUNK_BYTES = 2**20
 _ZSTD_SLICE_BYTES = 2**10  # a compressed block of 4 bytes can grow to 128 KiB, so a slice to some 32 MiB at most
 _MAX_LISTED = 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_BATCH_ROWS, _BATCH_BYTES = 256, 2**23
+
+
+class Document(NamedTuple):
+    """One document and the place it was read from."""
+
+    text: str
+
+    path: Path
+    """Corpus file."""
+
+    line: int
+    """Line, or row, of the file on which the document starts, from 1."""
+
+    number: int
+    """Number of the document within its file, from 1; empty ones count."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,9 @@ class InputFile:
     name: str
     bytes: int
     sha256: str
+
+    documents: int = 0
+    """Number of documents that were read from it."""
 
 
 @dataclass
@@ -59,6 +82,9 @@ class CorpusReport:
     bad_examples: list[str] = field(default_factory=list)
     """`file:line: reason` of the first of them, at most 20."""
 
+    repaired_documents: int = 0
+    """Number of documents in which halves of surrogate pairs were replaced by U+FFFD."""
+
     bytes_read: int = 0
     """Bytes read from disk (compressed where the file is)."""
 
@@ -72,6 +98,7 @@ class Corpus:
     Args:
         paths: files; see the module's text for the kinds.
         json_key: the key (jsonl) or column (parquet) that holds the text.
+        text_split: way in which a `.txt` file becomes documents: `file`, `line`, or `blank-line`.
         max_bad_lines: bad lines to skip over all files before the pass is refused; 0 refuses the first.
         max_document_bytes: of a line, text file or row, uncompressed; a longer one is a bad line, and no more of it
             is held than this.
@@ -85,15 +112,19 @@ class Corpus:
         paths: Sequence[str | Path],
         *,
         json_key: str = "text",
+        text_split: str = "file",
         max_bad_lines: int = 0,
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
     ) -> None:
         if not paths:
             raise DataError("no input files were given; name at least one .jsonl, .txt or .parquet file")
         if max_bad_lines < 0 or max_document_bytes < 1:
-            raise DataError("--max-bad-lines must be at least 0 and --max-document-mb above 0; mend the command")
+            raise DataError("--max-bad-lines must be at least 0 and --max-document-mb above 0; correct the command")
+        if text_split not in TEXT_SPLITS:
+            raise DataError(f"--text-split must be one of {', '.join(TEXT_SPLITS)}; found `{text_split}`")
         self.paths = [Path(path) for path in paths]
         self.json_key = json_key
+        self.text_split = text_split
         self.max_bad_lines = max_bad_lines
         self.max_document_bytes = max_document_bytes
         self.report = CorpusReport()
@@ -102,83 +133,153 @@ class Corpus:
         self.total_bytes = sum(path.stat().st_size for path in self.paths)
 
     def documents(self) -> Iterator[str]:
-        """Yield each document's text, never empty; `report` follows along and starts anew with each pass.
+        """Yield each document's text, never empty; `report` follows along and starts over with each pass.
 
         Raises:
             DataError: a bad line beyond `max_bad_lines`, or a file that is cut or damaged.
         """
+        for document in self.located_documents():
+            yield document.text
+
+    def located_documents(self) -> Iterator[Document]:
+        """Yield what `documents` does, each with its place in the corpus."""
         self.report = CorpusReport()
         for path in self.paths:
-            texts = self._parquet_texts(path) if _kind(path) == ".parquet" else self._stream_texts(path)
-            for text in texts:
+            read = self._parquet_documents if _kind(path) == ".parquet" else self._stream_documents
+            for number, (line, text) in enumerate(read(path), start=1):
                 if text:
                     self.report.documents += 1
-                    yield text
+                    yield Document(text, path, line, number)
                 else:
                     self.report.empty_documents += 1
 
-    def _stream_texts(self, path: Path) -> Iterator[str]:
+    def skip(self, document: Document, reason: str) -> None:
+        """Count a document that was handed out and turned out to be unusable as a bad line.
+
+        Args:
+            document: the document at fault.
+            reason: the fault, in words that follow the document's place.
+
+        Raises:
+            DataError: bad lines exceed `max_bad_lines`.
+        """
+        self.report.documents -= 1
+        self._bad_line(document.path, document.line, Bad(f"document {document.number} of the file: {reason}"))
+
+    def _stream_documents(self, path: Path) -> Iterator[tuple[int, str]]:
+        found = 0
         with open(path, "rb", buffering=0) as file:
             raw = _HashedFile(file, self.report)
-            chunks = _reporting_damage(path, _decompressed(path, io.BufferedReader(raw, _CHUNK_BYTES)))
-            if _kind(path) == ".txt":
-                yield from self._whole_file(path, chunks)
+            unpacked = _decompressed(path, io.BufferedReader(raw, CHUNK_BYTES))
+            chunks = even_chunks(_reporting_damage(path, unpacked))
+            for line, text in self._cut(path, chunks):
+                found += bool(text)
+                yield line, text
+            self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest(), found))
+
+    def _cut(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+        """Yield (line, text) of each document of an uncompressed stream."""
+        if _kind(path) != ".txt":
+            return self._json_lines(path, chunks)
+        ways = {"file": self._whole_file, "line": self._text_lines, "blank-line": self._text_blocks}
+        return ways[self.text_split](path, chunks)
+
+    def _whole_file(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+        """Yield all of a text file as one document; of a file with bad lines, what the others hold."""
+        parts: list[str] = []
+        first_line, offset = 1, 0
+        for block in _line_blocks(chunks, self.max_document_bytes):
+            if block is None:
+                advice = "cut it into documents with --text-split line or blank-line"
+                what = f"the text is longer than {self.max_document_bytes} bytes (--max-document-mb)"
+                self._bad_line(path, 1, Bad(f"{what}, and a .txt file is one document", advice))
+                return
+            try:
+                parts.append(block.decode("utf-8"))
+            except UnicodeDecodeError:
+                parts.extend(self._good_lines(path, block, first_line, offset))
+            first_line += block.count(b"\n")
+            offset += len(block)
+            del block
+        yield 1, "".join(parts).removeprefix("\ufeff")
+
+    def _good_lines(self, path: Path, block: bytes, first_line: int, offset: int) -> Iterator[str]:
+        """Yield the lines of a block that are UTF-8; the others are bad ones."""
+        for number, line in enumerate(_kept_ends(block), start=first_line):
+            bad = invalid_utf8(line, of="file", offset=offset)
+            offset += len(line)
+            if bad is None:
+                yield line.decode("utf-8")
             else:
-                yield from self._json_lines(path, chunks)
-            self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest()))
+                self._bad_line(path, number, bad)
 
-    def _whole_file(self, path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
-        held: list[bytes] = []
-        size = 0
-        for chunk in chunks:
-            size += len(chunk)
-            if size > self.max_document_bytes:
-                what = f"the text is longer than {self.max_document_bytes} bytes, and a .txt file is one document"
-                raise DataError(f"{path}: {what}; split it, or make it a .jsonl of documents")
-            held.append(chunk)
-        try:
-            yield b"".join(held).removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
-        except UnicodeDecodeError as error:
-            self._bad_line(path, 1, f"invalid UTF-8 at byte {error.start}")
+    def _text_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+        for number, line, bad in self._decoded_lines(path, chunks):
+            if bad is not None:
+                self._bad_line(path, number, bad)
+            elif line.strip():
+                yield number, line.removesuffix("\r")
 
-    def _json_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
-        for number, raw_line in enumerate(_lines(chunks, self.max_document_bytes), start=1):
-            if raw_line is None:
-                self._bad_line(path, number, self._too_long("line"))
-                continue
-            line = raw_line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw_line
-            if not line.strip():
-                continue
-            found = self._text_of(line)
-            if isinstance(found, _Bad):
-                self._bad_line(path, number, found.reason)
+    def _text_blocks(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+        """Yield stretches of lines between blank ones; a stretch with a bad line is dropped whole."""
+        block = _TextBlock(self.max_document_bytes)
+        for number, line, bad in self._decoded_lines(path, chunks):
+            if bad is None and not line.strip():
+                yield from self._ended(path, block)
+                block = _TextBlock(self.max_document_bytes)
             else:
-                yield found
+                block.add(number, line, bad)
+        yield from self._ended(path, block)
 
-    def _text_of(self, line: bytes) -> str | _Bad:
-        try:
-            record: Any = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            return _Bad(_why_no_json(line, error))
-        if not isinstance(record, dict):
-            return _Bad(f"wanted a JSON object with the key `{self.json_key}`, found {_json_kind(record)}")
-        if self.json_key not in record:
-            keys = ", ".join(_shown(key) for key in list(record)[:8]) or "none"
-            return _Bad(f"no key `{self.json_key}` (keys here: {keys}; choose with --json-key)")
-        text = record[self.json_key]
-        if not isinstance(text, str):
-            return _Bad(f"`{self.json_key}` must be a string, found {_json_kind(text)}")
-        return text
+    def _ended(self, path: Path, block: _TextBlock) -> Iterator[tuple[int, str]]:
+        if block.is_too_long:
+            self._bad_line(path, block.first_line, Bad(self._too_long("document")))
+        elif block.bad is not None:
+            self._bad_line(path, *block.bad)
+        elif block.lines:
+            yield block.first_line, "\n".join(block.lines).removesuffix("\r")
+
+    def _decoded_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str, Bad | None]]:
+        """Yield (number, text, None) of each line, or (number, "", the reason) of a bad one."""
+        offset = 0
+        for number, line in enumerate(split_lines(chunks, self.max_document_bytes), start=1):
+            if line.content is None:
+                yield number, "", Bad(self._too_long("line"))
+            else:
+                bad = invalid_utf8(line.content, of="file", offset=offset)
+                text = "" if bad else line.content.decode("utf-8")
+                yield number, text.removeprefix("\ufeff") if number == 1 else text, bad
+            offset += line.num_bytes + 1
+
+    def _json_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+        number = 0  # counted by hand: `enumerate` would keep the last line, which may be a long one
+        for line in split_json_lines(chunks, self.max_document_bytes):
+            number += 1
+            if line.content is None:
+                self._bad_line(path, number, Bad(self._too_long("line")))
+                continue
+            if number == 1 and line.content.startswith(_BYTE_ORDER_MARK):
+                line = Line(line.content.removeprefix(_BYTE_ORDER_MARK), line.num_bytes - len(_BYTE_ORDER_MARK))
+            if not line.content or line.content.isspace():
+                continue
+            found = text_of(line, self.json_key)
+            del line  # a long line and its text are not held together while the text is at work
+            if isinstance(found, Bad):
+                self._bad_line(path, number, found)
+            else:
+                self.report.repaired_documents += found.is_repaired
+                yield number, found.text
 
     def _too_long(self, what: str) -> str:
         return f"the {what} is longer than {self.max_document_bytes} bytes (--max-document-mb)"
 
-    def _parquet_texts(self, path: Path) -> Iterator[str]:
+    def _parquet_documents(self, path: Path) -> Iterator[tuple[int, str]]:
         try:
             import pyarrow  # pyright: ignore[reportMissingImports]
             import pyarrow.parquet  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'megadiff[parquet]'") from None
+        found = 0
         try:
             with pyarrow.parquet.ParquetFile(path) as table:
                 names = table.schema_arrow.names
@@ -187,37 +288,61 @@ class Corpus:
                     raise DataError(
                         f"{path}: no column `{self.json_key}` (columns here: {listed}); choose with --json-key"
                     )
-                row = 0
-                for batch in table.iter_batches(batch_size=256, columns=[self.json_key]):
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        if not isinstance(text, str):
-                            self._bad_line(path, row, f"`{self.json_key}` must be a string, found {_json_kind(text)}")
-                        elif len(text.encode("utf-8")) > self.max_document_bytes:
-                            self._bad_line(path, row, self._too_long("text"))
-                        else:
-                            yield text
+                rows = _rows_at_once(table.metadata)
+                for row, text in enumerate(_column(table, self.json_key, rows), start=1):
+                    if not isinstance(text, str):
+                        self._bad_line(path, row, Bad(f"`{self.json_key}` must be a string, found {json_kind(text)}"))
+                    elif utf8_length(text) > self.max_document_bytes:
+                        self._bad_line(path, row, Bad(self._too_long("text")))
+                    else:
+                        found += bool(text)
+                        yield row, text
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the parquet file is cut or damaged ({error}); fetch or make it again") from error
         with open(path, "rb", buffering=0) as file:
             raw = _HashedFile(file, self.report)
-            while raw.read(_CHUNK_BYTES):
+            while raw.read(CHUNK_BYTES):
                 pass
-            self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest()))
+            self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest(), found))
 
-    def _bad_line(self, path: Path, number: int, reason: str) -> None:
+    def _bad_line(self, path: Path, number: int, bad: Bad) -> None:
         report = self.report
         report.bad_lines += 1
         if len(report.bad_examples) < _MAX_LISTED:
-            report.bad_examples.append(f"{path}:{number}: {reason}")
+            report.bad_examples.append(f"{path}:{number}: {bad.reason}")
         if report.bad_lines > self.max_bad_lines:
             allowed = f"{self.max_bad_lines} bad lines are allowed and this is one more"
-            raise DataError(f"{path}:{number}: {reason}; mend the line or raise --max-bad-lines ({allowed})")
+            raise DataError(f"{path}:{number}: {bad.reason}; {bad.remedy} or raise --max-bad-lines ({allowed})")
 
 
-@dataclass(frozen=True)
-class _Bad:
-    reason: str
+def utf8_length(text: str) -> int:
+    """Return the number of bytes of a text in UTF-8, without encoding a long one at once."""
+    if text.isascii():
+        return len(text)
+    return sum(len(text[start : start + CHUNK_BYTES].encode("utf-8")) for start in range(0, len(text), CHUNK_BYTES))
+
+
+class _TextBlock:
+    """Lines of a text file up to a blank one."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self.first_line = 0
+        self.lines: list[str] = []
+        self.bad: tuple[int, Bad] | None = None
+        self.is_too_long = False
+
+    def add(self, number: int, line: str, bad: Bad | None) -> None:
+        """Take the next line, or only the fact that it is a bad one."""
+        self.first_line = self.first_line or number
+        if bad is not None:
+            self.bad = self.bad or (number, bad)
+        self._left -= utf8_length(line) + 1
+        self.is_too_long = self.is_too_long or self._left < -1
+        if self.bad is not None or self.is_too_long:
+            self.lines.clear()
+        else:
+            self.lines.append(line)
 
 
 class _HashedFile(io.RawIOBase):
@@ -269,7 +394,7 @@ def _decompressed(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
         yield from _zstd_chunks(raw)
         return
     stream = gzip.GzipFile(fileobj=raw, mode="rb") if suffix == ".gz" else raw
-    while chunk := stream.read(_CHUNK_BYTES):
+    while chunk := stream.read(CHUNK_BYTES):
         yield chunk
 
 
@@ -302,34 +427,48 @@ def _reporting_damage(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
         raise DataError(f"{path}: reading failed ({error.strerror or error}); check the disk") from error
 
 
-def _lines(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
-    """Lines without their newline; None for a line of more than `limit` bytes, which is never held whole."""
+def _line_blocks(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
+    """Yield the bytes again in blocks that end at line ends; None, and no more, beyond `limit` bytes in all."""
     held: list[bytes] = []
-    held_bytes = 0
+    size = 0
     for chunk in chunks:
-        *ends, rest = chunk.split(b"\n")
-        for end in ends:
-            yield None if held_bytes + len(end) > limit else b"".join([*held, end])
-            held, held_bytes = [], 0
-        held_bytes += len(rest)
-        held = [*held, rest] if held_bytes <= limit else []
-    if held_bytes:
-        yield None if held_bytes > limit else b"".join(held)
+        size += len(chunk)
+        if size > limit:
+            held.clear()
+            continue  # the file is read to its end all the same, which finds damage and completes its hash
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            held.append(chunk[:end])
+            yield _joined(held)
+        held.append(chunk[end:])
+    if size > limit:
+        yield None
+    elif size:
+        yield _joined(held)
 
 
-def _why_no_json(line: bytes, error: orjson.JSONDecodeError) -> str:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as bad:
-        return f"invalid UTF-8 at byte {bad.start} of the line"
-    return f"not a JSON object ({error})"
+def _joined(held: list[bytes]) -> bytes:
+    """Return the pieces as one, and let go of them."""
+    joined = b"".join(held)
+    held.clear()
+    return joined
 
 
-def _shown(key: str) -> str:
-    """A key as a message can hold it, whatever a corpus calls it."""
-    return key if key.isprintable() and len(key) <= 40 else f"{key[:40]!r}"
+def _kept_ends(block: bytes) -> list[bytes]:
+    """Return lines with their newlines; `bytes.splitlines` would cut at lone carriage returns as well."""
+    *lines, last = block.split(b"\n")
+    return [*(line + b"\n" for line in lines), *([last] if last else [])]
 
 
-def _json_kind(value: Any) -> str:
-    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return kinds.get(type(value), "an object")
+def _rows_at_once(metadata: Any) -> int:
+    """Return the number of parquet rows to decode together: few where rows are long."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    longest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
+    return int(min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES // max(1.0, longest))))
+
+
+def _column(table: Any, name: str, rows: int) -> Iterator[Any]:
+    for batch in table.iter_batches(batch_size=rows, columns=[name]):
+        column = batch.column(0)
+        for place in range(len(column)):
+            yield column[place].as_py()

@@ -100,14 +100,28 @@ class IndexedReader:
         return document, token - self._token_offset(self._documents.at(document))
 
     def empty_documents(self) -> tuple[int, int | None]:
-        """How many documents hold no token, and the first of them; Megatron's files may have such, ours never do."""
+        """Return the number of documents that hold no token, and the first of them.
+
+        Megatron's files may have such documents, of no sequence or of sequences without tokens; ours never do.
+        """
         count, first = 0, None
         for start, part in self._documents.chunks(overlap=1):
-            is_empty = part[1:] == part[:-1]
+            offsets = self._byte_offsets(part)
+            is_empty = offsets[1:] == offsets[:-1]
             if first is None and is_empty.any():
                 first = start + int(is_empty.argmax())
             count += int(np.count_nonzero(is_empty))
         return count, first
+
+    def _byte_offsets(self, sequences: np.ndarray) -> np.ndarray:
+        """Return where each of some sequences ([n], in rising order) begins in the `.bin`: [n] int64."""
+        offsets = np.full(sequences.size, self.num_tokens * self.dtype.itemsize, dtype=np.int64)
+        first, last = int(sequences[0]), min(int(sequences[-1]) + 1, self.num_sequences)
+        for start in range(first, last, CHUNK):
+            end = min(start + CHUNK, last)
+            low, high = np.searchsorted(sequences, (start, end))
+            offsets[low:high] = self._pointers.read(start, end - start)[sequences[low:high] - start]
+        return offsets
 
     def check_vocabulary(self, vocab_size: int, *, mask_id: int | None = None, full: bool = False) -> None:
         """Look for ids that a model of this vocabulary cannot take, in spans all over the file or in all of it.
@@ -216,12 +230,16 @@ class IndexedReader:
         self._documents = StoredIntegers(self._idx, np.dtype("<i8"), offset=documents_at, count=self.num_documents + 1)
 
     def _checked_lengths(self) -> int:
-        """Check that every length is one and every pointer the sum of those before; return the number of tokens."""
-        tokens = 0
+        """Check every length, and every pointer against the sum of the lengths before it; return the number of tokens.
+
+        A sequence may have no token, as in Megatron's own reader, but not in data that were written here.
+        """
+        tokens, least = 0, 0 if self.manifest is None else 1
         for start, stored in self._lengths.chunks():
             lengths = stored.astype(np.int64)
-            if (lengths < 1).any():
-                raise self._refused_at("length", self._lengths, start + int((lengths < 1).argmax()), "of at least 1")
+            if (lengths < least).any():
+                wrong = start + int((lengths < least).argmax())
+                raise self._refused_at("length", self._lengths, wrong, f"of at least {least}")
             ends = tokens + np.cumsum(lengths)
             pointers = (ends - lengths) * self.dtype.itemsize
             if (bad := self._pointers.read(start, len(lengths)) != pointers).any():
@@ -230,6 +248,8 @@ class IndexedReader:
             tokens = int(ends[-1])
             if tokens > _MOST_TOKENS:
                 raise self._refused(f"at most {_MOST_TOKENS} tokens in the lengths from byte {HEADER.size} on", tokens)
+        if not tokens:
+            raise self._refused(f"at least one token in the lengths from byte {HEADER.size} on", tokens)
         return tokens
 
     def _check_documents(self) -> None:

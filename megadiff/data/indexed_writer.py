@@ -25,6 +25,7 @@ from megadiff.errors import DataError
 from megadiff.files import sync
 
 _INDEX_CHUNK = 2**20
+_WRITE_CHUNK = 2**20
 
 
 class IndexedWriter:
@@ -83,9 +84,10 @@ class IndexedWriter:
                 f"{self.prefix}: document {wrong} must hold 1 to 2**31 - 1 tokens; leave it out or split it"
             )
         self._refuse_wrong(ids, lengths)
-        content = ids.astype(self.dtype).tobytes()
-        self._write(content)
-        self._sha256.update(content)
+        for start in range(0, ids.size, _WRITE_CHUNK):
+            content = ids[start : start + _WRITE_CHUNK].astype(self.dtype).tobytes()
+            self._write(content)
+            self._sha256.update(content)
         self._lengths.extend(lengths.tolist())
         self.num_tokens += int(ids.size)
 
@@ -151,13 +153,16 @@ class IndexedWriter:
         self.abort()
 
     def _refuse_wrong(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        wrong = wrong_ids(ids, vocab_size=self.vocab_size, mask_id=self.mask_id)
-        if not wrong.size:
-            return
-        found = int(ids[wrong[0]])
-        document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+        for start in range(0, ids.size, _WRITE_CHUNK):
+            part = ids[start : start + _WRITE_CHUNK]
+            wrong = wrong_ids(part, vocab_size=self.vocab_size, mask_id=self.mask_id)
+            if wrong.size:
+                raise self._wrong_id(int(part[wrong[0]]), start + int(wrong[0]), lengths)
+
+    def _wrong_id(self, found: int, place: int, lengths: np.ndarray) -> DataError:
+        document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), place, side="right"))
         what = "the mask, which no text may hold" if found == self.mask_id else f"wanted 0 to {self.vocab_size - 1}"
-        raise DataError(
+        return DataError(
             f"{self.prefix}: document {document} has the token id {found} ({what}); the tokenizer does not keep to its "
             "vocabulary: use another one"
         )

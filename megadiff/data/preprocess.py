@@ -1,7 +1,7 @@
 """A corpus to indexed tokens: documents are read in one process, tokenized in several, and written in their order.
 
 The output does not depend on the number of workers. Whatever ends a run early, no `.idx` is left, and the next run
-starts from the beginning.
+starts from the beginning. A long document is tokenized piece by piece, so memory stays a small multiple of its text.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import signal
 import threading
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,18 +22,20 @@ from pathlib import Path
 
 import numpy as np
 
-from megadiff.data.documents import Corpus, CorpusReport
+from megadiff.data.documents import Corpus, CorpusReport, Document, utf8_length
 from megadiff.data.indexed_format import token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.progress import ProgressReport
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.wrong_ids import wrong_ids
 from megadiff.errors import DataError
 
 _BATCH_CHARACTERS = 2**19
 _BATCH_DOCUMENTS = 2**12
 _IN_FLIGHT_PER_WORKER = 3
+_MOST_DOCUMENT_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class _Tokenized:
     lengths: np.ndarray
     source_bytes: int
     num_empty: int
+    faults: list[tuple[int, str]]
+    """(place in the batch, reason) of documents that could not be tokenized, which are left out."""
 
 
 def preprocess(
@@ -76,14 +81,15 @@ def preprocess(
     Args:
         corpus: the text.
         prefix: P.
-        tokenizer_path: as for `load_tokenizer`; each worker loads it anew.
+        tokenizer_path: as for `load_tokenizer`; each worker loads it for itself.
         framing: put bos before or eos after each document; nothing by default.
         workers: processes that tokenize; with 1, this one does, and the library's own threads help.
         overwrite: replace finished data of the same prefix.
 
     Raises:
         DataError: before any work: the output cannot be written or is there, the tokenizer lacks bos or eos. During
-            it: a bad line beyond the corpus's limit, a damaged file, a full disk, a dead worker.
+            it: a bad line, or a document that cannot be tokenized, beyond the corpus's limit; a damaged file, a full
+            disk, a dead worker.
     """
     if workers < 1:
         raise DataError(f"--workers must be at least 1, found {workers}")
@@ -126,10 +132,14 @@ def _refuse_framing(tokenizer: Tokenizer, framing: Framing) -> None:
 def _tokenized(
     corpus: Corpus, tokenizer_path: str, tokenizer: Tokenizer, framing: Framing, workers: int
 ) -> Iterator[_Tokenized]:
-    batches = _batches(corpus.documents())
+    """Yield tokenized batches in their order; count the documents at fault as bad lines of the corpus."""
+    batches = _batches(corpus.located_documents())
     if workers == 1:
-        for texts in batches:
-            yield _tokenize(tokenizer, framing, texts)
+        for batch in batches:
+            tokenized = _tokenize(tokenizer, framing, [document.text for document in batch])
+            _skip_faults(corpus, batch, tokenized)
+            del batch
+            yield tokenized
         return
     # "spawn": forked children would share the tokenizer library's threads' locks and the output file's lock.
     context = multiprocessing.get_context("spawn")
@@ -137,7 +147,9 @@ def _tokenized(
         workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer_path, framing)
     )
     try:
-        yield from _in_order(pool, batches, workers * _IN_FLIGHT_PER_WORKER)
+        for batch, tokenized in _in_order(pool, batches, workers * _IN_FLIGHT_PER_WORKER):
+            _skip_faults(corpus, batch, tokenized)
+            yield tokenized
     except BrokenProcessPool as error:
         raise DataError(
             f"a worker process died, which is mostly for want of memory; try fewer than --workers {workers}"
@@ -146,15 +158,30 @@ def _tokenized(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, batches: Iterator[list[str]], in_flight: int) -> Iterator[_Tokenized]:
-    waiting: deque[Future[_Tokenized]] = deque()
-    for texts in batches:
+def _skip_faults(corpus: Corpus, batch: Sequence[Document], tokenized: _Tokenized) -> None:
+    for place, reason in tokenized.faults:
+        corpus.skip(batch[place], reason)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, batches: Iterator[list[Document]], in_flight: int
+) -> Iterator[tuple[list[Document], _Tokenized]]:
+    """Yield each batch with its tokens; at most `in_flight` are at work, fewer where they hold long documents."""
+    waiting: deque[tuple[list[Document], int, Future[_Tokenized]]] = deque()
+    characters = 0
+    for batch in batches:
+        texts = [document.text for document in batch]
+        size = sum(map(len, texts))
+        while waiting and (len(waiting) >= in_flight or characters + size > 2 * in_flight * _BATCH_CHARACTERS):
+            before, taken, future = waiting.popleft()
+            characters -= taken
+            yield before, future.result()
         with _interrupts_held_back():  # submitting starts workers, one at a time as they are needed
-            waiting.append(pool.submit(_tokenize_in_worker, texts))
-        if len(waiting) >= in_flight:
-            yield waiting.popleft().result()
+            waiting.append((batch, size, pool.submit(_tokenize_in_worker, texts)))
+        characters += size
     while waiting:
-        yield waiting.popleft().result()
+        before, _, future = waiting.popleft()
+        yield before, future.result()
 
 
 @contextmanager
@@ -170,12 +197,12 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
@@ -185,18 +212,80 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 def _tokenize(tokenizer: Tokenizer, framing: Framing, texts: Sequence[str]) -> _Tokenized:
     """Tokenize a batch; a document whose text yields no token (all of it normalised away) is left out."""
-    before = [tokenizer.bos_id] if framing.prepend_bos else []
-    after = [tokenizer.eos_id] if framing.append_eod else []
-    dtype = token_dtype(tokenizer.vocab_size)
-    parts: list[np.ndarray] = []
-    source_bytes = 0
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        if ids:
-            parts.append(np.array(before + ids + after, dtype=dtype))
-            source_bytes += len(text.encode("utf-8"))
-    joined = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
-    lengths = np.array([part.size for part in parts], dtype=np.int64)
-    return _Tokenized(joined, lengths, source_bytes, num_empty=len(texts) - len(parts))
+    ids = _Ids(tokenizer, framing)
+    faults: list[tuple[int, str]] = []
+    source_bytes = num_empty = 0
+    for place, (text, pieces) in enumerate(zip(texts, _encoded(tokenizer, texts), strict=True)):
+        try:
+            if ids.add(pieces):
+                source_bytes += utf8_length(text)
+            else:
+                num_empty += 1
+        except DataError as error:
+            faults.append((place, str(error)))
+    return _Tokenized(*ids.taken(), source_bytes, num_empty, faults)
+
+
+def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Iterable[list[int]]]:
+    """Yield each text's ids in pieces: ordinary texts together in one call, long ones as they are asked for."""
+    ordinary = [text for text in texts if len(text) < _BATCH_CHARACTERS]
+    try:
+        together = iter(tokenizer.encode_batch(ordinary))
+    except DataError:
+        together = None  # one of them is at fault, and is found when each is encoded alone
+    for text in texts:
+        is_ordinary = together is not None and len(text) < _BATCH_CHARACTERS
+        yield [next(together)] if together is not None and is_ordinary else tokenizer.encode_pieces(text)
+
+
+class _Ids:
+    """Token ids of documents, one after another, in the type they are stored in."""
+
+    def __init__(self, tokenizer: Tokenizer, framing: Framing) -> None:
+        self._vocab_size, self._mask_id = tokenizer.vocab_size, tokenizer.mask_id
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._before = [tokenizer.bos_id] if framing.prepend_bos else []
+        self._after = [tokenizer.eos_id] if framing.append_eod else []
+        self._ids = array(np.dtype(self._dtype).char)
+        self._lengths: list[int] = []
+
+    def add(self, pieces: Iterable[list[int]]) -> bool:
+        """Add a document with its frame; False, and nothing is added, where it has no token of its own.
+
+        Raises:
+            DataError: it cannot be tokenized, has too many tokens, or an id that no text may have; nothing is added.
+        """
+        start = len(self._ids)
+        try:
+            self._extend(self._before)
+            for piece in pieces:
+                self._extend(piece)
+                if len(self._ids) - start > _MOST_DOCUMENT_TOKENS - len(self._after):
+                    raise DataError(f"it has more than {_MOST_DOCUMENT_TOKENS} tokens, which the index cannot say")
+        except DataError:
+            del self._ids[start:]
+            raise
+        if len(self._ids) == start + len(self._before):
+            del self._ids[start:]
+            return False
+        self._extend(self._after)
+        self._lengths.append(len(self._ids) - start)
+        return True
+
+    def taken(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all ids and each document's number of them."""
+        return np.frombuffer(self._ids, dtype=self._dtype), np.array(self._lengths, dtype=np.int64)
+
+    def _extend(self, piece: Sequence[int | None]) -> None:
+        if not piece:
+            return
+        found = np.array(piece, dtype=np.int64)
+        wrong = wrong_ids(found, vocab_size=self._vocab_size, mask_id=self._mask_id)
+        if wrong.size:
+            token = int(found[wrong[0]])
+            what = "the mask, which no text may hold" if token == self._mask_id else f"not 0 to {self._vocab_size - 1}"
+            raise DataError(f"the tokenizer gives it the id {token} ({what})")
+        self._ids.frombytes(found.astype(self._dtype).tobytes())
 
 
 _worker_setup: tuple[Tokenizer, Framing] | None = None

@@ -5,7 +5,7 @@ Files that start with `_` are no members. Which member a path means is decided i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 
@@ -37,6 +37,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, faster."""
+        ...
+
+    def encode_pieces(self, text: str) -> Iterator[list[int]]:
+        """Yield the ids of `encode` piece by piece, so that those of a long text are never all held as Python lists."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

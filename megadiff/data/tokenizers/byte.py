@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megadiff.data.tokenizers._special import BOS_ID, EOS_ID, MASK_ID, PAD_ID
 from megadiff.errors import DataError
 
 _FIRST_BYTE_ID = 4
+_PIECE_CHARACTERS = 2**18
 
 
 def accepts(path: str) -> bool:
@@ -37,7 +38,7 @@ class ByteTokenizer:
         self.pad_id: int | None = PAD_ID
 
     def encode(self, text: str) -> list[int]:
-        """One id per UTF-8 byte."""
+        """Return one id per UTF-8 byte."""
         try:
             return [byte + _FIRST_BYTE_ID for byte in text.encode("utf-8")]
         except UnicodeEncodeError as error:
@@ -48,6 +49,11 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
+
+    def encode_pieces(self, text: str) -> Iterator[list[int]]:
+        """Yield `encode` of a text a stretch of characters at a time."""
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            yield self.encode(text[start : start + _PIECE_CHARACTERS])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of any ids; ids that are no byte are left out."""

@@ -1,0 +1,133 @@
+"""The text of one JSON line, read as leniently as Python's own `json` module reads it.
+
+`orjson` is several times faster and reads nearly every line; what it refuses and Python or pandas write (NaN, Infinity,
+numbers beyond a double, halves of surrogate pairs) is read by `json`. Either way the result is the same, and it is the
+same where `orjson` is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from megadiff.data.corpus_lines import Line, TopLevel
+
+try:
+    import orjson
+except ImportError:  # pragma: no cover - tests set the name to None instead
+    orjson = None
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_SHOWN_KEYS = 8
+_PLAIN = json.JSONDecoder(parse_int=lambda digits: 0, parse_float=lambda digits: 0.0)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """The reason why a line holds no text, and what to do about it."""
+
+    reason: str
+    remedy: str = "correct the line"
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a line."""
+
+    text: str
+    is_repaired: bool = False
+    """Whether halves of surrogate pairs, which are no characters, were replaced by U+FFFD."""
+
+
+def text_of(line: Line, key: str) -> Text | Bad:
+    """Return the string under `key` of a JSON object.
+
+    Args:
+        line: a line with content, without a byte-order mark.
+        key: name of the string; the last one counts where an object has several, as in Python.
+    """
+    content = line.content
+    assert content is not None
+    found = _parsed(content)
+    if isinstance(found, _NotJson):
+        return invalid_utf8(content, of="line", is_whole=line.num_bytes == len(content)) or Bad(
+            f"not a JSON object ({found.why})"
+        )
+    if not isinstance(found, dict):
+        hint = "; write one object a line (in pandas: orient='records', lines=True)" if isinstance(found, list) else ""
+        return Bad(f"wanted a JSON object with the key `{key}`, found {json_kind(found)}{hint}")
+    if key not in found:
+        keys = ", ".join(shown(name) for name in list(found)[:_MAX_SHOWN_KEYS]) or "none"
+        return Bad(f"no key `{key}` (keys here: {keys}; choose with --json-key)")
+    text = found[key]
+    if not isinstance(text, str):
+        return Bad(f"`{key}` must be a string, found {json_kind(text)}")
+    if text.isascii() or not _LONE_SURROGATE.search(text):
+        return Text(text)
+    return Text(_LONE_SURROGATE.sub("\ufffd", text), is_repaired=True)
+
+
+def invalid_utf8(content: bytes, *, of: str, is_whole: bool = True, offset: int = 0) -> Bad | None:
+    """Say which byte is no UTF-8; None where all are.
+
+    Args:
+        of: the thing in which bytes are counted, such as `line`.
+        is_whole: whether `content` is all of it, so that places in it mean something to a reader.
+        offset: place of the first byte of `content`.
+    """
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f" at byte {offset + error.start} of the {of}" if is_whole else ""
+        value = f"0x{content[error.start]:02x}"
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        return Bad(
+            f"invalid UTF-8{place} ({value})",
+            f"convert the file (for example iconv -f {encoding} -t utf-8 OLD > NEW)",
+        )
+    return None
+
+
+def shown(key: str) -> str:
+    """Return a key as a message can hold it, whatever a corpus calls it."""
+    return key if key.isprintable() and len(key) <= 40 else f"{key[:40]!r}"
+
+
+def json_kind(value: Any) -> str:
+    """Name the kind of a JSON value for a message."""
+    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return kinds.get(type(value), "an object")
+
+
+@dataclass(frozen=True)
+class _NotJson:
+    why: str
+
+
+def _parsed(content: bytes) -> Any:
+    if orjson is not None:
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError:
+            pass
+    try:
+        return _PLAIN.decode(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _NotJson(f"invalid UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return _NotJson(f"{error.msg} at character {error.pos}")
+    except RecursionError:
+        return _flattened(content)
+
+
+def _flattened(content: bytes) -> Any:
+    """Read a line that nests too deeply without what is nested; text is never below the top level."""
+    reduced = TopLevel()(content)
+    if reduced == content:
+        return _NotJson("nested too deeply")
+    try:
+        return _PLAIN.decode(reduced.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return _NotJson("nested too deeply")
