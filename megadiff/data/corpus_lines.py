@@ -18,6 +18,7 @@ LONG_LINE_BYTES = 2**20
 CHUNK_BYTES = 2**20
 """Size of the pieces in which bytes are handed on."""
 
+_BLOCK_BYTES = 2**17  # of a long line, looked at together: arrays of four bytes for each of its bytes
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _STRUCTURE = np.zeros(256, dtype=np.int8)
 _STRUCTURE[list(b"[{")] = 1
@@ -138,7 +139,7 @@ class TopLevel:
 
     def __call__(self, piece: bytes) -> bytes:
         """Return what is kept of the next piece of the line."""
-        kept = [self._block(piece[start : start + CHUNK_BYTES]) for start in range(0, len(piece), CHUNK_BYTES)]
+        kept = [self._block(piece[start : start + _BLOCK_BYTES]) for start in range(0, len(piece), _BLOCK_BYTES)]
         return kept[0] if len(kept) == 1 else b"".join(kept)
 
     def _block(self, block: bytes) -> bytes:

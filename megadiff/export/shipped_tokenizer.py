@@ -3,88 +3,140 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.data.tokenizers._special import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS
-from megadiff.errors import DataError
+from megadiff.data.tokenizers._special import MASK_ID, SENTENCEPIECE_KEY, SPECIAL_TOKENS, model_behind
 
 _KINDS = ("bos", "eos", "pad", "mask")
+_KEPT_NAMES = ("unk_token", "sep_token", "cls_token")
+_KEPT_SETTINGS = ("chat_template", "padding_side", "truncation_side")
+_TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+"""The file and the folder in which transformers keeps chat templates."""
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: str, *, row_length: int) -> list[str]:
-    """Write the tokenizer's files; returns their names.
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, source: str, *, row_length: int, prepend_bos: bool = False
+) -> list[str]:
+    """Write the tokenizer's files and return their names.
 
-    A `tokenizer.json` is copied byte for byte; a mask it lacks is named in `tokenizer_config.json` alone, from where
-    transformers adds it as the next id, which is the mask's. The byte tokenizer is written as a `tokenizer.json`. A
-    SentencePiece model is copied, for the `sentencepiece` library to read: no transformers class gives exactly its ids.
+    The `tokenizer.json` gives the ids that training had: nothing of a template of the source's is applied, a text that
+    spells a special token's name is text (`split_special_tokens`), and bos is put before a text where the training data
+    have it. A mask that the file lacks is named in `tokenizer_config.json` alone, from where transformers adds it as
+    the next id, which is the mask's. Chat templates are kept. A SentencePiece model ships beside the `tokenizer.json`
+    that was made from it; one without such a form ships alone, to be read by the `sentencepiece` library.
 
     Args:
-        source: what the run calls its tokenizer (`data.tokenizer`).
-        row_length: tokens of a row.
+        folder: an empty or new folder, or one without such files.
+        tokenizer: the tokenizer that was trained with.
+        source: name that the run gives its tokenizer (`data.tokenizer`).
+        row_length: number of tokens of a sequence.
+        prepend_bos: whether the training data begin each document with bos.
     """
     path = Path(source)
-    if source == "byte":
-        (folder / "tokenizer.json").write_text(_byte_level().to_str(pretty=True), encoding="utf-8")
-        beside: dict[str, Any] = {}
-    elif (found := _json_of(path)) is not None:
-        (folder / "tokenizer.json").write_bytes(found.read_bytes())
-        beside = _config_beside(found)
-    else:
-        model = path if path.is_file() else next(iter(sorted(path.glob("*.model"))))
-        (folder / "tokenizer.model").write_bytes(model.read_bytes())
-        return ["tokenizer.model"]
-    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    written = _keep_templates(folder, path if path.is_dir() else path.parent) if source != "byte" else []
+    model = _sentencepiece_model(path) if source != "byte" else None
+    if model is not None:
+        shutil.copyfile(model, folder / "tokenizer.model")
+        written.append("tokenizer.model")
+    definition = tokenizer.definition
+    if definition is None:
+        return written
+    inner = _write_definition(folder / "tokenizer.json", definition, tokenizer, prepend_bos)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "mask": tokenizer.mask_id}
     names = {f"{kind}_token": _name(inner, ids[kind], tokenizer) for kind in _KINDS if ids[kind] is not None}
-    usual = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config = {**usual, **beside, **names, "model_max_length": row_length}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        **({SENTENCEPIECE_KEY: "tokenizer.model"} if model is not None else _kept_settings(path, definition, inner)),
+        **names,
+        "model_max_length": row_length,
+    }
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    return [*written, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 
 
-def _json_of(path: Path) -> Path | None:
-    inside = path / "tokenizer.json"
-    return inside if inside.is_file() else path if path.suffix == ".json" else None
+def _write_definition(
+    path: Path, definition: dict[str, Any], tokenizer: Tokenizer, prepend_bos: bool
+) -> tokenizers.Tokenizer:
+    """Write `tokenizer.json` with nothing applied to a text but bos where it is due; return the library's reading."""
+    shipped = {**definition, "truncation": None, "padding": None, "post_processor": None}
+    if prepend_bos:
+        plain = tokenizers.Tokenizer.from_str(json.dumps(shipped))
+        bos = _name(plain, tokenizer.bos_id, tokenizer)
+        begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+        first, second = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
+        shipped["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [begin, first],
+            "pair": [begin, first, second],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        }
+    text = json.dumps(shipped, ensure_ascii=False, indent=2)
+    path.write_text(text, encoding="utf-8")
+    return tokenizers.Tokenizer.from_str(text)
 
 
-def _config_beside(found: Path) -> dict[str, Any]:
-    beside = found.parent / "tokenizer_config.json"
-    return json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+def _keep_templates(folder: Path, source: Path) -> list[str]:
+    """Copy the chat templates that lie beside the tokenizer."""
+    written = []
+    if (source / _TEMPLATE).is_file():
+        shutil.copyfile(source / _TEMPLATE, folder / _TEMPLATE)
+        written.append(_TEMPLATE)
+    for template in sorted((source / _TEMPLATES).glob("*.jinja")):
+        (folder / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / _TEMPLATES / template.name)
+        written.append(f"{_TEMPLATES}/{template.name}")
+    return written
+
+
+def _sentencepiece_model(path: Path) -> Path | None:
+    """Return the SentencePiece model that a run's tokenizer is."""
+    if path.suffix == ".json":
+        return None
+    if path.is_file():
+        return path
+    has_json = (path / "tokenizer.json").is_file()
+    return model_behind(path) if has_json else next(iter(sorted(path.glob("*.model"))), None)
+
+
+def _kept_settings(path: Path, definition: dict[str, Any], inner: tokenizers.Tokenizer) -> dict[str, Any]:
+    """Return what the source's `tokenizer_config.json` sets that changes no id."""
+    beside = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+    config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    kept = {key: config[key] for key in _KEPT_SETTINGS if key in config}
+    for key in _KEPT_NAMES:
+        name = _content(config.get(key))
+        if name is not None and inner.token_to_id(name) is not None:
+            kept[key] = name
+    special = {token["content"] for token in definition.get("added_tokens", []) if token["special"]}
+    others = [*_listed(config.get("additional_special_tokens")), *_listed(config.get("extra_special_tokens"))]
+    if names := [name for other in others if (name := _content(other)) in special]:
+        kept["additional_special_tokens"] = list(dict.fromkeys(names))
+    return kept
+
+
+def _listed(tokens: Any) -> list[Any]:
+    return list(tokens.values()) if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
+
+
+def _content(token: Any) -> str | None:
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def _name(inner: tokenizers.Tokenizer, token: int | None, tokenizer: Tokenizer) -> str:
+    """Return a special token's name; one that no token has yet for a mask that the file lacks."""
     assert token is not None
     name = inner.id_to_token(token)
     if name is not None:
         return name
-    if token != inner.get_vocab_size(with_added_tokens=True):
-        raise DataError(
-            f"the tokenizer {tokenizer.name} has ids without a token, so its mask {token} cannot be written as a "
-            "tokenizer_config.json says it; train or fetch a tokenizer that has a mask token"
-        )
-    return SPECIAL_TOKENS[MASK_ID]
-
-
-def _byte_level() -> tokenizers.Tokenizer:
-    """Byte b is id 4 + b, after the four special tokens; bytes stand as GPT-2's printable characters."""
-    vocabulary = {name: place for place, name in enumerate(SPECIAL_TOKENS)}
-    assert list(range(4)) == [BOS_ID, EOS_ID, PAD_ID, MASK_ID]
-    vocabulary |= {character: 4 + byte for byte, character in _printable().items()}
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
-    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    inner.add_special_tokens(list(SPECIAL_TOKENS))
-    return inner
-
-
-def _printable() -> dict[int, str]:
-    """A printable character for every byte: itself where it has one, else the next free one from U+0100 on."""
-    own = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in own]
-    return {byte: chr(byte) for byte in own} | {byte: chr(0x100 + place) for place, byte in enumerate(others)}
+    assert token == inner.get_vocab_size(with_added_tokens=True), f"{tokenizer.name}: the ids have holes"
+    tried = (SPECIAL_TOKENS[MASK_ID], *(f"<|mask_{number}|>" for number in range(inner.get_vocab_size() + 1)))
+    return next(name for name in tried if inner.token_to_id(name) is None)

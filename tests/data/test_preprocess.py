@@ -6,16 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
+from megadiff.data import corpus_lines, documents, indexed_writer
 from megadiff.data import preprocess as module
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.preprocess import Framing, preprocess
+from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
+from megadiff.data.tokenizers import _pipeline, _windows, byte
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import DataError
+from tests.data.corpora import end_process
 
 TEXTS = [f"Document {n}: the quick brown fox, née {n * n}." + " again" * (n % 7) for n in range(400)]
 
@@ -83,6 +90,106 @@ def test_a_bad_line_late_in_the_corpus_leaves_no_files(tmp_path, monkeypatch):
     assert files_in(tmp_path) == ["c.jsonl"]
 
 
+def words(folder, **config):
+    """A vocabulary of three words; text outside it has no id, or that of `unknown`."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, **config))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir()
+    inner.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_document_that_cannot_be_tokenized_is_a_bad_line_of_its_file(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 3)
+    tokenizer = words(tmp_path / "t")
+    lines = ["a", "", "a strange", "b", "b odd", "a b"]
+    file = write_corpus(tmp_path / "c.jsonl", lines)
+    with pytest.raises(DataError) as caught:
+        preprocess(Corpus([file]), tmp_path / "p", tokenizer, workers=workers)
+    assert str(caught.value).startswith(f"{file}:3: document 3 of the file: 'a strange' cannot be tokenized (WordLevel")
+    assert str(caught.value).endswith(
+        "; correct the line or raise --max-bad-lines (0 bad lines are allowed and this is one more)"
+    )
+    assert not (tmp_path / "p.idx").exists()
+    with pytest.raises(DataError, match=r"c\.jsonl:5: document 5 of the file: 'b odd' cannot be tokenized"):
+        preprocess(Corpus([file], max_bad_lines=1), tmp_path / "p", tokenizer, workers=workers)
+
+    done = preprocess(Corpus([file], max_bad_lines=2), tmp_path / "p", tokenizer, workers=workers)
+
+    reader = IndexedReader(tmp_path / "p")
+    assert [reader.document(i).tolist() for i in range(reader.num_documents)] == [[0], [1], [0, 1]]
+    assert (done.report.documents, done.report.empty_documents, done.report.bad_lines) == (3, 1, 2)
+    assert [example.split(": ")[0] for example in done.report.bad_examples] == [f"{file}:3", f"{file}:5"]
+    assert done.manifest.source_bytes == 5
+
+
+def test_unknown_text_is_ordinary_where_padding_is_the_unknown_token(tmp_path):
+    tokenizer = words(tmp_path / "t", unk_token="?")
+    (tokenizer / "tokenizer_config.json").write_text('{"pad_token": "?", "eos_token": "?"}')
+    file = write_corpus(tmp_path / "c.jsonl", ["a strange b", "?"])
+    done = preprocess(Corpus([file]), tmp_path / "p", tokenizer, framing=Framing(append_eod=True))
+    reader = IndexedReader(tmp_path / "p")
+    assert [reader.document(i).tolist() for i in range(2)] == [[0, 2, 1, 2], [2, 2]]
+    assert (done.manifest.tokenizer.pad_id, done.manifest.tokenizer.mask_id) == (2, 3)
+
+
+class Strange:
+    """A tokenizer that gives some texts ids it must not give."""
+
+    vocab_size, mask_id, bos_id, eos_id = 10, 9, 0, 1
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def encode_pieces(self, text):
+        yield self.encode(text)
+
+    def encode(self, text):
+        return [int(word) for word in text.split()]
+
+
+def test_ids_that_no_text_may_have_are_a_fault_of_their_document(tmp_path):
+    texts = ["2 3", "2 9", "4", "5 10", "-1", " ", "70000", "6"]
+    found = module._tokenize(Strange(), Framing(prepend_bos=True, append_eod=True), texts)
+    assert found.ids.tolist() == [0, 2, 3, 1, 0, 4, 1, 0, 6, 1]
+    assert (found.lengths.tolist(), found.num_empty, found.source_bytes) == ([4, 3, 3], 1, 5)
+    assert found.faults == [
+        (1, "the tokenizer gives it the id 9 (the mask, which no text may hold)"),
+        (3, "the tokenizer gives it the id 10 (not 0 to 9)"),
+        (4, "the tokenizer gives it the id -1 (not 0 to 9)"),
+        (6, "the tokenizer gives it the id 70000 (not 0 to 9)"),
+    ]
+
+
+def test_a_document_of_too_many_tokens_is_a_fault_and_not_the_end(monkeypatch):
+    monkeypatch.setattr(module, "_MOST_DOCUMENT_TOKENS", 3)
+    found = module._tokenize(Strange(), Framing(append_eod=True), ["2 3", "2 3 4", "5"])
+    assert (found.ids.tolist(), [place for place, _ in found.faults]) == ([2, 3, 1, 5, 1], [1])
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_a_long_document_takes_memory_in_proportion_to_its_text(tmp_path, kind, monkeypatch):
+    """Lists of Python integers, and the library's own tokens, take tens of bytes for each token."""
+    pieces = [(module, "_BATCH_CHARACTERS"), (byte, "_PIECE_CHARACTERS"), (indexed_writer, "_WRITE_CHUNK")]
+    pieces += [(_windows, "WINDOW_CHARACTERS"), (_pipeline, "WINDOW_CHARACTERS"), (documents, "CHUNK_BYTES")]
+    for owner, name in [*pieces, (corpus_lines, "CHUNK_BYTES")]:
+        monkeypatch.setattr(owner, name, 2**14)
+    tokenizer = "byte" if kind == "byte" else tmp_path / "tok"
+    if kind == "bpe":
+        train_tokenizer(TEXTS, tokenizer, kind="bpe", vocab_size=300)
+    text = "the quick brown fox, née 4; " * 20_000
+    file = write_corpus(tmp_path / "c.jsonl", [text])
+    preprocess(Corpus([write_corpus(tmp_path / "small.jsonl", ["a"])]), tmp_path / "small", tokenizer)
+    tracemalloc.start()
+    preprocess(Corpus([file]), tmp_path / "p", tokenizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * len(text) + 2**21
+    ids = load_tokenizer(tokenizer).encode(text)
+    assert IndexedReader(tmp_path / "p").document(0).tolist() == ids
+
+
 def test_what_cannot_work_is_refused_before_reading(tmp_path, corpus_file, monkeypatch):
     monkeypatch.setattr(Corpus, "documents", lambda self: pytest.fail("the corpus was read"))
     corpus = Corpus([corpus_file])
@@ -96,17 +203,13 @@ def test_what_cannot_work_is_refused_before_reading(tmp_path, corpus_file, monke
 
 
 def test_framing_that_the_tokenizer_lacks_is_refused(tmp_path, corpus_file):
-    import tokenizers
-    from tokenizers import models
-
     tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
     with pytest.raises(DataError, match=r"--append-eod: wanted a tokenizer with an end-of-text token, found hf_json"):
         preprocess(Corpus([corpus_file]), tmp_path / "p", tmp_path / "t.json", framing=Framing(append_eod=True))
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_reason(tmp_path, corpus_file, monkeypatch):
-    monkeypatch.setattr(module, "_tokenize_in_worker", os._exit)
-    monkeypatch.setattr(module, "_batches", lambda documents: iter([3, 3]))
+    monkeypatch.setattr(module, "_tokenize_in_worker", end_process)
     with pytest.raises(DataError, match=r"a worker process died, .* try fewer than --workers 2"):
         preprocess(Corpus([corpus_file]), tmp_path / "p", "byte", workers=2)
     assert files_in(tmp_path) == []

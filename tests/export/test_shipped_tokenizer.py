@@ -30,7 +30,8 @@ def test_a_missing_mask_is_the_next_id_for_both_sides(source, tmp_path):
     (tmp_path / "out").mkdir()
     names = write_tokenizer(tmp_path / "out", ours, str(source), row_length=16)
     assert sorted(names) == sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    wanted, found = (json.loads((folder / "tokenizer.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert {key for key in wanted if wanted[key] != found[key]} == {"pre_tokenizer"}  # `</s>` in a text is cut
     again = load_tokenizer(tmp_path / "out")
     assert (again.fingerprint, again.mask_id, again.vocab_size) == (ours.fingerprint, 6, 7)
     said = json.loads((tmp_path / "out/tokenizer_config.json").read_text())

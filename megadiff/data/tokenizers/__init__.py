@@ -6,13 +6,14 @@ Files that start with `_` are no members. Which member a path means is decided i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back. Ids are 0 .. vocab_size - 1, and the mask is one of them.
 
-    Text never yields the mask, bos, eos or pad id, not even where it spells one of their names.
+    Text never yields the mask, bos, eos or pad id, not even where it spells one of their names; an id that is the
+    unknown token as well, as the padding of some tokenizers is, means unknown text and may occur.
     """
 
     name: str
@@ -30,6 +31,11 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+
+    @property
+    def definition(self) -> dict[str, Any] | None:
+        """Content of a `tokenizer.json` with which transformers gives the same ids; None if there is none."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is put before or after it. `DataError` where it is no valid Unicode."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from megadiff.errors import DataError
 
@@ -28,17 +30,32 @@ class SpecialIds:
     bos: int | None
     eos: int | None
     pad: int | None
+    unknown: int | None = None
+    """Id of text outside the vocabulary, where there is one; some files name this token for other jobs as well."""
 
     @property
     def all(self) -> frozenset[int]:
-        """Every special id there is; text must never yield one of them."""
+        """Every special id there is."""
         return frozenset(i for i in (self.mask, self.bos, self.eos, self.pad) if i is not None)
 
+    @property
+    def never_text(self) -> frozenset[int]:
+        """Special ids that text must never yield: all but one that is the unknown token too."""
+        return self.all - {self.unknown}
 
-def find_special_ids(id_of: Callable[[str], int | None], num_live: int, said: dict[str, str]) -> SpecialIds:
-    """Look special tokens up by what the tokenizer's files say (`said`: `mask` -> a name) and by well-known names.
+
+def find_special_ids(
+    id_of: Callable[[str], int | None], num_live: int, said: dict[str, str], *, unknown: int | None
+) -> SpecialIds:
+    """Look special tokens up by what the tokenizer's files say and by well-known names.
 
     Without a mask token the mask gets the first id past every live one, so it never takes a token from the text.
+
+    Args:
+        id_of: returns the id of a token's name; None where there is no such token.
+        num_live: number one above the largest id.
+        said: names that the files give, such as `mask` -> `<mask>`.
+        unknown: id of text outside the vocabulary, where there is one.
     """
 
     def first(kind: str, names: tuple[str, ...]) -> int | None:
@@ -47,11 +64,11 @@ def find_special_ids(id_of: Callable[[str], int | None], num_live: int, said: di
 
     mask = first("mask", MASK_NAMES)
     ids = {"bos": first("bos", BOS_NAMES), "eos": first("eos", EOS_NAMES), "pad": first("pad", PAD_NAMES)}
-    if mask in ids.values():  # some files name one token for several jobs; a mask must be nothing else
+    if mask in (*ids.values(), unknown):  # some files name one token for several jobs; a mask must be nothing else
         mask = None
     if mask is None:
-        return SpecialIds(vocab_size=num_live + 1, mask=num_live, **ids)
-    return SpecialIds(vocab_size=num_live, mask=mask, **ids)
+        return SpecialIds(vocab_size=num_live + 1, mask=num_live, unknown=unknown, **ids)
+    return SpecialIds(vocab_size=num_live, mask=mask, unknown=unknown, **ids)
 
 
 def split_until_plain(
@@ -78,3 +95,17 @@ def split_until_plain(
         )
     head = split_until_plain(text[:cut], encode, special, where)
     return head + split_until_plain(text[cut:], encode, special, where)
+
+
+SENTENCEPIECE_KEY = "made_from_sentencepiece"
+"""Key of an exported `tokenizer_config.json` that names the SentencePiece model its `tokenizer.json` was made from."""
+
+
+def model_behind(folder: Path) -> Path | None:
+    """Return the SentencePiece model that a folder's `tokenizer.json` was made from, if it names one and has it."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(SENTENCEPIECE_KEY)
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong with the file is said where it is read for more than this
+    model = folder / named if isinstance(named, str) and Path(named).name == named else None
+    return model if model is not None and model.is_file() else None

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from megadiff.data.tokenizers._special import BOS_ID, EOS_ID, MASK_ID, PAD_ID
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from megadiff.data.tokenizers._special import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS
 from megadiff.errors import DataError
 
 _FIRST_BYTE_ID = 4
-_PIECE_CHARACTERS = 2**18
+_PIECE_CHARACTERS = 2**16
 
 
 def accepts(path: str) -> bool:
@@ -37,6 +42,11 @@ class ByteTokenizer:
         self.eos_id: int | None = EOS_ID
         self.pad_id: int | None = PAD_ID
 
+    @property
+    def definition(self) -> dict[str, Any]:
+        """Content of a `tokenizer.json` with the same ids."""
+        return json.loads(_byte_level().to_str())
+
     def encode(self, text: str) -> list[int]:
         """Return one id per UTF-8 byte."""
         try:
@@ -59,3 +69,22 @@ class ByteTokenizer:
         """Text of any ids; ids that are no byte are left out."""
         known = (int(i) - _FIRST_BYTE_ID for i in ids)
         return bytes(byte for byte in known if 0 <= byte < 256).decode("utf-8", errors="replace")
+
+
+def _byte_level() -> tokenizers.Tokenizer:
+    """Return the library's tokenizer with the same ids; bytes are written as GPT-2's printable characters."""
+    vocabulary = {name: place for place, name in enumerate(SPECIAL_TOKENS)}
+    assert list(range(4)) == [BOS_ID, EOS_ID, PAD_ID, MASK_ID]
+    vocabulary |= {character: _FIRST_BYTE_ID + byte for byte, character in _printable().items()}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    inner.add_special_tokens(list(SPECIAL_TOKENS))
+    return inner
+
+
+def _printable() -> dict[int, str]:
+    """Return a printable character for every byte: itself where it has one, else the next free one from U+0100 on."""
+    own = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in own]
+    return {byte: chr(byte) for byte in own} | {byte: chr(0x100 + place) for place, byte in enumerate(others)}

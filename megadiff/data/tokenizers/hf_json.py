@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, split_until_plain
+from megadiff.data.tokenizers._pipeline import Pipeline, applied, unknown_id, without_specials_in_text
+from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, model_behind
 from megadiff.errors import DataError, shown
 from megadiff.untrusted_files import UnreadableFileError, parse_json, read_json_object, read_text, type_name, why
 
@@ -20,8 +20,11 @@ _MAX_BYTES = 2**28
 
 
 def accepts(path: str) -> bool:
-    """Whether a path means this tokenizer: a `.json` file, or a folder with `tokenizer.json` in it."""
-    return path.endswith(".json") or (Path(path) / _FILE).is_file()
+    """Whether a path means this tokenizer: a `.json` file, or a folder with `tokenizer.json` in it.
+
+    A folder whose `tokenizer.json` was made from the SentencePiece model beside it is that model's.
+    """
+    return path.endswith(".json") or ((Path(path) / _FILE).is_file() and model_behind(Path(path)) is None)
 
 
 def build(path: str) -> HfJsonTokenizer:
@@ -29,7 +32,7 @@ def build(path: str) -> HfJsonTokenizer:
     return HfJsonTokenizer(Path(path) / _FILE if Path(path).is_dir() else Path(path))
 
 
-class HfJsonTokenizer:
+class HfJsonTokenizer(Pipeline):
     """See `megadiff.data.tokenizers.Tokenizer`. Truncation, padding and templates stored in the file are not applied.
 
     Which tokens are bos, eos, pad and mask is read from a `tokenizer_config.json` beside the file where there is
@@ -37,58 +40,25 @@ class HfJsonTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        definition, self._inner = _read(path)
-        self._inner.no_truncation()
-        self._inner.no_padding()
-        self._inner.encode_special_tokens = True  # `<|mask|>` in a text is six characters of text, not the mask
-        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        definition, inner = _read(path)
+        vocabulary = inner.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise DataError(
                 f"{path}: wanted a tokenizer with a vocabulary, found an empty one; train or fetch it again"
             )
-        self._live = frozenset(vocabulary.values())
-        ids = find_special_ids(self._inner.token_to_id, max(self._live) + 1, _said_beside(path))
-        self._special = ids.all
+        ids = find_special_ids(
+            inner.token_to_id, max(vocabulary.values()) + 1, _said_beside(path), unknown=unknown_id(definition, inner)
+        )
+        if ids.mask not in vocabulary.values() and len(set(vocabulary.values())) < len(vocabulary):
+            raise DataError(
+                f"{path}: two tokens have one id, so no mask can be added behind them; give each an id of its own"
+            )
+        plain = without_specials_in_text(definition, inner, ids)
+        super().__init__(plain, ids, inner=inner if plain is definition else None)
         self.name = f"hf_json:{path.parent.name or path.name}"
-        self.fingerprint = _fingerprint(definition, ids)
+        self.fingerprint = _fingerprint(plain, ids)
         self.vocab_size, self.mask_id = ids.vocab_size, ids.mask
         self.bos_id, self.eos_id, self.pad_id = ids.bos, ids.eos, ids.pad
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without specials."""
-        return self._plain(text, self._encoded(text))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text; the library uses all cores unless TOKENIZERS_PARALLELISM=false."""
-        try:
-            encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:
-            return [self.encode(text) for text in texts]  # the one at fault is named there
-        return [self._plain(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of any ids; special and unknown ones are left out."""
-        known = [int(i) for i in ids if int(i) in self._live and int(i) not in self._special]
-        return self._inner.decode(known, skip_special_tokens=True)
-
-    def _encoded(self, text: str) -> list[int]:
-        try:
-            return self._inner.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            raise DataError(f"{text[:40]!r} cannot be tokenized: it is no valid Unicode text") from error
-
-    def _plain(self, text: str, ids: list[int]) -> list[int]:
-        if self._special.isdisjoint(ids):
-            return ids
-        return split_until_plain(text, self._encoded, self._special, self._inside_special)
-
-    def _inside_special(self, text: str) -> int | None:
-        encoding = self._inner.encode(text, add_special_tokens=False)
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self._special:
-                return (start + end) // 2 if end - start > 1 else None
-        return None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
@@ -129,8 +99,5 @@ def _said_beside(path: Path) -> dict[str, str]:
 
 def _fingerprint(definition: dict[str, Any], ids: SpecialIds) -> str:
     """SHA-256 over the meaning of the file: not its spacing, key order, or settings that are not applied."""
-    applied = {
-        key: value for key, value in definition.items() if key not in ("truncation", "padding", "post_processor")
-    }
     said = [ids.vocab_size, ids.mask, ids.bos, ids.eos, ids.pad]
-    return hashlib.sha256(json.dumps([applied, said], sort_keys=True).encode("utf-8")).hexdigest()
+    return hashlib.sha256(json.dumps([applied(definition), said], sort_keys=True).encode("utf-8")).hexdigest()

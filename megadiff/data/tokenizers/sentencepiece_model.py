@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
-from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, split_until_plain
+from megadiff.data.tokenizers._pipeline import Pipeline
+from megadiff.data.tokenizers._sentencepiece_json import definition_of
+from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, model_behind, split_until_plain
 from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
@@ -16,16 +18,22 @@ _MAX_BYTES = 2**28
 
 
 def accepts(path: str) -> bool:
-    """Whether a path means this tokenizer: a `.model` file, or a folder with one and no `tokenizer.json`."""
+    """Whether a path means this tokenizer: a `.model` file, or a folder with one.
+
+    Of a folder that also has a `tokenizer.json` this is so only where that file was made from the model by an export.
+    """
     folder = Path(path)
-    return path.endswith(".model") or (any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file())
+    if (folder / "tokenizer.json").is_file():
+        return model_behind(folder) is not None
+    return path.endswith(".model") or any(folder.glob("*.model"))
 
 
 def build(path: str) -> SentencePieceTokenizer:
     """Read the model; `DataError` where it is missing, damaged, or not the only one in its folder."""
     if not Path(path).is_dir():
         return SentencePieceTokenizer(Path(path))
-    found = sorted(Path(path).glob("*.model"))
+    named = model_behind(Path(path))
+    found = [named] if named is not None else sorted(Path(path).glob("*.model"))
     if len(found) != 1:
         listed = ", ".join(file.name for file in found)
         raise DataError(f"{path}: wanted one .model file, found {len(found)} ({listed}); name the file itself")
@@ -33,7 +41,11 @@ def build(path: str) -> SentencePieceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """See `megadiff.data.tokenizers.Tokenizer`. A mask that the model lacks gets the first id past its pieces."""
+    """See `megadiff.data.tokenizers.Tokenizer`. A mask that the model lacks gets the first id past its pieces.
+
+    Unigram and BPE models are encoded through their `tokenizer.json` form, which an export ships, so that ids here and
+    in transformers are the same by construction; models without such a form by the `sentencepiece` library.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -44,24 +56,37 @@ class SentencePieceTokenizer:
             raise DataError(f"{path}: the tokenizer {error}; check data.tokenizer") from error
         self._inner = _loaded(path, model)
         self._live = self._inner.vocab_size()
-        ids = find_special_ids(self._id_of, self._live, self._declared())
-        self._special = ids.all
-        self._special_names = sorted((self._inner.id_to_piece(i) for i in self._special if i < self._live), key=len)
+        ids = find_special_ids(self._id_of, self._live, self._declared(), unknown=self._inner.unk_id())
+        self._special, self._forbidden = ids.all, ids.never_text
+        self._special_names = sorted((self._inner.id_to_piece(i) for i in self._forbidden if i < self._live), key=len)
+        self.definition = definition_of(model, mask=ids.mask)
+        self._pipeline = Pipeline(self.definition, ids) if self.definition is not None else None
         self.name = f"sentencepiece_model:{path.parent.name or path.name}"
         self.fingerprint = _fingerprint(model, ids)
         self.vocab_size, self.mask_id = ids.vocab_size, ids.mask
         self.bos_id, self.eos_id, self.pad_id = ids.bos, ids.eos, ids.pad
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without specials."""
-        return split_until_plain(text, self._encoded, self._special, self._inside_special)
+        """Return the ids of a text, without specials."""
+        if self._pipeline is not None:
+            return self._pipeline.encode(text)
+        return split_until_plain(text, self._encoded, self._forbidden, self._inside_special)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Return `encode` of each text."""
+        if self._pipeline is not None:
+            return self._pipeline.encode_batch(texts)
         return [self.encode(text) for text in texts]
 
+    def encode_pieces(self, text: str) -> Iterator[list[int]]:
+        """Yield the ids of a text, a long one in windows where the model has a `tokenizer.json` form."""
+        if self._pipeline is not None:
+            yield from self._pipeline.encode_pieces(text)
+        else:
+            yield self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of any ids; special ones are left out."""
+        """Return the text of any ids; special ones are left out."""
         return self._inner.decode([int(i) for i in ids if 0 <= int(i) < self._live and int(i) not in self._special])
 
     def _encoded(self, text: str) -> list[int]:
@@ -71,7 +96,7 @@ class SentencePieceTokenizer:
             raise DataError(f"{text[:40]!r} cannot be tokenized: it is no valid Unicode text") from error
 
     def _inside_special(self, text: str) -> int | None:
-        """Where to cut the first special name that the text spells."""
+        """Return where to cut the first special name that the text spells."""
         places = [(text.find(name), name) for name in self._special_names if len(name) > 1 and name in text]
         return min(places)[0] + 1 if places else None
 
