@@ -90,10 +90,21 @@ def machine_for(config: RunConfig) -> Platform:
     return platform
 
 
+def _describe_framing(prepended_bos: bool | None) -> list[str]:
+    """Return what prompts of the model will begin with, if that is not simply their text."""
+    if prepended_bos is None:
+        return [
+            "documents         begin with bos in some training sources and not in others; prompts will begin without "
+            "(--prepend-bos of the tools puts it there)"
+        ]
+    return ["documents         begin with bos, and so will prompts"] if prepended_bos else []
+
+
 def describe_data(prepared: Prepared, *, step: int = 0) -> list[str]:
     """Return lines about tokenizer and data of a run that has taken `step` steps, a line for each source."""
     config = prepared.config
     return [
+        *_describe_framing(prepared.data.prepended_bos),
         f"tokenizer         {prepared.tokenizer.name}, mask id {prepared.tokenizer.mask_id}",
         *describe_sources(prepared.data, now=config.sizes.samples_before(step), end=config.samples),
         *describe_validation(prepared.data),

@@ -254,6 +254,7 @@ def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[s
         mask_id=prepared.tokenizer.mask_id,
         tokenizer_fingerprint=prepared.tokenizer.fingerprint,
         data_fingerprint=prepared.data.fingerprint,
+        prepended_bos=bool(prepared.data.prepended_bos),
         layout={
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,

@@ -34,9 +34,16 @@ def sample_hooks(
         mixing=mixing,
         rate=rate_from(config.noise),
         tokenizer=prepared.tokenizer,
+        start=_start(prepared),
         chunks=chunks,
         topology=topology,
         device=platform.device,
     )
     folder = config.folder if topology.is_main else None
     return [hooks.WriteSamples(config.eval.every, config.steps, drawn, folder, goodput)]
+
+
+def _start(prepared: Prepared) -> list[int]:
+    """Return what a sequence begins with where every document of the training data does."""
+    bos = prepared.tokenizer.bos_id
+    return [bos] if prepared.data.prepended_bos and bos is not None else []

@@ -55,6 +55,11 @@ class TrainedModel:
         return self.manifest.config["objective"]["name"] == "ar"
 
     @property
+    def prepends_bos(self) -> bool:
+        """Whether the documents of its training data began with bos."""
+        return self.manifest.prepended_bos
+
+    @property
     def knows_prompts(self) -> bool:
         """Whether the model was trained with clean prompts that see only themselves."""
         return self.manifest.config["conditioning"]["prompt"] > 0

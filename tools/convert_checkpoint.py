@@ -33,7 +33,7 @@ def main() -> None:
     out.add_argument("--output", type=Path, required=True, help="folder to make")
     out.add_argument("--dtype", choices=["bf16", "fp32"], help="of the weights (default: as they are stored)")
     out.add_argument("--max-shard-size", type=_bytes, default="5GB", help="of one weight file (default 5GB)")
-    out.add_argument("--verify", action="store_true", help="compare its logits with the trainer's in a clean process")
+    out.add_argument("--verify", action="store_true", help="compare its logits and token ids with the trainer's")
     back = commands.add_parser("import", help="a Hugging Face folder as a checkpoint to train from")
     back.add_argument("--input", type=Path, required=True, help="GIDD folder, or an autoregressive one that fits")
     back.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
@@ -71,6 +71,7 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
     import torch
 
     from megadiff.checkpoint.manifest import read_manifest
+    from megadiff.data.tokenizer_files import load_tokenizer
     from megadiff.diffusion.config import NoiseConfig
     from megadiff.diffusion.mixing import mixing_from
     from megadiff.export import verify
@@ -103,8 +104,14 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
     mixing = mixing_from(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id)
     length = min(manifest.config["model"]["seq_length"], 256)
     cases = verify.noised_cases(mixing, length=length, knows_prompts=conditioning["prompt"] > 0)
-    for found in verify.verify(arguments.output, open_trainer, cases):
+    tokenizer = load_tokenizer(arguments.tokenizer or manifest.config["data"]["tokenizer"])
+    texts = verify.sample_ids(tokenizer, prepend_bos=manifest.prepended_bos)
+    for found in verify.verify(arguments.output, open_trainer, cases, texts=texts):
         print(f"verified {found.describe()}")
+    if texts:
+        print(f"verified tokenizer: equal ids of {len(texts)} sample texts in transformers")
+    else:
+        print("not verified: the tokenizer, which has no form that transformers reads")
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -61,7 +61,7 @@ def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         batch_rows=arguments.micro_sequences,
         context_length=trained.model.seq_length if arguments.fill_context else None,
     )
-    framing = Framing(prepend_bos=arguments.prepend_bos, score_eos=arguments.score_eos)
+    framing = Framing.like_the_data(trained, prepend_bos=arguments.prepend_bos, score_eos=arguments.score_eos)
     data = Path(arguments.data)
     if arguments.text_key:
         found = rolling_likelihood(
@@ -99,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     texts.add_argument("--context", type=int, default=0, help="tokens before a window it is given (default 0)")
     texts.add_argument("--draws", type=_draws, default=128, help="noised copies of each text; even (default 128)")
     texts.add_argument("--estimator", choices=["counts", "levels"], default="counts", help="see the README")
-    texts.add_argument("--prepend-bos", action="store_true", help="put bos before each prompt or document")
+    texts.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="put bos before each prompt or document (default: as the training data have it)",
+    )
     texts.add_argument("--score-eos", action="store_true", help="put eos behind each completion or document")
     texts.add_argument("--fill-context", action="store_true", help="fill the model's row up with pure noise")
     texts.add_argument("--seed", type=int, default=0)

@@ -58,7 +58,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _given(arguments: argparse.Namespace, trained: TrainedModel) -> tuple[list[int], int]:
     """The prompt, with holes (-1) before a suffix where there is one, and how many tokens are new."""
+    from megadiff.eval.texts_likelihood import Framing
+
+    start, _ = Framing.like_the_data(trained, prepend_bos=arguments.prepend_bos).ids(trained.tokenizer)
     before, after = (trained.tokenizer.encode(text) for text in (arguments.prompt, arguments.suffix))
+    before = [*start, *before]
     taken, holds = len(before) + len(after), trained.model.seq_length
     what = "the prompt and the suffix take" if after else "the prompt takes"
     room = holds - taken
@@ -149,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt", default="", help="text the row starts with; it is never changed")
     parser.add_argument("--suffix", default="", help="text behind the new tokens, which fill what is between")
+    parser.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="start the sequence with bos (default: as the training data have it)",
+    )
     parser.add_argument("--sampler", choices=["ancestral", "adaptive"], default="ancestral")
     parser.add_argument("--steps", type=int, default=128, help="denoising steps of a block (default 128)")
     parser.add_argument("--block-length", type=int, help="denoise so many tokens at a time (default: all at once)")

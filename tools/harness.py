@@ -167,13 +167,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="also write scores, likelihoods and texts here as JSON")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
+    parser.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="put bos before each prompt, context or document (default: as the training data have it)",
+    )
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     likelihood = parser.add_argument_group("likelihoods")
     likelihood.add_argument(
         "--noise-levels", type=int, default=128, help="noised copies of each completion; even (default 128)"
     )
     likelihood.add_argument("--context", type=int, default=0, help="rolling: tokens before a window it is given")
-    likelihood.add_argument("--prepend-bos", action="store_true", help="put bos before each prompt or document")
     likelihood.add_argument(
         "--skip-greedy", action="store_true", help="do not find out which completions are greedy (lambada counts them)"
     )

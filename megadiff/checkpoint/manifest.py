@@ -92,6 +92,8 @@ class Manifest(BaseModel):
     mask_id: int = Field(ge=0, lt=2**31)
     tokenizer_fingerprint: str
     data_fingerprint: str
+    prepended_bos: bool = False
+    """Whether every document of the training data begins with bos, so that prompts do too."""
     layout: dict[str, int]
     versions: dict[str, str]
     mixture: dict[str, Any] = {}

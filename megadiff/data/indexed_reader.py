@@ -62,6 +62,11 @@ class IndexedReader:
         return self.manifest.tokenizer.fingerprint if self.manifest else None
 
     @property
+    def prepended_bos(self) -> bool:
+        """Whether every document is known to begin with bos; files without a manifest say nothing of it."""
+        return self.manifest is not None and self.manifest.prepended_bos
+
+    @property
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text per token, for bits per byte; None without a manifest."""
         return self.manifest.source_bytes / self.manifest.tokens if self.manifest else None

@@ -47,6 +47,9 @@ class OpenData:
     train_tokens: int
     """Tokens in all training sources together."""
 
+    prepended_bos: bool | None
+    """Whether each document of the training sources begins with bos; None where only those of some sources do."""
+
     sources: tuple[TrainingSource, ...]
     """Training sources in the order of `data.train`, each content once."""
 
@@ -124,6 +127,7 @@ def open_data(
         ),
         fingerprint=_fingerprint(sources, weights),
         train_tokens=sum(source.reader.num_tokens for source in sources),
+        prepended_bos=_common([source.reader.prepended_bos for source in sources]),
         sources=sources,
         weights=weights,
         mixture=mixture,
@@ -199,6 +203,11 @@ def shortest_ends(paths: Sequence[str]) -> list[str]:
     while len({tuple(part[-count:]) for part in parts}) < len(parts) and count < max(map(len, parts)):
         count += 1
     return ["/".join(part[-count:]) for part in parts]
+
+
+def _common(values: Sequence[bool]) -> bool | None:
+    """Return the value that all of them have; None where they differ."""
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _checked(key: str, source: SourceConfig, tokenizer: Tokenizer, full_scan: bool) -> IndexedReader:

@@ -21,9 +21,10 @@ SEED = 0
 
 
 class DrawnText:
-    """Whole rows of new text by the ancestral sampler, temperature 1, without a prompt.
+    """Whole sequences of new text by the ancestral sampler, temperature 1, without a prompt.
 
     Args:
+        start: tokens that each sequence begins with (bos, where the training data have it).
         rows, steps: how many rows, and denoising steps of each.
         chunks: this rank's model chunks.
     """
@@ -37,6 +38,7 @@ class DrawnText:
         mixing: Mixing,
         rate: Rate,
         tokenizer: Tokenizer,
+        start: Sequence[int] = (),
         chunks: Sequence[Any],
         topology: Topology,
         device: torch.device,
@@ -45,8 +47,9 @@ class DrawnText:
         self._model = AskedModel(
             chunks, topology=topology, device=device, shape=(rows, seq_length), vocab_size=mixing.vocab_size
         )
+        self._start = list(start)
         self._settings = Settings(
-            max_new_tokens=seq_length,
+            max_new_tokens=seq_length - len(self._start),
             max_denoising_steps=steps,
             min_log_snr=rate.min_log_snr,
             # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
@@ -60,5 +63,6 @@ class DrawnText:
         return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)) + "\n"
 
     def _drawn(self, denoise: Any) -> Tensor:
-        prompt = torch.empty(self._rows, 0, dtype=torch.int64, device=self._device)
+        prompt = torch.tensor([self._start] * self._rows, dtype=torch.int64, device=self._device)
+        prompt = prompt.reshape(self._rows, len(self._start))
         return generate(denoise, prompt, self._settings, self._mixing, seed=SEED).sequences.cpu()

@@ -41,8 +41,9 @@ class HarnessSettings:
     """Of continuations."""
     context: int = 0
     """Rolling: tokens before a window it is given, at most."""
-    prepend_bos: bool = False
-    """bos before each prompt, context or document; an autoregressive model's rows start with it anyway."""
+    prepend_bos: bool | None = None
+    """bos before each prompt, context or document; None: as the training data have it. An autoregressive model's
+    sequences start with it anyway."""
     check_greedy: bool = True
     """Whether to find out which completions are the greedy ones; else none is said to be."""
 
@@ -108,7 +109,8 @@ class HarnessModel(LM):
         self._model, self._settings = model, settings or HarnessSettings()
         if batch_size is not None:
             self._settings = _batched(self._settings, int(batch_size))
-        has_bos = self._settings.prepend_bos and not model.is_autoregressive
+        framing = Framing.like_the_data(model, prepend_bos=self._settings.prepend_bos)
+        has_bos = framing.prepend_bos and not model.is_autoregressive
         self._start, _ = Framing(prepend_bos=has_bos).ids(model.tokenizer)
         self._speak, self._said = say, set[str]()
         self.answers: list[Answer] = []
@@ -178,7 +180,8 @@ class HarnessModel(LM):
         kind = "exact" if self._model.is_autoregressive else "bound over all noise levels"
         if not self._model.is_autoregressive and (levels := self._settings.bound.log_snr_range) is not None:
             kind = "part of the bound over log-SNR {:g} to {:g}".format(*levels)
-        return {"likelihood": kind, "seq_length": self._model.model.seq_length, **asdict(self._settings)}
+        settings = {**asdict(self._settings), "prepend_bos": bool(self._start)}
+        return {"likelihood": kind, "seq_length": self._model.model.seq_length, **settings}
 
     def estimates(self) -> dict[str, dict[str, float]]:
         """Return for each task the sum of its log-likelihoods with the standard error of the estimate.

@@ -58,6 +58,11 @@ class Measured(Protocol):
         ...
 
     @property
+    def prepends_bos(self) -> bool:
+        """Whether the documents of its training data began with bos."""
+        ...
+
+    @property
     def mixing(self) -> Mixing:
         """The noise."""
         ...
@@ -90,6 +95,19 @@ class Framing:
     """bos before the prompt or document: given, not scored."""
     score_eos: bool = False
     """eos behind the completion or document: scored, and no byte of it."""
+
+    @classmethod
+    def like_the_data(cls, model: Measured, *, prepend_bos: bool | None = None, score_eos: bool = False) -> Framing:
+        """Return the framing that is asked for, or else the one of the model's training data.
+
+        Args:
+            model: the model to be measured or sampled; an autoregressive one's sequences begin with bos anyway, so its
+                prompts get no second one unless asked for.
+            prepend_bos: whether bos comes before a prompt; None leaves that to the data.
+            score_eos: whether eos is scored behind a completion.
+        """
+        as_trained = model.prepends_bos and not model.is_autoregressive
+        return cls(prepend_bos=as_trained if prepend_bos is None else prepend_bos, score_eos=score_eos)
 
     def ids(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What stands before and behind.
@@ -154,6 +172,7 @@ def pairs_likelihood(
         + (f", {total.nll / total.tokens:.4f} per token" if total.tokens else "")
         + _covers(model, settings),
         **_how(model, settings),
+        "prepend_bos": framing.prepend_bos,
         "nll": total.nll,
         "nll_stderr": total.stderr,
         "tokens": total.tokens,
@@ -191,6 +210,7 @@ def rolling_likelihood(
         f"per byte, word perplexity {total.word_perplexity:.4g}, byte perplexity {total.byte_perplexity:.4g}"
         f"{_covers(model, settings)}",
         **_how(model, settings),
+        "prepend_bos": framing.prepend_bos,
         **total.as_json(),
         "documents": [one.as_json() for one in documents],
     }

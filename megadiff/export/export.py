@@ -92,7 +92,9 @@ def export(
         _write_json(staging / CONFIG, config_of(manifest, text, dtype=stored))
         _write_json(staging / "generation_config.json", _generation_config(manifest, text))
         _write_json(staging / TRAINING, _training(manifest))
-        names = write_tokenizer(staging, text, source, row_length=weights.model.seq_length)
+        names = write_tokenizer(
+            staging, text, source, row_length=weights.model.seq_length, prepend_bos=manifest.prepended_bos
+        )
         card = model_card(
             manifest,
             name=output.name,

@@ -297,6 +297,7 @@ def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, said: s
             "mask_id": tokenizer.mask_id,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "data_fingerprint": "",
+            "prepended_bos": source.config.get("prepended_bos") is True,
             "layout": {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 1},
             "versions": {
                 "megadiff": megadiff.__version__,

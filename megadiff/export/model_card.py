@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,23 @@ from megadiff.model.config import ModelConfig
 from megadiff.train.metric_lines import Line, number, read_lines
 from megadiff.untrusted_files import UnreadableFileError
 
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .-]*(_[A-Za-z0-9 .-]+)*")
 _LOAD = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-text = model.generate(ids, max_new_tokens=64, max_denoising_steps=64)
+folder = {folder}
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer would ask about the model's code first
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("A list is", return_tensors="pt").input_ids
+text = model.generate(ids, max_new_tokens={new_tokens}, max_denoising_steps=64, seed=0)
 print(tokenizer.decode(text[0], skip_special_tokens=True))
 ```
 
 `trust_remote_code=True` runs `configuration_gidd.py`, `modeling_gidd.py` and the two files they import, all in this
-folder and short enough to read first. `sha256sum -c checksums.sha256` checks every file."""
+folder: read them first. `sha256sum -c checksums.sha256`, run in the folder, compares the files that it lists.
+
+The tokenizer gives the ids that the model was trained with: a special token's name in a text is read as text, and
+{framing}. `tokenizer(text, split_special_tokens=False)` reads such names as the tokens they name."""
 
 _LOAD_SENTENCEPIECE = """The tokenizer is a SentencePiece model (`tokenizer.model`), to be read with the
 `sentencepiece` library; the mask's id is {mask_id}."""
@@ -38,9 +44,15 @@ def model_card(
         parameters: number of weights.
         metrics: the run's `metrics.jsonl`, if there is one.
     """
-    load = _LOAD.format(folder=name)
-    if not has_fast_tokenizer:
-        load += "\n\n" + _LOAD_SENTENCEPIECE.format(mask_id=manifest.mask_id)
+    load = _LOAD_SENTENCEPIECE.format(mask_id=manifest.mask_id)
+    if has_fast_tokenizer:
+        framing = (
+            "bos comes before it, as before each document in training"
+            if manifest.prepended_bos
+            else ("neither bos nor eos is added, since no document began with bos in training")
+        )
+        new_tokens = min(64, max(1, manifest.config["model"]["seq_length"] // 2))
+        load = _LOAD.format(folder=python_text(name), framing=framing, new_tokens=new_tokens)
     table = "\n".join(f"| {key} | {value} |" for key, value in _facts(manifest, parameters, dtype).items())
     scores = "\n".join(f"| {key} | {value} |" for key, value in _scores(metrics, manifest.step).items())
     return f"""---
@@ -52,10 +64,10 @@ tags:
 - text-diffusion
 ---
 
-# {name}
+# {markdown_text(name)}
 
 {_kind(manifest)}
-It was pretrained with megadiff and has not been tuned to follow instructions.
+It was trained with megadiff on the data named below.
 
 | | |
 |---|---|
@@ -67,13 +79,24 @@ It was pretrained with megadiff and has not been tuned to follow instructions.
 {"|---|---|" if scores else ""}
 {scores}
 
-The evidence lower bound (ELBO) is an upper bound on the negative log likelihood, in nats per token, held-out where it
-says so.
+ELBO figures are estimates, in nats per token, of an upper bound on the negative log likelihood under the noise levels
+that `config.json` names; they are held-out where it says so.
 
 ## Use
 
 {load}
 """.replace("\n\n\n", "\n\n")
+
+
+def python_text(text: str) -> str:
+    """Return a Python literal of a text that is one line of printable ASCII and cannot end a block of code."""
+    return ascii(text).replace("`", "\\x60")
+
+
+def markdown_text(text: str) -> str:
+    """Return a text as one line of Markdown in which nothing is markup."""
+    line = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|&~-])", r"\\\1", line) if not _PLAIN_NAME.fullmatch(line) else line
 
 
 def _kind(manifest: Manifest) -> str:
@@ -90,7 +113,7 @@ def _kind(manifest: Manifest) -> str:
 def _facts(manifest: Manifest, parameters: int, dtype: str) -> dict[str, Any]:
     model = ModelConfig.model_validate(manifest.config["model"])
     data = manifest.config.get("data", {})
-    sources = [Path(source["path"]).name for source in data.get("train", [])]
+    sources = [markdown_text(Path(source["path"]).name) for source in data.get("train", [])]
     optimizer = manifest.config.get("optimizer", {})
     facts = {
         "parameters": f"{parameters:,} ({dtype})",

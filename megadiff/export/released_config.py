@@ -49,6 +49,7 @@ def config_of(manifest: Manifest, tokenizer: Tokenizer, *, dtype: str) -> dict[s
         **model_keys(model),
         **_noise_keys(NoiseConfig.model_validate(manifest.config["noise"])),
         "is_causal": manifest.config["objective"]["name"] == "ar",
+        "prepended_bos": manifest.prepended_bos,
         "prompt_attention": _prompt_attention(manifest.config["conditioning"]),
     }
 

@@ -1,4 +1,4 @@
-"""An exported folder against the trainer's own model: logits at several noise levels, the folder in a clean process.
+"""An exported folder against the trainer's own model: logits at several noise levels, and token ids of sample texts.
 
 The other process imports the folder's code, sees no network and none of this one's state, and has only what the folder
 says about the model.
@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.mixing_base import Mixing
-from megadiff.errors import CheckpointError, PlatformError
+from megadiff.errors import CheckpointError, DataError, PlatformError
 
 FP32_BOUND = 1e-5
 """Largest difference of two logits in float32, times the largest logit where that is above 1."""
@@ -35,7 +36,24 @@ is worth up to 0.4 %, and two programs round in different places, block after bl
 LEVELS = (-6.0, -2.0, 0.0, 2.0, 6.0)
 """Log signal-to-noise ratios of the rows that are compared."""
 
+_MAX_NAMES = 64
 _CHILD = Path(__file__).with_name("verify_child.py")
+
+
+SAMPLE_TEXTS = (
+    "",
+    " ",
+    "\n",
+    "Once upon a time, there were 12345 cats.",
+    "  leading, trailing and   inner spaces  ",
+    "lines\n\n\n\tand tabs\r\n",
+    "née über na\u00efve e\u0301 \ufb01 \uff1c\uff53\uff1e \U0001f600\u200d\U0001f525 \u65e5\u672c\u8a9e \u0627\u0644",
+    "def f(x):\n    return x[3] - {'a': 1.5e-3}  # -------- ========",
+    "aaaaaaaaaaaaaaaaaaaaaaaaa" + " " * 33,
+    "\u2581a \u2581\u2581 \u00a0 \x00 \x7f",
+    "<s></s><pad><unk><mask> [MASK][CLS][SEP][PAD][UNK] <|endoftext|> <|im_start|>user<|im_end|>",
+)
+"""Texts in which tokenizers differ; the names of a tokenizer's own special tokens come on top."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +134,50 @@ def noised_cases(mixing: Mixing, *, length: int, knows_prompts: bool, seed: int 
     return rows + ([row(0.0, length // 3)] if knows_prompts else [])
 
 
-def verify(folder: Path, open_trainer: OpenTrainer, cases: Sequence[Case]) -> list[Verified]:
-    """Compare in float32 and in bf16.
+def sample_ids(tokenizer: Tokenizer, *, prepend_bos: bool) -> dict[str, list[int]]:
+    """Return the ids that training gives to sample texts, as prompts are framed; none for a tokenizer without a file.
+
+    Args:
+        tokenizer: the trainer's tokenizer.
+        prepend_bos: whether the documents of the training data began with bos.
+    """
+    if tokenizer.definition is None:
+        return {}
+    start = [tokenizer.bos_id] if prepend_bos and tokenizer.bos_id is not None else []
+    names = [token["content"] for token in tokenizer.definition.get("added_tokens", [])][:_MAX_NAMES]
+    texts = dict.fromkeys([*SAMPLE_TEXTS, *names, *(f"The {name} cat{name}{name} sat" for name in names)])
+    found: dict[str, list[int]] = {}
+    for text in texts:
+        with suppress(DataError):  # a text that cannot be in the training data either
+            found[text] = [*start, *tokenizer.encode(text)]
+    return found
+
+
+def verify(
+    folder: Path, open_trainer: OpenTrainer, cases: Sequence[Case], *, texts: Mapping[str, Sequence[int]] | None = None
+) -> list[Verified]:
+    """Compare logits in float32 and in bf16, and the ids of texts.
+
+    Args:
+        folder: the exported folder.
+        open_trainer: opens the trainer's model.
+        cases: sequences whose logits are compared.
+        texts: ids that the tokenizer of the folder must give to texts in transformers.
 
     Raises:
-        CheckpointError: the folder does not load, or its logits differ by more than the bounds.
+        CheckpointError: the folder does not load, its logits differ by more than the bounds, or ids differ.
         PlatformError: transformers is not installed.
     """
     require_transformers()
     asked = {compute: _asked(open_trainer, cases, compute) for compute in ("fp32", "bf16")}
-    answers = _of_the_folder(folder, cases, {compute: one.drawn_head for compute, one in asked.items()})
+    heads = {compute: one.drawn_head for compute, one in asked.items()}
+    answers, ids = _of_the_folder(folder, cases, heads, list(texts or {}))
+    for (text, wanted), got in zip((texts or {}).items(), ids, strict=True):
+        if list(wanted) != got:
+            raise CheckpointError(
+                f"{folder}: transformers reads other ids than the trainer: {text!r} gives {_few(got)}, wanted "
+                f"{_few(wanted)}"
+            )
     found = [_compared(compute, one, answers) for compute, one in asked.items()]
     wrong = [one for one in found if not one.is_equal]
     if wrong:
@@ -174,15 +226,25 @@ def _compared(compute: str, asked: _Asked, answers: dict[str, Tensor]) -> Verifi
     )
 
 
-def _of_the_folder(folder: Path, cases: Sequence[Case], heads: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """`{precision.logits.number: [1, L, V]}` from the clean process."""
+def _few(ids: Sequence[int]) -> str:
+    """Return the ids, or the first of many."""
+    return f"{list(ids[:12])}" + (" and more" if len(ids) > 12 else "")
+
+
+def _of_the_folder(
+    folder: Path, cases: Sequence[Case], heads: dict[str, Tensor | None], texts: list[str]
+) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Return `{precision.logits.number: [1, L, V]}` and each text's ids, both from the clean process."""
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch) / "asked.safetensors", Path(scratch) / "answered.safetensors"
         tensors = {f"ids.{number}": case.ids for number, case in enumerate(cases)}
         tensors |= {f"prompt.{number}": torch.tensor([case.prompt_length]) for number, case in enumerate(cases)}
         tensors |= {f"{compute}.head": head.contiguous() for compute, head in heads.items() if head is not None}
         save_file(tensors, asked)
+        text_file = Path(scratch) / "texts.json"
+        text_file.write_text(json.dumps(texts), encoding="utf-8")
         words = {"folder": str(folder.resolve()), "asked": str(asked), "answered": str(answered), "compute": [*heads]}
+        words["texts"] = str(text_file)
         process = subprocess.run(
             [*_without_network(), sys.executable, "-I", "-B", str(_CHILD), json.dumps(words)],
             env=_clean_environment(scratch),
@@ -192,7 +254,7 @@ def _of_the_folder(folder: Path, cases: Sequence[Case], heads: dict[str, Tensor 
         if process.returncode:
             last = process.stderr.strip().splitlines()[-1:] or ["no message"]
             raise CheckpointError(f"{folder} does not load in transformers: {last[0]}")
-        return load_file(answered)
+        return load_file(answered), json.loads(text_file.read_text(encoding="utf-8"))
 
 
 def _without_network() -> list[str]:

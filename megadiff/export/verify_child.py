@@ -1,4 +1,4 @@
-"""Run by `verify` as a process of its own, isolated from megadiff: a folder's logits of given rows.
+"""Run by `verify` as a process of its own, isolated from megadiff: a folder's logits of given rows, and ids of texts.
 
 Imports the folder's modeling file as a package, as a person who has read it would, instead of letting transformers do
 it with `trust_remote_code`.
@@ -23,8 +23,8 @@ def main(words: str) -> None:
     """Load, compute, write.
 
     Args:
-        words: JSON with `folder`, `asked` (ids, prompt lengths, perhaps heads), `answered`, to be written, and
-            `compute`, a list of `fp32` and `bf16`.
+        words: JSON with `folder`, `asked` (ids, prompt lengths, perhaps heads), `answered`, to be written,
+            `compute`, a list of `fp32` and `bf16`, and `texts`, a file with a JSON list that their ids replace.
     """
     socket.socket.connect = _refuse  # type: ignore[method-assign,assignment]
     given = json.loads(words)
@@ -35,8 +35,21 @@ def main(words: str) -> None:
         model = kind.from_pretrained(given["folder"], dtype=dtype, local_files_only=True).eval()
         found = _logits(model, asked, asked.get(f"{compute}.head"))
         answers |= {f"{compute}.logits.{number}": logits for number, logits in enumerate(found)}
+    _replace_by_ids(Path(given["texts"]), given["folder"])
     assert "megadiff" not in sys.modules, "an exported folder must stand alone"
     save_file(answers, given["answered"])
+
+
+def _replace_by_ids(file: Path, folder: str) -> None:
+    """Encode texts as the README and the model card do."""
+    texts = json.loads(file.read_text(encoding="utf-8"))
+    found: list[list[int]] = []
+    if texts:
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        found = [tokenizer(text).input_ids for text in texts]
+    file.write_text(json.dumps(found), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -179,10 +179,10 @@ def test_a_long_document_takes_memory_in_proportion_to_its_text(tmp_path, kind, 
     if kind == "bpe":
         train_tokenizer(TEXTS, tokenizer, kind="bpe", vocab_size=300)
     text = "the quick brown fox, née 4; " * 20_000
-    file = write_corpus(tmp_path / "c.jsonl", [text])
+    (tmp_path / "long.txt").write_text(text)
     preprocess(Corpus([write_corpus(tmp_path / "small.jsonl", ["a"])]), tmp_path / "small", tokenizer)
     tracemalloc.start()
-    preprocess(Corpus([file]), tmp_path / "p", tokenizer)
+    preprocess(Corpus([tmp_path / "long.txt"]), tmp_path / "p", tokenizer)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6 * len(text) + 2**21

@@ -26,7 +26,7 @@ def definition_of(model: bytes, *, mask: int) -> dict[str, Any] | None:
         model: content of the `.model` file.
         mask: id of the mask, which text never yields even where the model defines it as a symbol of text.
     """
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     proto.ParseFromString(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix:

@@ -40,6 +40,9 @@ class GiddConfig(PretrainedConfig):
         min_log_snr, max_log_snr: noise levels (nats) that were trained.
         prompt_attention: (not in released files) how clean prompt positions attend: `block`, the prompt alone;
             `causal`, what comes before alone; `full`, as every other position.
+        prepended_bos: (not in released files) whether the documents of the training data began with bos; the tokenizer
+            beside this file puts it before a prompt then, and `generate` without a prompt begins with it. Where it is
+            not known, `generate` without a prompt begins with bos.
         mask_token_id: the mask's id.
     """
 
@@ -78,6 +81,7 @@ class GiddConfig(PretrainedConfig):
         min_log_snr: float = -9.0,
         max_log_snr: float = 9.0,
         prompt_attention: str = "block",
+        prepended_bos: bool | None = None,
         mask_token_id: int = 3,
         **kwargs: Any,
     ) -> None:
@@ -112,6 +116,7 @@ class GiddConfig(PretrainedConfig):
         self.min_log_snr = min_log_snr
         self.max_log_snr = max_log_snr
         self.prompt_attention = prompt_attention
+        self.prepended_bos = prepended_bos
         self.mask_token_id = mask_token_id
         for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", 2)):
             kwargs.setdefault(name, token)

@@ -153,8 +153,9 @@ class GiddGeneration:
         """Write new tokens behind a prompt, or in its holes.
 
         Args:
-            input_ids: [B, P] prompts, -1 where a token is to be filled in; none: one sequence that begins with bos.
-                `inputs`, as the released code has it, means the same.
+            input_ids: [B, P] prompts, -1 where a token is to be filled in; none: one sequence, which
+                begins with bos unless the training data's documents did not. `inputs`, as the released code has it,
+                means the same.
             attention_mask: [B, P], 0 where a shorter prompt is padded on the left, 1 elsewhere. Prompts of each length
                 are written by themselves, so the padding is never seen and a text is what it would be alone.
             seed: one for all prompts or one a prompt; a sequence's text does not depend on the others.
@@ -272,7 +273,7 @@ class GiddGeneration:
             raise ValueError("give input_ids or inputs, which mean the same, not both")
         ids = inputs if ids is None else ids
         if ids is None:
-            first = self.config.bos_token_id
+            first = None if self.config.prepended_bos is False else self.config.bos_token_id
             ids = torch.full((1, 0 if first is None else 1), first or 0, dtype=torch.int64)
         ids = torch.as_tensor(ids)
         if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
