@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megadiff.data.documents import MAX_DOCUMENT_BYTES, Corpus
+from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.preprocess import Framing, preprocess
 from megadiff.errors import run_command
 
@@ -22,37 +22,25 @@ def main() -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="corpus files, kept in this order")
+    add_corpus_options(parser)
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="the word byte, a tokenizer file or folder")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column that holds the text")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text token")
     parser.add_argument("--prepend-bos", action="store_true", help="start each document with the begin-of-text token")
-    parser.add_argument("--max-bad-lines", type=int, default=0, metavar="K", help="bad lines to skip before refusing")
-    parser.add_argument(
-        "--max-document-mb",
-        type=float,
-        default=MAX_DOCUMENT_BYTES / 2**20,
-        metavar="M",
-        help="MiB of one line or text file, uncompressed; a longer one is a bad line (default 256)",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace finished data of the same prefix")
     args = parser.parse_args()
 
-    corpus = Corpus(
-        args.input,
-        json_key=args.json_key,
-        max_bad_lines=args.max_bad_lines,
-        max_document_bytes=int(args.max_document_mb * 2**20),
-    )
+    corpus = corpus_from(args)
     framing = Framing(prepend_bos=args.prepend_bos, append_eod=args.append_eod)
     done = preprocess(
         corpus, args.output_prefix, args.tokenizer, framing=framing, workers=args.workers, overwrite=args.overwrite
     )
     report, manifest = done.report, done.manifest
-    for example in report.bad_examples:
-        print(f"skipped {example}", file=sys.stderr)
+    for line in describe_skipped(corpus):
+        print(line, file=sys.stderr)
+    for line in describe_files(corpus):
+        print(line)
     print(
         f"wrote {args.output_prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
         f"{manifest.tokens / max(1e-9, done.elapsed_s):,.0f} tokens/s, "

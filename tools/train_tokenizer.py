@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megadiff.data.documents import Corpus
+from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.tokenizer_training import TYPES, train_tokenizer
 from megadiff.errors import run_command
 
@@ -22,17 +22,15 @@ def main() -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="corpus files")
+    add_corpus_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder for the tokenizer")
     parser.add_argument(
         "--vocab-size", required=True, type=int, metavar="N", help="ids in all, the four special ones too"
     )
     parser.add_argument("--type", choices=TYPES, default="bpe", help="bpe is byte-level; sentencepiece is unigram")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column that holds the text")
-    parser.add_argument("--max-bad-lines", type=int, default=0, metavar="K", help="bad lines to skip before refusing")
     args = parser.parse_args()
 
-    corpus = Corpus(args.input, json_key=args.json_key, max_bad_lines=args.max_bad_lines)
+    corpus = corpus_from(args)
     tokenizer = train_tokenizer(
         corpus.documents(),
         args.output,
@@ -41,6 +39,10 @@ def main() -> None:
         progress=sys.stderr.isatty(),
     )
     report = corpus.report
+    for line in describe_skipped(corpus):
+        print(line, file=sys.stderr)
+    for line in describe_files(corpus):
+        print(line)
     print(f"read {report.documents} documents, {report.bytes_read} bytes, {report.bad_lines} bad lines skipped")
     print(f"wrote {args.output}: {args.type}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:16]}")
 

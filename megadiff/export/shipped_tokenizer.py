@@ -38,7 +38,9 @@ def write_tokenizer(
         prepend_bos: whether the training data begin each document with bos.
     """
     path = Path(source)
-    written = _keep_templates(folder, path if path.is_dir() else path.parent) if source != "byte" else []
+    written, templates = (
+        _kept_templates(folder, path if path.is_dir() else path.parent) if source != "byte" else ([], {})
+    )
     model = _sentencepiece_model(path) if source != "byte" else None
     if model is not None:
         shutil.copyfile(model, folder / "tokenizer.model")
@@ -53,7 +55,9 @@ def write_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
-        **({SENTENCEPIECE_KEY: "tokenizer.model"} if model is not None else _kept_settings(path, definition, inner)),
+        **(_kept_settings(path, definition, inner) if source != "byte" else {}),
+        **({SENTENCEPIECE_KEY: "tokenizer.model"} if model is not None else {}),
+        **templates,
         **names,
         "model_max_length": row_length,
     }
@@ -83,17 +87,24 @@ def _write_definition(
     return tokenizers.Tokenizer.from_str(text)
 
 
-def _keep_templates(folder: Path, source: Path) -> list[str]:
-    """Copy the chat templates that lie beside the tokenizer."""
-    written = []
-    if (source / _TEMPLATE).is_file():
-        shutil.copyfile(source / _TEMPLATE, folder / _TEMPLATE)
-        written.append(_TEMPLATE)
-    for template in sorted((source / _TEMPLATES).glob("*.jinja")):
-        (folder / _TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(template, folder / _TEMPLATES / template.name)
-        written.append(f"{_TEMPLATES}/{template.name}")
-    return written
+def _kept_templates(folder: Path, source: Path) -> tuple[list[str], dict[str, Any]]:
+    """Keep the chat templates that lie beside the tokenizer.
+
+    Returns:
+        Names of copied files, and what `tokenizer_config.json` has to hold: several templates go there, under their
+        names, so that the exported folder has no folders inside.
+    """
+    default = source / _TEMPLATE
+    others = sorted((source / _TEMPLATES).glob("*.jinja"))
+    if others:
+        named = [("default", default)] if default.is_file() else []
+        named += [(path.stem, path) for path in others]
+        texts = [{"name": name, "template": path.read_text(encoding="utf-8")} for name, path in named]
+        return [], {"chat_template": texts}
+    if default.is_file():
+        shutil.copyfile(default, folder / _TEMPLATE)
+        return [_TEMPLATE], {}
+    return [], {}
 
 
 def _sentencepiece_model(path: Path) -> Path | None:
