@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import CheckpointError
 from megadiff.export.export import export
-from megadiff.export.verify import LEVELS, Trainer, noised_cases, verify
+from megadiff.export.verify import LEVELS, Trainer, noised_cases, sample_ids, verify
 from tests.support.commands import call
 
 MIXING = HybridMixing(260, 3, 0.0)
@@ -32,6 +34,7 @@ def test_the_command_exports_verifies_and_imports(folder, checkpoints, tmp_path)
     assert code == 0, err
     assert "verified fp32: equal" in out
     assert "verified bf16: equal" in out
+    assert re.search(r"verified tokenizer: equal ids of \d\d sample texts in transformers", out)
     assert not list(made.glob("__pycache__"))
     code, out, err = call(tool, "import", "--input", made, "--output", tmp_path / "back")
     assert code == 0, err
@@ -81,6 +84,21 @@ def test_another_model_is_noticed(folder, tmp_path, key, value):
     (wrong / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(CheckpointError, match=r"does not compute what the trainer does: fp32: NOT EQUAL"):
         verified(wrong, folder)
+
+
+def test_other_token_ids_are_noticed(folder):
+    cases = noised_cases(MIXING, length=16, knows_prompts=True)[:1]
+    texts = sample_ids(load_tokenizer("byte"), prepend_bos=False)
+    assert len(texts) > 15
+    with pytest.raises(
+        CheckpointError, match=r"transformers reads other ids than the trainer: 'ab' gives \[101, 102\]"
+    ):
+        verify(
+            folder,
+            lambda compute: same_code_other_weights(folder, compute),
+            cases,
+            texts={**texts, "ab": [0, 101, 102]},
+        )
 
 
 def test_a_folder_that_does_not_stand_alone_is_noticed(folder, tmp_path):
