@@ -104,7 +104,14 @@ def test_the_config_has_the_released_keys_and_values():
     }
     found = config_json("gidd-unif-3b")
     assert {key: found[key] for key in released} == released
-    said = {"qk_norm": "full", "noise_scale": 1.0, "prompt_attention": "block", "mask_token_id": 3, "pad_token_id": 2}
+    said = {
+        "qk_norm": "full",
+        "noise_scale": 1.0,
+        "prompt_attention": "block",
+        "prepended_bos": False,
+        "mask_token_id": 3,
+        "pad_token_id": 2,
+    }
     assert {key: found[key] for key in said} == said
     assert set(found) == {*released, *said, "auto_map", "architectures"}
 
@@ -113,7 +120,7 @@ def test_the_config_has_the_released_keys_and_values():
 def test_a_released_config_gives_back_the_run_it_came_from(name):
     """From the published keys alone: every setting that bears on what is computed."""
     run = run_of(name)
-    ours = {"qk_norm", "noise_scale", "prompt_attention"}
+    ours = {"qk_norm", "noise_scale", "prompt_attention", "prepended_bos"}
     config = {key: value for key, value in config_json(name).items() if key not in ours}
     keys = read_released(config, where="config.json")
     assert model_from(keys, where="config.json") == run.model
