@@ -8,6 +8,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
+from megadiff.export.shipped_tokenizer import write_tokenizer
 
 
 def saved(inner, folder):
@@ -153,6 +154,46 @@ def test_a_user_defined_mask_piece_never_comes_out_of_text(tmp_path):
     tokenizer = sentencepiece_model(tmp_path / "t.model", user_defined_symbols=["<mask>"], byte_fallback=False)
     assert tokenizer.vocab_size == 35
     assert tokenizer.mask_id not in tokenizer.encode("hello <mask> world <mask>")
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_a_model_without_a_json_form_is_read_by_its_own_library_and_ships_alone(tmp_path, kind):
+    tokenizer = sentencepiece_model(tmp_path / "t.model", model_type=kind, hard_vocab_limit=False)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    text = "hello world <s> number 7"
+    assert tokenizer.definition is None
+    assert [*tokenizer.encode_pieces(text)] == [tokenizer.encode(text)] == tokenizer.encode_batch([text])
+    assert tokenizer.encode("hello world") == library.encode("hello world")
+    (tmp_path / "out").mkdir()
+    assert write_tokenizer(tmp_path / "out", tokenizer, str(tmp_path / "t.model"), row_length=8) == ["tokenizer.model"]
+    assert load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_that_draws_its_ids_always_gives_the_same_ones(tmp_path):
+    inner = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.5))
+    tokenizer = load_tokenizer(saved(inner, tmp_path / "t"))
+    assert {tuple(tokenizer.encode("abab")) for _ in range(20)} == {(2, 2)}
+
+
+def test_a_vocabulary_with_two_names_of_one_id_and_no_mask_is_refused_at_once(tmp_path):
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "c": 1}, unk_token="a"))
+    path = saved(inner, tmp_path / "t") / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a": 0', '"a": 0, "b": 0'))
+    with pytest.raises(DataError, match=r"two tokens have one id, so no mask can be added behind them"):
+        load_tokenizer(tmp_path / "t")
+
+
+def test_special_names_of_one_character_are_a_fault_of_the_text(tmp_path):
+    """A name of one character cannot be cut."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "_": 1}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = saved(inner, tmp_path / "t")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "_"}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("a a") == [0, 0]
+    for call in (tokenizer.encode, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(DataError, match=r"the tokenizer turns its text into the special token '_' \(id 1\)"):
+            call("a _")
 
 
 def test_a_model_with_a_piece_that_is_no_text_is_refused(tmp_path):

@@ -130,6 +130,8 @@ def without_specials_in_text(
     """
     changed = {**definition, "model": dict(definition["model"])}
     changed["added_tokens"] = [dict(token) for token in definition.get("added_tokens", [])]
+    if changed["model"].get("dropout"):
+        changed["model"]["dropout"] = None  # it would draw other ids for the same text each time
     changed["pre_tokenizer"] = copy.deepcopy(definition.get("pre_tokenizer"))
     unused = _fill_holes(changed, inner)
     names = [name for i in sorted(ids.never_text) if (name := inner.id_to_token(i)) is not None]
