@@ -110,7 +110,7 @@ def test_sample_texts_are_framed_as_prompts(made):
     assert any(name in text for text in found for name in ("<mask>", "</s>"))
 
 
-class Told:
+class FramedModel:
     """The part of a model that framing looks at."""
 
     def __init__(self, *, prepends_bos, is_autoregressive):
@@ -129,5 +129,5 @@ class Told:
     ],
 )
 def test_framing_follows_the_data_unless_asked_otherwise(trained, autoregressive, asked, wanted):
-    model = Told(prepends_bos=trained, is_autoregressive=autoregressive)
+    model = FramedModel(prepends_bos=trained, is_autoregressive=autoregressive)
     assert Framing.like_the_data(model, prepend_bos=asked).prepend_bos is wanted
