@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.data.tokenizers._special import MASK_ID, SENTENCEPIECE_KEY, SPECIAL_TOKENS, model_behind
+from megadiff.data.tokenizers._special import MASK_ID, MAX_CONFIG_BYTES, SENTENCEPIECE_KEY, SPECIAL_TOKENS, model_behind
+from megadiff.errors import DataError
+from megadiff.untrusted_files import UnreadableFileError, read_json_object, read_text, why
+
+T = TypeVar("T")
 
 _KINDS = ("bos", "eos", "pad", "mask")
 _KEPT_NAMES = ("unk_token", "sep_token", "cls_token")
-_KEPT_SETTINGS = ("chat_template", "padding_side", "truncation_side")
+_KEPT_SETTINGS = ("chat_template", "truncation_side")
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 """The file and the folder in which transformers keeps chat templates."""
 
@@ -55,6 +60,7 @@ def write_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
+        "padding_side": "left",  # as `generate` of an exported model takes prompts of several lengths
         **(_kept_settings(path, definition, inner) if source != "byte" else {}),
         **({SENTENCEPIECE_KEY: "tokenizer.model"} if model is not None else {}),
         **templates,
@@ -99,12 +105,22 @@ def _kept_templates(folder: Path, source: Path) -> tuple[list[str], dict[str, An
     if others:
         named = [("default", default)] if default.is_file() else []
         named += [(path.stem, path) for path in others]
-        texts = [{"name": name, "template": path.read_text(encoding="utf-8")} for name, path in named]
-        return [], {"chat_template": texts}
-    if default.is_file():
-        shutil.copyfile(default, folder / _TEMPLATE)
+        return [], {"chat_template": [{"name": name, "template": _template(path)} for name, path in named]}
+    if default.exists():
+        (folder / _TEMPLATE).write_text(_template(default), encoding="utf-8")
         return [_TEMPLATE], {}
     return [], {}
+
+
+def _template(path: Path) -> str:
+    return _checked(path, lambda: read_text(path, max_bytes=MAX_CONFIG_BYTES))
+
+
+def _checked(path: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (OSError, UnreadableFileError) as error:
+        raise DataError(f"{path} {why(error)}; correct or remove it") from error
 
 
 def _sentencepiece_model(path: Path) -> Path | None:
@@ -120,7 +136,7 @@ def _sentencepiece_model(path: Path) -> Path | None:
 def _kept_settings(path: Path, definition: dict[str, Any], inner: tokenizers.Tokenizer) -> dict[str, Any]:
     """Return what the source's `tokenizer_config.json` sets that changes no id."""
     beside = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    config = _checked(beside, lambda: read_json_object(beside, max_bytes=MAX_CONFIG_BYTES)) if beside.exists() else {}
     kept = {key: config[key] for key in _KEPT_SETTINGS if key in config}
     for key in _KEPT_NAMES:
         name = _content(config.get(key))

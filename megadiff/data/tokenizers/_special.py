@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megadiff.errors import DataError
+from megadiff.untrusted_files import UnreadableFileError, read_json_object
 
 BOS_ID, EOS_ID, PAD_ID, MASK_ID = 0, 1, 2, 3
 """In every tokenizer trained here and in the byte tokenizer (as in the released GIDD checkpoints)."""
@@ -97,6 +97,9 @@ def split_until_plain(
     return head + split_until_plain(text[cut:], encode, special, where)
 
 
+MAX_CONFIG_BYTES = 2**28
+"""Size of a `tokenizer_config.json` that is read at most."""
+
 SENTENCEPIECE_KEY = "made_from_sentencepiece"
 """Key of an exported `tokenizer_config.json` that names the SentencePiece model its `tokenizer.json` was made from."""
 
@@ -104,8 +107,8 @@ SENTENCEPIECE_KEY = "made_from_sentencepiece"
 def model_behind(folder: Path) -> Path | None:
     """Return the SentencePiece model that a folder's `tokenizer.json` was made from, if it names one and has it."""
     try:
-        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(SENTENCEPIECE_KEY)
-    except (OSError, ValueError, AttributeError):
-        return None  # what is wrong with the file is said where it is read for more than this
+        named = read_json_object(folder / "tokenizer_config.json", max_bytes=MAX_CONFIG_BYTES).get(SENTENCEPIECE_KEY)
+    except (OSError, UnreadableFileError):
+        return None  # the fault of the file is reported where it is read for more than this
     model = folder / named if isinstance(named, str) and Path(named).name == named else None
     return model if model is not None and model.is_file() else None

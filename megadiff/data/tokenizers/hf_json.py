@@ -53,8 +53,12 @@ class HfJsonTokenizer(Pipeline):
             raise DataError(
                 f"{path}: two tokens have one id, so no mask can be added behind them; give each an id of its own"
             )
-        plain = without_specials_in_text(definition, inner, ids)
-        super().__init__(plain, ids, inner=inner if plain is definition else None)
+        try:
+            plain = without_specials_in_text(definition, inner, ids)
+            super().__init__(plain, ids, inner=inner if plain is definition else None)
+        except Exception as error:  # of a file that the library reads and that is put together in some other way
+            reason = str(error)[:300]
+            raise DataError(f"{path}: not a whole tokenizer.json ({reason}); train or fetch it again") from error
         self.name = f"hf_json:{path.parent.name or path.name}"
         self.fingerprint = _fingerprint(plain, ids)
         self.vocab_size, self.mask_id = ids.vocab_size, ids.mask

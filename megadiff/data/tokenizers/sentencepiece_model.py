@@ -59,8 +59,12 @@ class SentencePieceTokenizer:
         ids = find_special_ids(self._id_of, self._live, self._declared(), unknown=self._inner.unk_id())
         self._special, self._forbidden = ids.all, ids.never_text
         self._special_names = sorted((self._inner.id_to_piece(i) for i in self._forbidden if i < self._live), key=len)
-        self.definition = definition_of(model, mask=ids.mask)
-        self._pipeline = Pipeline(self.definition, ids) if self.definition is not None else None
+        try:
+            self.definition = definition_of(model, mask=ids.mask)
+            self._pipeline = Pipeline(self.definition, ids) if self.definition is not None else None
+        except Exception as error:  # of a model that its own library reads and that is put together in some other way
+            reason = str(error)[:300]
+            raise DataError(f"{path}: not a whole SentencePiece model ({reason}); train or fetch it again") from error
         self.name = f"sentencepiece_model:{path.parent.name or path.name}"
         self.fingerprint = _fingerprint(model, ids)
         self.vocab_size, self.mask_id = ids.vocab_size, ids.mask
