@@ -16,7 +16,7 @@ from megadiff.checkpoint.save import Saver
 from megadiff.config.load import dump_config
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
-from megadiff.derived import describe, executed_flops, lay_out_run, ranks_to_check
+from megadiff.derived import describe, lay_out_run, ranks_to_check
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows, start_id
@@ -33,7 +33,6 @@ from megadiff.optim.groups import Scale
 from megadiff.optim.optimizer import Optimizer, build_optimizer
 from megadiff.parallel.pipeline import configure_reduction
 from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective
-from megadiff.parallel.row_report import work_of
 from megadiff.parallel.topology import (
     Topology,
     is_main_process,
@@ -259,26 +258,14 @@ def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: 
         steps=config.steps,
         tokens_before=config.tokens_before,
         flops_per_token=cost.training_flops_per_token(prepared.shape),
-        executed_flops=partial(_executed_flops, prepared),
+        executed_flops=prepared.executed_flops,
         world_size=prepared.layout.world_size,
         platform=platform,
         metrics=files.metrics,
         tensorboard=files.tensorboard,
-        extras=[goodput.record, partial(_log_snr_range, config)],
+        extras=[goodput.record, lambda: {"log_snr_range": prepared.log_snr_range}],
         epochs=lambda step: prepared.data.epochs_at(config.sizes.samples_before(step)),
     )
-
-
-def _executed_flops(prepared: Prepared, sums: list[float]) -> float:
-    config, seq_length = prepared.config, prepared.config.model.seq_length
-    work = work_of(sums, seq_length=seq_length, is_causal_prompt=config.is_causal_prompt)
-    return executed_flops(config, prepared.shape, work)
-
-
-def _log_snr_range(config: RunConfig) -> dict[str, Any]:
-    """Return the noise levels that the ELBO of a training line covers; null where it is an exact likelihood."""
-    rate = rate_from(config.noise)
-    return {"log_snr_range": None if config.is_autoregressive else [rate.min_log_snr, rate.max_log_snr]}
 
 
 def row_objective(prepared: Prepared, mixing: Mixing, topology: Topology, platform: Platform) -> RowObjective:

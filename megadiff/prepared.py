@@ -19,11 +19,13 @@ from megadiff.data.review import (
 )
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.derived import lay_out_run, memory_shortage
+from megadiff.derived import executed_flops, lay_out_run, memory_shortage
+from megadiff.diffusion.snr import rate_from
 from megadiff.errors import ConfigError, DataError, ShortageError
 from megadiff.model import cost
 from megadiff.model.kernels import check_kernels
 from megadiff.parallel.config import Layout
+from megadiff.parallel.row_report import work_of
 from megadiff.platform.launch_order import order_launches
 from megadiff.platform.machine import Platform, detect
 from megadiff.run_config import RunConfig
@@ -48,6 +50,18 @@ class Prepared:
     def shape(self) -> cost.Shape:
         """The model's size for closed-form costs."""
         return self.config.shape(vocab_size=self.tokenizer.vocab_size)
+
+    @property
+    def log_snr_range(self) -> list[float] | None:
+        """Noise levels that the ELBO of a training line covers; None where it is an exact likelihood."""
+        rate = rate_from(self.config.noise)
+        return None if self.config.is_autoregressive else [rate.min_log_snr, rate.max_log_snr]
+
+    def executed_flops(self, sums: list[float]) -> float:
+        """Return the FLOPs that were computed, over all ranks, from a step's or several steps' sums (`row_report`)."""
+        config = self.config
+        work = work_of(sums, seq_length=config.model.seq_length, is_causal_prompt=config.is_causal_prompt)
+        return executed_flops(config, self.shape, work)
 
     def shortage(self, error: BaseException) -> ShortageError | None:
         """What to say of an allocation that failed (`derived.memory_shortage`); None of any other error."""
