@@ -31,11 +31,14 @@ def main() -> None:
     )
     parser.add_argument("--allow-data-change", action="store_true", help="go on with other training data")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    arguments = parser.parse_intermixed_args()
+    from megadiff.config.command_line import parse_with_settings, refuse_unknown
+
+    arguments = parse_with_settings(parser)
 
     from megadiff.config.load import load_config
     from megadiff.run_config import RunConfig
 
+    refuse_unknown(arguments, RunConfig)
     config = load_config(arguments.config, arguments.overrides, RunConfig)
 
     from megadiff.platform.quiet import quiet

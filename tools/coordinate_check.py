@@ -48,6 +48,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megadiff.config import family
+from megadiff.config.command_line import parse_with_settings, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.mixing_base import Mixing
@@ -307,7 +308,8 @@ def main() -> None:
     parser.add_argument("--without", choices=RULES, metavar="RULE", help=f"remove one rule: {', '.join(RULES)}")
     parser.add_argument("--output", type=Path, help="write the tables here too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    arguments = parser.parse_intermixed_args()
+    arguments = parse_with_settings(parser)
+    refuse_unknown(arguments, RunConfig)
     torch.set_num_threads(1)
     platform = detect("cpu")
     platform.prepare_megatron()

@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, help="ranks of the run over all nodes (default: this launch's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    arguments = parser.parse_intermixed_args()
+    from megadiff.config.command_line import parse_with_settings, refuse_unknown
+
+    arguments = parse_with_settings(parser)
     if arguments.ranks is not None and arguments.ranks < 1:
         raise ConfigError(f"--ranks must be at least 1, got {arguments.ranks}")
     if arguments.overrides and arguments.config is None:
@@ -41,6 +43,7 @@ def main() -> None:
     from megadiff.doctor.subject import Subject
     from megadiff.run_config import RunConfig
 
+    refuse_unknown(arguments, RunConfig)
     config, problem = None, None
     if arguments.config is not None:
         try:

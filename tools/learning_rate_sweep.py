@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from megadiff.config.command_line import parse_with_settings, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError, TrainingError, run_command
 from megadiff.platform.quiet import quiet
@@ -105,7 +106,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=6, help="rates, each twice the one before (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="runs that are averaged (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    arguments = parser.parse_intermixed_args()
+    arguments = parse_with_settings(parser)
+    refuse_unknown(arguments, RunConfig)
     console = Console(width=40 + 9 * arguments.count)
     for name in arguments.parametrisations:
         runs = [(at, rate) for at in arguments.sizes for rate in rates(arguments.first, arguments.count)]

@@ -34,7 +34,12 @@ def main() -> None:
     )
     parser.add_argument("--save", type=Path, metavar="F.npz", help="write batch, noise and losses per token here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's, such as data paths")
-    arguments = parser.parse_intermixed_args()
+    from megadiff.config.command_line import parse_with_settings, refuse_unknown
+
+    arguments = parse_with_settings(parser)
+    from megadiff.run_config import RunConfig
+
+    refuse_unknown(arguments, RunConfig)
     if arguments.rows < 0:
         raise ConfigError(f"--rows {arguments.rows}: a number of rows is wanted, 0 for all")
     if arguments.save is not None:

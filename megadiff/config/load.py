@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import yaml
 
 from megadiff.config import scalars
+from megadiff.config.command_line import setting_without_equals
 from megadiff.config.overrides import apply_override
 from megadiff.config.section import Section
-from megadiff.config.tree import Group, Items, Place, Scalar, Tree, found, merge
+from megadiff.config.tree import COMMAND_LINE, Group, Items, Place, Scalar, Tree, found, merge
 from megadiff.config.typed import Reader
 from megadiff.config.yaml_text import parse_yaml
 from megadiff.errors import ConfigError
@@ -38,6 +39,8 @@ def load_config(path: str | Path, overrides: Sequence[str], model: type[T]) -> T
     """
     path = Path(path)
     tree: Tree = _Files().tree(path, Place(str(path)), named_by=None)
+    if (written := setting_without_equals(overrides)) is not None:
+        raise ConfigError(f"{COMMAND_LINE}: {written}")
     for override in overrides:
         tree = apply_override(tree, override)
     if not isinstance(tree, Group):

@@ -70,7 +70,21 @@ DESCRIPTIONS = [
     ("a..b=1", 1, r"command line: `a\.\.b=1` is not of the form key\.sub=value"),
     ("noise.shift=[1", 1, r"the value of `noise\.shift`: not valid YAML: .*expected ',' or '\]'"),
     ("data.train.7.path=x", 1, r"`data\.train` is a list of 1, so `data\.train\.7` must name an item from 0 to 1"),
-    ("--steps=4", 1, r"unrecognized arguments: --steps=4"),
+    ("--steps=4", 1, r"`--steps=4` is no option of this command; .* key\.sub=value: `schedule\.steps=4`"),
+    ("--model.layers 4", 1, r"`--model\.layers 4` is no option of this command; .*: `model\.layers=4`$"),
+    ("--tensor-model-parallel-size 2", 1, r"`--tensor-model-parallel-size 2` is no option .*: `parallel\.tensor=2`$"),
+    ("--chekc", 1, r"`--chekc` is no option of this command; did you mean `--check`\?"),
+    ("--bf16", 1, r"`--bf16` is no option of this command; .*: `precision\.compute=bf16`$"),
+    ("--num-gpus 8", 1, r"`--num-gpus 8` is no option of this command: the number of ranks is given to the launcher"),
+    ("model.layers 4", 1, r"`model\.layers 4` is not of the form key\.sub=value; write `model\.layers=4`$"),
+    ("model.layers = 4", 1, r"`model\.layers = 4` is not of the form .*; leave out the blanks: `model\.layers=4`$"),
+    ("model.layers: 4", 1, r"`model\.layers:` is not of the form key\.sub=value; write `model\.layers=4`$"),
+    # names of other trainers
+    ("model.learning_rate=1e-3", 1, r"unknown key `model\.learning_rate`; did you mean `optimizer\.lr`\?"),
+    ("tensor_model_parallel_size=2", 1, r"`tensor_model_parallel_size`; did you mean `parallel\.tensor`\?"),
+    ("training.seq_len=512", 1, r"unknown key `training`; `training\.seq_len` is `model\.seq_length` here"),
+    ("parallel.context=2", 1, r"unknown key `parallel\.context`: context parallelism is not available"),
+    ("batch_size=8", 1, r"`batch_size`: the batch of a step is batch\.global_sequences, and what a rank takes at once"),
     # data, tokenizer, machine, folder
     ("data.train=[nowhere/text]", 1, r"data\.train\[0\]: .*nowhere/text: no indexed data; wanted nowhere/text\.idx"),
     (
