@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.errors import run_command
 
 _EPILOG = """examples:
@@ -17,9 +17,7 @@ Run the same command again after an interruption: it goes on from the run folder
 
 def main() -> None:
     """Read the run description, then check it or train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = SettingsParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("--check", action="store_true", help="resolve, print the derived numbers, and exit")
     parser.add_argument("--ranks", type=int, help="with --check: number of ranks to lay out (default: this launch's)")
@@ -30,10 +28,7 @@ def main() -> None:
         "--allow-change", action="append", default=[], metavar="KEY", help="go on with another value of this setting"
     )
     parser.add_argument("--allow-data-change", action="store_true", help="go on with other training data")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    from megadiff.config.command_line import parse_with_settings, refuse_unknown
-
-    arguments = parse_with_settings(parser)
+    arguments = parser.parse_with_settings()
 
     from megadiff.config.load import load_config
     from megadiff.run_config import RunConfig

@@ -6,12 +6,16 @@ Everything that is not one of these is our own bug and keeps its stack trace.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class MegadiffError(Exception):
-    """A mistake a user can mend; the command ends with its exit code, 2 for most, and the message alone."""
+    """A mistake a user can correct; the command ends with its exit code, 2 for most, and the message alone."""
 
     exit_code = 2
 
@@ -50,17 +54,69 @@ class TrainingError(MegadiffError):
     exit_code = 5
 
 
+_PATIENCE_S = 3.0
+"""Seconds for which a rank other than the first leaves the report of a mistake to the first rank.
+
+A mistake that every rank makes ends the first rank too, and the launcher then ends this one while it waits. A mistake
+of this rank alone is reported when the time is over.
+"""
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process as every command here ends.
 
-    Exit code 0 on success; that of a `MegadiffError` with its one message on stderr; 130 when interrupted; any other
-    exception is our own fault and propagates with its stack trace (exit code 1).
+    The exit code is 0 on success and that of a `MegadiffError`, whose message goes to stderr; it is 130 when
+    interrupted. Any other exception is a fault of this package and keeps its stack trace (exit code 1). Under a
+    launcher that passes `TORCHELASTIC_ERROR_FILE`, as torchrun does, the message is also written there, so that the
+    launcher's own summary shows it, and only one rank prints it.
     """
     try:
         main()
     except MegadiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if _is_own(error.name or ""):
+            _write_error_file(f"{type(error).__name__}: {error}")
+            raise
+        _end(
+            f"the package `{error.name}` is not installed for {sys.executable}; run `pip install -e .` with it, or use "
+            "the Python of the project's virtual environment",
+            MegadiffError.exit_code,
+        )
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        _write_error_file(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _is_own(module: str) -> bool:
+    """Return whether a module that was not found should be part of this repository, or has no name."""
+    return module.partition(".")[0] in ("", "megadiff", "tests", "tools")
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Report a message as the only rank that does, and exit."""
+    if os.environ.get("RANK", "0") != "0" and os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        time.sleep(_PATIENCE_S)
+    _write_error_file(message)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _write_error_file(message: str) -> None:
+    """Write what torchrun's summary shows about this rank; a file that cannot be written costs the summary only.
+
+    Source of the format: `torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception`.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    about = {"py_callstack": message, "timestamp": str(int(time.time()))}  # the summary prints the former
+    try:
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": message, "extraInfo": about}}, file)
+        os.replace(f"{path}.tmp", path)
+    except OSError:
+        return

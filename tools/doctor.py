@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
+from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.errors import ConfigError, run_command
 
 _EPILOG = """examples:
@@ -20,16 +20,11 @@ Exit code 0 when nothing would fail, 2 when something would.
 
 def main() -> None:
     """Read the command line, examine, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = SettingsParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--config", type=Path, help="the run's YAML file; without it only the machine is examined")
     parser.add_argument("--ranks", type=int, help="ranks of the run over all nodes (default: this launch's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    from megadiff.config.command_line import parse_with_settings, refuse_unknown
-
-    arguments = parse_with_settings(parser)
+    arguments = parser.parse_with_settings()
     if arguments.ranks is not None and arguments.ranks < 1:
         raise ConfigError(f"--ranks must be at least 1, got {arguments.ranks}")
     if arguments.overrides and arguments.config is None:

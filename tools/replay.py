@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ _SHOWN_ROWS = 32
 
 def main() -> None:
     """Read the command line, replay, print, save."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = SettingsParser(
+        settings_help="settings over the run's, such as data paths", description=__doc__, epilog=_EPILOG
     )
     parser.add_argument("--run", type=Path, required=True, help="the run folder, such as runs/NAME")
     parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in metrics.jsonl")
@@ -33,10 +33,7 @@ def main() -> None:
         "--rows", type=int, default=_SHOWN_ROWS, help=f"rows to print, 0 for all (default {_SHOWN_ROWS})"
     )
     parser.add_argument("--save", type=Path, metavar="F.npz", help="write batch, noise and losses per token here")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's, such as data paths")
-    from megadiff.config.command_line import parse_with_settings, refuse_unknown
-
-    arguments = parse_with_settings(parser)
+    arguments = parser.parse_with_settings()
     from megadiff.run_config import RunConfig
 
     refuse_unknown(arguments, RunConfig)

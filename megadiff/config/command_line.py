@@ -6,6 +6,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from megadiff.config.field_types import dotted_keys
 from megadiff.config.other_names import answer_elsewhere, key_elsewhere
@@ -14,23 +15,41 @@ from megadiff.config.tree import COMMAND_LINE
 from megadiff.errors import ConfigError
 
 
-def parse_with_settings(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command line whose positional arguments are settings; `unknown` in the result holds other options.
+class SettingsParser(argparse.ArgumentParser):
+    """A parser of options beside `key=value` settings; what is wrong becomes a `ConfigError` instead of a usage text.
 
     Args:
-        parser: has one positional argument, `overrides`, with `nargs="*"`.
-        argv: the words after the command; those of this process unless given.
-
-    Returns:
-        The arguments. `unknown` lists the words that look like options and are none of the parser's, each with the
-        word that followed it where that is no option and no setting; give it to `refuse_unknown`.
+        settings_help: help of the positional argument, which is `overrides` in the result.
+        keywords: those of `argparse.ArgumentParser`; descriptions and epilogs are shown as they are written.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    arguments, unknown = parser.parse_known_intermixed_args(words)
-    arguments.unknown = [_with_value(option, words) for option in unknown if option.startswith("-")]
-    options = sorted(option for action in parser._actions for option in action.option_strings)
-    arguments.options = [option for option in options if option.startswith("--")]
-    return arguments
+
+    def __init__(self, *, settings_help: str = "settings over the file's", **keywords: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+        self.add_argument("overrides", nargs="*", metavar="key=value", help=settings_help)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise ConfigError(f"{COMMAND_LINE}: {message}; `{self.prog} --help` lists the options")
+
+    def parse_with_settings(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse a command line whose settings may stand anywhere.
+
+        Args:
+            argv: the words after the command; those of this process unless given.
+
+        Returns:
+            The arguments. `unknown` lists the options that are none of this parser's, each with the word that followed
+            it where that is no option and no setting; give it to `refuse_unknown`.
+
+        Raises:
+            ConfigError: an option lacks its value or has a wrong one, or a required one is missing.
+        """
+        words = list(sys.argv[1:] if argv is None else argv)
+        arguments, unknown = self.parse_known_intermixed_args(words)
+        arguments.unknown = [_with_value(option, words) for option in unknown if option.startswith("-")]
+        options = sorted(option for action in self._actions for option in action.option_strings)
+        arguments.options = [option for option in options if option.startswith("--")]
+        return arguments
 
 
 def refuse_unknown(arguments: argparse.Namespace, model: type[Section]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 
 from megadiff.config import other_names
-from megadiff.config.command_line import parse_with_settings, refuse_unknown, setting_without_equals, similar_key
+from megadiff.config.command_line import SettingsParser, refuse_unknown, setting_without_equals, similar_key
 from megadiff.config.field_types import dotted_keys
 from megadiff.errors import ConfigError
 from megadiff.run_config import RunConfig
@@ -15,16 +13,15 @@ from megadiff.run_config import RunConfig
 KEYS = set(dotted_keys(RunConfig))
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser()
+def parser() -> SettingsParser:
+    made = SettingsParser()
     made.add_argument("--config")
     made.add_argument("--check", action="store_true")
-    made.add_argument("overrides", nargs="*")
     return made
 
 
 def refused(*words: str) -> str:
-    arguments = parse_with_settings(parser(), words)
+    arguments = parser().parse_with_settings(words)
     with pytest.raises(ConfigError) as refusal:
         refuse_unknown(arguments, RunConfig)
     return str(refusal.value)
@@ -66,7 +63,7 @@ def test_the_key_that_is_meant(name, key):
 
 
 def test_settings_and_options_may_be_mixed():
-    found = parse_with_settings(parser(), ["a=1", "--config", "f", "b=2", "--check"])
+    found = parser().parse_with_settings(["a=1", "--config", "f", "b=2", "--check"])
     assert (found.overrides, found.config, found.check, found.unknown) == (["a=1", "b=2"], "f", True, [])
 
 
@@ -83,6 +80,11 @@ def test_settings_and_options_may_be_mixed():
 )
 def test_an_option_the_command_lacks_is_answered_with_the_setting(words, sentence):
     assert refused(*words) == "command line: " + sentence.format(written="settings are written key.sub=value")
+
+
+def test_a_wrong_value_is_refused_without_a_usage_text():
+    with pytest.raises(ConfigError, match=r"^command line: argument --config: expected one argument; `.* --help`"):
+        parser().parse_with_settings(["--config"])
 
 
 def test_every_unknown_option_has_its_own_line():
