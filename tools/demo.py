@@ -6,6 +6,7 @@ Hugging Face folder, loaded and sampled by transformers.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -37,6 +38,7 @@ console = Console()
 
 def main() -> None:
     """Run every stage; a stage that fails ends the demo with its own message."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.chdir(ROOT)
     start = time.monotonic()
     _stage("1/7  real text", "Python's documentation topics and standard-library docstrings (PSF licence)")
