@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from megadiff.checkpoint.save import Saver
 from megadiff.config.load import dump_config
+from megadiff.data.baselines import Baselines
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
 from megadiff.derived import describe
@@ -29,7 +30,6 @@ from megadiff.model import cost
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
 from megadiff.model.kernels import describe_kernels, open_tensor_overlap
-from megadiff.optim.groups import Scale
 from megadiff.optim.optimizer import Optimizer, build_optimizer
 from megadiff.parallel.pipeline import configure_reduction
 from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective
@@ -43,7 +43,7 @@ from megadiff.parallel.topology import (
 )
 from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import stopwatch
-from megadiff.prepared import Prepared, describe_data, machine_for, prepare
+from megadiff.prepared import Prepared, baselines_of, describe_baselines, describe_data, machine_for, prepare
 from megadiff.resumption import Resumption, describe_origin, manifest_of, resume
 from megadiff.run_config import RunConfig
 from megadiff.run_files import RunFiles
@@ -77,6 +77,7 @@ def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption
     try:
         prepared = prepare(config, world_size=world_size)
         lines = describe(config, prepared.layout, prepared.shape) + describe_data(prepared)
+        lines += describe_baselines(baselines_of(prepared))
         lines += describe_origin(prepared, resumption or Resumption())
     except DataError as error:
         if config.data.vocab_size is None:
@@ -169,6 +170,7 @@ def wire(
         log.info(line)
     log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
     log.info(f"head              {head}")
+    log.info(f"log line          {hooks.LOG_FIELDS}")
     origin = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
@@ -177,7 +179,10 @@ def wire(
         write_config(config)
     files = RunFiles.open(config, origin.step, is_main=topology.is_main)
     loader = row_loader(prepared, mixing, topology, origin.step)
-    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput)
+    baselines = baselines_of(prepared) if topology.is_main else None
+    for line in describe_baselines(baselines):
+        log.info(line)
+    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput, baselines)
     sample = sample_hooks(prepared, mixing, wrapped, topology, platform, goodput)
     saves = Saves(
         Saver(config.folder, chunks, optimizer, keep=config.checkpoint.keep, topology=topology, platform=platform),
@@ -300,12 +305,7 @@ def build_trainables(
         wrapped,
         [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],
         config.optimizer,
-        scale=Scale(
-            hidden=config.model.hidden,
-            layers=config.model.layers,
-            tokens_per_step=config.tokens_per_step,
-            reduction=config.objective.reduction,
-        ),
+        scale=config.optimizer_scale,
         is_bf16=config.precision.compute == "bf16",
         master_weights=config.precision.master_weights,
         distributed=config.parallel.distributed_optimizer,
@@ -353,6 +353,7 @@ def _evaluation(
     platform: Platform,
     files: RunFiles,
     goodput: Goodput,
+    baselines: Baselines | None,
 ) -> list[hooks.Evaluate]:
     """The hook that measures held-out rows; none without any."""
     config = prepared.config
@@ -372,4 +373,7 @@ def _evaluation(
         device=platform.device,
         micro_sequences=config.batch.micro_sequences,
     )
-    return [hooks.Evaluate(config.eval.every, config.steps, held_out, files.metrics, goodput, files.tensorboard)]
+    figures = baselines.as_metrics() if baselines is not None else {}
+    return [
+        hooks.Evaluate(config.eval.every, config.steps, held_out, files.metrics, goodput, files.tensorboard, figures)
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from megadiff.data.baselines import Baselines, count_baselines
 from megadiff.data.open import OpenData, open_data
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
@@ -61,6 +62,24 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
     return Prepared(config, tokenizer, data, layout)
 
 
+def baselines_of(prepared: Prepared) -> Baselines | None:
+    """Return what unigram and bigram models reach on the validation data; None where there are none.
+
+    Raises:
+        DataError: tokens cannot be read.
+    """
+    train, valid = prepared.data.train, prepared.data.valid
+    if not valid:
+        return None
+    return count_baselines(
+        [source.reader for source in train.sources],
+        train.blend.counts,
+        [source.reader for source in valid],
+        [len(source) for source in valid],
+        vocab_size=prepared.tokenizer.vocab_size,
+    )
+
+
 def machine_for(config: RunConfig) -> Platform:
     """Find the machine the run asks for.
 
@@ -82,3 +101,8 @@ def describe_data(prepared: Prepared) -> list[str]:
         f"tokenizer         {prepared.tokenizer.name}, mask id {prepared.tokenizer.mask_id}",
         f"data              {held:,} tokens to train on: {trained / held:.2f} epochs",
     ]
+
+
+def describe_baselines(baselines: Baselines | None) -> list[str]:
+    """Return the line about the baselines, or none without validation data."""
+    return [] if baselines is None else [f"baselines         {baselines.describe()}"]

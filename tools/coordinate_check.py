@@ -55,7 +55,8 @@ from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.errors import run_command
 from megadiff.optim.config import MEMBERS
-from megadiff.optim.groups import Scale, parameter_groups
+from megadiff.optim.groups import parameter_groups
+from megadiff.optim.rules import Scale
 from megadiff.platform.quiet import quiet
 from megadiff.run_config import RunConfig
 from megadiff.scaling.slopes import Band, Size, Verdict, judge

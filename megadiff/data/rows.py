@@ -46,18 +46,18 @@ class PackedRows:
         self.name = name
         self.seq_length = seq_length
         self.len_epoch = _rows_in(reader, seq_length)
-        self._reader = reader
+        self.reader = reader
         self._seed = seed
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)
 
     def row(self, number: int) -> np.ndarray:
         """Row `number` >= 0 of the stream: [L] int64."""
-        return self._reader.tokens(self._first_token(number), self.seq_length)
+        return self.reader.tokens(self._first_token(number), self.seq_length)
 
     def origin(self, number: int) -> Origin:
         """Where row `number` begins."""
         token = self._first_token(number)
-        return Origin(self._reader.prefix, token, *self._reader.locate(token))
+        return Origin(self.reader.prefix, token, *self.reader.locate(token))
 
     def _first_token(self, number: int) -> int:
         epoch, within = divmod(number, self.len_epoch)
@@ -111,7 +111,7 @@ class ValidationRows:
         self.name = name
         self.seq_length = seq_length
         self.bytes_per_token = reader.bytes_per_token
-        self._reader = reader
+        self.reader = reader
         self._available = _rows_in(reader, seq_length)
         self._num_rows = min(num_rows, self._available)
 
@@ -123,7 +123,7 @@ class ValidationRows:
         if any(not 0 <= index < self._num_rows for index in indices):
             raise IndexError(f"indices must lie in 0 to {self._num_rows - 1}, got {list(indices)}")
         places = [index * self._available // self._num_rows for index in indices]
-        return np.stack([self._reader.tokens(place * self.seq_length, self.seq_length) for place in places])
+        return np.stack([self.reader.tokens(place * self.seq_length, self.seq_length) for place in places])
 
 
 def _rows_in(reader: IndexedReader, seq_length: int) -> int:
