@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.errors import run_command
 
 _EPILOG = """examples:
@@ -17,6 +17,8 @@ Run the same command again after an interruption: it goes on from the run folder
 
 def main() -> None:
     """Read the run description, then check it or train."""
+    from megadiff.config.command_line import SettingsParser, refuse_unknown
+
     parser = SettingsParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("--check", action="store_true", help="resolve, print the derived numbers, and exit")
@@ -40,12 +42,13 @@ def main() -> None:
 
     with quiet():
         from megadiff import build
+    from megadiff.supervision.process import age_s
 
     resumption = build.Resumption(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
     if arguments.check:
         print(build.check(config, ranks=arguments.ranks, resumption=resumption))  # noqa: T201  this was asked for
     else:
-        build.run(config, resumption)
+        build.run(config, resumption, before_s=age_s(os.getpid()))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ from megadiff.train.replicas import CheckReplicas
 from megadiff.train.saving import Saves
 from megadiff.train.step import Step
 from megadiff.train.stopping import AgreedStop
-from megadiff.train.stragglers import Stragglers, time_computation
+from megadiff.train.stragglers import Stragglers, shared_cores, time_computation
 
 log = logging.getLogger("megadiff")
 
@@ -88,8 +88,13 @@ def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def run(config: RunConfig, resumption: Resumption | None = None) -> None:
+def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: float = 0.0) -> None:
     """Train as `config` says, from the start or from the run folder's last sound checkpoint, until the end or a stop.
+
+    Args:
+        config: the run.
+        resumption: what the user allows where the run is taken up again.
+        before_s: seconds the process has spent on this run already, in imports for example, for the goodput.
 
     Asked to stop, the run saves itself and returns as after its last step; `status.json` says which it was.
     """
@@ -109,7 +114,7 @@ def run(config: RunConfig, resumption: Resumption | None = None) -> None:
 
         try:
             stop = opened.enter_context(StopRequest(config.stop, config.folder, is_main=is_main_process()))
-            supervision = Supervision(watchdog, stop, _goodput(config), failing)
+            supervision = Supervision(watchdog, stop, _goodput(config, before_s=before_s), failing)
             with watchdog.section("setup"), supervision.goodput.during("setup"):
                 opened.enter_context(process_group(platform, timeout_s=config.watchdog.longest_s + _PATIENCE_S))
                 platform.prepare_megatron()
@@ -127,9 +132,9 @@ _PATIENCE_S = 60.0
 """How much longer a collective waits than the watchdog, which says more."""
 
 
-def _goodput(config: RunConfig, *, is_kept: bool = True) -> Goodput:
+def _goodput(config: RunConfig, *, is_kept: bool = True, before_s: float = 0.0) -> Goodput:
     path = config.folder / "goodput.json" if is_kept and is_main_process() else None
-    return Goodput(path, config.goodput, save_every=config.checkpoint.every)
+    return Goodput(path, config.goodput, save_every=config.checkpoint.every, before_s=before_s)
 
 
 @dataclass(frozen=True)
@@ -277,11 +282,12 @@ def _watchers(
     if topology.layout.world_size == 1:
         return []
     watch = stopwatch(platform)
+    replicas = CheckReplicas(config.health.check_replicas_every, chunks, wrapped, topology)
+    if (shared := shared_cores(platform, world_size=topology.layout.world_size)) is not None:
+        log.info(f"stragglers        not looked for: {shared}")
+        return [replicas]
     time_computation(wrapped, watch)
-    return [
-        Stragglers(config.log.every, config.health.straggler_ratio, watch, topology),
-        CheckReplicas(config.health.check_replicas_every, chunks, wrapped, topology),
-    ]
+    return [Stragglers(config.log.every, config.health.straggler_ratio, watch, topology), replicas]
 
 
 def build_trainables(

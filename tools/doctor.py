@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.errors import ConfigError, run_command
 
 _EPILOG = """examples:
@@ -20,6 +19,8 @@ Exit code 0 when nothing would fail, 2 when something would.
 
 def main() -> None:
     """Read the command line, examine, report."""
+    from megadiff.config.command_line import SettingsParser, refuse_unknown
+
     parser = SettingsParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--config", type=Path, help="the run's YAML file; without it only the machine is examined")
     parser.add_argument("--ranks", type=int, help="ranks of the run over all nodes (default: this launch's)")

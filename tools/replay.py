@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ _SHOWN_ROWS = 32
 
 def main() -> None:
     """Read the command line, replay, print, save."""
+    from megadiff.config.command_line import SettingsParser, refuse_unknown
+
     parser = SettingsParser(
         settings_help="settings over the run's, such as data paths", description=__doc__, epilog=_EPILOG
     )

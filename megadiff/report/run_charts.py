@@ -48,7 +48,7 @@ class RunCharts:
                 marks=skipped,
                 remark=f"What is minimised: a reweighted bound. {foot}",
             ),
-            self._chart("grad-norm", "Gradient norm before clipping", "norm", self._figure("grad_norm"), is_y_log=True),
+            self._chart("grad-norm", "Gradient norm before clipping", "norm", self._figure("grad_norm")),
             self._chart("lr", "Learning rate", "learning rate", self._figure("lr")),
         ]
 

@@ -9,6 +9,7 @@ parallelism together with the peers that wait for it; ranks of different stages 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from statistics import median_low
@@ -17,12 +18,29 @@ from typing import Any, ClassVar
 import torch
 
 from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import Stopwatch
 from megadiff.train.hooks import Part, StepResult
 
 log = logging.getLogger("megadiff")
 
 _COMPUTATION = ("forward-compute", "backward-compute")
+
+
+def shared_cores(platform: Platform, *, world_size: int) -> str | None:
+    """Return how this node's CPU ranks share its cores, or None where each has one of its own.
+
+    Ranks that share cores wait for each other's turns, so their times say nothing about the cores they run on.
+
+    Args:
+        platform: this rank's machine.
+        world_size: ranks of the run, all of them on this node unless the launcher says how many are.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    wanted = local_ranks * torch.get_num_threads()
+    if not platform.is_cpu or wanted <= platform.local_devices():
+        return None
+    return f"{local_ranks} ranks of {torch.get_num_threads()} thread(s) share {platform.local_devices()} core(s)"
 
 
 class ComputeTimers:

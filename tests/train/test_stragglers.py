@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import os
 import time
 
 import torch
 
 from megadiff.platform.machine import detect
 from megadiff.platform.stopwatch import stopwatch
-from megadiff.train.stragglers import ComputeTimers, slow_ranks
+from megadiff.train.stragglers import ComputeTimers, shared_cores, slow_ranks
 
 
 def test_a_rank_is_compared_with_the_median_of_its_stage():
@@ -20,6 +21,19 @@ def test_of_two_ranks_the_slower_one_is_named_and_one_alone_never_is():
     assert slow_ranks([(0, 1.0), (0, 2.0)], ratio=1.5) == [(1, 2.0, 1.0)]
     assert slow_ranks([(0, 1.0), (1, 9.0)], ratio=1.5) == []
     assert slow_ranks([(0, 0.0), (0, 0.0)], ratio=1.5) == []
+
+
+def test_ranks_that_share_cores_are_not_compared(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    platform = detect("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert shared_cores(platform, world_size=cores) is None
+    assert f"{cores + 1} ranks of 1 thread(s) share {cores} core(s)" == shared_cores(platform, world_size=cores + 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+    assert shared_cores(platform, world_size=8 * cores) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert shared_cores(platform, world_size=8 * cores) is not None
 
 
 class Marks:
