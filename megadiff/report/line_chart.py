@@ -31,9 +31,14 @@ class Curve:
     has_dots: bool = False
     """Draw every point, with its standard error where it has one, and a thin line between."""
 
+    is_reference: bool = False
+    """Draw it as a level to compare the runs with, in a neutral colour and without a run's style."""
+
     @property
     def classes(self) -> str:
-        """Of its colour and its dashes."""
+        """The classes of its colour and its dashes."""
+        if self.is_reference:
+            return f"reference r{self.style % _DASHES}"
         return f"c{self.style % _COLOURS} d{self.style // _COLOURS % _DASHES}"
 
 
