@@ -13,6 +13,9 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+SHOWN_DIGITS = 12
+"""Number of a fingerprint's hexadecimal digits that messages show."""
+
 
 class MegadiffError(Exception):
     """A mistake a user can correct; the command ends with its exit code, 2 for most, and the message alone."""

@@ -25,7 +25,7 @@ from megadiff.data.loader import Microbatch
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
-from megadiff.errors import CheckpointError, ConfigError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
 from megadiff.kernels.head import HeadLoss
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.row_objective import PlacedRows, RowObjective
@@ -191,8 +191,8 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         ):
             if then != now:
                 raise CheckpointError(
-                    f"{folder} was trained with {what} of fingerprint {then}, but what is there now has {now}; give "
-                    "the first one's path as data.train or data.tokenizer"
+                    f"{folder} was trained with {what} of fingerprint {then[:SHOWN_DIGITS]}, but what is there now "
+                    f"has {now[:SHOWN_DIGITS]}; give the first one's path as data.train or data.tokenizer"
                 )
         load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
         health.restore(saved.health)

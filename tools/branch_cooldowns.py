@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError, MegadiffError, run_command
 
 _EPILOG = """example:
@@ -20,9 +20,7 @@ Each branch is a run of its own, NAME-cooldown-LENGTH, that a second call of the
 
 def main() -> None:
     """Run one branch after the other, or print their commands."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--config", type=Path, required=True, help="the trunk's YAML file")
     parser.add_argument("--trunk", type=Path, required=True, help="the step_* folder to branch from")
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="steps of each cooldown")

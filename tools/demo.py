@@ -6,7 +6,6 @@ Hugging Face folder, loaded and sampled by transformers.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from megadiff.config.command_line import CommandParser
 from megadiff.config.load import load_config
 from megadiff.errors import MegadiffError, run_command
 from megadiff.run_config import RunConfig
@@ -38,7 +38,7 @@ console = Console()
 
 def main() -> None:
     """Run every stage; a stage that fails ends the demo with its own message."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    CommandParser(description=__doc__).parse_args()
     os.chdir(ROOT)
     start = time.monotonic()
     _stage("1/7  real text", "Python's documentation topics and standard-library docstrings (PSF licence)")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError, run_command
 
 _EPILOG = """examples:
@@ -40,6 +41,7 @@ def main() -> None:
 def _elbo(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     found = trained.held_out_elbo(
         arguments.data,
+        key="--data",
         rows=arguments.rows,
         noise_levels=arguments.noise_levels,
         micro_sequences=arguments.micro_sequences,
@@ -75,9 +77,7 @@ def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "measure", choices=["elbo", "likelihood"], help="the held-out evidence bound, or the likelihood of given texts"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megadiff.checkpoint.durable import entry_of, sync
 from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, Manifest, read_manifest
+from megadiff.config.refusals import similar_path
 from megadiff.errors import CheckpointError
 
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -65,6 +66,8 @@ def chosen(path: Path) -> Path:
     newest = newest_complete(path)
     if newest is None:
         what = "no such folder" if not path.exists() else "no complete checkpoint in it"
+        if not path.exists() and (near := similar_path(path)) is not None:
+            what += f"; did you mean {near}?"
         raise CheckpointError(
             f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
         )

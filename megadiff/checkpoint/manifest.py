@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megadiff.errors import CheckpointError, ConfigError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
 
 FORMAT = 2
 """Version of the manifest; a change of meaning raises it. 2: the manifest has a checksum of its own."""
@@ -66,8 +66,11 @@ class Change(BaseModel):
     now: Any
 
     def describe(self) -> str:
-        """`key: before -> now`."""
-        return f"{self.key}: {json.dumps(self.before)} -> {json.dumps(self.now)}"
+        """Return `key: before -> now`, fingerprints with their first digits."""
+        before, now = self.before, self.now
+        if self.key.endswith("_fingerprint"):
+            before, now = str(before)[:SHOWN_DIGITS], str(now)[:SHOWN_DIGITS]
+        return f"{self.key}: {json.dumps(before)} -> {json.dumps(now)}"
 
 
 class Manifest(BaseModel):

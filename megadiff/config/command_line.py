@@ -15,21 +15,42 @@ from megadiff.config.tree import COMMAND_LINE
 from megadiff.errors import ConfigError
 
 
-class SettingsParser(argparse.ArgumentParser):
-    """A parser of options beside `key=value` settings; what is wrong becomes a `ConfigError` instead of a usage text.
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence in a `ConfigError`, without the usage text.
+
+    Descriptions and epilogs are shown as they are written.
+
+    Args:
+        keywords: those of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **keywords})
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line, with the option that was probably meant where one is misspelled."""
+        _, found, unknown = message.partition("unrecognized arguments: ")
+        near = difflib.get_close_matches(unknown.partition("=")[0].split(" ")[0], self.long_options(), n=1, cutoff=0.7)
+        hint = f"; did you mean `{near[0]}`?" if found and near else f"; `{self.prog} --help` lists the options"
+        raise ConfigError(f"{COMMAND_LINE}: {message}{hint}")
+
+    def long_options(self) -> list[str]:
+        """Return the options that begin with two dashes, sorted."""
+        options = (option for action in self._actions for option in action.option_strings)
+        return sorted(option for option in options if option.startswith("--"))
+
+
+class SettingsParser(CommandParser):
+    """A parser of options beside `key=value` settings.
 
     Args:
         settings_help: help of the positional argument, which is `overrides` in the result.
-        keywords: those of `argparse.ArgumentParser`; descriptions and epilogs are shown as they are written.
+        keywords: those of `argparse.ArgumentParser`.
     """
 
     def __init__(self, *, settings_help: str = "settings over the file's", **keywords: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+        super().__init__(**keywords)
         self.add_argument("overrides", nargs="*", metavar="key=value", help=settings_help)
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
-        raise ConfigError(f"{COMMAND_LINE}: {message}; `{self.prog} --help` lists the options")
 
     def parse_with_settings(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse a command line whose settings may stand anywhere.
@@ -47,8 +68,7 @@ class SettingsParser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if argv is None else argv)
         arguments, unknown = self.parse_known_intermixed_args(words)
         arguments.unknown = [_with_value(option, words) for option in unknown if option.startswith("-")]
-        options = sorted(option for action in self._actions for option in action.option_strings)
-        arguments.options = [option for option in options if option.startswith("--")]
+        arguments.options = self.long_options()
         return arguments
 
 

@@ -16,6 +16,7 @@ import yaml
 from megadiff.config import scalars
 from megadiff.config.command_line import setting_without_equals
 from megadiff.config.overrides import apply_override
+from megadiff.config.refusals import similar_path
 from megadiff.config.section import Section
 from megadiff.config.tree import COMMAND_LINE, Group, Items, Place, Scalar, Tree, found, merge
 from megadiff.config.typed import Reader
@@ -121,7 +122,8 @@ def _text(path: Path, named_by: Place | None) -> str:
     asked = f"{named_by}: the base file {path}" if named_by is not None else f"{path}: the run description"
     try:
         if not path.exists():
-            raise ConfigError(f"{asked} does not exist; check the path")
+            near = similar_path(path)
+            raise ConfigError(f"{asked} does not exist; " + (f"did you mean {near}?" if near else "check the path"))
         if not path.is_file():
             raise ConfigError(f"{asked} is not a file; give the path of a YAML file")
         size = path.stat().st_size

@@ -10,7 +10,7 @@ from megadiff.data.config import DataConfig, SourceConfig
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.rows import PackedRows, TrainingRows, ValidationRows
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.errors import DataError
+from megadiff.errors import SHOWN_DIGITS, DataError
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def open_data(
     Raises:
         DataError: files missing or damaged, made with another tokenizer, ids outside its vocabulary, less than a row.
     """
-    train = [_checked(f"data.train[{i}]", source, tokenizer, full_scan) for i, source in enumerate(config.train)]
-    valid = [_checked(f"data.valid[{i}]", source, tokenizer, full_scan) for i, source in enumerate(config.valid)]
+    train = [_checked(f"data.train[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.train)]
+    valid = [_checked(f"data.valid[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.valid)]
     # Sources are named by place, not by path, so that moved data give the same rows.
     packed = [PackedRows(reader, seq_length, seed=seed, name=f"train.{i}") for i, reader in enumerate(train)]
     return OpenData(
@@ -59,16 +59,43 @@ def open_data(
     )
 
 
-def _checked(key: str, source: SourceConfig, tokenizer: Tokenizer, full_scan: bool) -> IndexedReader:
+def open_validation(prefix: str, tokenizer: Tokenizer, *, seq_length: int, rows: int, key: str) -> ValidationRows:
+    """Open one source to be measured, for a command that has no run description.
+
+    Args:
+        prefix: P of `P.bin` and `P.idx`.
+        tokenizer: the model's.
+        seq_length: L.
+        rows: sequences at most.
+        key: what the user gave the prefix as, for messages.
+
+    Raises:
+        DataError: as `open_data`.
+    """
+    remedy = "give data made with the model's tokenizer"
+    reader = _checked(key, prefix, tokenizer, full_scan=False, owner="the model's", remedy=remedy)
+    return ValidationRows(reader, seq_length, num_rows=rows, name=reader.prefix.rpartition("/")[2])
+
+
+def _checked(
+    key: str,
+    prefix: str,
+    tokenizer: Tokenizer,
+    full_scan: bool,
+    *,
+    owner: str = "this run's",
+    remedy: str = "set data.tokenizer to the first or preprocess the corpus with the second",
+) -> IndexedReader:
+    """Open a source and compare it with the tokenizer; `owner` and `remedy` are the caller's words for a mismatch."""
     try:
-        reader = IndexedReader(source.path)
+        reader = IndexedReader(prefix)
         made_with = reader.tokenizer_fingerprint
         if made_with is not None and made_with != tokenizer.fingerprint:
             assert reader.manifest is not None
             raise DataError(
                 f"{reader.prefix}: wrong vocabulary for the data: made with tokenizer {reader.manifest.tokenizer.name} "
-                f"({made_with}), this run's is {tokenizer.name} ({tokenizer.fingerprint}); "
-                "set data.tokenizer to the first or preprocess the corpus with the second"
+                f"({made_with[:SHOWN_DIGITS]}), {owner} is {tokenizer.name} "
+                f"({tokenizer.fingerprint[:SHOWN_DIGITS]}); {remedy}"
             )
         reader.check_vocabulary(tokenizer.vocab_size, mask_id=tokenizer.mask_id, full=full_scan)
     except DataError as error:

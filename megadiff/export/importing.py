@@ -23,7 +23,7 @@ from megadiff.checkpoint.manifest import FORMAT, Manifest
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import ConditioningConfig, NoiseConfig
-from megadiff.errors import CheckpointError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError
 from megadiff.export.export import CHECKSUMS, TRAINING, staged
 from megadiff.export.next_token_source import next_token_dtype, next_token_model, read_next_token
 from megadiff.export.released_config import conditioning_from, model_from, model_keys, noise_from
@@ -215,8 +215,8 @@ def _tokenizer(source: _Source, given: str | None) -> tuple[Tokenizer, str]:
     wanted = (source.training or {}).get("tokenizer_fingerprint")
     if wanted not in (None, found.fingerprint):
         raise CheckpointError(
-            f"{source.folder} was trained with another tokenizer ({wanted}) than {said} ({found.fingerprint}); give "
-            "the first one's path with --tokenizer"
+            f"{source.folder} was trained with another tokenizer ({wanted[:SHOWN_DIGITS]}) than {said} "
+            f"({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
         )
     return found, said
 
