@@ -36,8 +36,9 @@ def similar_path(path: str | Path, *, ending: str = "") -> str | None:
         names = sorted(found.name.removesuffix(ending) for found in folder.glob(f"*{ending}"))
     except OSError:
         return None
-    near = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.6)
-    return str(folder / near[0]) if near else None
+    by_stem = {Path(name).stem: name for name in reversed(names)}  # endings alone make no two names alike
+    near = difflib.get_close_matches(Path(path).stem, by_stem, n=1, cutoff=0.6)
+    return str(folder / by_stem[near[0]]) if near else None
 
 
 def at(group: Group, key: str, text: str) -> str:
