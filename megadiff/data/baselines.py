@@ -17,12 +17,11 @@ takes about a second and 200 MB.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 
 from megadiff.data.indexed_reader import IndexedReader
 
@@ -152,7 +151,24 @@ class SmoothedBigrams:
             strength = math.exp(log_strength)
             return -float(self._pair_counts @ np.log((others + strength * prior) / (totals + strength)))
 
-        return math.exp(minimize_scalar(loss, bounds=_LOG_STRENGTHS, method="bounded", options={"xatol": 0.02}).x)
+        return math.exp(_lowest(loss, *_LOG_STRENGTHS, within=0.02))
+
+
+def _lowest(function: Callable[[float], float], low: float, high: float, *, within: float) -> float:
+    """Return where a function with one valley between `low` and `high` is lowest, by golden sections."""
+    share = (math.sqrt(5) - 1) / 2
+    left, right = high - share * (high - low), low + share * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > within:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - share * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + share * (high - low)
+            at_right = function(right)
+    return (low + high) / 2
 
 
 def _spans_of(readers: Sequence[IndexedReader], weights: Sequence[float], limit: int) -> list[list[Ids]]:
