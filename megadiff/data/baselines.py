@@ -189,7 +189,10 @@ def _spans(reader: IndexedReader, limit: int) -> Iterator[Ids]:
 
 
 def _token_counts(spans: Sequence[Ids], vocab_size: int) -> Figures:
-    return sum((np.bincount(span, minlength=vocab_size) for span in spans), np.zeros(vocab_size))
+    counts = np.zeros(vocab_size)
+    for span in spans:
+        counts += np.bincount(span, minlength=vocab_size)
+    return counts
 
 
 def _pairs(span: Ids, vocab_size: int) -> Ids:
