@@ -46,10 +46,15 @@ def _elbo(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         noise_levels=arguments.noise_levels,
         micro_sequences=arguments.micro_sequences,
     )
+    from megadiff.data.baselines import unigram_entropy
+    from megadiff.data.indexed_reader import IndexedReader
+
+    unigram = unigram_entropy(IndexedReader(arguments.data), vocab_size=trained.tokenizer.vocab_size)
     print(f"{trained.folder}: {found.describe()}")
+    print(f"  unigram entropy of the data: {unigram:.4f} nats per token (no model that ignores context is below it)")
     for low, high, value in found.by_log_snr:
         print(f"  log-SNR {low:+.0f} to {high:+.0f}: {value:.4f} nats")
-    return found.as_metrics()
+    return {**found.as_metrics(), "eval_unigram": unigram}
 
 
 def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -108,6 +108,12 @@ def count_baselines(
     )
 
 
+def unigram_entropy(reader: IndexedReader, *, vocab_size: int) -> float:
+    """Return the entropy in nats per token of one source's own frequencies, of at most `VALIDATION_TOKENS` tokens."""
+    counts = _token_counts(list(_spans(reader, VALIDATION_TOKENS)), vocab_size)
+    return _entropy(counts / counts.sum())
+
+
 class SmoothedBigrams:
     """A bigram model with a Dirichlet prior: p(b | a) = (n(a, b) + k p(b)) / (n(a) + k).
 

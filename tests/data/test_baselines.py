@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megadiff.data import baselines
-from megadiff.data.baselines import SmoothedBigrams, count_baselines
+from megadiff.data.baselines import SmoothedBigrams, count_baselines, unigram_entropy
 from megadiff.data.indexed_manifest import tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
@@ -68,6 +68,7 @@ def test_both_figures_are_those_of_counts_by_hand(tmp_path):
     found = count_baselines([source(tmp_path / "t", train)], [1.0], [source(tmp_path / "v", valid)], [5], vocab_size=V)
     strength = SmoothedBigrams([train], vocab_size=V).strength
     assert found.unigram == pytest.approx(entropy_by_hand(valid), rel=1e-12)
+    assert unigram_entropy(IndexedReader(tmp_path / "v"), vocab_size=V) == pytest.approx(found.unigram, rel=1e-12)
     assert found.bigram == pytest.approx(bigram_loss_by_hand(train, valid, strength), rel=1e-12)
     assert (found.training_tokens, found.validation_tokens, found.bytes_per_token) == (3000, 900, 1.0)
     assert found.bigram < found.unigram
