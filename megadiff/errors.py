@@ -6,8 +6,10 @@ Everything that is not one of these is our own bug and keeps its stack trace.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -101,11 +103,21 @@ def _is_own(module: str) -> bool:
 
 def _end(message: str, code: int) -> NoReturn:
     """Report a message as the only rank that does, and exit."""
-    if os.environ.get("RANK", "0") != "0" and os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        time.sleep(_PATIENCE_S)
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        _wait_for_the_first_rank()
     _write_error_file(message)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _wait_for_the_first_rank() -> None:
+    """Sleep on every rank but the first, for longer where another rank of the same node waits too."""
+    patience_s = _PATIENCE_S * ((os.environ.get("RANK", "0") != "0") + (os.environ.get("LOCAL_RANK", "0") != "0"))
+    if not patience_s:
+        return
+    with contextlib.suppress(ValueError):  # batch scripts let ranks ignore the signal with which the launcher ends them
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(patience_s)
 
 
 def _write_error_file(message: str) -> None:

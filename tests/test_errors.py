@@ -22,7 +22,8 @@ def ended(tmp_path, statement: str, *, rank: int | None = None, wait: bool = Tru
     env.pop("TORCHELASTIC_ERROR_FILE", None)
     if rank is not None:
         env |= {"RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stderr=subprocess.PIPE)
+    ignoring = ["bash", "-c", 'trap "" TERM; exec "$@"', "bash"]  # as the batch scripts do
+    process = subprocess.Popen([*ignoring, sys.executable, "-c", code], env=env, text=True, stderr=subprocess.PIPE)
     return process.communicate(timeout=60)[1] if wait else process, process
 
 
