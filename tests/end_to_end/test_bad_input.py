@@ -236,3 +236,9 @@ def test_the_command_says_what_it_would_do_and_exits_with_0(description):
     assert code == 0, err
     assert "layout            4 rank(s): tensor 2 x pipeline 1 x data 2" in out
     assert "tokens per step   128 (8 rows of 16, 2 microbatch(es) of 2 per replica)" in out
+    assert re.search(
+        r"^learning rate     block matrices, 49,152 parameters: peak 0\.002 \(optimizer\.lr\), ", out, re.M
+    )
+    assert re.search(
+        r"^baselines         unigram \d\.\d+ nats per token \(.* bits per byte\) of 6,\d+ validation", out, re.M
+    )
