@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -13,6 +14,10 @@ from megadiff.config.other_names import answer_elsewhere, key_elsewhere
 from megadiff.config.section import Section
 from megadiff.config.tree import COMMAND_LINE
 from megadiff.errors import ConfigError
+
+
+_WRONG_VALUE = re.compile(r"argument (?P<option>.*?): invalid (?P<type>float|int|_\w+) value: (?P<found>.*)", re.DOTALL)
+"""Words of argparse for a value that its type could not read; types of our own begin with `_` and read integers."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -29,6 +34,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line, with the option that was probably meant where one is misspelled."""
+        if (value := _WRONG_VALUE.fullmatch(message)) is not None:
+            kind = "a number" if value["type"] == "float" else "an integer"
+            message = f"argument {value['option']}: wants {kind}, found {value['found']}"
         _, found, unknown = message.partition("unrecognized arguments: ")
         near = difflib.get_close_matches(unknown.partition("=")[0].split(" ")[0], self.long_options(), n=1, cutoff=0.7)
         hint = f"; did you mean `{near[0]}`?" if found and near else f"; `{self.prog} --help` lists the options"

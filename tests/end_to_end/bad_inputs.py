@@ -339,6 +339,9 @@ NATURAL = [
     (GENERATE + " --num-token", "--num-token"),
     (GENERATE + " --temprature 0.5", "--temprature 0.5; did you mean `--temperature`?"),
     (EVALUATE + " --data {data} --row 8 --noise-level 2 --batch-size 4", "--batch-size 4"),
+    (EVALUATE + " --data {data} --rows some", "--rows: wants an integer, found 'some'"),
+    (GENERATE + " --steps 1.5", "--steps: wants an integer, found '1.5'"),
+    (GENERATE + " --temperature hot", "--temperature: wants a number, found 'hot'"),
     ("tools/evaluate.py perplexity --model {run} --data {data}", "'perplexity'"),
     ("tools/convert_checkpoint.py exprot --checkpoint {run}", "'exprot'"),
     # settings
