@@ -15,7 +15,6 @@ from megadiff.config.section import Section
 from megadiff.config.tree import COMMAND_LINE
 from megadiff.errors import ConfigError
 
-
 _WRONG_VALUE = re.compile(r"argument (?P<option>.*?): invalid (?P<type>float|int|_\w+) value: (?P<found>.*)", re.DOTALL)
 """Words of argparse for a value that its type could not read; types of our own begin with `_` and read integers."""
 
