@@ -6,6 +6,7 @@ validator only ever sees a section whose own values are good.
 
 from __future__ import annotations
 
+import difflib
 import enum
 from collections.abc import Iterable
 from pathlib import Path
@@ -165,7 +166,7 @@ class Reader:
     def _meant(self, name: str, entry: Entry, full: str, keys: list[str]) -> str:
         """Return what is said between an unknown key and the keys of its section."""
         if isinstance(entry.tree, Group) and (inner := self._meant_inside(entry.tree, full)):
-            return f"; {inner}; "
+            return f"; {inner} "
         if (answer := other_names.answer_elsewhere(full)) is not None:
             return f": {answer}; "
         elsewhere = [path for path in field_types.dotted_keys(self.root) if path.split(".")[-1] == name]
@@ -178,9 +179,13 @@ class Reader:
 
     def _meant_inside(self, group: Group, full: str) -> str:
         """Return the keys here of what stands in a section that another trainer has, such as `training:`."""
+        known = field_types.dotted_keys(self.root)
+        sections = difflib.get_close_matches(full, known, n=1, cutoff=0.6)
+        if sections and all(f"{sections[0]}.{name}" in known for name in group.entries):
+            return f"did you mean `{sections[0]}`?"
         pairs = [(f"{full}.{name}", similar_key(f"{full}.{name}", self.root)) for name in group.entries]
-        known = [f"`{theirs}` is `{ours}` here" for theirs, ours in pairs if ours is not None]
-        return ", ".join(known[:_MOST_SUGGESTIONS])
+        meant = [f"`{theirs}` is `{ours}` here" for theirs, ours in pairs if ours is not None]
+        return ", ".join(meant[:_MOST_SUGGESTIONS]) + ";" * bool(meant)
 
 
 def untyped(tree: Tree) -> Any:
