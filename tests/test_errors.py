@@ -1,4 +1,4 @@
-"""How commands end: one sentence from one rank, and the launcher's error file."""
+"""The ends of commands: one sentence from one rank, and the launcher's error file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models without a network reach on the validation data: the figures a held-out bound is compared with.
+"""Figures that models without a network reach on the validation data, to compare a held-out bound with.
 
 *Unigram*: the entropy of the validation tokens' own frequencies. No model that ignores context can do better on these
 tokens, so a bound below it shows that context is used.

@@ -10,7 +10,7 @@ from megadiff.optim.config import OptimizerConfig
 
 @dataclass(frozen=True)
 class Rule:
-    """What a role's parameters get, relative to the settings."""
+    """The factors on the settings that a role's parameters get."""
 
     lr_mult: float
     wd_mult: float
@@ -31,14 +31,14 @@ def rules(settings: OptimizerConfig, *, hidden: int) -> dict[str, Rule]:
 
 @dataclass(frozen=True)
 class Scale:
-    """What epsilon depends on beside the settings."""
+    """The sizes that epsilon depends on beside the settings."""
 
     hidden: int
     layers: int
     tokens_per_step: int
     """Tokens a gradient sums over; all of them, noise-free ones too."""
     reduction: Literal["sum", "mean"]
-    """Of the loss the gradients are of."""
+    """Reduction of the loss that the gradients are of."""
 
 
 def effective_eps(settings: OptimizerConfig, scale: Scale) -> float:

@@ -34,7 +34,7 @@ def shared_cores(platform: Platform, *, world_size: int) -> str | None:
 
     Args:
         platform: this rank's machine.
-        world_size: ranks of the run, all of them on this node unless the launcher says how many are.
+        world_size: ranks of the run, all of them on this node unless the launcher gives their number.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     wanted = local_ranks * torch.get_num_threads()

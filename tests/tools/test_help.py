@@ -31,7 +31,7 @@ SHELL += sorted((REPOSITORY / "tools/benchmarks").glob("*.sh"))
 
 
 def forbid_work() -> None:
-    """From here on this process may start nothing, delete nothing and write nothing but its two streams."""
+    """Let this process start nothing, delete nothing and write nothing but its two streams from here on."""
     sys.dont_write_bytecode = True
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
