@@ -287,7 +287,7 @@ def _watchers(
         log.info(f"stragglers        not looked for: {shared}")
         return [replicas]
     time_computation(wrapped, watch)
-    return [Stragglers(config.log.every, config.health.straggler_ratio, watch, topology), replicas]
+    return [Stragglers(config.log.every, config.health.straggler_ratio, watch, topology, platform), replicas]
 
 
 def build_trainables(
