@@ -8,11 +8,14 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check bench clean help
 
 help:
-	@echo "make demo   real text -> indexed data -> training on 8 CPU ranks -> held-out ELBO -> samples -> Hugging Face"
+	@echo "make demo   real text -> tokenizer -> training on 8 CPU ranks, resumed on 2 -> held-out ELBO -> samples ->"
+	@echo "            Hugging Face"
 	@echo "make test   the test suite"
 	@echo "make check  ruff, pyright, import rules"
 	@echo "make bench  what a CPU can measure: noising, the output head, a training step, a save's stall, the cache of"
 	@echo "            finished blocks, memory of a 10B export (half an hour, 11 GB of memory, 20 GB of disk)"
+	@echo "pip heeds its own variables: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
+	@echo "            installs torch's CPU build instead of 5.8 GB of CUDA libraries"
 
 $(STAMP): setup.py requirements/cpu.txt requirements/hf.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 from pathlib import Path
 
 from megadiff.errors import run_command
@@ -19,9 +19,9 @@ Run the same command again after an interruption: it goes on from the run folder
 def main() -> None:
     """Read the run description, then check it or train."""
     end_with_launcher()
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from megadiff.config.command_line import SettingsParser, refuse_unknown
+
+    parser = SettingsParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("--check", action="store_true", help="resolve, print the derived numbers, and exit")
     parser.add_argument(
@@ -36,12 +36,12 @@ def main() -> None:
         "--allow-change", action="append", default=[], metavar="KEY", help="go on with another value of this setting"
     )
     parser.add_argument("--allow-data-change", action="store_true", help="go on with other training data")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_with_settings()
 
     from megadiff.config.load import load_config
     from megadiff.run_config import RunConfig
 
+    refuse_unknown(arguments, RunConfig)
     config = load_config(arguments.config, arguments.overrides, RunConfig)
 
     from megadiff.platform.quiet import quiet
@@ -49,6 +49,7 @@ def main() -> None:
     with quiet():
         from megadiff import build
         from megadiff.derived import NoLayoutError
+    from megadiff.supervision.process import age_s
 
     resumption = build.Resumption(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
     if arguments.check:
@@ -58,7 +59,7 @@ def main() -> None:
             print("\n".join(error.sizes))  # noqa: T201
             raise
     else:
-        build.run(config, resumption)
+        build.run(config, resumption, before_s=age_s(os.getpid()))
 
 
 if __name__ == "__main__":

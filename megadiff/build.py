@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from megadiff.checkpoint.save import Saver
 from megadiff.config.load import dump_config
+from megadiff.data.baselines import Baselines
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
 from megadiff.derived import describe, lay_out_run, ranks_to_check
@@ -29,7 +30,6 @@ from megadiff.model import cost
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
 from megadiff.model.kernels import describe_kernels, open_tensor_overlap
-from megadiff.optim.groups import Scale
 from megadiff.optim.optimizer import Optimizer, build_optimizer
 from megadiff.parallel.pipeline import configure_reduction
 from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, RowObjective
@@ -44,7 +44,16 @@ from megadiff.parallel.topology import (
 )
 from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import stopwatch
-from megadiff.prepared import Prepared, data_advice, data_facts, describe_data, machine_for, prepare
+from megadiff.prepared import (
+    Prepared,
+    baselines_of,
+    data_advice,
+    data_facts,
+    describe_baselines,
+    describe_data,
+    machine_for,
+    prepare,
+)
 from megadiff.resumption import Resumption, foresee_resumption, manifest_of, resume
 from megadiff.run_config import RunConfig
 from megadiff.run_files import RunFiles
@@ -63,7 +72,7 @@ from megadiff.train.replicas import CheckReplicas
 from megadiff.train.saving import Saves
 from megadiff.train.step import Step
 from megadiff.train.stopping import AgreedStop
-from megadiff.train.stragglers import Stragglers, time_computation
+from megadiff.train.stragglers import Stragglers, shared_cores, time_computation
 
 log = logging.getLogger("megadiff")
 
@@ -86,6 +95,7 @@ def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption
         prepared = prepare(config, world_size=world_size)
         prepared, step, origin = foresee_resumption(prepared, resumption)
         lines = describe(config, prepared.layout, prepared.shape) + describe_data(prepared, step=step)
+        lines += describe_baselines(baselines_of(prepared))
         lines += [f"warning           {found}" for found in data_advice(prepared)] + origin
     except DataError as error:
         if config.data.vocab_size is None:
@@ -96,8 +106,13 @@ def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption
     return dump_config(config) + "\n" + "\n".join([*remarks, *lines])
 
 
-def run(config: RunConfig, resumption: Resumption | None = None) -> None:
+def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: float = 0.0) -> None:
     """Train as `config` says, from the start or from the run folder's last sound checkpoint, until the end or a stop.
+
+    Args:
+        config: the run.
+        resumption: what the user allows where the run is taken up again.
+        before_s: seconds the process has spent on this run already, in imports for example, for the goodput.
 
     Asked to stop, the run saves itself and returns as after its last step; `status.json` says which it was.
     """
@@ -120,7 +135,7 @@ def run(config: RunConfig, resumption: Resumption | None = None) -> None:
 
         try:
             stop = opened.enter_context(StopRequest(config.stop, config.folder, is_main=is_main_process()))
-            supervision = Supervision(watchdog, stop, _goodput(config), failing, standing.saved)
+            supervision = Supervision(watchdog, stop, _goodput(config, before_s=before_s), failing, standing.saved)
             with watchdog.section("setup"), supervision.goodput.during("setup"):
                 opened.enter_context(process_group(platform, timeout_s=config.watchdog.longest_s + _PATIENCE_S))
                 platform.prepare_megatron()
@@ -138,9 +153,9 @@ _PATIENCE_S = 60.0
 """How much longer a collective waits than the watchdog, which says more."""
 
 
-def _goodput(config: RunConfig, *, is_kept: bool = True) -> Goodput:
+def _goodput(config: RunConfig, *, is_kept: bool = True, before_s: float = 0.0) -> Goodput:
     path = config.folder / "goodput.json" if is_kept and is_main_process() else None
-    return Goodput(path, config.goodput, save_every=config.checkpoint.every)
+    return Goodput(path, config.goodput, save_every=config.checkpoint.every, before_s=before_s)
 
 
 @dataclass(frozen=True)
@@ -183,6 +198,7 @@ def wire(
         log.info(line)
     log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
     log.info(f"head              {head}")
+    log.info(f"log line          {hooks.LOG_FIELDS}")
     origin, prepared = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
@@ -197,7 +213,10 @@ def wire(
         write_facts(config, data_facts(prepared, step=origin.step, advice=doubts))
     files = RunFiles.open(config, origin.step, is_main=topology.is_main)
     loader = row_loader(prepared, mixing, topology, origin.step)
-    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput)
+    baselines = baselines_of(prepared) if topology.is_main else None
+    for line in describe_baselines(baselines):
+        log.info(line)
+    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput, baselines)
     sample = sample_hooks(prepared, mixing, wrapped, topology, platform, goodput)
     saves = Saves(
         _saver(config, chunks, optimizer, topology, platform),
@@ -309,11 +328,12 @@ def _watchers(
     if topology.layout.world_size == 1:
         return []
     watch = stopwatch(platform)
+    replicas = CheckReplicas(config.health.check_replicas_every, chunks, wrapped, topology)
+    if (shared := shared_cores(platform, world_size=topology.layout.world_size)) is not None:
+        log.info(f"stragglers        not looked for: {shared}")
+        return [replicas]
     time_computation(wrapped, watch)
-    return [
-        Stragglers(config.log.every, config.health.straggler_ratio, watch, topology),
-        CheckReplicas(config.health.check_replicas_every, chunks, wrapped, topology),
-    ]
+    return [Stragglers(config.log.every, config.health.straggler_ratio, watch, topology, platform), replicas]
 
 
 def build_trainables(
@@ -337,12 +357,7 @@ def build_trainables(
         wrapped,
         [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],
         config.optimizer,
-        scale=Scale(
-            hidden=config.model.hidden,
-            layers=config.model.layers,
-            tokens_per_step=config.tokens_per_step,
-            reduction=config.objective.reduction,
-        ),
+        scale=config.optimizer_scale,
         is_bf16=config.precision.compute == "bf16",
         master_weights=config.precision.master_weights,
         distributed=config.parallel.distributed_optimizer,
@@ -390,6 +405,7 @@ def _evaluation(
     platform: Platform,
     files: RunFiles,
     goodput: Goodput,
+    baselines: Baselines | None,
 ) -> list[hooks.Evaluate]:
     """The hook that measures held-out rows; none without any."""
     config = prepared.config
@@ -409,4 +425,7 @@ def _evaluation(
         device=platform.device,
         micro_sequences=config.batch.micro_sequences,
     )
-    return [hooks.Evaluate(config.eval.every, config.steps, held_out, files.metrics, goodput, files.tensorboard)]
+    figures = baselines.as_metrics() if baselines is not None else {}
+    return [
+        hooks.Evaluate(config.eval.every, config.steps, held_out, files.metrics, goodput, files.tensorboard, figures)
+    ]

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from megadiff.errors import ConfigError, ShortageError
 from megadiff.model import cost
+from megadiff.optim.rules import effective
 from megadiff.parallel.config import Layout
 from megadiff.run_config import RunConfig
 
@@ -33,6 +34,7 @@ def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
         f"{config.model.seq_length}, {layout.num_microbatches} microbatch(es) of {config.batch.micro_sequences} per "
         f"replica){f', from {config.batch.ramp.start} rows up' if config.batch.ramp else ''}",
         f"run               {config.steps:,} steps, {config.tokens_before(config.steps):,} tokens",
+        *learning_rates(config, cost.parameters(shape)),
         f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
         f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
         f"logits {_gib(memory.logits)} (estimate for "
@@ -130,6 +132,46 @@ class Work(Protocol):
     def pairs(self) -> float:
         """Number of (query, key) pairs scored in one layer."""
         ...
+
+
+_ROLE_NAMES = {
+    "bulk": "block matrices",
+    "embedding": "embedding",
+    "head": "output head",
+    "norm": "norm gains",
+    "bias": "biases",
+}
+
+
+def learning_rates(config: RunConfig, counted: cost.Parameters) -> list[str]:
+    """Return a line for each role that the model has parameters of: how many, and what updates them.
+
+    Args:
+        config: the run.
+        counted: its parameters by role.
+    """
+    counts = {
+        "bulk": counted.bulk,
+        "embedding": counted.embedding,
+        "head": counted.head,
+        "norm": counted.norms,
+        "bias": counted.biases + counted.sink,
+    }
+    base, lines = config.optimizer.lr, []
+    for found in effective(config.optimizer, config.optimizer_scale):
+        if not counts[found.role]:
+            continue
+        source = f"{base:g} x {found.factor}" if found.factor else "optimizer.lr"
+        lines.append(
+            f"learning rate     {_ROLE_NAMES[found.role]}, {counts[found.role]:,} parameters: peak {found.lr:.4g} "
+            f"({source}), weight decay {found.weight_decay:.4g}, eps {found.eps:.3g}"
+        )
+    if config.optimizer.parametrisation == "completep":
+        lines.append(
+            "learning rate     optimizer.lr is CompleteP's base rate, not comparable with rates of other trainers: "
+            f"for block matrices to learn at r, set it to {config.model.hidden} r"
+        )
+    return lines
 
 
 def memory_per_rank(config: RunConfig, layout: Layout, shape: cost.Shape) -> cost.Memory:

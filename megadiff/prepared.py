@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megadiff.data.baselines import Baselines, count_baselines
 from megadiff.data.facts import DataFacts
 from megadiff.data.mixture import Mixture
 from megadiff.data.open import OpenData, open_data
@@ -90,6 +91,24 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
     return Prepared(config, tokenizer, data, layout)
 
 
+def baselines_of(prepared: Prepared) -> Baselines | None:
+    """Return what unigram and bigram models reach on the validation data; None where there are none.
+
+    Raises:
+        DataError: tokens cannot be read.
+    """
+    data, valid = prepared.data, prepared.data.valid
+    if not valid:
+        return None
+    return count_baselines(
+        [source.reader for source in data.sources],
+        data.train.blend.shares,
+        [source.reader for source in valid],
+        [len(source) for source in valid],
+        vocab_size=prepared.tokenizer.vocab_size,
+    )
+
+
 def machine_for(config: RunConfig) -> Platform:
     """Find the machine the run asks for.
 
@@ -146,3 +165,8 @@ def data_facts(prepared: Prepared, *, step: int, advice: Sequence[Advice]) -> Da
         valid=validation_facts(data),
         advice=[str(found) for found in advice],
     )
+
+
+def describe_baselines(baselines: Baselines | None) -> list[str]:
+    """Return the line about the baselines, or none without validation data."""
+    return [] if baselines is None else [f"baselines         {baselines.describe()}"]

@@ -27,7 +27,7 @@ from megadiff.data.mixture import next_mixture
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
-from megadiff.errors import CheckpointError, ConfigError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
 from megadiff.kernels.head import HeadLoss
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.row_objective import PlacedRows, RowObjective
@@ -257,8 +257,8 @@ def _trained_on(run_folder: Path, step: int) -> tuple[Path, str | None, list[int
 
 def _trained_with(folder: Path, what: str, then: str | None, now: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder} was trained with {what} of fingerprint {then}, but what is there now has {now}; give the first "
-        "one's path as data.train or data.tokenizer"
+        f"{folder} was trained with {what} of fingerprint {(then or 'unknown')[:SHOWN_DIGITS]}, but what is there now "
+        f"has {now[:SHOWN_DIGITS]}; give the first one's path as data.train or data.tokenizer"
     )
 
 

@@ -24,6 +24,7 @@ from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.fp8 import check_shapes
 from megadiff.optim.config import OptimizerConfig, ScheduleConfig
+from megadiff.optim.rules import Scale
 from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
 from megadiff.supervision.config import StopConfig, WatchdogConfig
@@ -208,6 +209,16 @@ class RunConfig(Section):
             sink=model.sink,
             mlp_bias=model.mlp_bias,
             softcap=model.softcap is not None,
+        )
+
+    @property
+    def optimizer_scale(self) -> Scale:
+        """The sizes on which the effective learning rates, decays and epsilon depend."""
+        return Scale(
+            hidden=self.model.hidden,
+            layers=self.model.layers,
+            tokens_per_step=self.tokens_per_step,
+            reduction=self.objective.reduction,
         )
 
     def lr_schedule(self) -> WarmupStableDecay:

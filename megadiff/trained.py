@@ -15,8 +15,7 @@ from torch import Tensor
 from megadiff.checkpoint.folder import chosen
 from megadiff.checkpoint.load import load
 from megadiff.checkpoint.manifest import Manifest, read_manifest
-from megadiff.data.config import DataConfig, SourceConfig
-from megadiff.data.open import open_data
+from megadiff.data.open import open_validation
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import NoiseConfig
@@ -24,7 +23,7 @@ from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import start_id
 from megadiff.diffusion.snr import Rate, rate_from
-from megadiff.errors import CheckpointError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError
 from megadiff.eval.held_out import HeldOut, HeldOutResult, diffusion_bound, next_token_likelihood
 from megadiff.model.attention import prompt_code
 from megadiff.model.config import ModelConfig, PrecisionConfig
@@ -82,20 +81,27 @@ class TrainedModel:
         logits = self.chunks[0](ids.to(self.platform.device), prompt_code(lengths, is_causal=is_causal))
         return logits.transpose(0, 1)[..., : self.mixing.vocab_size]
 
-    def held_out_elbo(self, data: str, *, rows: int, noise_levels: int, micro_sequences: int) -> HeldOutResult:
-        """The bound on indexed data, with the same rows and noise a training run of these numbers would use.
+    def held_out_elbo(
+        self, data: str, *, rows: int, noise_levels: int, micro_sequences: int, key: str = "data"
+    ) -> HeldOutResult:
+        """Return the bound on indexed data, with the sequences and noise a training run of these numbers would use.
+
+        Args:
+            data: prefix P of `P.bin` and `P.idx`.
+            rows: sequences at most.
+            noise_levels: noise levels of each.
+            micro_sequences: sequences of a forward pass.
+            key: what the user gave `data` as, for messages.
 
         Raises:
             DataError: the data are missing, damaged, or made with another tokenizer.
         """
-        source = SourceConfig(path=data)
-        tree = DataConfig(train=(source,), valid=(source,), tokenizer="given")
-        opened = open_data(tree, self.tokenizer, seq_length=self.model.seq_length, seed=0, valid_rows=rows)
+        source = open_validation(data, self.tokenizer, seq_length=self.model.seq_length, rows=rows, key=key)
         measure = next_token_likelihood(self.mixing, start_id=start_id(self.tokenizer), topology=self.topology)
         if not self.is_autoregressive:
             measure = diffusion_bound(self.mixing, rate=self.rate, topology=self.topology, noise_levels=noise_levels)
         held_out = HeldOut(
-            sources=opened.valid,
+            sources=[source],
             measure=measure,
             chunks=self.chunks,
             topology=self.topology,
@@ -128,10 +134,10 @@ def open_trained(
     text = load_tokenizer(tokenizer or named)
     if text.fingerprint != manifest.tokenizer_fingerprint:
         raise CheckpointError(
-            f"{folder} was trained with another tokenizer ({manifest.tokenizer_fingerprint}) than {text.name} "
-            f"({text.fingerprint}); give the first one's path with --tokenizer"
+            f"{folder} was trained with another tokenizer ({manifest.tokenizer_fingerprint[:SHOWN_DIGITS]}) than "
+            f"{text.name} ({text.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
         )
-    machine = detect(platform)
+    machine = detect(platform, setting="--platform {}")
     machine.prepare_megatron()
     with process_group(machine, alone=True):
         topology = open_topology(Layout(1, 1, 1, 1, 1))

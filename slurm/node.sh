@@ -1,6 +1,7 @@
 #!/bin/bash
 # Starts this node's ranks: node.sh REPOSITORY LOG-PREFIX ARGUMENTS-OF-pretrain_dlm.py...
 # srun runs it once on each node; SLURM_NODEID is only right when it is read here and not on the batch host.
+case ${1:-} in -h | --help) sed -n '/^# [A-Z]/,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 set -u
 home=$1 log=$2
 shift 2

@@ -225,6 +225,12 @@ def _doomed(attempt: Attempt) -> Verdict:
 
 def main() -> int:
     """Run one of the four commands."""
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        sys.stdout.write(__doc__ or "")
+        return 0
+    if len(sys.argv) != 4:
+        sys.stderr.write("error: restart.py wants begin, decide, timed-out or lingers, a run folder and a count\n")
+        return 2
     command, run, max_restarts = sys.argv[1:]
     own_id, job = os.environ["SLURM_JOB_ID"], os.environ["MEGADIFF_JOB"]
     attempt = Attempt(Path(run), job, int(os.environ.get("SLURM_RESTART_COUNT", "0")), int(max_restarts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import CheckpointError, ConfigError, MegadiffError, run_command
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ continues.
 
 def main() -> None:
     """Run one branch after the other, or print their commands."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "--trunk",
         type=Path,

@@ -8,6 +8,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from megadiff.config.command_line import CommandParser
 from megadiff.data.indexed_format import bin_path, without_suffix
 from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
 from megadiff.data.progress import ProgressReport
@@ -29,9 +30,7 @@ def main() -> None:
     Raises:
         DataError: something found makes the data unusable.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("prefixes", nargs="+", metavar="P", help="prefix of P.bin and P.idx")
     parser.add_argument("--tokenizer", metavar="PATH", help="of the run: the word byte, a tokenizer file or folder")
     parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="threads that look at tokens")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError, run_command
 
 _EPILOG = """examples:
@@ -24,9 +25,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "Gi
 
 def main() -> None:
     """Read the command line, convert, say what was written."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a run's checkpoint as a Hugging Face folder")
     out.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one checkpoints/step_* of it")

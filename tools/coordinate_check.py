@@ -33,7 +33,6 @@ Source: arXiv:2512.10858 (CompleteP as used there); the check follows Yang et al
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megadiff.config import family
+from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.mixing_base import Mixing
@@ -55,7 +55,8 @@ from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.errors import run_command
 from megadiff.optim.config import MEMBERS
-from megadiff.optim.groups import Scale, parameter_groups
+from megadiff.optim.groups import parameter_groups
+from megadiff.optim.rules import Scale
 from megadiff.platform.quiet import quiet
 from megadiff.run_config import RunConfig
 from megadiff.scaling.slopes import Band, Size, Verdict, judge
@@ -299,15 +300,15 @@ def report(measured: Mapping[Size, Mapping[str, float]], verdicts: Sequence[Verd
 
 def main() -> None:
     """Parse the command line, measure, print, and say whether every promise is kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SettingsParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=PRESET, help="base file that is checked (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024], help=f"multiples of {HEAD_DIM}")
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--grid", choices=("full", "cross"), default="full", help="all pairs, or one line each")
     parser.add_argument("--without", choices=RULES, metavar="RULE", help=f"remove one rule: {', '.join(RULES)}")
     parser.add_argument("--output", type=Path, help="write the tables here too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_with_settings()
+    refuse_unknown(arguments, RunConfig)
     torch.set_num_threads(1)
     platform = detect("cpu")
     platform.prepare_megatron()

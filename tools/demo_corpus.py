@@ -9,7 +9,6 @@ valid.jsonl and LICENSE.txt. The split hangs on a hash of each text alone, so a 
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
@@ -21,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError, run_command
 
 MIN_CHARS = 80
@@ -122,7 +122,7 @@ def write_corpus(output: Path, library: Path) -> dict[str, tuple[int, int]]:
 
 def main() -> None:
     """Parse the command line and write the corpus."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write into; made if missing")
     output = parser.parse_args().output
     library = Path(sysconfig.get_path("stdlib"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -20,14 +19,13 @@ Exit code 0 when nothing would fail, 2 when something would.
 
 def main() -> None:
     """Read the command line, examine, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from megadiff.config.command_line import SettingsParser, refuse_unknown
+
+    parser = SettingsParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--config", type=Path, help="the run's YAML file; without it only the machine is examined")
     parser.add_argument("--ranks", type=int, help="ranks of the run over all nodes (default: this launch's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_with_settings()
     if arguments.ranks is not None and arguments.ranks < 1:
         raise ConfigError(f"--ranks must be at least 1, got {arguments.ranks}")
     if arguments.overrides and arguments.config is None:
@@ -41,6 +39,7 @@ def main() -> None:
     from megadiff.doctor.subject import Subject
     from megadiff.run_config import RunConfig
 
+    refuse_unknown(arguments, RunConfig)
     config, problem = None, None
     if arguments.config is not None:
         try:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError, run_command
 
 _EPILOG = """examples:
@@ -40,14 +41,20 @@ def main() -> None:
 def _elbo(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     found = trained.held_out_elbo(
         arguments.data,
+        key="--data",
         rows=arguments.rows,
         noise_levels=arguments.noise_levels,
         micro_sequences=arguments.micro_sequences,
     )
+    from megadiff.data.baselines import unigram_entropy
+    from megadiff.data.indexed_reader import IndexedReader
+
+    unigram = unigram_entropy(IndexedReader(arguments.data), vocab_size=trained.tokenizer.vocab_size)
     print(f"{trained.folder}: {found.describe()}")
+    print(f"  unigram entropy of the data: {unigram:.4f} nats per token (no model that ignores context is below it)")
     for low, high, value in found.by_log_snr:
         print(f"  log-SNR {low:+.0f} to {high:+.0f}: {value:.4f} nats")
-    return found.as_metrics()
+    return {**found.as_metrics(), "eval_unigram": unigram}
 
 
 def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -75,9 +82,7 @@ def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "measure", choices=["elbo", "likelihood"], help="the held-out evidence bound, or the likelihood of given texts"
     )

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
@@ -45,15 +46,14 @@ def main() -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse numbers that cannot be before anything is loaded."""
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps ({arguments.steps}) must be at least 1")
-    top_k, top_p = arguments.top_k, arguments.top_p
-    is_tempered = 0 <= arguments.temperature < math.inf
-    if not is_tempered or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ConfigError(
-            "--temperature must be at least 0 and finite, --top-k at least 1 and --top-p in (0, 1], got "
-            f"{arguments.temperature}, {top_k} and {top_p}"
-        )
+    for name in ("steps", "count", "num_tokens", "top_k", "block_length", "tokens_per_step"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 <= arguments.temperature < math.inf:
+        raise ConfigError(f"--temperature must be at least 0 and finite, got {arguments.temperature}")
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
+        raise ConfigError(f"--top-p must lie in (0, 1], got {arguments.top_p}")
 
 
 def _given(arguments: argparse.Namespace, trained: TrainedModel) -> tuple[list[int], int]:
@@ -64,17 +64,19 @@ def _given(arguments: argparse.Namespace, trained: TrainedModel) -> tuple[list[i
     before, after = (trained.tokenizer.encode(text) for text in (arguments.prompt, arguments.suffix))
     before = [*start, *before]
     taken, holds = len(before) + len(after), trained.model.seq_length
-    what = "the prompt and the suffix take" if after else "the prompt takes"
+    given = [name for name, ids in (("--prompt", before), ("--suffix", after)) if ids]
+    what = " and ".join(given) + (" takes" if len(given) == 1 else " take") + f" {taken}" if given else ""
     room = holds - taken
     if room < 1:
         raise ConfigError(
-            f"{what} {taken} tokens and the model's row holds {holds}, so none can be generated; shorten the prompt"
+            f"{what} tokens and the model was trained on sequences of {holds}, so none can be generated; shorten it"
         )
     new = room if arguments.num_tokens is None else arguments.num_tokens
-    if not 1 <= new <= room or arguments.count < 1:
+    if new > room:
+        of_them = f", of which {what}" if given else ""
         raise ConfigError(
-            f"the model's row holds {holds} tokens, {what} {taken}: --num-tokens must lie in 1 to {room}, got {new}; "
-            f"--count must be at least 1, got {arguments.count}"
+            f"--num-tokens must be at most {room}, got {new}: the model was trained on sequences of {holds} "
+            f"tokens{of_them}"
         )
     return (before + [-1] * new + after, new) if after else (before, new)
 
@@ -145,9 +147,7 @@ def _settings(arguments: argparse.Namespace, trained: TrainedModel, ids: list[in
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
         "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import run_command
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ and the sentence names the file. Nothing is unpickled but torch's index, by an u
 
 def main() -> None:
     """Verify, then print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("folder", type=Path, help="a run folder (its newest checkpoint), or one step_* folder")
     parser.add_argument("--no-hashes", action="store_true", help="compare sizes only")
     parser.add_argument("--tensors", action="store_true", help="list every tensor with its shape and type")

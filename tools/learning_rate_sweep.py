@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError, TrainingError, run_command
 from megadiff.platform.quiet import quiet
@@ -97,15 +98,15 @@ def table(title: str, losses: Mapping[Size, Mapping[float, float]], best: Mappin
 
 def main() -> None:
     """Parse the command line, train what is missing, print a table per parametrisation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = SettingsParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="run description that the sweep changes")
     parser.add_argument("--sizes", type=size, nargs="+", default=[(64, 2), (256, 2), (64, 8)], metavar="WIDTHxDEPTH")
     parser.add_argument("--parametrisations", nargs="+", choices=sorted(PARAMETRISATIONS), default=["completep"])
     parser.add_argument("--first", type=float, default=0.05, help="smallest rate (default: %(default)s)")
     parser.add_argument("--count", type=int, default=6, help="rates, each twice the one before (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="runs that are averaged (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_with_settings()
+    refuse_unknown(arguments, RunConfig)
     console = Console(width=40 + 9 * arguments.count)
     for name in arguments.parametrisations:
         runs = [(at, rate) for at in arguments.sizes for rate in rates(arguments.first, arguments.count)]

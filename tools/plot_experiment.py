@@ -10,7 +10,6 @@ setting is most economical). `--output` needs matplotlib; the table does not.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError, run_command
 from megadiff.train.metrics import read_metrics
 
@@ -137,7 +137,7 @@ def draw(curves: Sequence[Curve], setting: str, targets: Sequence[float], output
 
 def main() -> None:
     """Parse the command line, print the table and draw the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--by", required=True, metavar="KEY", help="setting the runs differ in, such as noise.shift")
     parser.add_argument("--targets", type=float, nargs="+", default=[], help="bounds in nats per token")

@@ -5,7 +5,6 @@ python tools/plot_run.py runs/masked runs/uniform --output curves.png
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError, run_command
 from megadiff.train.metric_lines import MAX_LINE_BYTES, number, parsed
 from megadiff.untrusted_files import UnreadableFileError, why
@@ -86,7 +86,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
 
 def main() -> None:
     """Parse the command line, print the table and draw the curves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, each with a metrics.jsonl")
     parser.add_argument("--output", type=Path, help="picture to write, such as curves.png")
     arguments = parser.parse_args()

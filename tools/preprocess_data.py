@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from megadiff.config.command_line import CommandParser
 from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.preprocess import Framing, preprocess
 from megadiff.errors import run_command
@@ -17,10 +17,9 @@ _EXAMPLE = """example:
 
 def main() -> None:
     """Read the arguments, tokenize, and say what was written."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Tokenize jsonl, txt or parquet files (.gz and .zst too) into P.bin, P.idx and P.json.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_corpus_options(parser)
     parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx and P.json")

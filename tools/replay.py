@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +23,10 @@ _SHOWN_ROWS = 32
 
 def main() -> None:
     """Read the command line, replay, print, save."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    from megadiff.config.command_line import SettingsParser, refuse_unknown
+
+    parser = SettingsParser(
+        settings_help="settings over the run's, such as data paths", description=__doc__, epilog=_EPILOG
     )
     parser.add_argument("--run", type=Path, required=True, help="the run folder, such as runs/NAME")
     parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in metrics.jsonl")
@@ -33,8 +34,10 @@ def main() -> None:
         "--rows", type=int, default=_SHOWN_ROWS, help=f"rows to print, 0 for all (default {_SHOWN_ROWS})"
     )
     parser.add_argument("--save", type=Path, metavar="F.npz", help="write batch, noise and losses per token here")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's, such as data paths")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_with_settings()
+    from megadiff.run_config import RunConfig
+
+    refuse_unknown(arguments, RunConfig)
     if arguments.rows < 0:
         raise ConfigError(f"--rows {arguments.rows}: a number of rows is wanted, 0 for all")
     if arguments.save is not None:

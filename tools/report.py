@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from datetime import datetime, timezone
 from pathlib import Path
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError, run_command
 
 _EPILOG = """examples:
@@ -20,9 +20,7 @@ network and loads nothing.
 
 def main() -> None:
     """Read the command line, read the runs, write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, those that hold metrics.jsonl")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="what the curves run over")

@@ -11,13 +11,13 @@ valid.jsonl; both have the same topics.
 
 from __future__ import annotations
 
-import argparse
 import json
 import string
 from pathlib import Path
 
 import numpy as np
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError, run_command
 
 LETTERS = 26
@@ -47,7 +47,7 @@ def write(path: Path, laws: np.ndarray, *, documents: int, length: int, seed: in
 
 def main() -> None:
     """Parse the command line and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write into; made if missing")
     parser.add_argument("--topics", type=int, default=32)
     parser.add_argument("--documents", type=int, default=4000)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from megadiff.config.command_line import CommandParser
 from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.tokenizer_training import TYPES, train_tokenizer
 from megadiff.errors import run_command
@@ -17,10 +17,9 @@ _EXAMPLE = """example:
 
 def main() -> None:
     """Read the arguments, train, and say where the tokenizer is."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Train a tokenizer on jsonl, txt or parquet files (.gz and .zst too).",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_corpus_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder for the tokenizer")

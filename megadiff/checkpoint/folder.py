@@ -18,6 +18,7 @@ from pathlib import Path
 from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, Manifest, read_manifest
 from megadiff.checkpoint.path_kinds import no_checkpoint, what_it_is
+from megadiff.config.refusals import similar_path
 from megadiff.errors import CheckpointError, StorageError
 from megadiff.files import sync
 from megadiff.supervision.status import FINISHED, STOPPED, read_status
@@ -91,6 +92,8 @@ def chosen(path: Path) -> Path:
     if kind == "a Hugging Face folder":
         raise CheckpointError(no_checkpoint(path))
     what = "no complete checkpoint in it" if os.path.isdir(path) else kind
+    if not os.path.lexists(path) and (near := similar_path(path)) is not None:
+        what += f"; did you mean {near}?"
     raise CheckpointError(
         f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
     )

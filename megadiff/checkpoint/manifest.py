@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadiff.checkpoint.path_kinds import MANIFEST_NAME, no_checkpoint
-from megadiff.errors import CheckpointError, ConfigError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 FORMAT = 3
@@ -72,8 +72,11 @@ class Change(BaseModel):
     now: Any
 
     def describe(self) -> str:
-        """`key: before -> now`."""
-        return f"{self.key}: {json.dumps(self.before)} -> {json.dumps(self.now)}"
+        """Return `key: before -> now`, fingerprints with their first digits."""
+        before, now = self.before, self.now
+        if self.key.endswith("_fingerprint"):
+            before, now = str(before)[:SHOWN_DIGITS], str(now)[:SHOWN_DIGITS]
+        return f"{self.key}: {json.dumps(before)} -> {json.dumps(now)}"
 
 
 class Manifest(BaseModel):

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import yaml
 
 from megadiff.config import scalars
+from megadiff.config.command_line import setting_without_equals
 from megadiff.config.overrides import apply_override
+from megadiff.config.refusals import similar_path
 from megadiff.config.section import Section
-from megadiff.config.tree import Group, Items, Place, Scalar, Tree, found, merge
+from megadiff.config.tree import COMMAND_LINE, Group, Items, Place, Scalar, Tree, found, merge
 from megadiff.config.typed import Reader
 from megadiff.config.yaml_text import parse_yaml
 from megadiff.errors import ConfigError
@@ -39,6 +41,8 @@ def load_config(path: str | Path, overrides: Sequence[str], model: type[T]) -> T
     """
     path = Path(path)
     tree: Tree = _Files().tree(path, Place(str(path)), named_by=None)
+    if (written := setting_without_equals(overrides)) is not None:
+        raise ConfigError(f"{COMMAND_LINE}: {written}")
     for override in overrides:
         tree = apply_override(tree, override)
     if not isinstance(tree, Group):
@@ -120,7 +124,9 @@ def _text(path: Path, named_by: Place | None) -> str:
     try:
         return read_text(path, max_bytes=MAX_BYTES)
     except FileNotFoundError:
-        raise ConfigError(f"{asked} does not exist; check the path") from None
+        near = similar_path(path)
+        remedy = f"did you mean {near}?" if near else "check the path"
+        raise ConfigError(f"{asked} does not exist; {remedy}") from None
     except (OSError, UnreadableFileError) as error:
         raise ConfigError(f"{asked} {why(error)}; give the path of a YAML file in UTF-8") from None
 

@@ -6,6 +6,7 @@ validator only ever sees a section whose own values are good.
 
 from __future__ import annotations
 
+import difflib
 import enum
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any, get_args, get_origin
 from pydantic import BeforeValidator, PlainValidator, ValidationError, WrapValidator
 from pydantic.fields import FieldInfo
 
-from megadiff.config import field_types, refusals, scalars
+from megadiff.config import field_types, other_names, refusals, scalars
+from megadiff.config.command_line import similar_key
 from megadiff.config.section import Section
-from megadiff.config.tree import Group, Items, Place, Scalar, Tree, found
+from megadiff.config.tree import Entry, Group, Items, Scalar, Tree, found
 from megadiff.errors import ConfigError
 
 
@@ -25,6 +27,9 @@ class _Bad:
 
 
 BAD = _Bad()
+
+_MOST_SUGGESTIONS = 6
+"""Number of keys of one foreign section that a sentence translates at most."""
 
 
 class Reader:
@@ -41,7 +46,7 @@ class Reader:
         known_before = len(self.problems)
         for name, entry in group.entries.items():
             if name not in fields:
-                self._unknown(name, entry.place, key, fields)
+                self._unknown(name, entry, key, fields)
                 continue
             values[name] = self._field(model, name, fields[name], entry.tree, _join(key, name))
         for name, field in fields.items():
@@ -152,13 +157,35 @@ class Reader:
         self.problems.append(f"{tree.place}: `{key}` wants {words}, found {found(tree)}{hint}")
         return BAD
 
-    def _unknown(self, name: str, place: Place, key: str, keys: Iterable[str]) -> None:
+    def _unknown(self, name: str, entry: Entry, key: str, keys: Iterable[str]) -> None:
+        """Note a key that the section does not have, with the key or keys that were probably meant."""
+        full = _join(key, name)
+        meant = self._meant(name, entry, full, list(keys))
+        self.problems.append(f"{entry.place}: unknown key `{full}`{meant}keys here: {', '.join(keys)}")
+
+    def _meant(self, name: str, entry: Entry, full: str, keys: list[str]) -> str:
+        """Return what is said between an unknown key and the keys of its section."""
+        if isinstance(entry.tree, Group) and (inner := self._meant_inside(entry.tree, full)):
+            return f"; {inner} "
+        if (answer := other_names.answer_elsewhere(full)) is not None:
+            return f": {answer}; "
         elsewhere = [path for path in field_types.dotted_keys(self.root) if path.split(".")[-1] == name]
-        hint = refusals.did_you_mean(name, keys)
         if len(elsewhere) == 1:  # the right name on the wrong level
-            hint = f"; did you mean `{elsewhere[0]}`?"
-        end = " " if hint else "; "
-        self.problems.append(f"{place}: unknown key `{_join(key, name)}`{hint}{end}keys here: {', '.join(keys)}")
+            return f"; did you mean `{elsewhere[0]}`? "
+        if other_names.key_elsewhere(full) is None and (near := refusals.did_you_mean(name, keys)):
+            return f"{near} "
+        similar = similar_key(full, self.root)
+        return f"; did you mean `{similar}`? " if similar is not None else "; "
+
+    def _meant_inside(self, group: Group, full: str) -> str:
+        """Return the keys here of what stands in a section that another trainer has, such as `training:`."""
+        known = field_types.dotted_keys(self.root)
+        sections = difflib.get_close_matches(full, known, n=1, cutoff=0.6)
+        if sections and all(f"{sections[0]}.{name}" in known for name in group.entries):
+            return f"did you mean `{sections[0]}`?"
+        pairs = [(f"{full}.{name}", similar_key(f"{full}.{name}", self.root)) for name in group.entries]
+        meant = [f"`{theirs}` is `{ours}` here" for theirs, ours in pairs if ours is not None]
+        return ", ".join(meant[:_MOST_SUGGESTIONS]) + ";" * bool(meant)
 
 
 def untyped(tree: Tree) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megadiff.config.refusals import similar_path
 from megadiff.data.indexed_format import (
     DTYPES,
     HEADER,
@@ -195,7 +196,12 @@ class IndexedReader:
         if not missing:
             return
         megatron = f"{self.prefix}_text_document"
-        hint = f"did you mean {megatron}?" if idx_path(megatron).is_file() else "run tools/preprocess_data.py first"
+        near = megatron if idx_path(megatron).is_file() else None
+        if near is None and not idx_path(self.prefix).is_file():
+            near = similar_path(self.prefix, ending=".idx")
+        hint = f"did you mean {near}?" if near else "run tools/preprocess_data.py first"
+        if Path(self.prefix).is_file():
+            hint = f"{self.prefix} is a file; make indexed data of it with tools/preprocess_data.py"
         named = f"wanted {wanted[0]} and {wanted[1]}"
         raise DataError(f"{self.prefix}: no indexed data; {named}, found no {' and no '.join(missing)}; {hint}")
 

@@ -13,7 +13,7 @@ from megadiff.data.mixture import Mixture, Position, Source, first_mixture
 from megadiff.data.overlap import opening_fingerprint
 from megadiff.data.rows import GrownRows, PackedRows, TrainingRows, ValidationRows, sequences_in
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.errors import DataError
+from megadiff.errors import SHOWN_DIGITS, DataError
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def open_data(
         DataError: files missing or damaged, made with another tokenizer, ids outside its vocabulary, less than a
             sequence.
     """
-    readers = [_checked(f"data.train[{i}]", source, tokenizer, full_scan) for i, source in enumerate(config.train)]
-    valid = [_checked(f"data.valid[{i}]", source, tokenizer, full_scan) for i, source in enumerate(config.valid)]
+    readers = [_checked(f"data.train[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.train)]
+    valid = [_checked(f"data.valid[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.valid)]
     sources, weights = _distinct(config.train, readers, seq_length)
     mixture = first_mixture(_identities(sources, seq_length))
     return OpenData(
@@ -210,16 +210,43 @@ def _common(values: Sequence[bool]) -> bool | None:
     return values[0] if len(set(values)) == 1 else None
 
 
-def _checked(key: str, source: SourceConfig, tokenizer: Tokenizer, full_scan: bool) -> IndexedReader:
+def open_validation(prefix: str, tokenizer: Tokenizer, *, seq_length: int, rows: int, key: str) -> ValidationRows:
+    """Open one source to be measured, for a command that has no run description.
+
+    Args:
+        prefix: P of `P.bin` and `P.idx`.
+        tokenizer: the model's.
+        seq_length: L.
+        rows: sequences at most.
+        key: what the user gave the prefix as, for messages.
+
+    Raises:
+        DataError: as `open_data`.
+    """
+    remedy = "give data made with the model's tokenizer"
+    reader = _checked(key, prefix, tokenizer, full_scan=False, owner="the model's", remedy=remedy)
+    return ValidationRows(reader, seq_length, num_rows=rows, name=reader.prefix.rpartition("/")[2])
+
+
+def _checked(
+    key: str,
+    prefix: str,
+    tokenizer: Tokenizer,
+    full_scan: bool,
+    *,
+    owner: str = "this run's",
+    remedy: str = "set data.tokenizer to the first or preprocess the corpus with the second",
+) -> IndexedReader:
+    """Open a source and compare it with the tokenizer; `owner` and `remedy` are the caller's words for a mismatch."""
     try:
-        reader = IndexedReader(source.path)
+        reader = IndexedReader(prefix)
         made_with = reader.tokenizer_fingerprint
         if made_with is not None and made_with != tokenizer.fingerprint:
             assert reader.manifest is not None
             raise DataError(
                 f"{reader.prefix}: wrong vocabulary for the data: made with tokenizer {reader.manifest.tokenizer.name} "
-                f"({made_with}), this run's is {tokenizer.name} ({tokenizer.fingerprint}); "
-                "set data.tokenizer to the first or preprocess the corpus with the second"
+                f"({made_with[:SHOWN_DIGITS]}), {owner} is {tokenizer.name} "
+                f"({tokenizer.fingerprint[:SHOWN_DIGITS]}); {remedy}"
             )
         reader.check_vocabulary(tokenizer.vocab_size, mask_id=tokenizer.mask_id, full=full_scan)
     except DataError as error:

@@ -50,19 +50,19 @@ class PackedRows:
         self.name = name
         self.seq_length = seq_length
         self.len_epoch = sequences or sequences_in(reader, seq_length) - first
-        self._reader = reader
+        self.reader = reader
         self._first = first
         self._seed = seed
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)
 
     def row(self, number: int) -> np.ndarray:
         """Return sequence `number` >= 0 of the stream: [L] int64."""
-        return self._reader.tokens(self._first_token(number), self.seq_length)
+        return self.reader.tokens(self._first_token(number), self.seq_length)
 
     def origin(self, number: int) -> Origin:
         """Return where sequence `number` begins."""
         token = self._first_token(number)
-        return Origin(self._reader.prefix, token, *self._reader.locate(token))
+        return Origin(self.reader.prefix, token, *self.reader.locate(token))
 
     def unseen(self, number: int) -> int:
         """Return how many sequences occur nowhere among the first `number` of the stream."""

@@ -19,7 +19,7 @@ from megadiff.data.indexed_manifest import TokenizerFacts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.stored_integers import StoredFile
 from megadiff.data.wrong_ids import wrong_ids
-from megadiff.errors import DataError
+from megadiff.errors import SHOWN_DIGITS, DataError
 
 MAX_LISTED = 10
 """Findings of one kind and one prefix that are listed; the rest are counted."""
@@ -129,7 +129,8 @@ def _compare_tokenizers(found: Scan, reader: IndexedReader, tokenizer: Tokenizer
         found.findings.append(Finding(where, missing, remedy, is_error=False))
     elif tokenizer is not None and manifest.tokenizer.fingerprint != tokenizer.fingerprint:
         made, given = manifest.tokenizer, tokenizer
-        what = f"made with tokenizer {made.name} ({made.fingerprint}), not {given.name} ({given.fingerprint})"
+        then, now = made.fingerprint[:SHOWN_DIGITS], given.fingerprint[:SHOWN_DIGITS]
+        what = f"made with tokenizer {made.name} ({then}), not {given.name} ({now})"
         found.findings.append(Finding(f"{reader.prefix}.json", what, "preprocess the corpus with the second"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megadiff.config import family
+from megadiff.config.refusals import similar_path
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
 
@@ -27,4 +28,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return module.build(said)
     wanted = "the word `byte`, a tokenizer.json, a SentencePiece .model file, or a folder with one of them"
     found = "a folder without them" if Path(said).is_dir() else "another file" if Path(said).exists() else "nothing"
-    raise DataError(f"{said}: wanted {wanted}, found {found}; check the path or run tools/train_tokenizer.py")
+    near = similar_path(said) if found == "nothing" else None
+    remedy = f"did you mean {near}?" if near else "check the path or run tools/train_tokenizer.py"
+    raise DataError(f"{said}: wanted {wanted}, found {found}; {remedy}")

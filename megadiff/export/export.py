@@ -17,7 +17,7 @@ from megadiff.checkpoint.folder import chosen, verify_files
 from megadiff.checkpoint.manifest import Manifest
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.errors import CheckpointError, ConfigError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
 from megadiff.export import huggingface
 from megadiff.export.checksums import write_checksums
 from megadiff.export.folder_files import CONFIG, TRAINING
@@ -118,8 +118,8 @@ def matching_tokenizer(source: str, fingerprint: str, where: Path) -> Tokenizer:
     found = load_tokenizer(source)
     if found.fingerprint != fingerprint:
         raise CheckpointError(
-            f"{where} was trained with another tokenizer ({fingerprint}) than {found.name} ({found.fingerprint}); give "
-            "the first one's path with --tokenizer"
+            f"{where} was trained with another tokenizer ({fingerprint[:SHOWN_DIGITS]}) than {found.name} "
+            f"({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
         )
     return found
 

@@ -23,7 +23,7 @@ from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
-from megadiff.errors import CheckpointError, shown
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, shown
 from megadiff.export.checksums import Checksums
 from megadiff.export.export import staged
 from megadiff.export.folder_files import CONFIG, TRAINING, check_files, plain_file
@@ -254,8 +254,8 @@ def _tokenizer(source: _Source, given: str | None) -> tuple[Tokenizer, str]:
     wanted = training.tokenizer_fingerprint if training else None
     if wanted not in (None, found.fingerprint):
         raise CheckpointError(
-            f"{source.folder} was trained with another tokenizer ({shown(wanted)}) than {said} ({found.fingerprint}); "
-            "give the first one's path with --tokenizer"
+            f"{source.folder} was trained with another tokenizer ({shown(wanted, SHOWN_DIGITS)}) than {said} "
+            f"({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
         )
     return found, said
 

@@ -15,8 +15,9 @@ from megadiff.config import family
 from megadiff.optim.config import MEMBERS, OptimizerConfig
 from megadiff.optim.distributed import ResumableDistributedOptimizer, allocate_state
 from megadiff.optim.gradient_norm import gradient_norm, hold_to_norm
-from megadiff.optim.groups import Scale, parameter_groups
+from megadiff.optim.groups import parameter_groups
 from megadiff.optim.resharding import in_the_form_of
+from megadiff.optim.rules import Scale
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 

@@ -101,11 +101,15 @@ class Platform:
 
 
 def detect(
-    wanted: Literal["auto", "cpu", "cuda"] = "auto", *, layers: Literal["auto", "local", "transformer_engine"] = "local"
+    wanted: Literal["auto", "cpu", "cuda"] = "auto",
+    *,
+    layers: Literal["auto", "local", "transformer_engine"] = "local",
+    setting: str = "platform={}",
 ) -> Platform:
     """Find the machine.
 
     Args:
+        setting: how the user chooses a platform, with `{}` in the place of its name, for messages.
         wanted: `auto` takes CUDA when torch sees a device; the other two insist.
         layers: `auto` takes Transformer Engine's on CUDA when it can be used; the other two insist.
 
@@ -115,7 +119,7 @@ def detect(
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
         raise PlatformError(
-            "platform is `cuda` but torch sees no CUDA device here; set `platform=cpu` to run on CPU ranks, or check "
+            f"`{setting.format('cuda')}`, but torch sees no CUDA device here; give `{setting.format('cpu')}`, or check "
             f"the driver and that torch is a CUDA build (this one is {torch.__version__})"
         )
     if wanted == "cpu" or not has_cuda:

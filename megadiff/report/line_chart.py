@@ -31,9 +31,14 @@ class Curve:
     has_dots: bool = False
     """Draw every point, with its standard error where it has one, and a thin line between."""
 
+    is_reference: bool = False
+    """Draw it as a level to compare the runs with, in a neutral colour and without a run's style."""
+
     @property
     def classes(self) -> str:
-        """Of its colour and its dashes."""
+        """The classes of its colour and its dashes."""
+        if self.is_reference:
+            return f"reference r{self.style % _DASHES}"
         return f"c{self.style % _COLOURS} d{self.style // _COLOURS % _DASHES}"
 
 
@@ -48,8 +53,6 @@ class Chart:
     y_label: str
     """With the unit."""
     curves: Sequence[Curve]
-    is_y_log: bool = False
-    """Logarithmic upwards in the linear drawing too: for figures that span decades."""
     can_x_be_log: bool = True
     marks: dict[int, list[float]] = field(default_factory=dict)
     """By style of a run: where on the x axis something happened, drawn as short bars at the foot."""
@@ -68,10 +71,10 @@ class Chart:
 
     def _drawing(self, curves: Sequence[Curve], is_log: bool) -> str:
         kind = "log" if is_log else "linear"
-        is_x_log, is_y_log = is_log and self.can_x_be_log, is_log or self.is_y_log
-        seen = [point for curve in curves for point in curve.points if _fits(point, is_x_log, is_y_log)]
+        is_x_log = is_log and self.can_x_be_log
+        seen = [point for curve in curves for point in curve.points if _fits(point, is_x_log, is_log)]
         x = scale_of([point.x for point in seen], is_log=is_x_log, margin=0.02)
-        y = scale_of([bound for point in seen for bound in _bounds(point, is_y_log)], is_log=is_y_log)
+        y = scale_of([bound for point in seen for bound in _bounds(point, is_log)], is_log=is_log)
         if x is None or y is None:
             return (
                 f'<p class="remark only-{kind}">Nothing here is above zero, so nothing can be shown on this axis.</p>'

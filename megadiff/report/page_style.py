@@ -6,6 +6,7 @@ from __future__ import annotations
 _LIGHT = ("#0072b2", "#d55e00", "#007a5a", "#b2589a", "#9a6a00", "#444444")
 _DARK = ("#56b4e9", "#ff8c42", "#2fbf94", "#e39ac8", "#e6b400", "#e0e0e0")
 _DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+_REFERENCE_DASHES = ("6 4", "2 4", "12 4", "6 4 2 4")
 _PHASES = {
     "step": "#007a5a",
     "setup": "#56b4e9",
@@ -56,6 +57,8 @@ line.grid {{ stroke: var(--grid); stroke-width: 1; }}
 .dot path {{ fill: none; stroke: currentColor; stroke-width: 1.2; }}
 {" ".join(f".c{place} {{ color: var(--c{place}); }}" for place in range(len(_LIGHT)))}
 {" ".join(f".d{place} {{ stroke-dasharray: {dash}; }}" for place, dash in enumerate(_DASHES))}
+.reference {{ color: var(--quiet); stroke-width: 1.2; }}
+{" ".join(f".r{place} {{ stroke-dasharray: {dash}; }}" for place, dash in enumerate(_REFERENCE_DASHES))}
 {" ".join(f".p-{name} {{ fill: {colour}; }}" for name, colour in _PHASES.items())}
 .legend {{ list-style: none; margin: .2rem 0; padding: 0; font-size: .82rem; max-height: 7.5rem; overflow: auto; }}
 .legend li {{ display: inline-block; margin-right: .9rem; overflow-wrap: anywhere; }}

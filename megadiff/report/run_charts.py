@@ -37,8 +37,9 @@ class RunCharts:
                 "held-out",
                 "Held-out ELBO",
                 "nats per token",
-                self._held_out(),
-                remark="Bars: one standard error over rows. Fixed rows and noise, so runs can be compared.",
+                [*self._held_out(), *self._baselines()],
+                remark="Bars: one standard error over rows. Fixed rows and noise, so runs can be compared. "
+                "Unigram: no model that ignores context is below it. Bigram: a model that knows the token before.",
             ),
             self._chart("elbo", "ELBO of training batches", _NOISY, self._figure("elbo")),
             self._chart(
@@ -49,7 +50,7 @@ class RunCharts:
                 marks=skipped,
                 remark=f"What is minimised: a reweighted bound. {foot}",
             ),
-            self._chart("grad-norm", "Gradient norm before clipping", "norm", self._figure("grad_norm"), is_y_log=True),
+            self._chart("grad-norm", "Gradient norm before clipping", "norm", self._figure("grad_norm")),
             self._chart("lr", "Learning rate", "learning rate", self._figure("lr")),
         ]
 
@@ -124,6 +125,19 @@ class RunCharts:
             error=lambda line: number(line, "eval_elbo_stderr"),
             has_dots=True,
         )
+
+    def _baselines(self) -> list[Curve]:
+        """Return a level line for each figure of a model without a network; runs with the same figure share it."""
+        levels_seen: dict[tuple[str, float], list[float]] = {}
+        for placed in self._evaluations:
+            for x, line in placed:
+                for key in ("eval_unigram", "eval_bigram"):
+                    if (value := number(line, key)) is not None:
+                        levels_seen.setdefault((key.removeprefix("eval_"), value), []).append(x)
+        return [
+            Curve(f"{name} {value:.4f}", place, [Point(x, value) for x in sorted(set(xs))], is_reference=True)
+            for place, ((name, value), xs) in enumerate(levels_seen.items())
+        ]
 
     def _figure(self, key: str) -> list[Curve]:
         """A figure of the training lines; null, which was not finite, breaks the curve."""

@@ -20,6 +20,7 @@ _UNUSUAL_SHOWN = 100
 def standing(runs: Sequence[RunRecord]) -> str:
     """A row a run: state, progress, last and best figures."""
     heads = ("run", "state", "step", "tokens", "loss", "ELBO", "held-out ELBO", "best held-out", "bits per byte")
+    heads += ("unigram", "bigram")
     heads += ("tokens/s", "goodput", "skipped", "spikes")
     said = table(heads, [_standing_row(run) for run in runs], caption="How the runs stand; nats per token")
     remarks = [
@@ -59,6 +60,8 @@ def _standing_row(run: RunRecord) -> list[str]:
         _with_error(newest),
         _with_error(best) + (f" at step {best['step']}" if best else ""),
         _figure(newest.get("eval_bits_per_byte"), 4),
+        _figure(newest.get("eval_unigram"), 4),
+        _figure(newest.get("eval_bigram"), 4),
         _figure(statistics.median(rates) if rates else None),
         percent(wall_time(run.attempts).goodput) if run.attempts else _NONE,
         str(len(run.unusual) - spikes),

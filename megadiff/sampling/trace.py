@@ -23,7 +23,7 @@ class Fate(IntEnum):
     REVISED = 2
     """A token this step wrote: in a mask's place, or over another token."""
     NOISY = 3
-    """A mask, or noise of a block still to come."""
+    """A mask, noise of a block still to come, or a token of the first noise that no step has written over."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Trace:
         before = self.frames[-1]
         if ids[place] != before.ids[place]:
             return Fate.REVISED
-        # Noise stays noise until a step writes the place.
-        return Fate.NOISY if before.fates[place] == Fate.NOISY and step.steps_left > 0 else Fate.KEPT
+        # Noise stays noise until a step writes the place, to the last frame.
+        return Fate.NOISY if before.fates[place] == Fate.NOISY else Fate.KEPT
 
 
 def token_text(tokenizer: Tokenizer) -> Callable[[int], str]:

@@ -124,7 +124,7 @@ def trace_page(frames: Sequence[Frame], *, token_text: Callable[[int], str], abo
 """
 
 
-_KEY = (("given", "prompt"), ("kept", "kept"), ("revised", "written in this step"), ("noisy", "still noise"))
+_KEY = (("given", "prompt"), ("kept", "kept"), ("revised", "written in this step"), ("noisy", "noise, not written"))
 
 
 def _hash(text: str) -> str:

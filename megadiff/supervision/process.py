@@ -28,6 +28,16 @@ def start_ticks(pid: int) -> int:
     return int(fields[19]) if len(fields) > 19 else 0
 
 
+def age_s(pid: int) -> float:
+    """Return the seconds since the process started, or 0 where that is not known."""
+    ticks = start_ticks(pid)
+    try:
+        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return max(0.0, uptime_s - ticks / os.sysconf("SC_CLK_TCK")) if ticks else 0.0
+
+
 def state(pid: int) -> str:
     """One letter of the kernel's, such as R, S, D, T (stopped) or Z; "" without such a process, "?" without /proc."""
     if fields := _fields(pid):

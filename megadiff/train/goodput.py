@@ -43,6 +43,7 @@ class Goodput:
         path: `RUN/goodput.json`; None on ranks other than the main one, where nothing is read or written.
         config: the section `goodput`.
         save_every: steps between checkpoints, as configured.
+        before_s: seconds of this attempt that have passed already, in imports and the like; they count as setting up.
         wall, tick: clocks in seconds; `wall` may be set by somebody, `tick` never goes back.
     """
 
@@ -52,19 +53,22 @@ class Goodput:
         config: GoodputConfig,
         *,
         save_every: int,
+        before_s: float = 0.0,
         wall: Callable[[], float] = time.time,
         tick: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path, self._config, self._save_every = path, config, save_every
         self._wall, self._tick = wall, tick
-        self._began = tick()
+        self._began = tick() - before_s
         self._has_complained = False
         before = read_attempts(path) if path is not None else []
-        now = wall()
+        now = wall() - before_s
         down = now - before[-1].updated if before and before[-1].ended != "finished" else 0.0
         self._now = Attempt(started=now, updated=now, down_s=max(0.0, down))
         self._reached = max((attempt.last_step for attempt in before), default=0)
         self.attempts = [*before, self._now]
+        if before_s:
+            self.spent("setup", before_s)
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -22,6 +22,14 @@ log = logging.getLogger("megadiff")
 
 Part = Literal["step", "eval", "save"]
 """Parts of a run that have a time limit of their own."""
+
+
+LOG_FIELDS = (
+    "loss is what is minimised, elbo the bound (negative evidence lower bound) in nats per noisy token, mean weight "
+    "should stay near 0.5; they are means over the steps since the line before, at noise levels drawn for each "
+    "step, so they scatter, and elbo may lie above log N; the held-out elbo is the one to compare"
+)
+"""Explanation of the console's line, logged once before the first."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,9 @@ class Hook(Protocol):
 class Log:
     """Console line, `metrics.jsonl` and TensorBoard: every `every` steps, at the first, the last and skipped ones.
 
-    The line of a skipped step also has `skipped`, the reason; what is not finite is null.
+    `metrics.jsonl` and TensorBoard have the figures of the step itself, so that a resumed run repeats them. The console
+    shows means over the tokens of all steps since its last line. The line of a skipped step is of that step alone and
+    also has `skipped`, the reason; what is not finite is null.
     """
 
     section: ClassVar[Part] = "step"
@@ -93,6 +103,8 @@ class Log:
     """Each is asked, on the main rank alone, for more keys of a line."""
     epochs: Callable[[int], dict[str, float]] = lambda step: {}
     """(steps taken) -> number of times each training source has been gone through."""
+    _total: Tensor | None = field(default=None, init=False)
+    """Sums over the steps since the last line, skipped ones excluded, for the console's means."""
     _tokens: int = field(default=0, init=False)
     _seconds: float = field(default=0.0, init=False)
     _sums: Tensor | None = field(default=None, init=False)
@@ -104,11 +116,16 @@ class Log:
         self._tokens += self.tokens_before(result.step) - self.tokens_before(result.step - 1)
         self._seconds += result.seconds
         self._sums = result.total if self._sums is None else self._sums + result.total
+        if result.skip is None:
+            self._total = result.total if self._total is None else self._total + result.total
         if result.step % self.every and result.step not in (1, self.steps) and result.skip is None:
             return
         seconds, tokens, sums = max(self._seconds, 1e-9), self._tokens, self._sums
+        shown = result.total if result.skip is not None or self._total is None else self._total
         self._tokens, self._seconds, self._sums = 0, 0.0, None
-        if self.metrics is None or sums is None:
+        if result.skip is None:
+            self._total = None
+        if self.metrics is None:
             return
         line = self._line(result, tokens / seconds, self.executed_flops(sums.tolist()) / seconds)
         self.metrics.write(line)
@@ -118,7 +135,7 @@ class Log:
                     self.tensorboard.add_scalar(f"train/{key}", line[key], result.step)
             for source, epochs in line["epochs"].items():
                 self.tensorboard.add_scalar(f"epochs/{source}", epochs, result.step)
-        log.info(self._console(line))
+        log.info(self._console(line, metrics_of(shown.tolist())))
 
     def _line(self, result: StepResult, rate: float, executed: float) -> dict[str, Any]:
         """Return a line's figures from tokens and executed FLOPs per second of the whole run."""
@@ -142,13 +159,14 @@ class Log:
             **{key: value for extra in self.extras for key, value in extra().items()},
         }
 
-    def _console(self, line: dict[str, Any]) -> str:
+    def _console(self, line: dict[str, Any], means: dict[str, Any]) -> str:
+        """Return the console's line: means since the line before, where `line` has the figures of its own step."""
         left = (self.tokens_before(self.steps) - line["tokens"]) / max(line["tokens_per_s"], 1e-9)
         mfu = f" | MFU {line['mfu']:.1%}, HFU {line['hfu']:.1%}" if line["mfu"] is not None else ""
         skipped = f" | skipped: {line['skipped']}" if "skipped" in line else ""
         return (
-            f"step {line['step']:>7}/{self.steps} | loss {line['loss']:.4f} | elbo {line['elbo']:.4f} | "
-            f"w {line['mean_weight']:.3f} | lr {line['lr']:.3e} | grad norm {line['grad_norm']:.3f} | "
+            f"step {line['step']:>7}/{self.steps} | loss {means['loss']:.4f} | elbo {means['elbo']:.4f} | "
+            f"mean weight {means['mean_weight']:.3f} | lr {line['lr']:.3e} | grad norm {line['grad_norm']:.3f} | "
             f"{line['tokens_per_s']:,.0f} tokens/s | {line['tflops_per_device']:.3g} TFLOP/s/device "
             f"({line['executed_tflops_per_device']:.3g} executed){mfu} | "
             f"ETA {_duration(left)}{skipped}"
@@ -166,6 +184,8 @@ class Evaluate:
     metrics: MetricsFile | None
     goodput: Goodput
     tensorboard: Any = None
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    """Keys and values that every evaluation line has beside what was found: figures to compare it with."""
 
     def __call__(self, result: StepResult) -> None:
         """Measure if due."""
@@ -178,7 +198,7 @@ class Evaluate:
             found = self.measure()
         if self.metrics is None:
             return
-        self.metrics.write({"step": step, **found.as_metrics()})
+        self.metrics.write({"step": step, **found.as_metrics(), **self.baselines})
         if self.tensorboard is not None:
             self.tensorboard.add_scalar("eval/elbo", found.elbo, step)
         log.info(f"step {step:>7}/{self.steps} | {found.describe()}")

@@ -9,6 +9,7 @@ parallelism together with the peers that wait for it; ranks of different stages 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from statistics import median_low
@@ -17,12 +18,37 @@ from typing import Any, ClassVar
 import torch
 
 from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import Stopwatch
 from megadiff.train.hooks import Part, StepResult
 
 log = logging.getLogger("megadiff")
 
+_CONTENDED_LOAD = 1.5
+"""Load average per core from which CPU ranks are taken to compete with other programs."""
+
 _COMPUTATION = ("forward-compute", "backward-compute")
+
+
+def shared_cores(platform: Platform, *, world_size: int) -> str | None:
+    """Return how this node's CPU ranks share its cores, or None where each has one of its own.
+
+    Ranks that share cores wait for each other's turns, so their times say nothing about the cores they run on.
+
+    Args:
+        platform: this rank's machine.
+        world_size: ranks of the run, all of them on this node unless the launcher gives their number.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    wanted = local_ranks * torch.get_num_threads()
+    if not platform.is_cpu or wanted <= platform.local_devices():
+        return None
+    return f"{local_ranks} ranks of {torch.get_num_threads()} thread(s) share {platform.local_devices()} core(s)"
+
+
+def has_contended_cores(platform: Platform) -> bool:
+    """Return whether other programs now keep this node's cores busy, so that a CPU rank's times are not its own."""
+    return platform.is_cpu and os.getloadavg()[0] > _CONTENDED_LOAD * platform.local_devices()
 
 
 class ComputeTimers:
@@ -66,13 +92,14 @@ def time_computation(chunks: Sequence[Any], stopwatch: Stopwatch) -> None:
 class Stragglers:
     """Names ranks whose computation took `ratio` times the median of their stage, every `every` steps.
 
-    The first step of a process, which also warms up, is not counted. Collective over the world where due.
+    The first step of a process, which also warms up, is not counted, and a CPU rank whose node is busy with other
+    programs is not named. Collective over the world where due.
     """
 
     section: ClassVar[Part] = "step"
 
-    def __init__(self, every: int, ratio: float, stopwatch: Stopwatch, topology: Topology) -> None:
-        self._every, self._ratio = every, ratio
+    def __init__(self, every: int, ratio: float, stopwatch: Stopwatch, topology: Topology, platform: Platform) -> None:
+        self._every, self._ratio, self._platform = every, ratio, platform
         self._stopwatch, self._topology = stopwatch, topology
         self._seconds = 0.0
         self._steps = 0
@@ -90,9 +117,12 @@ class Stragglers:
             return
         mine = self._seconds / self._steps
         self._seconds, self._steps = 0.0, 0
-        every = self._topology.gather_to_main((self._topology.stage, mine, socket.gethostname()))
+        about = (self._topology.stage, mine, socket.gethostname(), has_contended_cores(self._platform))
+        every = self._topology.gather_to_main(about)
         for rank, seconds, median in slow_ranks([row[:2] for row in every or []], ratio=self._ratio):
-            host = every[rank][2] if every else ""
+            _, _, host, is_contended = every[rank] if every else (0, 0.0, "", True)
+            if is_contended:
+                continue
             log.warning(
                 f"step {result.step}: rank {rank} ({host}) is {seconds / median:.1f} times slower than the median of "
                 f"its stage: {1e3 * seconds:.1f} ms of forward and backward a step, not {1e3 * median:.1f} ms"

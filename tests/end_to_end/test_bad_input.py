@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from megadiff.data.tokenizer_files import load_tokenizer
-from tests.end_to_end.bad_inputs import CHECKPOINTS, CONTINUED, DATA, DESCRIPTIONS, FILES, TOOLS
+from tests.end_to_end.bad_inputs import CHECKPOINTS, CONTINUED, DATA, DESCRIPTIONS, FILES, NATURAL, TOOLS
 from tests.support.commands import call, write_yaml
 from tests.support.forked_command import Ended, call_forked
 from tests.support.runs import toy_tree
@@ -201,6 +201,27 @@ def test_a_misused_tool_says_what_it_wants(finished_run, toy_corpus, tmp_path, c
     assert [contents(place) for place in places] == before
 
 
+@pytest.mark.parametrize(("command", "named"), NATURAL, ids=[row[0].replace("tools/", "") for row in NATURAL])
+def test_a_natural_mistake_gets_a_sentence_that_names_what_was_typed(
+    finished_run, toy_corpus, word_tokenizer, tmp_path, command, named
+):
+    """One line, in the command's own words: no key of a run description where none was given, no long fingerprints."""
+    word_tokenizer.rename(tmp_path / "words.json")
+    (tmp_path / "a.txt").write_text("hello world\n" * 20)
+    (tmp_path / "key.jsonl").write_text('{"body": "a"}\n')
+    description = write_yaml(tmp_path / "run.yaml", toy_tree(toy_corpus, tmp_path / "runs"))
+    places = {"tmp": tmp_path, "run": finished_run, "data": toy_corpus, "yaml": description}
+    before = [contents(place) for place in (tmp_path, finished_run, toy_corpus.parent)]
+    ended = call_forked(*command.format(**places).split())
+    pattern = ".*".join(re.escape(part.format(**places)) for part in named.split(".*"))
+    assert_refused(ended, pattern)
+    assert not ended.err.startswith("usage: ")
+    assert not re.search(r"[0-9a-f]{16}", ended.err)
+    if command.startswith("tools/") and "doctor" not in command:
+        assert not re.search(r"\bdata\.(train|valid|tokenizer)|model\.seq_length|platform=", ended.err)
+    assert before == [contents(place) for place in (tmp_path, finished_run, toy_corpus.parent)]
+
+
 @pytest.mark.end_to_end
 def test_the_command_itself_ends_with_2_and_no_trace(description):
     code, out, err = call("pretrain_dlm.py", "--config", description, "optimizer.lr=fast")
@@ -215,3 +236,9 @@ def test_the_command_says_what_it_would_do_and_exits_with_0(description):
     assert code == 0, err
     assert "layout            4 rank(s): tensor 2 x pipeline 1 x data 2" in out
     assert "tokens per step   128 (8 rows of 16, 2 microbatch(es) of 2 per replica)" in out
+    assert re.search(
+        r"^learning rate     block matrices, 49,152 parameters: peak 0\.002 \(optimizer\.lr\), ", out, re.M
+    )
+    assert re.search(
+        r"^baselines         unigram \d\.\d+ nats per token \(.* bits per byte\) of 6,\d+ validation", out, re.M
+    )

@@ -228,7 +228,7 @@ def test_what_is_between_prompt_and_suffix_is_filled_in(models, tmp_path):
             assert line.endswith("yz"), line
     assert " tokens per forward pass" in (tmp_path / "trace.html").read_text()
     for wrong, message in (
-        (("--num-tokens", "13"), r"the prompt and the suffix take 4: --num-tokens must lie in 1 to 12, got 13"),
+        (("--num-tokens", "13"), r"--num-tokens must be at most 12, got 13: .* of which --prompt and --suffix take 4$"),
         (("--sampler", "adaptive", "--tokens-per-step", "1"), r"does not reach the 6 positions of a block"),
     ):
         ended = call("tools/generate.py", "--model", models["hybrid"], *options, *wrong)

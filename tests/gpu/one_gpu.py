@@ -24,8 +24,8 @@ with quiet():
     from megadiff.model.denoiser import build_chunks, wrap_data_parallel
     from megadiff.model.initialisation import initialise, role_of
     from megadiff.optim.config import OptimizerConfig
-    from megadiff.optim.groups import Scale
     from megadiff.optim.optimizer import Optimizer, build_optimizer
+    from megadiff.optim.rules import Scale
     from megadiff.parallel.config import Layout, ParallelConfig
     from megadiff.parallel.pipeline import configure_reduction, run_microbatches
     from megadiff.parallel.topology import Topology, open_topology

@@ -8,7 +8,8 @@ import pytest
 
 from megadiff.model.config import ModelConfig
 from megadiff.optim.config import OptimizerConfig
-from megadiff.optim.groups import Scale, effective_eps, parameter_groups
+from megadiff.optim.groups import parameter_groups
+from megadiff.optim.rules import Scale, effective_eps
 from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK

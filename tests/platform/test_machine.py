@@ -24,7 +24,7 @@ def test_without_cuda_auto_and_cpu_are_the_same_machine():
 
 def test_cuda_that_is_not_there_is_refused():
     with pytest.raises(
-        PlatformError, match=r"platform is `cuda` but torch sees no CUDA device here; set `platform=cpu"
+        PlatformError, match=r"`platform=cuda`, but torch sees no CUDA device here; give `platform=cpu`"
     ):
         detect("cuda")
 

@@ -183,6 +183,27 @@ def test_logarithmic_axes_straighten_a_power_law_and_leave_out_what_is_not_posit
     assert (y1 - y0) / (x1 - x0) == pytest.approx((y2 - y1) / (x2 - x1), rel=1e-3)
 
 
+def test_linear_axes_are_linear_in_every_chart(full):
+    """`data-y` ends in 1 where the axis is logarithmic; the page shows one of the two drawings of each chart."""
+    drawings = [a for tag, a in Parsed(page_of(full)).elements if tag == "svg" and "data-y" in a]
+    assert len(drawings) == 20
+    for drawing in drawings:
+        assert drawing["data-y"].endswith(",1") == ("only-log" in drawing["class"])
+
+
+def test_baselines_are_levels_of_the_held_out_chart_and_columns_of_the_table(tmp_path):
+    figures = {"eval_unigram": 6.4896, "eval_bigram": 4.4414}
+    one = write_run(tmp_path / "one", [training_line(4), *(evaluation_line(s, 6.0, **figures) for s in (2, 4))])
+    other = write_run(
+        tmp_path / "other", [training_line(3), evaluation_line(3, 5.5, **{**figures, "eval_bigram": 4.5})]
+    )
+    chart = page_of(one, other)
+    labels = [a["data-label"] for tag, a in Parsed(chart).elements if tag == "path" and "data-label" in a]
+    shown = {label: labels.count(label) for label in labels if "gram" in label}
+    assert shown == {"unigram 6.4896": 2, "bigram 4.4414": 2, "bigram 4.5000": 2}  # linear and logarithmic
+    assert "<td>6.49</td><td>4.441</td>" in chart
+
+
 def test_a_value_that_was_not_finite_breaks_the_line():
     line, places = drawn(chart_of((0, 1.0), (1, None), (2, 2.0), (3, 1.5)), "linear")
     assert line.count("M") == 2

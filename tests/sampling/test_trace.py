@@ -17,7 +17,7 @@ from rich.console import Console
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.sampling.live import LiveDenoising
-from megadiff.sampling.standalone import Settings, generate
+from megadiff.sampling.standalone import Settings, Step, generate
 from megadiff.sampling.trace import Fate, Frame, Trace, token_text
 from megadiff.sampling.trace_page import trace_page
 
@@ -45,7 +45,9 @@ def test_frames_tell_what_became_of_every_position(shift):
     first, last = trace.frames[0], trace.frames[-1]
     assert first.fates == [Fate.GIVEN] * 8 + [Fate.NOISY] * (len(TEXT) - 8)
     assert last.ids == TEXT
-    assert set(last.fates) <= {Fate.GIVEN, Fate.KEPT, Fate.REVISED}
+    for place, fate in enumerate(last.fates):
+        never_written = len({frame.ids[place] for frame in trace.frames}) == 1
+        assert (fate == Fate.NOISY) == (never_written and place >= 8)
     assert [frame.block for frame in trace.frames] == sorted(frame.block for frame in trace.frames)
     assert last.block == -(-(len(TEXT) - 8) // 20)
     for before, after in zip(trace.frames, trace.frames[1:], strict=False):
@@ -142,3 +144,11 @@ def test_tokens_look_as_they_do_in_running_text():
     assert token_text(Words())(9) == " word"
     look = token_text(TOKENS)
     assert [look(i) for i in (0, 1, 2, 3, 4 + ord("x"))] == ["⟨bos⟩", "⟨eos⟩", "⟨pad⟩", "░", "x"]
+
+
+def test_a_token_of_the_first_noise_that_no_step_writes_over_stays_noise_to_the_end():
+    """Position 1 is written, position 2 never: what stands there is the noise the sampler began with."""
+    trace = Trace([5], mask_id=0)
+    for steps_left, ids in ((2, [5, 7, 8]), (1, [5, 9, 8]), (0, [5, 9, 8])):
+        trace(Step(steps_left, 0.0, torch.tensor([ids]), 0, 3, lambda: torch.ones(1, 3)))
+    assert trace.frames[-1].fates == [Fate.GIVEN, Fate.KEPT, Fate.NOISY]

@@ -8,11 +8,14 @@ import logging
 import math
 import os
 import random
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from megadiff.config.load import load_config
+from megadiff.supervision import process
 from megadiff.train import save_interval
 from megadiff.train.attempts import read_attempts
 from megadiff.train.config import GoodputConfig
@@ -367,3 +370,26 @@ def test_a_real_run_that_crashed_and_went_on(toy_corpus, tmp_path):
     assert sum(found[key] for key in counted) <= found["wall_s"]
     assert sum(found[key] for key in counted) > 0.5 * found["wall_s"]
     assert found["said"].startswith(f"goodput {100 * found['goodput']:.1f} % over 2 attempts; save every ")
+
+
+def test_time_before_the_record_counts_as_setting_up(tmp_path, clock):
+    """Imports: 20 s before, 10 s of steps after; the attempt began 20 s before its record was opened."""
+    path = tmp_path / "goodput.json"
+    goodput = Goodput(path, GoodputConfig(), save_every=10, before_s=20.0, wall=clock, tick=clock)
+    clock.passes(10.0)
+    goodput.step_taken(1, 10.0)
+    goodput.close("finished")
+    (attempt,) = read_attempts(path)
+    assert (attempt.elapsed_s, attempt.in_phase("setup"), clock.now - attempt.started) == (30.0, 20.0, 30.0)
+    assert goodput.fraction == pytest.approx(1 / 3)
+
+
+def test_the_age_of_a_process_is_its_own():
+    begun = time.monotonic()
+    child = subprocess.Popen(["sleep", "5"])
+    time.sleep(0.3)
+    age, most = process.age_s(child.pid), time.monotonic() - begun
+    child.kill()
+    child.wait()
+    assert most - 0.2 <= age <= most + 0.02
+    assert process.age_s(2**22 + 1) == 0.0

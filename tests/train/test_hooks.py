@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -63,6 +64,17 @@ def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_
     assert line["hfu"] is None
     later = read_metrics(tmp_path / "m.jsonl")[2]
     assert later["executed_tflops_per_device"] == pytest.approx(2 * 6 * 1e5 / 0.5 / 2 / 1e12)
+
+
+def test_the_console_shows_means_over_the_tokens_of_all_steps_since_its_last_line(tmp_path, caplog):
+    """Loss sums 3 + 5 + 100 over 1 + 3 + 4 noisy tokens; the skipped step between has a line of its own."""
+    hook = log_hook(tmp_path / "m.jsonl", 4, 4)
+    steps = [(1, 7.0, 2.0, None), (2, 3.0, 1.0, None), (3, math.nan, 1.0, "non_finite"), (4, 105.0, 7.0, None)]
+    with caplog.at_level("INFO", logger="megadiff"):
+        for step, loss, tokens, skip in steps:
+            hook(result(step, skip=skip, at_0=loss, at_5=tokens))
+    assert [re.search(r"loss (\S+)", message)[1] for message in caplog.messages] == ["3.5000", "nan", "13.5000"]
+    assert [line["loss"] for line in read_metrics(tmp_path / "m.jsonl")] == [3.5, None, 15.0]
 
 
 @dataclass

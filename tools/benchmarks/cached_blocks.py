@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import run_command
 
 _EPILOG = """example:
@@ -25,9 +26,7 @@ model is asked at every step. Runs with and without the cache alternate; tokens 
 
 def main() -> None:
     """Measure both kinds of prefix and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)

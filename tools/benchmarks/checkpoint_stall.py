@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform as host
 import statistics
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from made_up import describe_made_up, prepare_made_up
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import run_command
 
 _EPILOG = """example:
@@ -35,9 +35,7 @@ _DESCRIPTION = {
 
 def main() -> None:
     """Alternate both kinds of save in one training run and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--saves", type=int, default=5, help="saves of each kind (default 5)")
     parser.add_argument("--output", type=Path, help="folder on the disk to measure (default: the temporary folder)")
     arguments = parser.parse_args()

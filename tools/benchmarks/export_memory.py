@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FORMAT, Manifest, read_manifest
 from megadiff.checkpoint.safe_metadata import read_index
+from megadiff.config.command_line import CommandParser
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.config import ConditioningConfig, NoiseConfig
 from megadiff.errors import run_command
@@ -39,9 +40,7 @@ _EPILOG = """example:
 
 def main() -> None:
     """Write, export, measure, delete, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--layers", type=int, default=34)
     parser.add_argument("--hidden", type=int, default=4608)
     parser.add_argument("--heads", type=int, default=36)

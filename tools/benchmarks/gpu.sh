@@ -10,6 +10,7 @@
 #
 # It ends after GPU_SECONDS (default 560). A part that fails or runs out of its time lets the next one begin; one that
 # has no time left is not run. FOLDER gets summary.txt (the table, renewed after each part), logs.txt and a few .json.
+case ${1:-} in -h | --help) sed -n '/^# [A-Z]/,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 out=$(realpath -m "${1:-${OUT:-gpu-results}}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import PlatformError, run_command
 
 _EPILOG = """example:
@@ -29,9 +29,7 @@ _PACKAGES = (
 
 def main() -> None:
     """Print and write the facts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for environment.json (default: here)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():  # noqa: TID251

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import MegadiffError, PlatformError, run_command
 from megadiff.train.metrics import read_metrics
 
@@ -31,9 +32,7 @@ away. Without Transformer Engine there is nothing to compare, which is said and 
 
 def main() -> None:
     """Make the data, train, compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--recipes", nargs="+", default=["tensorwise"], help="of precision.fp8 (default tensorwise)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--platform", default="cuda", help="cuda, or cpu to try the script itself (bf16 alone)")

@@ -15,6 +15,7 @@ from gpu_environment import milliseconds, product_ceiling
 from torch import Tensor
 from torch.nn import functional
 
+from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import MegadiffError, PlatformError, run_command
 from megadiff.kernels.choice import choose_head
@@ -57,9 +58,7 @@ class Row(NamedTuple):
 
 def main() -> None:
     """Time every row at every hidden size, then the passes alone."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--vocab-size", type=int, default=131072)
     parser.add_argument("--tokens", type=int, default=8192)

@@ -17,6 +17,7 @@ import torch
 from gpu_environment import product_ceiling
 from made_up import describe_made_up, prepare_made_up
 
+from megadiff.config.command_line import CommandParser
 from megadiff.errors import MegadiffError, PlatformError, run_command
 from megadiff.model import cost
 from megadiff.parallel.row_report import metrics_of
@@ -98,9 +99,7 @@ class Clock:
 
 def main() -> None:
     """Run every combination that time allows, print and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     usual = [name for name in MODELS if name != "tiny"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=usual, help="`tiny` tries the script itself")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))

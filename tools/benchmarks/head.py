@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transcription import transcribed_loss
 
+from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import run_command
 from megadiff.kernels.fused_head import fused_objective
@@ -47,9 +48,7 @@ _PAIRS = (
 
 def main() -> None:
     """Alternate the variants and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each variant, taken in turn")
     parser.add_argument("--vocab-size", type=int, default=131072)
     parser.add_argument("--tokens", type=int, default=2048)

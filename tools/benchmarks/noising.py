@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megadiff.config.command_line import CommandParser
 from megadiff.data.indexed_manifest import tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
@@ -42,9 +43,7 @@ _MASK, _PAD, _FIRST_WORD = 3, 2, 4
 
 def main() -> None:
     """Measure every kind of noise with every number of rows, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 16], help="rows of a microbatch (default 4 16)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row (default 2048)")
     parser.add_argument("--vocab-size", type=int, default=131072, help="entries, the mask included (default 131072)")

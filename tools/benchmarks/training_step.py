@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from made_up import describe_made_up, prepare_made_up
 from torch import Tensor, nn
 
+from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.config import NoiseConfig, ObjectiveConfig, ShiftName
 from megadiff.diffusion.mixing import mixing_from
 from megadiff.errors import run_command
@@ -76,7 +77,7 @@ SIZES = {
 def main() -> None:
     """Check, time, print both tables."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EPILOG, formatter_class=raw)
+    parser = CommandParser(description=__doc__, epilog=_EPILOG, formatter_class=raw)
     parser.add_argument("--size", choices=sorted(SIZES), default="25m", help="model and batch (default 25m)")
     parser.add_argument("--vocab-size", type=int, help="another vocabulary, the mask included")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each side (default 9)")

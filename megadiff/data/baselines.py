@@ -1,0 +1,212 @@
+"""Figures that models without a network reach on the validation data, to compare a held-out bound with.
+
+*Unigram*: the entropy of the validation tokens' own frequencies. No model that ignores context can do better on these
+tokens, so a bound below it shows that context is used.
+
+*Bigram*: the cross-entropy on the validation tokens of a model that knows the token before, counted on training tokens
+and smoothed towards the training frequencies by a Dirichlet prior (MacKay and Peto 1995, "A hierarchical Dirichlet
+language model"). The prior's strength is fitted to the training tokens by leaving each one out in turn, so validation
+tokens play no part in it. The plain entropy of counted pairs would be far too low where the pairs are many and the
+tokens few (it falls to zero as pairs become unique); a held-out figure errs to the other side, the more so the fewer
+training tokens are counted.
+
+Both look at a bounded number of tokens, in contiguous spans spread evenly over each source. Counting 4 million tokens
+takes about a second and 200 MB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megadiff.data.indexed_reader import IndexedReader
+
+TRAINING_TOKENS = 2**22
+"""Number of training tokens that are counted at most, over all sources."""
+
+VALIDATION_TOKENS = 2**20
+"""Number of validation tokens that are measured at most, over all sources."""
+
+_SPANS = 64
+_LOG_STRENGTHS = (math.log(1e-2), math.log(1e6))
+
+Ids = npt.NDArray[np.int64]
+Figures = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Figures of models without a network, in nats per validation token."""
+
+    unigram: float
+    """Entropy of the validation tokens' own frequencies."""
+    bigram: float
+    """Cross-entropy of a smoothed bigram model counted on training tokens."""
+    bytes_per_token: float | None
+    """Number of UTF-8 bytes of text per validation token; None where the data do not say."""
+    training_tokens: int
+    """Number of training tokens that were counted."""
+    validation_tokens: int
+    """Number of validation tokens that were measured."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return the keys that an evaluation line in `metrics.jsonl` has for them."""
+        return {"eval_unigram": self.unigram, "eval_bigram": self.bigram}
+
+    def describe(self) -> str:
+        """Return one line for the console."""
+        return (
+            f"unigram {self._both_units(self.unigram)} of {self.validation_tokens:,} validation tokens, "
+            f"bigram {self._both_units(self.bigram)} counted on {self.training_tokens:,} training tokens"
+        )
+
+    def _both_units(self, nats: float) -> str:
+        bits = f" ({nats / math.log(2) / self.bytes_per_token:.3f} bits per byte)" if self.bytes_per_token else ""
+        return f"{nats:.4f} nats per token{bits}"
+
+
+def count_baselines(
+    training: Sequence[IndexedReader],
+    training_weights: Sequence[float],
+    validation: Sequence[IndexedReader],
+    validation_weights: Sequence[float],
+    *,
+    vocab_size: int,
+) -> Baselines:
+    """Count both baselines from bounded samples of the sources.
+
+    Args:
+        training: the sources to count.
+        training_weights: share of each in training, in any unit.
+        validation: the sources to measure, at least one.
+        validation_weights: share of each in the held-out figure, in any unit, such as its sequences.
+        vocab_size: V.
+
+    Raises:
+        DataError: tokens cannot be read.
+    """
+    counted = _spans_of(training, training_weights, TRAINING_TOKENS)
+    measured = _spans_of(validation, [1.0] * len(validation), VALIDATION_TOKENS)
+    shares = np.asarray(validation_weights, dtype=np.float64) / sum(validation_weights)
+    frequencies = np.zeros(vocab_size)
+    for share, spans in zip(shares, measured, strict=True):
+        counts = _token_counts(spans, vocab_size)
+        frequencies += share * counts / counts.sum()
+    model = SmoothedBigrams([span for spans in counted for span in spans], vocab_size=vocab_size)
+    losses = [-np.concatenate([model.log_likelihood(span) for span in spans]).mean() for spans in measured]
+    ratios = [reader.bytes_per_token for reader in validation]
+    return Baselines(
+        unigram=_entropy(frequencies),
+        bigram=float(shares @ np.array(losses)),
+        bytes_per_token=None if None in ratios else float(shares @ np.array(ratios, dtype=np.float64)),
+        training_tokens=sum(span.size for spans in counted for span in spans),
+        validation_tokens=sum(span.size for spans in measured for span in spans),
+    )
+
+
+def unigram_entropy(reader: IndexedReader, *, vocab_size: int) -> float:
+    """Return the entropy in nats per token of one source's own frequencies, of at most `VALIDATION_TOKENS` tokens."""
+    counts = _token_counts(list(_spans(reader, VALIDATION_TOKENS)), vocab_size)
+    return _entropy(counts / counts.sum())
+
+
+class SmoothedBigrams:
+    """A bigram model with a Dirichlet prior: p(b | a) = (n(a, b) + k p(b)) / (n(a) + k).
+
+    Here n counts the training tokens, p is their frequency with half a token added to every entry, and k, the prior's
+    strength, is the one under which the training pairs are most likely when each is left out of the counts in turn.
+
+    Args:
+        spans: training tokens; pairs do not cross the ends of a span.
+        vocab_size: V.
+    """
+
+    def __init__(self, spans: Sequence[Ids], *, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        counts = _token_counts(spans, vocab_size) + 0.5
+        self._frequency = counts / counts.sum()
+        pairs = np.concatenate([_pairs(span, vocab_size) for span in spans])
+        self._pairs, self._pair_counts = np.unique(pairs, return_counts=True)
+        self._first_counts = np.bincount(self._pairs // vocab_size, weights=self._pair_counts, minlength=vocab_size)
+        self.strength = self._fitted_strength()
+
+    def log_likelihood(self, span: Ids) -> Figures:
+        """Return the natural logarithm of each token's probability given the one before it, [n].
+
+        Args:
+            span: contiguous tokens, [n]; the first has none before it and gets its frequency.
+        """
+        pairs = _pairs(span, self._vocab_size)
+        place = np.minimum(np.searchsorted(self._pairs, pairs), max(len(self._pairs) - 1, 0))
+        seen = np.where(self._pairs[place] == pairs, self._pair_counts[place], 0) if len(self._pairs) else 0.0 * pairs
+        prior = self.strength * self._frequency[span[1:]]
+        after = np.log((seen + prior) / (self._first_counts[span[:-1]] + self.strength))
+        return np.concatenate((np.log(self._frequency[span[:1]]), after))
+
+    def _fitted_strength(self) -> float:
+        """Return the prior's strength that fits the training pairs best, each left out in turn."""
+        first, second = np.divmod(self._pairs, self._vocab_size)
+        others = self._pair_counts - 1.0
+        prior, totals = self._frequency[second], self._first_counts[first] - 1.0
+
+        def loss(log_strength: float) -> float:
+            strength = math.exp(log_strength)
+            return -float(self._pair_counts @ np.log((others + strength * prior) / (totals + strength)))
+
+        return math.exp(_lowest(loss, *_LOG_STRENGTHS, within=0.02))
+
+
+def _lowest(function: Callable[[float], float], low: float, high: float, *, within: float) -> float:
+    """Return where a function with one valley between `low` and `high` is lowest, by golden sections."""
+    share = (math.sqrt(5) - 1) / 2
+    left, right = high - share * (high - low), low + share * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > within:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - share * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + share * (high - low)
+            at_right = function(right)
+    return (low + high) / 2
+
+
+def _spans_of(readers: Sequence[IndexedReader], weights: Sequence[float], limit: int) -> list[list[Ids]]:
+    """Return contiguous spans of tokens of each source: all of it, or an even sample of its share of `limit`."""
+    shares = [limit * weight / sum(weights) for weight in weights]
+    return [list(_spans(reader, max(1, int(share)))) for reader, share in zip(readers, shares, strict=True)]
+
+
+def _spans(reader: IndexedReader, limit: int) -> Iterator[Ids]:
+    if reader.num_tokens <= limit:
+        yield reader.tokens(0, reader.num_tokens)
+        return
+    spans = max(1, min(_SPANS, limit))
+    length = limit // spans
+    last = reader.num_tokens - length
+    for place in range(spans):
+        yield reader.tokens(last * place // max(spans - 1, 1), length)
+
+
+def _token_counts(spans: Sequence[Ids], vocab_size: int) -> Figures:
+    counts = np.zeros(vocab_size)
+    for span in spans:
+        counts += np.bincount(span, minlength=vocab_size)
+    return counts
+
+
+def _pairs(span: Ids, vocab_size: int) -> Ids:
+    """Return neighbouring tokens as one number each: a V + b, [n - 1]."""
+    return span[:-1] * vocab_size + span[1:]
+
+
+def _entropy(frequencies: Figures) -> float:
+    """Return the entropy of a distribution in nats."""
+    present = frequencies[frequencies > 0]
+    return float(-(present * np.log(present)).sum())

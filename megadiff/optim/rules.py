@@ -1,0 +1,76 @@
+"""Learning rate, weight decay and epsilon of each role, relative to the settings. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megadiff.optim.config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The factors on the settings that a role's parameters get."""
+
+    lr_mult: float
+    wd_mult: float
+
+
+def rules(settings: OptimizerConfig, *, hidden: int) -> dict[str, Rule]:
+    """The rule of each role.
+
+    Source of `completep`: arXiv:2512.10858, CompleteP table (bulk eta / d, decay x d so that lr x decay is free of
+    the width; every other role 0.02 eta and no decay).
+    """
+    if settings.parametrisation == "completep":
+        side = Rule(0.02, 0.0)
+        return {"bulk": Rule(1.0 / hidden, float(hidden)), "embedding": side, "head": side, "norm": side, "bias": side}
+    matrix, vector = Rule(1.0, 1.0), Rule(1.0, 0.0)
+    return {"bulk": matrix, "embedding": matrix, "head": matrix, "norm": vector, "bias": vector}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes that epsilon depends on beside the settings."""
+
+    hidden: int
+    layers: int
+    tokens_per_step: int
+    """Tokens a gradient sums over; all of them, noise-free ones too."""
+    reduction: Literal["sum", "mean"]
+    """Reduction of the loss that the gradients are of."""
+
+
+def effective_eps(settings: OptimizerConfig, scale: Scale) -> float:
+    """Epsilon of every group.
+
+    The setting; over hidden x layers under `completep`; and brought to the loss's reduction from the one it was
+    calibrated for. Source: arXiv:2512.10858's code (eps = 1e-8 / (d L) with summed losses).
+    """
+    eps = settings.eps / (scale.hidden * scale.layers) if settings.parametrisation == "completep" else settings.eps
+    if settings.eps_calibration in (None, scale.reduction):
+        return eps
+    return eps / scale.tokens_per_step if scale.reduction == "mean" else eps * scale.tokens_per_step
+
+
+@dataclass(frozen=True)
+class Effective:
+    """The numbers that the optimizer applies to the parameters of one role at the peak of the schedule."""
+
+    role: str
+    lr: float
+    weight_decay: float
+    eps: float
+    factor: str
+    """Factor between `optimizer.lr` and `lr`, as text such as `1/128` or `0.02`; empty where it is 1."""
+
+
+def effective(settings: OptimizerConfig, scale: Scale) -> list[Effective]:
+    """Return what each role's parameters are updated with, in the order of `rules`."""
+    eps = effective_eps(settings, scale)
+    found = []
+    for role, rule in rules(settings, hidden=scale.hidden).items():
+        is_per_width = rule.lr_mult != 1 and rule.lr_mult == 1.0 / scale.hidden
+        factor = f"1/{scale.hidden}" if is_per_width else "" if rule.lr_mult == 1 else f"{rule.lr_mult:g}"
+        found.append(Effective(role, settings.lr * rule.lr_mult, settings.weight_decay * rule.wd_mult, eps, factor))
+    return found
