@@ -32,6 +32,6 @@ def check(subject: Subject) -> Iterable[Finding]:
         return
     yield ok(f"{len(opened.sources)} source(s) to train on, fingerprint {opened.fingerprint[:16]}")
     for line in (*describe_sources(opened, now=0, end=config.samples), *describe_validation(opened)):
-        yield ok(" ".join(line.split()))
+        yield ok(" ".join(line.removeprefix("data ").split()))
     found = advice(opened, config.data, end=config.samples, length=config.length_setting, eval_rows=config.eval.rows)
     yield from (warn(doubt.text, doubt.remedy) for doubt in found)
