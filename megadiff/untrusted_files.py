@@ -69,7 +69,9 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
     """
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(max_bytes + 1) if size <= max_bytes else b""  # it may have grown, or not tell its size
+        data = file.read(size + 1) if size <= max_bytes else b""  # a larger count would be allocated at once
+        if len(data) > size:  # it has grown, or does not tell its size
+            data += file.read(max_bytes + 1 - len(data))
         if max(size, len(data)) > max_bytes:
             raise UnreadableFileError(f"has {max(size, len(data)):,} bytes where at most {max_bytes:,} are wanted")
     return data
