@@ -1,6 +1,6 @@
 """Small files that somebody else may have written: read without blocking, within a size, and as shallow JSON.
 
-A FIFO in a file's place would block for ever, a sparse file of 8 GB fill the memory, and JSON nested a hundred thousand
+A FIFO in a file's place would block forever, a sparse file of 8 GB fill the memory, and JSON nested a hundred thousand
 levels deep exhaust the stack of whatever walks it. Every reader of such files goes through here.
 """
 

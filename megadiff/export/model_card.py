@@ -132,7 +132,7 @@ def _facts(manifest: Manifest, parameters: int, dtype: str) -> dict[str, Any]:
 
 
 def _scores(metrics: Path | None, step: int) -> dict[str, str]:
-    """The last measurements up to the checkpoint's step; one that is no finite number is told as such."""
+    """The last measurements up to the checkpoint's step; one that is no finite number is reported as such."""
     found: dict[str, Any] = {}
     for line in _lines(metrics) if metrics is not None else []:
         if line["step"] <= step:

@@ -130,7 +130,7 @@ def test_the_hubs_cache_of_links_is_read(folder, tmp_path):
         import_folder(snapshot, tmp_path / "out2")
 
 
-def test_a_folder_without_sums_is_imported_and_that_is_told(copy, tmp_path):
+def test_a_folder_without_sums_is_imported_and_that_is_reported(copy, tmp_path):
     (copy / CHECKSUMS).unlink()
     edit(copy / "config.json", noise_type=2.0)
     ended = call_forked("tools/convert_checkpoint.py", "import", "--input", copy, "--output", tmp_path / "out")

@@ -32,7 +32,7 @@ NOT_FINITE = {"ELBO of the last training step logged": "not a finite number"}
     ],
 )
 @pytest.mark.parametrize("tail", [b"", b'{"step": 2, "elb', b'{"step": "two"}\n[]\nnull\n\xff\n', b"[" * 300_000])
-def test_a_figure_that_is_none_is_told_and_the_rest_is_kept(tmp_path, lines, scores, tail):
+def test_a_figure_that_is_none_is_reported_and_the_rest_is_kept(tmp_path, lines, scores, tail):
     (tmp_path / "metrics.jsonl").write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode() + tail)
     assert _scores(tmp_path / "metrics.jsonl", 2) == scores
 

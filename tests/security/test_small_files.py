@@ -59,7 +59,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_what_is_no_small_json_file_is_told_by_what_it_is(tmp_path, kind):
+def test_what_is_no_small_json_file_is_refused_by_what_it_is(tmp_path, kind):
     SPECIAL[kind](tmp_path / "file")
     with pytest.raises((UnreadableFileError, OSError)):
         read_json_object(tmp_path / "file", max_bytes=10**6)
