@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 
 import pytest
 import yaml
 
+from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.folder import newest_complete
 from megadiff.checkpoint.manifest import FILE_NAME, read_manifest
 from megadiff.config.load import load_config
@@ -118,9 +120,17 @@ def test_a_status_with_a_value_that_no_run_writes_is_no_status(tmp_path, change)
 
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_a_hint_that_is_none_is_not_followed(tmp_path, kind):
-    (tmp_path / "checkpoints").mkdir()
+    """The newest whole checkpoint is taken; without any, the run is refused in a sentence, for it has saved before."""
     SPECIAL[kind](tmp_path / "LATEST")
-    assert newest_complete(tmp_path) is None
+    step = tmp_path / "checkpoints/step_00000003"
+    step.mkdir(parents=True)
+    (step / "shard").write_bytes(b"x")
+    manifest(step=3, files={"shard": entry_of(step / "shard")}).write(step)
+    assert newest_complete(tmp_path) == step
+    shutil.rmtree(step)
+    with pytest.raises(CheckpointError, match="has saved itself before") as caught:
+        newest_complete(tmp_path)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
