@@ -34,7 +34,12 @@ def main() -> None:
         required=True,
         help="the step_* folder to branch from, or a run folder: its last checkpoint before the cooldown",
     )
-    parser.add_argument("--config", type=Path, help="not needed: a YAML file whose differences from the trunk are said")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="not needed: a YAML file whose differences from the trunk are printed, and whose data --allow-data-change "
+        "takes",
+    )
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="steps of each cooldown")
     parser.add_argument("--launcher", default=sys.executable, help="what starts the ranks (default: this Python)")
     parser.add_argument(
@@ -51,12 +56,13 @@ def main() -> None:
         raise ConfigError(f"--lengths are steps of a cooldown, at least 1, found {min(arguments.lengths)}")
 
     folder, manifest = _trunk(arguments.trunk)
+    settings = dict(manifest.config)
     if arguments.config is not None:
-        _describe_differences(arguments.config, manifest)
+        settings = _compared(arguments.config, manifest, takes_data=arguments.allow_data_change)
     program = Path(__file__).resolve().parent.parent / "pretrain_dlm.py"
     for length in arguments.lengths:
-        settings = _write_settings(folder, manifest, arguments.set, length)
-        command = [*shlex.split(arguments.launcher), str(program), "--config", str(settings)]
+        path = _write_settings(settings, folder, manifest.step, arguments.set, length)
+        command = [*shlex.split(arguments.launcher), str(program), "--config", str(path)]
         command += ["--allow-data-change"] if arguments.allow_data_change else []
         print("$ " + shlex.join(command), flush=True)
         if not arguments.dry_run and subprocess.run(command, check=False).returncode:
@@ -140,7 +146,7 @@ def _what_there_is(run_folder: Path, branchable: list[Path]) -> str:
     )
 
 
-def _write_settings(trunk: Path, manifest: Manifest, overrides: list[str], length: int) -> Path:
+def _write_settings(settings: dict[str, Any], trunk: Path, step: int, overrides: list[str], length: int) -> Path:
     """Write the trunk's settings with this cooldown into the branch's run folder; return the file."""
     import yaml
 
@@ -148,10 +154,10 @@ def _write_settings(trunk: Path, manifest: Manifest, overrides: list[str], lengt
     from megadiff.files import write_atomically
     from megadiff.run_config import RunConfig
 
-    tree: dict[str, Any] = dict(manifest.config)
+    tree = dict(settings)
     tree["name"] = f"{tree['name']}-cooldown-{length}"
     tree["checkpoint"] = {**tree["checkpoint"], "start_from": str(trunk.absolute())}
-    steps = {"steps": manifest.step + length, "cooldown": length, "tokens": None, "flops": None}
+    steps = {"steps": step + length, "cooldown": length, "tokens": None, "flops": None}
     tree["schedule"] = {**tree["schedule"], **steps}
     with TemporaryDirectory() as place:
         before = Path(place) / "trunk.yaml"
@@ -168,15 +174,21 @@ def _write_settings(trunk: Path, manifest: Manifest, overrides: list[str], lengt
     return path
 
 
-def _describe_differences(config: Path, manifest: Manifest) -> None:
-    """Print what a file would have had otherwise, so that nobody takes it for what the branches are trained with."""
+def _compared(config: Path, manifest: Manifest, *, takes_data: bool) -> dict[str, Any]:
+    """Return the trunk's settings, with the file's data if they are wanted.
+
+    What else the file has otherwise is printed, so that nobody takes it for what the branches are trained with.
+    """
     from megadiff.checkpoint.manifest import differences
     from megadiff.config.load import load_config
     from megadiff.run_config import RunConfig
 
     wanted = load_config(config, [], RunConfig).model_dump(mode="json", by_alias=True)
     for change in differences(manifest, wanted):
+        if takes_data and change.key.partition(".")[0] == "data":
+            continue
         print(f"the trunk had {change.key} {change.before!r}, {config} has {change.now!r}; the trunk's is used")
+    return {**manifest.config, "data": wanted["data"]} if takes_data else dict(manifest.config)
 
 
 if __name__ == "__main__":

@@ -240,8 +240,10 @@ def test_a_branch_on_another_mixture_goes_on_in_every_source(two_stages, paths, 
         "--trunk",
         two_stages / "checkpoints/step_00000008",
     )
-    ended = call_forked(*command, "--lengths", "2", "--dry-run", "--allow-data-change")
-    assert ended.out.rstrip().endswith("schedule.steps=10 schedule.cooldown=2 --allow-data-change"), ended.err
+    ended = call_forked(
+        *command, "--lengths", "2", "--dry-run", "--allow-data-change", "--set", f"output_dir={tmp_path}"
+    )
+    assert ended.out.rstrip().endswith("toy-cooldown-2/branch.yaml --allow-data-change"), ended.err
     words = ended.out.split("--config", 1)[1].split()
     ended = call_forked("pretrain_dlm.py", "--config", *words)
     assert ended.code == 0, ended.err
