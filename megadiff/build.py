@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -57,9 +56,8 @@ from megadiff.prepared import (
 from megadiff.resumption import Resumption, foresee_resumption, manifest_of, resume
 from megadiff.run_config import RunConfig
 from megadiff.run_files import RunFiles
-from megadiff.run_folder import Standing, log_to_console, run_folder, write_config, write_facts
+from megadiff.run_folder import Standing, Supervision, goodput_of, log_to_console, run_folder, write_config, write_facts
 from megadiff.sampled import sample_hooks
-from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.launch import Launch
 from megadiff.supervision.launcher import end_with_launcher
 from megadiff.supervision.stopping import StopRequest
@@ -135,7 +133,7 @@ def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: fl
 
         try:
             stop = opened.enter_context(StopRequest(config.stop, config.folder, is_main=is_main_process()))
-            supervision = Supervision(watchdog, stop, _goodput(config, before_s=before_s), failing, standing.saved)
+            supervision = Supervision(watchdog, stop, goodput_of(config, before_s=before_s), failing, standing.saved)
             with watchdog.section("setup"), supervision.goodput.during("setup"):
                 opened.enter_context(process_group(platform, timeout_s=config.watchdog.longest_s + _PATIENCE_S))
                 platform.prepare_megatron()
@@ -151,31 +149,6 @@ def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: fl
 
 _PATIENCE_S = 60.0
 """How much longer a collective waits than the watchdog, which says more."""
-
-
-def _goodput(config: RunConfig, *, is_kept: bool = True, before_s: float = 0.0) -> Goodput:
-    path = config.folder / "goodput.json" if is_kept and is_main_process() else None
-    return Goodput(path, config.goodput, save_every=config.checkpoint.every, before_s=before_s)
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """What looks after a run while it trains."""
-
-    watchdog: Watchdog
-    stop: StopRequest | None
-    """None: nobody may ask this run to stop."""
-    goodput: Goodput
-    failing: Callable[[BaseException, int], None] = lambda error, step: None
-    """Told of what ends the run after so many steps."""
-    saved: Callable[[int], None] = lambda step: None
-    """Called with the step of every checkpoint that is complete."""
-
-    @classmethod
-    def none(cls, config: RunConfig) -> Supervision:
-        """For a run that another program looks after."""
-        launch = Launch.of(config.folder, rank=rank_from_environment(), world_size=world_size_from_environment())
-        return cls(Watchdog(WatchdogConfig(enabled=False), launch), None, _goodput(config, is_kept=False))
 
 
 def wire(

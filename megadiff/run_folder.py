@@ -1,4 +1,7 @@
-"""A run's folder, log and status: made, locked against a second process, written to by the main rank."""
+"""A run's folder, log and status: made, locked against a second process, written to by the main rank.
+
+What looks after the run while it trains is bound together here as well (`Supervision`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -19,8 +23,9 @@ from megadiff.data.facts import NAME as DATA_FACTS
 from megadiff.data.facts import DataFacts, write_data_facts
 from megadiff.errors import ConfigError, MegadiffError, ShortageError, StorageError
 from megadiff.files import AppendedFile, clear_temporaries, is_storage_failure, write_atomically
-from megadiff.parallel.topology import is_main_process
+from megadiff.parallel.topology import is_main_process, rank_from_environment, world_size_from_environment
 from megadiff.run_config import RunConfig
+from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.holder import Holder
 from megadiff.supervision.launch import Launch
 from megadiff.supervision.status import (
@@ -33,6 +38,9 @@ from megadiff.supervision.status import (
     read_status,
     write_status,
 )
+from megadiff.supervision.stopping import StopRequest
+from megadiff.supervision.watchdog import Watchdog
+from megadiff.train.goodput import Goodput
 from megadiff.train.loop import Ending
 
 log = logging.getLogger("megadiff")
@@ -236,3 +244,29 @@ class Standing:
             write_status(self._folder, status)
         except OSError as error:
             log.warning(f"{self._folder / 'status.json'} cannot be written ({error.strerror or error})")
+
+
+def goodput_of(config: RunConfig, *, is_kept: bool = True, before_s: float = 0.0) -> Goodput:
+    """Return the account of where the run's time goes, which the main rank keeps in `goodput.json` if `is_kept`."""
+    path = config.folder / "goodput.json" if is_kept and is_main_process() else None
+    return Goodput(path, config.goodput, save_every=config.checkpoint.every, before_s=before_s)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What looks after a run while it trains."""
+
+    watchdog: Watchdog
+    stop: StopRequest | None
+    """None: nobody may ask this run to stop."""
+    goodput: Goodput
+    failing: Callable[[BaseException, int], None] = lambda error, step: None
+    """Called with what ends the run, and the number of steps taken by then."""
+    saved: Callable[[int], None] = lambda step: None
+    """Called with the step of every checkpoint that is complete."""
+
+    @classmethod
+    def none(cls, config: RunConfig) -> Supervision:
+        """Return what a run needs that another program looks after."""
+        launch = Launch.of(config.folder, rank=rank_from_environment(), world_size=world_size_from_environment())
+        return cls(Watchdog(WatchdogConfig(enabled=False), launch), None, goodput_of(config, is_kept=False))

@@ -213,10 +213,16 @@ PLACES: dict[str, Place] = {
         r"p\.json: the manifest is not JSON",
     ),
     "a pickle as corpus": Place(
-        file_of("corpus.jsonl", pickled), _unpickle, _corpus, r"corpus\.jsonl:1: .*; (correct the line|convert the file .*) or raise"
+        file_of("corpus.jsonl", pickled),
+        _unpickle,
+        _corpus,
+        r"corpus\.jsonl:1: .*; (correct the line|convert the file .*) or raise",
     ),
     "an object array as corpus": Place(
-        file_of("corpus.json", object_array), _unsafe_numpy, _corpus, r"corpus\.json:1: .*; (correct the line|convert the file .*) or raise"
+        file_of("corpus.json", object_array),
+        _unsafe_numpy,
+        _corpus,
+        r"corpus\.json:1: .*; (correct the line|convert the file .*) or raise",
     ),
     "a .pt file as parquet": Place(
         file_of("corpus.parquet", torch_saved), _unsafe_torch, _corpus, r"needs pyarrow|is cut or damaged"

@@ -329,13 +329,14 @@ class CrashError(Exception):
 def _attempt(config, *, crash_after=None):
     """A real run, its time taken by the meter that `build` and the loop hand around."""
     from megadiff import build
+    from megadiff.run_folder import Supervision
     from megadiff.train.loop import train
     from tests.support.runs import platform_on_rank
 
     config.folder.mkdir(parents=True, exist_ok=True)
     meter = Goodput(config.folder / "goodput.json", GoodputConfig(mtbf_hours=8), save_every=config.checkpoint.every)
     with meter.during("setup"):
-        supervision = dataclasses.replace(build.Supervision.none(config), goodput=meter)
+        supervision = dataclasses.replace(Supervision.none(config), goodput=meter)
         run = build.wire(build.prepare(config, world_size=1), platform_on_rank(), None, supervision)
 
     class Crashes:
