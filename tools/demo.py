@@ -77,7 +77,7 @@ def main() -> None:
     _stage("5/7  samples", f"{SAMPLES} sequences of {SAMPLE_TOKENS} tokens, from masks to words")
     texts = _run(
         "tools/generate.py", "--model", config.folder, "--count", SAMPLES, "--num-tokens", SAMPLE_TOKENS,
-        "--steps", SAMPLE_TOKENS, "--temperature", 0.8, is_kept=True,
+        "--steps", SAMPLE_TOKENS, "--temperature", 0.6, is_kept=True,
     )  # fmt: skip
     _stage("6/7  Hugging Face", "one folder, its logits compared with the trainer's in a process of its own")
     _run("tools/convert_checkpoint.py", "export", "--checkpoint", config.folder, "--output", EXPORTED, "--verify")

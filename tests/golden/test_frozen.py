@@ -171,9 +171,14 @@ def commands() -> list[Path]:
 
 
 def flags(path: Path) -> list[str]:
-    calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+    """Return the options that a command adds, itself or by a function `add_..._options` that it imports."""
+    tree = ast.parse(path.read_text())
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
     named = (n for n in calls if isinstance(n.func, ast.Attribute) and n.func.attr in ("add_argument", "add_parser"))
-    return sorted(str(a.value) for n in named for a in n.args[:1] if isinstance(a, ast.Constant))
+    own = [str(a.value) for n in named for a in n.args[:1] if isinstance(a, ast.Constant)]
+    imports = (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module)
+    shared = [n.module for n in imports if any(re.fullmatch("add_.*_options", name.name) for name in n.names)]
+    return sorted([*own, *(flag for module in shared for flag in flags(REPOSITORY / f"{module.replace('.', '/')}.py"))])
 
 
 @pytest.fixture(scope="module")
