@@ -97,6 +97,39 @@ def split_json_lines(chunks: Iterable[bytes], limit: int) -> Iterator[Line]:
     return split_lines(chunks, limit, reducer=TopLevel)
 
 
+def line_blocks(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
+    """Yield the bytes again in blocks that end at line ends; None, and no more, beyond `limit` bytes in all."""
+    held: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            held.clear()
+            continue  # the file is read to its end all the same, which finds damage and completes its hash
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            held.append(chunk[:end])
+            yield _joined(held)
+        held.append(chunk[end:])
+    if size > limit:
+        yield None
+    elif size:
+        yield _joined(held)
+
+
+def _joined(held: list[bytes]) -> bytes:
+    """Return the pieces as one, and let go of them."""
+    joined = b"".join(held)
+    held.clear()
+    return joined
+
+
+def kept_ends(block: bytes) -> list[bytes]:
+    """Return lines with their newlines; `bytes.splitlines` would cut at lone carriage returns as well."""
+    *lines, last = block.split(b"\n")
+    return [*(line + b"\n" for line in lines), *([last] if last else [])]
+
+
 class _HeldLine:
     """A line whose end has not been seen yet."""
 

@@ -11,18 +11,22 @@ line: counted, listed, and refused beyond `max_bad_lines`. A damaged or cut comp
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import io
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import zstandard
-
-from megadiff.data.corpus_lines import CHUNK_BYTES, Line, even_chunks, split_json_lines, split_lines
+from megadiff.data.corpus_files import HashedFile, check_input, kind_of, unpacked
+from megadiff.data.corpus_lines import (
+    CHUNK_BYTES,
+    Line,
+    even_chunks,
+    kept_ends,
+    line_blocks,
+    split_json_lines,
+    split_lines,
+)
 from megadiff.data.json_text import Bad, invalid_utf8, json_kind, text_of
 from megadiff.errors import DataError
 
@@ -32,8 +36,6 @@ MAX_DOCUMENT_BYTES = 2**28
 TEXT_SPLITS = ("file", "line", "blank-line")
 """Ways to cut a `.txt` file into documents; the first is the default."""
 
-_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_ZSTD_SLICE_BYTES = 2**10  # a compressed block of 4 bytes can grow to 128 KiB, so a slice to some 32 MiB at most
 _MAX_LISTED = 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_BATCH_ROWS, _BATCH_BYTES = 256, 2**23
@@ -129,7 +131,7 @@ class Corpus:
         self.max_document_bytes = max_document_bytes
         self.report = CorpusReport()
         for path in self.paths:
-            _check_input(path)
+            check_input(path)
         self.total_bytes = sum(path.stat().st_size for path in self.paths)
 
     def documents(self) -> Iterator[str]:
@@ -145,7 +147,7 @@ class Corpus:
         """Yield what `documents` does, each with its place in the corpus."""
         self.report = CorpusReport()
         for path in self.paths:
-            read = self._parquet_documents if _kind(path) == ".parquet" else self._stream_documents
+            read = self._parquet_documents if kind_of(path) == ".parquet" else self._stream_documents
             for number, (line, text) in enumerate(read(path), start=1):
                 if text:
                     self.report.documents += 1
@@ -169,9 +171,8 @@ class Corpus:
     def _stream_documents(self, path: Path) -> Iterator[tuple[int, str]]:
         found = 0
         with open(path, "rb", buffering=0) as file:
-            raw = _HashedFile(file, self.report)
-            unpacked = _decompressed(path, io.BufferedReader(raw, CHUNK_BYTES))
-            chunks = even_chunks(_reporting_damage(path, unpacked))
+            raw = HashedFile(file, self._count_bytes)
+            chunks = even_chunks(unpacked(path, io.BufferedReader(raw, CHUNK_BYTES)))
             for line, text in self._cut(path, chunks):
                 found += bool(text)
                 yield line, text
@@ -179,7 +180,7 @@ class Corpus:
 
     def _cut(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         """Yield (line, text) of each document of an uncompressed stream."""
-        if _kind(path) != ".txt":
+        if kind_of(path) != ".txt":
             return self._json_lines(path, chunks)
         ways = {"file": self._whole_file, "line": self._text_lines, "blank-line": self._text_blocks}
         return ways[self.text_split](path, chunks)
@@ -188,7 +189,7 @@ class Corpus:
         """Yield all of a text file as one document; of a file with bad lines, what the others hold."""
         parts: list[str] = []
         first_line, offset = 1, 0
-        for block in _line_blocks(chunks, self.max_document_bytes):
+        for block in line_blocks(chunks, self.max_document_bytes):
             if block is None:
                 advice = "cut it into documents with --text-split line or blank-line"
                 what = f"the text is longer than {self.max_document_bytes} bytes (--max-document-mb)"
@@ -205,7 +206,7 @@ class Corpus:
 
     def _good_lines(self, path: Path, block: bytes, first_line: int, offset: int) -> Iterator[str]:
         """Yield the lines of a block that are UTF-8; the others are bad ones."""
-        for number, line in enumerate(_kept_ends(block), start=first_line):
+        for number, line in enumerate(kept_ends(block), start=first_line):
             bad = invalid_utf8(line, of="file", offset=offset)
             offset += len(line)
             if bad is None:
@@ -300,10 +301,13 @@ class Corpus:
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the parquet file is cut or damaged ({error}); fetch or make it again") from error
         with open(path, "rb", buffering=0) as file:
-            raw = _HashedFile(file, self.report)
+            raw = HashedFile(file, self._count_bytes)
             while raw.read(CHUNK_BYTES):
                 pass
             self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest(), found))
+
+    def _count_bytes(self, count: int) -> None:
+        self.report.bytes_read += count
 
     def _bad_line(self, path: Path, number: int, bad: Bad) -> None:
         report = self.report
@@ -343,121 +347,6 @@ class _TextBlock:
             self.lines.clear()
         else:
             self.lines.append(line)
-
-
-class _HashedFile(io.RawIOBase):
-    """A file that counts and hashes what is read from it, so that hashing costs no second pass."""
-
-    def __init__(self, file: io.FileIO, report: CorpusReport) -> None:
-        self._file = file
-        self._report = report
-        self.sha256 = hashlib.sha256()
-        self.bytes_read = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._file.readinto(buffer) or 0
-        self.sha256.update(memoryview(buffer)[:count])
-        self.bytes_read += count
-        self._report.bytes_read += count
-        return count
-
-
-def _kind(path: Path) -> str:
-    name = path.name.lower()
-    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
-
-
-def _check_input(path: Path) -> None:
-    if path.is_dir():
-        raise DataError(f"{path}: wanted a file, found a folder; name its files, for example {path}/*.jsonl")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; check the path after --input")
-    kinds = (*_JSON_SUFFIXES, ".txt", ".parquet")
-    if _kind(path) not in kinds:
-        wanted = ", ".join(kinds)
-        raise DataError(f"{path}: wanted a name that ends in one of {wanted} (also with .gz or .zst); rename the file")
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _decompressed(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
-    suffix = path.suffix.lower()
-    if suffix in (".gz", ".zst") and not raw.peek(1):
-        raise EOFError("the file is empty")
-    if suffix == ".zst":
-        yield from _zstd_chunks(raw)
-        return
-    stream = gzip.GzipFile(fileobj=raw, mode="rb") if suffix == ".gz" else raw
-    while chunk := stream.read(CHUNK_BYTES):
-        yield chunk
-
-
-def _zstd_chunks(raw: io.BufferedReader) -> Iterator[bytes]:
-    """Decompress frame after frame; the library's own stream reader takes a cut frame for a whole one."""
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    inside = False
-    while data := raw.read(_ZSTD_SLICE_BYTES):
-        while data:
-            out = frame.decompress(data)
-            if out:
-                yield out
-            inside = not frame.eof
-            data = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-    if inside:
-        raise EOFError("the last frame has no end")
-
-
-def _reporting_damage(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    try:
-        yield from chunks
-    except EOFError as error:
-        raise DataError(f"{path}: the compressed file is cut short ({error}); fetch or make it again") from error
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        kind = path.suffix.lower()
-        raise DataError(f"{path}: not a whole {kind} file ({error}); fetch or make it again") from error
-    except OSError as error:
-        raise DataError(f"{path}: reading failed ({error.strerror or error}); check the disk") from error
-
-
-def _line_blocks(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
-    """Yield the bytes again in blocks that end at line ends; None, and no more, beyond `limit` bytes in all."""
-    held: list[bytes] = []
-    size = 0
-    for chunk in chunks:
-        size += len(chunk)
-        if size > limit:
-            held.clear()
-            continue  # the file is read to its end all the same, which finds damage and completes its hash
-        end = chunk.rfind(b"\n") + 1
-        if end:
-            held.append(chunk[:end])
-            yield _joined(held)
-        held.append(chunk[end:])
-    if size > limit:
-        yield None
-    elif size:
-        yield _joined(held)
-
-
-def _joined(held: list[bytes]) -> bytes:
-    """Return the pieces as one, and let go of them."""
-    joined = b"".join(held)
-    held.clear()
-    return joined
-
-
-def _kept_ends(block: bytes) -> list[bytes]:
-    """Return lines with their newlines; `bytes.splitlines` would cut at lone carriage returns as well."""
-    *lines, last = block.split(b"\n")
-    return [*(line + b"\n" for line in lines), *([last] if last else [])]
 
 
 def _rows_at_once(metadata: Any) -> int:
