@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megadiff.data.baselines import Baselines, count_baselines
+from megadiff.data.baselines import Baselines, baselines_of_data
 from megadiff.data.facts import DataFacts
 from megadiff.data.mixture import Mixture
 from megadiff.data.open import OpenData, open_data
@@ -100,7 +100,7 @@ def baselines_of(prepared: Prepared) -> Baselines | None:
     data, valid = prepared.data, prepared.data.valid
     if not valid:
         return None
-    return count_baselines(
+    return baselines_of_data(
         [source.reader for source in data.sources],
         data.train.blend.shares,
         [source.reader for source in valid],

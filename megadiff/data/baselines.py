@@ -11,19 +11,26 @@ tokens few (it falls to zero as pairs become unique); a held-out figure errs to 
 training tokens are counted.
 
 Both look at a bounded number of tokens, in contiguous spans spread evenly over each source. Counting 4 million tokens
-takes about a second and 200 MB.
+takes about a second and 200 MB; the figures are kept beside the validation data (`P.baselines.json`), so that they are
+counted once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megadiff.data.indexed_reader import IndexedReader
+from megadiff.files import write_atomically
+from megadiff.untrusted_files import UnreadableFileError, read_json_object
 
 TRAINING_TOKENS = 2**22
 """Number of training tokens that are counted at most, over all sources."""
@@ -32,6 +39,8 @@ VALIDATION_TOKENS = 2**20
 """Number of validation tokens that are measured at most, over all sources."""
 
 _SPANS = 64
+_METHOD = 1  # rises when the same tokens would give other figures
+_MAX_FILE_BYTES = 4096
 _LOG_STRENGTHS = (math.log(1e-2), math.log(1e6))
 
 Ids = npt.NDArray[np.int64]
@@ -67,6 +76,48 @@ class Baselines:
     def _both_units(self, nats: float) -> str:
         bits = f" ({nats / math.log(2) / self.bytes_per_token:.3f} bits per byte)" if self.bytes_per_token else ""
         return f"{nats:.4f} nats per token{bits}"
+
+
+def baselines_of_data(
+    training: Sequence[IndexedReader],
+    training_weights: Sequence[float],
+    validation: Sequence[IndexedReader],
+    validation_weights: Sequence[float],
+    *,
+    vocab_size: int,
+) -> Baselines:
+    """Return the figures of `count_baselines`, from `P.baselines.json` of the first validation source if it has them.
+
+    The file holds a fingerprint of all that the figures depend on; figures of other data are counted again and replace
+    it. A folder that cannot be written costs the time of counting and nothing else.
+
+    Raises:
+        DataError: tokens cannot be read.
+    """
+    contents = [[reader.content_fingerprint() for reader in readers] for readers in (training, validation)]
+    weights = [[f"{w / sum(ws):.12g}" for w in ws] for ws in (training_weights, validation_weights)]
+    facts = (_METHOD, contents, weights, vocab_size, TRAINING_TOKENS, VALIDATION_TOKENS, _SPANS)
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()
+    path = Path(f"{validation[0].prefix}.baselines.json")
+    if (kept := _kept(path, key)) is not None:
+        return kept
+    found = count_baselines(training, training_weights, validation, validation_weights, vocab_size=vocab_size)
+    with contextlib.suppress(OSError):
+        write_atomically(path, json.dumps({"data": key, **asdict(found)}) + "\n", is_durable=False)
+    return found
+
+
+def _kept(path: Path, key: str) -> Baselines | None:
+    """Return the figures that a file holds for these data; None where it holds none, or is damaged."""
+    try:
+        found = read_json_object(path, max_bytes=_MAX_FILE_BYTES)
+    except (OSError, UnreadableFileError):
+        return None
+    figures = {name: found.pop(name, None) for name in (field.name for field in fields(Baselines))}
+    numbers = [value for name, value in figures.items() if name != "bytes_per_token" or value is not None]
+    if found != {"data": key} or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+        return None
+    return Baselines(**figures)
 
 
 def count_baselines(

@@ -124,3 +124,33 @@ def test_a_source_of_one_token_is_no_obstacle(tmp_path):
     found = count_baselines([reader], [1], [reader], [1], vocab_size=V)
     assert found.unigram == 0.0
     assert math.isfinite(found.bigram)
+
+
+def test_figures_are_counted_once_and_again_for_other_data(tmp_path, monkeypatch):
+    train, other = (source(tmp_path / name, markov(3000, seed)) for name, seed in (("train", 1), ("other", 2)))
+    valid = source(tmp_path / "valid", markov(800, 3))
+    counted = []
+    count = baselines.count_baselines
+
+    def watched(*data, **options):
+        counted.append(data)
+        return count(*data, **options)
+
+    monkeypatch.setattr(baselines, "count_baselines", watched)
+    first = baselines.baselines_of_data([train], [1.0], [valid], [5], vocab_size=64)
+    assert baselines.baselines_of_data([train], [7.0], [valid], [9], vocab_size=64) == first  # the same shares
+    assert len(counted) == 1
+    second = baselines.baselines_of_data([other], [1.0], [valid], [5], vocab_size=64)
+    assert (len(counted), second.unigram) == (2, first.unigram)
+    assert second.bigram != first.bigram
+    file = tmp_path / "valid.baselines.json"
+    for damage in ("", "[]", file.read_text().replace('"unigram": ', '"unigram": "'), '{"data": 1}'):
+        file.write_text(damage)
+        assert baselines.baselines_of_data([other], [1.0], [valid], [5], vocab_size=64) == second
+
+
+def test_figures_are_counted_where_they_cannot_be_kept(tmp_path):
+    train, valid = (source(tmp_path / name, markov(800, seed)) for name, seed in (("train", 1), ("valid", 3)))
+    (tmp_path / "valid.baselines.json").mkdir()
+    found = baselines.baselines_of_data([train], [1.0], [valid], [5], vocab_size=64)
+    assert found == baselines.count_baselines([train], [1.0], [valid], [5], vocab_size=64)
