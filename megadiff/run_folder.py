@@ -107,7 +107,7 @@ def run_folder(config: RunConfig) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder)
     except OSError as error:
-        raise _unwritable(folder, error) from None
+        raise _unwritable(f"the run folder {folder}", error) from None
     handler = _RunLog(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
@@ -151,12 +151,12 @@ def _locked(folder: Path) -> FileLock:
     return lock
 
 
-def _unwritable(path: Path, error: OSError) -> MegadiffError:
-    """Return what to raise where a file of the run folder cannot be written; a full disk is worth another try."""
+def _unwritable(what: str, error: OSError) -> MegadiffError:
+    """Return what to raise where the run folder or a file of it cannot be written; a full disk is worth another try."""
     reason = error.strerror or error
     if is_storage_failure(error):
-        return StorageError(f"{path} cannot be written ({reason}); free space there, then run the same command again")
-    return ConfigError(f"{path} cannot be written ({reason}); set output_dir to a folder you can write to")
+        return StorageError(f"{what} cannot be written ({reason}); free space there, then run the same command again")
+    return ConfigError(f"{what} cannot be written ({reason}); set output_dir to a folder you can write to")
 
 
 def write_config(config: RunConfig) -> None:
@@ -169,7 +169,7 @@ def write_config(config: RunConfig) -> None:
     try:
         write_atomically(path, dump_config(config))
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise _unwritable(str(path), error) from None
 
 
 def write_facts(config: RunConfig, facts: DataFacts) -> None:

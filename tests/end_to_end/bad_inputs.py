@@ -317,7 +317,7 @@ NATURAL = [
     ("pretrain_dlm.py --config rnu.yaml", "rnu.yaml"),
     ("pretrain_dlm.py --config {tmp}/rum.yaml", "did you mean {tmp}/run.yaml?"),
     ("pretrain_dlm.py --config {tmp}/a.txt", "a.txt"),
-    ("pretrain_dlm.py --config {tmp}", "{tmp}: the run description is not a file"),
+    ("pretrain_dlm.py --config {tmp}", "{tmp}: the run description is a folder, not a plain file"),
     ("pretrain_dlm.py {yaml}", "--config"),
     (EVALUATE + " --data {tmp}/vaild", "--data: {tmp}/vaild: no indexed data"),
     (EVALUATE + " --data {data}x", "--data: {data}x: no indexed data; .*did you mean {data}?"),
