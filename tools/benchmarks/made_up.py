@@ -31,6 +31,7 @@ class Numbers:
     bos_id: int | None = 0
     eos_id: int | None = None
     pad_id: int | None = None
+    definition: str | None = None
 
     @property
     def mask_id(self) -> int:
