@@ -360,6 +360,8 @@ def test_a_long_prompt_gives_way_to_half_a_row_of_new_tokens():
 
 
 def _without_lm_eval() -> None:
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:  # a test before may have imported parts
+        del sys.modules[name]
     sys.modules["lm_eval"] = None  # type: ignore[assignment]
     sys.modules.pop("megadiff.eval.harness", None)
 
