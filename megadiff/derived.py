@@ -116,7 +116,7 @@ def executed_flops(config: RunConfig, shape: cost.Shape, work: Work) -> float:
 
 
 class Work(Protocol):
-    """What was computed (`parallel.row_report.Work`)."""
+    """Counts of what was computed (`parallel.row_report.Work`)."""
 
     @property
     def tokens(self) -> float:

@@ -46,7 +46,7 @@ from megadiff.train.loop import Ending
 log = logging.getLogger("megadiff")
 
 _LEAVING_S, _LOOK_EVERY_S = 10.0, 0.1
-"""How long the processes of a launch that lost its launcher are waited for; they end within five seconds."""
+"""Seconds for which the processes of a launch that lost its launcher are waited for, and seconds between looks."""
 
 
 def log_to_console() -> None:
@@ -254,7 +254,7 @@ def goodput_of(config: RunConfig, *, is_kept: bool = True, before_s: float = 0.0
 
 @dataclass(frozen=True)
 class Supervision:
-    """What looks after a run while it trains."""
+    """The parts that look after a run while it trains."""
 
     watchdog: Watchdog
     stop: StopRequest | None

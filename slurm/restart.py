@@ -81,7 +81,7 @@ def latest_step(run: Path) -> int:
 
 
 def read_small(path: Path, most: int) -> str:
-    """Content of a plain file of at most so many bytes; empty where there is none such."""
+    """Return the content of a plain file within a number of bytes; empty where there is none such."""
     try:
         descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:

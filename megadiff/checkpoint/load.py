@@ -24,7 +24,7 @@ from megadiff.platform.quiet import quiet
 log = logging.getLogger("megadiff")
 
 _MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-"""What goes before a parameter's name in the keys of float32 master weights."""
+"""Prefix of a parameter's name in the keys of float32 master weights."""
 
 
 def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path | None:

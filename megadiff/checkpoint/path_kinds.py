@@ -1,4 +1,4 @@
-"""What a path is that was given where a checkpoint, a run folder or a Hugging Face folder is wanted."""
+"""Recognise what lies at a path that was given where a checkpoint, a run folder or a Hugging Face folder is wanted."""
 
 from __future__ import annotations
 

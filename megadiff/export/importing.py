@@ -90,7 +90,7 @@ class _Source:
     released: ReleasedConfig | None
     """The keys of a GIDD folder; None of an autoregressive one."""
     training: _Training | None
-    """What our own export adds about the run."""
+    """Facts that our own export adds about the run."""
 
     @property
     def where(self) -> str:
@@ -211,7 +211,7 @@ def _source(folder: Path) -> _Source:
 
 
 def _training(folder: Path) -> _Training | None:
-    """What our own export adds about the run; None where the folder is another's."""
+    """Facts that our own export adds about the run; None where the folder is another's."""
     found = _json(folder, TRAINING)
     try:
         return None if found is None else _Training.model_validate(found)

@@ -71,7 +71,7 @@ class _Keys(BaseModel):
 
     @property
     def rope_kind(self) -> str:
-        """How rotary frequencies are scaled; `default` where they are not."""
+        """Kind of scaling of the rotary frequencies; `default` for none."""
         rope = self.rope_scaling or self.rope_parameters or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         return shown(kind).strip("'")

@@ -33,7 +33,7 @@ class ResumableDistributedOptimizer(DistributedOptimizer):
                 state["step"] = state["step"].detach().clone()
 
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
-        """As the parent's, keeping the destination's own `step`, and its own weights where none were saved.
+        """Copy as the parent does, but keep the destination's own `step`, and its own weights where none were saved.
 
         Lines 933-940 look for a `step` the fully reshardable format does not store (KeyError), or copy a stale one.
         A float32 run without the distributed optimizer saves no master weights: they are the model's, loaded before.

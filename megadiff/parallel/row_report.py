@@ -36,7 +36,7 @@ SIZE = len(_LAYOUT)
 
 
 class Work(NamedTuple):
-    """What was computed, in the units that FLOPs are counted by."""
+    """Counts of what was computed, in the units that FLOPs are counted by."""
 
     tokens: float
     """Number of tokens that passed the layers."""
@@ -71,7 +71,7 @@ def report_sums(terms: Terms, rows: NoisedRows, *, head_tokens: int | None = Non
 
 
 def _row_facts(rows: NoisedRows) -> Tensor:
-    """What each row adds to the counts from `rows` to `prompt_pairs`, then whether it is of each kind, float64."""
+    """Return what each sequence adds to the counts from `rows` to `prompt_pairs`, then 1 for its kind, float64."""
     length = rows.is_noisy.shape[1]
     is_kept = ~rows.is_noisy.all(dim=1)
     prompt = rows.prompt_length.to(is_kept.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Who trains in a run folder, written beside its lock: the lock says that somebody does, this says who."""
+"""The process that trains in a run folder, written beside its lock, which alone would not name it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _ECHO = re.compile(
     r"|BrokenPipeError|\bNCCL\b|\bgloo\b",
     re.IGNORECASE,
 )
-"""What a rank raises when another one is gone, or when the network fails."""
+"""Errors that a rank raises when another one is gone, or when the network fails."""
 
 
 @dataclass(frozen=True)

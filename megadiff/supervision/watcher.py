@@ -35,7 +35,8 @@ SETTLE_S = 0.6
 OWN_DEATH_S, OTHER_DEATH_S = 0.1, 0.6
 """Before a death is spoken of: its own watcher knows most, the others only step in."""
 ECHO_S, MOST_ECHO_S = 5.0, 30.0
-"""How long an exception that usually follows from a death is kept back for that death to be noticed; the longer time
+"""Seconds for which an exception that usually follows from a death is kept back for that death to be
+noticed; the longer time
 while a rank is seen to be dying."""
 GRACE_S, GRACE_AFTER_ECHO_S, GRACE_AFTER_EFFECT_S = 2.0, 4.0, 0.5
 """A rank has this long to notice by itself that another one is gone, has lost a connection (it may be this rank that

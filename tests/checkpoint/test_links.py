@@ -143,7 +143,7 @@ def test_a_link_inside_a_step_folder_is_neither_followed_nor_deleted(run, tmp_pa
 
 
 def test_hard_links_to_an_archive_keep_their_content(run, tmp_path):
-    """As `cp --archive --link` makes a backup: names go, bytes do not change."""
+    """Make a backup as `cp --archive --link` does: names are added, bytes do not change."""
     archive = tmp_path / "archive"
     shutil.copytree(run.folder, archive, copy_function=os.link)
     before = _content(archive)

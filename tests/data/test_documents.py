@@ -406,7 +406,7 @@ def test_both_parsers_read_the_same_of_anything_python_writes(record, text, asci
 
 
 def top_level(value):
-    """What is left of a value whose nested containers lose their contents."""
+    """Return what is left of a value whose nested containers lose their contents."""
     return {key: type(part)() if isinstance(part, (list, dict)) else part for key, part in value.items()}
 
 

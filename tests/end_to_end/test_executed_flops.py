@@ -34,8 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def _counted(configs: dict[str, Any]) -> dict[str, tuple[int, float, float, float]]:
-    """For one step of each run: FLOPs of the matrix products that were called, those that are said to be executed apart
-    from attention's scores, and the scored pairs, as they are said to be and one by one."""
+    """Return for one step of each run the FLOPs of the matrix products that were called, the reported ones apart from
+    attention's scores, and the scored pairs, as reported and counted one by one."""
     found = {}
     for name, config in configs.items():
         run = wire_on_rank(config, 1)
@@ -52,7 +52,7 @@ def _counted(configs: dict[str, Any]) -> dict[str, tuple[int, float, float, floa
 
 
 def _seen(query: int, prompt: int, *, is_causal: bool) -> int:
-    """How many of sixteen keys a query sees behind or in a prompt of this length."""
+    """Return how many of sixteen keys a query sees behind or in a prompt of this length."""
     if query >= prompt:
         return 16
     return query + 1 if is_causal else prompt

@@ -345,7 +345,7 @@ def _merged(folders: Any, asked: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_in(config: Any) -> dict[str, Any]:
-    """What a generation config sets; transformers 4 fills in defaults of its own, which are left out."""
+    """Return what a generation config sets; transformers 4 fills in defaults of its own, which are left out."""
     if config is None or isinstance(config, dict):
         return config or {}
     return {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
