@@ -49,15 +49,19 @@ def main() -> None:
     with quiet():
         from megadiff import build
         from megadiff.derived import NoLayoutError
+        from megadiff.parallel.topology import is_main_process
     from megadiff.supervision.process import age_s
 
     resumption = build.Resumption(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
     if arguments.check:
         try:
-            print(build.check(config, ranks=arguments.ranks, resumption=resumption))  # noqa: T201  this was asked for
+            text = build.check(config, ranks=arguments.ranks, resumption=resumption)
         except NoLayoutError as error:
-            print("\n".join(error.sizes))  # noqa: T201
+            if is_main_process():
+                print("\n".join(error.sizes))  # noqa: T201
             raise
+        if is_main_process():
+            print(text)  # noqa: T201  this was asked for
     else:
         build.run(config, resumption, before_s=age_s(os.getpid()))
 

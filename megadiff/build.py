@@ -302,7 +302,9 @@ def _watchers(
         return []
     watch = stopwatch(platform)
     replicas = CheckReplicas(config.health.check_replicas_every, chunks, wrapped, topology)
-    if (shared := shared_cores(platform, world_size=topology.layout.world_size)) is not None:
+    found = topology.gather_to_main(shared_cores(platform, world_size=topology.layout.world_size))
+    shared = topology.from_main(next((reason for reason in found or () if reason is not None), None))
+    if shared is not None:  # one decision for all ranks, since looking for stragglers is collective
         log.info(f"stragglers        not looked for: {shared}")
         return [replicas]
     time_computation(wrapped, watch)

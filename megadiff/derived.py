@@ -79,7 +79,10 @@ def fitting_ranks(config: RunConfig, *, vocab_size: int, count: int = 6) -> list
     found: list[int] = []
     replica = config.parallel.ranks_per_replica
     most = config.batch.global_sequences // config.batch.micro_sequences
-    for ranks in range(replica, replica * most + 1, replica):
+    for replicas in range(1, most + 1):
+        if config.batch.global_sequences % (replicas * config.batch.micro_sequences):
+            continue  # no layout is needed to see that the batch does not divide
+        ranks = replicas * replica
         try:
             config.layout(world_size=ranks, vocab_size=vocab_size)
         except ConfigError:

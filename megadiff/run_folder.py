@@ -189,7 +189,7 @@ class Standing:
         self._are_others_watched = launch.world_size > 1 and config.watchdog.enabled
         before = read_status(self._folder)
         self._step = before.step if before is not None else 0
-        self._saved_step = before.saved_step if before is not None else 0
+        self._saved_step = before.step_of_checkpoint if before is not None else 0
         self._has_ended = False
 
     def running(self, step: int) -> None:

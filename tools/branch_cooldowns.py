@@ -77,8 +77,11 @@ def _trunk(path: Path) -> tuple[Path, Manifest]:
     """
     from megadiff.checkpoint.folder import step_folders
     from megadiff.checkpoint.manifest import read_manifest
+    from megadiff.checkpoint.path_kinds import no_checkpoint
 
     is_run = (path / "checkpoints").is_dir()
+    if not is_run and path.absolute().parent.name != "checkpoints":
+        raise CheckpointError(no_checkpoint(path))
     run_folder = path if is_run else path.absolute().parent.parent
     found = _branchable(step_folders(run_folder))
     if is_run and found:

@@ -21,7 +21,7 @@ from megadiff.checkpoint.path_kinds import no_checkpoint, what_it_is
 from megadiff.config.refusals import similar_path
 from megadiff.errors import CheckpointError, StorageError
 from megadiff.files import sync
-from megadiff.supervision.status import FINISHED, STOPPED, read_status
+from megadiff.supervision.status import read_status
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 _STEP_FOLDER = re.compile(r"step_(\d{8,18})")
@@ -298,9 +298,8 @@ def _evidence_of_checkpoints(run_folder: Path) -> str | None:
     status = read_status(run_folder)
     if status is None:
         return None
-    # A run that ended well has a checkpoint of its last step; one that failed, or was killed, may not.
-    step = max(status.saved_step, status.step if status.state in (STOPPED, FINISHED) else 0)
-    return f"status.json tells of step {step}" if step else None
+    step = status.step_of_checkpoint
+    return f"status.json names step {step}" if step else None
 
 
 def _what_is_seen(folder: Path) -> str:

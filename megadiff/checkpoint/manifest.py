@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadiff.checkpoint.path_kinds import MANIFEST_NAME, no_checkpoint
-from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, StorageError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 FORMAT = 3
@@ -27,6 +27,7 @@ SUM_NAME = "manifest.sha256"
 """The manifest's own checksum, as `sha256sum --check` reads it."""
 
 _MAX_BYTES = 2**28
+_MAX_SUM_BYTES = 200
 
 MUST_MATCH = (
     "seed",
@@ -121,13 +122,19 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         CheckpointError: it is missing, damaged, or of a format this version does not know.
+        StorageError: it cannot be read.
     """
     path = folder / FILE_NAME
     try:
         text = read_bytes(path, max_bytes=_MAX_BYTES)
         manifest = Manifest.model_validate_json(text)
-    except FileNotFoundError:
+        checksum = _read_checksum(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(no_checkpoint(folder)) from None
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}); see to the disk and its permissions"
+        ) from None
     except UnreadableFileError as error:
         raise CheckpointError(f"{path} is damaged: it {error}; take another checkpoint of the run") from None
     except (ValidationError, UnicodeDecodeError) as error:
@@ -139,21 +146,19 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has format {manifest.format}, this version reads {readable}; use the megadiff version that wrote "
             "it"
         )
-    _check_sum(path, text)
-    return manifest
-
-
-def _check_sum(path: Path, text: bytes) -> None:
-    wanted = f"{hashlib.sha256(text).hexdigest()}  {FILE_NAME}\n".encode()
-    sum_path = path.with_name(SUM_NAME)
-    try:
-        found = read_bytes(sum_path, max_bytes=len(wanted) + 1)
-    except (FileNotFoundError, UnreadableFileError):
-        found = b""
-    if found != wanted:
+    if checksum != f"{hashlib.sha256(text).hexdigest()}  {FILE_NAME}\n".encode():
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 is not the one in {SUM_NAME}; take another checkpoint of the run"
         )
+    return manifest
+
+
+def _read_checksum(path: Path) -> bytes:
+    """Return what is written beside a manifest as its checksum; nothing where there is none, or no plain file."""
+    try:
+        return read_bytes(path.with_name(SUM_NAME), max_bytes=_MAX_SUM_BYTES)
+    except (FileNotFoundError, UnreadableFileError):
+        return b""
 
 
 def check_same_run(

@@ -68,6 +68,8 @@ def check_input(path: Path) -> None:
     if kind_of(path) not in kinds:
         wanted = ", ".join(kinds)
         raise DataError(f"{path}: wanted a name that ends in one of {wanted} (also with .gz or .zst); rename the file")
+    if not path.is_file():  # a pipe, whose writer a trial would end
+        return
     try:
         with open(path, "rb"):
             pass

@@ -50,8 +50,8 @@ def text_of(line: Line, key: str) -> Text | Bad:
     """
     content = line.content
     assert content is not None
-    found = _parsed(content)
-    if isinstance(found, _NotJson):
+    found = parse_json_line(content)
+    if isinstance(found, NotJson):
         return invalid_utf8(content, of="line", is_whole=line.num_bytes == len(content)) or Bad(
             f"not a JSON object ({found.why})"
         )
@@ -64,9 +64,13 @@ def text_of(line: Line, key: str) -> Text | Bad:
     text = found[key]
     if not isinstance(text, str):
         return Bad(f"`{key}` must be a string, found {json_kind(text)}")
-    if text.isascii() or not _LONE_SURROGATE.search(text):
-        return Text(text)
-    return Text(_LONE_SURROGATE.sub("\ufffd", text), is_repaired=True)
+    whole = without_lone_surrogates(text)
+    return Text(whole, is_repaired=whole != text)
+
+
+def without_lone_surrogates(text: str) -> str:
+    """Return the text with U+FFFD in place of halves of surrogate pairs, which no encoding can hold."""
+    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def invalid_utf8(content: bytes, *, of: str, is_whole: bool = True, offset: int = 0) -> Bad | None:
@@ -102,11 +106,14 @@ def json_kind(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _NotJson:
+class NotJson:
+    """The reason why a line is no JSON."""
+
     why: str
 
 
-def _parsed(content: bytes) -> Any:
+def parse_json_line(content: bytes) -> Any:
+    """Return the value of a line as Python and pandas write it, `NaN` and `Infinity` included, or a `NotJson`."""
     if orjson is not None:
         try:
             return orjson.loads(content)
@@ -115,9 +122,9 @@ def _parsed(content: bytes) -> Any:
     try:
         return _PLAIN.decode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return _NotJson(f"invalid UTF-8 at byte {error.start}")
+        return NotJson(f"invalid UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
-        return _NotJson(f"{error.msg} at character {error.pos}")
+        return NotJson(f"{error.msg} at character {error.pos}")
     except RecursionError:
         return _flattened(content)
 
@@ -126,8 +133,8 @@ def _flattened(content: bytes) -> Any:
     """Read a line that nests too deeply without what is nested; text is never below the top level."""
     reduced = TopLevel()(content)
     if reduced == content:
-        return _NotJson("nested too deeply")
+        return NotJson("nested too deeply")
     try:
         return _PLAIN.decode(reduced.decode("utf-8"))
     except (ValueError, RecursionError):
-        return _NotJson("nested too deeply")
+        return NotJson("nested too deeply")

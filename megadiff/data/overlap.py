@@ -10,7 +10,7 @@ import numpy as np
 from megadiff.data.indexed_reader import IndexedReader
 
 _PASSAGES, _PASSAGE_TOKENS = 8, 128
-_MOST_SEARCHED, _LEAST_SEARCHED = 2**24, 2**20
+_MOST_SEARCHED, _LEAST_SEARCHED = 2**24, 2**14
 _CHUNK = 2**20
 _SPANS, _SPAN_TOKENS = 64, 2**12
 

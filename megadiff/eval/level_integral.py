@@ -103,7 +103,7 @@ def _read(table: Tensor, kind: Tensor, log_p: Tensor) -> Tensor:
     return value.mul_(torch.exp(log_p - inside))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _levels(counts: tuple[int, int, int], mixing: Mixing) -> _Levels:
     nodes, spans = _quadrature(counts, mixing)
     log_q = _log_likelihood(nodes, counts, mixing)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from megadiff.data.json_text import NotJson, parse_json_line, without_lone_surrogates
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
 from megadiff.eval.likelihood import Item
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_lines(path: Path, keys: Sequence[str]) -> list[tuple[str, ...]]:
@@ -22,7 +23,7 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[tuple[str, ...]]:
     if not path.is_file():
         raise DataError(f"{path}: wanted a .jsonl file, found {'a folder' if path.is_dir() else 'nothing'}")
     found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1):
         if line.strip():
             found.append(_strings(_parsed(line, f"{path}:{number}"), keys, f"{path}:{number}"))
     if not found:
@@ -50,10 +51,9 @@ def item_of(
 
 
 def _parsed(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"{where}: wanted a JSON object, found text that is none ({error})") from error
+    value = parse_json_line(line)
+    if isinstance(value, NotJson):
+        raise DataError(f"{where}: wanted a JSON object, found text that is none ({value.why})")
     if not isinstance(value, dict):
         raise DataError(f"{where}: wanted a JSON object, found a {type(value).__name__}")
     return value
@@ -64,4 +64,4 @@ def _strings(value: dict[str, Any], keys: Sequence[str], where: str) -> tuple[st
         if not isinstance(value.get(key), str):
             found = "nothing" if key not in value else f"a {type(value[key]).__name__}"
             raise DataError(f"{where}: wanted a string under {key!r}, found {found}; the keys here are {sorted(value)}")
-    return tuple(value[key] for key in keys)
+    return tuple(without_lone_surrogates(value[key]) for key in keys)

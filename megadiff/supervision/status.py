@@ -51,6 +51,11 @@ class Status:
     def __post_init__(self) -> None:
         assert self.state in STATES, self.state
 
+    @property
+    def step_of_checkpoint(self) -> int:
+        """Newest step that must have a checkpoint; 0 for none. A run that ended well has one of its last step."""
+        return max(self.saved_step, self.step if self.state in (STOPPED, FINISHED) else 0)
+
     @classmethod
     def now(
         cls,

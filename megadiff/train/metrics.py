@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -10,8 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megadiff.errors import StorageError
 from megadiff.files import AppendedFile, sync, write_atomically
-from megadiff.untrusted_files import UnreadableFileError, parse_json
+from megadiff.train.metric_lines import read_lines
+from megadiff.untrusted_files import UnreadableFileError, open_plain, parse_json, why
 
 log = logging.getLogger("megadiff")
 
@@ -30,7 +33,7 @@ class MetricsFile:
             OSError: the disk refuses; nothing is lost.
         """
         self._path = path
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = _content(path).splitlines(keepends=True)
         is_kept = [after_step > 0 and _is_whole(line) and _step_of(line) <= after_step for line in lines]
         _set_aside(superseded_path(path), [line for line, keep in zip(lines, is_kept, strict=True) if not keep])
         write_atomically(path, b"".join(line for line, keep in zip(lines, is_kept, strict=True) if keep))
@@ -78,10 +81,15 @@ def _set_aside(path: Path, lines: list[bytes]) -> None:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     if not lines[-1].endswith(b"\n"):
         lines = [*lines, b"\n"]
+    size = path.stat().st_size if path.exists() else 0
     file = AppendedFile(path)
     file.append(b"".join(lines))
     try:
         file.sync()
+    except OSError:  # a part that was written would run into the lines of the next attempt
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
     finally:
         file.close()
     sync(path.parent)
@@ -92,9 +100,33 @@ def _is_whole(line: bytes) -> bool:
     return line.endswith(b"\n") and _step_of(line) >= 0
 
 
+def _content(path: Path) -> bytes:
+    """Return what is in a file; nothing where there is none.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file.
+    """
+    try:
+        with open_plain(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+    except UnreadableFileError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a `metrics.jsonl`, in order."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    """Return the lines of a `metrics.jsonl` in order, without torn or damaged ones; none where there is no file.
+
+    Raises:
+        StorageError: it cannot be read, or is no plain file.
+    """
+    try:
+        return list(read_lines(path))
+    except FileNotFoundError:
+        return []
+    except (OSError, UnreadableFileError) as error:
+        raise StorageError(f"{path} {why(error)}") from None
 
 
 def _finite(value: Any) -> Any:
@@ -106,15 +138,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines that end in a newline and parse; a killed machine can leave a torn last one."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and _step_of(line) >= 0]
-
-
-def _step_of(line: str | bytes) -> int:
+def _step_of(line: bytes) -> int:
     try:
         parsed = parse_json(line)
     except UnreadableFileError:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
+from megadiff.checkpoint import manifest as manifests
 from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, read_manifest
-from megadiff.errors import CheckpointError, ConfigError
+from megadiff.errors import CheckpointError, ConfigError, StorageError
 
 CONFIG = {
     "seed": 0,
@@ -108,3 +112,18 @@ def test_a_key_that_cannot_change_is_refused_and_so_is_its_section(tmp_path, key
     with pytest.raises(ConfigError) as refused:
         check_same_run(manifest(), manifest(), tmp_path, allowed=["seed", key])
     assert str(refused.value).startswith(f"--allow-change {named} change inside a run; what can, if allowed, is seed")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_a_disk_that_refuses_to_read_one_is_named(tmp_path, monkeypatch, name):
+    manifest(files={"a.distcp": {"bytes": 3, "sha256": "00"}}).write(tmp_path)
+    read = manifests.read_bytes
+
+    def failing(path, *, max_bytes):
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, max_bytes=max_bytes)
+
+    monkeypatch.setattr(manifests, "read_bytes", failing)
+    with pytest.raises(StorageError, match=rf"{name} cannot be read \(Input/output error\); see to the disk"):
+        read_manifest(tmp_path)

@@ -89,3 +89,15 @@ def test_lines_are_read_and_mistakes_are_named(tmp_path):
             read_lines(path, ["prompt"])
     with pytest.raises(DataError, match="found nothing"):
         read_lines(tmp_path / "none.jsonl", ["prompt"])
+
+
+def test_texts_are_read_as_python_and_pandas_write_them(tmp_path):
+    path = tmp_path / "t.jsonl"
+    lines = [
+        '{"text": "a", "score": NaN}',
+        '{"text": "b\\ud800", "n": -Infinity}',
+        '{"text": "c\\r"}',
+        f'{{"text": "d", "n": 1{"0" * 5000}}}',
+    ]
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\r\n")
+    assert read_lines(path, ["text"]) == [("a",), ("b\ufffd",), ("c\r",), ("d",)]
