@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -132,6 +133,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(no_checkpoint(folder)) from None
     except OSError as error:
+        if error.errno == errno.ELOOP:  # links that lead in a circle are no matter of the disk
+            raise CheckpointError(f"{path} is damaged ({error.strerror}); take another checkpoint of the run") from None
         raise StorageError(
             f"{error.filename or path} cannot be read ({error.strerror or error}); see to the disk and its permissions"
         ) from None
