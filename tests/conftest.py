@@ -1,8 +1,9 @@
-"""One thread per process, as `make test` sets it, and what several folders share."""
+"""One thread per process, as `make test` sets it, Ctrl-C as a terminal has it, and fixtures of several folders."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,6 +13,8 @@ import torch
 from tests.support.cuda_build import imitate_where_asked
 
 imitate_where_asked()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` and nohup make all children ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # ranks are forked from here; a thread pool would not survive that
 
 
