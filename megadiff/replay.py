@@ -92,8 +92,8 @@ class _Recorded(RowObjective):
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
         return self.inner.place(rows, device)
 
-    def score(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
-        answer = self.inner.score(hidden, weight, placed)
+    def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
+        answer = self.inner.lm_head_loss(hidden, weight, placed)
         self.found.append(Terms(*(term.t() for term in answer.terms)))
         return answer
 

@@ -32,6 +32,7 @@ from megadiff.data.open import open_data
 from megadiff.data.review import change_advice, describe_change
 from megadiff.errors import CheckpointError, ConfigError, DataError
 from megadiff.optim.optimizer import Optimizer
+from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.prepared import Prepared
@@ -76,7 +77,7 @@ class Origin:
 def resume(
     prepared: Prepared,
     resumption: Resumption,
-    chunks: Sequence[Any],
+    chunks: Sequence[ModelChunk],
     optimizer: Optimizer,
     *,
     topology: Topology,

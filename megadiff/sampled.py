@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.snr import rate_from
 from megadiff.eval.drawn_text import DrawnText
+from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.prepared import Prepared
@@ -18,7 +18,7 @@ from megadiff.train.goodput import Goodput
 def sample_hooks(
     prepared: Prepared,
     mixing: Mixing,
-    chunks: Sequence[Any],
+    chunks: Sequence[ModelChunk],
     topology: Topology,
     platform: Platform,
     goodput: Goodput,

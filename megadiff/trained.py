@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import ValidationError
@@ -29,6 +29,7 @@ from megadiff.model.attention import prompt_code
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.denoiser import build_chunks
 from megadiff.parallel.config import Layout, ParallelConfig
+from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology, open_topology, process_group
 from megadiff.platform.machine import Platform, detect
 
@@ -44,7 +45,7 @@ class TrainedModel:
     mixing: Mixing
     rate: Rate
     tokenizer: Tokenizer
-    chunks: Sequence[Any]
+    chunks: Sequence[ModelChunk]
     topology: Topology
     platform: Platform
 

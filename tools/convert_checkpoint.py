@@ -95,7 +95,7 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
                 code = prompt_code(torch.tensor([length]), is_causal=is_causal)
                 return chunk(case.ids, code).transpose(0, 1)[..., : manifest.vocab_size]
 
-            yield verify.Trainer(logits, chunk.output_layer.weight.data)
+            yield verify.Trainer(logits, dict(chunk.named_parameters())["output_layer.weight"].data)
 
     manifest = read_manifest(checkpoint)
     conditioning = manifest.config["conditioning"]

@@ -17,6 +17,7 @@ from megadiff.checkpoint.reports import library_failures, main_rank_reports
 from megadiff.checkpoint.safe_metadata import read_index, unpickle_plain_objects_only
 from megadiff.checkpoint.snapshot import SavableOptimizer, model_key, sharded_state
 from megadiff.errors import CheckpointError, StorageError
+from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
@@ -119,7 +120,7 @@ def _confirmed(folder: Path, problems: Sequence[_Problem], ranks: int) -> tuple[
 
 def load(
     folder: Path,
-    chunks: Sequence[Any],
+    chunks: Sequence[ModelChunk],
     optimizer: SavableOptimizer | None,
     *,
     is_verified: bool = False,

@@ -30,6 +30,7 @@ from megadiff.checkpoint.reports import every_rank_reports, library_failures, ma
 from megadiff.checkpoint.snapshot import HostBuffers, SavableOptimizer, Snapshot, Written, take_snapshot
 from megadiff.errors import CheckpointError, StorageError
 from megadiff.files import sync, write_atomically
+from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
@@ -87,7 +88,7 @@ class Saver:
     def __init__(
         self,
         run_folder: Path,
-        chunks: Sequence[Any],
+        chunks: Sequence[ModelChunk],
         optimizer: SavableOptimizer,
         *,
         keep: int,

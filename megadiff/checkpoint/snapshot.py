@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from megadiff.checkpoint.durable import entry_of, hashed_file
 from megadiff.checkpoint.manifest import FileEntry
 from megadiff.files import sync
+from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 
@@ -158,7 +159,7 @@ class Snapshot:
 
 def take_snapshot(
     folder: Path,
-    chunks: Sequence[Any],
+    chunks: Sequence[ModelChunk],
     optimizer: SavableOptimizer,
     *,
     buffers: HostBuffers,
@@ -200,7 +201,7 @@ def _share_out(sharded: dict[str, Any], topology: Topology) -> None:
 
 
 def sharded_state(
-    chunks: Sequence[Any], optimizer: SavableOptimizer | None, topology: Topology, *, is_loading: bool
+    chunks: Sequence[ModelChunk], optimizer: SavableOptimizer | None, topology: Topology, *, is_loading: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state as shards whose keys know no layout, and how the optimizer's are cut."""
     metadata = {**_SHARDING, "dp_cp_group": topology.data_group}
@@ -214,7 +215,7 @@ def sharded_state(
     return state, metadata
 
 
-def model_key(index: int, chunks: Sequence[Any]) -> str:
+def model_key(index: int, chunks: Sequence[ModelChunk]) -> str:
     """Name of a model chunk in the state."""
     return f"model{index}" if len(chunks) > 1 else "model"
 

@@ -12,6 +12,7 @@ from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.snr import Rate
 from megadiff.parallel.asked_model import AskedModel
+from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.sampling.standalone import Settings, generate
 from megadiff.sampling.trace import printable
@@ -39,7 +40,7 @@ class DrawnText:
         rate: Rate,
         tokenizer: Tokenizer,
         start: Sequence[int] = (),
-        chunks: Sequence[Any],
+        chunks: Sequence[ModelChunk],
         topology: Topology,
         device: torch.device,
     ) -> None:

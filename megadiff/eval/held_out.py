@@ -26,7 +26,7 @@ from megadiff.kernels.choice import Head
 from megadiff.kernels.fused_head import fused_objective
 from megadiff.kernels.head import HeadLoss
 from megadiff.model.attention import prompt_code
-from megadiff.parallel.pipeline import run_microbatches
+from megadiff.parallel.pipeline import ModelChunk, run_microbatches
 from megadiff.parallel.row_objective import DiffusionObjective, NextTokenObjective, PlacedRows, RowObjective
 from megadiff.parallel.row_report import BIN_EDGES
 from megadiff.parallel.topology import Topology
@@ -152,7 +152,7 @@ class HeldOut:
         *,
         sources: Sequence[Rows],
         measure: Measure,
-        chunks: Sequence[Any],
+        chunks: Sequence[ModelChunk],
         topology: Topology,
         device: torch.device,
         micro_sequences: int,
@@ -224,12 +224,12 @@ class HeldOut:
         placed = self.measure.objective.place(self.measure.rows(self.rows[taken], taken, level), self.device)
         return (level, torch.from_numpy(index).to(self.device)), placed
 
-    def _forward(self, chunk: Any, item: tuple[Any, PlacedRows]) -> Any:
+    def _forward(self, chunk: ModelChunk, item: tuple[Any, PlacedRows]) -> Any:
         placed = item[1]
         return chunk(
             placed.rows.noised,
             prompt_code(placed.rows.prompt_length, is_causal=self.measure.is_causal_prompt),
-            score=lambda hidden, weight: self.measure.objective.score(hidden, weight, placed),
+            loss_fn=lambda hidden, weight: self.measure.objective.lm_head_loss(hidden, weight, placed),
         )
 
     def _report(self, answer: HeadLoss, item: tuple[tuple[int, Tensor], PlacedRows]) -> tuple[Tensor, Tensor, Any]:
@@ -242,7 +242,7 @@ class HeldOut:
 
 
 @contextmanager
-def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
+def _evaluating(chunks: Sequence[ModelChunk]) -> Iterator[None]:
     """Modules in evaluation mode inside the block: what computes in FP8 while training then computes in bf16."""
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:

@@ -1,25 +1,30 @@
-"""The denoiser: token ids in, logits over clean tokens out, attention both ways.
+"""The denoiser: token ids in, logits over clean tokens out, with attention in both directions.
 
-It knows no noise and returns no loss. Built of megatron-core's parts through a layer spec, so tensor, sequence and
-pipeline parallelism are the library's.
+The model knows no noise and computes no loss. It is composed of megatron-core's embedding, TransformerBlock (which
+ends in the final norm) and column-parallel output layer, so tensor, sequence and pipeline parallelism come from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megadiff.model.config import ModelConfig, PrecisionConfig
@@ -27,76 +32,154 @@ from megadiff.model.kernels import parts_for
 from megadiff.model.layer_spec import block_spec
 from megadiff.model.megatron_config import keep, transformer_config
 from megadiff.parallel.config import ParallelConfig
+from megadiff.parallel.pipeline import LossFn
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
 
-Score = Callable[[Tensor, Tensor], Any]
-"""(hidden states [sequence, batch, hidden] whole on every tensor rank, this rank's head weight [V / tp, hidden]) ->
-anything; the gradient of the states is to be this rank's part."""
 
+class LMHead(ColumnParallelLinear):
+    """The output layer: returns logits, or passes its whole input and its weight to a loss function.
 
-class Head(ColumnParallelLinear):
-    """The output layer: logits, or a score made of its input and weight without logits that are ever whole."""
+    A loss function can compute the objective from the hidden states and this rank's vocabulary entries without ever
+    holding whole logits.
+    """
 
-    def forward(self, input_: Tensor, score: Score | None = None) -> Any:  # type: ignore[override]
-        """(logits [sequence, batch, V / tp], None) as the parent's, or what `score` makes of the whole input."""
-        if score is None:
+    def forward(self, input_: Tensor, loss_fn: LossFn | None = None) -> Any:  # type: ignore[override]
+        """Return (logits [sequence, batch, V / tp], None) as the parent class does, or the result of `loss_fn`."""
+        if loss_fn is None:
             return super().forward(input_)
         if self.sequence_parallel:
             whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             whole = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         assert self.weight is not None
-        return score(whole, self.weight)
+        return loss_fn(whole, self.weight)
 
 
-class Denoiser(GPTModel):
-    """One pipeline stage's chunk of the model."""
+class Denoiser(MegatronModule):
+    """One pipeline stage's chunk of the model.
 
-    head_factor: float = 1.0
+    Parameter names are those of megatron-core's language models (`embedding.word_embeddings`, `decoder.layers.N`,
+    `decoder.final_layernorm`, `output_layer`), so checkpoints are laid out like theirs.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.post_process:
-            self.output_layer = Head(
-                self.config.hidden_size,
-                self.vocab_size,
-                config=self.config,
+    Args:
+        config: megatron-core's settings.
+        spec: the Transformer block, `layer_spec.block_spec`.
+        vocab_size: entries of the embedding and the LM head, padding included.
+        seq_length: number of tokens of a training sequence.
+        rope_base: base of the rotary angles.
+        head_factor: factor of the last hidden states before the LM head.
+        pre_process: whether this chunk starts with the embedding.
+        post_process: whether this chunk ends with the final norm and the LM head.
+        vp_stage: index of this chunk among the rank's virtual pipeline stages; None where a rank holds one chunk.
+    """
+
+    share_embeddings_and_output_weights = False
+    """megatron-core sums the gradients of tied embeddings between the first and the last stage where this is set."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: ModuleSpec,
+        *,
+        vocab_size: int,
+        seq_length: int,
+        rope_base: int,
+        head_factor: float = 1.0,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.model_type = ModelType.encoder_or_decoder  # read by megatron-core's pipeline schedules
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vp_stage = vp_stage
+        self.vocab_size = vocab_size
+        self.seq_length = seq_length
+        self.head_factor = head_factor
+        self.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=vocab_size,
+                max_sequence_length=seq_length,
+                position_embedding_type="rope",
+                tp_group=self.pg_collection.tp,
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=config.kv_channels,  # type: ignore[arg-type]
+            rotary_percent=1.0,
+            rotary_base=rope_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+        self.decoder = TransformerBlock(
+            config,
+            spec,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = LMHead(
+                config.hidden_size,
+                vocab_size,
+                config=config,
                 init_method=keep,
                 bias=False,
                 gather_output=False,
                 tp_group=self.pg_collection.tp,
             )
+            self.output_layer.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
+        if pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
 
-    def forward(  # type: ignore[override]
-        self, input_ids: Tensor | None, prompts: Tensor | None = None, *, score: Score | None = None
-    ) -> Any:
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Set the hidden states that the previous pipeline stage sent; megatron-core's schedules call this."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, input_ids: Tensor | None, prompts: Tensor | None = None, *, loss_fn: LossFn | None = None) -> Any:
         """Run this chunk.
 
         Args:
             input_ids: [batch, sequence] int64 on the first stage; elsewhere None is fine (hidden states arrive by
-                `set_input_tensor`) and the row length is the model's.
-            prompts: [batch] lengths of clean prompts that see only themselves (`attention.prompt_code`), or None:
+                `set_input_tensor`) and the sequence length is the model's.
+            prompts: [batch] lengths of clean prompts that see only themselves (`attention.prompt_code`), or None if
                 every token sees every token.
-            score: what becomes of the last hidden states and the head instead of logits.
+            loss_fn: what to apply to the last hidden states and the LM head's weight instead of computing logits.
 
         Returns:
-            On the last stage what `score` returns, or without one logits [sequence, batch, padded vocabulary / tensor
-            ranks]; elsewhere hidden states. Sequence first, as megatron-core computes them: no transposing copy is
-            made.
+            On the last stage the result of `loss_fn`, or without one logits [sequence, batch, padded vocabulary /
+            tensor ranks]; elsewhere hidden states. The sequence axis comes first, as megatron-core computes it, so that
+            no transposing copy is made.
         """
-        length = self.max_sequence_length if input_ids is None else input_ids.shape[1]
+        length = self.seq_length if input_ids is None else input_ids.shape[1]
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=prompts, rotary_pos_emb=self.rotary_pos_emb(length))
         if not self.post_process:
             return hidden
         if self.head_factor != 1.0:
             hidden = hidden * self.head_factor
-        if score is not None:
-            return self.output_layer(hidden, score)
+        if loss_fn is not None:
+            return self.output_layer(hidden, loss_fn)
         logits, _ = self.output_layer(hidden)
         return logits
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return this chunk's tensors as megatron-core's dist_checkpointing takes them.
+
+        The tables may change their number of padding entries between layouts, and the LM head has no extra state.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        if self.post_process:
+            state[f"{prefix}output_layer.weight"].allow_shape_mismatch = True
+        return state
 
 
 class _Bf16Chunk(Float16Module):
@@ -132,16 +215,13 @@ def build_chunks(
             config,
             block_spec(model, parts, layers=get_num_layers_to_build(config, vp_stage=stage)),
             vocab_size=model.padded_vocab_size(vocab_size),
-            max_sequence_length=model.seq_length,
+            seq_length=model.seq_length,
+            rope_base=model.rope_base,
+            head_factor=model.head_factor,
             pre_process=topology.is_first_stage and index == 0,
             post_process=topology.is_last_stage and index == virtual - 1,
-            position_embedding_type="rope",
-            rotary_base=model.rope_base,
-            share_embeddings_and_output_weights=False,
-            parallel_output=True,
             vp_stage=stage,
         )
-        chunk.head_factor = model.head_factor
         chunks.append(chunk.to(platform.device))
     return chunks
 

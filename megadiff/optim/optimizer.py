@@ -18,6 +18,7 @@ from megadiff.optim.gradient_norm import gradient_norm, hold_to_norm
 from megadiff.optim.groups import parameter_groups
 from megadiff.optim.resharding import in_the_form_of
 from megadiff.optim.rules import Scale
+from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 
@@ -90,7 +91,7 @@ class Optimizer:
 
 
 def build_optimizer(
-    chunks: Sequence[Any],
+    chunks: Sequence[DataParallelChunk],
     roles: Sequence[tuple[str, torch.nn.Parameter]],
     settings: OptimizerConfig,
     *,
@@ -135,7 +136,7 @@ def build_optimizer(
                 no_scaler,
                 allocate_state,
                 model_chunks=list(chunks),
-                per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},
+                per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},  # type: ignore[misc]
                 data_parallel_group=topology.data_group,
                 data_parallel_group_gloo=None,
                 data_parallel_group_idx=dist.get_rank(topology.model_group),

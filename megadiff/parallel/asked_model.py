@@ -6,13 +6,12 @@ Axes: B rows, L positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadiff.parallel.pipeline import run_microbatches
+from megadiff.parallel.pipeline import ModelChunk, run_microbatches
 from megadiff.parallel.topology import Topology
 
 _ASKED, _DONE = 0, 1
@@ -31,7 +30,7 @@ class AskedModel:
 
     def __init__(
         self,
-        chunks: Sequence[Any],
+        chunks: Sequence[ModelChunk],
         *,
         topology: Topology,
         device: torch.device,

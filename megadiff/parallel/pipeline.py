@@ -1,13 +1,13 @@
-"""One forward-backward over the microbatches of a step, whatever the pipeline schedule."""
+"""Model chunks as the rest of the package sees them, and one forward and backward pass over a step's microbatches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -16,12 +16,59 @@ from megadiff.parallel.topology import Topology
 Loss = tuple[Tensor, Tensor, Any]
 """(summed loss of the microbatch, its number of counted tokens as an int32 scalar, anything to hand back)."""
 
+LossFn = Callable[[Tensor, Tensor], Any]
+"""(hidden states [sequence, batch, hidden], whole on every tensor rank; this rank's weight of the LM head [V / tp,
+hidden]) -> anything. The gradient of the hidden states must be this rank's part of it."""
+
+
+class ModelChunk(Protocol):
+    """One pipeline stage's chunk of the model: bare, or inside its precision and data-parallel wrappers."""
+
+    config: Any
+    """megatron-core's `TransformerConfig`."""
+    training: bool
+    """Whether the chunk is in training mode."""
+
+    def __call__(
+        self, input_ids: Tensor | None, prompts: Tensor | None = None, *, loss_fn: LossFn | None = None
+    ) -> Any:
+        """Run the chunk; see `megadiff.model.denoiser.Denoiser.forward`."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch training mode on or off."""
+        ...
+
+    def eval(self) -> Any:
+        """Switch training mode off."""
+        ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Iterate over the parameters."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Iterate over the parameters with their names."""
+        ...
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the chunk's tensors as megatron-core's dist_checkpointing takes them."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """Load the chunk's tensors."""
+        ...
+
+
+DataParallelChunk = DistributedDataParallel
+"""A chunk inside megatron-core's wrapper, which holds its gradient buffers."""
+
 
 def run_microbatches(
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[ModelChunk],
     microbatches: Sequence[Any],
     *,
-    forward: Callable[[torch.nn.Module, Any], Any],
+    forward: Callable[[Any, Any], Any],
     loss: Callable[[Any, Any], Loss],
     seq_length: int,
     micro_sequences: int,
@@ -51,7 +98,7 @@ def run_microbatches(
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if interleaved else iterators[0],
-        model=list(chunks) if interleaved else chunks[0],
+        model=list(chunks) if interleaved else chunks[0],  # type: ignore[arg-type]
         num_microbatches=len(microbatches),
         seq_length=seq_length,
         micro_batch_size=micro_sequences,
@@ -59,7 +106,7 @@ def run_microbatches(
     )
 
 
-def configure_reduction(chunks: Sequence[torch.nn.Module], topology: Topology, *, mean: bool) -> None:
+def configure_reduction(chunks: Sequence[ModelChunk], topology: Topology, *, mean: bool) -> None:
     """Choose what the summed gradients are divided by: the global count of tokens (`mean`), or nothing (sum)."""
 
     def finalize(model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +118,7 @@ def configure_reduction(chunks: Sequence[torch.nn.Module], topology: Topology, *
         chunk.config.finalize_model_grads_func = finalize  # type: ignore[union-attr]
 
 
-def _divide(chunks: Sequence[Any], num_tokens: Tensor, topology: Topology) -> None:
+def _divide(chunks: Sequence[DataParallelChunk], num_tokens: Tensor, topology: Topology) -> None:
     """Divide gradients by the tokens of all replicas, known on the last stage; by nothing where there are none.
 
     megadiff's stand-in for the end of megatron-core's `finalize_model_grads`, which asks the device whether there are
@@ -82,4 +129,4 @@ def _divide(chunks: Sequence[Any], num_tokens: Tensor, topology: Topology) -> No
     dist.all_reduce(num_tokens, group=topology.data_group)
     scale = 1.0 / num_tokens.clamp(min=1)
     for chunk in chunks:
-        chunk.scale_gradients(scale)
+        chunk.scale_gradients(scale)  # type: ignore[arg-type]

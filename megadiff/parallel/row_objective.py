@@ -48,7 +48,7 @@ class RowObjective(ABC):
         """Move a microbatch to the device, after the host has seen which of its tokens count."""
 
     @abstractmethod
-    def score(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
+    def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
         """Summed loss and per-token terms, sequence first.
 
         Args:
@@ -88,8 +88,8 @@ class DiffusionObjective(RowObjective):
         computed = worth_computing(rows.noised.t(), rows.is_noisy.t(), self.mixing)
         return _placed(rows, computed, device)
 
-    def score(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
-        """See `RowObjective.score` and `diffusion.objective`."""
+    def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
+        """See `RowObjective.lm_head_loss` and `diffusion.objective`."""
         rows = placed.rows
         formula = Formula(self.mixing, self.rate, self.settings.is_weight, self.settings.weighting)
         tokens = HeadTokens(rows.clean.t(), rows.noised.t(), rows.log_snr.t(), placed.computed)
@@ -123,8 +123,8 @@ class NextTokenObjective(RowObjective):
         """See `RowObjective.place`; every token counts."""
         return _placed(rows, None, device)
 
-    def score(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
-        """`loss`, `elbo` and `kl` are the negative log-likelihood in nats, exact; see `RowObjective.score`."""
+    def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
+        """`loss`, `elbo` and `kl` are the negative log-likelihood in nats, exact; see `RowObjective.lm_head_loss`."""
         clean = placed.rows.clean.t()
         mixing = HybridMixing(self.mixing.vocab_size, self.mixing.mask_id, shift=-1000.0)
         tokens = HeadTokens(

@@ -111,21 +111,23 @@ class _NullStream:
 
 
 def _facade() -> dict[str, Any]:
-    def nothing(*args: Any, **kwargs: Any) -> None: ...
+    """Return the stand-ins by name; every name has a function of its own.
 
+    torch.compile refuses a function that it finds under two names with different rules.
+    """
     return {
         "current_device": lambda: _CPU,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "set_device": lambda *args, **kwargs: None,
+        "synchronize": lambda *args, **kwargs: None,
+        "empty_cache": lambda *args, **kwargs: None,
         "Stream": _NullStream,
-        "Event": _NullStream,
-        "current_stream": _NullStream,
-        "default_stream": _NullStream,
+        "Event": type("_NullEvent", (_NullStream,), {}),
+        "current_stream": lambda *args: _NullStream(),
+        "default_stream": lambda *args: _NullStream(),
         "stream": lambda *args: nullcontext(),
-        "manual_seed": torch.manual_seed,
-        "get_rng_state": _get_rng_state,
-        "set_rng_state": _set_rng_state,
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "get_rng_state": lambda *args, **kwargs: _get_rng_state(),
+        "set_rng_state": lambda new_state, *args, **kwargs: _set_rng_state(new_state),
     }
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadiff.data.loader import microbatch_samples
+from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.row_report import has_finite_loss
 from megadiff.parallel.topology import Topology
 
@@ -44,7 +45,7 @@ class Culprit:
 
 
 def find_culprits(
-    reports: Tensor, chunks: Sequence[Any], topology: Topology, *, micro_sequences: int
+    reports: Tensor, chunks: Sequence[DataParallelChunk], topology: Topology, *, micro_sequences: int
 ) -> tuple[Culprit, ...]:
     """Ask every rank what it holds that is not finite. Collective over the world.
 
@@ -67,7 +68,7 @@ def find_culprits(
     return tuple(culprit for culprit in by_gradient if culprit.stage == last)[:1]
 
 
-def _own(reports: Tensor, chunks: Sequence[Any], topology: Topology, micro_sequences: int) -> Culprit:
+def _own(reports: Tensor, chunks: Sequence[DataParallelChunk], topology: Topology, micro_sequences: int) -> Culprit:
     samples: list[int] = []
     if topology.is_last_stage:
         for microbatch in (~has_finite_loss(reports)).nonzero().flatten().tolist():
@@ -82,6 +83,6 @@ def _own(reports: Tensor, chunks: Sequence[Any], topology: Topology, micro_seque
         re.sub(r"^(module\.)+", "", name)  # the wrappers' own
         for chunk in chunks
         for name, parameter in chunk.named_parameters()
-        if not bool(torch.isfinite(parameter.main_grad).all())
+        if not bool(torch.isfinite(parameter.main_grad).all())  # type: ignore[attr-defined]
     ]
     return Culprit(topology.rank, socket.gethostname(), topology.stage, tuple(samples), tuple(tensors))

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megadiff.errors import TrainingError
 from megadiff.model.denoiser import gathered_weights
+from megadiff.parallel.pipeline import DataParallelChunk, ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.train.hooks import Part, StepResult
 
@@ -57,7 +58,7 @@ class CheckReplicas:
     section: ClassVar[Part] = "step"
 
     def __init__(
-        self, every: int, chunks: Sequence[torch.nn.Module], wrapped: Sequence[Any], topology: Topology
+        self, every: int, chunks: Sequence[ModelChunk], wrapped: Sequence[DataParallelChunk], topology: Topology
     ) -> None:
         """Wire the check.
 

@@ -13,7 +13,7 @@ from megadiff.diffusion.noising import NoisedRows
 from megadiff.kernels.head import HeadLoss
 from megadiff.model.attention import prompt_code
 from megadiff.optim.optimizer import Optimizer
-from megadiff.parallel.pipeline import run_microbatches
+from megadiff.parallel.pipeline import DataParallelChunk, ModelChunk, run_microbatches
 from megadiff.parallel.row_objective import PlacedRows, RowObjective
 from megadiff.parallel.row_report import SIZE, mean_loss
 from megadiff.parallel.topology import Topology
@@ -37,7 +37,7 @@ class Taken(NamedTuple):
 class Step:
     """Everything one optimizer step needs, wired once."""
 
-    chunks: Sequence[Any]
+    chunks: Sequence[DataParallelChunk]
     """Data-parallel wrapped model chunks of this rank."""
     optimizer: Optimizer
     objective: RowObjective
@@ -85,12 +85,12 @@ class Step:
             culprits = find_culprits(reports, self.chunks, self.topology, micro_sequences=self.micro_sequences)
         return Taken(total, grad_norm, verdict, culprits)
 
-    def _forward(self, chunk: Any, placed: PlacedRows) -> Any:
+    def _forward(self, chunk: ModelChunk, placed: PlacedRows) -> Any:
         rows = placed.rows
         return chunk(
             rows.noised,
             prompt_code(rows.prompt_length, is_causal=self.is_causal_prompt),
-            score=lambda hidden, weight: self.objective.score(hidden, weight, placed),
+            loss_fn=lambda hidden, weight: self.objective.lm_head_loss(hidden, weight, placed),
         )
 
     def _gated_loss(self, answer: HeadLoss, placed: PlacedRows) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import Stopwatch
@@ -83,7 +84,7 @@ class _Ignored:
     def stop(self, *_: Any, **__: Any) -> None: ...
 
 
-def time_computation(chunks: Sequence[Any], stopwatch: Stopwatch) -> None:
+def time_computation(chunks: Sequence[DataParallelChunk], stopwatch: Stopwatch) -> None:
     """Let the stopwatch run while these chunks (data-parallel wrappers) compute in training."""
     for chunk in chunks:
         chunk.config.timers = ComputeTimers(stopwatch)

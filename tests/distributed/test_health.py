@@ -106,7 +106,9 @@ def with_loss(step, change):
         value, report[0] = change(value, report[0])
         return value, tokens, report
 
-    return dataclasses.replace(step, objective=SimpleNamespace(place=honest.place, score=honest.score, loss=loss))
+    return dataclasses.replace(
+        step, objective=SimpleNamespace(place=honest.place, lm_head_loss=honest.lm_head_loss, loss=loss)
+    )
 
 
 def nan_loss(value, reported):

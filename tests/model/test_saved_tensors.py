@@ -87,7 +87,7 @@ def _counted(cases: dict[str, Case]) -> dict[str, int]:
             chunks[0].set_input_tensor(torch.randn(length, BATCH, model.hidden).to(dtype).requires_grad_())
         there = [*chunk.parameters(), *chunks[0].buffers(), *(p.main_grad for p in chunk.parameters()), ids]
         found[name] = saved_bytes(
-            lambda chunk=chunk, ids=ids: chunk(ids, None, score=lambda hidden, _: hidden), apart_from=there
+            lambda chunk=chunk, ids=ids: chunk(ids, None, loss_fn=lambda hidden, _: hidden), apart_from=there
         )
     return found
 

@@ -81,7 +81,7 @@ def _poisoned(config):
     good = run.step.objective
     parameters = [p for chunk in run.step.chunks for p in chunk.parameters()]
     before = [p.detach().clone() for p in parameters]
-    run.step = replace(run.step, objective=SimpleNamespace(place=good.place, score=good.score, loss=loss))
+    run.step = replace(run.step, objective=SimpleNamespace(place=good.place, lm_head_loss=good.lm_head_loss, loss=loss))
     try:
         train(run)
     except TrainingError as error:

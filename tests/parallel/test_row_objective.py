@@ -60,7 +60,7 @@ def _printed(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[dict]]:
                 conditioning=ConditioningConfig.model_validate(CONDITIONINGS[conditioning]), global_batch=BATCH,
             )  # fmt: skip
             placed = objective.place(rows, torch.device("cpu"))
-            _, _, sums = objective.loss(objective.score(hidden, weight, placed), placed)
+            _, _, sums = objective.loss(objective.lm_head_loss(hidden, weight, placed), placed)
             lines.append(metrics_of(sums.tolist()))
         found[noise, conditioning] = lines
     return found

@@ -178,12 +178,12 @@ def replayed_with_one_broken_row(run: Path, step: int, sample: int, what: str):
         def place(self, rows, device):
             return self.inner.place(rows, device)
 
-        def score(self, hidden, weight, placed):
+        def lm_head_loss(self, hidden, weight, placed):
             here = (placed.rows.clean == self.clean).all(dim=1)
             if what == "gradient":
                 hidden.register_hook(lambda gradient: gradient.masked_fill(here[None, :, None], float("nan")))
-                return self.inner.score(hidden, weight, placed)
-            answer = self.inner.score(hidden, weight, placed)
+                return self.inner.lm_head_loss(hidden, weight, placed)
+            answer = self.inner.lm_head_loss(hidden, weight, placed)
             terms = answer.terms._replace(loss=answer.terms.loss.masked_fill(here[None, :], float("inf")))
             return answer._replace(loss=answer.loss + (float("inf") if here.any() else 0.0), terms=terms)
 
