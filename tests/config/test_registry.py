@@ -1,0 +1,203 @@
+"""A folder as a registry, and sections whose keys belong to a member."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated
+
+import pytest
+from pydantic import Field, ValidationError, model_validator
+
+from megadiff.config import registry
+from megadiff.config.load import dump_config
+from megadiff.config.section import Section
+from megadiff.errors import ConfigError
+
+
+@pytest.fixture
+def noises(tmp_path, monkeypatch):
+    """A family of two members, a helper, and one that needs a library nobody has."""
+    folder = tmp_path / "noises_for_test"
+    folder.mkdir()
+    (folder / "__init__.py").write_text('"""A family."""\n')
+    (folder / "masked.py").write_text("WHO = 'masked'\n")
+    (folder / "uniform.py").write_text("WHO = 'uniform'\n")
+    (folder / "_shared.py").write_text("raise RuntimeError('a helper is not a member')\n")
+    (folder / "rare.py").write_text("import a_library_nobody_has\n")
+    (folder / "notes.txt").write_text("not a member\n")
+    (tmp_path / "lone_noise_for_test.py").write_text("WHO = 'lone'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "noises_for_test"
+    for name in [name for name in sys.modules if name.startswith(("noises_for_test", "lone_noise_for_test"))]:
+        del sys.modules[name]
+
+
+def test_members_are_the_files_and_none_is_imported(noises):
+    assert registry.names(noises) == ["masked", "rare", "uniform"]
+    assert "noises_for_test.masked" not in sys.modules
+
+
+def test_a_member_is_its_module(noises):
+    assert registry.member(noises, "masked").WHO == "masked"
+
+
+def test_a_dotted_name_is_a_module_from_outside(noises):
+    assert registry.member("megadiff.data.tokenizers", "noises_for_test.uniform").WHO == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "maskd",
+            "unknown name `maskd` in noises_for_test; did you mean `masked`? "
+            "names in noises_for_test: masked, rare, uniform",
+        ),
+        ("zzz", "unknown name `zzz` in noises_for_test; names in noises_for_test: masked, rare, uniform"),
+        ("_shared", "unknown name `_shared` in noises_for_test; names in noises_for_test: masked, rare, uniform"),
+        ("rare", "`rare` in noises_for_test needs `a_library_nobody_has`, which is not installed"),
+        (
+            "no_such_pkg.x",
+            "the module `no_such_pkg.x` cannot be found: no package `no_such_pkg` is installed or on PYTHONPATH",
+        ),
+        (
+            "noises_for_test.gone",
+            "the module `noises_for_test.gone` cannot be found: no module `noises_for_test.gone`",
+        ),
+        (
+            "../evil.x",
+            "`../evil.x` is neither a name in noises_for_test nor a dotted module such as my_pkg.my_part",
+        ),
+        (".x", "`.x` is neither a name in noises_for_test nor a dotted module such as my_pkg.my_part"),
+    ],
+)
+def test_a_name_nothing_answers_to_is_one_sentence(noises, name, sentence):
+    with pytest.raises(ConfigError) as caught:
+        registry.member(noises, name)
+    assert str(caught.value) == sentence
+
+
+def test_a_family_that_is_no_package_is_our_own_mistake():
+    with pytest.raises(ValueError, match=r"^json\.decoder is not a package"):
+        registry.names("json.decoder")
+
+
+class Noise(Section):
+    process: str = "masked"
+    floor: float = Field(default=-9.0, lt=0)
+
+    @model_validator(mode="after")
+    def _floor_is_lucky(self) -> Noise:
+        if self.floor == -13:
+            raise ValueError("a floor of -13 is unlucky")
+        return self
+
+
+class Hook(Section):
+    name: str
+    every: int = Field(default=1, gt=0)
+
+
+@pytest.fixture
+def run(noises, tmp_path):
+    """A description with a section and a list of sections that belong to a family of two kinds of members."""
+    header = "from pydantic import Field\nfrom megadiff.config.section import Section\n"
+    (tmp_path / noises / "uniform.py").write_text(
+        f"{header}class Settings(Section):\n    shift: float = Field(default=0.0, le=10)\n"
+        "    kind: str\n    floor: float = Field(default=-5.0, lt=0)\n"
+    )
+    (tmp_path / noises / "wrong.py").write_text("class Settings:\n    pass\n")
+    processes, hook_family = registry.Family(noises, key="process"), registry.Family(noises)
+
+    class Run(Section):
+        noise: Annotated[Noise, processes] = processes.default(Noise)
+        hooks: tuple[Annotated[Hook, hook_family], ...] = ()
+
+    return Run
+
+
+def refusals(run, values):
+    with pytest.raises(ValidationError) as caught:
+        run.model_validate(values)
+    return {".".join(map(str, error["loc"])): error["msg"] for error in caught.value.errors()}
+
+
+def test_a_section_has_the_keys_of_the_member_it_names(noises, run):
+    noise = run.model_validate({"noise": {"process": "uniform", "kind": "a", "shift": 2}}).noise
+    assert isinstance(noise, Noise)
+    assert isinstance(noise, registry.member(noises, "uniform").Settings)
+    assert noise.model_dump() == {"process": "uniform", "floor": -5.0, "shift": 2.0, "kind": "a"}
+
+
+def test_a_section_that_is_left_out_is_the_default_member(run):
+    assert run().noise == Noise(process="masked", floor=-9.0)
+    assert type(run().noise) is Noise  # a member without settings has the shared keys alone
+
+
+def test_a_list_holds_members_from_inside_and_outside(run):
+    found = run.model_validate({"hooks": [{"name": "masked"}, {"name": "noises_for_test.uniform", "kind": "b"}]})
+    assert [type(hook).__name__ for hook in found.hooks] == ["Hook", "Hook"]
+    assert found.hooks[1].model_dump() == {
+        "name": "noises_for_test.uniform", "every": 1, "shift": 0.0, "kind": "b", "floor": -5.0
+    }  # fmt: skip
+
+
+def test_what_is_dumped_reads_back_as_itself(run):
+    values = {"noise": {"process": "uniform", "kind": "a"}, "hooks": [{"name": "uniform", "kind": "b", "every": 4}]}
+    found = run.model_validate(values)
+    assert run.model_validate(found.model_dump(mode="json", by_alias=True)) == found
+    assert "kind: b" in dump_config(found)
+    assert run.model_validate(found.model_copy(update={"hooks": ()})).noise is found.noise
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({"noise": {"process": "unifrm"}}, {"noise.process": "unknown name `unifrm` .*; did you mean `uniform`"}),
+        ({"noise": {"process": 5, "shift": 1}}, {"noise.process": "Input should be a valid string"}),
+        ({"noise": {"process": "rare"}}, {"noise.process": "needs `a_library_nobody_has`, which is not installed"}),
+        ({"noise": {"process": "wrong"}}, {"noise.process": "`Settings` of `wrong` must be a subclass"}),
+        ({"noise": {"shift": 1}}, {"noise.shift": "Extra inputs are not permitted"}),
+        (
+            {"noise": {"process": "uniform", "shift": 11, "floor": 0, "rank": 1}},
+            {
+                "noise.shift": "less than or equal to 10",
+                "noise.floor": "less than 0",
+                "noise.rank": "Extra inputs",
+                "noise.kind": "Field required",
+            },
+        ),
+        ({"noise": {"process": "uniform", "kind": "a", "floor": -13}}, {"noise": "a floor of -13 is unlucky"}),
+        (
+            {"hooks": [{"every": 2}, {"name": "uniform", "kind": "b", "every": 0}]},
+            {"hooks.0.name": "Field required", "hooks.1.every": "greater than 0"},
+        ),
+        ({"noise": 3}, {"noise": "valid dictionary"}),
+    ],
+)
+def test_a_mistake_is_found_where_it_is(run, values, wanted):
+    found = refusals(run, values)
+    assert set(found) == set(wanted)
+    for place, words in wanted.items():
+        assert re.search(words, found[place]), found
+
+
+def test_a_members_settings_may_derive_from_the_section(noises, tmp_path, run):
+    (tmp_path / "derived_for_test.py").write_text(
+        "from tests.config.test_registry import Noise\nclass Settings(Noise):\n    power: int = 2\n"
+    )
+    try:
+        processes = registry.Family(noises, key="process")
+        (tmp_path / noises / "derived.py").write_text("from derived_for_test import Settings\n")
+        built = processes.build(Noise, process="derived", power=3)
+        assert type(built) is sys.modules["derived_for_test"].Settings
+        assert built.power == 3
+    finally:
+        sys.modules.pop("derived_for_test", None)
+
+
+def test_the_members_of_a_family_that_can_be_imported_here(noises, run):
+    found = dict(registry.Family(noises, key="process").sections(Noise))
+    assert list(found) == ["masked", "uniform"]
+    assert list(found["uniform"].model_fields) == ["process", "floor", "shift", "kind"]
