@@ -24,8 +24,8 @@ from megadiff.checkpoint.manifest import (
     check_same_run,
     read_manifest,
 )
-from megadiff.config.field_types import dotted_keys
-from megadiff.config.refusals import did_you_mean
+from megadiff.config.schema import dotted_keys
+from megadiff.config.suggestions import did_you_mean
 from megadiff.data.config import DataConfig
 from megadiff.data.mixture import Mixture, next_mixture
 from megadiff.data.open import open_data

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from megadiff.config.field_types import dotted_keys
+from megadiff.config.nodes import COMMAND_LINE
 from megadiff.config.other_names import answer_elsewhere, key_elsewhere
+from megadiff.config.schema import dotted_keys
 from megadiff.config.section import Section
-from megadiff.config.tree import COMMAND_LINE
 from megadiff.errors import ConfigError
 
 _WRONG_VALUE = re.compile(r"argument (?P<option>.*?): invalid (?P<type>float|int|_\w+) value: (?P<found>.*)", re.DOTALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megadiff.config import registry
-from megadiff.config.refusals import similar_path
+from megadiff.config.suggestions import similar_path
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
 
