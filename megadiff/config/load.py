@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from megadiff.config import messages, scalars, schema
 from megadiff.config.command_line import setting_without_equals
@@ -48,17 +49,18 @@ def load_config(path: str | Path, overrides: Sequence[str], model: type[T]) -> T
 
 def dump_config(config: Section) -> str:
     """Return the whole resolved tree as YAML in the order of its fields; `load_config` reads an equal tree from it."""
-    values = config.model_dump(mode="json", by_alias=True)
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    return _yaml(config.model_dump(mode="json", by_alias=True), is_flow=False)
 
 
-def json_schema(model: type[Section]) -> dict[str, Any]:
-    """Return the JSON schema with which editors check a run description, `base` included."""
-    schema = model.model_json_schema(by_alias=True)
-    base = {"type": "string", "description": "A run description this one builds upon, relative to this file."}
-    either = {"anyOf": [base, {"type": "array", "items": {"type": "string"}}]}
-    schema["properties"] = {"base": either, **schema.get("properties", {})}
-    return schema
+def dump_value(value: Any) -> str:
+    """Return one value as YAML on a single line."""
+    return _yaml(to_jsonable_python(value), is_flow=True).removesuffix("...\n").strip()
+
+
+def _yaml(values: Any, *, is_flow: bool) -> str:
+    return yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=is_flow
+    )
 
 
 def apply_override(tree: Node, override: str) -> Node:

@@ -47,7 +47,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import Field, GetCoreSchemaHandler, ValidationError, ValidationInfo, create_model
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -180,7 +180,7 @@ class Family:
 def _joined(shared: type[S], settings: type[Section]) -> type[S]:
     """Return one class with the fields and validators of both, those of the member first."""
     if issubclass(settings, shared):
-        return settings
+        return cast("type[S]", settings)
     return create_model(
         shared.__name__, __base__=(settings, shared), __module__=settings.__module__, __doc__=settings.__doc__
     )

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, field_validator, model_validator
 
-from megadiff.config.load import MAX_BYTES, dump_config, json_schema, load_config
+from megadiff.config.load import MAX_BYTES, dump_config, load_config
+from megadiff.config.reference import json_schema
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
 
