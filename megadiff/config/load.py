@@ -6,21 +6,20 @@ merged key by key at every depth; lists are replaced whole. The types and bounds
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from megadiff.config import messages, scalars, schema
+from megadiff.config import scalars
 from megadiff.config.command_line import setting_without_equals
 from megadiff.config.nodes import COMMAND_LINE, Node, Place, merge, parse_yaml
 from megadiff.config.section import Section
 from megadiff.config.suggestions import similar_path
+from megadiff.config.validation import validated
 from megadiff.errors import ConfigError
 from megadiff.untrusted_files import UnreadableFileError, read_text, why
 
@@ -44,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str], model: type[T]) -> T
         raise ConfigError(f"{COMMAND_LINE}: {written}")
     for override in overrides:
         tree = apply_override(tree, override)
-    return _validated(tree, model)
+    return validated(tree, model)
 
 
 def dump_config(config: Section) -> str:
@@ -163,68 +162,6 @@ def _text(path: Path, named_by: Place | None) -> str:
         raise ConfigError(f"{subject} does not exist; {remedy}") from None
     except (OSError, UnreadableFileError) as error:
         raise ConfigError(f"{subject} {why(error)}; give the path of a YAML file in UTF-8") from None
-
-
-def _validated(tree: Node, model: type[T]) -> T:
-    """Validate strictly; a word is read as another type only where pydantic has refused the one that it looks like.
-
-    `1e6` looks like a number and `no` like text, but an integer field takes the first as 1,000,000, a text field takes
-    both as they were typed, and a truth value takes the second as false.
-    """
-    readings: dict[tuple[int | str, ...], Callable[[Any], Any]] = {}
-    tried: set[tuple[Any, ...]] = set()
-    while True:
-        try:
-            return model.model_validate(_values(tree, readings), strict=True, context={"strict": True})
-        except ValidationError as error:
-            mistakes = messages.located(error.errors(include_url=False), tree)
-        untried = [m for m in mistakes if (m.path, m.detail["type"]) not in tried]
-        tried |= {(m.path, m.detail["type"]) for m in untried}
-        found = {m.path: reading for m in untried if (reading := _reading(m, tree, model)) is not None}
-        if not found:
-            raise ConfigError("\n".join(messages.sentences(mistakes, tree, model)))
-        readings |= found
-
-
-def _values(node: Node, readings: Mapping[Any, Callable[[Any], Any]], path: tuple[int | str, ...] = ()) -> Any:
-    """Return plain Python values, each read as the readings have it."""
-    if isinstance(node.value, dict):
-        return {key: _values(inner, readings, (*path, key)) for key, inner in node.value.items()}
-    if isinstance(node.value, list):
-        found: Any = [_values(inner, readings, (*path, index)) for index, inner in enumerate(node.value)]
-    else:
-        found = node.value if node.is_quoted else scalars.as_anything(node.value)
-    return readings[path](found) if path in readings else found
-
-
-def _reading(mistake: messages.Mistake, tree: Node, model: type[Section]) -> Callable[[Any], Any] | None:
-    """Return how to read a value that pydantic refused as the type that it wants, or None if it cannot be."""
-    kind, node = mistake.detail["type"], mistake.node
-    if node is None or isinstance(node.value, dict):
-        return None
-    if isinstance(node.value, list):
-        return {"tuple_type": tuple, "set_type": set, "frozen_set_type": frozenset}.get(kind)
-    value: Any = None
-    if kind == "model_type" and node.is_null:
-        value = {}
-    elif node.is_null:
-        return None
-    elif kind in ("string_type", "literal_error", "model_type"):
-        value = node.value
-    elif kind == "int_type" and not node.is_quoted:
-        value = scalars.as_integer(node.value)
-    elif kind == "bool_type" and not node.is_quoted:
-        value = scalars.as_truth(node.value)
-    elif kind == "is_instance_of":  # a path, or a member of an enumeration
-        value = _instance(node.value, schema.kinds_at(model, mistake.path, tree))
-    return None if value is None else lambda _: value
-
-
-def _instance(text: str, kinds: Sequence[Any]) -> Any:
-    for kind in kinds:
-        with contextlib.suppress(ValidationError):
-            return TypeAdapter(kind).validate_python(text)
-    return None
 
 
 class _Dumper(yaml.SafeDumper):

@@ -147,7 +147,7 @@ class Family:
         """Validate by the member's class and write out all of its keys; called by pydantic."""
 
         def read(data: Any, _: Any, info: ValidationInfo) -> Any:
-            return data if isinstance(data, source) else self._read(source, data, info.context)
+            return self._read(source, data, info.context)
 
         return core_schema.with_info_wrap_validator_function(
             read, handler(source), serialization=core_schema.simple_ser_schema("any")
@@ -159,6 +159,10 @@ class Family:
 
     def _read(self, shared: type[S], data: Any, context: Any) -> S:
         """Return `data` as the class of the member it names, or raise pydantic's errors with their places."""
+        if isinstance(data, shared):
+            if isinstance(data, self.section(shared, getattr(data, self.key))):
+                return data
+            data = data.model_dump(exclude_unset=True, by_alias=True)  # built without the member's own keys
         is_strict = bool(isinstance(context, Mapping) and context.get("strict"))
         default = shared.model_fields[self.key].default
         name = data.get(self.key, default) if isinstance(data, Mapping) else None

@@ -25,7 +25,9 @@ def test_the_page_is_current():
 
 
 def test_every_key_is_on_the_page_and_explained():
-    assert {key.name for key in KEYS if "[]" not in key.name and ": " not in key.name} == set(schema.dotted_keys(RunConfig))
+    assert {key.name for key in KEYS if "[]" not in key.name and ": " not in key.name} == set(
+        schema.dotted_keys(RunConfig)
+    )
     assert {"data.train[].path", "data.train[].weight"} < {key.name for key in KEYS}
     assert [key.name for key in KEYS if not key.meaning] == []
 

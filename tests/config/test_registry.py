@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from megadiff.config import registry
-from megadiff.config.load import dump_config
+from megadiff.config.load import dump_config, load_config
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
 
@@ -201,3 +201,92 @@ def test_the_members_of_a_family_that_can_be_imported_here(noises, run):
     found = dict(registry.Family(noises, key="process").sections(Noise))
     assert list(found) == ["masked", "uniform"]
     assert list(found["uniform"].model_fields) == ["process", "floor", "shift", "kind"]
+
+
+def test_a_section_built_without_its_member_is_completed_or_refused(run):
+    assert type(run(noise=Noise(process="masked")).noise) is Noise
+    with pytest.raises(ValidationError, match=r"noise\.kind\n  Field required"):
+        run(noise=Noise(process="uniform"))
+
+
+DESCRIPTION = """\
+noise:
+  process: uniform
+  kind: 1e5
+hooks:
+- name: noises_for_test.uniform
+  kind: no
+  shift: 1
+- name: masked
+"""
+
+
+@pytest.fixture
+def load(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def loads(text, *overrides):
+        (tmp_path / "a.yaml").write_text(text)
+        return load_config("a.yaml", overrides, run)
+
+    return loads
+
+
+def test_members_are_read_from_yaml_and_written_back(load):
+    config = load(DESCRIPTION, "noise.shift=1e0", "hooks.1.every=1e1")
+    assert config.noise.model_dump() == {"process": "uniform", "floor": -5.0, "shift": 1.0, "kind": "1e5"}
+    assert config.hooks[0].model_dump() == {
+        "name": "noises_for_test.uniform", "every": 1, "shift": 1.0, "kind": "no", "floor": -5.0
+    }  # fmt: skip
+    assert config.hooks[1].model_dump() == {"name": "masked", "every": 10}
+    assert load(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("noise.shift=much", "command line: `noise.shift` wants a number, found `much`"),
+        ("noise.shift=11", "command line: `noise.shift` must be less than or equal to 10, found `11`"),
+        ("noise.shift='1'", "command line: `noise.shift` wants a number, found the quoted text '1'"),
+        ("noise.floor=true", "command line: `noise.floor` wants a number, found `true`"),
+        ("noise.kind=", "command line: `noise.kind` wants text, found nothing (null)"),
+        (
+            "noise.shfit=1",
+            "command line: unknown key `noise.shfit`; did you mean `shift`? keys here: process, floor, shift, kind",
+        ),
+        (
+            "noise.floor=-13",
+            "a.yaml:1 (with floor from the command line): `noise`: a floor of -13 is unlucky",
+        ),
+        (
+            "hooks.1.shift=2",
+            "command line: unknown key `hooks.1.shift`, a key of uniform; keys here: name, every",
+        ),
+        ("hooks.0.every=0", "command line: `hooks.0.every` must be greater than 0, found `0`"),
+        ("hooks.2.every=1", "command line: missing required key `hooks.2.name`, which wants text"),
+        (
+            "noise.process=unifrm",
+            "command line: `noise.process`: unknown name `unifrm` in noises_for_test; did you mean `uniform`? "
+            "names in noises_for_test: masked, rare, uniform, wrong",
+        ),
+        (
+            "hooks.0.name=no_such_pkg.x",
+            "command line: `hooks.0.name`: the module `no_such_pkg.x` cannot be found: no package `no_such_pkg` is "
+            "installed or on PYTHONPATH",
+        ),
+        ("noise=3", "command line: `noise` wants a mapping of keys, found `3`"),
+    ],
+)
+def test_a_mistake_in_a_members_keys_has_its_place(load, override, sentence):
+    with pytest.raises(ConfigError) as caught:
+        load(DESCRIPTION, override)
+    assert str(caught.value) == sentence
+
+
+def test_a_key_left_out_of_a_member_has_the_place_of_its_section(load):
+    with pytest.raises(ConfigError) as caught:
+        load("noise:\n  process: uniform\n  shift: x\n")
+    assert str(caught.value).splitlines() == [
+        "a.yaml:1: missing required key `noise.kind`, which wants text",
+        "a.yaml:3: `noise.shift` wants a number, found `x`",
+    ]
