@@ -127,12 +127,15 @@ def _section(name: str, kind: Any, default: Section | None) -> Iterator[Key]:
     assert shared is not None
     above = list(keys(shared, f"{name}.", default))
     yield Key(name, "a section", "", "", _joined(shared.__doc__), is_section=True)
+    if family is None:
+        yield from above
+        return
     for key in above:
-        is_name = family is not None and key.name == f"{name}.{family.key}"
+        is_name = key.name == f"{name}.{family.key}"
         yield replace(key, takes=f"text: {', '.join(family.names())}, or a dotted path") if is_name else key
-    for member, section in schema.members_of(kind):
+    for member, section in family.sections(shared):
         own = [key for key in keys(section, f"{name}.", default) if key not in above]
-        if own and family is not None:
+        if own:
             yield Key(f"{name}.{family.key}: {member}", "a member", "", "", _joined(section.__doc__), is_section=True)
             yield from own
 

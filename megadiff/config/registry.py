@@ -77,12 +77,13 @@ def member(package: str, name: str) -> ModuleType:
     if "." in name:
         return _outside(package, name)
     known = names(package)
-    kind = package.rpartition(".")[2]
     if name not in known:
         hint = did_you_mean(name, known)
-        end = " " if hint else "; "
         listed = ", ".join(known) if known else "none"
-        raise ConfigError(f"unknown name `{name}` in {package}{hint}{end}names in {kind}: {listed}")
+        raise ConfigError(
+            f"unknown name `{name}`{hint}{' ' if hint else '; '}{package} has: {listed}; a module of your own is given "
+            "by its dotted path"
+        )
     return _imported(f"{package}.{name}", f"`{name}` in {package}")
 
 
@@ -185,9 +186,10 @@ def _joined(shared: type[S], settings: type[Section]) -> type[S]:
     """Return one class with the fields and validators of both, those of the member first."""
     if issubclass(settings, shared):
         return cast("type[S]", settings)
-    return create_model(
+    joined: Any = create_model(
         shared.__name__, __base__=(settings, shared), __module__=settings.__module__, __doc__=settings.__doc__
     )
+    return joined
 
 
 def _keys(section: type[Section]) -> set[str]:

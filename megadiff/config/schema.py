@@ -108,19 +108,27 @@ def _wanted(kind: Any) -> str:
     return "a mapping of keys" if is_mapping else _WORDS.get(kind, "another value")
 
 
-def dotted_keys(model: type[Section], above: str = "") -> list[str]:
-    """Return every key of the tree below a section, dotted: `name`, `model.layers`, and those of all members."""
-    return list(dict.fromkeys(above + key for key, _ in fields_below(model)))
+def dotted_keys(section: type[Section] | Section, above: str = "") -> list[str]:
+    """Return every key of the tree below a section, dotted: `name`, `model.layers`, ...
+
+    Keys of a family are those of all members in the package; below a configuration that has been read, instead of its
+    class, they are those of the members it names, wherever these come from.
+    """
+    model = section if isinstance(section, type) else type(section)
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        key = above + (field.alias or name)
+        value = None if isinstance(section, type) else getattr(section, name)
+        below = [value] if isinstance(value, Section) else _sections_below(field)
+        found += [key, *(inner for each in below for inner in dotted_keys(each, f"{key}."))]
+    return list(dict.fromkeys(found))
 
 
-def fields_below(model: type[Section], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every dotted key below a section with its field; the keys of all members of a family in turn."""
-    for key, field in keys_of(model).items():
-        yield above + key, field
-        for kind in alternatives(annotation_of(field)):
-            if (section := section_of(kind)) is not None:
-                for _, member in members_of(kind) or [("", section)]:
-                    yield from fields_below(member, f"{above}{key}.")
+def _sections_below(field: FieldInfo) -> Iterator[type[Section]]:
+    for kind in alternatives(annotation_of(field)):
+        if (section := section_of(kind)) is not None:
+            yield section
+            yield from (member for _, member in members_of(kind))
 
 
 def members_of(kind: Any) -> list[tuple[str, type[Section]]]:
