@@ -59,8 +59,8 @@ def sentences(mistakes: Sequence[Mistake], root: Node, model: type[Section]) -> 
     for mistake in _of_closest_alternatives(mistakes):
         if mistake.path not in by_path or by_path[mistake.path].is_about_type:
             by_path[mistake.path] = mistake
-    found = [(m.node or m.parent, sentence) for m in by_path.values() for sentence in _sentences(m, root, model)]
-    found.sort(key=lambda pair: (pair[0].place == COMMAND_LINE, pair[0].place.source, pair[0].place.line or 0))
+    found = [((m.node or m.parent).place, _sentence(m, root, model)) for m in by_path.values()]
+    found.sort(key=lambda pair: (pair[0] == COMMAND_LINE, pair[0].source, pair[0].line or 0))
     return [sentence for _, sentence in found]
 
 
@@ -96,20 +96,20 @@ def _of_closest_alternatives(mistakes: Sequence[Mistake]) -> list[Mistake]:
     return kept
 
 
-def _sentences(mistake: Mistake, root: Node, model: type[Section]) -> list[str]:
+def _sentence(mistake: Mistake, root: Node, model: type[Section]) -> str:
     kind, node = mistake.detail["type"], mistake.node
     if node is None:
         return _missing(mistake, root, model)
     if kind == "extra_forbidden":
-        return [_unknown(mistake, root, model)]
+        return _unknown(mistake, root, model)
+    if mistake.is_about_type:
+        return _wrong_type(mistake, node, schema.kinds_at(model, mistake.path, root))
     own = mistake.detail.get("ctx", {}).get("error")
     text = str(own) if own is not None else mistake.detail["msg"]
-    if mistake.is_about_type:
-        return [_wrong_type(mistake, node, schema.kinds_at(model, mistake.path, root))]
     rule = _RULE.fullmatch(text)
     if own is None and rule is not None:
-        return [f"{node.place}: `{mistake.key}` must {rule[1]}, found {node}"]
-    return [f"{node.place}{_changed(node)}: {f'`{mistake.key}`: ' if mistake.path else ''}{text}"]
+        return f"{node.place}: `{mistake.key}` must {rule[1]}, found {node}"
+    return f"{node.place}{_changed(node)}: {f'`{mistake.key}`: ' if mistake.path else ''}{text}"
 
 
 def _changed(node: Node) -> str:
@@ -120,27 +120,14 @@ def _changed(node: Node) -> str:
     return f" (with {', '.join(changed)} from the {COMMAND_LINE})" if changed else ""
 
 
-def _missing(mistake: Mistake, root: Node, model: type[Section]) -> list[str]:
-    """Return a sentence for each required key of what is missing, which may be a whole section."""
+def _missing(mistake: Mistake, root: Node, model: type[Section]) -> str:
+    """Return the sentence about a required key, or about a list with too few items."""
     if isinstance(mistake.parent.value, list):
         kinds = schema.kinds_at(model, mistake.path[:-1], root)
         count, key = max(len(get_args(kind)) for kind in kinds), ".".join(map(str, mistake.path[:-1]))
-        return [f"{mistake.parent.place}: `{key}` wants {count} items, found {len(mistake.parent.value)}"]
-    found = _required(mistake.key, schema.kinds_at(model, mistake.path, root))
-    return [f"{mistake.parent.place}: missing required key `{key}`, which wants {words}" for key, words in found]
-
-
-def _required(key: str, kinds: Sequence[Any]) -> list[tuple[str, str]]:
-    """Return the required keys of a section, or the key itself, with what each wants."""
-    section = schema.section_of(kinds[0]) if len(kinds) == 1 else None
-    fields = schema.keys_of(section) if section is not None else {}
-    below = [
-        pair
-        for name, field in fields.items()
-        if field.is_required()
-        for pair in _required(f"{key}.{name}", schema.alternatives(schema.annotation_of(field)))
-    ]
-    return below or [(key, schema.wanted(kinds))]
+        return f"{mistake.parent.place}: `{key}` wants {count} items, found {len(mistake.parent.value)}"
+    words = schema.wanted(schema.kinds_at(model, mistake.path, root))
+    return f"{mistake.parent.place}: missing required key `{mistake.key}`, which wants {words}"
 
 
 def _wrong_type(mistake: Mistake, node: Node, kinds: Sequence[Any]) -> str:

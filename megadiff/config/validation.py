@@ -35,12 +35,30 @@ def validated(tree: Node, model: type[T]) -> T:
             return model.model_validate(_values(tree, readings), strict=True, context={"strict": True})
         except ValidationError as error:
             mistakes = messages.located(error.errors(include_url=False), tree)
+        broken = {m.path for m in mistakes if not m.is_about_type}  # of a right type for one alternative of a union
         untried = [m for m in mistakes if (m.path, m.detail["type"]) not in tried]
         tried |= {(m.path, m.detail["type"]) for m in untried}
-        found = {m.path: reading for m in untried if (reading := _reading(m, tree, model)) is not None}
-        if not found:
+        found = {
+            m.path: reading
+            for m in untried
+            if not (m.detail["type"] == "literal_error" and m.path in broken)
+            if (reading := _reading(m, tree, model)) is not None
+        }
+        is_filled = any([_filled(m, tree, model) for m in untried])
+        if not found and not is_filled:
             raise ConfigError("\n".join(messages.sentences(mistakes, tree, model)))
         readings |= found
+
+
+def _filled(mistake: messages.Mistake, tree: Node, model: type[Section]) -> bool:
+    """Put an empty mapping in the place of a missing section, whose own keys are then found missing or good."""
+    kinds = schema.kinds_at(model, mistake.path, tree)
+    if mistake.node is not None or mistake.alternative is not None or not isinstance(mistake.parent.value, dict):
+        return False
+    is_section = len(kinds) == 1 and schema.section_of(kinds[0]) is not None
+    if is_section:
+        mistake.parent.value[str(mistake.path[-1])] = Node({}, mistake.parent.place)
+    return is_section
 
 
 def _values(node: Node, readings: Mapping[Any, Callable[[Any], Any]], path: tuple[int | str, ...] = ()) -> Any:
