@@ -21,14 +21,18 @@ _MAX_SUGGESTIONS = 6
 """Largest number of keys of another trainer's section that a sentence translates."""
 
 
+Path = tuple[int | str, ...]
+"""Keys and indices from the root of the tree."""
+
+
 @dataclass(frozen=True)
 class Mistake:
     """One of pydantic's errors with its place in the tree."""
 
     detail: Any
     """Entry of `ValidationError.errors()`."""
-    path: tuple[int | str, ...]
-    """Keys and indices from the root, without pydantic's names of alternatives."""
+    path: Path
+    """Place of the value, without pydantic's names of alternatives."""
     node: Node | None
     """Value at the path; None for a missing key."""
     parent: Node
@@ -37,10 +41,14 @@ class Mistake:
     """Depth and name of the alternative of a union that was tried; None outside unions."""
 
     @property
+    def kind(self) -> str:
+        """Pydantic's name of the error, such as `int_type`."""
+        return self.detail["type"]
+
+    @property
     def is_about_type(self) -> bool:
         """Whether the value has another type than the field, not one that breaks a rule."""
-        kind: str = self.detail["type"]
-        return kind.endswith(("_type", "_parsing")) or kind in ("literal_error", "enum", "is_instance_of")
+        return self.kind.endswith(("_type", "_parsing")) or self.kind in ("literal_error", "enum", "is_instance_of")
 
     @property
     def key(self) -> str:
@@ -55,7 +63,7 @@ def located(errors: Sequence[Any], root: Node) -> list[Mistake]:
 
 def sentences(mistakes: Sequence[Mistake], root: Node, model: type[Section]) -> list[str]:
     """Return one sentence for each value that is wrong, files first, in the order of their lines."""
-    by_path: dict[tuple[int | str, ...], Mistake] = {}
+    by_path: dict[Path, Mistake] = {}
     for mistake in _of_closest_alternatives(mistakes):
         if mistake.path not in by_path or by_path[mistake.path].is_about_type:
             by_path[mistake.path] = mistake
@@ -97,7 +105,7 @@ def _of_closest_alternatives(mistakes: Sequence[Mistake]) -> list[Mistake]:
 
 
 def _sentence(mistake: Mistake, root: Node, model: type[Section]) -> str:
-    kind, node = mistake.detail["type"], mistake.node
+    kind, node = mistake.kind, mistake.node
     if node is None:
         return _missing(mistake, root, model)
     if kind == "extra_forbidden":

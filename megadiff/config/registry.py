@@ -213,3 +213,6 @@ def _imported(module: str, subject: str) -> ModuleType:
         if module == missing or module.startswith(f"{missing}."):
             raise ConfigError(f"{subject} cannot be found: no module `{missing}`") from None
         raise ConfigError(f"{subject} needs `{missing}`, which is not installed") from error
+    except Exception as error:  # as user code may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{subject} fails on import ({reason}); `python -c 'import {module}'` shows where") from error

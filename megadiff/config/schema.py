@@ -45,7 +45,8 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 
 def family_of(kind: Any) -> Family | None:
     """Return the family that a section belongs to, or None."""
-    return next((extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Family)), None)
+    extras = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    return next((extra for extra in extras if isinstance(extra, Family)), None)
 
 
 def section_of(kind: Any, node: Node | None = None) -> type[Section] | None:

@@ -93,6 +93,13 @@ def test_members_and_their_own_keys_are_listed(with_family):
     ]
 
 
+def test_the_json_schema_leaves_the_keys_of_members_open(with_family):
+    schema = reference.json_schema(with_family)
+    assert list(schema["properties"]) == ["base", "noise"]
+    assert schema["properties"]["noise"]["type"] == "object"
+    assert "additionalProperties" not in schema["properties"]["noise"]
+
+
 def test_the_command_prints_the_keys_that_begin_so():
     ended = call_forked("pretrain_dlm.py", "--keys", "optimizer.beta")
     assert ended.code == 0

@@ -59,6 +59,11 @@ def test_a_dotted_name_is_a_module_from_outside(noises):
         ("_shared", f"unknown name `_shared`; {LISTED}"),
         ("rare", "`rare` in noises_for_test needs `a_library_nobody_has`, which is not installed"),
         (
+            "noises_for_test._shared",
+            "the module `noises_for_test._shared` fails on import (RuntimeError: a helper is not a member); "
+            "`python -c 'import noises_for_test._shared'` shows where",
+        ),
+        (
             "no_such_pkg.x",
             "the module `no_such_pkg.x` cannot be found: no package `no_such_pkg` is installed or on PYTHONPATH",
         ),
