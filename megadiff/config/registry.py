@@ -160,25 +160,29 @@ class Family:
 
     def _read(self, shared: type[S], data: Any, context: Any) -> S:
         """Return `data` as the class of the member it names, or raise pydantic's errors with their places."""
+        is_strict = bool(isinstance(context, Mapping) and context.get("strict")) or None
         if isinstance(data, shared):
-            if isinstance(data, self.section(shared, getattr(data, self.key))):
+            if isinstance(data, self._section(shared, getattr(data, self.key))):
                 return data
             data = data.model_dump(exclude_unset=True, by_alias=True)  # built without the member's own keys
-        is_strict = bool(isinstance(context, Mapping) and context.get("strict"))
-        default = shared.model_fields[self.key].default
-        name = data.get(self.key, default) if isinstance(data, Mapping) else None
-        section = shared
+        name = data.get(self.key, shared.model_fields[self.key].default) if isinstance(data, Mapping) else None
         if isinstance(name, str):
-            try:
-                section = self.section(shared, name)
-            except ConfigError as error:
-                reason = PydanticCustomError("member", "{reason}", {"reason": str(error)})
-                raise ValidationError.from_exception_data(
-                    shared.__name__, [{"type": reason, "loc": (self.key,), "input": name}]
-                ) from None
-        elif isinstance(data, Mapping):  # without a member, only the shared keys can be judged
-            data = {key: value for key, value in data.items() if key in _keys(shared)}
-        return section.model_validate(data, strict=is_strict or None, context=context)
+            return self._section(shared, name).model_validate(data, strict=is_strict, context=context)
+        if not isinstance(data, Mapping):  # a word, perhaps, for which the section has a validator
+            return self._read(shared, shared.model_validate(data, strict=is_strict, context=context), context)
+        known = {key: value for key, value in data.items() if key in _keys(shared)}
+        named = shared.model_validate(known, strict=is_strict, context=context)  # refuses, or replaces null, say
+        return self._read(shared, {**data, self.key: str(getattr(named, self.key))}, context)
+
+    def _section(self, shared: type[S], name: str) -> type[S]:
+        """Return a member's class, or raise a pydantic error at the key that names the member."""
+        try:
+            return self.section(shared, name)
+        except ConfigError as error:
+            reason = PydanticCustomError("member", "{reason}", {"reason": str(error)})
+            raise ValidationError.from_exception_data(
+                shared.__name__, [{"type": reason, "loc": (self.key,), "input": name}]
+            ) from None
 
 
 @functools.cache

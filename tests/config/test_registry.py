@@ -215,6 +215,27 @@ def test_a_section_built_without_its_member_is_completed_or_refused(run):
         run(noise=Noise(process="uniform"))
 
 
+def test_the_section_s_own_validators_may_give_the_name(noises, run):
+    class Short(Noise):
+        @model_validator(mode="before")
+        @classmethod
+        def _from_word_or_null(cls, data):
+            if isinstance(data, str):
+                return {"process": data, "floor": -2}
+            return {key: value for key, value in data.items() if value is not None}
+
+    processes = registry.Family(noises, key="process")
+
+    class Outer(Section):
+        noise: Annotated[Short, processes]
+
+    assert Outer.model_validate({"noise": "masked"}).noise == Short(process="masked", floor=-2)
+    assert refusals(Outer, {"noise": "uniform"}) == {"noise.kind": "Field required"}
+    assert set(refusals(Outer, {"noise": "gone"})) == {"noise.process"}
+    assert Outer.model_validate({"noise": {"process": None, "floor": -3}}).noise == Short(floor=-3)
+    assert set(refusals(Outer, {"noise": {"process": None, "shift": 1}})) == {"noise.shift"}
+
+
 DESCRIPTION = """\
 noise:
   process: uniform
