@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from megadiff.errors import run_command
 from megadiff.supervision.launcher import end_with_launcher
 
 _EPILOG = """examples:
   python pretrain_dlm.py --config examples/demo.yaml --check --ranks 8
+  python pretrain_dlm.py --keys noise
   torchrun --nproc-per-node 8 pretrain_dlm.py --config examples/demo.yaml noise.shift=masked schedule.steps=500
 
 Run the same command again after an interruption: it goes on from the run folder's last complete checkpoint.
 """
+
+
+class _PrintKeys(argparse.Action):
+    """Print the reference of the configuration's keys and exit, as `--help` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, prefix: Any, __: str | None = None) -> None:
+        from megadiff.config.reference import plain_text
+        from megadiff.run_config import RunConfig
+
+        print(plain_text(RunConfig, prefix))  # noqa: T201  this was asked for
+        parser.exit()
 
 
 def main() -> None:
@@ -23,6 +37,14 @@ def main() -> None:
 
     parser = SettingsParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="PREFIX",
+        action=_PrintKeys,
+        help="print all configuration keys, or those that begin with PREFIX, and exit",
+    )
     parser.add_argument("--check", action="store_true", help="resolve, print the derived numbers, and exit")
     parser.add_argument(
         "--ranks",

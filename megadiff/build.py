@@ -87,7 +87,7 @@ def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption
     if ranks is not None and ranks < 1:
         raise ConfigError(f"--ranks must be at least 1, got {ranks}")
     resumption = resumption or Resumption()
-    resumption.check()
+    resumption.check(config)
     world_size, remarks = ranks_to_check(config, ranks, launched=launched_world_size())
     try:
         prepared = prepare(config, world_size=world_size)
@@ -117,7 +117,7 @@ def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: fl
     end_with_launcher()
     log_to_console()
     if resumption is not None:
-        resumption.check()
+        resumption.check(config)
     platform = machine_for(config)
     world_size = world_size_from_environment()
     prepared = prepare(config, world_size=world_size)

@@ -24,8 +24,8 @@ from megadiff.checkpoint.manifest import (
     check_same_run,
     read_manifest,
 )
-from megadiff.config.field_types import dotted_keys
-from megadiff.config.refusals import did_you_mean
+from megadiff.config.schema import dotted_keys
+from megadiff.config.suggestions import did_you_mean
 from megadiff.data.config import DataConfig
 from megadiff.data.mixture import Mixture, next_mixture
 from megadiff.data.open import open_data
@@ -52,13 +52,16 @@ class Resumption:
     allow_data: bool = False
     """Whether the training data may differ."""
 
-    def check(self) -> None:
+    def check(self, config: RunConfig) -> None:
         """Refuse allowed keys that no run description has, or whose change no run survives.
+
+        Args:
+            config: this run's, which may name members of its own with their keys.
 
         Raises:
             ConfigError: the first such key, with the nearest that there is.
         """
-        known = set(dotted_keys(RunConfig))
+        known = {*dotted_keys(RunConfig), *dotted_keys(config)}
         for key in self.allowed:
             if key not in known:
                 raise ConfigError(f"--allow-change {key}: a run description has no such key{did_you_mean(key, known)}")

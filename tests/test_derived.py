@@ -90,7 +90,7 @@ def test_a_key_that_no_description_has_cannot_be_allowed_to_change(tensor_2, key
         build.check(tensor_2, ranks=4, resumption=Resumption(allowed=[key]))
     assert str(refused.value) == f"--allow-change {key}: a run description has no such key; did you mean `{hint}`?"
     for known in ("noise.p_uniform", "batch.micro_sequences", "seed", "noise"):
-        Resumption(allowed=[known]).check()
+        Resumption(allowed=[known]).check(tensor_2)
 
 
 def built_groups(config):

@@ -46,7 +46,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megadiff.config import family
+from megadiff.config import registry
 from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.diffusion.mixing import mixing_from
@@ -207,7 +207,7 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
     """`STEPS` optimizer steps on one batch, and what they did."""
     mixing = mixing_from(config.noise, vocab_size=VOCAB, mask_id=MASK)
     rows = noise_rows(_walks(), seed=0, sample_index=np.arange(ROWS), mixing=mixing, stratified=True, global_batch=ROWS)
-    optimizer = family.member(MEMBERS, config.optimizer.name).build(list(groups.values()), config.optimizer)
+    optimizer = registry.member(MEMBERS, config.optimizer.name).build(list(groups.values()), config.optimizer)
     begin = {role: [p.detach().clone() for p in group["params"]] for role, group in groups.items()}
     found: dict[str, float] = {}
     start: dict[str, list[Tensor]] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, Manifest, read_manifest
 from megadiff.checkpoint.path_kinds import no_checkpoint, what_it_is
-from megadiff.config.refusals import similar_path
+from megadiff.config.suggestions import similar_path
 from megadiff.errors import CheckpointError, StorageError
 from megadiff.files import sync
 from megadiff.supervision.status import read_status

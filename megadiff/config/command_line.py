@@ -1,4 +1,4 @@
-"""Command lines that carry `key=value` settings beside their options, and the sentences for those that almost do."""
+"""Command lines with `key=value` settings beside their options, and messages about settings written another way."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from megadiff.config.field_types import dotted_keys
+from megadiff.config.nodes import COMMAND_LINE
 from megadiff.config.other_names import answer_elsewhere, key_elsewhere
+from megadiff.config.schema import dotted_keys
 from megadiff.config.section import Section
-from megadiff.config.tree import COMMAND_LINE
 from megadiff.errors import ConfigError
 
 _WRONG_VALUE = re.compile(r"argument (?P<option>.*?): invalid (?P<type>float|int|_\w+) value: (?P<found>.*)", re.DOTALL)
-"""Words of argparse for a value that its type could not read; types of our own begin with `_` and read integers."""
+"""Argparse's message for a value that its type could not read; names that begin with `_` are types of integers."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence in a `ConfigError`, without the usage text.
+    """An argument parser that raises a `ConfigError` of one sentence in place of printing the usage text.
 
     Descriptions and epilogs are shown as they are written.
 
     Args:
-        keywords: those of `argparse.ArgumentParser`.
+        keywords: keyword arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, **keywords: Any) -> None:
@@ -48,11 +48,11 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class SettingsParser(CommandParser):
-    """A parser of options beside `key=value` settings.
+    """A parser of options and `key=value` settings.
 
     Args:
         settings_help: help of the positional argument, which is `overrides` in the result.
-        keywords: those of `argparse.ArgumentParser`.
+        keywords: keyword arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, *, settings_help: str = "settings over the file's", **keywords: Any) -> None:
@@ -60,14 +60,14 @@ class SettingsParser(CommandParser):
         self.add_argument("overrides", nargs="*", metavar="key=value", help=settings_help)
 
     def parse_with_settings(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse a command line whose settings may stand anywhere.
+        """Parse a command line with its settings at any place.
 
         Args:
-            argv: the words after the command; those of this process unless given.
+            argv: the words after the command (default: those of this process).
 
         Returns:
-            The arguments. `unknown` lists the options that are none of this parser's, each with the word that followed
-            it where that is no option and no setting; give it to `refuse_unknown`.
+            The arguments. `unknown` lists the options that this parser does not have, each with the word after it where
+            that is neither an option nor a setting; pass the arguments to `refuse_unknown`.
 
         Raises:
             ConfigError: an option lacks its value or has a wrong one, or a required one is missing.
@@ -80,10 +80,10 @@ class SettingsParser(CommandParser):
 
 
 def refuse_unknown(arguments: argparse.Namespace, model: type[Section]) -> None:
-    """Refuse the options that a command does not have, in terms of its options and of the settings of `model`.
+    """Refuse the options that a command does not have, and suggest its options or settings of `model` in their place.
 
     Raises:
-        ConfigError: there is one; the sentence shows how to write the setting that was meant.
+        ConfigError: there is at least one; a line for each shows how to write what was probably meant.
     """
     if arguments.unknown:
         raise ConfigError("\n".join(_about(words, arguments.options, model) for words in arguments.unknown))
@@ -114,10 +114,10 @@ def similar_key(name: str, model: type[Section]) -> str | None:
 
 
 def setting_without_equals(overrides: Sequence[str]) -> str | None:
-    """Return how settings typed as `key value`, `key = value` or `key: value` are written, or None if none is.
+    """Return a message about a setting typed as `key value`, `key = value` or `key: value`, or None if none is.
 
     Args:
-        overrides: the words of the command line that should each be `key=value`.
+        overrides: the words of the command line, each of which should be `key=value`.
     """
     for place, word in enumerate(overrides):
         after = list(overrides[place + 1 : place + 3])

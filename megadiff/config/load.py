@@ -1,7 +1,7 @@
-"""A run description: YAML files and command-line overrides -> a frozen, typed tree, or a clear sentence per mistake.
+"""A run description: YAML files and command-line overrides as one frozen, typed tree, or a sentence for each mistake.
 
-Precedence: defaults < `base:` files in the order given < the file itself < `key.sub=value` overrides. Mappings merge
-key by key at every depth; lists are replaced whole.
+Precedence: defaults < `base:` files in the order given < the file itself < `key.sub=value` overrides. Mappings are
+merged key by key at every depth; lists are replaced whole. The types and bounds of all keys are pydantic's business.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 from megadiff.config import scalars
 from megadiff.config.command_line import setting_without_equals
-from megadiff.config.overrides import apply_override
-from megadiff.config.refusals import similar_path
+from megadiff.config.nodes import COMMAND_LINE, Node, Place, merge, parse_yaml
 from megadiff.config.section import Section
-from megadiff.config.tree import COMMAND_LINE, Group, Items, Place, Scalar, Tree, found, merge
-from megadiff.config.typed import Reader
-from megadiff.config.yaml_text import parse_yaml
+from megadiff.config.suggestions import similar_path
+from megadiff.config.validation import validated
 from megadiff.errors import ConfigError
 from megadiff.untrusted_files import UnreadableFileError, read_text, why
 
@@ -30,115 +29,148 @@ MAX_BYTES = 1_000_000
 
 
 def load_config(path: str | Path, overrides: Sequence[str], model: type[T]) -> T:
-    """Read the run description at `path`, lay the overrides upon it and check it as `model`.
+    """Read the run description at `path`, lay the overrides upon it and validate it as `model`.
 
-    A number is read as the field's type wants it (`1e22`, `3e-4`, `1_000`, and `1e6` for an integer); a text field
-    keeps what was typed (`no`, `12:30`). A key under `base:` is a path, or a list of paths, relative to the file it
-    stands in.
+    A number is read as the type of its field wants it (`1e22`, `3e-4`, `1_000`, and `1e6` for an integer); a text
+    field keeps what was typed (`no`, `12:30`). A key `base:` holds a path, or a list of paths, relative to the file in
+    which it is written.
 
     Raises:
         ConfigError: all mistakes found, a line each, each with its file and line or `command line`.
     """
-    path = Path(path)
-    tree: Tree = _Files().tree(path, Place(str(path)), named_by=None)
+    tree = _Files().tree(Path(path), named_by=None)
     if (written := setting_without_equals(overrides)) is not None:
         raise ConfigError(f"{COMMAND_LINE}: {written}")
     for override in overrides:
         tree = apply_override(tree, override)
-    if not isinstance(tree, Group):
-        raise ConfigError(f"{tree.place}: the top level must be a mapping of keys, found {found(tree)}")
-    reader = Reader(model)
-    config = reader.section(model, tree, "")
-    if not isinstance(config, model):
-        raise ConfigError("\n".join(reader.problems))
-    return config
+    return validated(tree, model)
 
 
 def dump_config(config: Section) -> str:
-    """The whole resolved tree as YAML in the order of its fields; `load_config` gives back an equal tree."""
+    """Return the whole resolved tree as YAML in the order of its fields; `load_config` reads an equal tree from it."""
+    return _yaml(config.model_dump(mode="json", by_alias=True), is_flow=False)
+
+
+def dump_value(value: Any) -> str:
+    """Return one value as YAML on a single line."""
+    return _yaml(to_jsonable_python(value), is_flow=True).removesuffix("...\n").strip()
+
+
+def _yaml(values: Any, *, is_flow: bool) -> str:
     return yaml.dump(
-        config.model_dump(mode="json", by_alias=True),
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        width=10_000,
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=is_flow
     )
 
 
-def json_schema(model: type[Section]) -> dict[str, Any]:
-    """The JSON schema editors check a run description against, `base` included."""
-    schema = model.model_json_schema(by_alias=True)
-    base = {"type": "string", "description": "A run description this one builds upon, relative to this file."}
-    either = {"anyOf": [base, {"type": "array", "items": {"type": "string"}}]}
-    schema["properties"] = {"base": either, **schema.get("properties", {})}
-    return schema
+def apply_override(tree: Node, override: str) -> Node:
+    """Return the tree with `key.sub=value` laid upon it.
+
+    The value is a plain word (`noise.shift=masked`), something in quotes, a flow list or mapping (`a.b=[1, 2]`), or
+    nothing, which is null. A number in the path counts from 0 in a list: `data.train.0.path=x`; the number after the
+    last item adds one.
+
+    Raises:
+        ConfigError: the override has another form, or names a list item that does not exist.
+    """
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path) or key.strip().startswith("-"):
+        raise ConfigError(f"{COMMAND_LINE}: `{override}` is not of the form key.sub=value")
+    return _placed(tree, path, _override_value(text.strip(), key.strip()), above="")
+
+
+def _override_value(text: str, key: str) -> Node:
+    if not text.startswith(("[", "{", '"', "'")):
+        return Node(text, COMMAND_LINE)  # not parsed as YAML: `prompt=a: b #c` is the text the user typed
+    try:
+        return parse_yaml(text, COMMAND_LINE) or Node("", COMMAND_LINE)
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
+        raise ConfigError(f"{COMMAND_LINE}: the value of `{key}`: {reason}") from None
+
+
+def _placed(tree: Node | None, path: list[str], value: Node, *, above: str) -> Node:
+    """Return `tree`, which is at the dotted key `above`, with `value` at `path`."""
+    if not path:
+        return merge(tree, value)
+    name, rest = path[0], path[1:]
+    key = f"{above}.{name}" if above else name
+    held = tree.value if tree is not None else ""
+    if isinstance(held, list) or (name == "0" and not isinstance(held, dict)):
+        items = held if isinstance(held, list) else []
+        if not name.isdecimal() or int(name) > len(items):
+            last = len(items)
+            reason = f"`{above}` is a list of {last}, so `{key}` must name an item from 0 to {last}"
+            raise ConfigError(f"{COMMAND_LINE}: {reason}")
+        index = int(name)
+        changed = _placed(items[index] if index < len(items) else None, rest, value, above=key)
+        return Node([*items[:index], changed, *items[index + 1 :]], COMMAND_LINE)
+    entries = held if isinstance(held, dict) else {}
+    place = tree.place if tree is not None and isinstance(held, dict) else COMMAND_LINE
+    return Node({**entries, name: _placed(entries.get(name), rest, value, above=key)}, place)
 
 
 class _Files:
-    """Reads a file and, once each, the base files below it."""
+    """The files of one description, each read once."""
 
     def __init__(self) -> None:
-        self._done: dict[Path, Group] = {}
-        self._open: list[tuple[Path, str]] = []
+        self._done: dict[Path, Node] = {}
+        self._open: dict[Path, Path] = {}
 
-    def tree(self, path: Path, shown: Place, *, named_by: Place | None) -> Group:
-        """The file's tree laid upon its base files' trees."""
+    def tree(self, path: Path, *, named_by: Place | None) -> Node:
+        """Return the file's tree laid upon those of its base files."""
         real = Path(os.path.realpath(path))
-        names = [name for _, name in self._open]
-        if real in (opened for opened, _ in self._open):
-            circle = " -> ".join([*names, str(path)])
+        if real in self._open:
+            circle = " -> ".join(map(str, [*self._open.values(), path]))
             raise ConfigError(f"{named_by}: base files go in a circle: {circle}")
         if real not in self._done:
-            self._open.append((real, str(path)))
-            self._done[real] = self._merged(path, shown, named_by)
-            self._open.pop()
+            self._open[real] = path
+            self._done[real] = self._merged(path, named_by)
+            del self._open[real]
         return self._done[real]
 
-    def _merged(self, path: Path, shown: Place, named_by: Place | None) -> Group:
-        top = parse_yaml(_text(path, named_by), shown.source)
-        if top is None or (isinstance(top, Scalar) and top.is_null):
-            raise ConfigError(f"{shown}: the file is empty; a mapping of keys is wanted")
-        if not isinstance(top, Group):
-            raise ConfigError(f"{top.place}: the top level must be a mapping of keys, found {found(top)}")
-        base = top.entries.get("base")
-        own = Group({key: entry for key, entry in top.entries.items() if key != "base"}, shown)
-        tree: Tree = Group({}, shown)
-        for name in _base_names(base.tree) if base is not None else []:
-            below = Path(os.path.normpath(path.parent / name.text))
-            tree = merge(tree, self.tree(below, Place(str(below)), named_by=name.place))
-        merged = merge(tree, own)
-        assert isinstance(merged, Group)
-        return merged
+    def _merged(self, path: Path, named_by: Place | None) -> Node:
+        place = Place(str(path))
+        top = parse_yaml(_text(path, named_by), place)
+        if top is None or top.is_null:
+            raise ConfigError(f"{place}: the file is empty; a mapping of keys is wanted")
+        if not isinstance(top.value, dict):
+            raise ConfigError(f"{top.place}: the top level must be a mapping of keys, found {top}")
+        own = {key: node for key, node in top.value.items() if key != "base"}
+        tree = Node({}, place)
+        for name in _base_names(top.value.get("base")):
+            below = Path(os.path.normpath(path.parent / str(name.value)))
+            tree = merge(tree, self.tree(below, named_by=name.place))
+        return merge(tree, Node(own, place))
 
 
-def _base_names(tree: Tree) -> list[Scalar]:
-    names = list(tree.items) if isinstance(tree, Items) else [tree]
+def _base_names(node: Node | None) -> list[Node]:
+    names = [] if node is None else node.value if isinstance(node.value, list) else [node]
     for name in names:
-        if not isinstance(name, Scalar) or name.is_null:
-            raise ConfigError(f"{name.place}: `base` wants a path or a list of paths, found {found(name)}")
-    return [name for name in names if isinstance(name, Scalar)]
+        if not isinstance(name.value, str) or name.is_null:
+            raise ConfigError(f"{name.place}: `base` wants a path or a list of paths, found {name}")
+    return names
 
 
 def _text(path: Path, named_by: Place | None) -> str:
-    asked = f"{named_by}: the base file {path}" if named_by is not None else f"{path}: the run description"
+    subject = f"{named_by}: the base file {path}" if named_by is not None else f"{path}: the run description"
     try:
         return read_text(path, max_bytes=MAX_BYTES)
     except FileNotFoundError:
         near = similar_path(path)
         remedy = f"did you mean {near}?" if near else "check the path"
-        raise ConfigError(f"{asked} does not exist; {remedy}") from None
+        raise ConfigError(f"{subject} does not exist; {remedy}") from None
     except (OSError, UnreadableFileError) as error:
-        raise ConfigError(f"{asked} {why(error)}; give the path of a YAML file in UTF-8") from None
+        raise ConfigError(f"{subject} {why(error)}; give the path of a YAML file in UTF-8") from None
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that could be read as something else, so that what is dumped loads back equal."""
+    """Quotes every text that could be read as something else, so that what is dumped reads back equal."""
 
 
 def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    word = Scalar(text, Place(""))
-    plain = text.isprintable() and scalars.as_anything(word) == text and scalars.as_truth(text) is None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+    is_plain = text.isprintable() and scalars.as_anything(text) == text and scalars.as_truth(text) is None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
 
 
 _Dumper.add_representer(str, _text_node)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadiff.config.refusals import similar_path
+from megadiff.config.suggestions import similar_path
 from megadiff.data.indexed_format import (
     DTYPES,
     HEADER,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megadiff.config import family
-from megadiff.config.refusals import similar_path
+from megadiff.config import registry
+from megadiff.config.suggestions import similar_path
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
 
@@ -22,8 +22,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         DataError: nothing is there, no member knows it, or the file is damaged.
     """
     said = str(path)
-    for name in family.names(_FAMILY):
-        module = family.member(_FAMILY, name)
+    for name in registry.names(_FAMILY):
+        module = registry.member(_FAMILY, name)
         if module.accepts(said):
             return module.build(said)
     wanted = "the word `byte`, a tokenizer.json, a SentencePiece .model file, or a folder with one of them"

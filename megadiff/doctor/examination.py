@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megadiff.config import family
+from megadiff.config import registry
 from megadiff.doctor.finding import Finding, fail
 from megadiff.doctor.subject import Subject
 from megadiff.errors import MegadiffError
@@ -20,7 +20,7 @@ LIMIT_S = 60.0
 
 def examine(subject: Subject, *, package: str = CHECKS, limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """All findings, check by check in the order of their names."""
-    for name in family.names(package):
+    for name in registry.names(package):
         found: list[Finding] = []
         # A daemon: a system call that never returns must not keep the process alive.
         thread = threading.Thread(target=_gather, args=(package, name, subject, found), daemon=True)
@@ -36,7 +36,7 @@ def examine(subject: Subject, *, package: str = CHECKS, limit_s: float = LIMIT_S
 
 def _gather(package: str, name: str, subject: Subject, found: list[Finding]) -> None:
     try:
-        for finding in family.member(package, name).check(subject):
+        for finding in registry.member(package, name).check(subject):
             found.append(finding)
     except MegadiffError as error:
         found.append(fail(_one_line(str(error)), "change what the sentence names"))

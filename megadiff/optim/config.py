@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megadiff.config import family
+from megadiff.config import registry
 from megadiff.config.section import Section
 
 MEMBERS = "megadiff.optim.members"
@@ -40,7 +40,7 @@ class OptimizerConfig(Section):
     @field_validator("name")
     @classmethod
     def _name_is_known(cls, name: str) -> str:
-        if "." not in name and name not in (known := family.names(MEMBERS)):
+        if "." not in name and name not in (known := registry.names(MEMBERS)):
             raise ValueError(f"there is no optimizer `{name}`; there are: {', '.join(known)}")
         return name
 

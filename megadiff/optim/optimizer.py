@@ -11,7 +11,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from torch import Tensor
 
-from megadiff.config import family
+from megadiff.config import registry
 from megadiff.optim.config import MEMBERS, OptimizerConfig
 from megadiff.optim.distributed import ResumableDistributedOptimizer, allocate_state
 from megadiff.optim.gradient_norm import gradient_norm, hold_to_norm
@@ -116,7 +116,7 @@ def build_optimizer(
     Raises:
         ConfigError: no such optimizer.
     """
-    member = family.member(MEMBERS, settings.name)
+    member = registry.member(MEMBERS, settings.name)
     with platform.scope():
         groups = parameter_groups(roles, settings, scale)
         base = member.build(groups, settings)

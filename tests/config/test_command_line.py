@@ -6,7 +6,7 @@ import pytest
 
 from megadiff.config import other_names
 from megadiff.config.command_line import SettingsParser, refuse_unknown, setting_without_equals, similar_key
-from megadiff.config.field_types import dotted_keys
+from megadiff.config.schema import dotted_keys
 from megadiff.errors import ConfigError
 from megadiff.run_config import RunConfig
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from megadiff.config import family
+from megadiff.config import registry
 from megadiff.doctor import report
 from megadiff.doctor.examination import CHECKS, examine
 from megadiff.doctor.finding import fail, ok, warn
@@ -62,7 +62,7 @@ def test_the_checks_are_those_of_the_folder():
     wanted = (
         "backend clock data description disk kernels layout memory open_files ports shared_memory tokenizer versions"
     )
-    assert family.names(CHECKS) == wanted.split()
+    assert registry.names(CHECKS) == wanted.split()
 
 
 def test_a_platform_that_is_not_there_is_said_by_the_checks_that_need_it(subject_of):
@@ -104,7 +104,7 @@ def test_the_command_says_all_and_ends_with_0_or_2(toy_corpus, tmp_path):
     found = json.loads(good.out)
     assert (good.code, good.err, found["failed"]) == (0, "", False)
     assert any("3 checkpoint(s) kept" in finding["text"] for finding in found["findings"])
-    assert {finding["check"] for finding in found["findings"]} == set(family.names(CHECKS))
+    assert {finding["check"] for finding in found["findings"]} == set(registry.names(CHECKS))
     bad = call_forked("tools/doctor.py", "--config", file, "data.train=[nowhere/text]", "--ranks", "3")
     assert (bad.code, bad.err) == (2, "")
     assert [line.split()[1] for line in bad.out.splitlines() if line.startswith("FAIL")] == ["data", "layout"]

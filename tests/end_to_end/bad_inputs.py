@@ -135,7 +135,11 @@ FILES = [
         r"bad\.yaml: .* not UTF-8 text \(byte 0\); give the path of a YAML file in UTF-8",
     ),
     ("a nul", b"name: a\x00b\n", r"bad\.yaml:1: not valid YAML: the control character '\\x00'"),
-    ("two documents", b"name: a\n---\nname: b\n", r"bad\.yaml:2: a second YAML document starts here; one is wanted"),
+    (
+        "two documents",
+        b"name: a\n---\nname: b\n",
+        r"bad\.yaml:2: not valid YAML: expected a single document in the stream, but found another document",
+    ),
     (
         "a tag",
         b"a: !!python/object/apply:os.system ['true']",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.config import family
+from megadiff.config import registry
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
 from megadiff.data.tokenizers._special import SPECIAL_TOKENS
@@ -28,7 +28,7 @@ def _trained(folder, kind):
 
 
 def test_every_member_is_under_contract():
-    assert sorted(EXAMPLES) == family.names("megadiff.data.tokenizers")
+    assert sorted(EXAMPLES) == registry.names("megadiff.data.tokenizers")
 
 
 @pytest.fixture(scope="module", params=sorted(EXAMPLES))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megadiff.config.load import load_config
-from megadiff.config.yaml_text import MAX_CHARACTERS, parse_yaml
+from megadiff.config.nodes import MAX_CHARACTERS, Place, parse_yaml
 from megadiff.errors import ConfigError
 from megadiff.run_config import RunConfig
 from tests.security.children import in_child
@@ -22,7 +22,7 @@ BOMBS = {
     "billion laughs": (LAUGHS, r"run:\d+: more than 50000 values once aliases are written out"),
     "in mappings": (LAUGHS.replace("[", "{k: ").replace(", ", ", l: ").replace("]", "}"), r"run:\d+: more than 50000"),
     "many uses of one list": (QUADRATIC, r"run:2: more than 50000 values once aliases are written out"),
-    "an alias within itself": ("a: &a [*a]", r"run:1: the alias `\*a` stands for nothing defined above it"),
+    "an alias within itself": ("a: &a [*a]", r"run:1: the alias `\*a` names no anchor defined above it"),
     "a merge": ("a: &a {k: 1}\nb: {<<: *a}", r"merge keys \(`<<`\) are not supported"),
     "deep": ("[" * 500_000, r"run:1: values are nested deeper than 40 levels"),
     "deep mappings": ("{a: " * 200_000, r"run:1: values are nested deeper than 40 levels"),
@@ -51,7 +51,7 @@ def _refusal(text):
     resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, resource.RLIM_INFINITY))
     started_s = time.process_time()
     with pytest.raises(ConfigError) as caught:
-        parse_yaml(text, "run")
+        parse_yaml(text, Place("run"))
     return str(caught.value), time.process_time() - started_s
 
 
@@ -69,12 +69,12 @@ def test_a_bomb_is_refused(name):
 def test_no_tag_is_allowed_anywhere(tag):
     for text in (tag, f"a: {tag}", f"a: [1, {tag}]", f"{{a: {tag} }}"):
         with pytest.raises(ConfigError, match=r"run:1: the tag `!.*` is not allowed; write a plain value"):
-            parse_yaml(text, "run")
+            parse_yaml(text, Place("run"))
 
 
 def test_a_directive_cannot_rename_a_tag_into_a_harmless_one():
     with pytest.raises(ConfigError, match=r"run:3: the tag `!!python/name:os\.system` is not allowed"):
-        parse_yaml("%TAG !e! tag:yaml.org,2002:python/\n---\na: !e!name:os.system x", "run")
+        parse_yaml("%TAG !e! tag:yaml.org,2002:python/\n---\na: !e!name:os.system x", Place("run"))
 
 
 def test_a_file_that_is_far_too_large_is_not_read(tmp_path):

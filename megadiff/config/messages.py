@@ -1,0 +1,190 @@
+"""Sentences about what pydantic refuses: place, key, what was wanted, what was found, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from megadiff.config import other_names, schema
+from megadiff.config.command_line import similar_key
+from megadiff.config.nodes import COMMAND_LINE, Node
+from megadiff.config.section import Section
+from megadiff.config.suggestions import did_you_mean
+
+_RULE = re.compile(r"(?:Input|List|Tuple|String|Dictionary) should (.*?)(?: after validation, not \d+)?")
+"""Pydantic's wording of a bound; what follows `should` reads well after `must`."""
+
+_MAX_SUGGESTIONS = 6
+"""Largest number of keys of another trainer's section that a sentence translates."""
+
+
+Path = tuple[int | str, ...]
+"""Keys and indices from the root of the tree."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One of pydantic's errors with its place in the tree."""
+
+    detail: Any
+    """Entry of `ValidationError.errors()`."""
+    path: Path
+    """Place of the value, without pydantic's names of alternatives."""
+    node: Node | None
+    """Value at the path; None for a missing key."""
+    parent: Node
+    """Innermost value that exists on the way to it."""
+    alternative: tuple[int, str] | None
+    """Depth and name of the alternative of a union that was tried; None outside unions."""
+
+    @property
+    def kind(self) -> str:
+        """Pydantic's name of the error, such as `int_type`."""
+        return self.detail["type"]
+
+    @property
+    def is_about_type(self) -> bool:
+        """Whether the value has another type than the field, not one that breaks a rule."""
+        return self.kind.endswith(("_type", "_parsing")) or self.kind in ("literal_error", "enum", "is_instance_of")
+
+    @property
+    def key(self) -> str:
+        """Dotted key, such as `data.train.0.path`."""
+        return ".".join(map(str, self.path))
+
+
+def located(errors: Sequence[Any], root: Node) -> list[Mistake]:
+    """Return pydantic's errors with their places in the tree."""
+    return [_located(detail, root) for detail in errors]
+
+
+def sentences(mistakes: Sequence[Mistake], root: Node, model: type[Section]) -> list[str]:
+    """Return one sentence for each value that is wrong, files first, in the order of their lines."""
+    by_path: dict[Path, Mistake] = {}
+    for mistake in _of_closest_alternatives(mistakes):
+        if mistake.path not in by_path or by_path[mistake.path].is_about_type:
+            by_path[mistake.path] = mistake
+    found = [((m.node or m.parent).place, _sentence(m, root, model)) for m in by_path.values()]
+    found.sort(key=lambda pair: (pair[0] == COMMAND_LINE, pair[0].source, pair[0].line or 0))
+    return [sentence for _, sentence in found]
+
+
+def _located(detail: Any, root: Node) -> Mistake:
+    node, path, alternative = root, [], None
+    for depth, part in enumerate(detail["loc"]):
+        inner = node.child(part)
+        if inner is not None:
+            node = inner
+            path.append(part)
+        elif detail["type"] == "missing" and depth == len(detail["loc"]) - 1:
+            return Mistake(detail, (*path, part), None, node, alternative)
+        elif alternative is None:
+            alternative = (len(path), str(part))
+    return Mistake(detail, tuple(path), node, node, alternative)
+
+
+def _of_closest_alternatives(mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """Keep of each union the mistakes of one alternative: the fewest, and rather of a rule than of a type."""
+    unions: dict[tuple[Any, ...], dict[str, list[Mistake]]] = {}
+    kept = [mistake for mistake in mistakes if mistake.alternative is None]
+    for mistake in mistakes:
+        if mistake.alternative is not None:
+            depth, name = mistake.alternative
+            unions.setdefault(mistake.path[:depth], {}).setdefault(name, []).append(mistake)
+    for depth, union in ((len(path), union) for path, union in unions.items()):
+        for tried in union.values():
+            tried.sort(key=lambda mistake: mistake.is_about_type)
+        kept += min(
+            union.values(),
+            key=lambda tried: (any(len(m.path) == depth and m.is_about_type for m in tried), len(tried)),
+        )
+    return kept
+
+
+def _sentence(mistake: Mistake, root: Node, model: type[Section]) -> str:
+    kind, node = mistake.kind, mistake.node
+    if node is None:
+        return _missing(mistake, root, model)
+    if kind == "extra_forbidden":
+        return _unknown(mistake, root, model)
+    if mistake.is_about_type:
+        return _wrong_type(mistake, node, schema.kinds_at(model, mistake.path, root))
+    own = mistake.detail.get("ctx", {}).get("error")
+    text = str(own) if own is not None else mistake.detail["msg"]
+    rule = _RULE.fullmatch(text)
+    if own is None and rule is not None:
+        return f"{node.place}: `{mistake.key}` must {rule[1]}, found {node}"
+    return f"{node.place}{_changed(node)}: {f'`{mistake.key}`: ' if mistake.path else ''}{text}"
+
+
+def _changed(node: Node) -> str:
+    """Return which keys of a section that is wrong as a whole were given on the command line."""
+    if not isinstance(node.value, dict) or node.place == COMMAND_LINE:
+        return ""
+    changed = [key for key, inner in node.value.items() if COMMAND_LINE in inner.places()]
+    return f" (with {', '.join(changed)} from the {COMMAND_LINE})" if changed else ""
+
+
+def _missing(mistake: Mistake, root: Node, model: type[Section]) -> str:
+    """Return the sentence about a required key, or about a list with too few items."""
+    if isinstance(mistake.parent.value, list):
+        kinds = schema.kinds_at(model, mistake.path[:-1], root)
+        count, key = max(len(get_args(kind)) for kind in kinds), ".".join(map(str, mistake.path[:-1]))
+        return f"{mistake.parent.place}: `{key}` wants {count} items, found {len(mistake.parent.value)}"
+    words = schema.wanted(schema.kinds_at(model, mistake.path, root))
+    return f"{mistake.parent.place}: missing required key `{mistake.key}`, which wants {words}"
+
+
+def _wrong_type(mistake: Mistake, node: Node, kinds: Sequence[Any]) -> str:
+    hint = ""
+    if isinstance(node.value, str):
+        texts = [str(choice) for kind in kinds for choice in schema.choices(kind) if choice is not None]
+        hint = did_you_mean(node.value, texts)
+        if not hint and str in kinds and node.is_null and node.value:
+            hint = f"; put it in quotes to mean the text {node.value}"
+    return f"{node.place}: `{mistake.key}` wants {schema.wanted(kinds)}, found {node}{hint}"
+
+
+def _unknown(mistake: Mistake, root: Node, model: type[Section]) -> str:
+    """Return the sentence about a key that its section does not have."""
+    node, name = mistake.node, str(mistake.path[-1])
+    assert node is not None
+    kinds, parent = schema.kinds_at(model, mistake.path[:-1], root), root
+    for part in mistake.path[:-1]:
+        parent = parent.child(part) or parent
+    sections = [section for kind in kinds if (section := schema.section_of(kind, parent)) is not None]
+    if mistake.alternative is not None:
+        sections = [section for section in sections if section.__name__ == mistake.alternative[1]] or sections
+    keys = list(schema.keys_of(sections[0]))
+    owners = [owner for kind in kinds for owner, section in schema.members_of(kind) if name in schema.keys_of(section)]
+    meant = f", a key of {', '.join(owners)}; " if owners else _meant(name, node, mistake.key, keys, model)
+    return f"{node.place}: unknown key `{mistake.key}`{meant}keys here: {', '.join(keys)}"
+
+
+def _meant(name: str, node: Node, full: str, keys: list[str], model: type[Section]) -> str:
+    """Return the words between an unknown key and the keys of its section."""
+    if isinstance(node.value, dict) and (inner := _meant_inside(node.value, full, model)):
+        return f"; {inner} "
+    if (answer := other_names.answer_elsewhere(full)) is not None:
+        return f": {answer}; "
+    elsewhere = [path for path in schema.dotted_keys(model) if path.split(".")[-1] == name]
+    if len(elsewhere) == 1:  # the right name on the wrong level
+        return f"; did you mean `{elsewhere[0]}`? "
+    if other_names.key_elsewhere(full) is None and (near := did_you_mean(name, keys)):
+        return f"{near} "
+    similar = similar_key(full, model)
+    return f"; did you mean `{similar}`? " if similar is not None else "; "
+
+
+def _meant_inside(entries: dict[str, Node], full: str, model: type[Section]) -> str:
+    """Return the keys here for those in a section that another trainer has, such as `training:`."""
+    known = schema.dotted_keys(model)
+    sections = difflib.get_close_matches(full, known, n=1, cutoff=0.6)
+    if sections and all(f"{sections[0]}.{name}" in known for name in entries):
+        return f"did you mean `{sections[0]}`?"
+    pairs = [(f"{full}.{name}", similar_key(f"{full}.{name}", model)) for name in entries]
+    meant = [f"`{theirs}` is `{ours}` here" for theirs, ours in pairs if ours is not None]
+    return ", ".join(meant[:_MAX_SUGGESTIONS]) + ";" * bool(meant)
