@@ -11,8 +11,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from pydantic import ValidationError
 
 from megadiff.checkpoint import folder as folders
+from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FileEntry, Manifest, read_manifest
 from megadiff.config.load import dump_config
@@ -239,6 +241,12 @@ def test_a_manifest_may_only_name_plain_files_beside_it(tmp_path, name):
 def test_pruning_keeps_the_newest_whole_ones(run, keep, left):
     folders.prune(run.folder, keep=keep)
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [f"step_{s:08d}" for s in left]
+
+
+def test_a_run_cannot_keep_a_single_checkpoint():
+    with pytest.raises(ValidationError, match=r"keep must be 0 \(all\) or at least 2: a single checkpoint may prove"):
+        CheckpointConfig.model_validate({"keep": 1})
+    assert [CheckpointConfig(keep=keep).keep for keep in (0, 2)] == [0, 2]
 
 
 def test_a_deletion_begins_with_the_manifest(run):

@@ -39,7 +39,7 @@ BASE: dict[str, Any] = {
     "conditioning": {"independent": 0.25, "linear": 0.25, "prompt": 0.4, "infill": 0.4, "empty": 0.2},
     "batch": {"global_sequences": 8, "micro_sequences": 8},
     "optimizer": {"name": "adamw", "lr": 0.01, "eps": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5},
-    "schedule": {"steps": 5, "warmup_steps": 1, "cooldown": 3},
+    "schedule": {"steps": 4, "warmup_steps": 1, "cooldown": 3},
     "eval": {"every": 0, "rows": 4, "noise_levels": 2},
 }
 SETTINGS: tuple[str, ...] = (
@@ -94,18 +94,24 @@ SETTINGS: tuple[str, ...] = (
     "optimizer.weight_decay=0.3",
     "optimizer.clip_grad=0.1",
     "optimizer.parametrisation=completep",
-    "schedule.warmup_steps=2",
+    "schedule.warmup_steps=0",
     "schedule.cooldown=2",
     "schedule.shape=linear",
     "schedule.shape=cosine",
-    "schedule.steps=4",
+    "schedule.steps=5",
     "eval.rows=3",
     "eval.noise_levels=3",
     "precision.compute=bf16",
 )
 """Settings of which each changes the figures; as on the command line. Several that make one change stand together."""
 
-FREE = ("batch.micro_sequences=4", "model.vocab_multiple=128", "objective.head=plain", "parallel.recompute=full")
+FREE = (
+    "batch.micro_sequences=4",
+    "model.vocab_multiple=128",
+    "objective.head=plain",
+    "parallel.recompute=full",
+    "parallel.distributed_optimizer=true",
+)
 """Settings that change how the figures are computed and none of them."""
 
 
