@@ -77,6 +77,13 @@ def steps_said(run: Path) -> list[str]:
     return [re.sub(r"(\.\d{3})\d+", r"\1", line) for line in kept]
 
 
+def flops_per_token(run: Path) -> list[list[float]]:
+    """Return model and executed FLOPs of a token in each training line, in which the clock's figures cancel."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = ("tflops_per_device", "executed_tflops_per_device")
+    return [[line[key] * 1e12 / line["tokens_per_s"] for key in keys] for line in lines if "loss" in line]
+
+
 def observed(folder: Path) -> dict[str, Any]:
     """Return every record."""
     run = run_of(folder)
@@ -97,6 +104,7 @@ def observed(folder: Path) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "console": steps_said(run),
         "curves": curves(run / "tensorboard"),
+        "flops_per_token": flops_per_token(run),
         "imported": {key: imported.get(key) for key in facts},
         "manifest": {key: manifest.get(key) for key in facts},
         "samples": {path.name: path.read_text() for path in sorted((run / "samples").iterdir())},
