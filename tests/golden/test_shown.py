@@ -84,6 +84,32 @@ def flops_per_token(run: Path) -> list[list[float]]:
     return [[line[key] * 1e12 / line["tokens_per_s"] for key in keys] for line in lines if "loss" in line]
 
 
+def told_by_tools(run: Path, folder: Path) -> dict[str, Any]:
+    """Return what the commands that open a trained model make of this one."""
+    pairs = [{"prompt": "abc", "completion": "def"}, {"prompt": "", "completion": "zyxw"}]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    output = folder / "out.json"
+    found = {}
+    for name, options in {
+        "elbo": ("elbo", "--data", folder / "b", "--rows", "4", "--noise-levels", "2"),
+        "counts": ("likelihood", "--data", folder / "pairs.jsonl", "--draws", "8"),
+        "levels": ("likelihood", "--data", folder / "pairs.jsonl", "--draws", "8", "--estimator", "levels"),
+    }.items():
+        ended = call_forked("tools/evaluate.py", *options, "--model", run, "--output", output)
+        assert ended.code == 0, ended.err
+        found[name] = {key: value for key, value in json.loads(output.read_text()).items() if key not in WORDS}
+    for sampler in ("ancestral", "adaptive"):
+        drawn = ("--prompt", "abc", "--num-tokens", "12", "--steps", "6", "--sampler", sampler, "--temperature", "0.7")
+        ended = call_forked("tools/generate.py", "--model", run, *drawn, "--top-k", "40", "--top-p", "0.9")
+        assert ended.code == 0, ended.err
+        found[sampler] = ended.out
+    return found
+
+
+WORDS = ("model", "summary", "data")
+"""Keys of an evaluation that hold paths or text for a person."""
+
+
 def observed(folder: Path) -> dict[str, Any]:
     """Return every record."""
     run = run_of(folder)
@@ -108,6 +134,7 @@ def observed(folder: Path) -> dict[str, Any]:
         "imported": {key: imported.get(key) for key in facts},
         "manifest": {key: manifest.get(key) for key in facts},
         "samples": {path.name: path.read_text() for path in sorted((run / "samples").iterdir())},
+        "tools": told_by_tools(run, folder),
         "training.json": training,
         "training_keys": sorted(json.loads((folder / "hf/training.json").read_text())["config"]),
     }
@@ -124,6 +151,10 @@ RECORDED: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
 @pytest.mark.parametrize("part", sorted(RECORDED))
 def test_a_run_shows_what_was_recorded(now: dict[str, Any], part: str) -> None:
     assert same(now[part], RECORDED[part], part) == []
+
+
+def test_the_command_measures_what_the_run_did_last(now: dict[str, Any]) -> None:
+    assert now["tools"]["elbo"]["eval_elbo"] == pytest.approx(now["curves"]["eval/elbo"][-1][1], rel=1e-6)
 
 
 if __name__ == "__main__":
