@@ -38,8 +38,10 @@ def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path 
 
     Raises:
         CheckpointError: none is sound, or, with `strict`, the newest is not.
-        StorageError: the folder cannot be read, or a rank cannot read what the main rank can.
+        StorageError: the folder cannot be read, a rank cannot read what the main rank can, or a damaged checkpoint
+            is still there after it was renamed.
     """
+    aside: set[Path] = set()
     while True:
         newer: list[Path] = []
         with main_rank_reports(f"reading {run_folder}", topology):
@@ -57,7 +59,13 @@ def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path 
             raise CheckpointError(f"{problem}; --strict-resume takes no older checkpoint: leave it out to go on")
         with main_rank_reports(f"setting a damaged checkpoint of {run_folder} aside", topology):
             for path in newer if topology.is_main else []:
+                if path in aside:  # a file system that still shows what was renamed would be asked again without end
+                    raise StorageError(
+                        f"{problem}; it was set aside, but {path} is still there; see to the disk, move that folder "
+                        "away and run the same command again"
+                    )
                 log.warning(f"{problem}; set aside as {set_aside(path)}")
+                aside.add(path)
 
 
 def problem_of(folder: Path, topology: Topology) -> str | None:

@@ -11,14 +11,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from pydantic import ValidationError
 
 from megadiff.checkpoint import folder as folders
+from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FileEntry, Manifest, read_manifest
-from megadiff.errors import CheckpointError
+from megadiff.config.load import dump_config
+from megadiff.errors import CheckpointError, StorageError
 from tests.checkpoint.conftest import STEPS, checkpoint, shard_of
 from tests.checkpoint.test_manifest import manifest
 from tests.checkpoint.test_safe_metadata import _Canary
+from tests.support.disk import watched_disk
+from tests.support.forked_command import call_forked
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_on_rank, wire_on_rank
 
@@ -173,6 +178,39 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_taken(run, tmp_pat
     assert said.endswith("--strict-resume takes no older checkpoint: leave it out to go on")
 
 
+def _resume_where_nothing_is_renamed(config):
+    """What resuming says where the disk still shows a folder under the name that was taken from it."""
+    with patch("megadiff.checkpoint.load.set_aside", side_effect=lambda folder: folder.with_suffix(".bad")) as renamed:
+        try:
+            wire_on_rank(config, 1)
+        except StorageError as error:
+            return renamed.call_count, str(error)
+    return renamed.call_count, "resumed"
+
+
+def test_a_damaged_checkpoint_that_stays_where_it_is_ends_the_attempt(run):
+    _flip(shard_of(checkpoint(run, 6)))
+    calls, said = on_ranks(1, _resume_where_nothing_is_renamed, run, timeout_s=60)[0]
+    assert calls == 1
+    assert said.endswith(
+        f"it was set aside, but {checkpoint(run, 6)} is still there; see to the disk, move that folder away and run "
+        "the same command again"
+    )
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(run, tmp_path):
+    """By the command, twice: the damaged one is named and kept once, and the run ends as if nothing had been."""
+    _flip(shard_of(checkpoint(run, 6)))
+    path = tmp_path / "toy.yaml"
+    path.write_text(dump_config(run))
+    for resumed_from in (4, 6):
+        ended = call_forked("pretrain_dlm.py", "--config", path)
+        assert ended.code == 0, ended.err
+        assert f"after step {resumed_from} of 6" in ended.out + ended.err
+        names = sorted(found.name for found in (run.folder / "checkpoints").iterdir())
+        assert names == ["step_00000002", "step_00000004", "step_00000006", "step_00000006.bad"]
+
+
 def test_no_checkpoint_of_another_run_is_renamed(run, tmp_path):
     """`start_from` names a folder that is not ours: damage there is an error."""
     _flip(shard_of(checkpoint(run, 6)))
@@ -199,10 +237,27 @@ def test_a_manifest_may_only_name_plain_files_beside_it(tmp_path, name):
         folders.verify_files(folder, hashes=False)
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, STEPS), (2, (4, 6)), (5, STEPS)])
+@pytest.mark.parametrize(("keep", "left"), [(0, STEPS), (1, (4, 6)), (2, (4, 6)), (5, STEPS)])
 def test_pruning_keeps_the_newest_whole_ones(run, keep, left):
     folders.prune(run.folder, keep=keep)
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [f"step_{s:08d}" for s in left]
+
+
+def test_a_run_cannot_keep_a_single_checkpoint():
+    with pytest.raises(ValidationError, match=r"keep must be 0 \(all\) or at least 2: a single checkpoint may prove"):
+        CheckpointConfig.model_validate({"keep": 1})
+    assert [CheckpointConfig(keep=keep).keep for keep in (0, 2)] == [0, 2]
+
+
+def test_a_deletion_begins_with_the_manifest(run):
+    """A deletion that is killed leaves a folder that nobody takes for a checkpoint."""
+    done = []
+    with watched_disk(done.append):
+        folders.delete(checkpoint(run, 2))
+    changes = [what.split() for what in done if what.startswith(("unlink", "remove", "rmdir", "rename"))]
+    assert changes[0] == ["unlink", "manifest.json"]
+    assert len(changes) > 4
+    assert not checkpoint(run, 2).exists()
 
 
 def test_pruning_never_counts_a_damaged_one_as_kept(run):

@@ -106,6 +106,46 @@ def test_killed_before_any_change_to_the_disk_the_old_or_the_new_checkpoint_is_w
     assert told >= {"mkdir", "open", "write", "half", "fsync", "rename", "replace", "unlink", "rmdir"}
 
 
+def _order_of_a_save(config):
+    """What happens to the files of a step folder, in order; descriptors by the names of their files."""
+    run = wire_on_rank(config, 1)
+    saves = _saves_of(run)
+    done = []
+
+    def note(what):
+        kind, name = what.split(maxsplit=1)
+        if name.isdigit():
+            name = os.readlink(f"/proc/self/fd/{name}")
+        done.append((kind, name))
+
+    with watched_disk(note):
+        outcome = _step_and_save(run, saves, 1)
+        saves.saver._wait_for_pruning()
+    run.close()
+    return outcome.error, done
+
+
+def test_every_file_is_on_the_disk_before_the_rename_and_the_rename_before_the_hint(toy_corpus, tmp_path):
+    """After a power cut a folder under its final name has all its bytes, the manifest's and its checksum's too."""
+    config = _config(toy_corpus, tmp_path)
+    error, done = on_ranks(1, _order_of_a_save, config)[0]
+    assert error is None
+    root = config.folder / "checkpoints"
+    staging, final = root / ".step_00000001.tmp", root / "step_00000001"
+    renamed = done.index(("rename", str(staging)))
+    before, after = done[:renamed], done[renamed:]
+    synced = {name: place for place, (kind, name) in enumerate(before) if kind == "fsync"}
+    for path in final.iterdir():
+        assert str(staging / path.name) in synced, f"{path.name} is not synced"
+    manifest, sums = (synced[str(staging / name)] for name in ("manifest.json", "manifest.sha256"))
+    shards = [synced[str(staging / path.name)] for path in final.iterdir() if not path.name.startswith("manifest")]
+    assert max(shards) < min(manifest, sums) < max(manifest, sums) < synced[str(staging)]
+    assert after.index(("fsync", str(root))) < next(
+        place for place, (kind, name) in enumerate(after) if kind in ("rename", "replace") and "LATEST" in name
+    )
+    assert (config.folder / "LATEST").read_text() == "step_00000001\n"
+
+
 def _chosen(changes):
     """Every change to the disk but those amid a shard, of which every fifteenth stands for its neighbours.
 

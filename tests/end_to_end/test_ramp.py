@@ -40,6 +40,9 @@ def test_a_ramp_counts_its_tokens_and_is_the_same_on_two_replicas(corpus: Path, 
     assert [line["noisy_tokens"] for line in alone] == [16 * count for count in rows]
     both = _lines(corpus, tmp_path, "both", 2)
     assert [line["loss"] for line in both] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+    for key in ("tflops_per_device", "executed_tflops_per_device"):  # tokens are the run's, devices share the work
+        work = [[line[key] / line["tokens_per_s"] for line in lines] for lines in (alone, both)]
+        assert work[1] == pytest.approx([value / 2 for value in work[0]], rel=1e-9)
 
 
 def test_a_run_stopped_inside_a_ramp_goes_on_bit_for_bit(corpus: Path, tmp_path: Path) -> None:

@@ -131,3 +131,30 @@ def test_measuring_moves_no_weight_no_gradient_and_no_generator_and_repeats_to_t
     found, unmoved = on_ranks(1, _measure_twice, toy_config(toy_corpus, tmp_path, **block))[0]
     assert found[0] == found[1]
     assert all(unmoved)
+
+
+def _modes_of(config):
+    """Modes of every module while a run's model is measured, and before and after it, of one that trains."""
+    run = wire_on_rank(config, 1)
+    modules = [module for chunk in run.step.chunks for module in chunk.modules()]
+    seen = []
+
+    def note(module, inputs):
+        seen.append({part.training for part in modules})
+
+    handles = [chunk.register_forward_pre_hook(note) for chunk in run.step.chunks]
+    before = {part.training for part in modules}
+    measure_of(run)()
+    after = {part.training for part in modules}
+    for handle in handles:
+        handle.remove()
+    run.close()
+    return before, seen, after
+
+
+def test_a_model_is_in_evaluation_mode_while_it_is_measured_and_in_training_mode_again_after_it(toy_corpus, tmp_path):
+    """FP8 layers compute in bf16 in evaluation mode, and a model left in it would train in bf16."""
+    before, seen, after = on_ranks(1, _modes_of, toy_config(toy_corpus, tmp_path))[0]
+    assert seen
+    assert all(modes == {False} for modes in seen)
+    assert before == after == {True}

@@ -18,9 +18,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from megadiff.config.load import load_config
+from megadiff.run_config import RunConfig
 from tests.golden.test_frozen import figures, same
 from tests.support.forked_command import Ended, call_forked
-from tests.support.runs import toy_tree, write_corpus
+from tests.support.ranks import on_ranks
+from tests.support.runs import toy_tree, train_all, write_corpus
 
 OLD = Path(__file__).with_name("old_run")
 AFTER = Path(__file__).with_name("old_run.json")
@@ -76,6 +79,46 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+CHANGES = (
+    "optimizer.eps=0.01",
+    "optimizer.beta1=0.5",
+    "optimizer.beta2=0.5",
+    "optimizer.weight_decay=30",
+    "optimizer.lr=0.02",
+    "optimizer.clip_grad=0.001",
+    "schedule.steps=6",
+    "parallel.distributed_optimizer=true",
+    "parallel.distributed_optimizer=true optimizer.eps=0.01",
+    "parallel.distributed_optimizer=true optimizer.beta1=0.5",
+    "parallel.distributed_optimizer=true optimizer.weight_decay=30",
+)
+"""Settings that may differ where a run goes on, each alone or with the sharded optimizer."""
+
+
+def changed(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the metrics of the steps that follow under each change; an empty name stands for no change."""
+    configs = []
+    for number, change in enumerate(("", *CHANGES)):
+        shutil.copytree(OLD, folder / f"runs/changed{number}")
+        places = ("name=changed" + str(number), f"output_dir={folder}/runs", f"data.train=[{folder}/data/toy]")
+        configs.append(load_config(folder / "toy.yaml", [*places, "data.valid=[]", *change.split()], RunConfig))
+    (runs,) = on_ranks(1, train_all, configs, 1)
+    kept = [
+        [{key: line[key] for key in ("step", "loss", "elbo", "grad_norm", "lr")} for line in run.lines] for run in runs
+    ]
+    return {
+        change: [line for line in lines if line["step"] > SAVED_STEP]
+        for change, lines in zip(("", *CHANGES), kept, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def now_changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("changed")
+    prepare(folder)
+    return changed(folder)
+
+
 RECORDED: dict[str, Any] = json.loads(AFTER.read_text()) if AFTER.exists() else {}
 
 
@@ -89,11 +132,24 @@ def test_an_old_checkpoint_exports_the_recorded_weights(resumed: dict[str, Any])
     assert same(resumed["weights"], RECORDED["weights"], "weights") == []
 
 
+@pytest.mark.parametrize("change", ["", *CHANGES])
+def test_an_old_checkpoint_resumes_under_changed_settings(now_changed: dict[str, Any], change: str) -> None:
+    assert same(now_changed[change], RECORDED["changed"][change], change) == []
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_setting_counts_from_the_resume_on(now_changed: dict[str, Any], change: str) -> None:
+    """The old values lie in the checkpoint's parameter groups and must not come back with them."""
+    settings = " ".join(word for word in change.split() if not word.startswith("parallel."))
+    assert same(now_changed[change], now_changed[settings or ""], change) == []
+    assert (same(now_changed[change], now_changed[""], change) == []) == (not settings)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         made = Path(name)
         prepare(made)
-        AFTER.write_text(json.dumps(trained(made), indent=1, sort_keys=True) + "\n")
+        found = trained(made)
         run = made / "runs/toy"
         shutil.rmtree(OLD, ignore_errors=True)
         step = f"checkpoints/step_{SAVED_STEP:08d}"
@@ -103,3 +159,4 @@ if __name__ == "__main__":
             line for line in (run / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= SAVED_STEP
         ]
         (OLD / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+        AFTER.write_text(json.dumps({**found, "changed": changed(made)}, indent=1, sort_keys=True) + "\n")

@@ -66,6 +66,19 @@ def data_order(folder: Path) -> dict[str, Any]:
     }
 
 
+def order_by_size(folder: Path) -> dict[str, Any]:
+    """Return the sources of the first 60 sequences where they share by size, and the fingerprint of such data."""
+    for seed, name in enumerate(("large", "small"), start=3):
+        write_corpus(folder / name, tokens=4000 // seed, seed=seed)
+    data = DataConfig.model_validate({"train": [str(folder / "large"), str(folder / "small")], "tokenizer": "byte"})
+    opened = open_data(data, ByteTokenizer(), seq_length=32, seed=7, valid_rows=1)
+    sequences = opened.train.rows(list(range(60)))
+    return {
+        "fingerprint": opened.fingerprint,
+        "sequences": [hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:4] for ids in sequences],
+    }
+
+
 def table(ids: torch.Tensor) -> torch.Tensor:
     """Return logits [B, L, V] that depend on the token, its neighbour and the position, by a plain formula."""
     position = torch.arange(ids.shape[1])[None, :, None]
@@ -91,6 +104,16 @@ def samples() -> dict[str, list[list[int]]]:
     return found
 
 
+def guided_samples() -> dict[str, list[list[int]]]:
+    """Return ids drawn with guidance, whose second, unconditional pass begins with noise of its own."""
+    prompt, found = torch.tensor([[4, 5], [6, 7]]), {}
+    for noise, shift in SHIFTS.items():
+        settings = Settings(max_new_tokens=10, max_denoising_steps=8, guidance_scale=3.0)
+        drawn = generate(lambda ids, *_: table(ids), prompt, settings, HybridNoise(VOCAB, MASK, shift), seed=[1, 2])
+        found[noise] = drawn.sequences.tolist()
+    return found
+
+
 def likelihoods() -> dict[str, list[float]]:
     """Return one estimate of each estimator under each kind of noise."""
     items = [Item((4, 5), (6, 7, 8, 1, 0)), Item((), (9, 10, 2))]
@@ -104,12 +127,28 @@ def likelihoods() -> dict[str, list[float]]:
     return found
 
 
+def likelihoods_in_context() -> dict[str, list[float]]:
+    """Return estimates with the context filled with noise, and of texts with fewer sets of tokens than copies."""
+    found = {}
+    for noise, shift in SHIFTS.items():
+        mixing = HybridMixing(VOCAB, MASK, shift)
+        for what, draws, length in (("filled", 8, 12), ("short", 64, None)):
+            items = [Item((4, 5), (6, 7, 8)), Item((), (9, 10, 2))]
+            settings = BoundSettings(draws=draws, seed=3, context_length=length)
+            result = bounds(items, lambda ids, _: table(ids), mixing=mixing, settings=settings)
+            found[f"{noise} {what}"] = [value for one in result for value in (one.nll, one.stderr)]
+    return found
+
+
 def observed(folder: Path) -> dict[str, Any]:
     """Return every record."""
     return {
         "data_order": data_order(folder),
         "first_weights": first_weights(),
+        "guided_samples": guided_samples(),
         "likelihoods": likelihoods(),
+        "likelihoods_in_context": likelihoods_in_context(),
+        "order_by_size": order_by_size(folder),
         "samples": samples(),
     }
 

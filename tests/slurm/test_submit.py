@@ -96,6 +96,11 @@ def test_a_job_name_keeps_to_one_line(config):
     assert words[2] == "--job-name=a_b_"
 
 
+def test_logs_go_where_they_are_asked_for(config, tmp_path):
+    [words] = planned("pretrain", "--config", config, "--time=9", "--lead=60", "--logs", tmp_path / "elsewhere")
+    assert words[3] == f"--output={tmp_path}/elsewhere/%j.out"
+
+
 def test_a_sweep_has_a_task_for_each_row(config, tmp_path):
     rows = tmp_path / "rows.txt"
     rows.write_text("# rates\nname=a optimizer.lr=1e-3\n\nname='b c' optimizer.lr=2e-3  # the larger\n")

@@ -66,6 +66,42 @@ def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_
     assert later["executed_tflops_per_device"] == pytest.approx(2 * 6 * 1e5 / 0.5 / 2 / 1e12)
 
 
+def test_speed_is_that_of_all_steps_since_the_line_before(tmp_path):
+    """Steps 4 to 6 take 1, 2 and 3 seconds for 40, 50 and 60 tokens: 25 a second, and none of the steps before."""
+    hook = log_hook(tmp_path / "m.jsonl", 3, 6)
+    hook.tokens_before = lambda step: 5 * step * (step + 1)  # 10 tokens in the first step, 20 in the second, ...
+    for step in range(1, 7):
+        hook(result(step, seconds=10.0 if step < 4 else step - 3.0))
+    lines = read_metrics(tmp_path / "m.jsonl")
+    assert [line["step"] for line in lines] == [1, 3, 6]
+    assert [line["tokens_per_s"] for line in lines] == pytest.approx([10 / 10, 50 / 20, 150 / 6])
+    assert [line["tokens"] for line in lines] == [10, 60, 210]
+    assert lines[2]["tflops_per_device"] == pytest.approx(25 * 1e6 / 2 / 1e12)
+    assert lines[2]["executed_tflops_per_device"] == pytest.approx(3 * 6 * 1e5 / 6 / 2 / 1e12)
+
+
+def test_the_console_says_how_long_the_rest_will_take(tmp_path, caplog):
+    """At the speed of the line: 200 tokens a second, then 50; 100 tokens a step."""
+    hook = log_hook(tmp_path / "m.jsonl", 2, 10_001)
+    with caplog.at_level("INFO", logger="megadiff"):
+        for step, seconds in ((1, 0.5), (2, 2.0)):
+            hook(result(step, seconds=seconds))
+    assert [re.search(r"ETA (\S+)", message)[1] for message in caplog.messages] == ["1:23:20", "5:33:18"]
+    assert "200 tokens/s" in caplog.messages[0]
+
+
+def test_tensorboard_gets_these_curves_and_no_others(tmp_path):
+    board = Board()
+    hook = log_hook(tmp_path / "m.jsonl", 1, 1, tensorboard=board, epochs=lambda step: {"a": 0.5, "b": 0.25})
+    hook(result(1))
+    goodput = Goodput(None, GoodputConfig(), save_every=5)
+    Evaluate(1, 1, Found, MetricsFile(tmp_path / "e.jsonl", after_step=0), goodput, board)(result(1))
+    (line,) = read_metrics(tmp_path / "m.jsonl")
+    curves = ("loss", "elbo", "kl", "is", "mean_weight", "lr", "grad_norm", "tokens_per_s")
+    wanted = {(f"train/{key}", 1): line[key] for key in curves}
+    assert board.values == wanted | {("epochs/a", 1): 0.5, ("epochs/b", 1): 0.25, ("eval/elbo", 1): 3.0}
+
+
 def test_the_console_shows_means_over_the_tokens_of_all_steps_since_its_last_line(tmp_path, caplog):
     """Loss sums 3 + 5 + 100 over 1 + 3 + 4 noisy tokens; the skipped step between has a line of its own."""
     hook = log_hook(tmp_path / "m.jsonl", 4, 4)
