@@ -8,6 +8,7 @@ from typing import Protocol
 
 from megadiff.errors import ConfigError, ShortageError
 from megadiff.model import cost
+from megadiff.optim.member import load_member
 from megadiff.optim.rules import effective
 from megadiff.parallel.config import Layout
 from megadiff.run_config import RunConfig
@@ -167,7 +168,7 @@ def learning_rates(config: RunConfig, counted: cost.Parameters) -> list[str]:
         source = f"{base:g} x {found.factor}" if found.factor else "optimizer.lr"
         lines.append(
             f"learning rate     {_ROLE_NAMES[found.role]}, {counts[found.role]:,} parameters: peak {found.lr:.4g} "
-            f"({source}), weight decay {found.weight_decay:.4g}, eps {found.eps:.3g}"
+            f"({source}), weight decay {found.weight_decay:.4g}" + (f", eps {found.eps:.3g}" if found.eps else "")
         )
     if config.optimizer.parametrisation == "completep":
         lines.append(
@@ -250,6 +251,7 @@ def _cost_precision(config: RunConfig) -> cost.Precision:
         compute=compute,
         master_weights=masters,
         fp32_gradients=masters or compute == "fp32",
+        moments=len(load_member(config.optimizer.name).state_keys),
         fp8=config.precision.fp8 != "none",
     )
 

@@ -136,12 +136,10 @@ def _describe_framing(prepended_bos: bool | None) -> list[str]:
 def describe_data(prepared: Prepared, *, step: int = 0) -> list[str]:
     """Return lines about tokenizer and data of a run that has taken `step` steps, a line for each source."""
     config, tokenizer = prepared.config, prepared.tokenizer
-    shipped = (
-        "" if tokenizer.definition is not None else ", which an export can only copy, as transformers has no form of it"
-    )
+    limits = f", {tokenizer.export_limits}" if tokenizer.export_limits is not None else ""
     return [
         *_describe_framing(prepared.data.prepended_bos),
-        f"tokenizer         {tokenizer.name}, mask id {tokenizer.mask_id}{shipped}",
+        f"tokenizer         {tokenizer.name}, mask id {tokenizer.mask_id}{limits}",
         *describe_sources(prepared.data, now=config.sizes.samples_before(step), end=config.samples),
         *describe_validation(prepared.data),
     ]

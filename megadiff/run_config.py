@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,7 +23,7 @@ from megadiff.eval.config import EvalConfig
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.fp8 import check_shapes
-from megadiff.optim.config import OptimizerConfig, ScheduleConfig
+from megadiff.optim.config import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 from megadiff.optim.rules import Scale
 from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
@@ -56,7 +56,7 @@ class RunConfig(Section):
     batch: BatchConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
-    optimizer: OptimizerConfig
+    optimizer: Annotated[OptimizerConfig, OPTIMIZERS]
     schedule: ScheduleConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()

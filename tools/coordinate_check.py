@@ -46,7 +46,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megadiff.config import registry
 from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.diffusion.mixing import mixing_from
@@ -54,8 +53,8 @@ from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.errors import run_command
-from megadiff.optim.config import MEMBERS
 from megadiff.optim.groups import parameter_groups
+from megadiff.optim.member import load_member
 from megadiff.optim.rules import Scale
 from megadiff.platform.quiet import quiet
 from megadiff.run_config import RunConfig
@@ -207,7 +206,7 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
     """`STEPS` optimizer steps on one batch, and what they did."""
     mixing = mixing_from(config.noise, vocab_size=VOCAB, mask_id=MASK)
     rows = noise_rows(_walks(), seed=0, sample_index=np.arange(ROWS), mixing=mixing, stratified=True, global_batch=ROWS)
-    optimizer = registry.member(MEMBERS, config.optimizer.name).build(list(groups.values()), config.optimizer)
+    optimizer = load_member(config.optimizer.name).build(list(groups.values()), config.optimizer)
     begin = {role: [p.detach().clone() for p in group["params"]] for role, group in groups.items()}
     found: dict[str, float] = {}
     start: dict[str, list[Tensor]] = {}

@@ -1,33 +1,65 @@
-"""Which tokenizer a path means."""
+"""Find the tokenizer that `data.tokenizer` or `--tokenizer` means."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megadiff.config import registry
 from megadiff.config.suggestions import similar_path
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.errors import DataError
+from megadiff.data.tokenizers._outside import OutsideTokenizer
+from megadiff.errors import ConfigError, DataError
 
 _FAMILY = "megadiff.data.tokenizers"
+_ENDINGS = (".json", ".model")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer behind `data.tokenizer`: the first member of the family that accepts the path.
+    """Return the tokenizer that a path or a name means.
 
     Args:
-        path: the word `byte`; a `tokenizer.json` or its folder; a SentencePiece `.model` or its folder.
+        path: the word `byte`; a `tokenizer.json` or its folder; a SentencePiece `.model` or its folder; a member of the
+            family with its path (`hf_json:folder`); or a module of the user's own with or without an argument
+            (`mypkg.words`, `mypkg.words:vocabulary.txt`). A file or folder of that name goes before a module.
 
     Raises:
-        DataError: nothing is there, no member knows it, or the file is damaged.
+        DataError: nothing is there, no member accepts it, the file is damaged, or the module cannot be used.
     """
-    said = str(path)
+    given = str(path)
+    if not os.path.lexists(given):
+        name, colon, argument = given.partition(":")
+        try:
+            if _is_module(name):
+                return _from_outside(given, name, argument)
+            if colon and name in registry.names(_FAMILY):
+                return registry.member(_FAMILY, name).build(argument)
+        except ConfigError as error:
+            raise DataError(str(error)) from error
     for name in registry.names(_FAMILY):
         module = registry.member(_FAMILY, name)
-        if module.accepts(said):
-            return module.build(said)
-    wanted = "the word `byte`, a tokenizer.json, a SentencePiece .model file, or a folder with one of them"
-    found = "a folder without them" if Path(said).is_dir() else "another file" if Path(said).exists() else "nothing"
-    near = similar_path(said) if found == "nothing" else None
+        if module.accepts(given):
+            return module.build(given)
+    wanted = (
+        "the word `byte`, a tokenizer.json, a SentencePiece .model file, a folder with one of them, or a module of "
+        "your own (mypkg.words)"
+    )
+    found = "a folder without them" if Path(given).is_dir() else "another file" if Path(given).exists() else "nothing"
+    near = similar_path(given) if found == "nothing" else None
     remedy = f"did you mean {near}?" if near else "check the path or run tools/train_tokenizer.py"
-    raise DataError(f"{said}: wanted {wanted}, found {found}; {remedy}")
+    raise DataError(f"{given}: wanted {wanted}, found {found}; {remedy}")
+
+
+def _is_module(name: str) -> bool:
+    """Return whether a name is a dotted path of Python names rather than the path of a file."""
+    parts = name.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts) and not name.endswith(_ENDINGS)
+
+
+def _from_outside(given: str, name: str, argument: str) -> Tokenizer:
+    module = registry.member(_FAMILY, name)
+    if not callable(getattr(module, "build", None)):
+        raise DataError(
+            f"{given}: the module {name} has no function `build(argument)`; add one that returns a tokenizer"
+        )
+    return OutsideTokenizer(module.build(argument), given)

@@ -23,7 +23,6 @@ from megadiff.export.checksums import write_checksums
 from megadiff.export.folder_files import CONFIG, TRAINING
 from megadiff.export.model_card import model_card
 from megadiff.export.released_config import config_of
-from megadiff.export.shipped_tokenizer import write_tokenizer
 from megadiff.export.stored_tensors import StoredTensors
 from megadiff.export.weight_files import Planned, write_weights
 from megadiff.export.weights import TrainingTensor, training_tensors
@@ -75,7 +74,7 @@ def export(
     Raises:
         CheckpointError: no complete checkpoint there, or a damaged one.
         ConfigError: `output` holds something.
-        DataError: the tokenizer is missing, or another one than the model was trained with.
+        DataError: the tokenizer is missing, another one than the model was trained with, or cannot be exported.
     """
     folder = chosen(checkpoint)
     manifest = verify_files(folder, hashes=True)
@@ -83,6 +82,8 @@ def export(
     text = matching_tokenizer(source, manifest.tokenizer_fingerprint, folder)
     weights = _Weights(folder, manifest, DTYPES[dtype] if dtype else None)
     with staged(output) as staging:
+        # First, since it may be refused, and weights take long.
+        names = text.export(staging, seq_length=weights.model.seq_length, prepend_bos=bool(manifest.prepended_bos))
         entries = write_weights(
             staging, weights.planned, weights.fetch(on_tensor), max_bytes=max_shard_bytes, on_file=on_file
         )
@@ -92,16 +93,13 @@ def export(
         _write_json(staging / CONFIG, config_of(manifest, text, dtype=stored))
         _write_json(staging / "generation_config.json", _generation_config(manifest, text))
         _write_json(staging / TRAINING, _training(manifest))
-        names = write_tokenizer(
-            staging, text, source, row_length=weights.model.seq_length, prepend_bos=manifest.prepended_bos
-        )
         card = model_card(
             manifest,
             name=output.name,
             parameters=parameters,
             dtype=stored,
             metrics=_metrics_of(folder),
-            has_fast_tokenizer="tokenizer.json" in names,
+            tokenizer_files=names,
         )
         (staging / "README.md").write_text(card, encoding="utf-8")
         write_checksums(staging, entries)
@@ -109,7 +107,7 @@ def export(
 
 
 def matching_tokenizer(source: str, fingerprint: str, where: Path) -> Tokenizer:
-    """The tokenizer at `source`, which must be the one that is meant.
+    """Return the tokenizer at `source`, which must be the one that is meant.
 
     Raises:
         CheckpointError: it is another.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,23 @@ The tokenizer gives the ids that the model was trained with: a special token's n
 _LOAD_SENTENCEPIECE = """The tokenizer is a SentencePiece model (`tokenizer.model`), to be read with the
 `sentencepiece` library; the mask's id is {mask_id}."""
 
+_LOAD_OTHER = """The tokenizer is not one that Transformers reads ({files}); the mask's id is {mask_id}."""
+
 
 def model_card(
-    manifest: Manifest, *, name: str, parameters: int, dtype: str, metrics: Path | None, has_fast_tokenizer: bool
+    manifest: Manifest, *, name: str, parameters: int, dtype: str, metrics: Path | None, tokenizer_files: Sequence[str]
 ) -> str:
-    """The card's text.
+    """Return the text of the card.
 
     Args:
         parameters: number of weights.
         metrics: the run's `metrics.jsonl`, if there is one.
+        tokenizer_files: names of the files that the tokenizer has in the folder.
     """
-    load = _LOAD_SENTENCEPIECE.format(mask_id=manifest.mask_id)
-    if has_fast_tokenizer:
+    files = ", ".join(f"`{name}`" for name in tokenizer_files) or "no files of it are here"
+    load = _LOAD_SENTENCEPIECE if "tokenizer.model" in tokenizer_files else _LOAD_OTHER
+    load = load.format(mask_id=manifest.mask_id, files=files)
+    if "tokenizer.json" in tokenizer_files:
         framing = (
             "bos comes before it, as before each document in training"
             if manifest.prepended_bos

@@ -135,16 +135,16 @@ def noised_cases(mixing: Mixing, *, length: int, knows_prompts: bool, seed: int 
 
 
 def sample_ids(tokenizer: Tokenizer, *, prepend_bos: bool) -> dict[str, list[int]]:
-    """Return the ids that training gives to sample texts, as prompts are framed; none for a tokenizer without a file.
+    """Return the ids that training gives to sample texts, as prompts are framed; none if Transformers cannot give them.
 
     Args:
         tokenizer: the trainer's tokenizer.
         prepend_bos: whether the documents of the training data began with bos.
     """
-    if tokenizer.definition is None:
+    if tokenizer.export_limits is not None:
         return {}
     start = [tokenizer.bos_id] if prepend_bos and tokenizer.bos_id is not None else []
-    names = [token["content"] for token in tokenizer.definition.get("added_tokens", [])][:_MAX_NAMES]
+    names = tokenizer.special_names[:_MAX_NAMES]
     texts = dict.fromkeys([*SAMPLE_TEXTS, *names, *(f"The {name} cat{name}{name} sat" for name in names)])
     found: dict[str, list[int]] = {}
     for text in texts:

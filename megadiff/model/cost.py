@@ -186,6 +186,8 @@ class Precision:
     master_weights: bool = False
     """A further fp32 copy of bf16 parameters, in the optimizer."""
     fp32_gradients: bool = True
+    moments: int = 2
+    """Number of fp32 values that the optimizer keeps for each parameter beside the master copy."""
     fp8: bool = False
     """The layers' matrices also as FP8, once each way they are multiplied, from a step's first microbatch on."""
 
@@ -211,9 +213,9 @@ class Memory:
 def bytes_per_rank(shape: Shape, layout: Layout, precision: Precision, *, vocab_rows: int | None = None) -> Memory:
     """Estimated bytes on the fullest pipeline stage's ranks.
 
-    Two fp32 moments per parameter are assumed; the distributed optimizer splits them, and the master copy, over the
-    data and context ranks. Not counted: the CUDA context, collective buffers, workspaces, fragmentation, and the
-    working set of the layer that is being recomputed.
+    The distributed optimizer splits the optimizer's moments and the master copy over the data and context ranks. Not
+    counted: the CUDA context, collective buffers, workspaces, fragmentation, and the working set of the layer that is
+    being recomputed.
     """
     stages = (
         stage_memory(shape, layout, precision, stage=stage, vocab_rows=vocab_rows) for stage in range(layout.pipeline)
@@ -231,7 +233,7 @@ def stage_memory(
     held = layers * _layer_parameters(shape, layout.tensor)
     held += (first + last) * rows * shape.hidden // layout.tensor + last * shape.hidden
     replicas = layout.data * layout.context if layout.distributed_optimizer else 1
-    state_bytes = 8 + 4 * (precision.master_weights and precision.params == "bf16")
+    state_bytes = 4 * precision.moments + 4 * (precision.master_weights and precision.params == "bf16")
     tokens = layout.micro_sequences * shape.seq_length // layout.context
     inputs_only = layout.recompute_layers * layout.virtual_pipeline
     per_token = (layers - inputs_only) * _layer_bytes(shape, layout, precision)

@@ -4,45 +4,43 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from megadiff.config import registry
+from megadiff.config.registry import Family
 from megadiff.config.section import Section
 
-MEMBERS = "megadiff.optim.members"
-"""The optimizer family's package."""
+OPTIMIZERS = Family("megadiff.optim.members", key="name")
+"""The optimizer family, whose contract is in the docstring of its package."""
 
 
 class OptimizerConfig(Section):
-    """`optimizer:` a member of the optimizer family by its file name, and its numbers."""
+    """`optimizer:` a member of the optimizer family, the settings of every member, and the member's own."""
 
     name: str = "adamw"
     """A file of `megadiff/optim/members/`, or the dotted path of a module of your own."""
     lr: float = Field(gt=0)
     """Peak learning rate; the base rate eta under `parametrisation: completep`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay of matrices; norms, biases and, under `completep`, embedding and head have none."""
+    clip_grad: float = Field(default=0.0, ge=0)
+    """Largest global gradient norm; 0 leaves gradients alone."""
+    parametrisation: Literal["standard", "completep"] = "standard"
+    """`completep`: block matrices learn at lr / hidden with decay weight_decay x hidden, everything else at 0.02 lr
+    (arXiv:2512.10858)."""
+
+
+class AdamSettings(OptimizerConfig):
+    """Settings of optimizers that divide by the root of a second moment."""
+
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment; divided by (hidden x layers) under `completep`."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled decay of matrices; norms, biases and, under `completep`, embedding and head have none."""
-    clip_grad: float = Field(default=0.0, ge=0)
-    """Largest global gradient norm; 0 leaves gradients alone."""
     eps_calibration: Literal["sum", "mean"] | None = None
     """Reduction that `eps` was tuned for. The released code's is `sum`: a mean loss has gradients smaller by the tokens
     of a step, and eps is divided by them (or multiplied, the other way round). Unset: eps as it stands."""
-    parametrisation: Literal["standard", "completep"] = "standard"
-    """`completep`: block matrices learn at lr / hidden with decay weight_decay x hidden, everything else at 0.02 lr
-    (arXiv:2512.10858)."""
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_known(cls, name: str) -> str:
-        if "." not in name and name not in (known := registry.names(MEMBERS)):
-            raise ValueError(f"there is no optimizer `{name}`; there are: {', '.join(known)}")
-        return name
 
 
 class ScheduleConfig(Section):

@@ -1,7 +1,7 @@
-"""The norm of a whole model's gradient, without asking the device for it, and gradients held to one.
+"""Global gradient norm without a host sync, and clipping to it.
 
-megadiff's stand-in for megatron-core's `clip_grads.py`: without Transformer Engine and Apex, that one waits for the
-device once for every tensor, and scales every tensor through a copy of its own.
+Replaces megatron-core's `clip_grads.py`, which without Transformer Engine and Apex waits for the device once for every
+tensor, and scales every tensor through a copy.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 _PIECE = 2**16
-_HELD_BELOW = 1e-6
+_NORM_EPS = 1e-6
 """Added to the norm before dividing by it, as torch and megatron-core do."""
 
 
 def gradient_norm(gradients: Sequence[Tensor], *, group: ProcessGroup | None, device: torch.device) -> Tensor:
-    """The L2 norm over all ranks of a group, a float64 scalar on the device; the host does not wait for it.
+    """Return the L2 norm over all ranks of a group, a float64 scalar on the device, without a host sync.
 
     Collective over the group: one all-reduce, also on a rank without gradients.
 
     Args:
-        gradients: this rank's, each element of the model's gradient on one rank of the group alone.
+        gradients: gradients of this rank; each element of the model's gradient is on one rank of the group alone.
         group: None for the whole world.
     """
     squares = torch.zeros((), dtype=torch.float64, device=device)
@@ -36,22 +36,22 @@ def gradient_norm(gradients: Sequence[Tensor], *, group: ProcessGroup | None, de
     return squares.sqrt()
 
 
-def hold_to_norm(gradients: Sequence[Tensor], limit: float, *, norm: float) -> None:
-    """Scale gradients in place so that a norm above the limit becomes the limit.
+def clip_grad_norm_(gradients: Sequence[Tensor], limit: float, *, norm: float) -> None:
+    """Clip gradients in place to a maximum global norm.
 
     Args:
-        limit: largest norm; above 0.
-        norm: of the whole model's gradient.
+        limit: maximum norm, above 0.
+        norm: global norm of the model's gradient.
     """
-    factor = limit / (norm + _HELD_BELOW)
+    factor = limit / (norm + _NORM_EPS)
     if gradients and factor < 1.0:
         torch._foreach_mul_(list(gradients), factor)
 
 
 def _pieces(gradient: Tensor) -> Sequence[Tensor]:
-    """What one float32 sum may run over.
+    """Return the pieces over which one float32 sum may run.
 
-    On CPU torch adds a tensor's squares up one after the other: at 8 million elements the norm is 2e-4 too small, and
-    depends on how the layout cuts the tensor. CUDA's kernel adds up pairs.
+    On CPU torch adds up the squares of a tensor one after the other: at 8 million elements the norm is 2e-4 too small,
+    and depends on how the layout cuts the tensor. CUDA's kernel adds up pairs.
     """
     return gradient.view(-1).split(_PIECE) if gradient.device.type == "cpu" else (gradient,)

@@ -14,16 +14,18 @@ from megadiff.optim.rules import Rule, Scale, effective_eps, rules
 def parameter_groups(
     parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, scale: Scale
 ) -> list[dict[str, Any]]:
-    """Sort parameters into groups, the same list of groups on every rank even where a group is empty.
+    """Return parameter groups, the same list of groups on every rank even where a group is empty.
 
     Groups are told apart by (lr_mult, wd_mult), which is how megatron-core matches them to a checkpoint
-    (`param_group_identifier_keys` in optimizer/optimizer.py): roles with equal rules share a group.
+    (`param_group_identifier_keys` in optimizer/optimizer.py): roles with equal rules share a group. A group has an
+    `eps` if the optimizer has such a setting.
 
     Args:
         parameters: (role, parameter) pairs of this rank.
     """
-    by_rule: dict[Rule, list[torch.nn.Parameter]] = {rule: [] for rule in rules(settings, hidden=scale.hidden).values()}
     table = rules(settings, hidden=scale.hidden)
+    by_rule: dict[Rule, list[torch.nn.Parameter]] = {rule: [] for rule in table.values()}
+    eps = effective_eps(settings, scale)
     for role, parameter in parameters:
         by_rule[table[role]].append(parameter)
     return [
@@ -31,7 +33,7 @@ def parameter_groups(
             "params": members,
             "lr": settings.lr * rule.lr_mult,
             "weight_decay": settings.weight_decay * rule.wd_mult,
-            "eps": effective_eps(settings, scale),
+            **({} if eps is None else {"eps": eps}),
             "lr_mult": rule.lr_mult,
             "wd_mult": rule.wd_mult,
             "is_expert_parallel": False,

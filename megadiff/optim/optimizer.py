@@ -11,12 +11,13 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from torch import Tensor
 
-from megadiff.config import registry
-from megadiff.optim.config import MEMBERS, OptimizerConfig
-from megadiff.optim.distributed import ResumableDistributedOptimizer, allocate_state
-from megadiff.optim.gradient_norm import gradient_norm, hold_to_norm
+from megadiff.optim.config import OptimizerConfig
+from megadiff.optim.distributed import ShardedOptimizer
+from megadiff.optim.gradient_norm import clip_grad_norm_, gradient_norm
 from megadiff.optim.groups import parameter_groups
-from megadiff.optim.resharding import in_the_form_of
+from megadiff.optim.member import Member, load_member
+from megadiff.optim.probe import refuse_unsavable
+from megadiff.optim.resharding import in_the_form_of, keep_float32_state
 from megadiff.optim.rules import Scale
 from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
@@ -24,20 +25,21 @@ from megadiff.platform.machine import Platform
 
 
 class Optimizer:
-    """Takes optimizer steps on reduced gradients; all that the training loop sees of megatron-core's wrappers."""
+    """Optimizer steps on reduced gradients, whichever of megatron-core's wrappers is used."""
 
     def __init__(
-        self, wrapped: MegatronOptimizer, settings: OptimizerConfig, device: torch.device, kernel: str
+        self, wrapped: MegatronOptimizer, member: Member, settings: OptimizerConfig, device: torch.device
     ) -> None:
         self._wrapped = wrapped
+        self._member = member
         self._settings = settings
         self._device = device
-        self.kernel = kernel
+        self.kernel = member.kernel(wrapped.optimizer)
         """Name of the update kernel, for the log."""
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """The global norm of the reduced gradients, a float64 scalar on the device, for which the host does not wait.
+        """Return the global norm of the reduced gradients, a float64 scalar on the device, without a host sync.
 
         Collective over the model group, over the world with the distributed optimizer.
         """
@@ -54,17 +56,17 @@ class Optimizer:
 
         Args:
             lr: learning rate now; each group multiplies it by its own factor.
-            norm: what `gradient_norm`, called before, gave.
+            norm: result of `gradient_norm`, called before.
         """
         for group in self._wrapped.param_groups:
             group["lr"] = lr * group["lr_mult"]
         if self._settings.clip_grad > 0:
             gradients = [p.grad for p in self._wrapped.get_parameters() if p.grad is not None]
-            hold_to_norm(gradients, self._settings.clip_grad, norm=norm)
+            clip_grad_norm_(gradients, self._settings.clip_grad, norm=norm)
         self._wrapped.step_with_ready_grads()
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the last step."""
+        """Clear the gradients of the last step."""
         self._wrapped.zero_grad()
 
     def take_weights(self) -> None:
@@ -72,22 +74,31 @@ class Optimizer:
         self._wrapped.reload_model_params()
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> Any:
-        """State as megatron-core's dist_checkpointing wants it; see `megadiff.checkpoint.store`."""
+        """Return the state for megatron-core's dist_checkpointing; see `megadiff.checkpoint.snapshot`.
+
+        Raises:
+            ConfigError: the optimizer keeps state that its module does not declare.
+        """
+        self._member.check_state(self._wrapped.optimizer)
+        self._member.complete_state(self._wrapped.optimizer)
         return self._wrapped.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
     def load_state_dict(self, state: Any) -> None:
-        """Take over the state a checkpoint held, sharded over data ranks or not; the settings stay this run's.
+        """Take over the state a checkpoint held, cut over data-parallel ranks or not; the settings stay this run's.
 
         megatron-core's wrappers replace whole groups, so without this a changed decay, beta or epsilon would be
         recorded and not used.
         """
-        settings = [
-            {key: group[key] for key in ("betas", "eps", "weight_decay") if key in group}
-            for group in self._wrapped.param_groups
-        ]
-        self._wrapped.load_state_dict(in_the_form_of(self._wrapped, state))
-        for group, own in zip(self._wrapped.param_groups, settings, strict=True):
-            group.update(own)
+        inner, changing = self._wrapped.optimizer, ("params", *self._member.group_state_keys)
+        settings = [{k: v for k, v in group.items() if k not in changing} for group in inner.param_groups]
+        loaded = in_the_form_of(self._wrapped, state)
+        self._wrapped.load_state_dict(loaded)
+        for group, own in zip(inner.param_groups, settings, strict=True):
+            kept = {key: group[key] for key in changing if key in group}
+            group.clear()
+            group.update(own | kept)
+        keep_float32_state(self._wrapped, loaded, self._member.state_keys)
+        self._member.complete_state(inner)
 
 
 def build_optimizer(
@@ -110,16 +121,18 @@ def build_optimizer(
     Args:
         chunks: data-parallel wrapped model chunks.
         roles: (role, parameter) of every parameter of this rank.
-        scale: what epsilon depends on.
+        scale: sizes on which epsilon depends.
         master_weights: keep float32 copies of bf16 weights; without them the plain wrapper updates bf16 in place.
 
     Raises:
-        ConfigError: no such optimizer.
+        ConfigError: there is no such optimizer, or a run with it could not be saved and resumed.
     """
-    member = registry.member(MEMBERS, settings.name)
+    member = load_member(settings.name)
+    is_cut = distributed or topology.layout.tensor > 1
     with platform.scope():
-        groups = parameter_groups(roles, settings, scale)
-        base = member.build(groups, settings)
+        refuse_unsavable(member, settings, scale, device=platform.device, is_cut=is_cut)
+        base = member.build(parameter_groups(roles, settings, scale), settings)
+        is_allocated = bool(base.state)
         config = MegatronOptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -129,12 +142,18 @@ def build_optimizer(
             clip_grad=settings.clip_grad,
         )
         no_scaler: Any = None  # bf16 needs no loss scaling
+
+        def allocate(optimizer: torch.optim.Optimizer, _: Any = None) -> None:
+            member.complete_state(optimizer)
+
+        stats_group = topology.model_group
         if distributed:
-            wrapped: Any = ResumableDistributedOptimizer(
+            wrapped: Any = ShardedOptimizer(
+                member,
                 base,
                 config,
                 no_scaler,
-                allocate_state,
+                allocate,
                 model_chunks=list(chunks),
                 per_model_buffers={index: chunk.buffers for index, chunk in enumerate(chunks)},  # type: ignore[misc]
                 data_parallel_group=topology.data_group,
@@ -144,12 +163,12 @@ def build_optimizer(
             )
             stats_group = dist.group.WORLD
         elif is_bf16 and master_weights:
-            wrapped, stats_group = (
-                Float16OptimizerWithFloat16Params(base, config, no_scaler, allocate_state),
-                topology.model_group,
-            )
+            wrapped = Float16OptimizerWithFloat16Params(base, config, no_scaler, allocate)
+            base.state.clear()
         else:
-            wrapped, stats_group = FP32Optimizer(base, config, allocate_state), topology.model_group
+            wrapped = FP32Optimizer(base, config, allocate)
+        if is_allocated:  # when it was built, for weights that the wrapper may have replaced
+            member.complete_state(base)
         wrapped.grad_stats_parallel_group = stats_group
         wrapped.tp_group = topology.tensor_group
-    return Optimizer(wrapped, settings, platform.device, member.kernel())
+    return Optimizer(wrapped, member, settings, platform.device)

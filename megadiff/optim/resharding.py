@@ -1,4 +1,4 @@
-"""Optimizer state that was saved sharded over data ranks, taken up whole, and the other way round.
+"""Optimizer state that was saved cut over data-parallel ranks, loaded whole, and the other way round.
 
 The tensors of both are the same, each of its parameter's shape (`distrib_optim_sharding_type` is
 `fully_reshardable`); what surrounds them differs, and is brought here into the form that a wrapper loads. Names are of
@@ -7,6 +7,7 @@ megatron-core 0.16.1, `optimizer/optimizer.py` and `optimizer/distrib_optimizer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,25 @@ def in_the_form_of(wrapped: MegatronOptimizer, state: dict[str, Any]) -> dict[st
     if isinstance(wrapped, FP32Optimizer):
         return loaded
     return {"optimizer": loaded, "fp32_from_fp16_params": state["fp32_from_fp16_params"]}
+
+
+def keep_float32_state(wrapped: MegatronOptimizer, loaded: dict[str, Any], keys: Sequence[str]) -> None:
+    """Put loaded state back as float32 where weights are bf16 without master weights.
+
+    torch's `load_state_dict` converts state to the parameters' type, which would round it.
+
+    Args:
+        loaded: result of `in_the_form_of`.
+        keys: names of the state's tensors.
+    """
+    if not isinstance(wrapped, FP32Optimizer):
+        return
+    parameters = [parameter for group in wrapped.optimizer.param_groups for parameter in group["params"]]
+    for index, tensors in loaded["state"].items():
+        state = wrapped.optimizer.state[parameters[index]]
+        for key in keys:
+            if key in tensors and state[key].dtype != tensors[key].dtype:
+                state[key] = tensors[key].to(state[key].device)
 
 
 def _stored_groups(state: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:

@@ -10,14 +10,14 @@ from megadiff.optim.config import OptimizerConfig
 
 @dataclass(frozen=True)
 class Rule:
-    """The factors on the settings that a role's parameters get."""
+    """Factors by which the settings are multiplied for the parameters of one role."""
 
     lr_mult: float
     wd_mult: float
 
 
 def rules(settings: OptimizerConfig, *, hidden: int) -> dict[str, Rule]:
-    """The rule of each role.
+    """Return the rule of each role.
 
     Source of `completep`: arXiv:2512.10858, CompleteP table (bulk eta / d, decay x d so that lr x decay is free of
     the width; every other role 0.02 eta and no decay).
@@ -31,24 +31,29 @@ def rules(settings: OptimizerConfig, *, hidden: int) -> dict[str, Rule]:
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes that epsilon depends on beside the settings."""
+    """Sizes on which epsilon depends beside the settings."""
 
     hidden: int
     layers: int
     tokens_per_step: int
-    """Tokens a gradient sums over; all of them, noise-free ones too."""
+    """Number of tokens over which a gradient is summed, those without noise included."""
     reduction: Literal["sum", "mean"]
-    """Reduction of the loss that the gradients are of."""
+    """Reduction of the loss over tokens."""
 
 
-def effective_eps(settings: OptimizerConfig, scale: Scale) -> float:
-    """Epsilon of every group.
+def effective_eps(settings: OptimizerConfig, scale: Scale) -> float | None:
+    """Return epsilon of every group, or None for an optimizer that has no setting `eps`.
 
-    The setting; over hidden x layers under `completep`; and brought to the loss's reduction from the one it was
-    calibrated for. Source: arXiv:2512.10858's code (eps = 1e-8 / (d L) with summed losses).
+    The setting is divided by hidden x layers under `completep`, and brought from the loss's reduction that it was
+    calibrated for (`eps_calibration`) to that of this run. Source: arXiv:2512.10858's code (eps = 1e-8 / (d L) with
+    summed losses).
     """
-    eps = settings.eps / (scale.hidden * scale.layers) if settings.parametrisation == "completep" else settings.eps
-    if settings.eps_calibration in (None, scale.reduction):
+    eps: float | None = getattr(settings, "eps", None)
+    if eps is None:
+        return None
+    if settings.parametrisation == "completep":
+        eps = eps / (scale.hidden * scale.layers)
+    if getattr(settings, "eps_calibration", None) in (None, scale.reduction):
         return eps
     return eps / scale.tokens_per_step if scale.reduction == "mean" else eps * scale.tokens_per_step
 
@@ -60,7 +65,8 @@ class Effective:
     role: str
     lr: float
     weight_decay: float
-    eps: float
+    eps: float | None
+    """None for an optimizer without a setting `eps`."""
     factor: str
     """Factor between `optimizer.lr` and `lr`, as text such as `1/128` or `0.02`; empty where it is 1."""
 

@@ -103,7 +103,7 @@ def test_the_json_schema_leaves_the_keys_of_members_open(with_family):
 def test_the_command_prints_the_keys_that_begin_so():
     ended = call_forked("pretrain_dlm.py", "--keys", "optimizer.beta")
     assert ended.code == 0
-    assert re.findall(r"^\S+:", ended.out, re.M) == ["optimizer.beta1:", "optimizer.beta2:"]
+    assert {*re.findall(r"^\S+:", ended.out, re.M)} == {"optimizer.beta1:", "optimizer.beta2:"}
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion():

@@ -8,7 +8,6 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
-from megadiff.export.shipped_tokenizer import write_tokenizer
 
 
 def saved(inner, folder):
@@ -161,11 +160,11 @@ def test_a_model_without_a_json_form_is_read_by_its_own_library_and_ships_alone(
     tokenizer = sentencepiece_model(tmp_path / "t.model", model_type=kind, hard_vocab_limit=False)
     library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
     text = "hello world <s> number 7"
-    assert tokenizer.definition is None
+    assert tokenizer.export_limits is not None
     assert [*tokenizer.encode_pieces(text)] == [tokenizer.encode(text)] == tokenizer.encode_batch([text])
     assert tokenizer.encode("hello world") == library.encode("hello world")
     (tmp_path / "out").mkdir()
-    assert write_tokenizer(tmp_path / "out", tokenizer, str(tmp_path / "t.model"), row_length=8) == ["tokenizer.model"]
+    assert tokenizer.export(tmp_path / "out", seq_length=8) == ["tokenizer.model"]
     assert load_tokenizer(tmp_path / "out").fingerprint == tokenizer.fingerprint
 
 

@@ -34,6 +34,7 @@ class Case:
 
 DISTOPT = {"parallel__distributed_optimizer": True}
 BF16 = {"precision__compute": "bf16"}
+NO_MASTERS = {"precision__master_weights": False, "optimizer__name": "laprop", "optimizer__clip_grad": 0}
 GIDD = {f"model__{key}": value for key, value in GIDD_BLOCK.items()}
 TP2, PP2 = {"parallel__tensor": 2}, {"parallel__pipeline": 2}
 VP2 = {**PP2, "parallel__virtual_pipeline": 2}
@@ -41,6 +42,7 @@ VP2 = {**PP2, "parallel__virtual_pipeline": 2}
 CASES = {
     "one_rank": Case(1, {}),
     "one_rank_bf16": Case(1, BF16),
+    "one_rank_bf16_without_masters": Case(1, {**BF16, **NO_MASTERS}),
     "tp2_to_pp2": Case(2, TP2, ((2, PP2, 1e-5),)),
     "pp2_vp2_gidd_to_tp2": Case(2, {**VP2, **GIDD}, ((2, {**TP2, **GIDD}, 1e-5),)),
     "dp2_distopt": Case(2, DISTOPT, ((1, DISTOPT, 1e-5),)),

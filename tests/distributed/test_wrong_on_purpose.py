@@ -42,18 +42,25 @@ def _stock_optimizer(config, without_clone):
     platform_on_rank()
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from megadiff.optim.distributed import ResumableDistributedOptimizer
+    from megadiff.optim.distributed import ShardedOptimizer
 
-    class SharedStep(ResumableDistributedOptimizer):
-        load_state_dict = DistributedOptimizer.load_state_dict
+    class SharedStep(ShardedOptimizer):
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict)
+            states = list(self.optimizer.state.values())
+            for state in states:
+                state["step"] = states[0]["step"]
+
+    def stock(member, *args, **kwargs):
+        return DistributedOptimizer(*args, **kwargs)
 
     whole = train_on_rank(config, 1, save=True)
     shutil.rmtree(config.folder / f"checkpoints/step_{STEPS:08d}")
     shutil.copytree(config.folder, without_clone.folder)
-    optimizer = "megadiff.optim.optimizer.ResumableDistributedOptimizer"
+    optimizer = "megadiff.optim.optimizer.ShardedOptimizer"
     with patch(optimizer, SharedStep):
         drifted = train_on_rank(without_clone, 1)
-    with patch(optimizer, DistributedOptimizer):
+    with patch(optimizer, stock):
         return whole.curve("loss"), drifted.curve("loss"), _error_of(train_on_rank, config, 1)
 
 

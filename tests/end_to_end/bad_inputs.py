@@ -31,7 +31,7 @@ DESCRIPTIONS = [
     ("seed=-1", 1, r"`seed` must be greater than or equal to 0, found `-1`"),
     ("noise.scale=1.5", 1, r"command line: `noise\.scale`: .*at most 1, got 1\.5: .*does not exist"),
     ("noise.shift=sideways", 1, r"noise\.shift.*masked.*balanced.*uniform.*sideways"),
-    ("optimizer.name=adamm", 1, r"no optimizer `adamm`; there are: adamw"),
+    ("optimizer.name=adamm", 1, r"unknown name `adamm`; did you mean `adamw`\?"),
     ("name=../evil", 1, r"`name`: name must be a plain folder name .* got '\.\./evil'"),
     # what does not divide
     ("model.heads=5", 1, r"model\.hidden is 32, which model\.heads = 5 does not divide"),

@@ -30,7 +30,9 @@ NAMES = [
 
 def card(checkpoint, name, **changes):
     manifest = read_manifest(checkpoint).model_copy(update=changes)
-    return model_card(manifest, name=name, parameters=1, dtype="float32", metrics=None, has_fast_tokenizer=True)
+    return model_card(
+        manifest, name=name, parameters=1, dtype="float32", metrics=None, tokenizer_files=["tokenizer.json"]
+    )
 
 
 def snippet(text):

@@ -9,7 +9,6 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.export.shipped_tokenizer import write_tokenizer
 
 WORDS = {"<s>": 0, "</s>": 1, "a": 2, "list": 3, "is": 4, "<unk>": 5}
 
@@ -28,7 +27,7 @@ def source(tmp_path):
 def test_a_missing_mask_is_the_next_id_for_both_sides(source, tmp_path):
     ours = load_tokenizer(source)
     (tmp_path / "out").mkdir()
-    names = write_tokenizer(tmp_path / "out", ours, str(source), row_length=16)
+    names = ours.export(tmp_path / "out", seq_length=16)
     assert sorted(names) == sorted(path.name for path in (tmp_path / "out").iterdir())
     wanted, found = (json.loads((folder / "tokenizer.json").read_text()) for folder in (source, tmp_path / "out"))
     assert {key for key in wanted if wanted[key] != found[key]} == {"pre_tokenizer"}  # `</s>` in a text is cut
@@ -49,7 +48,7 @@ def test_a_missing_mask_is_the_next_id_for_both_sides(source, tmp_path):
 def test_the_byte_tokenizer_of_a_folder_has_the_bytes_ids(tmp_path):
     """As a file it is another tokenizer to us, with another fingerprint, but the same ids for every text."""
     ours = load_tokenizer("byte")
-    write_tokenizer(tmp_path, ours, "byte", row_length=16)
+    ours.export(tmp_path, seq_length=16)
     theirs = load_tokenizer(tmp_path)
     text = "".join(map(chr, range(1, 0x250))) + "\u20ac\U0001f600"
     assert theirs.encode(text) == ours.encode(text)

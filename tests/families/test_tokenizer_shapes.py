@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import _pipeline, _windows
-from megadiff.export.shipped_tokenizer import write_tokenizer
 from tests.fixtures.tokenizers.shapes import CHAT, CORPUS, NAMES, SHAPES, TEXTS
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
@@ -36,7 +35,7 @@ def shape(request, tmp_path_factory):
     source = SHAPES[request.param](folder / "source")
     ours = load_tokenizer(source)
     (folder / "out").mkdir()
-    write_tokenizer(folder / "out", ours, str(source), row_length=64)
+    ours.export(folder / "out", seq_length=64)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "out")
     return Shape(request.param, source, ours, folder / "out", theirs)
 
@@ -69,7 +68,7 @@ def test_special_ids_are_the_same_and_text_never_yields_one(shape):
 def test_bos_is_put_before_a_text_where_the_data_have_it(shape, tmp_path):
     if shape.ours.bos_id is None:
         pytest.skip("this tokenizer has no bos")
-    write_tokenizer(tmp_path, shape.ours, str(shape.source), row_length=64, prepend_bos=True)
+    shape.ours.export(tmp_path, seq_length=64, prepend_bos=True)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert [theirs(text).input_ids for text in TEXTS] == [
         [shape.ours.bos_id, *shape.ours.encode(text)] for text in TEXTS
@@ -86,7 +85,7 @@ def test_the_shipped_folder_is_the_same_tokenizer_here_and_ships_the_same_again(
         shape.ours.mask_id,
     )
     assert again.encode_batch(TEXTS) == shape.ours.encode_batch(TEXTS)
-    write_tokenizer(tmp_path, again, str(shape.shipped), row_length=64)
+    again.export(tmp_path, seq_length=64)
     for path in sorted(shape.shipped.rglob("*")):
         if path.is_file():
             assert (tmp_path / path.relative_to(shape.shipped)).read_bytes() == path.read_bytes(), path.name

@@ -12,6 +12,7 @@ from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
 from megadiff.data.tokenizers._special import SPECIAL_TOKENS
 from megadiff.errors import DataError
+from megadiff.testing import check_tokenizer
 
 CORPUS = [f"The cat no. {n} sat on the mat, it's née {n * n}.\nThen <|mask|> came. 日本" for n in range(300)]
 
@@ -44,6 +45,10 @@ def tokenizer(path):
 texts = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])).map(
     lambda text: unicodedata.normalize("NFC", text)
 )
+
+
+def test_it_holds_the_contract(path):
+    check_tokenizer(path, is_lossless=path == "byte", texts=CORPUS[:3])
 
 
 @settings(max_examples=150, deadline=None)

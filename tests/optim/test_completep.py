@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megadiff.model.config import ModelConfig
-from megadiff.optim.config import OptimizerConfig
 from megadiff.optim.groups import parameter_groups
+from megadiff.optim.members import laprop
 from megadiff.optim.rules import Scale, effective_eps
 from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks
@@ -25,7 +25,7 @@ with quiet():
     from tests.support.runs import platform_on_rank
 
 HIDDEN, LAYERS, ETA, DECAY = 256, 3, 0.3, 0.1
-SETTINGS = OptimizerConfig(
+SETTINGS = laprop.Settings(
     name="laprop", lr=ETA, eps=1e-8, weight_decay=DECAY, parametrisation="completep", eps_calibration="sum"
 )
 

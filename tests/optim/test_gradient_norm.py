@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megadiff.optim.gradient_norm import gradient_norm, hold_to_norm
+from megadiff.optim.gradient_norm import clip_grad_norm_, gradient_norm
 from megadiff.train.health import Verdict
 from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank, toy_config, wire_on_rank
@@ -36,7 +36,7 @@ def _ours_and_theirs(config):
     wrapped = step.optimizer._wrapped
     gradients = [p.grad for p in wrapped.get_parameters() if p.grad is not None]
     ours = [gradient.clone() for gradient in gradients]
-    hold_to_norm(ours, LIMIT, norm=norm)
+    clip_grad_norm_(ours, LIMIT, norm=norm)
     with platform_on_rank().scope():
         theirs = wrapped.get_grad_norm()
         wrapped.clip_grad_norm(LIMIT)
@@ -94,8 +94,8 @@ def test_a_number_that_is_none_makes_the_norm_none():
 
 def test_gradients_within_the_limit_are_left_as_they_are():
     gradients = [torch.tensor([3.0]), torch.tensor([4.0])]
-    hold_to_norm(gradients, 6.0, norm=5.0)
+    clip_grad_norm_(gradients, 6.0, norm=5.0)
     assert [float(g) for g in gradients] == [3.0, 4.0]
-    hold_to_norm(gradients, 2.5, norm=5.0)
+    clip_grad_norm_(gradients, 2.5, norm=5.0)
     assert [float(g) for g in gradients] == pytest.approx([1.5, 2.0], rel=1e-6)
-    hold_to_norm([], 1.0, norm=5.0)
+    clip_grad_norm_([], 1.0, norm=5.0)

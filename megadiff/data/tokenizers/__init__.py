@@ -1,12 +1,17 @@
-"""Tokenizers: a folder as a registry. A member's file offers `accepts(path) -> bool` and `build(path) -> Tokenizer`.
+"""The tokenizer family: text to token ids and back, one module a member.
 
-Files that start with `_` are no members. Which member a path means is decided in `megadiff.data.tokenizer_files`.
+A module here offers `accepts(path) -> bool` and `build(path) -> Tokenizer`, and `data.tokenizer` is a path that one of
+them accepts, or its name and a path (`hf_json:path`). A module of the user's own is named by its dotted path, with an
+argument behind a colon if it wants one (`mypkg.words:vocabulary.txt`), and offers `build(argument) -> Tokenizer`; what
+its tokenizer may leave out is in `_outside.py`. Files that begin with `_` are no members. `megadiff.data.
+tokenizer_files` decides which member is meant; `megadiff.testing.check_tokenizer` is the contract as a test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 
 class Tokenizer(Protocol):
@@ -17,32 +22,41 @@ class Tokenizer(Protocol):
     """
 
     name: str
-    """For people: the member's name and, where there is one, the file's."""
+    """Name for people: the member's and, where there is one, the file's."""
 
     fingerprint: str
-    """SHA-256 (hex) of what fixes text -> ids and the special ids; the same on every machine and path."""
+    """SHA-256 (hex) of everything that decides the ids of a text and the special ids; the same on every machine."""
 
     vocab_size: int
-    """V: real ids, the mask among them; rows that only pad a weight matrix are not counted."""
+    """Number of real ids V, the mask among them; entries that only pad a weight matrix are not counted."""
 
     mask_id: int
-    """The mask's own id: never one that text can yield."""
+    """Id of the mask, which text can never yield."""
 
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
 
     @property
-    def definition(self) -> dict[str, Any] | None:
-        """Content of a `tokenizer.json` with which transformers gives the same ids; None if there is none."""
+    def special_names(self) -> Sequence[str]:
+        """Names of special tokens, which are ordinary text where a text spells them."""
+        ...
+
+    @property
+    def export_limits(self) -> str | None:
+        """Reason why Transformers cannot give the same ids from what `export` writes; None if it can."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; nothing is put before or after it. `DataError` where it is no valid Unicode."""
+        """Return the ids of a text, with nothing put before or after it.
+
+        Raises:
+            DataError: the text is no valid Unicode, or has no ids.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, faster."""
+        """Return `encode` of each text, faster."""
         ...
 
     def encode_pieces(self, text: str) -> Iterator[list[int]]:
@@ -50,5 +64,20 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of any ids below V, in any order; special ones are left out and broken UTF-8 becomes U+FFFD."""
+        """Return the text of any ids below V, in any order, without special ones; broken UTF-8 becomes U+FFFD."""
+        ...
+
+    def export(self, folder: Path, *, seq_length: int | None = None, prepend_bos: bool = False) -> list[str]:
+        """Write the tokenizer's files into the folder of an exported model and return their names.
+
+        If `export_limits` is None, Transformers' `PreTrainedTokenizerFast` reads the ids of training from them.
+
+        Args:
+            folder: an existing folder without such files.
+            seq_length: number of tokens of a sequence.
+            prepend_bos: whether the training data begin each document with bos.
+
+        Raises:
+            DataError: the tokenizer cannot be exported; nothing was written.
+        """
         ...

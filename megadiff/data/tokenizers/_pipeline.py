@@ -48,6 +48,11 @@ class Pipeline:
         self._live = frozenset(self._inner.get_vocab(with_added_tokens=True).values())
         self._specials, self._forbidden = ids.all, ids.never_text
 
+    @property
+    def special_names(self) -> list[str]:
+        """Names of the definition's special tokens."""
+        return [token["content"] for token in self.definition.get("added_tokens", [])]
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without specials."""
         return [token for piece in self.encode_pieces(text) for token in piece]
@@ -163,7 +168,7 @@ def _special_token(name: str, token: int) -> dict[str, Any]:
 
 
 def _is_findable(definition: Mapping[str, Any], name: str) -> bool:
-    """Whether the model may yield the token of this name for a piece of text that holds the name."""
+    """Return whether the model may yield the token of this name for a piece of text that holds the name."""
     model = definition["model"]
     vocabulary = model.get("vocab", {})
     if len(name) < 2 or not (name in vocabulary if isinstance(vocabulary, dict) else name in _pieces(vocabulary)):

@@ -10,7 +10,7 @@ from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, read_json_object
 
 BOS_ID, EOS_ID, PAD_ID, MASK_ID = 0, 1, 2, 3
-"""In every tokenizer trained here and in the byte tokenizer (as in the released GIDD checkpoints)."""
+"""Ids of every tokenizer trained here and of the byte tokenizer, as in the released GIDD checkpoints."""
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|padding|>", "<|mask|>")
 """Their names, in the order of those ids."""

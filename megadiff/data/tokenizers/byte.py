@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megadiff.data.tokenizers._special import BOS_ID, EOS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS
+from megadiff.data.transformers_tokenizer import write_transformers_tokenizer
 from megadiff.errors import DataError
 
 _FIRST_BYTE_ID = 4
@@ -18,18 +19,18 @@ _PIECE_CHARACTERS = 2**16
 
 
 def accepts(path: str) -> bool:
-    """Whether a path means this tokenizer."""
+    """Return whether a path means this tokenizer."""
     return path == "byte"
 
 
 def build(path: str) -> ByteTokenizer:
-    """The byte tokenizer; it needs no file."""
+    """Return the byte tokenizer, which needs no file."""
     del path
     return ByteTokenizer()
 
 
 class ByteTokenizer:
-    """See the module's text; the protocol is `megadiff.data.tokenizers.Tokenizer`."""
+    """UTF-8 bytes as ids, see above; the protocol is `megadiff.data.tokenizers.Tokenizer`."""
 
     def __init__(self) -> None:
         self.name = "byte"
@@ -42,10 +43,8 @@ class ByteTokenizer:
         self.eos_id: int | None = EOS_ID
         self.pad_id: int | None = PAD_ID
 
-    @property
-    def definition(self) -> dict[str, Any]:
-        """Content of a `tokenizer.json` with the same ids."""
-        return json.loads(_byte_level().to_str())
+        self.special_names: Sequence[str] = SPECIAL_TOKENS
+        self.export_limits: str | None = None
 
     def encode(self, text: str) -> list[int]:
         """Return one id per UTF-8 byte."""
@@ -57,7 +56,7 @@ class ByteTokenizer:
             ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Return `encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def encode_pieces(self, text: str) -> Iterator[list[int]]:
@@ -66,9 +65,14 @@ class ByteTokenizer:
             yield self.encode(text[start : start + _PIECE_CHARACTERS])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of any ids; ids that are no byte are left out."""
+        """Return the text of any ids; ids that are no byte are left out."""
         known = (int(i) - _FIRST_BYTE_ID for i in ids)
         return bytes(byte for byte in known if 0 <= byte < 256).decode("utf-8", errors="replace")
+
+    def export(self, folder: Path, *, seq_length: int | None = None, prepend_bos: bool = False) -> list[str]:
+        """Write a `tokenizer.json` with the same ids, and its configuration."""
+        definition = json.loads(_byte_level().to_str())
+        return write_transformers_tokenizer(folder, self, definition, seq_length=seq_length, prepend_bos=prepend_bos)
 
 
 def _byte_level() -> tokenizers.Tokenizer:

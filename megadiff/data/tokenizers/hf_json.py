@@ -12,6 +12,7 @@ import tokenizers
 
 from megadiff.data.tokenizers._pipeline import Pipeline, applied, unknown_id, without_specials_in_text
 from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, model_behind
+from megadiff.data.transformers_tokenizer import write_transformers_tokenizer
 from megadiff.errors import DataError, shown
 from megadiff.untrusted_files import UnreadableFileError, parse_json, read_json_object, read_text, type_name, why
 
@@ -20,7 +21,7 @@ _MAX_BYTES = 2**28
 
 
 def accepts(path: str) -> bool:
-    """Whether a path means this tokenizer: a `.json` file, or a folder with `tokenizer.json` in it.
+    """Return whether a path means this tokenizer: a `.json` file, or a folder with `tokenizer.json` in it.
 
     A folder whose `tokenizer.json` was made from the SentencePiece model beside it is that model's.
     """
@@ -28,15 +29,16 @@ def accepts(path: str) -> bool:
 
 
 def build(path: str) -> HfJsonTokenizer:
-    """Read the tokenizer; `DataError` where it is missing or damaged."""
+    """Return the tokenizer; raise a `DataError` if it is missing or damaged."""
     return HfJsonTokenizer(Path(path) / _FILE if Path(path).is_dir() else Path(path))
 
 
 class HfJsonTokenizer(Pipeline):
-    """See `megadiff.data.tokenizers.Tokenizer`. Truncation, padding and templates stored in the file are not applied.
+    """A `tokenizer.json` as a `megadiff.data.tokenizers.Tokenizer`.
 
-    Which tokens are bos, eos, pad and mask is read from a `tokenizer_config.json` beside the file where there is
-    one, else known by their usual names; a mask that the vocabulary lacks gets the first id past it.
+    Truncation, padding and templates stored in the file are not applied. Which tokens are bos, eos, pad and mask is
+    read from a `tokenizer_config.json` beside the file where there is one, else known by their usual names; a mask that
+    the vocabulary lacks gets the first id past it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,9 +62,17 @@ class HfJsonTokenizer(Pipeline):
             reason = str(error)[:300]
             raise DataError(f"{path}: not a whole tokenizer.json ({reason}); train or fetch it again") from error
         self.name = f"hf_json:{path.parent.name or path.name}"
+        self.export_limits: str | None = None
+        self._source = path.parent
         self.fingerprint = _fingerprint(plain, ids)
         self.vocab_size, self.mask_id = ids.vocab_size, ids.mask
         self.bos_id, self.eos_id, self.pad_id = ids.bos, ids.eos, ids.pad
+
+    def export(self, folder: Path, *, seq_length: int | None = None, prepend_bos: bool = False) -> list[str]:
+        """Write the `tokenizer.json`, with the chat templates and the settings that lie beside it."""
+        return write_transformers_tokenizer(
+            folder, self, self.definition, seq_length=seq_length, prepend_bos=prepend_bos, source=self._source
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
@@ -82,7 +92,7 @@ def _read(path: Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
 
 
 def _said_beside(path: Path) -> dict[str, str]:
-    """What `tokenizer_config.json` calls bos, eos, pad and mask: {"mask": "<mask>", ...}."""
+    """Return the names of bos, eos, pad and mask in `tokenizer_config.json`: {"mask": "<mask>", ...}."""
     beside = path.parent / "tokenizer_config.json"
     if not os.path.lexists(beside):
         return {}
@@ -102,6 +112,6 @@ def _said_beside(path: Path) -> dict[str, str]:
 
 
 def _fingerprint(definition: dict[str, Any], ids: SpecialIds) -> str:
-    """SHA-256 over the meaning of the file: not its spacing, key order, or settings that are not applied."""
+    """Return the SHA-256 of the meaning of the file: not its spacing, key order, or settings that are not applied."""
     said = [ids.vocab_size, ids.mask, ids.bos, ids.eos, ids.pad]
     return hashlib.sha256(json.dumps([applied(definition), said], sort_keys=True).encode("utf-8")).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,14 +12,17 @@ import sentencepiece
 from megadiff.data.tokenizers._pipeline import Pipeline
 from megadiff.data.tokenizers._sentencepiece_json import definition_of
 from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, model_behind, split_until_plain
+from megadiff.data.transformers_tokenizer import keep_templates, write_transformers_tokenizer
 from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 _MAX_BYTES = 2**28
+_SHIPPED = "tokenizer.model"
+"""Name of the model in an exported folder."""
 
 
 def accepts(path: str) -> bool:
-    """Whether a path means this tokenizer: a `.model` file, or a folder with one.
+    """Return whether a path means this tokenizer: a `.model` file, or a folder with one.
 
     Of a folder that also has a `tokenizer.json` this is so only where that file was made from the model by an export.
     """
@@ -29,7 +33,7 @@ def accepts(path: str) -> bool:
 
 
 def build(path: str) -> SentencePieceTokenizer:
-    """Read the model; `DataError` where it is missing, damaged, or not the only one in its folder."""
+    """Return the tokenizer; raise a `DataError` if it is missing, damaged, or not the only one in its folder."""
     if not Path(path).is_dir():
         return SentencePieceTokenizer(Path(path))
     named = model_behind(Path(path))
@@ -41,7 +45,9 @@ def build(path: str) -> SentencePieceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """See `megadiff.data.tokenizers.Tokenizer`. A mask that the model lacks gets the first id past its pieces.
+    """A SentencePiece model as a `megadiff.data.tokenizers.Tokenizer`.
+
+    A mask that the model lacks gets the first id past its pieces.
 
     Unigram and BPE models are encoded through their `tokenizer.json` form, which an export ships, so that ids here and
     in transformers are the same by construction; models without such a form by the `sentencepiece` library.
@@ -60,15 +66,43 @@ class SentencePieceTokenizer:
         self._special, self._forbidden = ids.all, ids.never_text
         self._special_names = sorted((self._inner.id_to_piece(i) for i in self._forbidden if i < self._live), key=len)
         try:
-            self.definition = definition_of(model, mask=ids.mask)
-            self._pipeline = Pipeline(self.definition, ids) if self.definition is not None else None
+            definition = definition_of(model, mask=ids.mask)
+            self._pipeline = Pipeline(definition, ids) if definition is not None else None
         except Exception as error:  # of a model that its own library reads and that is put together in some other way
             reason = str(error)[:300]
             raise DataError(f"{path}: not a whole SentencePiece model ({reason}); train or fetch it again") from error
+        self._path = path
         self.name = f"sentencepiece_model:{path.parent.name or path.name}"
         self.fingerprint = _fingerprint(model, ids)
         self.vocab_size, self.mask_id = ids.vocab_size, ids.mask
         self.bos_id, self.eos_id, self.pad_id = ids.bos, ids.eos, ids.pad
+
+    @property
+    def special_names(self) -> Sequence[str]:
+        """Names of the model's control pieces, the unknown one and the mask."""
+        return self._pipeline.special_names if self._pipeline is not None else self._special_names
+
+    @property
+    def export_limits(self) -> str | None:
+        """Reason for a model without a `tokenizer.json` form, which can only be copied."""
+        return None if self._pipeline is not None else "an export can only copy it, as transformers has no form of it"
+
+    def export(self, folder: Path, *, seq_length: int | None = None, prepend_bos: bool = False) -> list[str]:
+        """Copy the model, and write the `tokenizer.json` that was made from it, if it has such a form."""
+        shutil.copyfile(self._path, folder / _SHIPPED)
+        source = self._path.parent
+        if self._pipeline is None:
+            return [*keep_templates(folder, source)[0], _SHIPPED]
+        written = write_transformers_tokenizer(
+            folder,
+            self,
+            self._pipeline.definition,
+            seq_length=seq_length,
+            prepend_bos=prepend_bos,
+            source=source,
+            made_from=_SHIPPED,
+        )
+        return [*written[:-3], _SHIPPED, *written[-3:]]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without specials."""

@@ -1,5 +1,27 @@
-"""The optimizer family: a file's name is its name in the YAML.
+"""The optimizer family: how gradients become updates, one module a member, found by `optimizer.name`.
 
-Each member has `build(groups, settings) -> torch.optim.AdamW` (or a subclass of it: megatron-core's distributed
-optimizer takes nothing else) whose per-parameter state is `exp_avg`, `exp_avg_sq` and, in torch's kernels, `step`.
+A member is a module here, named by its file, or a module of the user's own, named by its dotted path. It provides:
+
+    class Settings(Section): ...
+        The member's own keys beside the common ones under `optimizer:`. Optional. A field `eps` is scaled for
+        CompleteP and for `eps_calibration` before it reaches the groups; every other field is the member's own.
+    STATE_KEYS: tuple[str, ...] = ("exp_avg",)
+        Names of the float32 tensors of a parameter's shape that the optimizer keeps in `state[parameter]`, and `step`
+        if it keeps a scalar there that counts steps. Left out where there are none.
+    GROUP_STATE_KEYS: tuple[str, ...] = ()
+        Names of the values in `param_groups` that a step changes and a resume needs. `step` may be left out.
+    ELEMENTWISE: bool = True
+        Whether an element of a tensor is updated by that element's values alone. If not, the optimizer cannot be used
+        where tensors are cut over ranks (`parallel.distributed_optimizer`, `parallel.tensor`).
+    def build(groups, settings) -> torch.optim.Optimizer
+        The optimizer over parameter groups, each with its `params`, `lr`, `weight_decay` and, if there is a setting
+        `eps`, `eps`. Before every step each group's `lr` is set for that step.
+    def initial_state(parameter, group) -> dict[str, Tensor]
+        State of a parameter before its first step. Optional; zeros of the declared keys unless it is given.
+    def kernel() -> str
+        Name of the kernel that runs on this machine, for the log. Optional.
+
+At the start of a run the member takes a few steps on tiny tensors (`megadiff.optim.probe`), so that state that is not
+declared, or that a checkpoint cannot hold, is refused before training. `megadiff.testing.check_optimizer` is the same
+for a test suite, and more.
 """

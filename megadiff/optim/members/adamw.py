@@ -4,23 +4,44 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from megadiff.optim.config import AdamSettings, OptimizerConfig
 
-from megadiff.optim.config import OptimizerConfig
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def build(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over parameter groups that carry their own `lr`, `weight_decay` and `eps`."""
+class Settings(AdamSettings):
+    """Settings of AdamW."""
+
+
+def build(groups: list[dict[str, Any]], settings: OptimizerConfig) -> Any:
+    """Return AdamW over parameter groups that carry their own `lr`, `weight_decay` and `eps`."""
+    import torch
     from megatron.core import optimizer as megatron
 
+    assert isinstance(settings, Settings)
     betas = (settings.beta1, settings.beta2)
     if megatron.USING_PYTORCH_OPTIMIZER:
         return torch.optim.AdamW(groups, betas=betas, fused=True)
     return megatron.Adam(groups, betas=betas, adam_w_mode=True)  # type: ignore[attr-defined]
 
 
+def initial_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
+    """Return zero moments, and a count of steps where the kernel keeps one for each parameter."""
+    import torch
+    from megatron.core import optimizer as megatron
+
+    state: dict[str, Any] = {}
+    if megatron.USING_PYTORCH_OPTIMIZER:
+        # torch keeps `step` on the device only for kernels that read it there.
+        on_device = group.get("fused") or group.get("capturable")
+        state["step"] = torch.zeros((), device=parameter.device if on_device else torch.device("cpu"))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        state[moment] = torch.zeros_like(parameter.data, dtype=torch.float32)
+    return state
+
+
 def kernel() -> str:
-    """Name of the kernel `build` takes on this machine, for the log."""
+    """Return the name of the kernel that `build` takes on this machine."""
     from megatron.core import optimizer as megatron
 
     if megatron.USING_PYTORCH_OPTIMIZER:

@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 
-from megadiff.optim.config import OptimizerConfig
+from megadiff.optim.config import AdamSettings, OptimizerConfig
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
-class LaProp(torch.optim.AdamW):
+class Settings(AdamSettings):
+    """Settings of LaProp."""
+
+
+class LaProp(torch.optim.Optimizer):
     """LaProp with bias correction inside the moving averages.
 
     At step t = 1, 2, ... with bt(beta) = 1 - (1 - beta) / (1 - beta^t):
@@ -21,16 +27,19 @@ class LaProp(torch.optim.AdamW):
 
     so the first step is sign(g). Both moments are at least float32 whatever the parameter's dtype.
 
-    It is a subclass of AdamW, and names its moments `exp_avg` (mu) and `exp_avg_sq` (nu), because megatron-core's
-    distributed optimizer takes nothing else. The number of steps lives in each group's `step`, where every one of the
-    library's checkpoint paths keeps it; the per-parameter `step` mirrors it for the path without fused optimizers.
+    The moments are called `exp_avg` (mu) and `exp_avg_sq` (nu). The number of steps lives in each group's `step`; the
+    per-parameter `step` mirrors it.
 
     Source: arXiv:2512.10858's released optimizer; arXiv:2002.04839 for the idea.
     """
 
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> None:
+        """Take parameter groups with an `lr`, a `weight_decay` and an `eps` each, and the decays of both moments."""
+        super().__init__(groups, {"betas": betas})
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step on the gradients at hand."""
+        """Take one step on the gradients that the parameters hold."""
         result = closure() if closure is not None else None
         for group in self.param_groups:
             group["step"] = int(group.get("step") or 0) + 1
@@ -75,10 +84,11 @@ def _corrected(beta: float, t: int) -> float:
 
 
 def build(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """LaProp over parameter groups that carry their own `lr`, `weight_decay` and `eps`."""
+    """Return LaProp over parameter groups that carry their own `lr`, `weight_decay` and `eps`."""
+    assert isinstance(settings, Settings)
     return LaProp(groups, betas=(settings.beta1, settings.beta2))
 
 
 def kernel() -> str:
-    """Name of the kernel, for the log."""
+    """Return the name of the kernel."""
     return "torch foreach"

@@ -1,17 +1,18 @@
-"""The tokenizer's files of an exported folder, such that transformers and megadiff read the same ids from them."""
+"""A tokenizer's files for Transformers, from which it and megadiff read the same ids.
+
+Members of the tokenizer family call this in their `export`; a tokenizer of the user's own may do so as well.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tokenizers
 
-from megadiff.data.tokenizers import Tokenizer
-from megadiff.data.tokenizers._special import MASK_ID, MAX_CONFIG_BYTES, SENTENCEPIECE_KEY, SPECIAL_TOKENS, model_behind
+from megadiff.data.tokenizers._special import MASK_ID, MAX_CONFIG_BYTES, SENTENCEPIECE_KEY, SPECIAL_TOKENS
 from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, read_json_object, read_text, why
 
@@ -21,79 +22,75 @@ _KINDS = ("bos", "eos", "pad", "mask")
 _KEPT_NAMES = ("unk_token", "sep_token", "cls_token")
 _KEPT_SETTINGS = ("chat_template", "truncation_side")
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-"""The file and the folder in which transformers keeps chat templates."""
+"""File and folder in which Transformers keeps chat templates."""
 
 
-def write_tokenizer(
-    folder: Path, tokenizer: Tokenizer, source: str, *, row_length: int, prepend_bos: bool = False
+def write_transformers_tokenizer(
+    folder: Path,
+    tokenizer: object,
+    definition: Mapping[str, Any],
+    *,
+    seq_length: int | None = None,
+    prepend_bos: bool = False,
+    source: Path | None = None,
+    made_from: str | None = None,
 ) -> list[str]:
-    """Write the tokenizer's files and return their names.
+    """Write a tokenizer for Transformers' `PreTrainedTokenizerFast`, and return the names of the files.
 
-    The `tokenizer.json` gives the ids that training had: nothing of a template of the source's is applied, a text that
-    spells a special token's name is text (`split_special_tokens`), and bos is put before a text where the training data
-    have it. A mask that the file lacks is named in `tokenizer_config.json` alone, from where transformers adds it as
-    the next id, which is the mask's. Chat templates are kept. A SentencePiece model ships beside the `tokenizer.json`
-    that was made from it; one without such a form ships alone, to be read by the `sentencepiece` library.
+    The `tokenizer.json` gives the ids that training had: no template of the definition is applied, a text that spells
+    a special token's name is text (`split_special_tokens`), and bos is put before a text where the training data have
+    it. A mask that the definition lacks is named in `tokenizer_config.json` alone, from where Transformers adds it as
+    the next id, which is the mask's.
 
     Args:
-        folder: an empty or new folder, or one without such files.
-        tokenizer: the tokenizer that was trained with.
-        source: name that the run gives its tokenizer (`data.tokenizer`).
-        row_length: number of tokens of a sequence.
+        folder: folder to write into, which has none of these files.
+        tokenizer: tokenizer that was trained with, for its `mask_id`, and its `bos_id`, `eos_id` and `pad_id` if it
+            has them.
+        definition: content of a `tokenizer.json` that gives its ids.
+        seq_length: number of tokens of a sequence.
         prepend_bos: whether the training data begin each document with bos.
+        source: folder from which chat templates, and settings that change no id, are kept.
+        made_from: name of a SentencePiece model in `folder` from which the definition was made.
     """
-    path = Path(source)
-    written, templates = (
-        _kept_templates(folder, path if path.is_dir() else path.parent) if source != "byte" else ([], {})
-    )
-    model = _sentencepiece_model(path) if source != "byte" else None
-    if model is not None:
-        shutil.copyfile(model, folder / "tokenizer.model")
-        written.append("tokenizer.model")
-    definition = tokenizer.definition
-    if definition is None:
-        return written
-    inner = _write_definition(folder / "tokenizer.json", definition, tokenizer, prepend_bos)
-    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "mask": tokenizer.mask_id}
-    names = {f"{kind}_token": _name(inner, ids[kind], tokenizer) for kind in _KINDS if ids[kind] is not None}
+    written, templates = keep_templates(folder, source) if source is not None else ([], {})
+    ids = {kind: found for kind in _KINDS if (found := getattr(tokenizer, f"{kind}_id", None)) is not None}
+    inner = _write_definition(folder / "tokenizer.json", definition, ids["bos"] if prepend_bos else None)
+    names = {f"{kind}_token": _name(inner, token) for kind, token in ids.items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "padding_side": "left",  # as `generate` of an exported model takes prompts of several lengths
-        **(_kept_settings(path, definition, inner) if source != "byte" else {}),
-        **({SENTENCEPIECE_KEY: "tokenizer.model"} if model is not None else {}),
+        **(_kept_settings(source, definition, inner) if source is not None else {}),
+        **({SENTENCEPIECE_KEY: made_from} if made_from is not None else {}),
         **templates,
         **names,
-        "model_max_length": row_length,
+        **({} if seq_length is None else {"model_max_length": seq_length}),
     }
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [*written, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 
 
-def _write_definition(
-    path: Path, definition: dict[str, Any], tokenizer: Tokenizer, prepend_bos: bool
-) -> tokenizers.Tokenizer:
+def _write_definition(path: Path, definition: Mapping[str, Any], bos_id: int | None) -> tokenizers.Tokenizer:
     """Write `tokenizer.json` with nothing applied to a text but bos where it is due; return the library's reading."""
     shipped = {**definition, "truncation": None, "padding": None, "post_processor": None}
-    if prepend_bos:
-        plain = tokenizers.Tokenizer.from_str(json.dumps(shipped))
-        bos = _name(plain, tokenizer.bos_id, tokenizer)
+    if bos_id is not None:
+        bos = _name(tokenizers.Tokenizer.from_str(json.dumps(shipped)), bos_id)
         begin = {"SpecialToken": {"id": bos, "type_id": 0}}
         first, second = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
         shipped["post_processor"] = {
             "type": "TemplateProcessing",
             "single": [begin, first],
             "pair": [begin, first, second],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
         }
     text = json.dumps(shipped, ensure_ascii=False, indent=2)
     path.write_text(text, encoding="utf-8")
     return tokenizers.Tokenizer.from_str(text)
 
 
-def _kept_templates(folder: Path, source: Path) -> tuple[list[str], dict[str, Any]]:
+def keep_templates(folder: Path, source: Path) -> tuple[list[str], dict[str, Any]]:
     """Keep the chat templates that lie beside the tokenizer.
 
     Returns:
@@ -123,19 +120,9 @@ def _checked(path: Path, read: Callable[[], T]) -> T:
         raise DataError(f"{path} {why(error)}; correct or remove it") from error
 
 
-def _sentencepiece_model(path: Path) -> Path | None:
-    """Return the SentencePiece model that a run's tokenizer is."""
-    if path.suffix == ".json":
-        return None
-    if path.is_file():
-        return path
-    has_json = (path / "tokenizer.json").is_file()
-    return model_behind(path) if has_json else next(iter(sorted(path.glob("*.model"))), None)
-
-
-def _kept_settings(path: Path, definition: dict[str, Any], inner: tokenizers.Tokenizer) -> dict[str, Any]:
+def _kept_settings(source: Path, definition: Mapping[str, Any], inner: tokenizers.Tokenizer) -> dict[str, Any]:
     """Return what the source's `tokenizer_config.json` sets that changes no id."""
-    beside = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+    beside = source / "tokenizer_config.json"
     config = _checked(beside, lambda: read_json_object(beside, max_bytes=MAX_CONFIG_BYTES)) if beside.exists() else {}
     kept = {key: config[key] for key in _KEPT_SETTINGS if key in config}
     for key in _KEPT_NAMES:
@@ -158,12 +145,15 @@ def _content(token: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _name(inner: tokenizers.Tokenizer, token: int | None, tokenizer: Tokenizer) -> str:
+def _name(inner: tokenizers.Tokenizer, token: int) -> str:
     """Return a special token's name; one that no token has yet for a mask that the file lacks."""
-    assert token is not None
     name = inner.id_to_token(token)
     if name is not None:
         return name
-    assert token == inner.get_vocab_size(with_added_tokens=True), f"{tokenizer.name}: the ids have holes"
+    if token != inner.get_vocab_size(with_added_tokens=True):
+        raise DataError(
+            f"the special id {token} has no token in the definition, whose ids end at "
+            f"{inner.get_vocab_size(with_added_tokens=True) - 1}; give the token a name there"
+        )
     tried = (SPECIAL_TOKENS[MASK_ID], *(f"<|mask_{number}|>" for number in range(inner.get_vocab_size() + 1)))
     return next(name for name in tried if inner.token_to_id(name) is None)

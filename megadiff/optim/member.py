@@ -1,0 +1,143 @@
+"""A member of the optimizer family, and the state that it keeps between steps. No torch on import.
+
+The contract of a member's module is in the docstring of `megadiff.optim.members`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from megadiff.errors import ConfigError
+from megadiff.optim.config import OPTIMIZERS, OptimizerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+STEP = "step"
+"""Name of the one scalar that may be kept: a count of steps, equal for all parameters."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member's module with what it declares."""
+
+    name: str
+    module: ModuleType
+    state_keys: tuple[str, ...]
+    """Names of the tensors of a parameter's shape that are kept for each parameter."""
+    keeps_step: bool
+    """Whether a scalar `step` may be kept for each parameter."""
+    group_state_keys: tuple[str, ...]
+    """Names of the values in parameter groups that change from step to step, `step` among them."""
+    is_elementwise: bool
+    """Whether an element's update depends on that element's values alone."""
+
+    def build(self, groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.Optimizer:
+        """Return the optimizer over these parameter groups."""
+        return self.module.build(groups, settings)
+
+    def kernel(self, built: torch.optim.Optimizer) -> str:
+        """Return the name of the update kernel, for the log."""
+        named = getattr(self.module, "kernel", None)
+        return named() if named is not None else f"{type(built).__module__}.{type(built).__qualname__}"
+
+    def initial_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of a parameter before its first step."""
+        own = getattr(self.module, "initial_state", None)
+        if own is not None:
+            return own(parameter, group)
+        import torch
+
+        state: dict[str, Any] = {STEP: torch.zeros(())} if self.keeps_step else {}
+        for key in self.state_keys:
+            state[key] = torch.zeros_like(parameter.data, dtype=torch.float32)
+        return state
+
+    def complete_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give every parameter the state that it lacks: that of before the first step, and the others' `step`."""
+        steps = [state[STEP] for state in optimizer.state.values() if STEP in state]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if any(key not in state for key in self.state_keys) or (self.keeps_step and STEP not in state):
+                    initial = self.initial_state(parameter, group)
+                    if steps and STEP in initial:
+                        initial[STEP].copy_(steps[0])
+                    optimizer.state[parameter] = {**initial, **state}
+
+    def check_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse state that a checkpoint would not hold.
+
+        Raises:
+            ConfigError: a parameter's state has a key that is not declared, or a tensor of another shape or type.
+        """
+        import torch
+
+        for parameter, state in optimizer.state.items():
+            extra = sorted(key for key in state if key not in self.state_keys and not (self.keeps_step and key == STEP))
+            if extra:
+                kept = tuple(sorted({*self.state_keys, *extra, *((STEP,) if self.keeps_step else ())}))
+                raise ConfigError(
+                    f"{self} keeps {_listed(extra)} for each parameter, which its module does not declare, so no "
+                    f"checkpoint would hold it; write STATE_KEYS = {kept!r} in {self.module.__name__}"
+                )
+            for key in self.state_keys:
+                value = state.get(key)
+                is_saved = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+                if key in state and not (is_saved and value.dtype == torch.float32):
+                    raise ConfigError(
+                        f"{self} keeps `{key}` for a parameter of shape {list(parameter.shape)} as "
+                        f"{_described(value)}; a checkpoint holds float32 tensors of the parameter's own shape"
+                    )
+
+    def __str__(self) -> str:
+        return f"the optimizer `{self.name}`"
+
+
+def load_member(name: str) -> Member:
+    """Return a member of the family by its name or dotted path.
+
+    Raises:
+        ConfigError: there is none, or its module does not follow the contract.
+    """
+    return member_of(OPTIMIZERS.member(name), name)
+
+
+def member_of(module: ModuleType, name: str) -> Member:
+    """Return the member that a module is.
+
+    Raises:
+        ConfigError: the module does not follow the contract.
+    """
+    if not callable(getattr(module, "build", None)):
+        raise ConfigError(f"the optimizer `{name}` has no function `build(groups, settings)` in {module.__name__}")
+    state_keys = _names(module, name, "STATE_KEYS")
+    group_keys = _names(module, name, "GROUP_STATE_KEYS")
+    return Member(
+        name,
+        module,
+        tuple(key for key in state_keys if key != STEP),
+        STEP in state_keys,
+        (STEP, *(key for key in group_keys if key != STEP)),
+        bool(getattr(module, "ELEMENTWISE", True)),
+    )
+
+
+def _names(module: ModuleType, name: str, declared: str) -> tuple[str, ...]:
+    found = getattr(module, declared, ())
+    if isinstance(found, str) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(f"{declared} of the optimizer `{name}` must be a tuple of names, found {found!r}")
+    return tuple(found)
+
+
+def _listed(keys: list[str]) -> str:
+    return " and ".join(f"`{key}`" for key in keys)
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {list(shape)}"
