@@ -1,1 +1,5 @@
-"""What this machine and this run description can do together, and what is wrong, before any job is queued."""
+"""Checks of a machine and a run description before a job is queued.
+
+Every file of `checks` is one check. `examination` runs them on a `Subject` and yields their findings, which `report`
+shows on a terminal, in a log or as JSON.
+"""

@@ -1,4 +1,4 @@
-"""A real process group on this node: ranks that sum a number and end."""
+"""A short-lived process group on this node, whose ranks sum a number."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TIMEOUT_S = 40.0
 
 
 def try_all_reduce(platform: Platform, ranks: int) -> float:
-    """Open a group of so many ranks of this node and sum over it; returns the seconds that took.
+    """Open a group of `ranks` processes of this node and sum over it; return the seconds that took.
 
-    On CPU they are forked, which takes a moment; a forked process cannot use a GPU, so there they are started anew.
+    On CPU the processes are forked, which is fast; a forked process cannot use a GPU, so there they are spawned.
 
     Raises:
-        RuntimeError: a rank failed or did not end in time; the text is the first rank's own complaint.
+        RuntimeError: a rank failed or did not finish in time; the text is the message of the first one that failed.
     """
     context: Any = multiprocessing.get_context("fork" if platform.is_cpu else "spawn")
     start = time.monotonic()
@@ -61,7 +61,7 @@ def _first_answer(answers: Any, group: list[Any], end: float) -> str:
 
 
 def _rank(kind: Any, rank: int, ranks: int, store: str, answers: Any) -> None:
-    """Say nothing when the sum is right, else what went wrong."""
+    """Join the group and put "" into the queue if the sum is right, otherwise a description of the error."""
     os.environ["LOCAL_RANK"] = str(rank)
     try:
         torch.set_num_threads(1)

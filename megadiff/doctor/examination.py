@@ -1,4 +1,4 @@
-"""Runs every check; what one does, crashing and hanging included, hides nothing of the others."""
+"""Run all checks in isolation: one that crashes or hangs does not affect the others."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from megadiff.doctor.subject import Subject
 from megadiff.errors import MegadiffError
 
 CHECKS = "megadiff.doctor.checks"
-"""The family of checks."""
+"""Package with the family of checks."""
 
 LIMIT_S = 60.0
-"""Seconds a check may take; a dead network disk answers never."""
+"""Timeout per check in seconds; a hung network file system never returns."""
 
 
 def examine(subject: Subject, *, package: str = CHECKS, limit_s: float = LIMIT_S) -> Iterator[Finding]:
-    """All findings, check by check in the order of their names."""
+    """Yield all findings, check by check in the order of the checks' names."""
     for name in registry.names(package):
         found: list[Finding] = []
-        # A daemon: a system call that never returns must not keep the process alive.
+        # A daemon thread, because a system call that never returns must not keep the process alive.
         thread = threading.Thread(target=_gather, args=(package, name, subject, found), daemon=True)
         thread.start()
         thread.join(limit_s)
         if thread.is_alive():
             found = [
                 *found,
-                fail(f"no answer in {limit_s:.0f} s", "look at what it touches: a dead network disk or host"),
+                fail(
+                    f"no answer in {limit_s:.0f} s",
+                    "check the disk and host it uses for a hang",
+                ),
             ]
         yield from (replace(finding, check=name) for finding in found)
 
@@ -39,12 +42,12 @@ def _gather(package: str, name: str, subject: Subject, found: list[Finding]) -> 
         for finding in registry.member(package, name).check(subject):
             found.append(finding)
     except MegadiffError as error:
-        found.append(fail(_one_line(str(error)), "change what the sentence names"))
-    except BaseException as error:  # some libraries' errors are no Exceptions; a thread must not end in silence
+        found.append(fail(_one_line(str(error)), "correct the setting that the message names"))
+    except BaseException as error:  # some libraries raise other than Exceptions; report these too
         found.append(
             fail(
                 f"the check itself failed ({type(error).__name__}: {_one_line(str(error))})",
-                "the other findings stand; if a library is missing install it, else report this",
+                "the other findings are valid; install the library if one is missing, else report this",
             )
         )
 

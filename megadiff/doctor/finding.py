@@ -1,4 +1,4 @@
-"""One thing the doctor found."""
+"""One result of the doctor's checks."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ Level = Literal["OK", "WARN", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """OK as it is, a warning, or something a run would fail on."""
+    """The result of a check: fine, a warning, or a problem on which a run would fail."""
 
     level: Level
     text: str
-    """What was looked at and found, one line."""
+    """Result in one line: the thing checked and its state."""
     remedy: str = ""
-    """What to do about it; empty only where all is well."""
+    """Advice on how to solve the problem; empty only if all is well."""
     check: str = ""
-    """The check it comes from; filled in by the examination."""
+    """Name of the check that produced this; filled in by the examination."""
 
 
 def ok(text: str) -> Finding:
-    """All is well."""
+    """Return a finding that all is well."""
     return Finding("OK", text)
 
 
 def warn(text: str, remedy: str) -> Finding:
-    """A run starts, but worse than it could."""
+    """Return a finding that a run would start, but not run as well as it could."""
     return Finding("WARN", text, remedy)
 
 
 def fail(text: str, remedy: str) -> Finding:
-    """A run would not start, or would not end well."""
+    """Return a finding that a run would not start, or would not end well."""
     return Finding("FAIL", text, remedy)

@@ -1,4 +1,4 @@
-"""Who is examined: a machine, and the run that is to be trained on it."""
+"""The machine to examine, and the run that is to be trained on it."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ if TYPE_CHECKING:  # a broken torch must hurt only the checks that need it
 
 @dataclass(frozen=True)
 class Subject:
-    """What the checks may ask about; what is dear to find out is found out once."""
+    """Inputs of the checks; expensive values are cached."""
 
     environment: Mapping[str, str]
-    """Of the process, launcher's and scheduler's variables among it."""
+    """Environment of the process, including the variables of the launcher and the scheduler."""
     config: RunConfig | None = None
-    """The run; None when none was given or it cannot be read."""
+    """Configuration of the run; None if none was given or it cannot be read."""
     problem: str | None = None
-    """Why the run description cannot be read."""
+    """Reason why the run description cannot be read."""
     wanted_ranks: int | None = None
-    """Ranks of the run over all nodes, where the user says; else the launcher or the scheduler does."""
+    """Number of ranks of the run on all nodes, if the user gave it; otherwise the launcher's or the scheduler's
+    counts."""
     now: Callable[[], float] = time.time
-    """This machine's clock, seconds since 1970."""
+    """Clock of this machine, seconds since 1970."""
     shared_memory: Path = Path("/dev/shm")
-    """Where processes of a node share memory."""
+    """Folder of the memory that processes of a node share."""
 
     @property
     def nodes(self) -> int:
-        """Nodes of the job as SLURM says; 1 without it."""
+        """Number of nodes of the job according to SLURM; 1 without it."""
         return self._number("SLURM_JOB_NUM_NODES") or self._number("SLURM_NNODES") or 1
 
     @property
     def ranks(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks of the run."""
         return self.wanted_ranks or self._number("WORLD_SIZE") or self._number("SLURM_NTASKS") or 1
 
     @property
     def local_ranks(self) -> int:
-        """Ranks of this node."""
+        """Number of ranks on this node."""
         return -(-self.ranks // self.nodes)
 
     @cached_property
     def platform(self) -> Platform:
-        """The machine; `PlatformError` where the run insists on another."""
+        """The machine; reading it raises `PlatformError` if the run requires another one."""
         from megadiff.platform.machine import detect
 
         if self.config is None:
@@ -59,14 +60,15 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The run's tokenizer, None without a run; `DataError` where it cannot be loaded."""
+        """The run's tokenizer, None without a run; reading it raises `DataError` if it cannot be loaded."""
         from megadiff.data.tokenizer_files import load_tokenizer
 
         return load_tokenizer(self.config.data.tokenizer) if self.config is not None else None
 
     @cached_property
     def vocab_size(self) -> int | None:
-        """Ids with the mask: the tokenizer's, or those the description promises; None without either."""
+        """Number of token ids including the mask: the tokenizer's, or the one in the run description; None without
+        either."""
         if self.config is None:
             return None
         if self.config.data.vocab_size is not None:
@@ -76,11 +78,11 @@ class Subject:
         try:
             return self.tokenizer.vocab_size if self.tokenizer is not None else None
         except DataError:
-            return None  # said by the check of the tokenizer
+            return None  # reported by the check of the tokenizer
 
     @cached_property
     def existing_folder(self) -> Path:
-        """The run folder, or the nearest folder above it that exists; the working folder without a run."""
+        """Run folder, or the nearest existing folder above it; the working folder without a run."""
         if self.config is None:
             return Path.cwd()
         wanted = self.config.folder.absolute()

@@ -1,1 +1,1 @@
-"""The machine: CPU or CUDA, and where megatron-core is made to run on CPU."""
+"""Detection of the machine (CPU or CUDA), and the changes that make megatron-core run on CPU."""

@@ -1,4 +1,4 @@
-"""Products of low-precision matrices added to a float32 one, which torch can do in one call where cuBLAS does."""
+"""Products of low-precision matrices added to a float32 matrix, in a single torch call where cuBLAS supports it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
-    """total = beta total + a @ b, in place: no rounding between, no extra pass over `total`.
+    """total = beta total + a @ b, in place: without intermediate rounding, and without an extra pass over `total`.
 
     Args:
         total: [m, k] float32.
@@ -21,9 +21,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
 
 @cache
 def problem_of(device: torch.device) -> str:
-    """Why `add_product` cannot be used on a device; empty where it can.
+    """Return why `add_product` cannot be used on a device, or "" if it can.
 
-    It is tried once on a tiny tensor, against numbers that bf16 holds exactly.
+    It is tried once on a tiny tensor, with numbers that bf16 represents exactly.
     """
     try:
         b = torch.arange(256, device=device).remainder(7).view(16, 16).bfloat16()
@@ -31,9 +31,9 @@ def problem_of(device: torch.device) -> str:
         found = torch.full((16, 16), 0.001, device=device)
         expected = found.double() + a.double() @ b.double()
         add_product(found, a, b)
-    except (RuntimeError, TypeError) as error:  # a kernel that does not exist, or a torch that knows no such argument
-        said = str(error).split(". ")[0]
-        return f"torch.addmm does not add bf16 products to a float32 tensor here ({said})"
+    except (RuntimeError, TypeError) as error:  # no such kernel, or a torch without this argument
+        reason = str(error).split(". ")[0]
+        return f"torch.addmm does not add bf16 products to a float32 tensor here ({reason})"
     if not torch.allclose(found.double(), expected, rtol=1e-6, atol=0.0):
         return "torch.addmm with a float32 output gives wrong sums here"
     return ""

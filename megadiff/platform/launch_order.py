@@ -1,4 +1,4 @@
-"""The order in which a GPU starts kernels of several streams, set before CUDA starts."""
+"""Order in which a GPU starts kernels of several streams, fixed before CUDA starts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def order_launches(*, tensor_ranks: int, environ: MutableMapping[str, str] | None = None) -> str | None:
-    """Let kernels start in the order they were launched in, where tensor-parallel overlap counts on it.
+    """Make kernels start in the order in which they were launched, if tensor-parallel overlap relies on that.
 
     megatron-core launches a communication before the matrix product that hides it; with several hardware queues the
-    product may start first and take the whole chip (tensor_parallel/layers.py says "we rely on
-    CUDA_DEVICE_MAX_CONNECTIONS=1"). Results are the same, only slower. The driver reads the variable when the process
-    first uses the device, so this comes before `machine.detect`. A value that is set stays.
+    product may start first and occupy the whole chip (tensor_parallel/layers.py: "we rely on
+    CUDA_DEVICE_MAX_CONNECTIONS=1"). The results would be the same, only slower. The driver reads the variable when the
+    process first uses the device, so call this before `machine.detect`. A value that is already set is kept.
 
     Returns:
-        A line for the log, or None where nothing is to be said: one tensor rank, or set to 1 already.
+        A line for the log; None if there is nothing to report, with a single tensor rank or if it was 1 already.
     """
     environ = os.environ if environ is None else environ
     if tensor_ranks == 1:

@@ -1,6 +1,6 @@
-"""The machine a run is on: found once at start, said aloud, handed down.
+"""The machine of a run, detected once at startup, logged, and passed down.
 
-Nothing below this package asks what machine it is on; it reads the `Platform` it was given.
+No code below this package detects the machine; it reads the `Platform` it was given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megadiff.platform import megatron_on_cpu, recompute_default, transformer_en
 from megadiff.platform.quiet import silence_libraries
 
 Layers = Literal["local", "transformer_engine"]
-"""Whose layers: megatron-core's own on torch kernels, or Transformer Engine's fused ones."""
+"""Origin of the layers: megatron-core's own on torch kernels, or Transformer Engine's fused ones."""
 
 # Dense bf16 peak of the datasheets, in FLOP/s, by a part of the device's name.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
@@ -28,7 +28,7 @@ _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12,
 
 @dataclass(frozen=True)
 class Platform:
-    """What the machine is and which fast parts are present."""
+    """The machine and the fast libraries that are available on it."""
 
     kind: Literal["cpu", "cuda"]
     device: torch.device
@@ -36,17 +36,17 @@ class Platform:
     """Backend of torch.distributed."""
     device_name: str
     peak_flops: float | None
-    """Datasheet peak of one device in dense bf16 FLOP/s; None where there is no meaningful one."""
+    """Datasheet peak of one device in dense bf16 FLOP/s; None if there is no meaningful one."""
     has_transformer_engine: bool
     has_apex: bool
     layers: Layers = "local"
-    """Whose layers bf16 models are built of here."""
+    """Origin of the layers of bf16 models on this machine."""
     layers_problem: str = ""
-    """Why they are not Transformer Engine's, where that was looked for in vain."""
+    """Reason why Transformer Engine's layers are not used, if they were wanted."""
     weight_gradients: str | None = None
-    """What adds weight gradients up inside their matrix product; None where nothing can."""
+    """Name of the fused weight-gradient kernel, which accumulates inside the matrix product; None if there is none."""
     weight_gradients_problem: str = "that needs a GPU"
-    """Why nothing can."""
+    """Reason why there is no fused weight-gradient kernel."""
 
     @property
     def is_cpu(self) -> bool:
@@ -54,7 +54,7 @@ class Platform:
         return self.kind == "cpu"
 
     def describe(self) -> str:
-        """One line for the log: device, backend, libraries found."""
+        """Return one line for the log: device, backend and available libraries."""
         found = [
             name for name, has in (("Transformer Engine", self.has_transformer_engine), ("Apex", self.has_apex)) if has
         ]
@@ -66,7 +66,7 @@ class Platform:
         return f"{self.device_name} over {self.backend}, torch {torch.__version__}, {kernels}{layers}"
 
     def prepare_megatron(self) -> None:
-        """Make megatron-core ready for this machine. Call once, before any use of it."""
+        """Make megatron-core ready for this machine; to be called once, before any use of it."""
         silence_libraries()
         if self.is_cpu:
             megatron_on_cpu.install()
@@ -75,28 +75,30 @@ class Platform:
         recompute_default.mend()
 
     def scope(self) -> AbstractContextManager[None]:
-        """Surround building megatron-core's optimizer and checkpoint calls with this; does nothing on CUDA."""
+        """Return a context for building megatron-core's optimizer and for its checkpoint calls; it does nothing on
+        CUDA."""
         return megatron_on_cpu.scope() if self.is_cpu else nullcontext()
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait until the device has finished all work submitted to it."""
         if not self.is_cpu:
             torch.cuda.synchronize(self.device)
 
     def peak_bytes(self) -> int:
-        """Largest memory this rank has held: allocator peak on CUDA, resident-set peak on CPU."""
+        """Return the largest memory this rank has used: allocator peak on CUDA, peak resident set on CPU."""
         if self.is_cpu:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return torch.cuda.max_memory_allocated(self.device)
 
     def memory_bytes(self) -> int:
-        """Memory there is: of this rank's device on CUDA; on CPU of the machine, or its control group's part of it."""
+        """Return the total memory: of this rank's device on CUDA; on CPU of the machine, or the limit of its control
+        group."""
         if self.is_cpu:
             return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _control_group_bytes())
         return torch.cuda.get_device_properties(self.device).total_memory
 
     def local_devices(self) -> int:
-        """How many ranks this node has a device for: GPUs, or cores on CPU."""
+        """Return the number of ranks this node has a device for: GPUs, or cores on CPU."""
         return len(os.sched_getaffinity(0)) if self.is_cpu else torch.cuda.device_count()
 
 
@@ -106,15 +108,15 @@ def detect(
     layers: Literal["auto", "local", "transformer_engine"] = "local",
     setting: str = "platform={}",
 ) -> Platform:
-    """Find the machine.
+    """Detect the machine.
 
     Args:
-        setting: how the user chooses a platform, with `{}` in the place of its name, for messages.
-        wanted: `auto` takes CUDA when torch sees a device; the other two insist.
-        layers: `auto` takes Transformer Engine's on CUDA when it can be used; the other two insist.
+        setting: the way the user chooses a platform, with `{}` in place of its name, for messages.
+        wanted: `auto` takes CUDA if torch finds a device; the other two are required.
+        layers: `auto` takes Transformer Engine's on CUDA if they can be used; the other two are required.
 
     Raises:
-        PlatformError: CUDA or Transformer Engine were asked for and are not there.
+        PlatformError: CUDA or Transformer Engine was required and is not available.
     """
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
@@ -173,9 +175,9 @@ def _is_nvidia_apex() -> bool:
 
 
 def apex_project() -> Literal["nvidia", "other"] | None:
-    """Whose `apex` is installed, without importing it; None for no such package.
+    """Return the origin of the installed package `apex`, without importing it; None if there is none.
 
-    The PyPI project of that name is something else: only NVIDIA's has `apex.optimizers`.
+    The PyPI project of that name is a different one: only NVIDIA's has `apex.optimizers`.
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -185,7 +187,7 @@ def apex_project() -> Literal["nvidia", "other"] | None:
 
 
 def _control_group_bytes() -> int:
-    """What a container's memory is limited to; a number beyond any machine where it is not."""
+    """Return the memory limit of the container; without a limit, a number larger than any machine's memory."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             text = Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()

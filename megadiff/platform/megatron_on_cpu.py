@@ -1,23 +1,23 @@
-"""Where megatron-core 0.16 is made to run on CPU ranks over gloo; on CUDA nothing here is called.
+"""Changes that make megatron-core 0.16 run on CPU ranks over gloo; nothing here is called on CUDA.
 
-The library's own options cover most of it (`use_cpu_initialization`, fusions off). What is left, site by site:
+The library's own options cover most of it (`use_cpu_initialization`, fusions off). The remaining sites are:
 
 ==================================================  ==========================================================
-what it does                                        what happens here
+code in the library                                 change made here
 ==================================================  ==========================================================
-`torch.cuda.current_device()` as `device=`          facade, once: answers `torch.device("cpu")`
+`torch.cuda.current_device()` as `device=`          facade, once: returns `torch.device("cpu")`
 (buffers, rotary embedding, P2P, mappings, ...)
 streams, events, synchronize, empty_cache           facade, once: null objects and no-ops
 `tensor_parallel/random.py` CUDA generator state    once: the CPU generator (the stock setter would queue a
-                                                    closure per call for ever, `torch.cuda._lazy_call`)
+                                                    closure per call forever, `torch.cuda._lazy_call`)
 `pipeline_parallel/schedules.py:596,983,2138`       once: that module's `torch` becomes a forwarding namespace
 `torch.zeros(..., device="cuda")` in the hot path   whose `zeros` maps the device
 literal `device="cuda"`, `.cuda()`, pinned memory,  `scope()`: a `TorchFunctionMode` around optimizer
 `Tensor.type() == "torch.cuda.FloatTensor"` in the  construction and checkpoints only: it costs 2 to 3
 optimizer, dist_checkpointing                       microseconds per torch call, 25 % of a toy step (those of
                                                     clip_grads are avoided: `optim/gradient_norm.py`)
-`jit_fuser` = `torch.compile` on small functions    once: stance `force_eager`; Inductor would want a C++ compiler
-                                                    and five seconds a process
+`jit_fuser` = `torch.compile` on small functions    once: stance `force_eager`; Inductor would need a C++ compiler
+                                                    and five seconds per process
 ==================================================  ==========================================================
 
 `torch.cuda.is_available()` stays False and `device_count()` 0. Neither torch's factories nor `torch.Tensor` are
@@ -40,7 +40,7 @@ from torch.overrides import TorchFunctionMode
 from megadiff.errors import PlatformError
 
 SUPPORTED = ((0, 16), (0, 17))
-"""Half-open range of megatron-core (major, minor) this module was checked against."""
+"""Half-open range of megatron-core versions (major, minor) that this module was checked against."""
 
 _CPU = torch.device("cpu")
 _CUDA_TYPE_NAMES = {
@@ -51,13 +51,13 @@ _CUDA_TYPE_NAMES = {
 
 
 def install() -> None:
-    """Make megatron-core usable in this CPU process. Safe to call again.
+    """Make megatron-core usable in this CPU process. It is safe to call this again.
 
     Raises:
         PlatformError: megatron-core is missing, of another version, or lacks an attribute patched here.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that TE, Apex and others are absent: the platform line says so
+        warnings.simplefilter("ignore")  # it warns that TE, Apex and others are missing; the platform line shows that
         _check_version()
         random = importlib.import_module("megatron.core.tensor_parallel.random")
         schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
@@ -102,7 +102,7 @@ def _replace(owner: Any, name: str, stand_in: Any) -> None:
 
 
 class _NullStream:
-    """Stands for a CUDA stream or event: everything on a CPU rank happens in order already."""
+    """A substitute for CUDA streams and events: all work of a CPU rank runs in order anyway."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -140,12 +140,12 @@ def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _drop_cpu_rng_notice(record: logging.LogRecord) -> bool:
-    """The tracker warns that the CPU generator moved inside its CUDA context: here they are the same one."""
+    """Drop the warning that the CPU generator changed inside the CUDA context: here they are the same generator."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
 class _TorchWithCpuZeros(types.ModuleType):
-    """`torch` as seen by megatron-core's schedules: all of it, with `zeros` kept off CUDA."""
+    """`torch` as megatron-core's schedules see it: everything in it, with `zeros` kept off CUDA."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -155,7 +155,7 @@ class _TorchWithCpuZeros(types.ModuleType):
 
     @staticmethod
     def zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
-        """`torch.zeros` with a CUDA device mapped to the CPU."""
+        """Return `torch.zeros` with a CUDA device mapped to the CPU."""
         return torch.zeros(*args, **_without_cuda(kwargs))
 
 
@@ -174,7 +174,7 @@ def _without_cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class _OnCpu(TorchFunctionMode):
-    """Maps device arguments to the CPU, makes `.cuda()` the identity, and answers type names as CUDA would."""
+    """A mode that maps device arguments to the CPU, makes `.cuda()` the identity, and returns CUDA's type names."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = _without_cuda(kwargs or {})

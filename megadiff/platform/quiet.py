@@ -1,4 +1,4 @@
-"""megatron-core without its chorus of warnings."""
+"""Silencing of megatron-core's import-time warnings and of its per-step warnings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Import megatron-core, build its configuration and call its checkpoints inside this block.
+    """Suppress warnings while megatron-core is imported, configured, or called for checkpoints.
 
-    It warns once per optional library it does not find (Transformer Engine, Apex, and others) and of deprecations of
-    its own; what was found is said in one line by `Platform.describe`.
+    It warns once for each optional library that is missing (Transformer Engine, Apex and others) and about its own
+    deprecations; `Platform.describe` shows in one line which libraries were found.
     """
-    # A CUDA build of torch on a machine without a GPU says so once per process when megatron-core imports this module.
+    # A CUDA build of torch without a GPU warns once per process when megatron-core imports this module.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -23,10 +23,11 @@ def quiet() -> Iterator[None]:
 
 
 def silence_libraries() -> None:
-    """Drop the warnings megatron-core and torch.distributed raise in every step, for the rest of the process.
+    """Drop the warnings that megatron-core and torch.distributed raise in every step, for the rest of the process.
 
-    They are addressed to those libraries' own developers (deprecated names of collectives, CUDA advice on CPU), a line
-    per rank each; ours and everybody else's still show.
+    They are meant for the developers of those libraries (deprecated names of collectives, CUDA advice on CPU) and cost
+    a
+    line per rank each. Warnings of this package and of all others are still shown.
     """
     for module in (r"megatron\.", r"torch\.distributed"):
         warnings.filterwarnings("ignore", module=module)

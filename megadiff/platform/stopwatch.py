@@ -1,4 +1,4 @@
-"""Time spent in marked stretches of work, without ever waiting for the device."""
+"""Time spent in marked intervals of work, measured without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from megadiff.platform.machine import Platform
 
 
 class Stopwatch(Protocol):
-    """Adds up the stretches between `start` and `stop`."""
+    """A clock that adds up the intervals between `start` and `stop`."""
 
     def start(self) -> None:
-        """A stretch begins."""
+        """Begin an interval."""
         ...
 
     def stop(self) -> None:
-        """It ends."""
+        """End the interval."""
         ...
 
     def read(self) -> float:
-        """Seconds of the stretches known to be over that no earlier reading counted."""
+        """Return the seconds of all finished intervals that no earlier reading has counted."""
         ...
 
 
 def stopwatch(platform: Platform) -> Stopwatch:
-    """The platform's: wall time on CPU ranks, time of the current stream on CUDA."""
+    """Return the stopwatch for the platform: wall time on CPU ranks, time of the current stream on CUDA."""
     return WallStopwatch() if platform.is_cpu else EventStopwatch()
 
 
@@ -39,17 +39,17 @@ class WallStopwatch:
         self._started: float | None = None
 
     def start(self) -> None:
-        """A stretch begins; one that was never stopped is forgotten."""
+        """Begin an interval; one that was never stopped is dropped."""
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """It ends."""
+        """End the interval."""
         if self._started is not None:
             self._seconds += time.perf_counter() - self._started
             self._started = None
 
     def read(self) -> float:
-        """Seconds since the last reading."""
+        """Return the seconds since the last reading."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -63,17 +63,17 @@ class EventStopwatch:
         self._started: Any = None
 
     def start(self) -> None:
-        """A stretch begins; one that was never stopped is forgotten."""
+        """Begin an interval; one that was never stopped is dropped."""
         self._started = self._recorded()
 
     def stop(self) -> None:
-        """It ends."""
+        """End the interval."""
         if self._started is not None:
             self._pending.append((self._started, self._recorded()))
             self._started = None
 
     def read(self) -> float:
-        """Seconds of the stretches the device has finished; the rest wait for a later reading."""
+        """Return the seconds of the intervals that the device has finished; the others are left for a later reading."""
         milliseconds, waiting = 0.0, []
         for start, stop in self._pending:
             if stop.query():

@@ -1,9 +1,9 @@
-"""Weight gradients added up inside the matrix product that makes them, without Apex.
+"""Accumulation of weight gradients inside the matrix product that computes them, without Apex.
 
 With `gradient_accumulation_fusion` megatron-core's linear layers call Apex's `fused_weight_gradient_mlp_cuda`: one
-matrix product that adds to the float32 gradient buffer, instead of a bf16 product, a cast and an addition. cuBLAS does
-that through torch as well, by `addmm` with float32 output, so a module of Apex's name stands in for it. Transformer
-Engine's own linear layers need neither, but the output head is megatron-core's.
+matrix product that adds to the float32 gradient buffer, instead of a bf16 product, a cast and an addition. cuBLAS can
+do that through torch as well, by `addmm` with float32 output, so a module of the same name replaces Apex's.
+Transformer Engine's own linear layers need neither, but the output head is megatron-core's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor
 from megadiff.platform import float32_products
 
 NAME = "fused_weight_gradient_mlp_cuda"
-"""The module megatron-core imports."""
+"""Name of the module that megatron-core imports."""
 
 
 def accumulate_in_float32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """main_grad += grad_output^T inputs, products in the inputs' precision, sums in float32.
+    """main_grad += grad_output^T inputs, with products in the inputs' precision and sums in float32.
 
     Args:
         inputs: [tokens, in] bf16 or fp16.
@@ -35,14 +35,14 @@ def accumulate_in_float32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor
 
 
 def accumulate(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """The same where the gradient buffer has the inputs' dtype."""
+    """Add the weight gradient to a buffer of the inputs' dtype."""
     main_grad.addmm_(grad_output.t(), inputs)
 
 
 def kernel(device: torch.device) -> tuple[str | None, str]:
-    """(name of what would do it on `device`, "") or (None, why nothing would).
+    """Return (name of the fused kernel on `device`, ""), or (None, the reason why there is none).
 
-    Apex's extension is taken where it is installed, torch's product where it works.
+    Apex's extension is preferred if it is installed, then torch's product if it works.
     """
     if _apex_has_it():
         return "Apex", ""
@@ -51,9 +51,10 @@ def kernel(device: torch.device) -> tuple[str | None, str]:
 
 
 def install() -> None:
-    """Put the stand-in where megatron-core looks for Apex's extension; leaves Apex's alone. Safe to call again.
+    """Put the replacement where megatron-core looks for Apex's extension, unless Apex is installed.
 
-    `tensor_parallel/layers.py:46` looks once, when it is imported, which has been by now; `utils.py:1123` at each use.
+    It is safe to call this again. `tensor_parallel/layers.py:46` looks once, when it is imported, which has happened
+    already; `utils.py:1123` looks at each use.
 
     Raises:
         AttributeError: megatron-core no longer has the names replaced here.

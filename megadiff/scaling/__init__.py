@@ -1,1 +1,1 @@
-"""What changes with a model's size, measured over many sizes: slopes of coordinates, optima of learning rates."""
+"""Measurements over models of many sizes: slopes of activation sizes, and optimal learning rates."""

@@ -1,4 +1,4 @@
-"""The best learning rate of a sweep, and how far it moves between sizes."""
+"""The best learning rate of a sweep, and its shift between model sizes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where a curve of loss over learning rate is lowest."""
+    """The minimum of a curve of loss over learning rate."""
 
     rate: float
-    """The best rate of the grid."""
+    """Best learning rate of the grid."""
     loss: float
     vertex: float
     """Lowest point of the parabola through the best rate and its neighbours in log rate; `rate` at an edge."""
     is_inside: bool
-    """Whether the grid goes on to both sides; at an edge the true optimum may lie beyond."""
+    """Whether the grid continues on both sides; at an edge the true optimum may lie beyond it."""
 
 
 def optimum(losses: Mapping[float, float]) -> Optimum:
-    """The optimum of {rate: loss}; runs that diverged may carry an infinite loss or NaN.
+    """Return the optimum of {rate: loss}; the loss of a diverged run may be infinite or NaN.
 
     Raises:
         ValueError: no run has a finite loss.
@@ -44,6 +44,6 @@ def optimum(losses: Mapping[float, float]) -> Optimum:
 
 
 def grid_steps_apart(optima: Iterable[Optimum], *, factor: float) -> float:
-    """Steps of a geometric grid between the smallest and the largest best rate."""
+    """Return the number of steps of a geometric grid between the smallest and the largest best rate."""
     rates = [found.rate for found in optima]
     return math.log(max(rates) / min(rates)) / math.log(factor)

@@ -1,4 +1,4 @@
-"""How measured sizes grow with width and depth: log-log slopes and the bands they must stay in.
+"""Growth of measured sizes with width and depth: log-log slopes, and the bands they must stay in.
 
 A statistic measured over a grid of (width, depth) gives a line per fixed depth over the widths, and a line per fixed
 width over the depths. y ~ x^slope; a line needs three points.
@@ -18,19 +18,19 @@ Size = tuple[int, int]
 """(width, depth)."""
 
 POINTS = 3
-"""Points a line needs at least."""
+"""Smallest number of points of a line."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """What a statistic's slopes must lie in."""
+    """The interval in which the slopes of a statistic must lie."""
 
     statistic: str
     axis: Axis
     low: float
     high: float
     reason: str
-    """What the parametrisation promises."""
+    """Property that the parametrisation promises, for messages."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Line:
 
     axis: Axis
     at: int
-    """The other axis's value."""
+    """Value of the other axis."""
     slope: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A band and the fitted line that comes nearest to leaving it, or leaves it furthest."""
+    """A band and the fitted line that comes nearest to leaving it, or is furthest outside."""
 
     band: Band
     worst: Line
@@ -57,7 +57,7 @@ class Verdict:
         return self.band.low <= self.worst.slope <= self.band.high
 
     def sentence(self) -> str:
-        """What was found, for a message."""
+        """Return a sentence about the worst line, for a message."""
         other = "depth" if self.band.axis == "width" else "width"
         return (
             f"{self.band.statistic} goes with {self.band.axis}^{self.worst.slope:+.2f} at {other} {self.worst.at}, "
@@ -66,14 +66,14 @@ class Verdict:
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The least-squares slope of log y over log x; infinite where a y is not a positive number."""
+    """Return the least-squares slope of log y over log x; infinity if a y is not a positive number."""
     if any(not (math.isfinite(y) and y > 0) for y in ys):
         return math.inf
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
 def lines(values: Mapping[Size, float], axis: Axis) -> Iterator[Line]:
-    """The lines along `axis` that have enough points."""
+    """Yield the lines along `axis` that have enough points."""
     along, across = (0, 1) if axis == "width" else (1, 0)
     for fixed in sorted({size[across] for size in values}):
         points = sorted((size[along], value) for size, value in values.items() if size[across] == fixed)
@@ -83,10 +83,10 @@ def lines(values: Mapping[Size, float], axis: Axis) -> Iterator[Line]:
 
 
 def judge(measured: Mapping[Size, Mapping[str, float]], bands: Sequence[Band]) -> list[Verdict]:
-    """A verdict per band that the measured grid has lines for.
+    """Return a verdict for each band that the measured grid has lines for.
 
     Args:
-        measured: statistics by size; every size has every statistic a band names.
+        measured: statistics by size; every size has every statistic that a band names.
     """
     verdicts = []
     for band in bands:

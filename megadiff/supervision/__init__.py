@@ -1,4 +1,5 @@
-"""Noticing that a run should stop, hangs or has died, with the standard library alone: no torch, no process group.
+"""Detection of stop requests, hangs and deaths of a run.
 
-A rank is watched by a process of its own (`watcher.py`): a thread cannot speak while the interpreter's lock is held.
+Only the standard library is used: no torch, no process group. Every rank is watched by a process of its own
+(`watcher.py`), because a thread of the rank cannot run while another thread holds the interpreter lock.
 """

@@ -1,4 +1,4 @@
-"""What asks a run to stop, and how long its parts may take."""
+"""Settings for stopping a run early and for limiting the duration of its parts."""
 
 from __future__ import annotations
 
@@ -8,33 +8,38 @@ from megadiff.config.section import Section
 
 
 class StopConfig(Section):
-    """`stop:` what asks a run to stop besides a signal: it saves, ends with exit code 0 and can go on later."""
+    """Conditions that stop a run, besides a signal (section `stop:`).
+
+    A stopped run saves a checkpoint, ends with exit code 0 and can be resumed.
+    """
 
     file: str = Field(default="STOP", min_length=1)
-    """A file whose appearance stops the run; its path is relative to the run folder."""
+    """Path, relative to the run folder, of a file whose appearance stops the run."""
     lead_s: float = Field(default=120.0, ge=0)
-    """Seconds before the end of the SLURM job (`SLURM_JOB_END_TIME`) at which the run stops: what a step and a save
-    take, and some more."""
+    """Seconds before the end of the SLURM job (`SLURM_JOB_END_TIME`) at which the run stops: enough for one step and
+    one save, and a margin."""
 
 
 class WatchdogConfig(Section):
-    """`watchdog:` seconds a part of the run may take before its rank is named, its stacks are written and it is killed.
+    """Limits, in seconds, on the parts of a run (section `watchdog:`).
 
-    A limit must exceed the slowest honest case.
+    A rank that exceeds a limit is reported and killed after its stack traces are written. Each limit must exceed the
+    slowest healthy case.
     """
 
     enabled: bool = True
     """Whether ranks are watched; set it to false under a debugger."""
     setup_s: float = Field(default=1800.0, gt=0)
-    """Process groups, data and checkpoint; and, again, the first step, which compiles kernels."""
+    """Limit on setting up the process groups, the data and the checkpoint, and on the first step, which compiles
+    kernels."""
     step_s: float = Field(default=600.0, gt=0)
-    """One optimizer step, its batch included."""
+    """Limit on one optimizer step, loading of its batch included."""
     eval_s: float = Field(default=1800.0, gt=0)
-    """One evaluation."""
+    """Limit on one evaluation."""
     save_s: float = Field(default=1800.0, gt=0)
-    """One checkpoint, as far as the step waits for it."""
+    """Limit on the part of saving one checkpoint that blocks the training step."""
 
     @property
     def longest_s(self) -> float:
-        """The largest limit; what waits for other ranks must wait longer."""
+        """Largest limit; timeouts for waiting on other ranks must be longer."""
         return max(self.setup_s, self.step_s, self.eval_s, self.save_s)

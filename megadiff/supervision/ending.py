@@ -1,4 +1,4 @@
-"""How a watcher ends its rank: first its stacks, then the rank and what it started."""
+"""Ending of a rank by its watcher: first save its stack traces, then kill the rank and the processes it started."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from megadiff.supervision import process
 
 STACKS_SIGNAL = signal.SIGUSR1
-"""Makes a watched rank write its stacks, through a C handler that needs no interpreter lock."""
+"""Signal that makes a watched rank write its stacks, through a C handler that needs no interpreter lock."""
 _STACKS_S, _QUIET_S, _GONE_S = 1.0, 0.2, 5.0
 
 
 def within(seconds: float, work: Callable[[], object]) -> bool:
-    """Do what may hang (a shared disk, a full pipe) in a thread; whether it was done in time."""
+    """Run work that may hang (a shared disk, a full pipe) in a thread; return whether it finished in time."""
     thread = threading.Thread(target=_survived, args=(work,), daemon=True)
     thread.start()
     thread.join(seconds)
@@ -26,7 +26,10 @@ def within(seconds: float, work: Callable[[], object]) -> bool:
 
 
 def take_stacks(pid: int, dump: Path) -> str:
-    """Have the process write the stacks of its threads, waking it if it is stopped; what it wrote in a second."""
+    """Make the process write the stacks of its threads, and return what it wrote within a second.
+
+    A stopped process is continued so that it can write.
+    """
     with contextlib.suppress(OSError):
         os.kill(pid, STACKS_SIGNAL)
         os.kill(pid, signal.SIGCONT)
@@ -42,7 +45,7 @@ def take_stacks(pid: int, dump: Path) -> str:
 
 
 def read_stacks(dump: Path) -> str:
-    """What the process has written there so far."""
+    """Return the stacks that the process has written to the file so far."""
     try:
         return dump.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -50,7 +53,7 @@ def read_stacks(dump: Path) -> str:
 
 
 def kill(pid: int, ticks: int) -> None:
-    """KILL the process and all it started, this one excepted, and wait until it is gone, five seconds at most."""
+    """Kill the process and its descendants, except the caller, and wait up to five seconds until it is gone."""
     if not process.is_alive(pid, ticks):
         return
     doomed = [pid, *(child for child in process.descendants(pid) if child != os.getpid() and not _is_watcher(child))]
@@ -63,7 +66,10 @@ def kill(pid: int, ticks: int) -> None:
 
 
 def _is_watcher(pid: int) -> bool:
-    """Ranks that fork ranks exist in notebooks and tests: another rank's watcher ends by itself."""
+    """Return whether a process is a watcher of a rank.
+
+    Ranks may fork ranks, in notebooks and tests; another rank's watcher ends by itself and must not be killed.
+    """
     try:
         return b"megadiff.supervision.watcher" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -71,7 +77,7 @@ def _is_watcher(pid: int) -> bool:
 
 
 def _survived(work: Callable[[], object]) -> None:
-    """A report that cannot be made must not keep the watcher from its work."""
+    """Run the work and ignore its failure: a report that cannot be made must not stop the watcher."""
     with contextlib.suppress(Exception):
         work()
 

@@ -1,6 +1,7 @@
-"""What each rank's watcher knows of a failure, which of it is the cause, and who says so.
+"""Accounts of a failure by the watchers of all ranks, and the decision about its first cause.
 
-The accounts lie in `RUN/first_cause/LAUNCH/`, one file a rank; the watcher that creates `first_cause.txt` there speaks.
+The accounts are files in `RUN/first_cause/LAUNCH/`, one per rank. The watcher that manages to create
+`first_cause.txt` there reports the failure.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ VERDICT = "first_cause.txt"
 
 @dataclass(frozen=True)
 class Account:
-    """Where one rank was when its watcher looked."""
+    """Position of one rank when its watcher looked at it."""
 
     rank: int
     host: str
@@ -28,14 +29,14 @@ class Account:
     step: int
     index: int
     age_s: float
-    """Seconds in this section."""
+    """Seconds the rank has spent in this section."""
     limit_s: float
     state: str
-    """The kernel's letter: T is stopped."""
+    """The kernel's letter for the state of the process; T means stopped."""
 
     @classmethod
     def of(cls, beat: Heartbeat, host: str, now: float) -> Account:
-        """Of a rank of this node, as of now."""
+        """Return the account of a rank of this node at the time `now`."""
         place = beat.place()
         return cls(
             rank=beat.rank,
@@ -51,12 +52,12 @@ class Account:
 
     @property
     def name(self) -> str:
-        """`rank 3 (node7, pid 4711)`."""
+        """Name for messages, such as `rank 3 (node7, pid 4711)`."""
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
 
     @property
     def stalled(self) -> str:
-        """The sentence about this rank alone."""
+        """Sentence about this rank alone."""
         return (
             f"{self.name} stalled: in {self.place} for {self.age_s:.1f} s (limit {self.limit_s:g} s); "
             f"state {process.describe_state(self.state)}"
@@ -64,10 +65,10 @@ class Account:
 
 
 def name_culprit(accounts: Iterable[Account], world_size: int) -> str:
-    """Say which rank keeps the others waiting.
+    """Describe which rank keeps the others waiting.
 
-    A stopped rank; else the one least advanced, since all pass the same places in the same order; else nobody can tell,
-    and the states of the processes are given.
+    A stopped rank is named first, otherwise the least advanced one, since all ranks pass the same places in the same
+    order. If all ranks are equally advanced nobody can be named, and the states of the processes are listed.
     """
     known = sorted(accounts, key=lambda account: account.rank)
     if stopped := [account for account in known if account.state in ("T", "t")]:
@@ -88,7 +89,7 @@ def name_culprit(accounts: Iterable[Account], world_size: int) -> str:
 
 
 def _states(known: list[Account]) -> str:
-    """`state R (running) of rank 3, S (sleeping) of ranks 0, 1, 2`; the rarest first."""
+    """Return for example `state R (running) of rank 3, S (sleeping) of ranks 0, 1, 2`, the rarest state first."""
     ranks: dict[str, list[int]] = {}
     for account in known:
         ranks.setdefault(account.state, []).append(account.rank)
@@ -101,7 +102,7 @@ def _states(known: list[Account]) -> str:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Write a file that was not there; whether that was so."""
+    """Write a new file; return False, and write nothing, if it exists already."""
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -111,19 +112,26 @@ def _create(path: Path, text: str) -> bool:
 
 
 class Records:
-    """The folder of accounts of one launch; nothing is made before there is a failure, or if the run folder is gone."""
+    """The folder of one launch's accounts.
+
+    It is created at the first failure only, and never if the run folder is gone.
+    """
 
     def __init__(self, folder: Path, node_folder: Path) -> None:
-        """Not made yet.
+        """Set the paths without creating anything.
 
         Args:
-            node_folder: in whose memory the ranks of one node settle who speaks if the run folder cannot be written.
+            node_folder: folder in this node's memory; its ranks use it to agree on a single reporter if the run folder
+                cannot be written.
         """
         self._folder = folder
         self._node_folder = node_folder
 
     def clear(self) -> None:
-        """Remove what an earlier launch that looked the same (same port, same job) left; only names written here."""
+        """Remove the files of an earlier launch that had the same key (same port, same job).
+
+        Only files with names that this class writes are removed.
+        """
         if self._folder.is_symlink() or not self._folder.is_dir():
             return
         for path in self._folder.glob("rank-?????.*"):
@@ -132,13 +140,17 @@ class Records:
         (self._folder / VERDICT).unlink(missing_ok=True)
 
     def write_account(self, account: Account) -> None:
-        """Leave this rank's account; OSError if the disk refuses."""
+        """Write this rank's account.
+
+        Raises:
+            OSError: the disk cannot be written.
+        """
         self._make()
         path = self._folder / f"rank-{account.rank:05d}.json"
         write_atomically(path, json.dumps(asdict(account)), is_durable=False)
 
     def accounts(self) -> list[Account]:
-        """Those that are there and whole."""
+        """Return all complete accounts in the folder."""
         found = []
         for path in self._folder.glob("rank-?????.json"):
             try:
@@ -148,12 +160,19 @@ class Records:
         return found
 
     def write_stacks(self, rank: int, stacks: str) -> None:
-        """Keep a rank's stacks; OSError if the disk refuses."""
+        """Write a rank's stacks.
+
+        Raises:
+            OSError: the disk cannot be written.
+        """
         self._make()
         (self._folder / f"rank-{rank:05d}.stacks").write_text(stacks, encoding="utf-8")
 
     def claim(self, cause: str) -> bool:
-        """Whether this caller is the one who speaks: the first of the launch, or of its node if the disk refuses."""
+        """Try to become the one that reports the failure; return whether this caller did.
+
+        The first caller of the launch succeeds, or the first of its node if the disk cannot be written.
+        """
         try:
             self._make()
             return _create(self._folder / VERDICT, cause)
@@ -161,7 +180,7 @@ class Records:
             return _create(self._node_folder / VERDICT, cause)
 
     def verdict(self) -> tuple[str, tuple[int, int]]:
-        """The cause that somebody claimed, "" before that, and which file says so."""
+        """Return the claimed cause ("" before any claim) and the identity (inode, time of change) of its file."""
         path = self._folder / VERDICT
         try:
             found = path.stat()
@@ -170,6 +189,6 @@ class Records:
             return "", (0, 0)
 
     def _make(self) -> None:
-        """Never the run folder itself: where there is none, nothing of the run may be written."""
+        """Create the folder, but never the run folder: if that is gone, nothing of the run may be written."""
         self._folder.parent.mkdir(exist_ok=True)
         self._folder.mkdir(exist_ok=True)

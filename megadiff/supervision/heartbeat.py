@@ -1,6 +1,6 @@
-"""One rank's sign of life: a small file in memory that the rank writes and the watchers of its node read.
+"""Heartbeat of one rank: a small memory-mapped file that the rank writes and the watchers of its node read.
 
-The rank's side is a few `struct.pack_into` a step; nothing here waits, locks or calls the system.
+The rank's side costs a few `struct.pack_into` per step; it never waits, locks or makes a system call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from megadiff.supervision import process
 
 RUNNING, ENDED, FAILED = 0, 1, 2
-"""Of a rank: still at work; through, as it should be; raised an exception and is about to leave."""
+"""States of a rank: still at work; ended normally; raised an exception and about to exit."""
 
 _MAGIC = b"MDBEAT01"
 _BYTES = 4096
@@ -31,27 +31,27 @@ NO_STEP = -1
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is."""
+    """The position of a rank in its program."""
 
     section: str
-    """"" outside every section: nothing is timed."""
+    """Name of the section; "" outside every section, where nothing is timed."""
     mark: str
-    """The last `at()` of this section, or ""."""
+    """Last mark set by `at()` in this section, or ""."""
     step: int
-    """NO_STEP where there is none."""
+    """Step of the section; NO_STEP if it belongs to none."""
     index: int
-    """Sections and marks since this step began: the same on every rank at the same point of the program."""
+    """Number of sections and marks since this step began: the same on every rank at the same point of the program."""
     started: float
-    """Monotonic clock at which the section began, or last gave a sign of life."""
+    """Monotonic time at which the section began or last reported progress."""
     limit_s: float
 
     @property
     def order(self) -> tuple[int, int]:
-        """Smaller is less advanced."""
+        """Key for comparing positions; a smaller one is less advanced."""
         return self.step, self.index
 
     def describe(self) -> str:
-        """`section step 17 at reduce`."""
+        """Return for example `section step 17 at reduce`."""
         if not self.section:
             return "no section"
         step = f" {self.step}" if self.step != NO_STEP else ""
@@ -62,7 +62,7 @@ NOWHERE = Place("", "", NO_STEP, 0, 0.0, 0.0)
 
 
 class Heartbeat:
-    """The mapped file. Times are of the monotonic clock, which the processes of one machine share."""
+    """The mapped file of one rank. Times are of the monotonic clock, which all processes of a machine share."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         magic, self.pid, self.ticks, self.rank, self.registered = _IDENTITY.unpack_from(memory, 0)
@@ -73,7 +73,7 @@ class Heartbeat:
 
     @classmethod
     def create(cls, path: Path, rank: int) -> Heartbeat:
-        """This process's, appearing under `path` whole; an older file of that name is replaced."""
+        """Create this process's heartbeat; it appears under `path` complete and replaces an older file of that name."""
         temporary = path.with_suffix(f".{os.getpid()}")
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -88,18 +88,18 @@ class Heartbeat:
 
     @classmethod
     def unwatched(cls, rank: int) -> Heartbeat:
-        """One in plain memory that nobody reads."""
+        """Return a heartbeat in plain memory that nobody reads."""
         memory = mmap.mmap(-1, _BYTES)
         _IDENTITY.pack_into(memory, 0, _MAGIC, os.getpid(), 0, rank, time.monotonic())
         return cls(memory)
 
     @classmethod
     def open(cls, path: Path) -> Heartbeat:
-        """Another process's.
+        """Map another process's heartbeat.
 
         Raises:
-            OSError: there is none.
-            ValueError: it is something else.
+            OSError: the file does not exist.
+            ValueError: the file is not a heartbeat.
         """
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
@@ -110,14 +110,14 @@ class Heartbeat:
             os.close(handle)
 
     def write(self, started: float, limit_s: float, step: int, index: int, section: bytes, mark: bytes) -> None:
-        """Say where this rank is."""
+        """Write the position of this rank."""
         self._version += 2
         _VERSION.pack_into(self._memory, _AT_VERSION, self._version - 1)
         _PLACE.pack_into(self._memory, _AT_PLACE, started, limit_s, step, index, section, mark)
         _VERSION.pack_into(self._memory, _AT_VERSION, self._version)
 
     def place(self) -> Place:
-        """Where the rank is; of a rank stopped in the middle of writing, what is there."""
+        """Return the position of the rank; if it was stopped in the middle of a write, possibly a mixed one."""
         for _ in range(5):
             before = _VERSION.unpack_from(self._memory, _AT_VERSION)[0]
             started, limit_s, step, index, section, mark = _PLACE.unpack_from(self._memory, _AT_PLACE)
@@ -126,21 +126,22 @@ class Heartbeat:
         return Place(_text(section), _text(mark), step, index, started, limit_s)
 
     def leave(self, life: int, reason: str = "", *, is_told: bool = False) -> None:
-        """Say that this rank is about to end, and why."""
+        """Record that this rank is about to end, and why."""
         _TEXT.pack_into(self._memory, _AT_REASON, _bytes(reason))
         _LIFE.pack_into(self._memory, _AT_LIFE, life, is_told, time.monotonic())
 
     def life(self) -> tuple[int, str, bool, float]:
-        """RUNNING, ENDED or FAILED; the reason; whether the user was told already; since when."""
+        """Return the state (RUNNING, ENDED or FAILED), its reason, whether the user has seen the reason, and since
+        when."""
         life, is_told, since = _LIFE.unpack_from(self._memory, _AT_LIFE)
         return life, _text(_TEXT.unpack_from(self._memory, _AT_REASON)[0]), bool(is_told), since
 
     def condemn(self, cause: str) -> None:
-        """For the rank's watcher, before it kills it: the end to come is an effect, this is the cause."""
+        """Record the root cause before the watcher kills this rank, so that the kill is not reported as the failure."""
         _TEXT.pack_into(self._memory, _AT_VERDICT, _bytes(cause))
 
     def verdict(self) -> str:
-        """The cause for which the watcher ended the rank, or ""."""
+        """Return the cause for which the watcher ended the rank, or ""."""
         return _text(_TEXT.unpack_from(self._memory, _AT_VERDICT)[0])
 
 

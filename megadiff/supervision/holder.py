@@ -1,4 +1,4 @@
-"""The process that trains in a run folder, written beside its lock, which alone would not name it."""
+"""Record of the process that trains in a run folder, kept beside the lock, which does not name its owner."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Holder:
 
     host: str
     machine: str
-    """The boot and process namespace in which the process numbers below mean something."""
+    """Identity of the boot and process namespace in which the process numbers below are valid."""
     pid: int
     ticks: int
-    """The process's start, in clock ticks since boot."""
+    """Start time of the process, in clock ticks since boot."""
     launcher_pid: int = 0
-    """0 without a launcher."""
+    """Process number of the launcher; 0 if there is none."""
     launcher_ticks: int = 0
 
     @classmethod
@@ -40,7 +40,7 @@ class Holder:
 
     @classmethod
     def read(cls, run_folder: Path) -> Holder | None:
-        """Return what the last holder wrote; None where there is nothing readable."""
+        """Return what the last holder wrote, or None if there is nothing readable."""
         try:
             found = cls(**read_json_object(run_folder / _NAME, max_bytes=_MAX_BYTES))
         except (OSError, UnreadableFileError, TypeError):
@@ -50,31 +50,31 @@ class Holder:
         return found if is_ours and isinstance(found.host, str) and isinstance(found.machine, str) else None
 
     def write(self, run_folder: Path) -> None:
-        """Write it beside the lock; a disk that refuses costs a better message and no more."""
+        """Write this record beside the lock; if the disk cannot be written, only a better message is lost."""
         with contextlib.suppress(OSError):
             write_atomically(run_folder / _NAME, json.dumps(asdict(self)), is_durable=False)
 
     @staticmethod
     def remove(run_folder: Path) -> None:
-        """Remove it, before the lock is released."""
+        """Remove the record; to be called before the lock is released."""
         with contextlib.suppress(OSError):
             (run_folder / _NAME).unlink(missing_ok=True)
 
     @property
     def is_here(self) -> bool:
-        """Whether its process numbers mean something to this process."""
+        """Whether its process numbers are valid for this process."""
         return self.machine == process.machine()
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it is known to be gone, or about to go because its launcher is gone."""
+        """Whether the holder is known to be gone, or about to end because its launcher is gone."""
         if not self.is_here:
             return False
         has_lost_launcher = self.launcher_pid != 0 and not process.is_alive(self.launcher_pid, self.launcher_ticks)
         return has_lost_launcher or not process.is_alive(self.pid, self.ticks)
 
     def describe(self) -> str:
-        """Return `pid 4711 on node7`, or who is no longer there."""
+        """Return for example `pid 4711 on node7`; if that process is gone, the text adds so."""
         if self.is_here and not process.is_alive(self.pid, self.ticks):
             return f"pid {self.pid} on {self.host}, which is gone, left it to a process that it had started"
         return f"pid {self.pid} on {self.host}"

@@ -1,4 +1,4 @@
-"""What tells one launch of a run from another, and the node's private folder that its ranks share."""
+"""Identity of one launch of a run, and the private folder that its ranks share on a node."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _LOOPBACK = ("", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: every rank works out the same value without asking another."""
+    """One launch of a run. Every rank computes the same value without communication."""
 
     run_folder: Path
     rank: int
     world_size: int
     local_world_size: int
-    """Ranks on this node."""
+    """Number of ranks on this node."""
     attempt: str
-    """`JOB-RESTARTS`, for people."""
+    """Readable name of the attempt, `JOB-RESTARTS`."""
     key: str
-    """Sixteen hexadecimal digits."""
+    """Identity of the launch, sixteen hexadecimal digits."""
 
     @classmethod
     def of(
@@ -50,10 +50,10 @@ class Launch:
         local_world_size: int | None = None,
         environ: Mapping[str, str] = os.environ,
     ) -> Launch:
-        """Read off what torchrun or SLURM put into the environment.
+        """Read the launch from the environment that torchrun or SLURM has set.
 
         Args:
-            local_world_size: ranks on this node; LOCAL_WORLD_SIZE, else all of them.
+            local_world_size: ranks on this node; None takes LOCAL_WORLD_SIZE, or all ranks if that is not set.
         """
         facts = [str(run_folder.resolve()), str(world_size), *(environ.get(name, "") for name in _OF_THE_LAUNCH)]
         address = environ.get("MASTER_ADDR", "")
@@ -72,14 +72,15 @@ class Launch:
 
     @property
     def records(self) -> Path:
-        """Where the ranks leave their accounts of a failure; made only when there is one."""
+        """Folder for the ranks' accounts of a failure; created only when there is one."""
         return self.run_folder / "first_cause" / f"{self.attempt}-{self.key[:8]}"
 
     def node_folder(self) -> Path:
-        """This node's folder of heartbeats, in memory where there is `/dev/shm`; made for this user alone.
+        """Create and return this node's folder of heartbeats, in `/dev/shm` if there is one, accessible to this user
+        alone.
 
         Raises:
-            PlatformError: the place is taken by something or somebody else.
+            PlatformError: the folder cannot be created, or something else or somebody else's folder is in its place.
         """
         memory = Path("/dev/shm")
         root = memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
@@ -89,7 +90,7 @@ class Launch:
             found = os.lstat(folder)
         except OSError as error:
             raise PlatformError(
-                f"the watchdog's folder {folder} cannot be made ({error.strerror}); mend that, or set "
+                f"the watchdog's folder {folder} cannot be created ({error.strerror}); fix that, or set "
                 "watchdog.enabled=false"
             ) from None
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
@@ -101,7 +102,7 @@ class Launch:
 
 
 def heartbeat_path(node_folder: Path, rank: int) -> Path:
-    """A rank's heartbeat file."""
+    """Return the path of a rank's heartbeat file."""
     return node_folder / f"rank-{rank:05d}.beat"
 
 
@@ -114,5 +115,8 @@ def _number(text: str | None) -> int:
 
 
 def _plain(text: str | None, otherwise: str) -> str:
-    """A job's id is a number and, in an array, an underscore; nothing else gets into a path."""
+    """Return the text if it can be part of a path, otherwise the alternative.
+
+    A job's id consists of digits and, in an array, an underscore; anything else is refused.
+    """
     return text if text and text.replace("_", "").isalnum() else otherwise

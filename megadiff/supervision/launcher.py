@@ -1,9 +1,9 @@
-"""The launcher of a rank, such as torchrun's agent or the daemon of a SLURM step: no rank outlives it.
+"""The launcher of a rank, such as torchrun's agent or the daemon of a SLURM step; no rank outlives it.
 
-A rank without its launcher trains on unseen, holds the run folder against the next start, and is missed by whoever
-counts processes. Three things end it, and each covers what the others cannot: the kernel's parent-death signal, at
-once and whatever the rank is doing; a thread of the rank, where the launcher is not its parent or starts processes
-from threads; and the rank's watcher (`watcher.py`), which also writes down why.
+A rank whose launcher is gone would train on unnoticed and lock the run folder against the next start. Three mechanisms
+end it, and each covers cases that the others miss: the kernel's parent-death signal, which acts at once whatever the
+rank is doing; a thread of the rank, for launchers that are not its parent or that start processes from threads; and
+the rank's watcher (`watcher.py`), which also records why.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ _MOST_ANCESTORS = 64
 _PR_SET_PDEATHSIG = 1
 _LOOK_EVERY_S = 0.5
 _SPEAKING_S = 1.0
-"""The time a watcher has to record why its rank ends, before the rank ends itself."""
+"""Time a watcher has to record why its rank ends, before the rank ends itself."""
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """The process that started this rank and its peers, told from a later one of the same number by its start."""
+    """The process that started this rank and its peers; its start time distinguishes it from a later one of the same
+    pid."""
 
     pid: int
     ticks: int
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the process still runs."""
         return process.is_alive(self.pid, self.ticks)
 
     @classmethod
     def find(cls, environ: Mapping[str, str] = os.environ) -> Launcher | None:
-        """Return the nearest ancestor that has not the environment of a rank; None for a process without a launcher.
+        """Return the nearest ancestor that does not have the environment of a rank; None for a process without a
+        launcher.
 
-        A launcher is there where torchrun's variables are, where several ranks share a node, and inside a SLURM step.
-        A single process started from a shell has none: it may outlive the shell, as `nohup`, `setsid` and `tmux` mean
-        it to. Wrapper scripts between launcher and rank have the rank's environment and are passed over.
+        There is a launcher if torchrun's variables are set, if several ranks share a node, and inside a SLURM step. A
+        single process started from a shell has none: it may outlive the shell, as `nohup`, `setsid` and `tmux` intend.
+        Wrapper scripts between the launcher and the rank have the rank's environment and are skipped.
         """
         mark = _mark_of_a_rank(environ)
         if mark is None:
@@ -61,7 +63,10 @@ class Launcher:
         return None
 
     def open_pidfd(self) -> int | None:
-        """Return a descriptor that becomes readable when it ends; None where the kernel has none, or it has ended."""
+        """Return a descriptor that becomes readable when the launcher ends.
+
+        None if the kernel does not offer one, or if the launcher has ended already.
+        """
         descriptor = process.open_pidfd(self.pid)
         if descriptor is not None and not self.is_alive:
             os.close(descriptor)
@@ -70,20 +75,20 @@ class Launcher:
 
 
 _found: tuple[int, Launcher | None] = (0, None)
-"""The process that looked for its launcher, and what it found."""
+"""Pid of the process that looked for its launcher, and the launcher it found."""
 
 
 def launcher_of_this_process() -> Launcher | None:
-    """Return what `end_with_launcher` has found in this process; None before it was called."""
+    """Return what `end_with_launcher` found in this process; None before it was called."""
     pid, launcher = _found
     return launcher if pid == os.getpid() else None
 
 
 def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
-    """Let this rank end when its launcher does; to be called first of all, before anything slow is imported.
+    """Make this rank end when its launcher does; call this first of all, before anything slow is imported.
 
-    Does nothing in a process without a launcher, and nothing the second time. A launcher that died while this process
-    was being started ends it here.
+    Does nothing in a process without a launcher, or when called again. If the launcher died while this process was
+    being started, the process ends here.
     """
     global _found
     if _found[0] == os.getpid():
@@ -93,7 +98,7 @@ def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
     if launcher is None:
         return
     if launcher.pid == os.getppid() and (_is_elastic(environ) or process.threads(launcher.pid) == 1):
-        # The signal comes when the *thread* that started this process ends, so only where that is the main one.
+        # The signal comes when the *thread* that started this process ends, so it is used only if that is the main one.
         _ask_for_parent_death_signal()
     if not launcher.is_alive or (_is_elastic(environ) and not _may_be_an_agent(launcher.pid)):
         _end_for_want_of(launcher)
@@ -101,12 +106,12 @@ def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def describe_loss(launcher: Launcher) -> str:
-    """Return why ranks without their launcher were ended, as a first cause."""
+    """Return the first cause for ranks that were ended because their launcher is gone."""
     return f"the launcher of these ranks (pid {launcher.pid}) is gone, so they were ended; the same command resumes"
 
 
 def _mark_of_a_rank(environ: Mapping[str, str]) -> str | None:
-    """Return a variable that ranks have and their launcher has not; None without a launcher."""
+    """Return a variable that ranks have and their launcher does not; None without a launcher."""
     if _is_elastic(environ):
         return "TORCHELASTIC_RUN_ID"
     if "LOCAL_WORLD_SIZE" in environ and environ.get("WORLD_SIZE", "1") != "1":
@@ -119,7 +124,7 @@ def _is_elastic(environ: Mapping[str, str]) -> bool:
 
 
 def _has_variable(pid: int, name: str) -> bool:
-    """Whether a process was started with this variable; another user's process, which hides it, was not."""
+    """Return whether a process was started with this variable; False if its environment cannot be read."""
     try:
         found = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
@@ -128,10 +133,10 @@ def _has_variable(pid: int, name: str) -> bool:
 
 
 def _may_be_an_agent(pid: int) -> bool:
-    """Whether a process may be torchrun's agent, which is a Python program.
+    """Return whether a process may be torchrun's agent, which is a Python program.
 
-    An orphan's parent is the process that adopts orphans, which is not; in a container torchrun may itself be the
-    first process and adopt its own.
+    The parent of an orphan is the process that adopts orphans, which is no Python program; in a container torchrun may
+    itself be the first process and adopt orphans.
     """
     names: list[str] = []
     with contextlib.suppress(OSError):
@@ -142,7 +147,7 @@ def _may_be_an_agent(pid: int) -> bool:
 
 
 def _ask_for_parent_death_signal() -> None:
-    """KILL for this process at its parent's end; where the system has no such thing the thread is enough."""
+    """Request a KILL signal for this process when its parent ends; on systems without one the thread is enough."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 

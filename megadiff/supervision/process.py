@@ -1,4 +1,4 @@
-"""What the kernel says of a process; on systems without /proc, only whether it is there."""
+"""State and relatives of a process as the kernel reports them; without /proc only its existence is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GONE = ("", "Z", "X", "x")
 
 
 def _fields(pid: int) -> list[str]:
-    """`/proc/PID/stat` from its third field on; the second, a name in brackets, may contain anything."""
+    """Return the fields of `/proc/PID/stat` from the third on; the second, a name in brackets, may contain anything."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -23,13 +23,16 @@ def _fields(pid: int) -> list[str]:
 
 
 def start_ticks(pid: int) -> int:
-    """When the process started, clock ticks since boot: with the pid, its identity. 0 if unknown."""
+    """Return when the process started, in clock ticks since boot; 0 if unknown.
+
+    Together with the pid this identifies the process.
+    """
     fields = _fields(pid)
     return int(fields[19]) if len(fields) > 19 else 0
 
 
 def age_s(pid: int) -> float:
-    """Return the seconds since the process started, or 0 where that is not known."""
+    """Return the seconds since the process started, or 0 if that is not known."""
     ticks = start_ticks(pid)
     try:
         uptime_s = float(Path("/proc/uptime").read_text().split()[0])
@@ -39,7 +42,10 @@ def age_s(pid: int) -> float:
 
 
 def state(pid: int) -> str:
-    """One letter of the kernel's, such as R, S, D, T (stopped) or Z; "" without such a process, "?" without /proc."""
+    """Return the kernel's letter for the state of a process, such as R, S, D, T (stopped) or Z.
+
+    "" if there is no such process, "?" if it exists but there is no /proc.
+    """
     if fields := _fields(pid):
         return fields[0]
     if Path("/proc/self/stat").exists():
@@ -54,17 +60,20 @@ def state(pid: int) -> str:
 
 
 def describe_state(letter: str) -> str:
-    """`T (stopped)`."""
+    """Return a state with its meaning, such as `T (stopped)`."""
     return f"{letter} ({_STATES[letter]})" if letter in _STATES else letter or "gone"
 
 
 def is_alive(pid: int, ticks: int) -> bool:
-    """Whether the process that had this pid and start time still runs; a zombie does not."""
+    """Return whether the process with this pid and start time still runs; a zombie does not."""
     return state(pid) not in GONE and start_ticks(pid) == ticks
 
 
 def how_it_ended(pid: int, ticks: int) -> str:
-    """`killed by SIGKILL` or `exit code 1` of a zombie nobody has waited for yet; "" when that cannot be seen."""
+    """Return how a process ended that nobody has waited for yet: `killed by SIGKILL`, `exit code 1` or the like.
+
+    "" if that cannot be seen.
+    """
     fields = _fields(pid)
     if len(fields) < 50 or fields[0] not in GONE or int(fields[19]) != ticks:
         return ""
@@ -79,7 +88,7 @@ def how_it_ended(pid: int, ticks: int) -> str:
 
 
 def parent(pid: int) -> int:
-    """Return the process that started this one, or has adopted it; 0 if unknown."""
+    """Return the process that started this one, or that has adopted it; 0 if unknown."""
     fields = _fields(pid)
     return int(fields[1]) if len(fields) > 1 else 0
 
@@ -91,16 +100,16 @@ def threads(pid: int) -> int:
 
 
 def is_leaving(pid: int) -> bool:
-    """Whether the kernel is taking the process apart: its connections may be closed while it still seems to run."""
+    """Return whether the kernel is tearing the process down; its connections may be closed while it seems to run."""
     fields = _fields(pid)
     return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
 
 
 @cache
 def machine() -> str:
-    """Return what names the space of process numbers: this boot of this machine, and the process namespace.
+    """Return the identity of the space of process numbers: this boot of this machine, and the process namespace.
 
-    Ranks in containers of their own cannot see each other's processes.
+    Ranks in separate containers cannot see each other's processes.
     """
     found: list[str] = []
     with contextlib.suppress(OSError):
@@ -111,7 +120,7 @@ def machine() -> str:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, grandchildren and so on, as of now."""
+    """Return the current children, grandchildren and so on of a process."""
     children: dict[int, list[int]] = {}
     for child in _pids():
         if fields := _fields(child):
@@ -133,7 +142,7 @@ def _pids() -> Iterator[int]:
 
 
 def open_pidfd(pid: int) -> int | None:
-    """A descriptor that becomes readable the moment the process ends; None where the kernel has none."""
+    """Return a descriptor that becomes readable when the process ends; None if the kernel does not offer one."""
     if not hasattr(os, "pidfd_open"):
         return None
     try:

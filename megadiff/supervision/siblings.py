@@ -1,4 +1,4 @@
-"""The ranks of this node as one watcher sees them, and what became of each."""
+"""The ranks of this node as one watcher sees them, and how each of them ended."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from megadiff.supervision.first_cause import VERDICT
 from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
 
 LOOK_EVERY_S, AT_FIRST_S = 1.0, 10.0
-"""How often new ranks are looked for; at every turn as long as they may still be starting."""
+"""Seconds between searches for new ranks, and seconds after the start during which every turn searches, because ranks
+may still be starting."""
 DEATH_FIRST_S = 0.5
-"""A peer raises within a millisecond of a rank's death, and both may be noticed in either order: a death counts as this
-much earlier. Not one by TERM or INT, which is how launchers end the peers of a rank that failed."""
+"""Seconds by which the recorded time of a death is moved back.
+
+A peer raises within a millisecond of a rank's death, and the two may be noticed in either order. Deaths by TERM or INT
+are not moved back, because launchers end the peers of a failed rank with these signals.
+"""
 _ECHO = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process exited|closed by peer"
     r"|socket (closed|error)|connectFullMesh|connect(ion)? fail|failed to (recv|send|connect)|(recv|send)Value failed"
@@ -31,28 +35,29 @@ _ECHO = re.compile(
 
 @dataclass(frozen=True)
 class Event:
-    """A rank's end, or its announcement."""
+    """The end of a rank, or its announcement that it is about to end."""
 
     rank: int
     when: float
-    """Monotonic clock, for the order."""
+    """Monotonic time that orders the events."""
     seen: float
-    """Monotonic clock, for the waiting."""
+    """Monotonic time at which the event was noticed, from which waiting times are counted."""
     cause: str
     is_told: bool
-    """Whether the user has it from the rank itself."""
+    """Whether the rank itself has shown the cause to the user."""
     is_effect: bool
-    """Whether the rank's watcher ended it because of something else; that is then the cause."""
+    """Whether the rank's watcher ended it because of another event; `cause` is then that event's."""
     is_kill: bool = False
-    """Whether the rank was killed, or nothing is known of how it ended."""
+    """Whether the rank was killed, or nothing is known about how it ended."""
     is_echo: bool = False
-    """Whether this usually follows from another rank's end: a lost connection, or a request to end. A death goes before
-    it, whenever it is noticed, because the kernel closes a dying process's connections before it shows the death."""
+    """Whether this usually follows from another rank's end: a lost connection, or a signal that requests the end.
+    Deaths are ordered before it, whenever they are noticed, because the kernel closes a dying process's connections
+    before the death becomes visible."""
 
 
 @dataclass
 class Watched:
-    """A rank of this node."""
+    """One rank of this node and what is known about it."""
 
     beat: Heartbeat
     pidfd: int | None
@@ -61,15 +66,15 @@ class Watched:
 
     @classmethod
     def of(cls, beat: Heartbeat) -> Watched:
-        """Begin to watch."""
+        """Return a record for the rank of this heartbeat."""
         found = cls(beat, process.open_pidfd(beat.pid))
-        if not process.is_alive(beat.pid, beat.ticks):  # the descriptor may be another process's, of the same pid
+        if not process.is_alive(beat.pid, beat.ticks):  # the descriptor may belong to a later process of the same pid
             found.close()
         return found
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is there; cheaper by its descriptor."""
+        """Whether the process exists; its descriptor answers more cheaply than /proc."""
         if self.pidfd is None:
             return process.is_alive(self.beat.pid, self.beat.ticks)
         poll = select.poll()
@@ -77,7 +82,7 @@ class Watched:
         return not poll.poll(0)
 
     def look(self, host: str) -> None:
-        """Notice the end of the process, or that it says it is about to."""
+        """Check whether the process has ended, or has announced that it is about to."""
         life, reason, is_told, since = self.beat.life()
         now = time.monotonic()
         name = f"rank {self.beat.rank} ({host}, pid {self.beat.pid})"
@@ -96,7 +101,7 @@ class Watched:
         if verdict := self.beat.verdict():
             return Event(self.beat.rank, now, now, verdict, False, True)
         how = process.how_it_ended(self.beat.pid, self.beat.ticks)
-        hint = " (by the kernel for want of memory, or by somebody)" if how.endswith("SIGKILL") else ""
+        hint = " (possibly by the kernel's out-of-memory killer)" if how.endswith("SIGKILL") else ""
         is_asked = how.endswith(("SIGTERM", "SIGINT"))
         when = now if is_asked else now - DEATH_FIRST_S
         cause = f"{sentence}: {how}{hint}" if how else sentence
@@ -104,7 +109,7 @@ class Watched:
         return Event(self.beat.rank, when, now, cause, False, False, is_kill=is_kill, is_echo=is_asked)
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
@@ -112,19 +117,19 @@ class Watched:
 
 @dataclass
 class Siblings:
-    """All ranks of the node that have a heartbeat, this watcher's own among them."""
+    """All ranks of the node that have a heartbeat, this watcher's own rank included."""
 
     folder: Path
     own: Watched
     host: str
     since: float
-    """Monotonic clock at which the watcher's rank began: a heartbeat older than that may be of an earlier launch."""
+    """Monotonic time at which the watcher's rank began; an older heartbeat may belong to an earlier launch."""
     others: dict[str, Watched] = field(default_factory=dict)
     _looked: float = -LOOK_EVERY_S
     _is_doorbell_there: bool = True
 
     def wait(self, seconds: float, doorbell: int) -> None:
-        """Until a process ends, the doorbell has something to read, or the time is up."""
+        """Wait until a process ends, the doorbell can be read, or the time is up."""
         poll = select.poll()
         if self._is_doorbell_there:
             poll.register(doorbell, select.POLLIN)
@@ -135,7 +140,7 @@ class Siblings:
             self._is_doorbell_there = bool(os.read(doorbell, 64))
 
     def look(self) -> None:
-        """Find new ranks, and notice what became of the known ones."""
+        """Search for new ranks and update what is known about all of them."""
         now = time.monotonic()
         if now - self._looked > LOOK_EVERY_S or now - self.own.beat.registered < AT_FIRST_S:
             self._looked = now
@@ -145,26 +150,26 @@ class Siblings:
             if watched.is_gone:
                 watched.close()
         for name in [name for name, watched in self.others.items() if watched.is_gone and watched.event is None]:
-            del self.others[name]  # it ended well; another may come under its name
+            del self.others[name]  # it ended normally; another one may come under its name
 
     def beats(self) -> list[Heartbeat]:
-        """Of the ranks at work."""
+        """Return the heartbeats of the ranks that are at work."""
         here = [watched.beat for watched in (self.own, *self.others.values()) if not watched.is_gone]
         return [beat for beat in here if beat.life()[0] == RUNNING]
 
     def first_event(self) -> Event | None:
-        """Return the earliest event, causes before their echoes and before effects."""
+        """Return the earliest event; causes come before their echoes and before effects."""
         events = [watched.event for watched in (self.own, *self.others.values()) if watched.event]
         return min(events, key=lambda event: (event.is_effect, event.is_echo, event.when), default=None)
 
     def are_all_accounted_for(self, ranks: int) -> bool:
-        """Whether all ranks of this node are known, and nothing more can be learnt of them."""
+        """Return whether all ranks of this node are known, and nothing more can be learnt about them."""
         known = (self.own, *self.others.values())
         return len(known) == ranks and all(watched.is_gone or watched.event is not None for watched in known)
 
     @property
     def is_somebody_leaving(self) -> bool:
-        """Whether the kernel is taking a rank apart whose end is not to be seen yet."""
+        """Whether the kernel is tearing down a rank whose end is not visible yet."""
         return any(
             not watched.is_gone and watched.event is None and process.is_leaving(watched.beat.pid)
             for watched in (self.own, *self.others.values())
@@ -187,11 +192,11 @@ class Siblings:
 
 
 def leave_node(folder: Path, rank: int, *, is_well: bool) -> None:
-    """Remove what a rank has in the node's folder, and with the last rank the folder.
+    """Remove the files of a rank from the node's folder, and with those of the last rank the folder itself.
 
     Args:
-        is_well: whether the rank ended as it should; the heartbeat of one that did not stays until the last rank of the
-            node is gone, for watchers that have yet to find it.
+        is_well: whether the rank ended normally; the heartbeat of one that did not is kept until the last rank of the
+            node is gone, for watchers that have not seen it yet.
     """
     paths: dict[str, Path] = {}
     with contextlib.suppress(OSError):  # the other ranks may have been the last just now
@@ -210,7 +215,7 @@ def leave_node(folder: Path, rank: int, *, is_well: bool) -> None:
 
 
 def _is_somebody(path: Path) -> bool:
-    """Whether the rank of a heartbeat file is there."""
+    """Return whether the rank of a heartbeat file is running."""
     try:
         beat = Heartbeat.open(path)
     except (OSError, ValueError):

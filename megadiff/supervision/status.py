@@ -1,4 +1,4 @@
-"""`RUN/status.json`: how a run stands, for scripts that decide whether to start it again."""
+"""State of a run in `RUN/status.json`, for scripts that decide whether to start it again."""
 
 from __future__ import annotations
 
@@ -25,35 +25,36 @@ _MAX_BYTES, _MAX_NUMBER = 2**20, 10**15
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands. `running` after its processes are gone means that they were killed without warning."""
+    """The state of a run. `running` after its processes are gone means that they were killed without warning."""
 
     state: str
-    """running, stopped (asked to; goes on later), finished, failed (may be started again), no_restart (must not)."""
+    """State of the run: running, stopped (on request; can be resumed), finished, failed (may be restarted) or
+    no_restart (must not be)."""
     step: int
-    """Steps taken."""
+    """Number of steps taken."""
     steps: int
-    """Steps of the whole schedule."""
+    """Number of steps of the whole schedule."""
     reason: str
     exit_code: int | None
-    """What the main rank ends with; None while it runs."""
+    """Exit code of the main rank; None while it runs."""
     job: str | None
-    """SLURM_JOB_ID."""
+    """SLURM_JOB_ID, or None outside SLURM."""
     attempt: int
     """SLURM_RESTART_COUNT, or 0."""
     host: str
     time: str
-    """When this was written, ISO 8601, UTC."""
+    """Time at which this was written, ISO 8601, UTC."""
     launch: str = ""
-    """Which launch of the run wrote this (`megadiff.supervision.launch`)."""
+    """Key of the launch that wrote this (`megadiff.supervision.launch`)."""
     saved_step: int = 0
-    """Step of the newest checkpoint that is known to have been completed; 0 for none."""
+    """Step of the newest checkpoint known to be complete; 0 for none."""
 
     def __post_init__(self) -> None:
         assert self.state in STATES, self.state
 
     @property
     def step_of_checkpoint(self) -> int:
-        """Newest step that must have a checkpoint; 0 for none. A run that ended well has one of its last step."""
+        """Newest step that must have a checkpoint; 0 for none. A run that ended normally has one of its last step."""
         return max(self.saved_step, self.step if self.state in (STOPPED, FINISHED) else 0)
 
     @classmethod
@@ -69,7 +70,7 @@ class Status:
         saved_step: int = 0,
         environ: Mapping[str, str] = os.environ,
     ) -> Status:
-        """This moment's status of this host and SLURM job."""
+        """Return a status with this moment's time, this host and this SLURM job."""
         attempt = environ.get("SLURM_RESTART_COUNT", "")
         return cls(
             state=state,
@@ -86,17 +87,17 @@ class Status:
         )
 
     def changed(self, state: str, *, reason: str, exit_code: int | None) -> Status:
-        """The same run, step, job and host in another state, as of this moment."""
+        """Return the same run, step, job and host in another state, as of now."""
         return replace(self, state=state, reason=reason, exit_code=exit_code, time=_utc_now())
 
 
 def write_status(run_folder: Path, status: Status) -> None:
-    """Replace the run's status; a reader sees the old or the new one whole, also after a crash of the machine.
+    """Replace the run's status; readers see either the old or the new one, also after a crash of the machine.
 
     On a full disk it is written into space that an earlier call has reserved.
 
     Raises:
-        OSError: the disk refuses, and there is no reserve.
+        OSError: the disk cannot be written, and there is no reserve.
     """
     text = (json.dumps(asdict(status), indent=1) + "\n").encode()
     try:
@@ -112,7 +113,7 @@ def write_status(run_folder: Path, status: Status) -> None:
 
 
 def read_status(run_folder: Path) -> Status | None:
-    """The run's status; None where there is none or it is not one of ours."""
+    """Return the run's status; None if there is none or the file is not a valid one."""
     try:
         found = _known(read_json_object(run_folder / _NAME, max_bytes=_MAX_BYTES))
         return Status(**found) if found.get("state") in STATES else None
@@ -121,12 +122,12 @@ def read_status(run_folder: Path) -> Status | None:
 
 
 def record_failure(run_folder: Path, reason: str, *, exit_code: int, launch: str, step: int = 0) -> bool:
-    """Turn the `running` status of this launch into `failed`; whether it did.
+    """Change the `running` status of this launch to `failed`; return whether that was done.
 
-    What another launch wrote, and an end already recorded, stay: the first cause counts.
+    The status of another launch and an end that is already recorded are left alone: the first cause counts.
 
     Args:
-        step: steps taken by then, where that is known.
+        step: steps taken by then, if that is known.
     """
     found = read_status(run_folder)
     if found is None or found.state != RUNNING or found.launch != launch:
@@ -137,7 +138,7 @@ def record_failure(run_folder: Path, reason: str, *, exit_code: int, launch: str
 
 
 def _keep_reserve(run_folder: Path) -> None:
-    """Hold some disk space for the next status: the one that matters most is written when the disk is full."""
+    """Reserve disk space for the next status, because the most important one is written when the disk is full."""
     path = run_folder / _RESERVE
     with contextlib.suppress(OSError):
         if not path.is_symlink() and path.is_file() and path.stat().st_size == _RESERVE_BYTES:
@@ -146,10 +147,10 @@ def _keep_reserve(run_folder: Path) -> None:
 
 
 def _write_into_reserve(run_folder: Path, text: bytes) -> None:
-    """Replace the status by the file that holds the reserve, whose space is taken already.
+    """Write the status into the reserve file, whose space is already allocated, and rename that.
 
     Raises:
-        OSError: there is none, or the disk refuses all the same.
+        OSError: there is no reserve, or it cannot be written either.
     """
     path = run_folder / _RESERVE
     handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -164,10 +165,10 @@ def _write_into_reserve(run_folder: Path, text: bytes) -> None:
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a status among what was found.
+    """Return those entries of a JSON object that are fields of a status.
 
     Raises:
-        ValueError: one is of another type, or a number that no run has.
+        ValueError: an entry has the wrong type, or is a number that no run can have.
     """
     known = {}
     for field in fields(Status):

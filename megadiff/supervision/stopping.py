@@ -1,7 +1,7 @@
-"""When a run is asked to stop: by a signal, a stop file, or the end of its SLURM job.
+"""Requests to stop a run: a signal, a stop file, or the end of its SLURM job.
 
-TERM, USR2 and INT are heard by a thread through the C-level wakeup descriptor, so that they count even while the main
-thread waits in a collective, where Python would run no handler of its own.
+A thread receives TERM, USR2 and INT through the C-level wakeup descriptor, so that they count even while the main
+thread waits in a collective, where Python would not run its signal handlers.
 """
 
 from __future__ import annotations
@@ -23,37 +23,40 @@ from megadiff.supervision.config import StopConfig
 log = logging.getLogger("megadiff")
 
 STOP_FILE = "stop file"
-"""How a reason begins that is one."""
+"""Beginning of the reason given for a stop file."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 SAME_SIGNAL_S = 2.0
-"""torchrun and srun both deliver a TERM, and a terminal's Ctrl-C reaches every process of the group: what follows the
-first TERM or INT within this time is the same request."""
+"""Seconds after the first TERM or INT in which further ones count as the same request: torchrun and srun both deliver a
+TERM, and a terminal's Ctrl-C reaches every process of the group."""
 FILE_EVERY_S = 2.0
-"""The stop file lies on a shared disk; it is looked at no more often than this."""
+"""Seconds between looks for the stop file, which is on a shared disk."""
 BELIEVABLE_OVERTIME_S = 3600.0
-"""A job that ended longer ago than this would not be running: the clock is wrong, not the job late."""
+"""Seconds since the supposed end of the job above which the clock is taken to be wrong: a job that ended so long ago
+would not be running."""
 _CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 class StopRequest:
-    """Listens while open (main thread only); `reason()` says whether, and why, the run should stop.
+    """A listener for stop requests; `reason()` returns why the run should stop, if it should. Main thread only.
 
-    The first TERM, USR2 or INT is a request. A TERM or INT more than two seconds after the first one ends the
-    process at once with exit code 143 or 130. USR2, which SLURM sends ahead of a time limit, may be repeated. Processes
-    forked meanwhile leave INT and USR2 to this one and die of TERM.
+    The first TERM, USR2 or INT is a request. A TERM or INT more than two seconds after the first one ends the process
+    at
+    once with exit code 143 or 130. USR2, which SLURM sends ahead of a time limit, may be repeated. Child processes
+    forked
+    while the listener is open ignore INT and USR2, and end on TERM.
     """
 
     def __init__(
         self, config: StopConfig, run_folder: Path, *, is_main: bool, environ: Mapping[str, str] = os.environ
     ) -> None:
-        """Nothing is installed yet.
+        """Check the stop file and read the end of the job; no handler is installed yet.
 
         Args:
-            is_main: whether this rank looks for the stop file; one does, for the sake of the shared disk.
-            environ: read once for SLURM_JOB_END_TIME.
+            is_main: whether this rank looks for the stop file; a single rank does, to spare the shared disk.
+            environ: read once, for SLURM_JOB_END_TIME.
 
         Raises:
-            ConfigError: the stop file is there already.
+            ConfigError: the stop file exists already.
         """
         self._file = run_folder / config.file
         self._is_main = is_main
@@ -82,28 +85,28 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the handlers back as they were."""
+        """Restore the previous handlers."""
         before, self._before = self._before, {}
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in before.items():
             signal.signal(number, handler)
-        self._bell.shutdown(socket.SHUT_RDWR)  # a forked child may hold a copy, closing alone would wake nobody
+        self._bell.shutdown(socket.SHUT_RDWR)  # a forked child may hold a copy, so closing alone wakes nobody
         self._thread.join()
         self._ear.close()
         self._bell.close()
 
     def reason(self) -> str | None:
-        """Why the run should stop, in a few words, or None; the same answer for good once there is one.
+        """Return why the run should stop, in a few words, or None; a reason once returned never changes.
 
-        Costs well under a microsecond, but for a look at the stop file every `FILE_EVERY_S` on the main rank. Ranks may
-        answer differently at one moment; they have to agree before they act.
+        The cost is well below a microsecond, except for a look at the stop file every `FILE_EVERY_S` on the main rank.
+        Ranks may return different results at the same moment; they have to agree before they act.
         """
         if self._reason is None and (found := self._from_clock() or self._from_file()):
             self._settle(found)
         return self._reason
 
     def honoured(self) -> None:
-        """Remove the stop file, after the run has saved itself: the next start is not stopped by it."""
+        """Remove the stop file, after the run has saved itself, so that it does not stop the next start."""
         if not self._is_main:
             return
         try:
@@ -129,7 +132,7 @@ class StopRequest:
                     self._hear(signal.Signals(number))
 
     def _settle(self, reason: str) -> None:
-        """The first reason stays, whoever finds it: a signal may be heard while the stop file is looked for."""
+        """Keep the first reason: a signal may arrive while the stop file is being looked for."""
         with self._settling:
             self._reason = self._reason or reason
 
@@ -145,8 +148,11 @@ class StopRequest:
             os._exit(_CODES[number])
 
     def _leave_to_the_parent(self) -> None:
-        """In a forked child: its signals must not ring the parent's bell, and a worker must outlive a Ctrl-C or USR2
-        sent to the whole group, so that the rank can still finish its step."""
+        """Reset the signal handlers in a forked child.
+
+        Its signals must not wake the parent's thread, and a worker must survive a Ctrl-C or USR2 sent to the whole
+        group, so that the rank can still finish its step.
+        """
         if not self._before:
             return
         signal.set_wakeup_fd(-1)
@@ -156,13 +162,14 @@ class StopRequest:
 
 
 def _heard_by_the_thread(number: int, frame: FrameType | None) -> None:
-    """A Python handler has to exist for the wakeup descriptor to be written to; the thread does the rest."""
+    """Do nothing: a Python handler has to exist for the wakeup descriptor to be written to, and the thread does the
+    rest."""
 
 
 def _job_end(epoch_s: str | None) -> float:
-    """The end of the SLURM job on the monotonic clock, infinite if there is none.
+    """Return the end of the SLURM job on the monotonic clock, infinity if there is none.
 
-    The wall clock is read here, once: it may jump later.
+    The wall clock is read only here, once, because it may jump later.
     """
     if not epoch_s:
         return float("inf")

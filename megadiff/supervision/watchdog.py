@@ -1,4 +1,4 @@
-"""The rank's side of its watcher: sections with limits, marks, and a farewell."""
+"""The rank's side of its watcher: sections with time limits, marks, and the report of its end."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _FAREWELL_S = 2.0
 
 
 class Watchdog:
-    """Watches this rank while open.
+    """A monitor of this rank while the context is open.
 
-    A rank that stays in a section beyond its limit is named with its section, its stacks are written, and it is killed,
-    also when it is stopped or holds the interpreter lock. When another rank of the node dies, this one is ended two
-    seconds later, should it not notice by itself. Every rank of a launch opens one, before its process group.
+    A rank that exceeds the limit of a section is reported with that section, its stacks are written, and it is killed,
+    even when it is stopped or holds the interpreter lock. When another rank of the node dies, this one is ended two
+    seconds later unless it notices by itself. Every rank of a launch opens a watchdog before its process group.
     """
 
     def __init__(self, config: WatchdogConfig, launch: Launch) -> None:
-        """Nothing is started yet."""
+        """Store the settings; nothing is started yet."""
         self._config = config
         self._launch = launch
         self._limits = {kind: getattr(config, f"{kind}_s") for kind in ("setup", "step", "eval", "save")}
@@ -55,10 +55,10 @@ class Watchdog:
         self._pid = os.getpid()
 
     def start(self) -> None:
-        """Start the watcher; no-op where `watchdog.enabled` is false.
+        """Start the watcher; do nothing if `watchdog.enabled` is false.
 
         Raises:
-            PlatformError: the folder it shares with the rank cannot be made.
+            PlatformError: the folder that the watcher shares with the rank cannot be created.
         """
         if not self._config.enabled:
             return
@@ -73,21 +73,23 @@ class Watchdog:
         self._spawn()
 
     def stop(self) -> None:
-        """All is well: the watcher goes, nothing is left behind."""
+        """Stop the watcher after a normal end and remove its files."""
         self._end(ENDED)
 
     def fail(self, reason: str, *, is_told: bool = False) -> None:
-        """This rank is about to leave because of `reason`: the other ranks' watchers name it and end what hangs.
+        """Report that this rank is about to exit because of `reason`.
 
-        The watcher stays until the process is gone.
+        The other ranks' watchers report it and end ranks that hang because of it. The watcher of this rank stays until
+        the process is gone.
 
         Args:
-            is_told: whether the user reads the reason anyway; then it is repeated only if other ranks hang for it.
+            is_told: whether the user sees the reason anyway; the watchers then repeat it only if other ranks hang
+                because of it.
         """
         self._end(FAILED, reason, is_told=is_told)
 
     def failing(self, error: BaseException) -> None:
-        """This rank ends for `error`; told early, since leaving may take long. Telling it again changes nothing."""
+        """Report early that this rank ends because of `error`, since exiting may take long. Later calls do nothing."""
         if self._is_failing:
             return
         self._is_failing = True
@@ -97,26 +99,29 @@ class Watchdog:
         self.fail(f"{type(error).__name__}: {error}", is_told=is_told)
 
     def section(self, kind: str, *, step: int = NO_STEP, limit_s: float | None = None) -> Section:
-        """A timed part of the run: `with watchdog.section("step", step=17):`. The innermost one counts; when it is left
-        the outer one begins anew.
+        """Return a timed part of the run: `with watchdog.section("step", step=17):`.
+
+        The limit of the innermost section counts; on leaving it, the time of the outer one starts again.
 
         Args:
-            kind: setup, step, eval or save, whose limit is the configuration's; any short word with a limit given.
-            step: steps taken when this one is done.
-            limit_s: in place of the configuration's.
+            kind: setup, step, eval or save, with the limit from the configuration; any short word if a limit is given.
+            step: number of steps taken once this one is done.
+            limit_s: limit in seconds that replaces the one from the configuration.
         """
         return Section(self, kind.encode(), step, self._limits[kind] if limit_s is None else limit_s)
 
     def at(self, mark: str) -> None:
-        """Say where in the section the rank is; ranks that pass the same marks in the same order can be compared. The
-        limit runs on. A microsecond."""
+        """Mark a position within the section, without restarting its limit. Costs a microsecond.
+
+        Ranks that pass the same marks in the same order can be compared.
+        """
         if self._open:
             self._index += 1
             self._open[-1].mark = mark.encode()
             self._open[-1].write(self._beat, self._index)
 
     def beat(self) -> None:
-        """Progress inside a long section: its limit begins anew."""
+        """Report progress inside a long section, which restarts its limit."""
         if self._open:
             self._open[-1].started = time.monotonic()
             self._open[-1].write(self._beat, self._index)
@@ -134,7 +139,7 @@ class Watchdog:
             self.failing(error)
 
     def enter(self, section: Section) -> None:
-        """Called by the section."""
+        """Open a section; called by the section itself."""
         if self._watcher is not None and self._watcher.poll() is not None:
             self._replace_watcher()
         if section.step != self._step:
@@ -144,9 +149,12 @@ class Watchdog:
         section.write(self._beat, self._index)
 
     def leave(self, error: BaseException | None) -> None:
-        """Called by the section; the innermost place an exception comes from is kept for the farewell."""
+        """Close a section; called by the section itself.
+
+        The innermost section that an exception came from is kept for the final report.
+        """
         section = self._open.pop()
-        if error is not None and self._raised[0] != id(error):  # its id: a reference would keep its frames' tensors
+        if error is not None and self._raised[0] != id(error):  # the id: a reference keeps its frames' tensors
             self._raised = id(error), (*section.place[:3], self._index, *section.place[3:])
         self._index += 1
         if self._open:
@@ -162,7 +170,7 @@ class Watchdog:
                 self._beat = Heartbeat.create(heartbeat_path(self._folder, self._launch.rank), self._launch.rank)
                 self._dump = open(self._folder / name, "wb", buffering=0)  # noqa: SIM115  closed at the end
                 return
-            except FileNotFoundError:  # the last rank of an earlier launch took the folder away just now
+            except FileNotFoundError:  # the last rank of an earlier launch has just removed the folder
                 if is_last:
                     raise
 
@@ -177,12 +185,12 @@ class Watchdog:
             [sys.executable, "-I", "-S", "-c", BOOTSTRAP, str(_ROOT), settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # signals to the rank's group are not for its watcher
+            start_new_session=True,  # signals to the rank's group must not reach its watcher
             cwd="/",
         )
 
     def _replace_watcher(self) -> None:
-        """It was killed: for want of memory, or by somebody."""
+        """Start a new watcher after this one was killed, for example by the out-of-memory killer."""
         assert self._watcher is not None
         more = "another is started" if self._spawns < _MAX_SPAWNS else "the rank is no longer watched"
         log.warning(f"the watcher of rank {self._launch.rank} ended with {self._watcher.returncode}; {more}")
@@ -191,7 +199,8 @@ class Watchdog:
             self._spawn()
 
     def _end(self, life: int, reason: str = "", **facts: Any) -> None:
-        """Say farewell and ring, so that the watcher looks at once. Not for a process that a rank has forked."""
+        """Write the final state and wake the watcher, so that it looks at once. A process forked by the rank does
+        nothing."""
         if os.getpid() != self._pid:
             return
         self._beat.leave(life, reason, **facts)
@@ -212,11 +221,11 @@ class Watchdog:
         if self._had_faulthandler:
             faulthandler.enable()
         self._dump.close()
-        leave_node(self._folder, self._launch.rank, is_well=True)  # had the watcher been killed
+        leave_node(self._folder, self._launch.rank, is_well=True)  # in case the watcher was killed
 
 
 class Section:
-    """A timed part of the run; made by `Watchdog.section`."""
+    """A timed part of the run; created by `Watchdog.section`."""
 
     __slots__ = ("_watchdog", "kind", "limit_s", "mark", "started", "step")
 
@@ -231,7 +240,7 @@ class Section:
         return self.started, self.limit_s, self.step, self.kind, self.mark
 
     def write(self, beat: Heartbeat, index: int) -> None:
-        """Into the heartbeat."""
+        """Write this section to the heartbeat."""
         beat.write(self.started, self.limit_s, self.step, index, self.kind, self.mark)
 
     def __enter__(self) -> Section:

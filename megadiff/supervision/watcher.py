@@ -1,7 +1,7 @@
 """The process that watches one rank: `python -I -S -c BOOTSTRAP ROOT SETTINGS`, 20 MB, the standard library alone.
 
-It ends when its rank does, and it reads heartbeats, never a lock of the rank: it works while the rank is stopped or
-holds the interpreter lock. What may hang (disk, terminal) is done in threads that are not waited for.
+It ends when its rank does. It reads heartbeats and takes no lock of the rank, so it works even while the rank is
+stopped or holds the interpreter lock. Operations that may hang (disk, terminal) run in threads that are not joined.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ EXIT_STALLED, EXIT_DIED = 6, 1
 
 TICK_S = 0.1
 PAUSED_S = 5.0
-"""A watcher that did not run for so long was paused with the whole job; the ranks' clocks begin anew."""
+"""Seconds without running after which a watcher assumes that the whole job was paused, and restarts the ranks' clocks.
+"""
 SETTLE_S = 0.6
-"""For the other watchers' accounts of a stall to arrive."""
+"""Seconds to wait for the other watchers' accounts of a stall."""
 OWN_DEATH_S, OTHER_DEATH_S = 0.1, 0.6
-"""Before a death is spoken of: its own watcher knows most, the others only step in."""
+"""Seconds before a death is reported: by its own watcher, which knows most, and by the others, which only step in."""
 ECHO_S, MOST_ECHO_S = 5.0, 30.0
-"""Seconds for which an exception that usually follows from a death is kept back for that death to be
-noticed; the longer time
-while a rank is seen to be dying."""
+"""Seconds for which an exception that usually follows from a death is held back until that death is noticed; the longer
+time applies while the kernel is seen to tear down a rank."""
 GRACE_S, GRACE_AFTER_ECHO_S, GRACE_AFTER_EFFECT_S = 2.0, 4.0, 0.5
-"""A rank has this long to notice by itself that another one is gone, has lost a connection (it may be this rank that
-is dying), or was ended by its watcher."""
+"""Seconds a rank has to notice by itself that another one is gone, has lost a connection (the dying rank may be this
+one), or was ended by its watcher."""
 LEAVING_S = 20.0
-"""A rank that raised has this long to leave."""
+"""Seconds a rank that raised an exception has to exit."""
 ELSEWHERE_EVERY_S, GRACE_ELSEWHERE_S = 1.0, 1.0
-"""How often another node's first cause is looked for; its ranks have waited for their part by then."""
+"""Seconds between looks for a first cause reported by another node, and seconds given to this node's ranks to end by
+themselves once there is one."""
 STACKS_IN_LOG = 16
-"""Ranks of a run whose stacks all go into its log; those of larger runs stay in the records."""
+"""Largest number of ranks of a run whose stacks all go into its log; those of larger runs stay in the records."""
 
 
 class Watcher:
-    """Of one rank, from its start to its end."""
+    """The watcher of one rank, from its start to its end."""
 
     def __init__(self, launch: Launch, folder: Path, launcher: Launcher | None = None) -> None:
         self._launch = launch
@@ -67,7 +68,7 @@ class Watcher:
         self._elsewhere_before = self._records.verdict() if self._spans_nodes else None
 
     def run(self) -> None:
-        """Until the rank is gone or says that all is well."""
+        """Watch until the rank is gone or has ended normally."""
         while True:
             self._nodes.wait(TICK_S, sys.stdin.fileno())
             self._notice_pause()
@@ -89,7 +90,7 @@ class Watcher:
                 return self._end(cause)
 
     def clean(self) -> None:
-        """Leave nothing of the rank on this node that nobody needs."""
+        """Remove all files of the rank on this node that are no longer needed."""
         leave_node(self._folder, self._launch.rank, is_well=self._beat.life()[0] == ENDED)
 
     @property
@@ -103,7 +104,7 @@ class Watcher:
         self._ticked = now
 
     def _is_stalled(self) -> bool:
-        """Asked twice: a place read while it was being written must not end a run."""
+        """Check twice, because a position read while it was being written must not end a run."""
         return all(self._is_overdue() for _ in range(2))
 
     def _is_overdue(self) -> bool:
@@ -111,20 +112,25 @@ class Watcher:
         return bool(place.section) and time.monotonic() - max(place.started, self._fresh_from) > place.limit_s
 
     def _end_without_launcher(self, launcher: Launcher) -> None:
-        """The rank would go on unseen; the kernel's signal has not reached it, or it has none."""
+        """End a rank whose launcher is gone: it would run on unnoticed if the kernel's signal did not reach it or does
+        not exist."""
         cause = describe_loss(launcher)
         self._speak(cause, EXIT_DIED)
         self._end(cause)
 
     def _end_stalled(self) -> None:
-        """Account, compare with the other ranks' accounts, speak if first, write the stacks, kill."""
+        """End a stalled rank.
+
+        Write its account, compare it with those of the other ranks, report the cause if nobody has, write the stacks,
+        and kill the rank.
+        """
         now = time.monotonic()
         here = {beat.rank: Account.of(beat, self._host, now) for beat in self._nodes.beats()}
         within(0.5, lambda: self._records.write_account(here[self._launch.rank]))
         time.sleep(SETTLE_S)
-        told: list[Account] = []
-        within(0.5, lambda: told.extend(self._records.accounts()))
-        known = {**here, **{account.rank: account for account in told}}
+        reported: list[Account] = []
+        within(0.5, lambda: reported.extend(self._records.accounts()))
+        known = {**here, **{account.rank: account for account in reported}}
         cause = name_culprit(known.values(), self._launch.world_size)
         self._speak(cause, EXIT_STALLED)
         stacks = take_stacks(self._beat.pid, self._dump)
@@ -132,11 +138,12 @@ class Watcher:
         self._end(cause)
 
     def _follow(self, event: Event, life: int, since: float) -> bool:
-        """What another rank's end, or this one's announcement of its own, asks for; whether all is done."""
+        """Handle another rank's end, or to this rank's announcement of its own; return whether this rank's end is
+        settled."""
         now = time.monotonic()
         is_own = event.rank == self._launch.rank
         if now - event.seen > (OWN_DEATH_S if is_own else OTHER_DEATH_S) and not event.is_told:
-            self._speak_of(event)  # unless it is an echo, whose time has not come
+            self._speak_of(event)  # unless it is an echo that is still held back
         if life == FAILED and now - since > LEAVING_S:
             self._end(f"rank {self._launch.rank} raised and did not leave within {LEAVING_S:g} s")
             return True
@@ -148,7 +155,7 @@ class Watcher:
         return False
 
     def _after_death(self) -> None:
-        """The rank is gone without a farewell, or after an exception."""
+        """Report the death of a rank that exited without announcement or after an exception."""
         own = self._nodes.own.event
         stacks = read_stacks(self._dump)
         if stacks and not (own and own.is_effect):
@@ -162,7 +169,8 @@ class Watcher:
             self._speak_of(event)
 
     def _is_kept_back(self, event: Event | None) -> bool:
-        """Whether it is too early to call this the first cause: the death it follows from may yet be noticed."""
+        """Return whether it is too early to report this event as the first cause, because the death it follows from may
+        still be noticed."""
         if event is None or not event.is_echo or self._has_spoken or self._launch.world_size == 1:
             return False
         if not self._spans_nodes and self._nodes.are_all_accounted_for(self._launch.local_world_size):
@@ -171,8 +179,10 @@ class Watcher:
         return waited < ECHO_S or (waited < MOST_ECHO_S and self._nodes.is_somebody_leaving)
 
     def _cause_elsewhere(self) -> str:
-        """A first cause that another node has written; one rank of a node looks, the lowest, for the sake of the disk.
-        Its node mates follow it."""
+        """Return a first cause that another node has reported, or "".
+
+        To spare the disk only the lowest rank of a node looks; the other ranks of the node follow it.
+        """
         now = time.monotonic()
         if self._elsewhere_before is None or now - self._looked_elsewhere < ELSEWHERE_EVERY_S:
             return ""
@@ -187,7 +197,7 @@ class Watcher:
         return found[0][0]
 
     def _speak_of(self, event: Event) -> None:
-        """Of a death, or of an exception where other ranks exist that it leaves hanging."""
+        """Report a death, or an exception that leaves other ranks hanging."""
         is_alone = self._launch.world_size == 1 and self._beat.life()[0] == FAILED
         if event.is_effect or is_alone or self._is_kept_back(event):
             return
@@ -195,7 +205,8 @@ class Watcher:
         self._speak(describe_loss(self._launcher) if lost and self._launcher else event.cause, EXIT_DIED)
 
     def _speak(self, cause: str, exit_code: int) -> None:
-        """Once, and only the first watcher of the launch: stderr, the run's log, `status.json`."""
+        """Report the cause on stderr, in the run's log and in `status.json`: once, and only by the first watcher of the
+        launch."""
         if self._has_spoken:
             return
         self._has_spoken = True
@@ -212,7 +223,7 @@ class Watcher:
                 line,
                 exit_code=exit_code,
                 launch=self._launch.key,
-                step=self._beat.place().step - 1,  # the place is in the step being taken
+                step=self._beat.place().step - 1,  # the place belongs to the step being taken
             ),
         )
 
@@ -226,7 +237,7 @@ class Watcher:
             os.close(handle)
 
     def _keep_stacks(self, stacks: str) -> None:
-        """In the records, and for small runs in the log and on stderr too."""
+        """Write the stacks to the records and, for small runs, also to the log and stderr."""
         rank = self._launch.rank
         text = f"stacks of rank {rank} ({self._host}, pid {self._beat.pid}):\n{stacks.rstrip() or '(none came)'}"
         if self._launch.world_size <= STACKS_IN_LOG:
@@ -240,7 +251,8 @@ class Watcher:
 
 
 def _began(beat: Heartbeat) -> float:
-    """When the rank's process started, on the monotonic clock, less a second in which its peers may have started."""
+    """Return when the rank's process started, on the monotonic clock, less a second in which its peers may have
+    started."""
     if not beat.ticks or not hasattr(time, "CLOCK_BOOTTIME"):
         return beat.registered - 60.0
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - beat.ticks / os.sysconf("SC_CLK_TCK")
@@ -248,9 +260,9 @@ def _began(beat: Heartbeat) -> float:
 
 
 def main() -> None:
-    """Watch the rank that `sys.argv[2]` describes."""
+    """Watch the rank described by `sys.argv[2]`."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # of the job's; this process ends with its rank
+        signal.signal(number, signal.SIG_IGN)  # these signals are for the job; this process ends with its rank
     settings = json.loads(sys.argv[2])
     launch = Launch(**{**settings["launch"], "run_folder": Path(settings["launch"]["run_folder"])})
     launcher = Launcher(*settings["launcher"]) if settings["launcher"] else None
@@ -259,4 +271,4 @@ def main() -> None:
         watcher.run()
     finally:
         watcher.clean()
-    os._exit(0)  # not waiting for reports that hang
+    os._exit(0)  # without waiting for reports that hang

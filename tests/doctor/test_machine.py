@@ -176,7 +176,7 @@ def test_what_one_node_cannot_tell_of_several_is_said(findings_of, subject_of):
     level, text, remedy = findings_of("disk", subject_of(environment={"SLURM_JOB_NUM_NODES": "4"}))[-1]
     assert level == "WARN"
     assert "4 nodes must see one" in text
-    assert "cannot be told from one node" in text
+    assert "cannot be checked from a single node" in text
     assert "srun -N 4" in remedy
 
 

@@ -36,8 +36,8 @@ def test_a_missing_tokenizer_fails_once_and_the_others_say_what_they_wait_for(on
     level, text, remedy = one_finding("tokenizer", subject)
     assert (level, "found nothing" in text, "tools/train_tokenizer.py" in remedy) == ("FAIL", True, True)
     assert one_finding("data", subject)[1:] == (
-        "not looked at: they are checked against the tokenizer",
-        "mend data.tokenizer first",
+        "not checked: the data need the tokenizer, which cannot be loaded",
+        "fix data.tokenizer first",
     )
     assert one_finding("layout", subject)[0] == "WARN"
 

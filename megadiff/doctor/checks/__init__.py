@@ -1,5 +1,6 @@
-"""Checks: a folder as a registry. A member's file offers `check(subject) -> Iterable[Finding]`; `_` starts no member.
+"""The doctor's checks: every file of this folder is one, except those whose names start with `_`.
 
-A check yields nothing where it has nothing to look at (no run description was given, for one). It may raise: a
-`MegadiffError` becomes its finding, anything else is reported as the check's own failure.
+A file defines `check(subject) -> Iterable[Finding]`. A check yields nothing if there is nothing to examine (for example
+because no run description was given). It may raise: a `MegadiffError` becomes its finding, anything else is reported as
+a failure of the check itself.
 """

@@ -1,4 +1,4 @@
-"""Collectives: a process group on this node really sums."""
+"""Check of the collectives: a process group on this node computes a sum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ON_GPU = "run again with NCCL_DEBUG=INFO; see that torch's build fits the drive
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Gloo everywhere, NCCL where there are GPUs."""
+    """Check gloo always, and NCCL if there are GPUs."""
     from megadiff.platform.machine import detect
 
     yield _tried(detect("cpu"), 2)
@@ -30,8 +30,8 @@ def _tried(platform: Platform, ranks: int) -> Finding:
     try:
         seconds = try_all_reduce(platform, ranks)
     except RuntimeError as error:
-        said = f"{platform.backend}: an all-reduce over {ranks} rank(s) failed: {error}"
-        return fail(said, _ON_CPU if platform.is_cpu else _ON_GPU)
+        message = f"{platform.backend}: an all-reduce over {ranks} rank(s) failed: {error}"
+        return fail(message, _ON_CPU if platform.is_cpu else _ON_GPU)
     return ok(
         f"{platform.backend}: an all-reduce over {ranks} rank(s) of this node took {seconds:.1f} s with its start"
     )

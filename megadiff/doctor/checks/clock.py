@@ -1,4 +1,4 @@
-"""The clock of this machine against that of the disk the run writes to."""
+"""Comparison of this machine's clock with that of the disk the run writes to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _TOLERATED_S = 5.0
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """A fresh file's time against the clock; says nothing where no file can be made, which the disk's check tells."""
+    """Compare the time of a new file with the clock.
+
+    Yields nothing if no file can be created, because the check of the disk reports that.
+    """
     folder = subject.existing_folder
     try:
         with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as file:
@@ -22,8 +25,10 @@ def check(subject: Subject) -> Iterable[Finding]:
             skew = os.stat(file.name).st_mtime - subject.now()
     except OSError:
         return
-    said = f"files of {folder} are dated {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine's clock"
+    message = (
+        f"files of {folder} are dated {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine's clock"
+    )
     remedy = (
         "set both by NTP (chronyc tracking); runs go by steps, not dates, but logs of several nodes will not line up"
     )
-    yield ok(said) if abs(skew) <= _TOLERATED_S else warn(said, remedy)
+    yield ok(message) if abs(skew) <= _TOLERATED_S else warn(message, remedy)

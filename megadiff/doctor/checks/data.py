@@ -1,4 +1,5 @@
-"""The corpus: opens, is of the tokenizer, lasts for the schedule, and is kept apart from the validation data."""
+"""Check of the corpus: it can be opened, was made with the run's tokenizer, suffices for the schedule, and is separate
+from the validation data."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from megadiff.errors import DataError
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Check all that a start would, and look for likely mistakes; needs the tokenizer."""
+    """Check everything that a start would, and look for likely mistakes; needs the tokenizer."""
     config = subject.config
     if config is None:
         return
@@ -20,7 +21,7 @@ def check(subject: Subject) -> Iterable[Finding]:
     try:
         tokenizer = subject.tokenizer
     except DataError:
-        yield fail("not looked at: they are checked against the tokenizer", "mend data.tokenizer first")
+        yield fail("not checked: the data need the tokenizer, which cannot be loaded", "fix data.tokenizer first")
         return
     assert tokenizer is not None
     try:

@@ -1,4 +1,4 @@
-"""The run description itself."""
+"""Check of the run description itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megadiff.doctor.subject import Subject
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Whether it can be read; without one there is nothing to say."""
+    """Check whether the description can be read; yield nothing if none was given."""
     if subject.problem is not None:
-        yield from (fail(line, "change the file or the override it names") for line in subject.problem.splitlines())
+        yield from (fail(line, "correct the file or the override named there") for line in subject.problem.splitlines())
     elif subject.config is not None:
         config = subject.config
         yield ok(f"{config.name}: {config.steps:,} steps of {config.tokens_per_step:,} tokens into {config.folder}")

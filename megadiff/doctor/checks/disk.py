@@ -1,4 +1,4 @@
-"""The run folder's disk: can be written, is large and fast enough, keeps the promises checkpoints rely on."""
+"""Check of the run folder's disk: it can be written, is large and fast enough, and does what checkpoints rely on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "over
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Writing, room, and whether several nodes see the same files."""
+    """Check that the disk can be written, its free space, and whether several nodes see the same files."""
     folder = subject.existing_folder
     try:
         rate = written_per_second(folder)
@@ -27,18 +27,20 @@ def check(subject: Subject) -> Iterable[Finding]:
             f"{folder} cannot be written ({error.strerror or error})", "set output_dir to a folder you can write to"
         )
         return
-    said = f"{folder}: write, fsync and rename work; {rate / 1e6:,.0f} MB/s from one process"
+    message = f"{folder}: write, fsync and rename work; {rate / 1e6:,.0f} MB/s from one process"
     slow = "a network disk for small files? set output_dir to a faster one, or save more rarely (checkpoint.every)"
-    yield ok(said) if rate > _SLOW_BYTES_PER_S else warn(said, slow)
+    yield ok(message) if rate > _SLOW_BYTES_PER_S else warn(message, slow)
     yield from _room(subject, folder, rate)
     yield from _shared(subject, folder)
 
 
 def written_per_second(folder: Path) -> float:
-    """Bytes per second of a new file, fsync included; tries all that a checkpoint needs and leaves nothing behind.
+    """Return the bytes written per second to a new file, fsync included.
+
+    All operations that a checkpoint needs are tried, and all files are removed afterwards.
 
     Raises:
-        OSError: something does not work.
+        OSError: an operation does not work.
     """
     place = Path(tempfile.mkdtemp(prefix=".doctor-", dir=folder))
     try:
@@ -70,27 +72,29 @@ def _room(subject: Subject, folder: Path, rate: float) -> Iterable[Finding]:
     one = checkpoint_bytes(config, config.shape(vocab_size=vocab_size))
     kept = config.checkpoint.keep or -(-config.steps // config.checkpoint.every)
     needed, free = one * (kept + 1), shutil.disk_usage(folder).free
-    said = (
+    message = (
         f"{kept} checkpoint(s) kept and one being written take {needed / 2**30:.3g} GiB ({one / 2**30:.3g} GiB each, "
         f"{one / rate:,.0f} s at one process's rate); {free / 2**30:.3g} GiB are free"
     )
     remedy = "free some, lower checkpoint.keep (0 keeps all), or set output_dir to a larger disk"
-    yield ok(said) if needed <= free else fail(said, remedy)
+    yield ok(message) if needed <= free else fail(message, remedy)
 
 
 def _shared(subject: Subject, folder: Path) -> Iterable[Finding]:
     if subject.nodes == 1:
         return
     kind = file_system_of(folder)
-    said = f"{subject.nodes} nodes must see one {folder}, which is on {kind}; that cannot be told from one node"
+    message = (
+        f"{subject.nodes} nodes must see one {folder}, which is on {kind}; that cannot be checked from a single node"
+    )
     remedy = (
         f"see that `srun -N {subject.nodes} ls -di {folder}` prints one number; if not, set output_dir to a shared disk"
     )
-    yield warn(f"{said}, but {kind} is usually a node's own" if kind in _LOCAL else said, remedy)
+    yield warn(f"{message}, but {kind} is usually a node's own" if kind in _LOCAL else message, remedy)
 
 
 def file_system_of(folder: Path) -> str:
-    """The type of the file system a folder is on, as the kernel calls it."""
+    """Return the type of the file system that holds a folder, as the kernel names it."""
     real = str(folder.resolve())
     mounts = [
         line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()

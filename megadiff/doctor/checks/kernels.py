@@ -1,4 +1,4 @@
-"""Fast kernels: which are there, and the package that only shares Apex's name."""
+"""Check of the fast kernels, and for the package that only shares Apex's name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megadiff.doctor.subject import Subject
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """On CPU none is needed."""
+    """List the available fast kernels; on CPU none is needed."""
     from megadiff.platform.machine import apex_project
 
     apex = apex_project()
     if apex == "other":
         yield warn(
             "the installed package `apex` is not NVIDIA's Apex but another project of that name on PyPI",
-            "pip uninstall apex; Transformer Engine does Apex's jobs, or build NVIDIA's from source",
+            "pip uninstall apex; Transformer Engine replaces Apex, or build NVIDIA's from source",
         )
     yield from _refused(subject)
     present = {"Triton": _is_there("triton"), "Transformer Engine": _is_there("transformer_engine")}
@@ -29,12 +29,12 @@ def check(subject: Subject) -> Iterable[Finding]:
     if present["Transformer Engine"] and subject.platform.layers_problem:
         yield warn(
             f"Transformer Engine is installed, but {subject.platform.layers_problem}",
-            "install transformer-engine[pytorch]>=2.9,<2.12 for this torch; till then layers are local, without FP8",
+            "install transformer-engine[pytorch]>=2.9,<2.12 for this torch; until then layers are local, without FP8",
         )
     if subject.platform.weight_gradients is None:
         yield warn(
-            f"weight gradients are added up apart: {subject.platform.weight_gradients_problem}",
-            "take torch 2.11 or newer, or build NVIDIA's Apex",
+            f"weight gradients are accumulated in a separate step: {subject.platform.weight_gradients_problem}",
+            "install torch 2.11 or newer, or build NVIDIA's Apex",
         )
     if not present["Transformer Engine"]:
         yield warn("no Transformer Engine: slower layers, no FP8", "pip install 'megadiff[te]' beside a CUDA torch")
@@ -43,7 +43,7 @@ def check(subject: Subject) -> Iterable[Finding]:
 
 
 def _refused(subject: Subject) -> Iterable[Finding]:
-    """What the run asks for and this machine cannot do."""
+    """Report settings of the run that this machine cannot provide."""
     if subject.config is None:
         return
     from megadiff.errors import PlatformError
@@ -52,7 +52,7 @@ def _refused(subject: Subject) -> Iterable[Finding]:
     try:
         check_kernels(subject.config.parallel, subject.config.precision, subject.platform)
     except PlatformError as error:
-        yield fail(str(error), "leave that setting out, or run where it can be done")
+        yield fail(str(error), "remove that setting, or run on a machine that supports it")
 
 
 def _is_there(module: str) -> bool:

@@ -1,4 +1,4 @@
-"""How the run is cut over ranks: everything divides, and the node has a place for each."""
+"""Check of the parallel layout: all sizes are divisible, and the node has a device for each of its ranks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from megadiff.errors import ConfigError
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """The divisions of a start, then devices against ranks."""
+    """Check the divisibility that a start requires, then compare the number of devices with that of ranks."""
     config, vocab_size = subject.config, subject.vocab_size
     if config is None:
         return
     if vocab_size is None:
-        yield warn("not checked: the vocabulary is unknown", "mend data.tokenizer, or set data.vocab_size")
+        yield warn("not checked: the vocabulary is unknown", "fix data.tokenizer, or set data.vocab_size")
         return
     try:
         layout = config.layout(world_size=subject.ranks, vocab_size=vocab_size)
     except ConfigError as error:
-        yield fail(f"{subject.ranks} rank(s): {error}", "change the layout, or say the run's ranks with --ranks")
+        yield fail(
+            f"{subject.ranks} rank(s): {error}",
+            "change the layout, or give the run's number of ranks with --ranks",
+        )
         return
     yield ok(
         f"{layout.world_size} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
@@ -30,6 +33,6 @@ def check(subject: Subject) -> Iterable[Finding]:
     if here <= devices:
         return
     if platform.is_cpu:
-        yield warn(f"{here} ranks share {devices} core(s)", "fine for a try; they only take turns")
+        yield warn(f"{here} ranks share {devices} core(s)", "fine for a trial, but the ranks take turns")
     else:
         yield fail(f"{here} ranks on this node, which has {devices} GPU(s)", f"start at most {devices} ranks a node")

@@ -1,4 +1,4 @@
-"""Bytes per rank by closed form against what there is, and the settings that would make it fit."""
+"""Closed-form estimate of the memory per rank against the memory available, and settings that would make it fit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megadiff.errors import ConfigError
 from megadiff.run_config import RunConfig
 
 _CLOSE = 0.85
-"""Share of the memory above which what the estimate leaves out (context, buffers, fragments) may not fit."""
+"""Fraction of the memory above which parts missing from the estimate (context, buffers, fragmentation) may not fit."""
 
 _POWERS = (1, 2, 4, 8, 16)
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Says nothing where the layout's check already said that there is no layout."""
+    """Compare the estimate with the memory; yields nothing if there is no valid layout, which its own check reports."""
     config, vocab_size = subject.config, subject.vocab_size
     if config is None or vocab_size is None:
         return
@@ -29,16 +29,16 @@ def check(subject: Subject) -> Iterable[Finding]:
     whose = (
         f"rank's part of {subject.platform.device_name}" if subject.platform.is_cpu else subject.platform.device_name
     )
-    said = f"about {needed / 2**30:.3g} GiB a rank of {held / 2**30:.3g} GiB ({whose})"
+    message = f"about {needed / 2**30:.3g} GiB a rank of {held / 2**30:.3g} GiB ({whose})"
     if needed <= _CLOSE * held:
-        yield ok(said)
+        yield ok(message)
         return
     tell = fail if needed > held else warn
-    yield tell(said, _remedy(config, subject.ranks, vocab_size, held))
+    yield tell(message, _remedy(config, subject.ranks, vocab_size, held))
 
 
 def estimate(config: RunConfig, ranks: int, vocab_size: int) -> int | None:
-    """Bytes on the fullest rank; None where nothing divides."""
+    """Return the bytes on the fullest rank; None if the layout is not valid."""
     try:
         layout = config.layout(world_size=ranks, vocab_size=vocab_size)
     except ConfigError:
@@ -59,10 +59,10 @@ def _remedy(config: RunConfig, ranks: int, vocab_size: int, held: int) -> str:
 
 
 def _settings(config: RunConfig) -> Iterator[dict[str, int | bool]]:
-    """Every combination of the settings that memory hangs on, as the keys to change."""
+    """Yield every combination of the settings that affect memory, as the keys to change."""
     now = config.parallel
     micro = [size for size in range(1, config.batch.micro_sequences + 1) if config.batch.micro_sequences % size == 0]
-    may_cut = config.precision.master_weights  # the distributed optimizer goes with master weights only
+    may_cut = config.precision.master_weights  # the distributed optimizer requires master weights
     for size, tensor, pipeline, cut in product(micro, _POWERS, _POWERS, {now.distributed_optimizer, may_cut}):
         wanted: dict[str, int | bool] = {
             "batch.micro_sequences": size,
@@ -75,7 +75,7 @@ def _settings(config: RunConfig) -> Iterator[dict[str, int | bool]]:
 
 
 def changed(config: RunConfig, changes: dict[str, int | bool]) -> RunConfig:
-    """The description with some settings of its sections changed."""
+    """Return the description with some settings of its sections changed."""
     for key, value in changes.items():
         section, name = key.split(".")
         part = getattr(config, section).model_copy(update={name: value})

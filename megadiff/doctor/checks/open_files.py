@@ -1,4 +1,4 @@
-"""How many files and sockets a process may have open."""
+"""Check of the number of files and sockets that a process may have open."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ _BASE, _PER_RANK, _COMFORT = 128, 8, 1024
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """A rank holds its data files, its log, and sockets to the ranks of each of its groups."""
+    """Compare the limit with the needs of a rank: data files, its log, and sockets to the ranks of each of its
+    groups."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     sources = len(subject.config.data.train) + len(subject.config.data.valid) if subject.config is not None else 0
     needed = _BASE + _PER_RANK * subject.ranks + 2 * sources
     if soft == resource.RLIM_INFINITY:
         yield ok("a process may open any number of files")
         return
-    said = f"a process may open {soft} files; {subject.ranks} rank(s) may need about {needed} each"
+    message = f"a process may open {soft} files; {subject.ranks} rank(s) may need about {needed} each"
     ceiling = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
     remedy = f"ulimit -n {max(4096, 2 * needed)} before the launch (the hard limit is {ceiling})"
     if soft < needed:
-        yield fail(said, remedy)
+        yield fail(message, remedy)
     else:
-        yield ok(said) if soft >= _COMFORT else warn(said, remedy)
+        yield ok(message) if soft >= _COMFORT else warn(message, remedy)

@@ -1,4 +1,4 @@
-"""Ports and the address ranks meet at."""
+"""Check of the network ports and of the address at which ranks meet."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megadiff.doctor.finding import Finding, fail, ok, warn
 from megadiff.doctor.subject import Subject
 
 DEFAULT_PORT = 29500
-"""What torchrun takes on one node when it is told nothing."""
+"""Port that torchrun uses on one node if none is given."""
 
 _PATIENCE_S = 3.0
 _FREE_ONE = "set MASTER_PORT, or torchrun --master-port, to a free one, or end the process that holds it"
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Whether a port can be bound here; whether MASTER_ADDR, when set, is known and answers."""
+    """Check that a port can be bound here, and that MASTER_ADDR, if set, resolves and can be reached."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         yield ok(f"a free port can be bound, such as {probe.getsockname()[1]}")
@@ -52,12 +52,15 @@ def _meeting_place(address: str, port: int) -> Finding:
         return ok(f"{where} ({host}) answers; nothing listens on port {port} yet")
     except OSError as error:
         why = error.strerror or "no answer"
-        return fail(f"{where} ({host}), port {port}, cannot be reached ({why})", "see the network, and the firewall")
-    return warn(f"something listens on {where}, port {port}", "fine if the run has started; else take another port")
+        return fail(f"{where} ({host}), port {port}, cannot be reached ({why})", "check the network and the firewall")
+    return warn(f"something listens on {where}, port {port}", "fine if the run has started; otherwise use another port")
 
 
 def _is_this_node(host: str) -> bool:
-    """A datagram to one of its own addresses would leave a machine from that address; none is sent."""
+    """Return whether an address belongs to this node.
+
+    To one of its own addresses a machine would send a datagram from that same address; none is sent.
+    """
     if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         return True
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""Memory that processes of a node share; NCCL moves data between GPUs of a node through it."""
+"""Check of the memory shared by processes of a node, through which NCCL moves data between GPUs of a node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ON_CPU, _ON_GPU = 2**24, 2**30
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Containers start with 64 MiB, which is enough on CPU only."""
+    """Check its size: containers start with 64 MiB, which is enough on CPU only."""
     remedy = "start the container with --shm-size=8g or --ipc=host, or mount a larger tmpfs there"
     try:
         size = shutil.disk_usage(subject.shared_memory).total
@@ -20,5 +20,5 @@ def check(subject: Subject) -> Iterable[Finding]:
         yield warn(f"{subject.shared_memory} cannot be used ({error.strerror})", remedy)
         return
     wanted = _ON_CPU if subject.platform.is_cpu else _ON_GPU
-    said = f"{subject.shared_memory} has {size / 2**20:,.0f} MiB"
-    yield ok(said) if size >= wanted else warn(f"{said}, wanted {wanted / 2**20:,.0f}", remedy)
+    message = f"{subject.shared_memory} has {size / 2**20:,.0f} MiB"
+    yield ok(message) if size >= wanted else warn(f"{message}, wanted {wanted / 2**20:,.0f}", remedy)

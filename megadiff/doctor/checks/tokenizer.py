@@ -1,4 +1,4 @@
-"""The tokenizer: loads, and fits the data's ids."""
+"""Check of the tokenizer: it can be loaded and fits the ids in the data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SPANS, _SPAN_TOKENS = 16, 4096
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Loads it and looks for the largest id in spans over each source."""
+    """Load the tokenizer and look for the largest id in spans spread over each source."""
     config = subject.config
     if config is None:
         return
@@ -32,18 +32,18 @@ def check(subject: Subject) -> Iterable[Finding]:
         try:
             largest = largest_sampled_id(source.path)
         except DataError:
-            continue  # said by the check of the data
-        said = f"{source.path}: the largest sampled id is {largest:,} of {size:,}"
+            continue  # reported by the check of the data
+        message = f"{source.path}: the largest sampled id is {largest:,} of {size:,}"
         if largest >= size:
-            yield fail(said, "the data are of another tokenizer: preprocess the corpus with this one")
+            yield fail(message, "the data were made with another tokenizer: preprocess the corpus with this one")
         elif largest < size // 8:
-            yield warn(said, "most ids never occur: see that the corpus was preprocessed with this tokenizer")
+            yield warn(message, "most ids never occur: check that the corpus was preprocessed with this tokenizer")
         else:
-            yield ok(said)
+            yield ok(message)
 
 
 def largest_sampled_id(prefix: str) -> int:
-    """The largest token id in 16 spans spread over a source.
+    """Return the largest token id in 16 spans spread over a source.
 
     Raises:
         DataError: the data cannot be opened.

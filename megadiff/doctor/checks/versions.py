@@ -1,4 +1,4 @@
-"""Python and the libraries: in the ranges this release was tested with, and above known holes."""
+"""Check of Python and the libraries: inside the ranges tested for this release, and without known vulnerabilities."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megadiff.doctor.subject import Subject
 
 @dataclass(frozen=True)
 class Range:
-    """Versions from `low` on and below `high`, compared by their first numbers."""
+    """A range of versions from `low` up to but excluding `high`, compared by their leading numbers."""
 
     project: str
     low: tuple[int, ...]
     high: tuple[int, ...] | None
     below: str
-    """What is wrong with older ones."""
+    """Problem of older versions."""
     is_needed: bool = True
 
 
@@ -34,14 +34,14 @@ _RANGES = (
 
 
 def check(subject: Subject) -> Iterable[Finding]:
-    """Python first, then each library."""
+    """Check Python first, then each library."""
     del subject
     found = sys.version_info[:2]
-    said = ".".join(map(str, found))
+    message = ".".join(map(str, found))
     if (3, 10) <= found < (3, 14):
-        yield ok(f"Python {said}")
+        yield ok(f"Python {message}")
     else:
-        yield fail(f"Python {said}, wanted 3.10 to 3.13", "make the virtual environment with one of those")
+        yield fail(f"Python {message}, wanted 3.10 to 3.13", "make the virtual environment with one of those")
     for wanted in _RANGES:
         try:
             yield judge(wanted, version(wanted.project))
@@ -51,7 +51,7 @@ def check(subject: Subject) -> Iterable[Finding]:
 
 
 def judge(wanted: Range, text: str) -> Finding:
-    """What is to be said of a version."""
+    """Return the finding for an installed version."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", text)[:3])
     remedy = f"pip install '{requirement(wanted)}'"
     if numbers < wanted.low:
@@ -62,6 +62,6 @@ def judge(wanted: Range, text: str) -> Finding:
 
 
 def requirement(wanted: Range) -> str:
-    """As pip takes it."""
+    """Return the requirement in pip's syntax."""
     low, high = (".".join(map(str, numbers)) for numbers in (wanted.low, wanted.high or ()))
     return f"{wanted.project}>={low}" + (f",<{high}" if high else "")
