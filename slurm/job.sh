@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# What every job here does first. Sourced by the batch scripts with $home set to the repository.
+# First part of every job, sourced by the batch scripts with $home set to the repository.
 #
-# Nothing a user typed ever becomes shell text: it arrives as the batch script's arguments, or as fields of a file that
-# end in NUL, and is handed on as "$@".
+# A user's input never becomes shell text: it arrives as arguments of the batch script, or as NUL-terminated fields of a
+# file, and is passed on as "$@".
 : "${home:?the repository}"
 
 # Reads slurm/site.env if there is one. Afterwards these are set:
-#   MEGADIFF_PYTHON        python that runs the trainer and the tools, inside the container if there is one
-#   MEGADIFF_HOST_PYTHON   python of the batch host, for restart.py alone; no package is needed
+#   MEGADIFF_PYTHON        python for the trainer and the tools, inside the container if there is one
+#   MEGADIFF_HOST_PYTHON   python of the batch host, only for restart.py; it needs no packages
 #   MEGADIFF_CONTAINER     array put before each command, such as (apptainer exec --nv image.sif)
 #   MEGADIFF_SRUN          array of options for srun, such as (--container-image=...)
 load_site() {
   MEGADIFF_CONTAINER=()
   MEGADIFF_SRUN=()
   if [ -e "$home/slurm/site.env" ]; then
-    set +u # module files and activation scripts often read what is not set
+    set +u # module files and activation scripts often read unset variables
     # shellcheck source=/dev/null
     . "$home/slurm/site.env"
     set -u
@@ -24,15 +24,15 @@ load_site() {
     if [ -x "$home/.venv/bin/python" ]; then MEGADIFF_PYTHON=$home/.venv/bin/python; fi
   fi
   MEGADIFF_HOST_PYTHON=${MEGADIFF_HOST_PYTHON:-python3}
-  # Since Slurm 22.05 srun no longer takes this from the job.
+  # Since Slurm 22.05 srun no longer inherits this from the job.
   if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
   export MEGADIFF_PYTHON MEGADIFF_HOST_PYTHON PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
 
-# Runs one command on the batch host, in the container if the site has one. The stop signal means nothing to it.
+# Runs one command on the batch host, in the container if the site has one. It ignores the stop signal.
 on_batch_host() {
-  # shellcheck disable=SC2016  # "$@" is the inner shell's
-  # Without --overlap the step that follows would wait until the scheduler has done away with this one.
+  # shellcheck disable=SC2016  # "$@" belongs to the inner shell
+  # Without --overlap the next step would wait until the scheduler has removed this one.
   srun --nodes=1 --ntasks=1 --relative=0 --overlap "${MEGADIFF_SRUN[@]+"${MEGADIFF_SRUN[@]}"}" \
     "${MEGADIFF_CONTAINER[@]+"${MEGADIFF_CONTAINER[@]}"}" bash -c 'trap "" USR2; exec "$@"' on_batch_host "$@"
 }

@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# One attempt of a training run, and what follows it: done, given up, or put back into the queue.
+# One attempt of a training run; afterwards the job is finished, abandoned, or put back into the queue.
 # Sourced by pretrain.sbatch and sweep.sbatch after job.sh.
 : "${home:?the repository}"
 
-REQUEUE=75 # exit code of restart.py: this job shall run again
+REQUEUE=75 # exit code of restart.py: this job is to run again
 
 # pretrain RUN MAX_RESTARTS ARGUMENTS-OF-pretrain_dlm.py...; ends the batch script.
 pretrain() {
   run=$1 max_restarts=$2
   shift 2
-  job=$SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0} told_to_end=0
-  # The name of an array's own job stands for all its tasks; this one stands for one.
+  job=$SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0} must_end=0
+  # The array's own job id refers to all its tasks; this one refers to a single task.
   job_name=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   export MEGADIFF_JOB=${job_name:-$job}
-  # A handler does no more than this: the work waits until srun has ended, or until `wait` is interrupted.
-  trap 'told_to_end=1' TERM
+  # The handler only sets a flag; the flag is read when srun has ended or `wait` is interrupted.
+  trap 'must_end=1' TERM
   trap '' USR2
   mkdir -p "$run/slurm"
   log=$run/slurm/$MEGADIFF_JOB.$attempt
@@ -28,7 +28,7 @@ pretrain() {
   finish "$?"
 }
 
-# The facts of the allocation that the ranks need.
+# Exports the facts about the allocation that the ranks need.
 describe_allocation() {
   MEGADIFF_RANKS_PER_NODE=${MEGADIFF_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
   if [ -z "$MEGADIFF_RANKS_PER_NODE" ]; then
@@ -37,9 +37,9 @@ describe_allocation() {
     exit 2
   fi
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  # Another port for each attempt: the last one's may still be held.
+  # Each attempt uses another port, because the previous one may still be in use.
   MASTER_PORT=$((15000 + (job * 7 + attempt) % 10000))
-  # Slurm sets this from 23.02 on only; the trainer stops in time by it where no signal comes.
+  # Slurm sets this only from 23.02 on; with it the trainer stops in time even if no signal arrives.
   if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
     SLURM_JOB_END_TIME=$(date -d "$(squeue -h -j "$MEGADIFF_JOB" -o %e)" +%s 2>/dev/null)
   fi
@@ -49,9 +49,9 @@ describe_allocation() {
 
 restart() { "$MEGADIFF_HOST_PYTHON" "$home/slurm/restart.py" "$1" "$run" "$max_restarts"; }
 
-# Refuses what can be refused before all nodes are started. Only a user's mistake (2) is final: any other failure says
-# nothing of the run, and is dealt with like a crash. A restart does without: what it could find was right before, the
-# ranks check it too, and every node would wait for it.
+# Checks the run before all nodes are started. Only a user's mistake (2) is final: any other failure may have nothing to
+# do with the run and is treated like a crash. Restarts skip this check: its findings were fine before, the ranks check
+# them too, and every node would have to wait for it.
 preflight() {
   local code
   on_batch_host "$MEGADIFF_PYTHON" "$home/pretrain_dlm.py" "$@" \
@@ -60,7 +60,7 @@ preflight() {
   if [ "$code" -eq 0 ]; then return; fi
   cat "$log.preflight.log" >&2
   if [ "$code" -eq 2 ]; then
-    echo "the check before the start refused this run; it is not started again"
+    echo "the check before the start refused this run; it will not be restarted"
     exit 2
   fi
   echo "the check before the start ended with $code"
@@ -68,7 +68,7 @@ preflight() {
   finish "$?"
 }
 
-# Trains on all nodes; returns when srun has. Its exit code is of no use, torchrun's is 1 whatever a rank said.
+# Trains on all nodes; returns when srun does. The exit code is of no use, since torchrun's is 1 for any failure.
 train() {
   srun --kill-on-bad-exit=1 "${MEGADIFF_SRUN[@]+"${MEGADIFF_SRUN[@]}"}" \
     "${MEGADIFF_CONTAINER[@]+"${MEGADIFF_CONTAINER[@]}"}" bash "$home/slurm/node.sh" "$home" "$log" "$@" &
@@ -78,13 +78,13 @@ train() {
     timer=$!
     wait -n "$srun" "$timer"
     kill "$timer" 2>/dev/null
-    # Past the time limit Slurm kills this shell too, some seconds after TERM, and srun may not be back by then.
-    if [ "$told_to_end" -eq 1 ]; then
-      told_to_end=0
+    # Past the time limit Slurm kills this shell too, some seconds after TERM, possibly before srun returns.
+    if [ "$must_end" -eq 1 ]; then
+      must_end=0
       restart timed-out
       if [ "$?" -eq "$REQUEUE" ] && requeue; then requeued=1; fi
     fi
-    # srun waits for ever for a node that lost its steps and came back before the scheduler missed it.
+    # srun waits forever for a node that lost its steps and came back before the scheduler noticed its absence.
     restart lingers
     if [ "$?" -eq "$REQUEUE" ]; then
       kill -KILL "$srun"
@@ -97,13 +97,13 @@ train() {
 
 requeue() { scontrol requeue "$MEGADIFF_JOB"; }
 
-# Ends the batch script with a code, or puts the job back into the queue. Inside the grace time of a preemption nobody
-# else does: Slurm counts a job that ends there by itself as completed.
+# Ends the batch script with a code, or puts the job back into the queue. Within the grace time of a preemption nobody
+# else would: Slurm considers a job that ends by itself then as completed.
 finish() {
   if [ "$1" -ne "$REQUEUE" ]; then exit "$1"; fi
   for _ in 1 2 3 4 5 6 7 8 9 10; do
     if requeue; then
-      sleep 60 # Slurm ends this shell
+      sleep 60 # Slurm ends this shell meanwhile
       exit 0
     fi
     sleep 20 # the controller may be busy or restarting

@@ -1,23 +1,24 @@
-"""After an attempt of a training job: is it done, or shall Slurm run it again? Needs Python 3.7 and no package.
+"""Decide after an attempt of a training job whether it is done or Slurm is to run it again.
 
     restart.py begin|decide|timed-out|lingers RUN MAX_RESTARTS
 
-Run by pretrain.sh on the batch host. Prints one sentence for the log and ends with the job's exit code, or with 75:
-run the job again. `begin` notes where an attempt starts, and `decide` judges after its end. While ranks are still there
-`timed-out` answers whether they are being ended for the time limit (75) or not (0), and `lingers` whether the trainer
-has long said its last word (75) or not (0).
+pretrain.sh runs this on the batch host, with Python 3.7 or newer and no packages. It prints one sentence for the log
+and
+ends with the job's exit code, or with 75 if the job is to run again. `begin` records the start of an attempt, and
+`decide` judges it after its end. While ranks are still running, `timed-out` returns 75 if they are being ended because
+of the time limit, and `lingers` returns 75 if the trainer ended long ago; otherwise both return 0.
 
-What happened is told by three witnesses, none of which is an exit code (torchrun's is 1 whatever a rank said):
+The cause of an end is derived from three sources, none of which is an exit code (torchrun's is 1 for any failure):
 
 - RUN/status.json, written by the trainer: finished, stopped, failed, no_restart, or still running after a sudden death.
-  It counts only when this job and this attempt wrote it.
-- RUN/LATEST, the newest checkpoint: without a newer one in 3 restarts the run is doomed and is given up.
-- The scheduler. A preempted job that has a grace time stays RUNNING in it, and is not started again unless it asks: it
-  asks. Once the job is no longer RUNNING, its end was decided elsewhere. If the scheduler's restart count is above this
-  attempt's, that was a preemption, a lost node or `scontrol requeue`, and the job is in the queue already. If not, the
-  time limit has passed or a user cancelled the job; both read COMPLETING, the shell gets TERM for both, and
-  `scontrol requeue` would revive a cancelled job, so they are told apart by the end time: at a cancel it becomes the
-  moment of the cancel, which lies before the limit.
+  It counts only if this job and this attempt wrote it.
+- RUN/LATEST, the newest checkpoint: if 3 restarts bring no newer one, the run is abandoned.
+- The scheduler. A preempted job stays RUNNING during its grace time, and is restarted only if it requests that, which
+  it does. Once the job is no longer RUNNING, its end was decided elsewhere. If the scheduler's restart count is above
+  this attempt's, that was a preemption, a lost node or `scontrol requeue`, and the job is in the queue already. If not,
+  the time limit has passed or a user cancelled the job. Both show COMPLETING, the shell gets TERM for both, and
+  `scontrol requeue` would revive a cancelled job, so they are distinguished by the end time: a cancel sets it to the
+  moment of the cancel, which is before the limit.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ REQUEUE, GIVE_UP = 75, 93
 MAX_WITHOUT_PROGRESS = 3
 STOP_FILE = "STOP"
 LINGER_S = float(os.environ.get("MEGADIFF_LINGER_S", "600"))
-"""Longer than the slowest save, and than the scheduler takes to miss a node (SlurmdTimeout, 300 s by default)."""
+"""Seconds after the trainer's end before a remaining node is abandoned: longer than the slowest save, and than the
+scheduler takes to notice a lost node (SlurmdTimeout, 300 s by default)."""
 ASKS, ASK_AGAIN_S = 10, 15
-"""A controller that restarts does not answer for a while."""
+"""Number of queries and seconds between them: a controller that restarts does not answer for a while."""
 
 
 class Verdict(NamedTuple):
-    """How the batch script shall end, and why."""
+    """The exit code of the batch script, and the reason for it."""
 
     code: int
     reason: str
@@ -53,15 +55,16 @@ class Attempt(NamedTuple):
 
     run: Path
     job: str
-    """As the scheduler's commands take it: `12`, or `12_3` for a task of an array."""
+    """Job id for the scheduler's commands: `12`, or `12_3` for a task of an array."""
     number: int
-    """0, then one more at each restart."""
+    """Number of restarts so far."""
     max_restarts: int
-    """Restarts after a crash; those after a stop at the time limit or a preemption are free."""
+    """Largest number of restarts after a crash; those after a stop at the time limit or a preemption are not
+    counted."""
 
     @property
     def history(self) -> Path:
-        """A line for each start of this job and each crash."""
+        """File with a line for each start of this job and each crash."""
         return self.run / "slurm" / f"{self.job}.attempts.jsonl"
 
 
@@ -71,17 +74,17 @@ class Scheduled(NamedTuple):
     state: str
     restarts: int
     end_time: float | None
-    """Unix time; of a job that was ended, when."""
+    """Unix time of its end, which lies in the past for a job that was ended."""
 
 
 def latest_step(run: Path) -> int:
-    """Step of the newest checkpoint; -1 without any."""
+    """Return the step of the newest checkpoint; -1 if there is none."""
     found = re.match(r"step_(\d{1,18})$", read_small(run / "LATEST", 200).strip())
     return int(found.group(1)) if found else -1
 
 
 def read_small(path: Path, most: int) -> str:
-    """Return the content of a plain file within a number of bytes; empty where there is none such."""
+    """Return the content of a regular file of limited size in bytes; empty if there is no such file."""
     try:
         descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
@@ -92,7 +95,7 @@ def read_small(path: Path, most: int) -> str:
 
 
 def read_status(attempt: Attempt, own_id: str) -> dict[str, object]:
-    """What the trainer said of its end in this attempt; empty when it said nothing."""
+    """Return the status that the trainer wrote in this attempt; empty if it wrote none."""
     try:
         status = json.loads(read_small(attempt.run / "status.json", 2**20))
     except (ValueError, RecursionError):
@@ -104,7 +107,7 @@ def read_status(attempt: Attempt, own_id: str) -> dict[str, object]:
 
 
 def read_history(attempt: Attempt) -> list[dict[str, int]]:
-    """What was noted of this job's attempts; a line cut short by a crash is left out."""
+    """Return the history of this job's attempts, without lines that a crash has cut short."""
     lines = []
     if attempt.history.exists():
         for line in attempt.history.read_text().splitlines():
@@ -116,7 +119,7 @@ def read_history(attempt: Attempt) -> list[dict[str, int]]:
 
 
 def note(attempt: Attempt, **facts: int) -> None:
-    """Add a line to the history. A full disk is no reason to end the job."""
+    """Add a line to the history; a full disk does not end the job."""
     try:
         with attempt.history.open("a") as file:
             file.write(json.dumps({"attempt": attempt.number, **facts}) + "\n")
@@ -125,7 +128,7 @@ def note(attempt: Attempt, **facts: int) -> None:
 
 
 def restarts_without_progress(attempt: Attempt) -> int:
-    """Restarts since the newest checkpoint was there for the first time; 0 if this attempt wrote it."""
+    """Return the number of restarts since the newest checkpoint first existed; 0 if this attempt wrote it."""
     starts = [line for line in read_history(attempt) if "step" in line]
     best = max((line["step"] for line in starts), default=-1)
     if not starts or latest_step(attempt.run) > best:
@@ -134,7 +137,7 @@ def restarts_without_progress(attempt: Attempt) -> int:
 
 
 def begin(attempt: Attempt) -> Verdict:
-    """Note the start; refuse it when restarts that others asked for (lost nodes) brought no progress either."""
+    """Record the start; refuse it if restarts that others caused (lost nodes) brought no progress either."""
     note(attempt, step=latest_step(attempt.run))
     if restarts_without_progress(attempt) > MAX_WITHOUT_PROGRESS:
         return _doomed(attempt)
@@ -142,11 +145,11 @@ def begin(attempt: Attempt) -> Verdict:
 
 
 def decide(attempt: Attempt, status: dict[str, object], job: Scheduled | None, limit: float | None) -> Verdict:
-    """The verdict on an attempt that has ended.
+    """Return the verdict on an attempt that has ended.
 
     Args:
-        status: of `read_status`.
-        job: None when the scheduler does not answer; then nothing speaks against asking for a restart.
+        status: the result of `read_status`.
+        job: None if the scheduler does not answer; a restart is then requested.
         limit: Unix time at which the time limit ends, if there is one.
     """
     state = status.get("state")
@@ -157,7 +160,7 @@ def decide(attempt: Attempt, status: dict[str, object], job: Scheduled | None, l
     if job is not None and job.state != "RUNNING":
         return decided_elsewhere(attempt, job, limit)
     if (attempt.run / STOP_FILE).exists() or str(status.get("reason")).startswith("stop file"):
-        return Verdict(0, "the run was stopped by its stop file; without that file, submit it again to go on")
+        return Verdict(0, "the run was stopped by its stop file; without that file, submit it again to resume")
     if state != "stopped":
         note(attempt, crash=1)
         crashes = sum("crash" in line for line in read_history(attempt))
@@ -165,31 +168,36 @@ def decide(attempt: Attempt, status: dict[str, object], job: Scheduled | None, l
             return Verdict(GIVE_UP, f"{crashes} crashes, {attempt.max_restarts} restarts allowed: given up")
     if restarts_without_progress(attempt) >= MAX_WITHOUT_PROGRESS:
         return _doomed(attempt)
-    said = f"{state}: {status.get('reason')}" if status else "it died before the trainer could say anything"
-    return Verdict(REQUEUE, f"the run goes on in another attempt from {_newest(attempt.run)} ({said})")
+    detail = f"{state}: {status.get('reason')}" if status else "it died before the trainer could write its status"
+    return Verdict(REQUEUE, f"the run continues in another attempt from {_newest(attempt.run)} ({detail})")
 
 
 def decided_elsewhere(attempt: Attempt, job: Scheduled, limit: float | None) -> Verdict:
-    """The verdict on a job that the scheduler is ending or has ended."""
+    """Return the verdict on a job that the scheduler is ending or has ended."""
     if job.restarts > attempt.number:
         return Verdict(0, "the scheduler has put this job back into the queue")
     if limit is not None and job.end_time is not None and job.end_time >= limit:
-        return Verdict(REQUEUE, "the time limit has passed; the run goes on in another attempt")
-    return Verdict(0, "this job was cancelled; submit the run again to go on")
+        return Verdict(REQUEUE, "the time limit has passed; the run continues in another attempt")
+    return Verdict(0, "this job was cancelled; submit the run again to resume")
 
 
 def lingers(attempt: Attempt, status: dict[str, object]) -> Verdict:
-    """Whether ranks or srun are still there long after the trainer has written that it ended."""
+    """Return the verdict while ranks or srun still run: to end them if the trainer ended long ago."""
     if status.get("state", "running") == "running":
         return Verdict(0, "")
     age = time.time() - (attempt.run / "status.json").stat().st_mtime
     if age < LINGER_S:
         return Verdict(0, "")
-    return Verdict(REQUEUE, f"the trainer ended {age:.0f} s ago ({status['state']}), a node has not: not waited for")
+    return Verdict(
+        REQUEUE, f"the trainer ended {age:.0f} s ago ({status['state']}), but a node did not; no longer waiting for it"
+    )
 
 
 def ask_scheduler(job: str) -> Scheduled | None:
-    """The scheduler's view, or None if it does not answer. No name of a user's choice is among the fields."""
+    """Return the scheduler's view of the job, or None if it does not answer.
+
+    None of the queried fields contains a name chosen by the user.
+    """
     command = ["squeue", "-h", "-j", job, "-O", "State:30,RestartCnt:20,EndTime:30"]
     for _ in range(ASKS):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -201,7 +209,7 @@ def ask_scheduler(job: str) -> Scheduled | None:
 
 
 def _unix_time(text: str) -> float | None:
-    """Of the scheduler's local time; NONE and N/A are none."""
+    """Return the Unix time of the scheduler's local time; None for other texts, such as NONE and N/A."""
     try:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
     except ValueError:
@@ -229,7 +237,7 @@ def main() -> int:
         sys.stdout.write(__doc__ or "")
         return 0
     if len(sys.argv) != 4:
-        sys.stderr.write("error: restart.py wants begin, decide, timed-out or lingers, a run folder and a count\n")
+        sys.stderr.write("error: restart.py needs begin, decide, timed-out or lingers, a run folder and a count\n")
         return 2
     command, run, max_restarts = sys.argv[1:]
     own_id, job = os.environ["SLURM_JOB_ID"], os.environ["MEGADIFF_JOB"]

@@ -1,7 +1,7 @@
-"""From what was asked of slurm/submit to one sbatch command, and its submission.
+"""The sbatch command for the arguments of slurm/submit, and its submission.
 
-No shell is involved and nothing a user typed is made part of any text that is interpreted: sbatch gets an argument
-list, hands the batch script its arguments as they are, and array tasks read theirs from files of NUL-ended fields.
+No shell is involved, and a user's input never becomes part of interpreted text: sbatch gets an argument list and passes
+the batch script its arguments unchanged, and array tasks read theirs from files of NUL-terminated fields.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megadiff.errors import ConfigError
 from megadiff.run_config import RunConfig
 
 MAX_LEAD_S = 65_535
-"""Slurm holds it in 16 bits."""
+"""Largest lead in seconds: Slurm stores it in 16 bits."""
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+)(?::(?P<ds>\d+))?)?|(?P<parts>\d+(?::\d+){0,2}))")
 _DEPENDENCY = re.compile(r"[a-z]+(:[0-9_+]+)*([,?][a-z]+(:[0-9_+]+)*)*")
 
@@ -34,15 +34,15 @@ class Job:
     name: str
     logs: Path
     options: list[str]
-    """Of sbatch."""
+    """Options of sbatch."""
     arguments: list[str]
-    """Of the batch script, after the repository."""
+    """Arguments of the batch script after the repository."""
     tasks: list[list[str]] = field(default_factory=list)
-    """Fields of each array task; none for a job that is no array."""
+    """Fields of each array task; empty for a job that is not an array."""
 
     @property
     def command(self) -> list[str]:
-        """The argument list of sbatch."""
+        """Argument list of sbatch."""
         log = "%A_%a.out" if self.tasks else "%j.out"
         printable = "".join(c if c.isprintable() else "_" for c in self.name)
         return [
@@ -58,7 +58,7 @@ class Job:
 
 
 def escape_pattern(path: Path) -> str:
-    """A folder as part of a file name pattern of sbatch, where `%` begins a replacement.
+    """Return a folder as part of sbatch's file name pattern, in which `%` begins a replacement.
 
     Raises:
         ConfigError: the path has a backslash, with which Slurm turns all replacements off.
@@ -71,10 +71,10 @@ def escape_pattern(path: Path) -> str:
 
 
 def seconds_of(text: str) -> int:
-    """A time limit as sbatch takes it, in seconds.
+    """Return the seconds of a time limit in sbatch's format.
 
     Raises:
-        ConfigError: the text has another form, or is no time at all.
+        ConfigError: the text has another format, or is zero.
     """
     found = _TIME.fullmatch(text)
     if found is None:
@@ -92,10 +92,10 @@ def seconds_of(text: str) -> int:
 
 
 def build_job(asked: argparse.Namespace, *, home: Path) -> Job:
-    """Check what was asked and make the submission of it.
+    """Check the arguments and build the submission.
 
     Raises:
-        ConfigError: a number, a time or a file that cannot be, in one sentence.
+        ConfigError: a number, a time or a file is not valid.
     """
     _check_numbers(asked)
     limit = seconds_of(asked.time)
@@ -133,7 +133,7 @@ def _options(asked: argparse.Namespace, home: Path) -> list[str]:
 
 
 def site_defaults(path: Path) -> dict[str, str]:
-    """`MEGADIFF_ACCOUNT=` and `MEGADIFF_PARTITION=` of the site's file, which is read here and not run."""
+    """Read `MEGADIFF_ACCOUNT=` and `MEGADIFF_PARTITION=` from the site's file, without running it."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         name, equals, value = line.removeprefix("export ").partition("=")
@@ -169,10 +169,10 @@ def _sweep(asked: argparse.Namespace, home: Path) -> Job:
 
 
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Lines of `key=value` words, quoted as in a shell, with their line numbers; `#` begins a comment.
+    """Return the `key=value` words of each line, quoted as in a shell, with its line number; `#` begins a comment.
 
     Raises:
-        ConfigError: the file cannot be read, has no row, or a row with a quote left open.
+        ConfigError: the file cannot be read, has no row, or has a row with an unclosed quote.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -219,7 +219,7 @@ def _run_folder(asked: argparse.Namespace, overrides: Sequence[str]) -> Path:
     if config.stop.lead_s >= limit:
         raise ConfigError(
             f"stop.lead_s is {config.stop.lead_s:g}, and the time limit {limit} s: the run would stop before its first "
-            "step; ask for more --time or set stop.lead_s below it"
+            "step; give a longer --time or a smaller stop.lead_s"
         )
     return config.folder.absolute()
 
@@ -248,12 +248,15 @@ def _array(tasks: Sequence[object], asked: argparse.Namespace) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """This environment without what belongs to a job that submits another: Slurm sets some of it only at a restart."""
+    """Return this environment without the variables of a job that submits another one.
+
+    Slurm sets some of these only at a restart, so they must not be inherited.
+    """
     return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
 
 
 def submit(job: Job, *, dry_run: bool) -> None:
-    """Print the command, or make the log folder, write the tasks and hand the job to sbatch.
+    """Print the command, or create the log folder, write the tasks and pass the job to sbatch.
 
     Raises:
         ConfigError: there is no sbatch here, or it refuses the job.

@@ -19,9 +19,9 @@ _EPILOG = """example:
   python tools/branch_cooldowns.py --trunk runs/demo --lengths 50 100 200 \\
       --launcher "torchrun --standalone --nproc-per-node 8"
 
-The branches have the trunk's own settings, as its checkpoint records them, whatever file and overrides it was started
-with; --set changes some. Each branch is a run of its own, NAME-cooldown-LENGTH, that a second call of the same command
-continues.
+The branches have the trunk's own settings as recorded in its checkpoint, whatever file and overrides it was started
+with; --set changes some of them. Each branch is a run of its own, NAME-cooldown-LENGTH, which a second call of the same
+command continues.
 """
 
 
@@ -37,20 +37,19 @@ def main() -> None:
     parser.add_argument(
         "--config",
         type=Path,
-        help="not needed: a YAML file whose differences from the trunk are printed, and whose data --allow-data-change "
-        "takes",
+        help="optional YAML file; its differences from the trunk are printed, and --allow-data-change uses its data",
     )
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="steps of each cooldown")
-    parser.add_argument("--launcher", default=sys.executable, help="what starts the ranks (default: this Python)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the commands only; the settings they name are written"
+        "--launcher", default=sys.executable, help="command that starts the ranks (default: this Python)"
     )
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands and write their settings")
     parser.add_argument(
         "--allow-data-change",
         action="store_true",
-        help="branch on other training data than the trunk's; every source goes on at its own next sequence",
+        help="use other training data than the trunk's; every source continues at its own next sequence",
     )
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings over the trunk's")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings that replace the trunk's")
     arguments = parser.parse_args()
     if min(arguments.lengths) < 1:
         raise ConfigError(f"--lengths are steps of a cooldown, at least 1, found {min(arguments.lengths)}")
@@ -73,7 +72,7 @@ def _trunk(path: Path) -> tuple[Path, Manifest]:
     """Return the checkpoint to branch from, and its manifest.
 
     Raises:
-        CheckpointError: there is none, or it is not in the stable stretch; the message names those that are.
+        CheckpointError: there is none, or it is not in the stable phase; the message names those that are.
     """
     from megadiff.checkpoint.folder import step_folders
     from megadiff.checkpoint.manifest import read_manifest
@@ -100,7 +99,7 @@ def _trunk(path: Path) -> tuple[Path, Manifest]:
 
 
 def _branchable(folders: list[Path]) -> list[Path]:
-    """Return the checkpoints in the stable stretch of the learning rate, newest first."""
+    """Return the checkpoints in the stable phase of the learning rate, newest first."""
     from megadiff.checkpoint.manifest import read_manifest
 
     found = []
@@ -119,7 +118,7 @@ def _stable_stretch(manifest: Manifest) -> tuple[int, int]:
     """Return the first and the last step after which the learning rate is at its peak.
 
     Raises:
-        CheckpointError: the manifest describes no run of this version.
+        CheckpointError: the manifest does not describe a run of this version.
     """
     from pydantic import ValidationError
 
@@ -178,9 +177,9 @@ def _write_settings(settings: dict[str, Any], trunk: Path, step: int, overrides:
 
 
 def _compared(config: Path, manifest: Manifest, *, takes_data: bool) -> dict[str, Any]:
-    """Return the trunk's settings, with the file's data if they are wanted.
+    """Return the trunk's settings, with the file's data if these are wanted.
 
-    What else the file has otherwise is printed, so that nobody takes it for what the branches are trained with.
+    All other differences are printed, so that nobody believes the branches were trained with the file's settings.
     """
     from megadiff.checkpoint.manifest import differences
     from megadiff.config.load import load_config

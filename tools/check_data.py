@@ -19,26 +19,26 @@ from megadiff.errors import DataError, run_command
 _EPILOG = """example:
   python tools/check_data.py data/train data/valid --tokenizer data/tokenizer --workers 2
 
-Exit code 0 if the data can be trained on, 2 if not. Without --tokenizer, ids are compared with the vocabulary and the
-mask that the manifest P.json names; a file of Megatron's without a manifest has no hashes to compare.
+The exit code is 0 if the data can be used for training, 2 if not. Without --tokenizer, ids are compared with the
+vocabulary and the mask in the manifest P.json; a file of Megatron's without a manifest has no hashes to compare.
 """
 
 
 def main() -> None:
-    """Read the arguments, scan, print what was found.
+    """Read the arguments, scan the data, print the findings.
 
     Raises:
-        DataError: something found makes the data unusable.
+        DataError: a finding makes the data unusable.
     """
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("prefixes", nargs="+", metavar="P", help="prefix of P.bin and P.idx")
-    parser.add_argument("--tokenizer", metavar="PATH", help="of the run: the word byte, a tokenizer file or folder")
-    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="threads that look at tokens")
+    parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer: the word byte, a file or folder")
+    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="threads that check tokens")
     arguments = parser.parse_args()
 
     tokenizer = tokenizer_facts(load_tokenizer(arguments.tokenizer)) if arguments.tokenizer else None
     scans = _scanned(arguments.prefixes, tokenizer, arguments.workers)
-    # Names may hold what rich takes for markup; and off a terminal it would fold the table to 80 columns.
+    # Names may contain rich's markup, and outside a terminal rich would fold the table to 80 columns.
     wide = None if sys.stdout.isatty() else 200
     Console(width=wide, markup=False, highlight=False, emoji=False).print(_table(scans))
     for found in scans:
@@ -56,10 +56,10 @@ def _scanned(prefixes: list[str], tokenizer: TokenizerFacts | None, workers: int
         for number, prefix in enumerate(prefixes):
             before = sum(sizes[:number])
 
-            def say(done: int, before: int = before, prefix: str = prefix) -> None:
+            def report(done: int, before: int = before, prefix: str = prefix) -> None:
                 progress.update(before + done, prefix)
 
-            scans.append(scan(prefix, tokenizer=tokenizer, workers=workers, progress=say))
+            scans.append(scan(prefix, tokenizer=tokenizer, workers=workers, progress=report))
     return scans
 
 

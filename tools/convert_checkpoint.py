@@ -1,4 +1,4 @@
-"""A training checkpoint to a Hugging Face folder and back, on one CPU process."""
+"""Convert a training checkpoint to a Hugging Face folder, or back, in one CPU process."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ _EPILOG = """examples:
   python tools/convert_checkpoint.py export --checkpoint runs/demo --output demo-hf --verify
   python tools/convert_checkpoint.py import --input gidd-unif-3b --output checkpoints/gidd-unif-3b
 
-Checkpoints of any layout are read; an imported one can be loaded on any layout. It has weights alone: a run that begins
-with it (checkpoint.start_from) starts at step 0 with new optimizer moments. --verify needs transformers ('.[hf]') and
-memory for the whole model twice.
+Checkpoints of any layout can be read; an imported one can be loaded on any layout. It has only weights: a run that
+begins with it (checkpoint.start_from) starts at step 0 with new optimizer moments. --verify needs transformers
+('.[hf]') and memory for the whole model twice.
 """
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def main() -> None:
-    """Read the command line, convert, say what was written."""
+    """Read the command line, convert, and print what was written."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a run's checkpoint as a Hugging Face folder")
     out.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one checkpoints/step_* of it")
-    out.add_argument("--output", type=Path, required=True, help="folder to make")
-    out.add_argument("--dtype", choices=["bf16", "fp32"], help="of the weights (default: as they are stored)")
-    out.add_argument("--max-shard-size", type=_bytes, default="5GB", help="of one weight file (default 5GB)")
+    out.add_argument("--output", type=Path, required=True, help="folder to create")
+    out.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the weights (default: as stored)")
+    out.add_argument("--max-shard-size", type=_bytes, default="5GB", help="size of one weight file (default 5GB)")
     out.add_argument("--verify", action="store_true", help="compare its logits and token ids with the trainer's")
     back = commands.add_parser("import", help="a Hugging Face folder as a checkpoint to train from")
     back.add_argument("--input", type=Path, required=True, help="GIDD folder, or an autoregressive one that fits")
-    back.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
+    back.add_argument("--output", type=Path, required=True, help="checkpoint folder to create")
     back.add_argument("--seq-length", type=_positive, help="row length to train with (default: the folder's)")
     for command in (out, back):
-        command.add_argument("--tokenizer", help="tokenizer path, where it is not where the run or the folder says")
+        command.add_argument(
+            "--tokenizer", help="tokenizer path, if it is not the one recorded in the run or the folder"
+        )
     arguments = parser.parse_args()
     (_export if arguments.command == "export" else _import)(arguments)
 
@@ -52,14 +54,14 @@ def _export(arguments: argparse.Namespace) -> None:
 
     if arguments.verify:
         require_transformers()
-    with _progress("exporting") as say:
+    with _progress("exporting") as show:
         found = export(
             arguments.checkpoint,
             arguments.output,
             dtype=arguments.dtype,
             max_shard_bytes=arguments.max_shard_size,
             tokenizer=arguments.tokenizer,
-            on_tensor=say,
+            on_tensor=show,
         )
     print(f"{found.folder}: {found.tensors} tensors, {found.parameters:,} parameters, {found.bytes:,} bytes")
     if arguments.verify:
@@ -110,7 +112,7 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
     if texts:
         print(f"verified tokenizer: equal ids of {len(texts)} sample texts in transformers")
     else:
-        print("not verified: the tokenizer, which has no form that transformers reads")
+        print("not verified: the tokenizer, which has no format that transformers reads")
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -119,13 +121,13 @@ def _import(arguments: argparse.Namespace) -> None:
     with quiet():
         from megadiff.export.importing import import_folder
 
-    with _progress("importing") as say:
+    with _progress("importing") as show:
         found = import_folder(
             arguments.input,
             arguments.output,
             tokenizer=arguments.tokenizer,
             seq_length=arguments.seq_length,
-            on_tensor=say,
+            on_tensor=show,
         )
     if not found.is_checked:
         print(f"{arguments.input} has no checksums.sha256, so its files were taken as they are")
@@ -137,7 +139,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Which tensor it is at, on a terminal."""
+    """Show the name of the current tensor on a terminal."""
     from rich.console import Console
 
     with Console(stderr=True).status(what) as status:

@@ -1,13 +1,14 @@
-"""Check that a parametrisation keeps activations and updates of one size over widths and depths (CompleteP).
+"""Check that a parametrisation keeps activations and updates of equal size over widths and depths (CompleteP).
 
     python tools/coordinate_check.py --output examples/coordinate_check/completep.txt
     python tools/coordinate_check.py --widths 128 256 512 --depths 2 4 8 --grid cross --without bulk_lr   # exits with 1
 
-Models of every size take a few optimizer steps on the same rows; a table shows what was measured, a second one the
-log-log slopes over width and depth with the band each must stay in. Exit code 1, with a sentence, if one does not.
+Models of every size take a few optimizer steps on the same rows. One table shows the measured sizes, a second one the
+log-log slopes over width and depth with the band that each must stay in. If one does not, the exit code is 1 and a
+sentence explains it.
 
-`--without RULE` keeps one rule at its value for the smallest width and depth instead of scaling it. Each rule and what
-reveals it:
+`--without RULE` keeps one rule at its value for the smallest width and depth instead of scaling it. These are the rules
+and the signs by which their absence is noticed:
 
     residual    4 / L on the branches. Stream and its change grow with depth.
     head        512 / d on the logits. Logits after the first step grow with width; later the loss is so low that
@@ -74,7 +75,7 @@ SETTINGS = (
     f"batch.global_sequences={ROWS}", f"batch.micro_sequences={ROWS}", "schedule.steps=100000",
     "precision.compute=fp32", "optimizer.lr=0.1", "optimizer.weight_decay=0.1",
 )  # fmt: skip
-"""What every model of the check has beside its size; before the overrides of the command line."""
+"""Settings common to all models of the check, applied before the overrides of the command line."""
 
 BANDS = (
     Band("embedding, start", "width", -0.2, 0.2, "the embedding's spread is free of the width"),
@@ -99,7 +100,7 @@ BANDS = (
 )
 
 Edit = Callable[[dict[str, Any], RunConfig, Size], None]
-"""Changes one optimizer group of a model, given the smallest size."""
+"""Function that changes one optimizer group of a model, given the smallest size."""
 
 
 def _lr_as_bulk(group: dict[str, Any], config: RunConfig, base: Size) -> None:
@@ -125,7 +126,7 @@ OVERRIDES: dict[str, Callable[[int, Size], str]] = {
     "embed_init": lambda width, base: f"model.embed_init={0.02 * (base[0] / width) ** 0.5}",
     "zero_head": lambda width, base: "model.head_init=0.02",
 }
-"""Rules removed by a setting, given the width and the smallest size."""
+"""Rules that a setting removes, given the width and the smallest size."""
 
 EDITS: dict[str, tuple[tuple[Role, ...], Edit]] = {
     "bulk_lr": (("bulk",), _lr_without_width),
@@ -136,13 +137,16 @@ EDITS: dict[str, tuple[tuple[Role, ...], Edit]] = {
     "eps": (("bulk", "embedding", "head", "norm", "bias"), _eps_without_size),
     "decay": (("bulk",), _decay_without_width),
 }
-"""Rules removed by changing the optimizer groups of some roles."""
+"""Rules that are removed by changing the optimizer groups of some roles."""
 
 RULES = (*OVERRIDES, *EDITS)
 
 
 def sizes(widths: Sequence[int], depths: Sequence[int], grid: str) -> list[Size]:
-    """All pairs (`full`), or the smallest depth over the widths and the smallest width over the depths (`cross`)."""
+    """Return the (width, depth) pairs of a grid.
+
+    `full` gives all pairs; `cross` gives the smallest depth with all widths and the smallest width with all depths.
+    """
     pairs = [(width, depth) for width in widths for depth in depths]
     return [p for p in pairs if grid == "full" or p[0] == min(widths) or p[1] == min(depths)]
 
@@ -150,7 +154,7 @@ def sizes(widths: Sequence[int], depths: Sequence[int], grid: str) -> list[Size]
 def check(
     grid: Sequence[Size], *, without: str | None = None, config: Path = PRESET, overrides: Sequence[str] = ()
 ) -> tuple[dict[Size, dict[str, float]], list[str]]:
-    """Measure every size in one open process group; returns the statistics and a sentence per broken promise."""
+    """Measure every size in one open process group; return the statistics and a sentence for each violated property."""
     base = (min(width for width, _ in grid), min(depth for _, depth in grid))
     platform = detect("cpu")
     topology = open_topology(Layout(1, 1, 1, 1, 1))
@@ -191,7 +195,7 @@ def _model(config: RunConfig, platform: Platform, topology: Topology) -> Denoise
 
 
 def _groups(model: Denoiser, config: RunConfig) -> dict[Role, dict[str, Any]]:
-    """The run's own parameter groups, but one per role."""
+    """Return the run's own parameter groups, but one per role."""
     scale = Scale(config.model.hidden, config.model.layers, config.tokens_per_step, config.objective.reduction)
     by_role: dict[Role, list[tuple[str, torch.nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -203,7 +207,7 @@ def _groups(model: Denoiser, config: RunConfig) -> dict[Role, dict[str, Any]]:
 
 
 def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunConfig) -> dict[str, float]:
-    """`STEPS` optimizer steps on one batch, and what they did."""
+    """Take `STEPS` optimizer steps on one batch and return the sizes of activations and changes."""
     mixing = mixing_from(config.noise, vocab_size=VOCAB, mask_id=MASK)
     rows = noise_rows(_walks(), seed=0, sample_index=np.arange(ROWS), mixing=mixing, stratified=True, global_batch=ROWS)
     optimizer = load_member(config.optimizer.name).build(list(groups.values()), config.optimizer)
@@ -235,7 +239,7 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
 
 
 def _walks() -> np.ndarray:
-    """Clean rows in which a token depends on the one before: there is something to learn, and gradients agree."""
+    """Return clean rows in which a token depends on the previous one: they can be learned, and gradients agree."""
     draw = np.random.default_rng(0)
     first, steps = draw.integers(0, 50, size=(ROWS, 1)), draw.integers(1, 4, size=(ROWS, LENGTH))
     return 4 + (first + np.cumsum(steps, axis=1)) % 50
@@ -248,7 +252,8 @@ def _loss(logits: Tensor, rows: NoisedRows, mixing: Mixing) -> Tensor:
 
 @contextmanager
 def _watched(model: Denoiser) -> Iterator[dict[str, list[Tensor]]]:
-    """What one forward pass shows: embedding output, the residual stream after the last block, attention logits."""
+    """Record the embedding output, the residual stream after the last block and the attention logits of a
+    forward pass."""
     seen: dict[str, list[Tensor]] = {"embedding": [], "stream": [], "scores": []}
 
     def scores(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
@@ -273,13 +278,13 @@ def _moved(now: Sequence[Tensor], before: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _size(tensors: Sequence[Tensor]) -> float:
-    """Root mean square over all entries."""
+    """Return the root mean square over all entries."""
     total = sum(float(x.detach().double().square().sum()) for x in tensors)
     return (total / sum(x.numel() for x in tensors)) ** 0.5
 
 
 def report(measured: Mapping[Size, Mapping[str, float]], verdicts: Sequence[Verdict], console: Console) -> None:
-    """The two tables: what was measured, and the slopes."""
+    """Print two tables: the measured sizes, and the slopes."""
     grid = list(measured)
     table = Table(title=f"root mean squares; end: after {STEPS} steps, change: against the start")
     for name in ("statistic", *(f"d{width} L{depth}" for width, depth in grid)):
@@ -298,14 +303,14 @@ def report(measured: Mapping[Size, Mapping[str, float]], verdicts: Sequence[Verd
 
 
 def main() -> None:
-    """Parse the command line, measure, print, and say whether every promise is kept."""
+    """Parse the command line, measure, print the tables, and report the properties that do not hold."""
     parser = SettingsParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=PRESET, help="base file that is checked (default: %(default)s)")
+    parser.add_argument("--config", type=Path, default=PRESET, help="run description to check (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024], help=f"multiples of {HEAD_DIM}")
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--grid", choices=("full", "cross"), default="full", help="all pairs, or one line each")
     parser.add_argument("--without", choices=RULES, metavar="RULE", help=f"remove one rule: {', '.join(RULES)}")
-    parser.add_argument("--output", type=Path, help="write the tables here too")
+    parser.add_argument("--output", type=Path, help="file to write the tables to as well")
     arguments = parser.parse_with_settings()
     refuse_unknown(arguments, RunConfig)
     torch.set_num_threads(1)

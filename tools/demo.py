@@ -1,10 +1,10 @@
-"""The whole way on real text in a few minutes, on two CPU cores: what `make demo` runs.
+"""Run the whole pipeline on real text in a few minutes, on two CPU cores (`make demo`).
 
 Python's own documentation -> a tokenizer of 2,048 entries, indexed data -> training on 8 ranks, stopped, and resumed on
 2 ranks -> held-out ELBO beside unigram and bigram figures -> sampled text -> Hugging Face folder, loaded and sampled by
 transformers.
 
-It deletes what an earlier demo left in runs/demo, runs/demo-data and runs/demo-hf.
+It deletes the files of an earlier demo in runs/demo, runs/demo-data and runs/demo-hf.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ VOCAB_SIZE = 2048
 FIRST_RANKS, RANKS = 8, 2
 FIRST_LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
 FIRST_STEPS = 10
-"""Number of steps after which the first launch is asked to stop."""
+"""Number of steps after which the first launch is stopped by a stop file."""
 TARGET = 0.9
-"""The held-out bound must end below this share of the unigram entropy."""
+"""Fraction of the unigram entropy below which the held-out bound must end."""
 SAMPLES, SAMPLE_TOKENS = 10, 64
 
 console = Console()
 
 
 def main() -> None:
-    """Run every stage; a stage that fails ends the demo with its own message."""
+    """Run every stage; if one fails, the demo ends with that stage's message."""
     CommandParser(description=__doc__).parse_args()
     os.chdir(ROOT)
     start = time.monotonic()
@@ -65,7 +65,7 @@ def main() -> None:
             "tools/preprocess_data.py", "--input", DATA / f"corpus/{split}.jsonl", "--output-prefix", DATA / split,
             "--tokenizer", config.data.tokenizer, "--append-eod", "--workers", 2,
         )  # fmt: skip
-    _stage("3/7  training", f"{FIRST_RANKS} CPU ranks, tensor 2 x pipeline 2 x data 2, asked to stop after some steps")
+    _stage("3/7  training", f"{FIRST_RANKS} CPU ranks, tensor 2 x pipeline 2 x data 2, stopped after some steps")
     _train(FIRST_RANKS, *FIRST_LAYOUT, stop_after=FIRST_STEPS)
     _stage("", f"the same run, resumed from its checkpoint on {RANKS} data-parallel ranks: same data, same noise")
     _train(RANKS)
@@ -74,14 +74,14 @@ def main() -> None:
         "tools/evaluate.py", "elbo", "--model", config.folder, "--data", DATA / "valid", "--rows", config.eval.rows,
         "--noise-levels", config.eval.noise_levels, "--output", config.folder / "elbo.json",
     )  # fmt: skip
-    _stage("5/7  samples", f"{SAMPLES} sequences of {SAMPLE_TOKENS} tokens, from masks to words")
+    _stage("5/7  samples", f"{SAMPLES} sequences of {SAMPLE_TOKENS} tokens, denoised from masks")
     texts = _run(
         "tools/generate.py", "--model", config.folder, "--count", SAMPLES, "--num-tokens", SAMPLE_TOKENS,
         "--steps", SAMPLE_TOKENS, "--temperature", 0.6, is_kept=True,
     )  # fmt: skip
-    _stage("6/7  Hugging Face", "one folder, its logits compared with the trainer's in a process of its own")
+    _stage("6/7  Hugging Face", "one folder; its logits are compared with the trainer's in a separate process")
     _run("tools/convert_checkpoint.py", "export", "--checkpoint", config.folder, "--output", EXPORTED, "--verify")
-    _stage("7/7  transformers", "the exported model writes by itself, without megadiff")
+    _stage("7/7  transformers", "the exported model generates text without megadiff")
     _run("examples/sample_exported.py", EXPORTED, "--count", 3)
     _run("tools/report.py", config.folder, "--output", config.folder / "report.html")
     _close(config, word_share(texts, corpus), time.monotonic() - start)
@@ -90,10 +90,10 @@ def main() -> None:
 def word_share(texts: str, corpus: Path) -> float:
     """Return the share of the words in `texts` that occur in a corpus, 0 to 1.
 
-    A word is two or more letters with no letter beside them; upper and lower case are one.
+    A word is a maximal run of two or more letters; upper and lower case are not distinguished.
 
     Args:
-        texts: lines of generated text, each behind its number in brackets.
+        texts: lines of generated text, each preceded by its number in brackets.
         corpus: a .jsonl file with the key `text`.
     """
     known: set[str] = set()
@@ -113,14 +113,14 @@ def _stage(title: str, what: str) -> None:
 
 
 def _command(tool: str, arguments: tuple[object, ...], launcher: tuple[object, ...] = (sys.executable,)) -> list[str]:
-    """Return a command line, and show it."""
+    """Return a command line, after printing it."""
     command = [str(part) for part in (*launcher, tool, *arguments)]
     console.print("$ " + " ".join(command), style="dim", markup=False, soft_wrap=True)
     return command
 
 
 def _run(tool: str, *arguments: object, is_kept: bool = False) -> str:
-    """Run a tool to its end; return what it printed where that is kept, after showing it."""
+    """Run a tool to its end; return its output if `is_kept`, after printing it."""
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     output = subprocess.PIPE if is_kept else None
     done = subprocess.run(_command(tool, arguments), cwd=ROOT, env=offline, check=False, stdout=output, text=True)
@@ -131,7 +131,7 @@ def _run(tool: str, *arguments: object, is_kept: bool = False) -> str:
 
 
 def _train(ranks: int, *settings: str, stop_after: int | None = None) -> None:
-    """Train on some ranks to the end of the run, or until it has stopped as asked after a number of steps."""
+    """Train on some ranks to the end of the run, or until it has been stopped after a number of steps."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks)
     command = _command("pretrain_dlm.py", ("--config", CONFIG, *settings), launcher)
     folder = load_config(CONFIG, [], RunConfig).folder
@@ -167,7 +167,7 @@ def _close(config: RunConfig, words: float, elapsed_s: float) -> None:
     def both(nats: float) -> str:
         return f"{nats:.3f} nats per token, {nats * bits:.3f} bits per byte"
 
-    table = Table(title=f"what was made, in {elapsed_s / 60:.1f} minutes", show_header=False)
+    table = Table(title=f"results, after {elapsed_s / 60:.1f} minutes", show_header=False)
     for row in (
         ("text", f"{DATA}/corpus/", "train.jsonl, valid.jsonl, LICENSE.txt"),
         ("tokenizer", config.data.tokenizer, f"{VOCAB_SIZE:,} entries: 4 special ones, bytes, pieces of words"),
@@ -175,9 +175,9 @@ def _close(config: RunConfig, words: float, elapsed_s: float) -> None:
         ("run", f"{config.folder}/", f"{FIRST_RANKS} ranks, then {RANKS}; metrics.jsonl, log.txt, checkpoints/, ..."),
         ("log N", both(log_n), "every token equally likely"),
         ("ELBO before", both(before), "the untrained model"),
-        ("unigram", both(unigram), "the best without context"),
+        ("unigram", both(unigram), "the best value of a model without context"),
         ("ELBO after", both(after), f"+- {found['eval_elbo_stderr']:.3f}; {1 - after / unigram:.0%} below unigram"),
-        ("bigram", both(bigram), "knows the token before, counted on the training data"),
+        ("bigram", both(bigram), "a model that knows the previous token, counted on the training data"),
         ("words", f"{words:.0%} of the sampled words", "occur in the training text"),
         ("report", f"{config.folder}/report.html", "curves, noise levels, throughput: open it in a browser"),
         ("exported", f"{EXPORTED}/", "safetensors, config.json, tokenizer, model card, code for transformers"),

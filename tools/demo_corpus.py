@@ -1,10 +1,10 @@
-"""Write a small corpus of real English that every Python installation carries: no download, nothing committed.
+"""Write a small corpus of real English from the local Python installation, without any download.
 
     python tools/demo_corpus.py --output data/demo
 
-Sources: Python's documentation topics (`pydoc_data.topics`), the docstrings and long comments of the standard library
-(its .py files are parsed, never imported), its text files and its licence. Writes train.jsonl (about 95 %),
-valid.jsonl and LICENSE.txt. The split hangs on a hash of each text alone, so a text never changes sides.
+Its sources are Python's documentation topics (`pydoc_data.topics`), the docstrings and long comments of the standard
+library (its .py files are parsed, never imported), its text files and its licence. It writes train.jsonl (about 95 %),
+valid.jsonl and LICENSE.txt. The split depends only on a hash of each text, so a text is always in the same part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ See https://docs.python.org/3/license.html. The installation's own licence text 
 
 
 def clean(text: str) -> str:
-    """The text without reST's marks and rulers, tabs and trailing blanks; at most one empty line in a row."""
+    """Remove reST's marks and rulers, tabs and trailing blanks; keep at most one consecutive empty line."""
     text = re.sub(r":[a-z:]+:`~?([^`<]+?)(?: <[^`>]*>)?`", r"\1", text.expandtabs(4))  # :class:`dict` -> dict
     text = re.sub(r"\*\*([^*\n]+)\*\*", r"\1", text).replace("``", "`")
     text = re.sub(r"(?m)^[ \t]*([=*~^#\-_+.])\1{2,}[ \t]*$\n?|[ \t]+$", "", text)
@@ -45,7 +45,7 @@ def clean(text: str) -> str:
 
 
 def topics() -> Iterator[tuple[str, str]]:
-    """Python's documentation topics, as (source, text)."""
+    """Yield Python's documentation topics as (source, text)."""
     from pydoc_data.topics import topics as by_name
 
     for name, text in sorted(by_name.items()):
@@ -53,7 +53,7 @@ def topics() -> Iterator[tuple[str, str]]:
 
 
 def library_texts(library: Path) -> Iterator[tuple[str, str]]:
-    """Docstrings, comment blocks and text files of the standard library, in the order of their paths."""
+    """Yield docstrings, comment blocks and text files of the standard library as (source, text), ordered by path."""
     for folder, inner, files in os.walk(library):
         inner[:] = sorted(set(inner) - SKIPPED_FOLDERS)
         for path in (Path(folder, file) for file in sorted(files)):
@@ -63,18 +63,18 @@ def library_texts(library: Path) -> Iterator[tuple[str, str]]:
                 text = path.read_text(encoding="utf-8")
                 found = prose(text) if path.suffix == ".py" else [text]
             except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
-                continue  # the library's own tests hold files that are broken on purpose
+                continue  # the library's own tests contain files that are broken on purpose
             yield from ((path.relative_to(library).as_posix(), part) for part in found)
 
 
 def prose(code: str) -> list[str]:
-    """A module's docstrings, then its comment blocks of three lines or more."""
+    """Return a module's docstrings, then its comment blocks of three lines or more."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         tree = ast.parse(code)
     found, ahead = [], [tree]
-    while ahead:  # statements only: expressions hold no docstring, and ast.walk would spend most of its time in them
+    while ahead:  # only statements: ast.walk would spend most of its time in expressions, without a docstring
         node = ahead.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             found.append(ast.get_docstring(node) or "")
@@ -87,18 +87,21 @@ def prose(code: str) -> list[str]:
 
 
 def is_english(text: str) -> bool:
-    """Long enough, and mostly words: tables, data, commented-out code and other alphabets are left out."""
+    """Return whether a text is long enough and consists mostly of words.
+
+    This excludes tables, data, commented-out code and other alphabets.
+    """
     words = sum(character.isascii() and (character.isalpha() or character.isspace()) for character in text)
     return len(text) >= MIN_CHARS and words >= 0.75 * len(text)
 
 
 def is_valid(text: str) -> bool:
-    """Whether the text is held out: decided by its own hash and nothing else."""
+    """Return whether the text is held out, which depends only on its own hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < VALID_SHARE * 2**64
 
 
 def write_corpus(output: Path, library: Path) -> dict[str, tuple[int, int]]:
-    """Write the three files from the topics and a library's folder; returns documents and characters by split."""
+    """Write the three files from the topics and a library's folder; return documents and characters by split."""
     seen: set[str] = set()
     counts = {"train": (0, 0), "valid": (0, 0)}
     parts = {split: output / f"{split}.jsonl.part" for split in counts}
@@ -123,7 +126,7 @@ def write_corpus(output: Path, library: Path) -> dict[str, tuple[int, int]]:
 def main() -> None:
     """Parse the command line and write the corpus."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write into; made if missing")
+    parser.add_argument("--output", type=Path, required=True, help="output folder, created if missing")
     output = parser.parse_args().output
     library = Path(sysconfig.get_path("stdlib"))
     print(f"reading the documentation in {library} (some seconds)", flush=True)

@@ -13,12 +13,12 @@ _EPILOG = """examples:
   python tools/doctor.py --config examples/demo.yaml --ranks 8 parallel.tensor=4
   srun -N 1 -n 1 python tools/doctor.py --config my.yaml --ranks 512 --json > doctor.json
 
-Exit code 0 when nothing would fail, 2 when something would.
+The exit code is 0 if no check fails, otherwise 2.
 """
 
 
 def main() -> None:
-    """Read the command line, examine, report."""
+    """Read the command line, run the checks, and report."""
     from megadiff.config.command_line import SettingsParser, refuse_unknown
 
     parser = SettingsParser(description=__doc__, epilog=_EPILOG)
@@ -52,7 +52,7 @@ def main() -> None:
     else:
         report.show(findings, Console())
         if arguments.config is None:
-            print("give --config to examine a run too: description, tokenizer, data, layout, memory, room on its disk")
+            print("give --config to examine a run too: description, tokenizer, data, layout, memory and disk space")
     sys.exit(2 if report.has_failed(findings) else 0)
 
 

@@ -1,4 +1,4 @@
-"""Measure a trained model: `tools/evaluate.py elbo|likelihood --model RUN --data FILE`."""
+"""Evaluate a trained model: `tools/evaluate.py elbo|likelihood --model RUN --data FILE`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EPILOG = """examples:
 
 
 def main() -> None:
-    """Read the command line, measure, print, write JSON."""
+    """Read the command line, evaluate, print, write JSON."""
     arguments = _parser().parse_args()
     if arguments.output and not arguments.output.parent.is_dir():
         raise ConfigError(f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it first")
@@ -51,7 +51,7 @@ def _elbo(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
     unigram = unigram_entropy(IndexedReader(arguments.data), vocab_size=trained.tokenizer.vocab_size)
     print(f"{trained.folder}: {found.describe()}")
-    print(f"  unigram entropy of the data: {unigram:.4f} nats per token (no model that ignores context is below it)")
+    print(f"  unigram entropy of the data: {unigram:.4f} nats per token (the best value of a model without context)")
     for low, high, value in found.by_log_snr:
         print(f"  log-SNR {low:+.0f} to {high:+.0f}: {value:.4f} nats")
     return {**found.as_metrics(), "eval_unigram": unigram}
@@ -91,25 +91,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", required=True, help="elbo: prefix of indexed data; likelihood: a .jsonl file")
     parser.add_argument("--micro-sequences", type=_positive, default=8, help="rows per forward pass (default 8)")
-    parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
+    parser.add_argument("--tokenizer", help="tokenizer path, if the run's own was moved")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--output", type=Path, help="also write the result here as JSON")
     elbo = parser.add_argument_group("elbo")
     elbo.add_argument("--rows", type=_at_least_two, default=256, help="held-out rows (default 256)")
     elbo.add_argument("--noise-levels", type=_positive, default=8, help="noise levels per row (default 8)")
     texts = parser.add_argument_group("likelihood")
-    texts.add_argument("--prompt-key", default="prompt", help="string that is given (default prompt)")
-    texts.add_argument("--completion-key", default="completion", help="string that is measured (default completion)")
-    texts.add_argument("--text-key", help="measure whole documents under this key instead, window by window")
-    texts.add_argument("--context", type=int, default=0, help="tokens before a window it is given (default 0)")
+    texts.add_argument("--prompt-key", default="prompt", help="key of the given text (default prompt)")
+    texts.add_argument("--completion-key", default="completion", help="key of the scored text (default completion)")
+    texts.add_argument("--text-key", help="score whole documents under this key instead, window by window")
+    texts.add_argument("--context", type=int, default=0, help="tokens of context before each window (default 0)")
     texts.add_argument("--draws", type=_draws, default=128, help="noised copies of each text; even (default 128)")
     texts.add_argument("--estimator", choices=["counts", "levels"], default="counts", help="see the README")
     texts.add_argument(
         "--prepend-bos",
         action=argparse.BooleanOptionalAction,
-        help="put bos before each prompt or document (default: as the training data have it)",
+        help="put bos before each prompt or document (default: as in the training data)",
     )
-    texts.add_argument("--score-eos", action="store_true", help="put eos behind each completion or document")
+    texts.add_argument("--score-eos", action="store_true", help="put eos after each completion or document")
     texts.add_argument("--fill-context", action="store_true", help="fill the model's row up with pure noise")
     texts.add_argument("--seed", type=int, default=0)
     return parser

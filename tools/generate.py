@@ -1,4 +1,4 @@
-"""Draw text from a trained model: `tools/generate.py --model RUN --prompt TEXT`."""
+"""Generate text with a trained model: `tools/generate.py --model RUN --prompt TEXT`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EPILOG = """examples:
 
 
 def main() -> None:
-    """Read the command line, sample, print a row of text each."""
+    """Read the command line, sample, and print each text."""
     arguments = _parser().parse_args()
     if arguments.trace and not arguments.trace.parent.is_dir():
         raise ConfigError(f"--trace {arguments.trace}: there is no folder {arguments.trace.parent}; make it first")
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be before anything is loaded."""
+    """Refuse invalid numbers before anything is loaded."""
     for name in ("steps", "count", "num_tokens", "top_k", "block_length", "tokens_per_step"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -57,7 +57,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _given(arguments: argparse.Namespace, trained: TrainedModel) -> tuple[list[int], int]:
-    """The prompt, with holes (-1) before a suffix where there is one, and how many tokens are new."""
+    """Return the prompt, with holes (-1) before the suffix if there is one, and the number of new tokens."""
     from megadiff.eval.texts_likelihood import Framing
 
     start, _ = Framing.like_the_data(trained, prepend_bos=arguments.prepend_bos).ids(trained.tokenizer)
@@ -114,7 +114,7 @@ def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments
 
 
 def _new_tokens(found: Generated, ids: list[int]) -> int:
-    """Of the first row: those behind the prompt, and those in its holes."""
+    """Count the new tokens of the first row: those after the prompt and those in its holes."""
     return int(found.new_tokens[0]) + ids.count(-1)
 
 
@@ -135,7 +135,7 @@ def _settings(arguments: argparse.Namespace, trained: TrainedModel, ids: list[in
             top_p=arguments.top_p,
             guidance_scale=arguments.guidance_scale,
             min_log_snr=trained.rate.min_log_snr,
-            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
+            # The time parametrisation ends with some noise left; sampling continues until almost none is left.
             max_log_snr=max(9.0, trained.rate.max_log_snr),
             eos_token_id=trained.tokenizer.eos_id if arguments.stop_at_end else None,
             pad_token_id=trained.tokenizer.pad_id,
@@ -151,16 +151,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"
     )
-    parser.add_argument("--prompt", default="", help="text the row starts with; it is never changed")
-    parser.add_argument("--suffix", default="", help="text behind the new tokens, which fill what is between")
+    parser.add_argument("--prompt", default="", help="text at the start of the row; it is never changed")
+    parser.add_argument("--suffix", default="", help="text after the new tokens, which fill the gap")
     parser.add_argument(
         "--prepend-bos",
         action=argparse.BooleanOptionalAction,
-        help="start the sequence with bos (default: as the training data have it)",
+        help="start the sequence with bos (default: as in the training data)",
     )
     parser.add_argument("--sampler", choices=["ancestral", "adaptive"], default="ancestral")
     parser.add_argument("--steps", type=int, default=128, help="denoising steps of a block (default 128)")
-    parser.add_argument("--block-length", type=int, help="denoise so many tokens at a time (default: all at once)")
+    parser.add_argument("--block-length", type=int, help="number of tokens denoised at a time (default: all)")
     parser.add_argument("--tokens-per-step", type=int, help="adaptive: tokens written in a step (default: as needed)")
     parser.add_argument("--num-tokens", type=int, help="new tokens (default: fill the model's row)")
     parser.add_argument("--count", type=int, default=1, help="rows of text (default 1)")
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stop-at-end", action="store_true", help="end a row at its first end-of-text token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", type=Path, help="also write the denoising of the first row as one HTML page")
-    parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
+    parser.add_argument("--tokenizer", help="tokenizer path, if the run's own was moved")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     return parser
 

@@ -23,8 +23,8 @@ _EPILOG = """examples:
   python tools/harness.py --model runs/demo --tasks wikitext --noise-levels 32 --context 128
   python tools/harness.py --model runs/demo --tasks my_task --include-path my_tasks --limit 100 --steps 64
 
-Needs lm-eval: pip install '.[eval]'. Tasks of the hub are fetched by the harness; --include-path takes a folder of task
-files of your own. A diffusion model's likelihoods are lower bounds; each one's standard error is in the JSON file.
+This needs lm-eval: pip install '.[eval]'. The harness downloads tasks from the hub; --include-path adds a folder with
+your own task files. A diffusion model's likelihoods are lower bounds; their standard errors are in the JSON file.
 """
 
 
@@ -55,14 +55,14 @@ def main() -> None:
         for name, found in model.estimates().items():
             print(
                 f"{name}: {found['log_likelihood']:.4f} +- {found['log_likelihood_stderr']:.4f} nats in "
-                f"{found['requests']} requests of {found['tokens']} tokens (+- is the estimate's own error)"
+                f"{found['requests']} requests of {found['tokens']} tokens (+- is the estimate's standard error)"
             )
         if arguments.output:
             arguments.output.write_text(json.dumps(_report(trained, model, results), indent=1, default=str) + "\n")
 
 
 class _Tasks:
-    """Tasks of the harness by name."""
+    """Tasks of the harness, selected by name."""
 
     def __init__(self, names: str, include_path: Path | None) -> None:
         from lm_eval.tasks import TaskManager
@@ -70,7 +70,7 @@ class _Tasks:
         wanted = [name.strip() for name in names.split(",") if name.strip()]
         own = None if include_path is None else TaskManager(include_path=str(include_path), include_defaults=False)
         if own is not None and wanted and all(name in own.all_subtasks for name in wanted):
-            self._manager, self._names = own, wanted  # the harness's own tasks are thousands of files to read
+            self._manager, self._names = own, wanted  # without reading the harness's own tasks, thousands of files
             return
         self._manager = TaskManager(include_path=None if include_path is None else str(include_path))
         missing = [name for name in wanted if not self._manager.match_tasks([name])]
@@ -82,7 +82,7 @@ class _Tasks:
         self._names = self._manager.match_tasks(wanted)
 
     def run(self, model: HarnessModel, arguments: argparse.Namespace) -> dict[str, Any]:
-        """The harness's results."""
+        """Run the tasks and return the harness's results."""
         from lm_eval.evaluator import simple_evaluate
 
         try:
@@ -103,7 +103,7 @@ class _Tasks:
         return dict(results)
 
     def show(self, results: dict[str, Any]) -> None:
-        """The harness's own tables."""
+        """Print the harness's own tables."""
         from lm_eval.utils import make_table
 
         print(make_table(results))
@@ -137,7 +137,7 @@ def _settings(arguments: argparse.Namespace) -> HarnessSettings:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be before anything is loaded."""
+    """Refuse invalid arguments before anything is loaded."""
     output, folder = arguments.output, arguments.include_path
     if output and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first")
@@ -161,31 +161,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", required=True, help="names of tasks or groups, comma-separated")
     parser.add_argument("--include-path", type=Path, help="a folder with task files of your own")
     parser.add_argument("--batch-size", type=int, default=8, help="rows for each forward pass (default 8)")
-    parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
+    parser.add_argument("--limit", type=int, help="number of documents used of each task, from the first")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")
     parser.add_argument("--output", type=Path, help="also write scores, likelihoods and texts here as JSON")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", help="tokenizer path, where the run's own has moved")
+    parser.add_argument("--tokenizer", help="tokenizer path, if the run's own was moved")
     parser.add_argument(
         "--prepend-bos",
         action=argparse.BooleanOptionalAction,
-        help="put bos before each prompt, context or document (default: as the training data have it)",
+        help="put bos before each prompt, context or document (default: as in the training data)",
     )
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     likelihood = parser.add_argument_group("likelihoods")
     likelihood.add_argument(
         "--noise-levels", type=int, default=128, help="noised copies of each completion; even (default 128)"
     )
-    likelihood.add_argument("--context", type=int, default=0, help="rolling: tokens before a window it is given")
+    likelihood.add_argument("--context", type=int, default=0, help="rolling: tokens of context before each window")
     likelihood.add_argument(
-        "--skip-greedy", action="store_true", help="do not find out which completions are greedy (lambada counts them)"
+        "--skip-greedy", action="store_true", help="do not check which completions are greedy (lambada counts them)"
     )
     likelihood.add_argument(
-        "--bootstrap-iters", type=int, default=10000, help="of the harness's standard errors over documents"
+        "--bootstrap-iters",
+        type=int,
+        default=10000,
+        help="bootstrap samples for the harness's standard errors over documents",
     )
     texts = parser.add_argument_group("generate_until")
     texts.add_argument("--steps", type=int, default=128, help="denoising steps of a block (default 128)")
-    texts.add_argument("--block-length", type=int, help="denoise so many tokens at a time (default: all at once)")
+    texts.add_argument("--block-length", type=int, help="number of tokens denoised at a time (default: all)")
     texts.add_argument("--sampler", choices=["adaptive", "ancestral"], default="adaptive")
     return parser
 

@@ -1,4 +1,4 @@
-"""Verify a checkpoint and say what it holds: `tools/inspect_checkpoint.py runs/NAME`."""
+"""Verify a checkpoint and show its contents: `tools/inspect_checkpoint.py runs/NAME`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _EPILOG = """examples:
   python tools/inspect_checkpoint.py runs/demo
   python tools/inspect_checkpoint.py runs/demo/checkpoints/step_00000240 --tensors
 
-Every file is read and its SHA-256 compared with the manifest's. Exit code 0: every byte is as it was written; 2: not,
-and the sentence names the file. Nothing is unpickled but torch's index, by an unpickler that knows no other class.
+Every file is read and its SHA-256 is compared with the manifest's. The exit code is 0 if every byte is as it was
+written; otherwise it is 2, and the message names the file. Only torch's index is unpickled, by an unpickler that allows
+no other classes.
 """
 
 
 def main() -> None:
-    """Verify, then print."""
+    """Verify the checkpoint, then print its contents."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("folder", type=Path, help="a run folder (its newest checkpoint), or one step_* folder")
     parser.add_argument("--no-hashes", action="store_true", help="compare sizes only")
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def _tensors(index: Any) -> dict[str, tuple[list[int], str]]:
-    """Name -> shape and type, of every tensor in the shards."""
+    """Map the name of every tensor in the shards to its shape and type."""
     return {
         name: (list(entry.size), str(entry.properties.dtype).removeprefix("torch."))
         for name, entry in sorted(index.state_dict_metadata.items())
@@ -80,12 +81,12 @@ def _described(
 
 
 def _sources(mixture: dict[str, Any]) -> list[str]:
-    """Return a line for each source of the training data: how far it had been read."""
+    """Return a line for each source of the training data, with the position reached in it."""
     lines = []
     for kind in ("sources", "removed"):
         for found in mixture.get(kind, ()):
             epochs = found["drawn"] / found["sequences"]
-            gone = ", not drawn from now" if kind == "removed" else ""
+            gone = ", no longer in the mixture" if kind == "removed" else ""
             lines.append(f"source    {found['path']}: {found['drawn']:,} sequences drawn, {epochs:.2f} epochs{gone}")
     return lines
 

@@ -2,9 +2,9 @@
 
     python tools/learning_rate_sweep.py --config examples/learning_rate_sweep/sweep.yaml --sizes 64x2 256x2 64x8
 
-Under CompleteP the best rate should be the same at every size; under the standard parametrisation it should not. Every
-run is an ordinary run folder, trained in this process one after the other; runs that are done are not repeated. What is
-compared is the held-out ELBO after the last step, on the same rows and noise for all, averaged over `--seeds`.
+Under CompleteP the best rate should be the same at every size; under the standard parametrisation it should not. Runs
+are ordinary run folders and are trained one after the other in this process; finished runs are not repeated. They are
+compared by the held-out ELBO after the last step, on the same rows and noise for all, averaged over `--seeds`.
 
 Source: the learning-rate transfer of arXiv:2512.10858, section 3.
 """
@@ -33,20 +33,21 @@ from megadiff.train.metrics import read_metrics
 
 HEAD_DIM = 32
 FACTOR = 2.0
-"""Between neighbouring rates."""
+"""Ratio of neighbouring rates."""
 
 PARAMETRISATIONS = {
     "completep": ("optimizer.parametrisation=completep", "model.resid_scale=completep", "model.head_scale=completep"),
     "standard": ("optimizer.parametrisation=standard", "model.resid_scale=1.0", "model.head_scale=1.0"),
 }
-"""`standard` has one rate for all parameters and no multipliers; the first weights are the same."""
+"""Settings by parametrisation; `standard` has one rate for all parameters and no multipliers, but the same first
+weights."""
 
 Size = tuple[int, int]
 """(width, depth)."""
 
 
 def size(text: str) -> Size:
-    """`64x8` to (64, 8)."""
+    """Parse a size, such as `64x8` to (64, 8)."""
     width, _, depth = text.partition("x")
     if not (width.isdigit() and depth.isdigit() and int(width) % HEAD_DIM == 0 and int(depth) > 0):
         raise argparse.ArgumentTypeError(f"WIDTHxDEPTH is wanted, the width a multiple of {HEAD_DIM}, got {text}")
@@ -54,14 +55,14 @@ def size(text: str) -> Size:
 
 
 def rates(first: float, count: int) -> list[float]:
-    """`count` rates from `first` upwards."""
+    """Return `count` rates from `first` upwards."""
     return [first * FACTOR**i for i in range(count)]
 
 
 def run(
     config: Path, parametrisation: str, at: Size, rate: float, overrides: Sequence[str] = (), *, seed: int = 0
 ) -> float:
-    """Train one run, unless it is done; its last held-out ELBO in nats, infinite if it diverged."""
+    """Train one run unless it is done; return its last held-out ELBO in nats, infinity if it diverged."""
     width, depth = at
     own = (f"model.hidden={width}", f"model.layers={depth}", f"model.heads={width // HEAD_DIM}")
     name = f"{parametrisation}-d{width}-L{depth}-lr{rate:g}" + (f"-seed{seed}" if seed else "")
@@ -84,7 +85,7 @@ def _last_bound(config: RunConfig) -> float | None:
 
 
 def table(title: str, losses: Mapping[Size, Mapping[float, float]], best: Mapping[Size, Optimum]) -> Table:
-    """A row per size: the bound at every rate, and the optimum."""
+    """Return a table with a row per size: the bound at every rate, and the optimum."""
     made = Table(title=title)
     grid = sorted({rate for found in losses.values() for rate in found})
     for name in ("width x depth", *(f"{rate:g}" for rate in grid), "best", "parabola"):
@@ -97,14 +98,16 @@ def table(title: str, losses: Mapping[Size, Mapping[float, float]], best: Mappin
 
 
 def main() -> None:
-    """Parse the command line, train what is missing, print a table per parametrisation."""
+    """Parse the command line, train the missing runs, and print a table per parametrisation."""
     parser = SettingsParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="run description that the sweep changes")
     parser.add_argument("--sizes", type=size, nargs="+", default=[(64, 2), (256, 2), (64, 8)], metavar="WIDTHxDEPTH")
     parser.add_argument("--parametrisations", nargs="+", choices=sorted(PARAMETRISATIONS), default=["completep"])
     parser.add_argument("--first", type=float, default=0.05, help="smallest rate (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=6, help="rates, each twice the one before (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs that are averaged (default: %(default)s)")
+    parser.add_argument(
+        "--count", type=int, default=6, help="number of rates, each twice the previous (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs to average (default: %(default)s)")
     arguments = parser.parse_with_settings()
     refuse_unknown(arguments, RunConfig)
     console = Console(width=40 + 9 * arguments.count)

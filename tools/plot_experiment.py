@@ -3,9 +3,9 @@
     python tools/plot_experiment.py runs/noise_interpolation/* --by noise.shift --output figure.png
     python tools/plot_experiment.py runs/batch_size_sweep/* --by batch.global_sequences --targets 3.4 3.2 --output f.png
 
-The left half is the held-out bound against tokens, a line per run, with its standard error. The right half is the last
-bound by the setting; with `--targets`, the tokens each run needed to reach a bound, by the setting (least where the
-setting is most economical). `--output` needs matplotlib; the table does not.
+The left half shows the held-out bound against tokens, with its standard error, a line per run. The right half shows the
+last bound by the setting or, with `--targets`, the tokens that each run needed to reach a bound, by the setting (the
+fewest at the most economical setting). `--output` needs matplotlib; the table does not.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ class Curve:
 
     name: str
     setting: Any
-    """Value of the setting the runs are compared by."""
+    """Value of the setting by which the runs are compared."""
     tokens: np.ndarray
     bound: np.ndarray
-    """Nats per token."""
+    """Held-out bounds in nats per token."""
     stderr: np.ndarray
 
     def tokens_to(self, target: float) -> float | None:
-        """Tokens until the bound first fell to `target`, interpolated in log tokens; None if it never did."""
+        """Return the tokens at which the bound first fell to `target`, interpolated in log tokens; None if it never
+        did."""
         below = np.flatnonzero(self.bound <= target)
         if not len(below):
             return None
@@ -51,10 +52,10 @@ class Curve:
 
 
 def read_run(folder: Path, setting: str) -> Curve:
-    """A run folder's curve.
+    """Read the curve of a run folder.
 
     Raises:
-        DataError: no run here, a run without evaluations, or one without the setting.
+        DataError: there is no run, the run has no evaluations, or it does not have the setting.
     """
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -81,14 +82,14 @@ def read_run(folder: Path, setting: str) -> Curve:
 
 
 def ordered(curves: Sequence[Curve]) -> list[Curve]:
-    """By the setting where all are numbers, else as given."""
+    """Order the curves by the setting if all its values are numbers, otherwise keep their order."""
     if all(isinstance(curve.setting, (int, float)) for curve in curves):
         return sorted(curves, key=lambda curve: curve.setting)
     return list(curves)
 
 
 def summary(curves: Sequence[Curve], setting: str, targets: Sequence[float]) -> Table:
-    """A row per run."""
+    """Return a table with a row per run."""
     table = Table(title="held-out bound, nats per token")
     for name in ("run", setting, "tokens", "bound", "standard error", *(f"tokens to {target:g}" for target in targets)):
         table.add_column(name, justify="left" if name in ("run", setting) else "right")
@@ -106,7 +107,7 @@ def summary(curves: Sequence[Curve], setting: str, targets: Sequence[float]) -> 
 
 
 def draw(curves: Sequence[Curve], setting: str, targets: Sequence[float], output: Path) -> None:
-    """Both halves of the figure."""
+    """Draw both halves of the figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,7 +140,9 @@ def main() -> None:
     """Parse the command line, print the table and draw the figure."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
-    parser.add_argument("--by", required=True, metavar="KEY", help="setting the runs differ in, such as noise.shift")
+    parser.add_argument(
+        "--by", required=True, metavar="KEY", help="setting in which the runs differ, such as noise.shift"
+    )
     parser.add_argument("--targets", type=float, nargs="+", default=[], help="bounds in nats per token")
     parser.add_argument("--output", type=Path, help="picture to write, such as figure.png")
     arguments = parser.parse_args()

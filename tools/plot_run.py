@@ -1,4 +1,4 @@
-"""Show one or many runs' curves: a table on the terminal and, where matplotlib is installed, a picture.
+"""Show the curves of one or more runs: a table on the terminal and, if matplotlib is installed, a picture.
 
 python tools/plot_run.py runs/masked runs/uniform --output curves.png
 """
@@ -21,7 +21,7 @@ from megadiff.untrusted_files import lines as lines_of
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """A run folder's metric lines in the order of their steps; a last line cut short by a kill is left out."""
+    """Read a run folder's metric lines in the order of their steps; an incomplete last line is left out."""
     path = run / "metrics.jsonl"
     if not os.path.exists(path):
         raise DataError(f"{run}: no metrics.jsonl here; a run folder is wanted")
@@ -31,7 +31,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             line = parsed(raw)
             if line is not None:
                 found.append(line)
-            elif raw is None or (raw.strip() and raw.endswith(b"\n")):  # without its newline it is being written
+            elif raw is None or (raw.strip() and raw.endswith(b"\n")):  # without a newline it is still being written
                 raise DataError(f"{path}:{place}: a JSON object with a step is wanted")
     except (UnreadableFileError, OSError) as error:
         raise DataError(f"{path} {why(error)}; a run folder is wanted") from None
@@ -39,12 +39,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of the lines that hold a finite number under the key."""
+    """Return (step, value) of the lines that have a finite number under the key."""
     return [(line["step"], value) for line in lines if (value := number(line, key)) is not None]
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> Table:
-    """A row per run: where it stands, and its last and best values."""
+    """Return a table with a row per run: its progress, and its last and best values."""
     table = Table(title="runs (nats per noisy token)")
     for name in ("run", "step", "tokens", "loss", "elbo", "held-out elbo", "best held-out", "tokens/s"):
         table.add_column(name, justify="left" if name == "run" else "right")
@@ -64,7 +64,8 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> Table:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
-    """Training bound as a line and held-out bound as points with their standard error, a colour per run."""
+    """Draw the training bound as a line and the held-out bound as points with their standard error, a colour per
+    run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Tokenize a corpus into indexed binaries; a thin shell around megadiff.data.preprocess."""
+"""Tokenize a corpus into indexed binaries; the command line of megadiff.data.preprocess."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXAMPLE = """example:
 
 
 def main() -> None:
-    """Read the arguments, tokenize, and say what was written."""
+    """Read the arguments, tokenize, and print what was written."""
     parser = CommandParser(
         description="Tokenize jsonl, txt or parquet files (.gz and .zst too) into P.bin, P.idx and P.json.",
         epilog=_EXAMPLE,

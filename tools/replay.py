@@ -1,4 +1,4 @@
-"""Look at one step of a run again, on one CPU process: its rows, their noise, and the loss of each."""
+"""Repeat one step of a run in one CPU process, and show its rows, their noise and the loss of each."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _EPILOG = """examples:
   python tools/replay.py --run runs/demo --step 120
   python tools/replay.py --run runs/demo --step 120 --rows 0 --save step_120.npz data.train=[data/train]
 
-Whatever the layout of the run. It starts from the newest checkpoint before the step and takes the steps between in
-memory; without one it starts from the first weights. The run folder is only read.
+The run may have any layout. The replay starts from the newest checkpoint before the step, or from the first weights if
+there is none, and takes the steps in between in memory. The run folder is only read.
 """
 
 _SHOWN_ROWS = 32
 
 
 def main() -> None:
-    """Read the command line, replay, print, save."""
+    """Read the command line, replay the step, print it, and save it."""
     from megadiff.config.command_line import SettingsParser, refuse_unknown
 
     parser = SettingsParser(
-        settings_help="settings over the run's, such as data paths", description=__doc__, epilog=_EPILOG
+        settings_help="settings that replace the run's, such as data paths", description=__doc__, epilog=_EPILOG
     )
     parser.add_argument("--run", type=Path, required=True, help="the run folder, such as runs/NAME")
     parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in metrics.jsonl")
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def describe(found: Replayed, *, rows: int) -> list[str]:
-    """What is printed: a line per row, the first `rows` of them and every one that is not finite, then the totals."""
+    """Return the lines to print: the first `rows` rows and every one that is not finite, then the totals."""
     between = f", {found.steps_between} step(s) taken in memory" if found.steps_between else ""
     lines = [
         f"step {found.step}, from {found.start}{between}",
@@ -72,8 +72,8 @@ def describe(found: Replayed, *, rows: int) -> list[str]:
     for key, value in found.figures.items():
         difference = differences[key]
         logged = "has no line in metrics.jsonl" if found.logged is None else f"{found.logged.get(key)} was logged"
-        told = f", relative difference {difference:.1e}" if difference is not None else ""
-        lines.append(f"{key:>10} {value!r} ({logged}{told})")
+        compared = f", relative difference {difference:.1e}" if difference is not None else ""
+        lines.append(f"{key:>10} {value!r} ({logged}{compared})")
     if found.skip is not None:
         lines.append(f"the run makes no update in this step: {found.skip}")
     if found.broken_row is not None:

@@ -1,4 +1,5 @@
-"""One HTML page of one or many runs: curves, noise levels, goodput, samples, checkpoints, differences in settings."""
+"""Write one HTML page about one or more runs: curves, noise levels, goodput, samples, checkpoints, differences in
+settings."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ network and loads nothing.
 def main() -> None:
     """Read the command line, read the runs, write the page."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, those that hold metrics.jsonl")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, which contain metrics.jsonl")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
-    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="what the curves run over")
+    parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="x axis of the curves")
     arguments = parser.parse_args()
     output: Path = arguments.output
     if output.suffix not in (".html", ".htm"):

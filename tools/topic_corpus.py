@@ -2,11 +2,11 @@
 
     python tools/topic_corpus.py --output runs/topics
 
-A topic is a distribution over 26 letters; a document draws all its letters from one. A model that has learned letter
-frequencies alone pays the entropy of the mixture, one that reads a row's topic off its visible letters pays nearly the
-entropy within a topic; both are printed. It needs no word, no order and no long training, so that on a CPU different
-learning rates end at different losses (on real text all of them end at the letter frequencies). Writes train.jsonl and
-valid.jsonl; both have the same topics.
+A topic is a distribution over 26 letters; a document draws all its letters from one topic. The loss of a model that has
+learned only letter frequencies is the entropy of the mixture; that of a model that infers a row's topic from its
+visible letters is nearly the entropy within a topic. Both are printed. No words, no order and no long training are
+needed, so that on a CPU different learning rates end at different losses (on real text all of them end at the letter
+frequencies). The files are train.jsonl and valid.jsonl; both have the same topics.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from megadiff.errors import DataError, run_command
 
 LETTERS = 26
 CONCENTRATION = 0.15
-"""Of the Dirichlet law of a topic; small means few letters a topic."""
+"""Concentration of the Dirichlet distribution of topics; a small one means few letters per topic."""
 
 
 def topics(count: int, seed: int) -> np.ndarray:
-    """[count, LETTERS] distributions."""
+    """Draw topics, [count, LETTERS] distributions."""
     return np.random.default_rng(seed).dirichlet(np.full(LETTERS, CONCENTRATION), size=count)
 
 
 def entropy(distributions: np.ndarray) -> np.ndarray:
-    """In nats, over the last axis."""
+    """Return the entropy in nats, over the last axis."""
     safe = np.where(distributions > 0, distributions, 1.0)
     return -(distributions * np.log(safe)).sum(-1)
 
 
 def write(path: Path, laws: np.ndarray, *, documents: int, length: int, seed: int) -> None:
-    """Write `documents` documents of `length` letters, topics drawn evenly."""
+    """Write `documents` documents of `length` letters, with topics drawn uniformly."""
     draw = np.random.default_rng(seed)
     letters = np.array(list(string.ascii_lowercase))
     with path.open("w", encoding="utf-8") as file:
@@ -48,10 +48,10 @@ def write(path: Path, laws: np.ndarray, *, documents: int, length: int, seed: in
 def main() -> None:
     """Parse the command line and write both files."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write into; made if missing")
+    parser.add_argument("--output", type=Path, required=True, help="output folder, created if missing")
     parser.add_argument("--topics", type=int, default=32)
     parser.add_argument("--documents", type=int, default=4000)
-    parser.add_argument("--length", type=int, default=512, help="letters a document")
+    parser.add_argument("--length", type=int, default=512, help="letters per document")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     laws = topics(arguments.topics, arguments.seed)
@@ -63,7 +63,7 @@ def main() -> None:
             print(f"{path}: {documents:,} documents of {arguments.length:,} letters")
     except OSError as error:
         raise DataError(f"{error.filename or arguments.output}: cannot be written: {error.strerror}") from None
-    print(f"entropy: {entropy(laws.mean(0)):.3f} nats a letter, {entropy(laws).mean():.3f} given the topic")
+    print(f"entropy: {entropy(laws.mean(0)):.3f} nats per letter, {entropy(laws).mean():.3f} given the topic")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a tokenizer with bos, eos, pad and mask at ids 0 to 3; a thin shell around megadiff.data.tokenizer_training."""
+"""Train a tokenizer with bos, eos, pad and mask at ids 0 to 3; the command line of megadiff.data.tokenizer_training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXAMPLE = """example:
 
 
 def main() -> None:
-    """Read the arguments, train, and say where the tokenizer is."""
+    """Read the arguments, train, and print where the tokenizer is."""
     parser = CommandParser(
         description="Train a tokenizer on jsonl, txt or parquet files (.gz and .zst too).",
         epilog=_EXAMPLE,
@@ -24,7 +24,7 @@ def main() -> None:
     add_corpus_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder for the tokenizer")
     parser.add_argument(
-        "--vocab-size", required=True, type=int, metavar="N", help="ids in all, the four special ones too"
+        "--vocab-size", required=True, type=int, metavar="N", help="number of ids, including the four special ones"
     )
     parser.add_argument("--type", choices=TYPES, default="bpe", help="bpe is byte-level; sentencepiece is unigram")
     args = parser.parse_args()

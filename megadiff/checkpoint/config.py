@@ -1,4 +1,4 @@
-"""When a run saves itself."""
+"""Settings for saving checkpoints."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from megadiff.config.section import Section
 
 
 class CheckpointConfig(Section):
-    """`checkpoint:` how often, and how many are kept. The last step is always saved."""
+    """Frequency of checkpoints and number of those kept (section `checkpoint:`). The last step is always saved."""
 
     every: int = Field(default=1000, gt=0)
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     start_from: str | None = None
-    """A step folder of another run to begin with, weights, optimizer and step count: a cooldown branches from a trunk
-    like this. Ignored once the run has checkpoints of its own."""
+    """Step folder of another run to begin with, including weights, optimizer state and step count; this is how a
+    cooldown branches from a trunk. Ignored once the run has checkpoints of its own."""
     keep: int = Field(default=2, ge=0)
-    """Newest complete checkpoints that stay, at least two; 0 keeps all. The last one before the cooldown stays as well,
-    so that other cooldowns can branch from it."""
+    """Number of newest complete checkpoints to keep, at least two; 0 keeps all. The last one before the cooldown is
+    kept as well, so that other cooldowns can branch from it."""
     in_background: bool = Field(default=True, alias="async")
-    """Write while training goes on; training stops only for the copy to host memory."""
+    """Whether files are written while training continues; training then pauses only for the copy to host memory."""
 
     @field_validator("keep")
     @classmethod

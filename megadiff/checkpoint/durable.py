@@ -1,4 +1,4 @@
-"""Files whose SHA-256 is taken as they are written, or as they are read back."""
+"""Files whose SHA-256 is computed while they are written or read back."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _BLOCK = 2**20
 
 
 class HashingFile:
-    """A new file whose SHA-256 is taken as it is written, so that no byte is read back to be hashed.
+    """A new file whose SHA-256 is computed while it is written, so that it need not be read back for hashing.
 
-    Has what torch's writers ask of a stream: `write`, `tell`, `flush`. Refuses a path that exists.
+    It has the methods that torch's writers call on a stream: `write`, `tell`, `flush`. A path that exists is refused.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,10 +24,10 @@ class HashingFile:
         self._digest = hashlib.sha256()
         self._bytes = 0
         self.failure: OSError | None = None
-        """Why a write failed; torch's zip writer turns it into "unexpected pos 30 vs 0"."""
+        """Cause of a failed write, which torch's zip writer would turn into "unexpected pos 30 vs 0"."""
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append; returns the number of bytes."""
+        """Append the data and return the number of bytes."""
         try:
             self._file.write(data)
         except OSError as error:
@@ -39,15 +39,15 @@ class HashingFile:
         return size
 
     def tell(self) -> int:
-        """Bytes so far."""
+        """Return the number of bytes written so far."""
         return self._bytes
 
     def flush(self) -> None:
-        """Hand buffered bytes to the operating system."""
+        """Pass buffered bytes to the operating system."""
         self._file.flush()
 
     def sync(self) -> None:
-        """Wait until the disk has them."""
+        """Wait until all bytes are on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -56,16 +56,16 @@ class HashingFile:
         self._file.close()
 
     def entry(self) -> FileEntry:
-        """Size and hash of what was written."""
+        """Return the size and hash of what was written."""
         return FileEntry(bytes=self._bytes, sha256=self._digest.hexdigest())
 
 
 @contextmanager
 def hashed_file(path: Path) -> Iterator[HashingFile]:
-    """Write a new file; on leaving the block without an error it is on the disk.
+    """Write a new file, which is on the disk once the block is left without an error.
 
     Raises:
-        OSError: the first that a write met, whatever was made of it on its way here.
+        OSError: the first error of a write, even if torch has replaced it by another exception.
     """
     file = HashingFile(path)
     try:
@@ -80,7 +80,7 @@ def hashed_file(path: Path) -> Iterator[HashingFile]:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Size and SHA-256 of a file as it is read back."""
+    """Read a file and return its size and SHA-256."""
     digest = hashlib.sha256()
     size = 0
     with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""The `checkpoints/` folder of a run: which step folders there are, which are whole, which may go.
+"""The `checkpoints/` folder of a run: which checkpoints exist, are complete, and may be deleted.
 
-`checkpoints/` may be a link to another disk. Inside it only names that a run writes are ever touched, and no link is
-followed to change anything: a step folder that is a link, or holds one, belongs to somebody else. A linked folder is
-loaded where it lies; nothing in it is deleted, renamed or replaced.
+`checkpoints/` may be a link to another disk. Inside it only names that a run writes are ever touched, and links are
+never followed to change anything: a step folder that is a link, or contains one, belongs to somebody else. A linked
+folder can be loaded, but nothing in it is deleted, renamed or replaced.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _MAX_HINT_BYTES = 200
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lives."""
+    """Return the folder of the checkpoint after `step` steps."""
     return run_folder / "checkpoints" / f"step_{step:08d}"
 
 
 def staging_folder(final: Path) -> Path:
-    """Where that checkpoint is written until it is whole; the loader does not know such names."""
+    """Return the folder in which that checkpoint is written until it is complete; the loader ignores such names."""
     return final.with_name(f".{final.name}.tmp")
 
 
 def newest_complete(run_folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run whose files all have the sizes its manifest says; None if there is none.
+    """Return the newest checkpoint of a run whose files all have the sizes in its manifest; None if there is none.
 
-    `LATEST` is a hint, not the truth: if it names a newer one than can be seen, a network file system may be late to
-    show it, so the folder is looked at again before an older one is taken.
+    `LATEST` is a hint only. If it names a newer checkpoint than can be seen, a network file system may not show it
+    yet, so the folder is read again before an older one is taken.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole, a newer one is behind a link and cannot be taken, or
-            the run has saved itself before and shows no checkpoint: it must not start again unasked.
+        CheckpointError: there are checkpoints and none is complete; or a newer one is behind a link and cannot be
+            loaded; or the run has saved itself before but no checkpoint can be found, and must not silently start over.
         StorageError: the folder cannot be read.
     """
     for look in range(_LOOKS):
@@ -78,7 +78,7 @@ def newest_complete(run_folder: Path) -> Path | None:
 
 
 def chosen(path: Path) -> Path:
-    """The checkpoint that is meant by a step folder, or by a run folder: its newest.
+    """Return the checkpoint for a given path: a step folder itself, or the newest one of a run folder.
 
     Raises:
         CheckpointError: there is none.
@@ -100,7 +100,7 @@ def chosen(path: Path) -> Path:
 
 
 def damaged(run_folder: Path, *, after_step: int) -> list[Path]:
-    """Return the step folders after a step that are no whole checkpoints, newest first.
+    """Return the step folders after a step that are not complete checkpoints, newest first.
 
     Raises:
         StorageError: they cannot be read.
@@ -110,10 +110,10 @@ def damaged(run_folder: Path, *, after_step: int) -> list[Path]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint to `step_XXXXXXXX.bad`, kept for a person to look at; returns the new path.
+    """Rename a damaged checkpoint to `step_XXXXXXXX.bad`, for inspection by the user, and return the new path.
 
     Raises:
-        CheckpointError: it is a link or holds one; it is left as it is.
+        CheckpointError: it is a link or contains one; it is left unchanged.
     """
     if is_foreign(folder):
         raise CheckpointError(
@@ -131,7 +131,10 @@ def set_aside(folder: Path) -> Path:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder is a link, is mounted, or holds a link: what no run has written, and no run may delete."""
+    """Return whether a folder is a link, is mounted, or contains a link.
+
+    No run writes such a folder, and no run may delete it.
+    """
     if folder.is_symlink() or os.path.ismount(folder):
         return True
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
@@ -142,11 +145,11 @@ def is_foreign(folder: Path) -> bool:
 def prune(run_folder: Path, *, keep: int, before_cooldown: int | None = None) -> None:
     """Delete all but the newest `keep` complete checkpoints; 0 keeps all.
 
-    At least two stay whatever `keep` is: the newest may yet prove damaged on load, when its hashes are checked. What
-    is a link, or holds one, is neither deleted nor counted.
+    At least two are kept whatever `keep` is, because the newest may prove damaged on loading, when its hashes are
+    checked. A checkpoint that is a link, or contains one, is neither deleted nor counted.
 
     Args:
-        before_cooldown: the step at which the cooldown begins; the newest checkpoint at or before it stays too, since
+        before_cooldown: the step at which the cooldown begins; the newest checkpoint at or before it is kept too, since
             other cooldowns branch from it.
     """
     folders = [folder for folder in step_folders(run_folder) if not is_foreign(folder)]
@@ -156,13 +159,16 @@ def prune(run_folder: Path, *, keep: int, before_cooldown: int | None = None) ->
     for folder in complete[len(kept) :]:
         if folder != branching:
             delete(folder)
-    for folder in folders:  # what a deletion that was killed has left of older ones
+    for folder in folders:  # the remains of an interrupted deletion of older ones
         if kept and step_of(folder) < step_of(kept[-1]) and not os.path.lexists(folder / FILE_NAME):
             delete(folder)
 
 
 def clear_staging(run_folder: Path) -> None:
-    """Delete what killed saves left; call only while no save is under way. Of a link the link alone goes."""
+    """Delete the remains of interrupted saves; call this only while no save is running.
+
+    Of a link only the link itself is deleted.
+    """
     for path in _entries(run_folder / "checkpoints"):
         if not _STAGING.fullmatch(path.name):
             continue
@@ -173,10 +179,10 @@ def clear_staging(run_folder: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first: a half-deleted folder must never look complete.
+    """Delete a checkpoint, its manifest first, so that a half-deleted folder never looks complete.
 
     Raises:
-        CheckpointError: the folder is a link or holds one; nothing is deleted.
+        CheckpointError: the folder is a link or contains one; nothing is deleted.
     """
     if is_foreign(folder):
         raise CheckpointError(f"{folder} is, or holds, a link, and is not deleted; remove it from the run folder")
@@ -196,17 +202,17 @@ def verify_files(folder: Path, *, hashes: bool, share: int = 0, of: int = 1) -> 
     """Check the files of a checkpoint against its manifest.
 
     Args:
-        hashes: read them and compare SHA-256 as well.
-        share, of: with `hashes`, read only every `of`-th file beginning with the `share`-th largest.
+        hashes: whether to read the files and compare their SHA-256 as well.
+        share, of: with `hashes`, read only every `of`-th file, beginning with the `share`-th largest.
 
     Raises:
-        CheckpointError: a file is missing, or of another size or content than was written.
+        CheckpointError: a file is missing, or has another size or content than was written.
     """
     _refuse_links(folder)
     manifest = read_manifest(folder)
     if _STEP_FOLDER.fullmatch(folder.name) and manifest.step != step_of(folder):
         raise CheckpointError(
-            f"{folder} is damaged: its {FILE_NAME} is of step {manifest.step}; take another checkpoint of the run"
+            f"{folder} is damaged: its {FILE_NAME} belongs to step {manifest.step}; take another checkpoint of the run"
         )
     if not manifest.files:
         raise CheckpointError(f"{folder / FILE_NAME} is damaged: it lists no files; take another checkpoint of the run")
@@ -229,10 +235,10 @@ def verify_files(folder: Path, *, hashes: bool, share: int = 0, of: int = 1) -> 
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all files are there with the sizes that were written.
+    """Return whether all files exist with the sizes that were written.
 
     Raises:
-        StorageError: the folder cannot be read, which says nothing about it.
+        StorageError: the folder cannot be read, so that nothing is known about it.
     """
     try:
         verify_files(folder, hashes=False)
@@ -246,7 +252,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def step_folders(run_folder: Path) -> list[Path]:
-    """Return the step folders, links to folders among them, newest step first.
+    """Return the step folders, including links to folders, newest step first.
 
     Raises:
         StorageError: `checkpoints/` cannot be read.
@@ -260,14 +266,17 @@ def step_folders(run_folder: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a step folder's name."""
+    """Return the step in a step folder's name."""
     match = _STEP_FOLDER.fullmatch(folder.name)
     assert match, folder
     return int(match[1])
 
 
 def _newest_whole(run_folder: Path) -> Path | None:
-    """Return the newest whole checkpoint; damaged ones are passed over, but not those that are or hold links."""
+    """Return the newest complete checkpoint.
+
+    Damaged ones are skipped, unless they are or contain links; those raise a CheckpointError.
+    """
     for folder in step_folders(run_folder):
         if is_complete(folder):
             return folder
@@ -291,7 +300,7 @@ def _problem(folder: Path) -> str:
 
 
 def _evidence_of_checkpoints(run_folder: Path) -> str | None:
-    """Return what shows that this run has completed a checkpoint; None if it never has, as far as can be known."""
+    """Return evidence that this run has completed a checkpoint; None if there is none."""
     if os.path.lexists(run_folder / "LATEST"):
         hint = _hinted_step(run_folder)
         return f"LATEST names step {hint}" if hint is not None else "it has a file LATEST"
@@ -309,7 +318,7 @@ def _what_is_seen(folder: Path) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what is in a folder; nothing where there is none.
+    """Return the entries of a folder; an empty list if there is no such folder.
 
     Raises:
         StorageError: it cannot be read.
@@ -324,13 +333,13 @@ def _entries(folder: Path) -> list[Path]:
 
 def _unreadable(folder: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"{error.filename or folder} cannot be read ({error.strerror or error}); see to the disk and its permissions "
+        f"{error.filename or folder} cannot be read ({error.strerror or error}); check the disk and its permissions "
         "and run the same command again (nothing was changed)"
     )
 
 
 def _refuse_links(folder: Path) -> None:
-    """A link inside a checkpoint would have a file read from anywhere."""
+    """Raise a CheckpointError if a checkpoint contains a link, through which any file might be read."""
     linked: list[str] = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         linked = sorted(entry.name for entry in entries if entry.is_symlink())
@@ -341,7 +350,10 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _refuse_strangers(folder: Path, manifest: Manifest) -> None:
-    """A file the manifest does not list was not written by the save: the loader would read a shard it names."""
+    """Raise a CheckpointError if the folder contains a file that the manifest does not list.
+
+    The save did not write such a file, but the loader would read it as a shard.
+    """
     for path in sorted(folder.iterdir()):
         if path.name not in (FILE_NAME, SUM_NAME) and path.name not in manifest.files:
             raise CheckpointError(
@@ -365,7 +377,7 @@ def _hinted_step(run_folder: Path) -> int | None:
 
 
 def _was_seen_damaged(run_folder: Path, step: int) -> bool:
-    """Whether the step is there and broken, or was put aside, so that waiting for it is idle."""
+    """Return whether the step's folder exists or was set aside as damaged, so that waiting for it is pointless."""
     name = step_folder(run_folder, step).name
     aside = any(path.name.startswith(f"{name}.bad") for path in _set_aside(run_folder))
     return aside or step_folder(run_folder, step).exists()

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout into this one, once every byte of it is known to be as it was written."""
+"""Loading of a checkpoint of any layout into this one, after every byte of it has been verified."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from megadiff.platform.quiet import quiet
 log = logging.getLogger("megadiff")
 
 _MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-"""Prefix of a parameter's name in the keys of float32 master weights."""
+"""Prefixes that precede a parameter's name in the keys of float32 master weights."""
 
 
 def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path | None:
-    """The newest checkpoint of a run whose every byte is as written; None if the run has none.
+    """Return the newest checkpoint of a run that passes verification; None if the run has none.
 
-    Damaged ones are renamed `step_XXXXXXXX.bad`, reported, and the next older is taken. Collective over the world.
+    Damaged ones are renamed `step_XXXXXXXX.bad` and reported, and the next older one is tried. Collective over the
+    world.
 
     Args:
-        strict: refuse instead of taking an older one.
+        strict: whether to refuse instead of taking an older one.
 
     Raises:
-        CheckpointError: none is sound, or, with `strict`, the newest is not.
+        CheckpointError: none is undamaged or, with `strict`, the newest is damaged.
         StorageError: the folder cannot be read, a rank cannot read what the main rank can, or a damaged checkpoint
-            is still there after it was renamed.
+            still exists after it was renamed.
     """
     aside: set[Path] = set()
     while True:
@@ -56,12 +57,12 @@ def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path 
         if problem is None:
             return folder
         if strict:
-            raise CheckpointError(f"{problem}; --strict-resume takes no older checkpoint: leave it out to go on")
+            raise CheckpointError(f"{problem}; --strict-resume takes no older checkpoint; omit it to resume from one")
         with main_rank_reports(f"setting a damaged checkpoint of {run_folder} aside", topology):
             for path in newer if topology.is_main else []:
-                if path in aside:  # a file system that still shows what was renamed would be asked again without end
+                if path in aside:  # the file system still shows a renamed folder: do not loop forever
                     raise StorageError(
-                        f"{problem}; it was set aside, but {path} is still there; see to the disk, move that folder "
+                        f"{problem}; it was set aside, but {path} is still there; check the disk, move that folder "
                         "away and run the same command again"
                     )
                 log.warning(f"{problem}; set aside as {set_aside(path)}")
@@ -69,27 +70,27 @@ def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path 
 
 
 def problem_of(folder: Path, topology: Topology) -> str | None:
-    """What is wrong with a checkpoint's files, in one sentence; None if all hashes agree.
+    """Return a sentence about the damage to a checkpoint's files; None if all hashes agree.
 
-    Every rank reads its share of the files; what a rank finds damaged the main rank reads again, since a checkpoint is
-    not to be given up for one sick node. Collective over the world.
+    Every rank reads its share of the files. What one rank finds damaged is read again by the main rank, because a
+    single faulty node must not cause a checkpoint to be discarded. Collective over the world.
 
     Raises:
-        StorageError: a rank cannot read the files, or reads them otherwise than the main rank does.
+        StorageError: a rank cannot read the files, or reads other bytes than the main rank does.
     """
     ranks = topology.layout.world_size
     found = topology.gather_to_main(_problem_in(folder, topology.rank, ranks))
     verdict: tuple[str | None, bool] = (None, False)
     if topology.is_main:
         verdict = _confirmed(folder, [_Problem() if one is None else one for one in found or []], ranks)
-    said, is_storage = topology.from_main(verdict)
+    message, is_storage = topology.from_main(verdict)
     if is_storage:
-        raise StorageError(said)
-    return said
+        raise StorageError(message)
+    return message
 
 
 class _Problem(NamedTuple):
-    """What one rank says of its share."""
+    """The result of one rank's verification of its share."""
 
     text: str | None = None
     is_unreadable: bool = False
@@ -109,17 +110,20 @@ def _problem_in(folder: Path, share: int, of: int) -> _Problem:
 
 
 def _confirmed(folder: Path, problems: Sequence[_Problem], ranks: int) -> tuple[str | None, bool]:
-    """(the first problem, whether it is the storage's), once the main rank has seen it too."""
+    """Return (the first confirmed problem, whether the storage causes it).
+
+    The main rank confirms a problem by reading the files itself.
+    """
     for rank, problem in enumerate(problems):
         if problem.text is None:
             continue
         seen = problem if rank == 0 else _problem_in(folder, rank, ranks)
         if seen.is_unreadable or problem.is_unreadable:
-            return f"rank {rank} on {problem.host}: {problem.text}; look at that node and its mounts, then go on", True
+            return f"rank {rank} on {problem.host}: {problem.text}; check that node and its mounts, then resume", True
         if seen.text is None:
             return (
-                f"rank {rank} on {problem.host} says: {problem.text}; the main rank reads it as it was written, so "
-                "look at that node and its mounts, then go on",
+                f"rank {rank} on {problem.host} reports: {problem.text}; the main rank reads it correctly, so check "
+                "that node and its mounts, then resume",
                 True,
             )
         return seen.text, False
@@ -135,11 +139,11 @@ def load(
     topology: Topology,
     platform: Platform,
 ) -> None:
-    """Load weights, and the optimizer's state if given, from a checkpoint of any layout. Collective over the world.
+    """Load weights and, if given, the optimizer's state from a checkpoint of any layout. Collective over the world.
 
     Args:
         chunks: the bare model chunks, not their data-parallel wrappers.
-        is_verified: `newest_sound` has just read the files.
+        is_verified: whether `newest_sound` has just verified the files.
 
     Raises:
         CheckpointError: a file is missing, damaged or hostile, or holds a model of another shape.
@@ -159,7 +163,7 @@ def load(
 
 
 def _name_masters_as_stored(state: dict[str, Any], stored: Collection[str]) -> None:
-    """Let the request for float32 master weights name them as the checkpoint does, or leave out what it has not.
+    """Change the requested names of float32 master weights to the checkpoint's, and drop those it does not have.
 
     The distributed optimizer calls them `param`, the bf16 wrapper `fp32_param`, and the float32 wrapper saves none,
     since they are the model's weights.

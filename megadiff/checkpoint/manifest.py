@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and what must match when a run takes it up again."""
+"""The description that a checkpoint carries of itself, and the settings that must match when a run resumes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, StorageE
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 FORMAT = 3
-"""Version of the manifest; a change of meaning raises it. 2: the manifest has a checksum of its own. 3: it has the
-positions of the data's sources, which a program that does not know them would lose.
-"""
+"""Version of the manifest, raised by every change of its meaning. Version 2 added the manifest's own checksum. Version
+3 added the positions of the data's sources, which programs that do not know them would lose."""
 
 READABLE = (2, FORMAT)
-"""Versions that are read."""
+"""Versions that can be read."""
 
 FILE_NAME = MANIFEST_NAME
 SUM_NAME = "manifest.sha256"
-"""The manifest's own checksum, as `sha256sum --check` reads it."""
+"""Name of the file with the manifest's own checksum, in the format of `sha256sum --check`."""
 
 _MAX_BYTES = 2**28
 _MAX_SUM_BYTES = 200
@@ -43,13 +42,14 @@ MUST_MATCH = (
     "precision.compute",
     "precision.master_weights",
 )
-"""Settings whose change makes a resumed run another run; everything else may change."""
+"""Settings that define the run: they must not change on resuming; all others may."""
 
 _NEVER_MATTERS = ("objective.head",)
-"""Among those, settings of how things are computed and not of what."""
+"""Settings among those that affect only the way of computing, not the result."""
 
 MAY_BE_ALLOWED = ("seed", "noise", "objective", "conditioning")
-"""Those of them whose change the saved weights and optimizer state survive, if a person asks for it."""
+"""Settings among those that the user may allow to change, because the saved weights and optimizer state remain
+valid."""
 
 _IDENTITY = ("vocab_size", "mask_id", "tokenizer_fingerprint", "data_fingerprint")
 
@@ -66,7 +66,7 @@ class FileEntry(BaseModel):
 
 
 class Change(BaseModel):
-    """A setting that another attempt of the same run had otherwise."""
+    """A setting that had another value in an earlier attempt of the same run."""
 
     after_step: int
     key: str
@@ -74,7 +74,7 @@ class Change(BaseModel):
     now: Any
 
     def describe(self) -> str:
-        """Return `key: before -> now`, fingerprints with their first digits."""
+        """Return `key: before -> now`; fingerprints are shortened to their first digits."""
         before, now = self.before, self.now
         if self.key.endswith("_fingerprint"):
             before, now = str(before)[:SHOWN_DIGITS], str(now)[:SHOWN_DIGITS]
@@ -82,17 +82,17 @@ class Change(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`manifest.json`: written last, so a folder without one is not a checkpoint."""
+    """The contents of `manifest.json`, which is written last: a folder without it is not a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     format: int = Field(ge=0, le=2**31)
     step: int = Field(ge=0, le=2**62)
     samples: int = Field(ge=0, le=2**62)
-    """Rows the run has trained on."""
+    """Number of rows the run has trained on."""
     tokens: int = Field(ge=0, le=2**62)
     config: dict[str, Any]
-    """The resolved tree."""
+    """The resolved configuration tree."""
     vocab_size: int = Field(gt=1, lt=2**31)
     mask_id: int = Field(ge=0, lt=2**31)
     tokenizer_fingerprint: str
@@ -104,11 +104,12 @@ class Manifest(BaseModel):
     mixture: dict[str, Any] = {}
     """Positions of the training data's sources (`data.mixture.Mixture`); empty in format 2 and for imported weights."""
     health: dict[str, float | list[float]] = {}
-    """What the run's health checks remember: skipped steps in a row, running statistics."""
+    """State of the run's health checks: the number of consecutive skipped steps, and running statistics."""
     has_optimizer: bool = True
-    """False where weights came from elsewhere: a run that begins with them has its optimizer and steps before it."""
+    """Whether an optimizer state is included. It is not if the weights came from elsewhere; a run that begins with them
+    has a new optimizer and begins at step 0."""
     changes: list[Change] = []
-    """Settings that were changed when the run was taken up again, oldest first."""
+    """Settings that were changed when the run was resumed, oldest first."""
     files: dict[str, FileEntry] = {}
 
     def write(self, folder: Path) -> None:
@@ -133,10 +134,10 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(no_checkpoint(folder)) from None
     except OSError as error:
-        if error.errno == errno.ELOOP:  # links that lead in a circle are no matter of the disk
+        if error.errno == errno.ELOOP:  # links that lead in a circle are no fault of the disk
             raise CheckpointError(f"{path} is damaged ({error.strerror}); take another checkpoint of the run") from None
         raise StorageError(
-            f"{error.filename or path} cannot be read ({error.strerror or error}); see to the disk and its permissions"
+            f"{error.filename or path} cannot be read ({error.strerror or error}); check the disk and its permissions"
         ) from None
     except UnreadableFileError as error:
         raise CheckpointError(f"{path} is damaged: it {error}; take another checkpoint of the run") from None
@@ -157,7 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read_checksum(path: Path) -> bytes:
-    """Return what is written beside a manifest as its checksum; nothing where there is none, or no plain file."""
+    """Return the checksum file beside a manifest; empty if there is none or it is not a regular file."""
     try:
         return read_bytes(path.with_name(SUM_NAME), max_bytes=_MAX_SUM_BYTES)
     except (FileNotFoundError, UnreadableFileError):
@@ -167,18 +168,18 @@ def _read_checksum(path: Path) -> bytes:
 def check_same_run(
     saved: Manifest, wanted: Manifest, folder: Path, *, allowed: Sequence[str] = (), allow_data: bool = False
 ) -> list[Change]:
-    """Refuse to go on from a checkpoint whose settings, tokenizer or data differ where it matters.
+    """Refuse to resume from a checkpoint whose settings, tokenizer or data differ in a way that matters.
 
     Args:
-        allowed: keys, or sections, whose change is accepted; keys that may change anyway are no mistake here.
-        allow_data: accept other training data.
+        allowed: keys, or sections, whose change is accepted; keys that may change anyway are accepted here too.
+        allow_data: whether other training data are accepted.
 
     Returns:
-        Every accepted difference, those that never matter included, to be recorded.
+        All accepted differences, to be recorded; those that never matter are included.
 
     Raises:
-        CheckpointError: with every difference that matters as `key: saved -> wanted`.
-        ConfigError: a key is allowed that cannot be (`check_allowed`).
+        CheckpointError: names every difference that matters as `key: saved -> wanted`.
+        ConfigError: a key in `allowed` can never change (`check_allowed`).
     """
     check_allowed(allowed)
     changes = _changes(saved.step, "", saved.config, wanted.config)
@@ -186,18 +187,18 @@ def check_same_run(
     refused = [change for change in changes if _matters(change.key, allowed, allow_data)]
     if not refused:
         return [change for change in changes if change.key not in _NOT_WORTH_RECORDING]
-    said = "; ".join(change.describe() for change in refused)
+    listed = "; ".join(change.describe() for change in refused)
     raise CheckpointError(
-        f"{folder} belongs to another run; these settings differ (checkpoint -> this run): {said}. "
+        f"{folder} belongs to another run; these settings differ (checkpoint -> this run): {listed}. "
         f"Give the run another `name`, or the settings it was started with{_ways_out(refused)}"
     )
 
 
 def check_allowed(allowed: Sequence[str]) -> None:
-    """Refuse keys whose change no run survives, alone or inside a section.
+    """Refuse keys, alone or inside a section, that can never change within a run.
 
     Raises:
-        ConfigError: the first such key.
+        ConfigError: names the first such key.
     """
     for key in allowed:
         fixed = [other for other in MUST_MATCH if _is_at_or_below(key, other) or _is_at_or_below(other, key)]
@@ -212,10 +213,10 @@ def check_allowed(allowed: Sequence[str]) -> None:
 
 
 def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:
-    """Refuse weights of another model or another vocabulary.
+    """Refuse the weights of another model or another vocabulary.
 
     Raises:
-        CheckpointError: with every difference.
+        CheckpointError: names every difference.
     """
     changes = [
         change
@@ -225,14 +226,15 @@ def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:
     names = ("vocab_size", "mask_id", "tokenizer_fingerprint")
     changes += [_change(saved, wanted, key) for key in names if getattr(saved, key) != getattr(wanted, key)]
     if changes:
-        said = "; ".join(change.describe() for change in changes)
+        listed = "; ".join(change.describe() for change in changes)
         raise CheckpointError(
-            f"{folder} holds the weights of another model (checkpoint -> this run): {said}; set these as it has them"
+            f"{folder} holds the weights of another model (checkpoint -> this run): {listed}; set these to the "
+            "checkpoint's values"
         )
 
 
 def differences(saved: Manifest, wanted: Mapping[str, Any]) -> list[Change]:
-    """Return every setting that a tree has otherwise than a checkpoint's, names of runs and folders left out."""
+    """Return every setting that differs between a checkpoint and a tree, except names of runs and folders."""
     return [
         change for change in _changes(saved.step, "", saved.config, wanted) if change.key not in _NOT_WORTH_RECORDING
     ]
@@ -253,7 +255,7 @@ def _ways_out(refused: Sequence[Change]) -> str:
         if any(_is_at_or_below(change.key, other) for other in MAY_BE_ALLOWED)
     ]
     ways += ["--allow-data-change"] * any(change.key == "data_fingerprint" for change in refused)
-    return f"; to go on all the same, and have it recorded: {' '.join(ways)}" if len(ways) == len(refused) else ""
+    return f"; to resume anyway, with the change recorded: {' '.join(ways)}" if len(ways) == len(refused) else ""
 
 
 def _is_at_or_below(key: str, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""Recognise what lies at a path that was given where a checkpoint, a run folder or a Hugging Face folder is wanted."""
+"""Recognition of a path that was given instead of a checkpoint, a run folder or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import shlex
 from pathlib import Path
 
 MANIFEST_NAME = "manifest.json"
-"""The file that is written last into a checkpoint: a folder without it is none."""
+"""Name of the file that is written last into a checkpoint; a folder without it is not a checkpoint."""
 
 
 def what_it_is(path: Path) -> str:
-    """Return the kind of thing at a path with its article, as the end of a sentence that begins with `it is`."""
+    """Return a description of the thing at a path, with its article, to complete a sentence that begins with `it
+    is`."""
     if not os.path.lexists(path):
         is_prefix = any(os.path.isfile(f"{path}{suffix}") for suffix in (".idx", ".bin"))
         return "the prefix of indexed data" if is_prefix else "no such folder"
@@ -33,7 +34,7 @@ def what_it_is(path: Path) -> str:
 
 
 def no_checkpoint(path: Path) -> str:
-    """Return the sentence that refuses a path where a checkpoint is wanted, with what to give instead."""
+    """Return the message that refuses a path where a checkpoint is needed, with advice on what to give instead."""
     kind = what_it_is(path)
     if kind == "a Hugging Face folder":
         command = f"python tools/convert_checkpoint.py import --input {shlex.quote(str(path))} --output NEW_FOLDER"

@@ -1,4 +1,4 @@
-"""Failures of one rank or of a library, told to every rank as one sentence, so that none waits for another for ever."""
+"""Failures of one rank or of a library, reported to every rank, so that no rank waits for another forever."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from megadiff.errors import CheckpointError, MegadiffError, StorageError
 from megadiff.parallel.topology import Topology
 
 _OF_DAMAGED_FILES = (ValueError, TypeError, KeyError, ArithmeticError)
-"""What the library lets through of a small file that holds something else than it should."""
+"""Exceptions that the library passes on when a small file does not contain what it should."""
 
 
 @contextmanager
 def library_failures(what: str) -> Iterator[None]:
-    """Say an exception of the library in one sentence; some are BaseExceptions (`CheckpointException`).
+    """Replace an exception of the library by a one-sentence error; some are BaseExceptions (`CheckpointException`).
 
     Raises:
-        CheckpointError: for any of them.
+        CheckpointError: in place of any of them.
     """
     try:
         yield
@@ -34,7 +34,7 @@ def main_rank_reports(what: str, topology: Topology) -> Iterator[None]:
     """Run a block in which only the main rank works; if it fails there, every rank raises the same error.
 
     Raises:
-        CheckpointError, StorageError: with the main rank's words.
+        CheckpointError, StorageError: with the main rank's message.
     """
     failure: MegadiffError | None = None
     try:
@@ -43,12 +43,12 @@ def main_rank_reports(what: str, topology: Topology) -> Iterator[None]:
         failure = error
     except OSError as error:
         failure = StorageError(f"{what} failed: {error.strerror or error}")
-    said = topology.from_main((str(failure), isinstance(failure, StorageError)) if failure is not None else None)
-    if said is not None:
-        raise (StorageError if said[1] else CheckpointError)(said[0])
+    message = topology.from_main((str(failure), isinstance(failure, StorageError)) if failure is not None else None)
+    if message is not None:
+        raise (StorageError if message[1] else CheckpointError)(message[0])
 
 
 def every_rank_reports(problem: str | None, topology: Topology) -> str | None:
-    """The first rank's problem, on every rank. Collective over the world."""
+    """Return the problem of the first rank that has one, on every rank. Collective over the world."""
     found = topology.gather_to_main(problem)
     return topology.from_main(next((one for one in found or [] if one is not None), None))

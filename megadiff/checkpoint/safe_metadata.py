@@ -1,8 +1,8 @@
-"""The pickled parts of a torch_dist checkpoint, read so that they cannot run code.
+"""Safe reading of the pickled parts of a torch_dist checkpoint, without running code from them.
 
 torch's `FileSystemReader.read_metadata` calls `pickle.load` on `.metadata`
-(torch/distributed/checkpoint/filesystem.py), so a hostile folder runs code on load. `read_index` reads the same
-bytes first with an unpickler that knows only the classes such an index is made of.
+(torch/distributed/checkpoint/filesystem.py), so a hostile folder can run code on load. `read_index` reads the same
+bytes first, with an unpickler that allows only the classes such an index consists of.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _ALLOWED = {
     ("torch", "Size"),
     *(("torch", name) for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")),
 }
-"""Everything the index of a megatron-core 0.16 checkpoint names, and no more."""
+"""All names that occur in the index of a megatron-core 0.16 checkpoint, and no others."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Finds only the classes of a checkpoint index."""
+    """An unpickler that finds only the classes of a checkpoint index."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -40,7 +40,8 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def read_index(folder: Path) -> Any:
-    """Read `folder/.metadata`: torch's `Metadata` of a checkpoint's tensors, their shapes and where each part is.
+    """Read `folder/.metadata`: torch's `Metadata` with the shapes of a checkpoint's tensors and the places of their
+    parts.
 
     Raises:
         CheckpointError: the file is missing, damaged, or names anything but the parts of an index.
@@ -59,20 +60,20 @@ def read_index(folder: Path) -> Any:
 
 @contextmanager
 def unpickle_plain_objects_only() -> Iterator[None]:
-    """Load shards inside this block: every `torch.load` of the process knows only tensors and plain containers.
+    """Restrict every `torch.load` of the process to tensors and plain containers while shards are loaded.
 
-    torch's planner reads objects kept in shards, a layer's extra state, with `weights_only=False`
-    (torch/distributed/checkpoint/default_planner.py); this variable is torch's own switch over it.
+    torch's planner reads objects in shards, such as a layer's extra state, with `weights_only=False`
+    (torch/distributed/checkpoint/default_planner.py); this environment variable is torch's own override of that.
 
     Raises:
-        CheckpointError: a shard holds anything else.
+        CheckpointError: a shard contains anything else.
     """
     force, unforce = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, unforce)}
     os.environ[force] = "1"
     try:
         yield
-    except BaseException as error:  # torch's CheckpointException is one
+    except BaseException as error:  # torch's CheckpointException is a BaseException
         if named := re.search(r"(?i)unsupported (?:global: )?global (\S+)", str(error)):
             raise CheckpointError(f"a shard holds an object of {named[1]}, no plain data, and was not loaded") from None
         raise

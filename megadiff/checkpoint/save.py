@@ -1,7 +1,8 @@
-"""Saving while training goes on: snapshot, write in a thread, complete with one rename.
+"""Saving while training continues: take a snapshot, write it in a thread, complete it with one rename.
 
-A step folder appears whole or not at all: shards are written and synced under a staging name, then the index, then the
-manifest with every file's hash, then one rename. Killed anywhere before the rename, the run has its older checkpoints.
+A step folder appears complete or not at all: shards are written and synced under a staging name, then the index, then
+the manifest with every file's hash, then comes the rename. A run killed before the rename still has its older
+checkpoints.
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ log = logging.getLogger("megadiff")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one save ended."""
+    """The result of one save."""
 
     step: int
     folder: Path
     error: str | None
-    """Why there is no such checkpoint, in one sentence; None if there is one."""
+    """Reason, in one sentence, why there is no such checkpoint; None if there is one."""
     stall_s: float
-    """Seconds that training stood still for it on this rank."""
+    """Seconds for which training was paused on this rank."""
     seconds: float
-    """Seconds from its start until it was complete."""
+    """Seconds from the start of the save until it was complete."""
 
 
 class _Write(threading.Thread):
-    """One rank's files, written beside training."""
+    """A thread that writes one rank's files while training continues."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         super().__init__(name="checkpoint writer", daemon=True)
@@ -83,7 +84,7 @@ class _Underway:
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time. Every method is collective over the world."""
+    """The writer of one run's checkpoints, one at a time. Every method is collective over the world."""
 
     def __init__(
         self,
@@ -96,7 +97,12 @@ class Saver:
         topology: Topology,
         platform: Platform,
     ) -> None:
-        """Take the bare model chunks, not their data-parallel wrappers; `keep` and `before_cooldown` are `prune`'s."""
+        """Store the settings.
+
+        Args:
+            chunks: the bare model chunks, not their data-parallel wrappers.
+            keep, before_cooldown: the arguments of `prune`.
+        """
         self._run_folder = run_folder
         self._kept: dict[str, Any] = {"keep": keep, "before_cooldown": before_cooldown}
         self._chunks, self._optimizer = chunks, optimizer
@@ -107,13 +113,15 @@ class Saver:
         self._pruning: threading.Thread | None = None
 
     def start(self, manifest: Manifest, *, first: Callable[[], None] = lambda: None) -> Outcome | None:
-        """Copy the state to host memory and begin to write it as `checkpoints/step_XXXXXXXX`.
+        """Copy the state to host memory and start writing it as `checkpoints/step_XXXXXXXX`.
 
-        No save may be under way. Returns how it ended if it failed at once, such as on a disk without space.
+        No other save may be running. The outcome is returned only if the save fails at once, for example on a full
+        disk.
 
         Args:
-            first: called on the main rank; what a checkpoint relies on is made durable here, and there is no checkpoint
-                if it raises an OSError.
+            first: called on the main rank to make durable what a checkpoint relies on; if it raises an OSError, there
+                is
+                no checkpoint.
         """
         assert self._underway is None, "finish the save under way first"
         began = time.monotonic()
@@ -139,7 +147,7 @@ class Saver:
                 )
         except (CheckpointError, StorageError) as failure:
             error = str(failure)
-        # One rank's memory may not have sufficed: all give this save up, or none.
+        # One rank may have run out of memory: either all ranks abandon this save, or none.
         error = every_rank_reports(error, self._topology)
         if error is not None or snapshot is None:
             stall = time.monotonic() - began
@@ -151,7 +159,8 @@ class Saver:
         return None
 
     def poll(self) -> Outcome | None:
-        """Complete the save under way once every rank has written its part; None before that, or without one."""
+        """Complete the running save once every rank has written its part; return None before that, or if there
+        is none."""
         if self._underway is None:
             return None
         began = time.monotonic()
@@ -160,7 +169,7 @@ class Saver:
         return None if is_waiting else self.finish()
 
     def finish(self) -> Outcome | None:
-        """Wait for the save under way and complete it; None if there is none."""
+        """Wait for the running save and complete it; return None if there is none."""
         if self._underway is None:
             return None
         save, self._underway = self._underway, None
@@ -181,7 +190,7 @@ class Saver:
         return Outcome(save.manifest.step, save.final, error, save.stall_s + now - began, now - save.started)
 
     def _refuse_link(self, final: Path) -> None:
-        """Refuse to replace what lies elsewhere; before anything is written."""
+        """Refuse to replace a folder that is stored elsewhere; called before anything is written."""
         if os.path.lexists(final) and is_foreign(final):
             raise CheckpointError(
                 f"{final} is, or holds, a link and is not replaced; remove it from the run folder to have it saved"
@@ -196,10 +205,13 @@ class Saver:
         try:
             prune(self._run_folder, **self._kept)
         except (OSError, CheckpointError, StorageError) as error:
-            log.warning(f"older checkpoints of {self._run_folder} stay: {error}")
+            log.warning(f"older checkpoints of {self._run_folder} were not deleted: {error}")
 
     def _complete(self, save: _Underway, parts: list[tuple[Written | None, str | None]]) -> None:
-        """On the main rank: index, manifest, rename, each made durable; then older ones go."""
+        """Write index and manifest and rename the folder, each made durable, then delete older checkpoints.
+
+        Runs on the main rank only.
+        """
         for rank, (_, error) in enumerate(parts):
             if error is not None:
                 raise CheckpointError(f"writing {save.final} failed on rank {rank}: {error}")
@@ -221,6 +233,6 @@ class Saver:
         sync(save.final.parent)
         verify_files(save.final, hashes=False)
         write_atomically(self._run_folder / "LATEST", save.final.name + "\n")
-        # Deleting takes as long as copying; not a daemon, so that a run that ends leaves nothing half deleted.
+        # Deleting takes as long as copying. This is no daemon thread: no run ends with a half-deleted checkpoint.
         self._pruning = threading.Thread(target=self._prune)
         self._pruning.start()

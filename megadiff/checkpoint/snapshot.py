@@ -1,8 +1,8 @@
-"""A consistent copy in host memory of what this rank has to write, taken between two steps.
+"""A consistent copy, in host memory, of the state that this rank has to write, taken between two steps.
 
-megadiff's subclass of megatron-core's `FileSystemWriterAsync` plans as the parent does and writes in a thread of its
-own instead of in forked or spawned processes: those outlive a killed trainer, and a fork after CUDA or gloo have
-started their threads is not safe. Everything named here is of megatron-core 0.16.1, `dist_checkpointing/strategies`.
+megadiff's subclass of megatron-core's `FileSystemWriterAsync` plans as the parent does, but writes in a thread of its
+own instead of in forked or spawned processes: those survive a killed trainer, and forking after CUDA or gloo have
+started their threads is not safe. All names here belong to megatron-core 0.16.1, `dist_checkpointing/strategies`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 
 COMMON_FILE = "common.pt"
-"""What is not sharded, such as the optimizer's parameter groups; megatron-core's name."""
+"""Name, given by megatron-core, of the file with unsharded state such as the optimizer's parameter groups."""
 
 _SHARDING = {
     # The default (`fully_sharded_model_space`) cannot be saved: "ShardedTensor.flattened_range is not supported".
@@ -47,26 +47,26 @@ _SHARDING = {
 
 
 class SavableOptimizer(Protocol):
-    """What a checkpoint needs of an optimizer."""
+    """The methods of an optimizer that checkpoints need."""
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> Any:
-        """State as shards."""
+        """Return the state as shards."""
         ...
 
     def load_state_dict(self, state: Any) -> None:
-        """Take over a loaded state."""
+        """Load a state."""
         ...
 
 
 class HostBuffers:
-    """Host memory that snapshots are copied into, kept from one save to the next; pinned where there is a GPU."""
+    """Host memory for snapshots, reused from one save to the next; it is pinned if there is a GPU."""
 
     def __init__(self, platform: Platform) -> None:
         self._is_pinned = not platform.is_cpu
         self._kept: dict[int, Tensor] = {}
 
     def copy(self, place: int, tensor: Tensor) -> Tensor:
-        """Copy `tensor` into the buffer of this place; complete after `platform.synchronize()`."""
+        """Copy `tensor` into the buffer number `place`; the copy is complete after `platform.synchronize()`."""
         kept = self._kept.get(place)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._is_pinned)
@@ -75,7 +75,8 @@ class HostBuffers:
 
 
 class _HostWriter(FileSystemWriterAsync):
-    """Copies this rank's part of the plan into host buffers instead of cloning what is a view and sharing the rest."""
+    """A writer that copies this rank's part of the plan into host buffers, instead of cloning views and sharing the
+    rest."""
 
     def __init__(self, folder: Path, buffers: HostBuffers) -> None:
         super().__init__(str(folder), thread_count=1)
@@ -84,7 +85,7 @@ class _HostWriter(FileSystemWriterAsync):
         self.items: list[tuple[Any, io.BytesIO | Tensor]] = []
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
-        """First the small objects, then the tensors, in the plan's order."""
+        """Resolve the small objects first, then copy the tensors, in the plan's order."""
         self.file_name = f"{plan.storage_data.prefix}0.distcp"
         objects = [item for item in plan.items if item.type == WriteItemType.BYTE_IO]
         tensors = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
@@ -96,26 +97,26 @@ class _HostWriter(FileSystemWriterAsync):
 
 @dataclass(frozen=True)
 class Written:
-    """What one rank has put on the disk."""
+    """The files that one rank has written."""
 
     files: dict[str, FileEntry]
     results: list[Any]
-    """torch's `WriteResult`s: where each tensor is."""
+    """torch's `WriteResult`s, with the place of each tensor."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What this rank writes; nothing in it changes when training goes on."""
+    """The state that this rank writes; it does not change when training continues."""
 
     folder: Path
     common: bytes | None
-    """On the main rank."""
+    """Serialised unsharded state on the main rank, None on the others."""
     _writer: _HostWriter
     _index: Any
-    """On the main rank: torch's `Metadata` of all ranks' plans."""
+    """torch's `Metadata` of all ranks' plans on the main rank, None on the others."""
 
     def write(self) -> Written:
-        """Write this rank's files and wait until the disk has them. Safe in a thread; no collective.
+        """Write this rank's files and wait until they are on the disk. Safe in a thread, without collectives.
 
         Raises:
             OSError: the disk is full or gone.
@@ -143,7 +144,7 @@ class Snapshot:
         return Written(files, results)
 
     def write_index(self, results: Sequence[list[Any]]) -> dict[str, FileEntry]:
-        """On the main rank: write the index of all ranks' shards and the format's name.
+        """Write the index of all ranks' shards and the name of the format; for the main rank only.
 
         Raises:
             OSError: the disk is full or gone.
@@ -167,12 +168,13 @@ def take_snapshot(
     topology: Topology,
     platform: Platform,
 ) -> Snapshot:
-    """Plan a save into the empty `folder` and copy what this rank writes. Collective over the world; writes nothing.
+    """Plan a save into the empty `folder` and copy what this rank has to write. Collective over the world; writes
+    nothing.
 
     Args:
         chunks: the bare model chunks, not their data-parallel wrappers.
-        buffers: no earlier snapshot in them is still being written.
-        check_sharding: let megatron-core check that every tensor is written exactly once; needed once a process.
+        buffers: host memory, which must not hold an earlier snapshot that is still being written.
+        check_sharding: whether megatron-core checks that every tensor is written exactly once; needed once per process.
     """
     state, metadata = sharded_state(chunks, optimizer, topology, is_loading=False)
     state["content_metadata"] = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
@@ -187,14 +189,15 @@ def take_snapshot(
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
     )
     if index is not None:
-        # Only for a plan cache that is not used here, and as long as the index itself.
+        # It serves only a plan cache that is not used here, and is as large as the index itself.
         delattr(index, "all_local_plans")
     platform.synchronize()
     return Snapshot(folder, _serialised(common) if topology.is_main else None, writer, index)
 
 
 def _share_out(sharded: dict[str, Any], topology: Topology) -> None:
-    """Let the data-parallel ranks, which all hold these shards, each write some; the first would write them all."""
+    """Distribute the writing of shards that all data-parallel ranks hold; otherwise the first rank would write them
+    all."""
     if topology.layout.data > 1:
         strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), topology.data_group)
         strategy.apply_saving_parallelization(sharded)
@@ -203,7 +206,8 @@ def _share_out(sharded: dict[str, Any], topology: Topology) -> None:
 def sharded_state(
     chunks: Sequence[ModelChunk], optimizer: SavableOptimizer | None, topology: Topology, *, is_loading: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state as shards whose keys know no layout, and how the optimizer's are cut."""
+    """Return the state as shards, with keys that are independent of the layout, and the way the optimizer's are
+    sharded."""
     metadata = {**_SHARDING, "dp_cp_group": topology.data_group}
     state: dict[str, Any] = {
         model_key(index, chunks): chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
@@ -216,7 +220,7 @@ def sharded_state(
 
 
 def model_key(index: int, chunks: Sequence[ModelChunk]) -> str:
-    """Name of a model chunk in the state."""
+    """Return the name of a model chunk in the state."""
     return f"model{index}" if len(chunks) > 1 else "model"
 
 

@@ -1,4 +1,4 @@
-"""Fewer points of a curve that look like all of them."""
+"""Selection of few points of a curve that look like all of them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 
 class Point(NamedTuple):
-    """A value on a curve."""
+    """One value on a curve."""
 
     x: float
     y: float | None
-    """None where a value was due and was not finite: the line breaks here."""
+    """Value; None if there should be one but it was not finite, so that the line breaks here."""
     error: float | None = None
-    """Standard error of `y`."""
+    """Standard error of `y`, if it has one."""
 
 
 def downsample(points: Sequence[Point], most: int) -> list[Point]:
-    """At most about `most` of the points, in order: first, last, and the lowest and highest of each stretch.
+    """Return about `most` of the points, in order: the first, the last, and the lowest and highest of each interval.
 
-    Points without a value cost nothing while they part two kept ones: one of each such row is kept.
+    Points without a value do not count while they separate two kept ones: the first of each run of them is kept.
 
     Args:
         points: in the order of their x.

@@ -1,4 +1,4 @@
-"""Numbers as people write them."""
+"""Formatting of numbers for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def short(value: float, digits: int = 3) -> str:
-    """Large numbers with a letter (1.23M, B for 10^9), tiny and huge ones with a power of ten, others short."""
+    """Return a short form of a number.
+
+    Large numbers get a letter (1.23M, B for 10^9), tiny and huge ones a power of ten.
+    """
     size = abs(value)
     if 0 < size < 1e-3 or size >= 1e18:
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
@@ -19,12 +22,12 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def exact(value: float) -> str:
-    """Return a figure to four places behind the point; one too large for that to mean anything by its power of ten."""
+    """Return a figure with four decimal places; one too large for decimals to mean anything with a power of ten."""
     return f"{value:.4f}" if abs(value) < 1e9 else f"{value:.4e}"
 
 
 def of_bytes(count: float) -> str:
-    """Bytes in powers of 1024."""
+    """Return a size in bytes, in units of powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
@@ -33,7 +36,7 @@ def of_bytes(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes, hours or days."""
+    """Return a duration in seconds, minutes, hours or days."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:
@@ -42,5 +45,5 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage."""
+    """Return a fraction as a percentage."""
     return f"{100 * share:.1f} %"

@@ -12,7 +12,7 @@ from megadiff.report.markup import escaped
 from megadiff.report.scale import Scale, scale_of
 
 POINTS_SHOWN = 300
-"""Of one curve."""
+"""Largest number of points drawn for one curve, approximately."""
 
 _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 448, 10, 226
@@ -21,22 +21,22 @@ _COLOURS, _DASHES = 6, 4
 
 @dataclass(frozen=True)
 class Curve:
-    """Values of one run."""
+    """One curve: values of one run."""
 
     label: str
     style: int
-    """Which of the page's colours and dashes; the same for a run in every chart."""
+    """Index that selects a colour and dash pattern of the page; a run has the same in every chart."""
     points: Sequence[Point]
-    """In the order of x."""
+    """Points in the order of x."""
     has_dots: bool = False
-    """Draw every point, with its standard error where it has one, and a thin line between."""
+    """Whether to draw every point, with its standard error if it has one, and a thin line between the points."""
 
     is_reference: bool = False
-    """Draw it as a level to compare the runs with, in a neutral colour and without a run's style."""
+    """Whether this is a level to compare the runs with, drawn in a neutral colour and without a run's style."""
 
     @property
     def classes(self) -> str:
-        """The classes of its colour and its dashes."""
+        """CSS classes for its colour and its dash pattern."""
         if self.is_reference:
             return f"reference r{self.style % _DASHES}"
         return f"c{self.style % _COLOURS} d{self.style // _COLOURS % _DASHES}"
@@ -44,22 +44,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over one axis."""
+    """A chart of curves over a common axis."""
 
     name: str
-    """Unique on the page; letters, digits and hyphens."""
+    """Name that is unique on the page; letters, digits and hyphens."""
     title: str
     x_label: str
     y_label: str
-    """With the unit."""
+    """Label of the y axis, including the unit."""
     curves: Sequence[Curve]
     can_x_be_log: bool = True
     marks: dict[int, list[float]] = field(default_factory=dict)
-    """By style of a run: where on the x axis something happened, drawn as short bars at the foot."""
+    """Positions of events on the x axis by style of the run, drawn as short bars at the foot."""
     remark: str = ""
 
     def figure(self) -> str:
-        """The chart with its title and legend, as markup."""
+        """Return the chart with its title and legend, as markup."""
         thinned = [replace(curve, points=downsample(curve.points, POINTS_SHOWN)) for curve in self.curves]
         curves = [curve for curve in thinned if curve.points]
         head = f"<h3>{escaped(self.title)}</h3>"
@@ -100,7 +100,7 @@ class _Frame:
     y: Scale
 
     def data(self) -> str:
-        """For the script, which turns places back into values."""
+        """Return the attributes from which the page's script computes values from positions."""
         ends = f"{_LEFT},{_RIGHT},{self.x.low!r},{self.x.high!r},{int(self.x.is_log)}"
         return f'data-x="{ends}" data-y="{_BOTTOM},{_TOP},{self.y.low!r},{self.y.high!r},{int(self.y.is_log)}"'
 
@@ -142,7 +142,10 @@ class _Frame:
         return f'<path class="foot c{style % _COLOURS}" d="{bars}"/>' if bars else ""
 
     def _path(self, points: Sequence[Point]) -> str:
-        """`M x y` begins a stretch, `L x y` goes on; a stretch of one point gets `h0`, which shows as a dot."""
+        """Return the path of a line.
+
+        `M x y` begins a connected part and `L x y` continues it; a part of one point gets `h0`, which shows as a dot.
+        """
         parts: list[str] = []
         for fits, group in itertools.groupby(points, key=lambda point: _fits(point, self.x.is_log, self.y.is_log)):
             places = [f"{self.across(p.x):.2f} {self.up(p.y):.2f}" for p in group if fits and p.y is not None]
@@ -153,17 +156,19 @@ class _Frame:
     def _dot(self, curve: Curve, point: Point) -> str:
         assert point.y is not None
         across, up = self.across(point.x), self.up(point.y)
-        said = f"{curve.label}: {exact(point.y)}" + (f" \u00b1 {exact(point.error)}" if point.error is not None else "")
+        title = f"{curve.label}: {exact(point.y)}" + (
+            f" \u00b1 {exact(point.error)}" if point.error is not None else ""
+        )
         whisker = ""
         if point.error:
             low, high = (min(max(self.up(end), _TOP), _BOTTOM) for end in _ends(point, self.y))
             whisker = f'<path d="M{across - 3:.2f} {high:.2f}h6m-3 0V{low:.2f}m-3 0h6"/>'
         dot = f'<circle cx="{across:.2f}" cy="{up:.2f}" r="2.6"/>'
-        return f'<g class="dot c{curve.style % _COLOURS}"><title>{escaped(said)}</title>{whisker}{dot}</g>'
+        return f'<g class="dot c{curve.style % _COLOURS}"><title>{escaped(title)}</title>{whisker}{dot}</g>'
 
 
 def _ends(point: Point, scale: Scale) -> tuple[float, float]:
-    """Of the error bar; what is not above zero ends at the foot of a logarithmic axis."""
+    """Return the ends of the error bar; on a logarithmic axis an end that is not positive is moved to the foot."""
     assert point.y is not None
     error = point.error or 0.0
     low = point.y - error
@@ -191,12 +196,12 @@ def _legend(curves: Sequence[Curve]) -> str:
 
 
 def _in_words(curves: Sequence[Curve], y_label: str) -> str:
-    """For those who cannot see the drawing: every curve's first, lowest, highest and last value."""
-    said = []
+    """Return a text for readers who cannot see the drawing: first, lowest, highest and last value of every curve."""
+    parts = []
     for curve in curves:
         values = [point.y for point in curve.points if point.y is not None]
-        said.append(
+        parts.append(
             f"{curve.label}: first {short(values[0], 4)}, lowest {short(min(values), 4)}, "
             f"highest {short(max(values), 4)}, last {short(values[-1], 4)}"
         )
-    return f"{y_label}. " + "; ".join(said) + "."
+    return f"{y_label}. " + "; ".join(parts) + "."

@@ -1,4 +1,4 @@
-"""HTML from words: everything that comes out of a file goes through `escaped`."""
+"""HTML from text: everything that comes from a file goes through `escaped`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ _KEPT = "\n\t"
 
 
 def escaped(text: str) -> str:
-    """Text that can be no markup, inside an element or a quoted attribute.
+    """Return text that cannot act as markup, for use inside an element or a quoted attribute.
 
-    What does not print (control characters, text directions, halves of surrogate pairs) becomes U+FFFD, so that a
-    name cannot reorder the page around it and the page can always be written as UTF-8.
+    Characters that do not print (control characters, text directions, halves of surrogate pairs) become U+FFFD, so that
+    a name cannot reorder the page around it, and the page can always be encoded as UTF-8.
     """
     shown = "".join(c if c.isprintable() or c in _KEPT else "\ufffd" for c in text)
     return html.escape(shown, quote=True)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str) -> str:
-    """A table that scrolls sideways where it must.
+    """Return a table that scrolls sideways if it is too wide.
 
     Args:
         heads: plain text.
-        rows: cells as markup, already escaped; the first one heads its row.
-        caption: plain text, for those who cannot see it as well.
+        rows: cells as markup, already escaped; the first cell is the header of its row.
+        caption: plain text, also read out by screen readers.
     """
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in heads)
     body = "".join(
@@ -37,11 +37,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str) 
 
 
 def paragraph(text: str) -> str:
-    """A remark."""
+    """Return a remark as a paragraph."""
     return f'<p class="remark">{escaped(text)}</p>'
 
 
 def section(name: str, title: str, *parts: str) -> str:
-    """A part of the page with an anchor; nothing if it has nothing inside."""
+    """Return a section of the page with an anchor; an empty string if it has no content."""
     inside = "".join(parts)
     return f'<section id="{name}"><h2>{escaped(title)}</h2>{inside}</section>' if inside else ""

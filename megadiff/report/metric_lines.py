@@ -1,4 +1,4 @@
-"""The lines of a `metrics.jsonl`, also of one that is being written or was damaged."""
+"""Reading of a `metrics.jsonl`, even while it is being written or if it was damaged."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from megadiff.untrusted_files import UnreadableFileError, lines, why
 
 @dataclass(frozen=True)
 class MetricLines:
-    """Training and evaluation lines, one of each kind a step at most, in the order of their steps."""
+    """Training and evaluation lines in the order of their steps, at most one of each kind per step."""
 
     training: list[Line]
     evaluations: list[Line]
     unreadable: int
-    """Lines left out because they are no JSON object with a step; a torn last line is not counted."""
+    """Number of lines left out because they are not a JSON object with a step; an incomplete last line is not
+    counted."""
 
 
 def read_metric_lines(path: Path) -> MetricLines:
-    """Read without side effects. Of two lines of one kind and step the later counts.
+    """Read the lines without side effects; of two lines of the same kind and step the later one counts.
 
     Raises:
         DataError: there is no such file, or it cannot be read.
@@ -34,15 +35,17 @@ def read_metric_lines(path: Path) -> MetricLines:
             line = parsed(raw)
             if line is not None:
                 (evaluations if "eval_elbo" in line else training)[line["step"]] = line
-            elif raw is None or (raw.endswith(b"\n") and raw.strip()):  # else: being written, or cut short by a kill
+            elif raw is None or (
+                raw.endswith(b"\n") and raw.strip()
+            ):  # otherwise it is being written, or was cut short by a kill
                 unreadable += 1
     except (OSError, UnreadableFileError) as error:
-        raise DataError(f"{path} {why(error)}; a run folder is wanted") from None
+        raise DataError(f"{path} {why(error)}; give a run folder") from None
     return MetricLines(_in_order(training), _in_order(evaluations), unreadable)
 
 
 def levels(line: Line, key: str) -> list[tuple[float, float, float]]:
-    """(low, high, value) of the log-SNR bins under `key`; what is not three finite numbers is left out."""
+    """Return (low, high, value) of the log-SNR bins under `key`, without entries that are not three finite numbers."""
     parts = line.get(key)
     found = []
     for part in parts if isinstance(parts, list) else []:

@@ -1,7 +1,7 @@
-"""One self-contained HTML page: it holds no address of another machine and may load none.
+"""The report as one self-contained HTML page, which contains no address of another machine and loads nothing.
 
-Its policy allows this page's own style and script alone, by their hashes; the charts are drawn without the script,
-which adds the values under the pointer.
+Its content security policy allows only the page's own style and script, by their hashes. The charts do not depend on
+the script, which only shows the values under the pointer.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _NAMED = 4
 
 
 def report_page(runs: Sequence[RunRecord], *, axis: Axis = "tokens", now: datetime) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
         runs: at least one.
-        axis: what the curves run over.
-        now: when it is written, with a time zone.
+        axis: quantity on the x axis of the curves.
+        now: time of writing, with a time zone.
     """
     names = ", ".join(run.label for run in runs[:_NAMED])
     title = names + (f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else "")

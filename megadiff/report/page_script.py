@@ -1,4 +1,4 @@
-"""What a report's own script does: it says the values under the pointer. Without it the page is whole."""
+"""The report's script, which shows the values under the pointer. The page is complete without it."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ for (const plot of document.querySelectorAll("svg.plot")) {
   });
 }
 """
-"""The script element's text."""
+"""Text of the script element."""

@@ -1,4 +1,4 @@
-"""How a report looks: light and dark, wide and narrow, in colours that colour-blind readers tell apart."""
+"""The report's style: light and dark, wide and narrow, in colours that colour-blind readers can distinguish."""
 
 from __future__ import annotations
 
@@ -76,4 +76,4 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; paddin
   font-size: .8rem; white-space: pre; border-radius: .3rem; z-index: 1; max-width: 90vw; overflow: hidden; }}
 @media print {{ nav {{ display: none; }} figure {{ break-inside: avoid; }} }}
 """
-"""The style element's text."""
+"""Text of the style element."""

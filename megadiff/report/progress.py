@@ -1,4 +1,4 @@
-"""How far along a run a step is, in the units of the x axis."""
+"""Progress of a run at a step, in the units of the x axis."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ AXIS_LABELS: dict[Axis, str] = {"tokens": "tokens seen", "steps": "optimizer ste
 
 
 def position_of(axis: Axis, training: Iterable[Line]) -> Callable[[int], float | None]:
-    """A function from a step to its place on the axis; None where the place is not known.
+    """Return a function from a step to its position on the axis, or None if the position is not known.
 
-    Tokens of steps between two training lines are interpolated, of later ones extrapolated at the last rate; batches
-    may grow during a run. A run without a training line only knows that step 0 has seen none.
+    The tokens of steps between two training lines are interpolated, those of later steps extrapolated at the last rate;
+    batches may grow during a run. For a run without training lines only step 0, with no tokens, is known.
     """
     if axis == "steps":
         return float

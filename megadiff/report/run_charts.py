@@ -1,4 +1,4 @@
-"""Which curves a report draws, from the records of its runs."""
+"""Charts of a report, made from the records of its runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Placed = list[tuple[float, Line]]
 
 
 class RunCharts:
-    """Charts of several runs over one axis; a run has the same colour in all."""
+    """Charts of several runs over one axis; a run has the same colour in all of them."""
 
     def __init__(self, runs: Sequence[RunRecord], axis: Axis) -> None:
         self._runs = runs
@@ -29,7 +29,7 @@ class RunCharts:
         self._evaluations = [_placed(run.metrics.evaluations, position) for run, position in both]
 
     def learning(self) -> list[Chart]:
-        """Held-out bound, bound and loss of training batches, gradient norm, learning rate."""
+        """Return charts of the held-out bound, bound and loss of training batches, gradient norm, and learning rate."""
         skipped = self._skipped()
         foot = "Bars at the foot: steps that made no update." if skipped else ""
         return [
@@ -39,7 +39,7 @@ class RunCharts:
                 "nats per token",
                 [*self._held_out(), *self._baselines()],
                 remark="Bars: one standard error over rows. Fixed rows and noise, so runs can be compared. "
-                "Unigram: no model that ignores context is below it. Bigram: a model that knows the token before.",
+                "Unigram: the best value of a model without context. Bigram: a model that knows the previous token.",
             ),
             self._chart("elbo", "ELBO of training batches", _NOISY, self._figure("elbo")),
             self._chart(
@@ -48,14 +48,14 @@ class RunCharts:
                 _NOISY,
                 self._figure("loss"),
                 marks=skipped,
-                remark=f"What is minimised: a reweighted bound. {foot}",
+                remark=f"The quantity that is minimised, a reweighted bound. {foot}",
             ),
             self._chart("grad-norm", "Gradient norm before clipping", "norm", self._figure("grad_norm")),
             self._chart("lr", "Learning rate", "learning rate", self._figure("lr")),
         ]
 
     def speed(self) -> list[Chart]:
-        """Throughput, arithmetic and memory."""
+        """Return charts of throughput, FLOP/s and memory."""
         charts = [
             self._chart("tokens-per-s", "Throughput", "tokens per second", self._figure("tokens_per_s")),
             self._chart(
@@ -70,7 +70,7 @@ class RunCharts:
                 "Executed arithmetic",
                 "TFLOP/s per device",
                 self._figure("executed_tflops_per_device"),
-                remark="Matrix products computed: the output head where it is, recomputed parts once more.",
+                remark="Matrix products as computed: the output head where it is applied, recomputed parts twice.",
             ),
         ]
         if any(number(line, "mfu") is not None for run in self._runs for line in run.metrics.training):
@@ -80,7 +80,8 @@ class RunCharts:
         return [*charts, self._chart("memory", "Peak memory of the main rank", "GiB", memory)]
 
     def last_levels(self) -> Chart:
-        """The bound by noise level at each run's last evaluation that has it: a flat stretch per bin."""
+        """Return a chart of the bound by noise level at each run's last evaluation that has it, constant within
+        a bin."""
         curves = []
         for style, run in enumerate(self._runs):
             lines = [line for line in run.metrics.evaluations if levels(line, "eval_loss_by_log_snr")]
@@ -98,7 +99,7 @@ class RunCharts:
         )
 
     def levels_over_training(self) -> list[Chart]:
-        """One chart a log-SNR bin, most noise first: training batches as a line, evaluations as dots."""
+        """Return one chart per log-SNR bin, most noise first: training batches as a line, evaluations as dots."""
         trained = [_by_bin(placed, "loss_by_log_snr") for placed in self._training]
         held_out = [_by_bin(placed, "eval_loss_by_log_snr") for placed in self._evaluations]
         bins = sorted({edges for found in (*trained, *held_out) for edges in found})
@@ -112,7 +113,7 @@ class RunCharts:
                     for found, has_dots in ((trained, False), (held_out, True))
                     for style, run in enumerate(self._runs)
                 ],
-                remark="Line: training batches that drew such levels. Dots: held-out.",
+                remark="Line: training batches that drew such noise levels. Dots: held-out.",
             )
             for place, edges in enumerate(bins)
         ]
@@ -140,7 +141,8 @@ class RunCharts:
         ]
 
     def _figure(self, key: str) -> list[Curve]:
-        """A figure of the training lines; null, which was not finite, breaks the curve."""
+        """Return curves of one figure of the training lines; null, written for a value that was not finite, breaks the
+        curve."""
         having = [[(x, line) for x, line in placed if key in line] for placed in self._training]
         return _curves(self._runs, having, lambda line: number(line, key))
 
@@ -157,7 +159,7 @@ class RunCharts:
 
 
 def _placed(lines: Iterable[Line], position: Callable[[int], float | None]) -> _Placed:
-    """Lines with their places on the x axis; those whose place is not known are left out."""
+    """Return lines with their positions on the x axis, without those whose position is not known."""
     places = ((position(line["step"]), line) for line in lines)
     return [(x, line) for x, line in places if x is not None]
 
@@ -170,7 +172,7 @@ def _curves(
     error: Callable[[Line], float | None] = lambda _: None,
     has_dots: bool = False,
 ) -> list[Curve]:
-    """A curve a run."""
+    """Return one curve per run."""
     return [
         Curve(run.label, style, [Point(x, value(line), error(line)) for x, line in lines], has_dots)
         for style, (run, lines) in enumerate(zip(runs, placed, strict=True))
@@ -178,7 +180,7 @@ def _curves(
 
 
 def _by_bin(placed: _Placed, key: str) -> dict[tuple[float, float], list[Point]]:
-    """Points by log-SNR bin; a batch without draws in a bin is no gap in the bin's curve."""
+    """Return points by log-SNR bin; a batch without draws in a bin causes no gap in the bin's curve."""
     found: dict[tuple[float, float], list[Point]] = {}
     for x, line in placed:
         for low, high, value in levels(line, key):

@@ -1,4 +1,4 @@
-"""All that a report tells of one run, read from its folder; the folder is not changed."""
+"""The contents of a report about one run, read from its folder without changing it."""
 
 from __future__ import annotations
 
@@ -31,56 +31,56 @@ class Checkpoint:
 
     name: str
     state: str
-    """`whole`, `not loadable`, `set aside` or `being written`, in words."""
+    """State in words: `whole`, `not loadable`, `set aside` or `being written`."""
     size_bytes: int
     modified: str
-    """ISO 8601, UTC."""
+    """Time of its last change, ISO 8601, UTC."""
     why: str = ""
-    """Why it is not loadable; sizes are compared, contents are not read."""
+    """Reason why it is not loadable; only sizes were compared, contents were not read."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Text the model wrote at a step."""
+    """Text that the model wrote at a step."""
 
     step: int
     text: str
     is_cut: bool
-    """Whether the file holds more."""
+    """Whether the file contains more than this."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run left behind."""
+    """The record of one run, as found in its folder."""
 
     label: str
-    """Tells it from the other runs of the page."""
+    """Label that distinguishes it from the other runs of the page."""
     metrics: MetricLines
     status: Status | None
     attempts: list[Attempt] | None
-    """None where there is no readable `goodput.json`."""
+    """Attempts of the run; None if there is no readable `goodput.json`."""
     unusual: list[UnusualStep]
     checkpoints: list[Checkpoint]
     latest: str | None
-    """What `LATEST` names."""
+    """Name of the checkpoint in `LATEST`, or None."""
     samples: list[Sample]
     settings: dict[str, str] | None
-    """None where there is no readable `config.yaml`."""
+    """Settings of the run; None if there is no readable `config.yaml`."""
     data: DataFacts | None = None
-    """None where there is no readable `data.json`."""
+    """Facts about the run's data; None if there is no readable `data.json`."""
 
 
 def read_runs(folders: list[Path]) -> list[RunRecord]:
     """Read every run once, in the order given.
 
     Raises:
-        DataError: a folder is none, holds no metrics, or no run has a line yet.
+        DataError: a path is not a folder, a folder has no metrics, or no run has a line of metrics yet.
     """
     folders = list({folder.resolve(): folder for folder in folders}.values())
     runs = [_read_run(folder, label) for folder, label in zip(folders, _labels(folders), strict=True)]
     if not any(run.metrics.training or run.metrics.evaluations for run in runs):
         raise DataError(
-            f"{folders[0] / 'metrics.jsonl'} holds no metrics yet; come back when the run has taken its first step"
+            f"{folders[0] / 'metrics.jsonl'} holds no metrics yet; try again when the run has taken its first step"
         )
     return runs
 
@@ -90,7 +90,7 @@ def _read_run(folder: Path, label: str) -> RunRecord:
         raise DataError(f"{folder} is no folder; give the folder of a run, the one that holds metrics.jsonl")
     if not (folder / "metrics.jsonl").is_file():
         inside = sum((child / "metrics.jsonl").is_file() for child in folder.iterdir())
-        hint = f"its {inside} subfolder(s) with one can be given as {folder}/*" if inside else "a run folder is wanted"
+        hint = f"its {inside} subfolder(s) with one can be given as {folder}/*" if inside else "give a run folder"
         raise DataError(f"{folder} holds no metrics.jsonl; {hint}")
     metrics = read_metric_lines(folder / "metrics.jsonl")
     return RunRecord(
@@ -108,7 +108,7 @@ def _read_run(folder: Path, label: str) -> RunRecord:
 
 
 def _labels(folders: list[Path]) -> list[str]:
-    """The shortest ends of their paths that tell them apart."""
+    """Return the shortest ends of the folders' paths that are all different."""
     parts = [folder.resolve().parts for folder in folders]
     count = 1
     while len({end[-count:] for end in parts}) < len(parts):
@@ -117,7 +117,7 @@ def _labels(folders: list[Path]) -> list[str]:
 
 
 def _read_attempts(path: Path) -> list[Attempt] | None:
-    """As `megadiff.train.attempts.read_attempts`, but a damaged file stays where it is."""
+    """Read the attempts like `megadiff.train.attempts.read_attempts`, but leave a damaged file in place."""
     try:
         return _ATTEMPTS.validate_json(read_bytes(path, max_bytes=_MAX_BYTES))
     except (OSError, UnreadableFileError, ValidationError):
@@ -125,7 +125,7 @@ def _read_attempts(path: Path) -> list[Attempt] | None:
 
 
 def _checkpoints(folder: Path) -> list[Checkpoint]:
-    """Newest step first, then what is no checkpoint of the run: set aside, or still being written."""
+    """Return the newest step first, then the folders that are no checkpoints: set aside, or still being written."""
     try:
         steps = step_folders(folder)
     except StorageError:
@@ -138,7 +138,7 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def _examined(path: Path) -> tuple[str, str]:
-    """State of a step folder, and why."""
+    """Return the state of a step folder, and the reason for it."""
     try:
         verify_files(path, hashes=False)
     except (CheckpointError, OSError) as error:
@@ -147,17 +147,17 @@ def _examined(path: Path) -> tuple[str, str]:
 
 
 def _checkpoint(path: Path, state: str, why: str = "") -> Checkpoint | None:
-    """None if it is gone by now: a run keeps only its newest."""
+    """Return a checkpoint's record; None if it has been deleted by now, since a run keeps only its newest."""
     try:
         size = sum(part.stat().st_size for part in path.iterdir() if part.is_file())
         when = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
-    except (OSError, ValueError, OverflowError):  # or its time is none that a calendar has
+    except (OSError, ValueError, OverflowError):  # the last two: its time is outside the calendar
         return None
     return Checkpoint(path.name, state, size, when.isoformat(timespec="seconds"), why)
 
 
 def _samples(folder: Path) -> list[Sample]:
-    """The first, the last and some between, evenly."""
+    """Return the first, the last and some samples evenly spaced between them."""
     found = {int(match[1]): path for path in folder.glob("step_*.txt") if (match := _SAMPLE.fullmatch(path.name))}
     steps = sorted(found)
     if len(steps) > _SAMPLES_SHOWN:

@@ -1,4 +1,4 @@
-"""The tables of a report: how the runs stand, what stood out, what they wrote, how they were configured."""
+"""The tables of a report: state of the runs, unusual steps, samples, and configuration."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _UNUSUAL_SHOWN = 100
 
 
 def standing(runs: Sequence[RunRecord]) -> str:
-    """A row a run: state, progress, last and best figures."""
+    """Return a table with one row per run: state, progress, last and best figures."""
     heads = ("run", "state", "step", "tokens", "loss", "ELBO", "held-out ELBO", "best held-out", "bits per byte")
     heads += ("unigram", "bigram")
     heads += ("tokens/s", "goodput", "skipped", "spikes")
-    said = table(heads, [_standing_row(run) for run in runs], caption="How the runs stand; nats per token")
+    overview = table(heads, [_standing_row(run) for run in runs], caption="State of the runs; nats per token")
     remarks = [
         f"{run.label}: {run.metrics.unreadable} line(s) of metrics.jsonl are damaged and left out."
         for run in runs
@@ -38,7 +38,7 @@ def standing(runs: Sequence[RunRecord]) -> str:
         for run in runs
         if run.status is not None and run.status.reason
     ]
-    return said + "".join(paragraph(remark) for remark in (*remarks, *reasons))
+    return overview + "".join(paragraph(remark) for remark in (*remarks, *reasons))
 
 
 def _standing_row(run: RunRecord) -> list[str]:
@@ -72,9 +72,9 @@ def _standing_row(run: RunRecord) -> list[str]:
 def _state(run: RunRecord) -> str:
     if run.status is None:
         return "not recorded"
-    said = f"{run.status.state.replace('_', ' ')} since {run.status.time}"
+    state = f"{run.status.state.replace('_', ' ')} since {run.status.time}"
     where = f" on {run.status.host}" + (f", job {run.status.job}" if run.status.job else "")
-    return f'<span title="{escaped(said + where)}">{escaped(run.status.state.replace("_", " "))}</span>'
+    return f'<span title="{escaped(state + where)}">{escaped(run.status.state.replace("_", " "))}</span>'
 
 
 def _steps(run: RunRecord) -> str:
@@ -84,7 +84,7 @@ def _steps(run: RunRecord) -> str:
 
 
 def by_source(runs: Sequence[RunRecord]) -> str:
-    """The last evaluation by source of the validation data, where a run has several."""
+    """Return a table of the last evaluation by source of the validation data, for runs with several sources."""
     rows = []
     for run in runs:
         found = run.metrics.evaluations[-1].get("eval_elbo_by_source") if run.metrics.evaluations else None
@@ -98,7 +98,8 @@ def by_source(runs: Sequence[RunRecord]) -> str:
 
 
 def data(runs: Sequence[RunRecord]) -> str:
-    """Return what each run is trained and measured on: sizes, shares, epochs so far and at the end, and doubts."""
+    """Return tables of the training and validation data of each run: sizes, shares, epochs so far and at the end,
+    doubts."""
     trained, measured, doubts = [], [], []
     for run in runs:
         if run.data is None:
@@ -140,7 +141,7 @@ def data(runs: Sequence[RunRecord]) -> str:
 
 
 def unusual(runs: Sequence[RunRecord]) -> str:
-    """Skipped steps and spikes, the newest of each run."""
+    """Return a table of skipped steps and spikes, the newest of each run."""
     rows = [
         (escaped(run.label), str(found.step), "no" if found.is_skipped else "yes", escaped(found.why))
         for run in runs
@@ -153,7 +154,7 @@ def unusual(runs: Sequence[RunRecord]) -> str:
 
 
 def checkpoints(runs: Sequence[RunRecord]) -> str:
-    """What lies in `checkpoints/`; only names and sizes were compared, no contents."""
+    """Return a table of the contents of `checkpoints/`; only names and sizes were compared, not contents."""
     rows = [
         (
             escaped(run.label),
@@ -166,16 +167,16 @@ def checkpoints(runs: Sequence[RunRecord]) -> str:
         for found in run.checkpoints
     ]
     missing = [run.label for run in runs if not run.checkpoints]
-    said = table(("run", "checkpoint", "state", "size", "written"), rows, caption="Checkpoints") if rows else ""
-    return said + (paragraph(f"No checkpoint in: {', '.join(missing)}.") if missing else "")
+    shown = table(("run", "checkpoint", "state", "size", "written"), rows, caption="Checkpoints") if rows else ""
+    return shown + (paragraph(f"No checkpoint in: {', '.join(missing)}.") if missing else "")
 
 
 def samples(runs: Sequence[RunRecord]) -> str:
-    """Text the model wrote during training; the newest is open."""
+    """Return the texts that the model wrote during training; the newest one is unfolded."""
     parts = []
     for run in runs:
         for place, sample in enumerate(reversed(run.samples)):
-            cut = paragraph("The file holds more.") if sample.is_cut else ""
+            cut = paragraph("The file contains more.") if sample.is_cut else ""
             parts.append(
                 f"<details{' open' if place == 0 else ''}><summary>{escaped(run.label)}, step {sample.step}</summary>"
                 f'<pre dir="auto">{escaped(sample.text)}</pre>{cut}</details>'
@@ -184,7 +185,7 @@ def samples(runs: Sequence[RunRecord]) -> str:
 
 
 def configuration(runs: Sequence[RunRecord]) -> str:
-    """Where the runs differ, side by side; then each run's settings, folded away."""
+    """Return a table of the settings in which the runs differ, then each run's settings, folded."""
     parts = []
     if len(runs) > 1:
         rows = [

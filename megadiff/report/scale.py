@@ -1,4 +1,4 @@
-"""Axes: a range of values, linear or logarithmic, laid on 0 to 1, with round ticks."""
+"""Axes: a range of values, linear or logarithmic, mapped to 0 to 1, with round ticks."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _SMALLEST, _LARGEST = 1e-280, 1e280
-"""Sizes of the numbers that axes can show; ratios and differences of these are numbers too."""
+"""Bounds on the sizes of numbers that axes can show; their ratios and differences do not overflow."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A range of values; `low < high`, both positive where it is logarithmic."""
+    """A range of values with `low < high`, both positive if it is logarithmic."""
 
     low: float
     high: float
     is_log: bool = False
 
     def at(self, value: float) -> float:
-        """Where a value lies: 0 at `low`, 1 at `high`."""
+        """Return the position of a value: 0 at `low`, 1 at `high`."""
         low, high = self._bent(self.low), self._bent(self.high)
         inside = max(_held(value), self.low) if self.is_log else _held(value)
         return (self._bent(inside) - low) / (high - low)
 
     def ticks(self, most: int = 6) -> list[float]:
-        """Round values inside, at least two where the range allows."""
+        """Return round values inside the range, at least two if the range allows it."""
         return self._decades(most) if self.is_log else _round_steps(self.low, self.high, most)
 
     def _bent(self, value: float) -> float:
         return math.log10(value) if self.is_log else value
 
     def _decades(self, most: int) -> list[float]:
-        """Powers of ten; where those are few, with 2 and 5 between, and where those are few too, linear steps."""
+        """Return powers of ten; if there are too few, also their multiples by 2 and 5, or else linear steps."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         for factors in ((1,), (1, 2, 5)):
             found = [f * 10.0**power for power in range(first, last + 1) for f in factors]
@@ -43,7 +43,7 @@ class Scale:
 
 
 def scale_of(values: Iterable[float], *, is_log: bool = False, margin: float = 0.05) -> Scale | None:
-    """The scale that shows all values with some room; None where no value can be shown."""
+    """Return a scale that shows all values with a margin; None if no value can be shown."""
     shown = [_held(value) for value in values if not is_log or value > 0]
     shown = [value for value in shown if not is_log or value > 0]
     if not shown:
@@ -57,7 +57,7 @@ def scale_of(values: Iterable[float], *, is_log: bool = False, margin: float = 0
 
 
 def _held(value: float) -> float:
-    """A value within what sums, differences and powers of ten can be taken of: to the edge or to 0 where it is not."""
+    """Clamp a value to sizes for which sums, differences and powers of ten can be computed; tiny values become 0."""
     if abs(value) < _SMALLEST:
         return 0.0
     return min(max(value, -_LARGEST), _LARGEST)

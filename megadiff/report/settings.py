@@ -1,4 +1,4 @@
-"""The settings of a run as flat `section.key` pairs, and where runs differ in them."""
+"""Settings of a run as flat `section.key` pairs, and the differences between runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megadiff.untrusted_files import read_bytes
 
 _MAX_BYTES, _MAX_KEYS, _MAX_DEPTH, _MAX_CHARACTERS = 2**20, 5000, 12, 2000
 _LABELS = ("name", "output_dir")
-"""What says which run it is, not how it was made."""
+"""Keys that identify the run and do not describe how it was made."""
 
 
 def read_settings(path: Path) -> dict[str, str] | None:
-    """The resolved tree of `config.yaml`, flat; None where it is missing or no such tree."""
+    """Return the resolved tree of `config.yaml`, flattened; None if it is missing or not such a tree."""
     try:
         tree = yaml.safe_load(read_bytes(path, max_bytes=_MAX_BYTES).decode("utf-8", "replace"))
         return dict(itertools.islice(_flat(tree, "", 0), _MAX_KEYS)) if isinstance(tree, dict) else None
@@ -26,9 +26,9 @@ def read_settings(path: Path) -> dict[str, str] | None:
 
 
 def differences(runs: Sequence[Mapping[str, str] | None]) -> dict[str, list[str | None]]:
-    """Settings in which the runs that have any differ: by key, each run's value, None where it has none.
+    """Return the settings in which the runs that have any differ: by key, each run's value, None if it has none.
 
-    `name` and `output_dir` are left out. Keys keep the order of the first run that has them.
+    `name` and `output_dir` are left out. Keys have the order of the first run that has them.
     """
     known = [run for run in runs if run is not None]
     keys = dict.fromkeys(key for run in known for key in run if key not in _LABELS)

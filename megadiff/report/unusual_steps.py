@@ -1,4 +1,4 @@
-"""Steps that made no update and steps whose figures stood out: from the metrics and from the log's own words."""
+"""Steps without an update, and steps with unusual figures, found in the metrics and the log."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _MAX_LOG_BYTES = 2**27
 
 @dataclass(frozen=True)
 class UnusualStep:
-    """One step of a run."""
+    """One unusual step of a run."""
 
     step: int
     is_skipped: bool
-    """Whether it made no update."""
+    """Whether the step made no update."""
     why: str
 
 
 def unusual_steps(training: Sequence[Line], log_file: Path) -> list[UnusualStep]:
-    """In the order of steps; a step taken again by a later attempt counts once.
+    """Return the unusual steps in order; a step repeated by a later attempt counts once.
 
     Args:
         training: training lines; every skipped step has one.
-        log_file: `RUN/log.txt`, which alone tells of spikes whose update was made; may be missing.
+        log_file: `RUN/log.txt`, the only record of spikes whose update was made; it may be missing.
     """
     found = {step: UnusualStep(step, False, why) for step, why in _spikes(log_file).items()}
     for line in training:
@@ -41,7 +41,7 @@ def unusual_steps(training: Sequence[Line], log_file: Path) -> list[UnusualStep]
 
 
 def _spikes(log_file: Path) -> dict[int, str]:
-    """What the log says of spikes, by step; of a huge log, its end."""
+    """Return the log's messages about spikes by step; only the end of a huge log is read."""
     try:
         with open_plain(log_file) as file:
             size = file.seek(0, 2)

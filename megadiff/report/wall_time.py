@@ -1,4 +1,4 @@
-"""Where a run's wall time went, from the records of its attempts."""
+"""Breakdown of a run's wall time, from the records of its attempts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megadiff.report.markup import escaped, paragraph, table
 from megadiff.report.run_record import RunRecord
 from megadiff.train.attempts import PHASES, Attempt
 
-# In the order of drawing.
+# The order is that of drawing.
 _NAMES = {
     "step": "steps that counted",
     "setup": "setting up",
@@ -26,15 +26,15 @@ _WIDTH = 1000
 
 @dataclass(frozen=True)
 class WallTime:
-    """Seconds of wall time since the first start, by where they went."""
+    """Seconds of wall time since the first start, by use."""
 
     total_s: float
     parts_s: dict[str, float]
-    """Of every phase and `down` and `other`; sums to `total_s` unless records overlap."""
+    """Seconds of every phase and of `down` and `other`; their sum is `total_s` unless records overlap."""
 
     @property
     def goodput(self) -> float:
-        """The share in steps that counted, 0 to 1."""
+        """Fraction of time spent in steps that counted, 0 to 1."""
         return self.parts_s["step"] / self.total_s if self.total_s > 0 else 0.0
 
 
@@ -48,7 +48,7 @@ def wall_time(attempts: Sequence[Attempt]) -> WallTime:
 
 
 def goodput_part(runs: Sequence[RunRecord]) -> str:
-    """A bar for each run that kept a record, its seconds, and its attempts."""
+    """Return a bar for each run that has a record, its seconds, and its attempts."""
     known = [(run, run.attempts) for run in runs if run.attempts]
     missing = [run.label for run in runs if not run.attempts]
     parts = []
@@ -70,7 +70,7 @@ def _bars(times: Sequence[tuple[RunRecord, WallTime]]) -> str:
 
 
 def _bar(label: str, time: WallTime) -> str:
-    said = ", ".join(f"{_NAMES[name]} {duration(spent)}" for name, spent in time.parts_s.items() if spent)
+    summary = ", ".join(f"{_NAMES[name]} {duration(spent)}" for name, spent in time.parts_s.items() if spent)
     drawn, left = "", 0.0
     whole = max(time.total_s, sum(time.parts_s.values()), 1e-9)
     for name, spent in time.parts_s.items():
@@ -83,7 +83,7 @@ def _bar(label: str, time: WallTime) -> str:
         left += width
     return (
         f'<svg class="bar" viewBox="0 0 {_WIDTH} 18" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escaped(f"{label}: {said}")}">{drawn}</svg>'
+        f'aria-label="{escaped(f"{label}: {summary}")}">{drawn}</svg>'
     )
 
 
@@ -98,7 +98,7 @@ def _legend() -> str:
 
 def _seconds(times: Sequence[tuple[RunRecord, WallTime]]) -> str:
     rows = [(escaped(run.label), *(duration(spent) for spent in time.parts_s.values())) for run, time in times]
-    return table(("run", *_NAMES.values()), rows, caption="Wall time by where it went")
+    return table(("run", *_NAMES.values()), rows, caption="Wall time by use")
 
 
 def _attempts(known: Sequence[tuple[RunRecord, Sequence[Attempt]]]) -> str:

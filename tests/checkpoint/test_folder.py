@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_older_taken(run, tmp_pat
     assert not canary.exists()
     said = on_ranks(1, loads, [strict], strict=True)[0][0]
     assert f"{shard_of(checkpoint(strict, 6))} is damaged: its content has changed since it was written" in said
-    assert said.endswith("--strict-resume takes no older checkpoint: leave it out to go on")
+    assert said.endswith("--strict-resume takes no older checkpoint; omit it to resume from one")
 
 
 def _resume_where_nothing_is_renamed(config):

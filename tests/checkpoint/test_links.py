@@ -267,7 +267,7 @@ def test_a_folder_that_cannot_be_read_is_no_reason_to_start_over_or_to_take_an_o
 
     monkeypatch.setattr(Path, "iterdir", refusing(Path.iterdir))
     monkeypatch.setattr(os, "scandir", refusing(os.scandir))
-    with pytest.raises(StorageError, match=rf"{place} cannot be read \({os.strerror(number)}\); see to the disk"):
+    with pytest.raises(StorageError, match=rf"{place} cannot be read \({os.strerror(number)}\); check the disk"):
         folders.newest_complete(run.folder)
     monkeypatch.undo()
     assert folders.newest_complete(run.folder) == checkpoint(run, 6)

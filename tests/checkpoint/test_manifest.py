@@ -125,5 +125,5 @@ def test_a_disk_that_refuses_to_read_one_is_named(tmp_path, monkeypatch, name):
         return read(path, max_bytes=max_bytes)
 
     monkeypatch.setattr(manifests, "read_bytes", failing)
-    with pytest.raises(StorageError, match=rf"{name} cannot be read \(Input/output error\); see to the disk"):
+    with pytest.raises(StorageError, match=rf"{name} cannot be read \(Input/output error\); check the disk"):
         read_manifest(tmp_path)

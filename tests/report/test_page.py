@@ -135,7 +135,7 @@ def test_what_is_missing_everywhere_is_said(tmp_path):
 def test_seconds_stand_under_their_own_heads(full):
     """60 % of ten seconds in steps, 2 s in setting up, 2 s elsewhere."""
     page = page_of(full)
-    at = page.index("Wall time by where it went")
+    at = page.index("Wall time by use")
     heads = re.findall(r'<th scope="col">(.*?)</th>', page[at:])[1:9]
     cells = re.findall(r"<td>(.*?)</td>", page[at:])[:8]
     spent = dict(zip(heads, cells, strict=True))

@@ -128,7 +128,7 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path):
         read_runs([tmp_path / "nowhere"])
     with pytest.raises(DataError, match=r"sweep holds no metrics.jsonl; its 1 subfolder\(s\) with one can be given as"):
         read_runs([folder.parent])
-    with pytest.raises(DataError, match="holds no metrics yet; come back"):
+    with pytest.raises(DataError, match="holds no metrics yet; try again"):
         read_runs([folder])
 
 

@@ -79,7 +79,7 @@ def test_real_runs_are_told_in_full(page):
             ["{tmp}/none"],
             "error: {tmp}/none is no folder; give the folder of a run, the one that holds metrics.jsonl\n",
         ),
-        (["{tmp}"], "error: {tmp} holds no metrics.jsonl; a run folder is wanted\n"),
+        (["{tmp}"], "error: {tmp} holds no metrics.jsonl; give a run folder\n"),
         (["{run}", "--output", "{tmp}/no/r.html"], "there is no folder {tmp}/no; make it, or name another one\n"),
         (["{run}", "--output", "{run}/metrics.jsonl"], "a name that ends in .html is wanted"),
     ],

@@ -1,4 +1,4 @@
-"""Text block by block with and without the keys and values of finished blocks kept: the same tokens, in less time."""
+"""Time to generate text block by block, with and without a cache of the keys and values of finished blocks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from megadiff.errors import run_command
 _EPILOG = """example:
   OMP_NUM_THREADS=1 python tools/benchmarks/cached_blocks.py --runs 5
 
-The model is the one that ships in exported folders, with drawn weights; ancestral steps under uniform noise, and the
-model is asked at every step. Runs with and without the cache alternate; tokens are compared each time. "causal" and
-"block" are the two ways in which trained prompts attend: with "block" the whole prefix is encoded anew for each block.
+The model is the one in exported folders, with random weights. It is called in every ancestral step, under uniform
+noise. Runs with and without the cache alternate, and their tokens must be equal each time. "causal" and "block" are
+the two attention masks of a prompt in training: with "block" the whole prefix is encoded again for each block.
 """
 
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _measure(arguments: argparse.Namespace, attention: str, *, see_tail: bool) -> tuple[float, float]:
-    """Median seconds without and with the cache."""
+    """Return the median seconds without and with the cache."""
     model, prompt = _model(arguments, attention), _prompt(arguments)
     taken: dict[bool, list[float]] = {False: [], True: []}
     for number in range(arguments.runs + 1):

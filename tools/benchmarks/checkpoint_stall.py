@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: written in the background against written in the foreground."""
+"""Time that training pauses for a checkpoint, written in the background or in the foreground."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megadiff.errors import run_command
 _EPILOG = """example:
   OMP_NUM_THREADS=1 python tools/benchmarks/checkpoint_stall.py --saves 7
 
-One CPU process trains a model of 25 million parameters (float32, AdamW: 12 bytes a parameter are saved). Background and
-foreground saves alternate. "stood" is the time between two steps that the save took away: the copy to host memory, the
-polls and the completion. "steps beside it" is how much longer steps take while the writer thread works.
+One CPU process trains a model of 25 million parameters (float32, AdamW: 12 bytes per parameter are saved). Background
+and foreground saves alternate. A "pause" is the time between two steps that a save takes: the copy to host memory, the
+polls and the completion. "steps beside it" shows how much longer steps take while the writer thread works.
 """
 
 _DESCRIPTION = {
@@ -34,7 +34,7 @@ _DESCRIPTION = {
 
 
 def main() -> None:
-    """Alternate both kinds of save in one training run and print the table."""
+    """Switch between both kinds of save in one training run and print the table."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--saves", type=int, default=5, help="saves of each kind (default 5)")
     parser.add_argument("--output", type=Path, help="folder on the disk to measure (default: the temporary folder)")
@@ -94,8 +94,8 @@ def _report(stood: dict[str, list[float]], alone: list[float], beside: list[floa
     background, foreground = (statistics.median(stood[kind]) for kind in ("background", "foreground"))
     print(f"machine            {host.processor() or host.machine()}, {os.cpu_count()} cores; one process, one thread")
     print(f"checkpoint         {written / 1e6:.0f} MB")
-    print(f"foreground stood   {foreground:.3f} s (median of {len(stood['foreground'])})")
-    print(f"background stood   {background:.3f} s (median of {len(stood['background'])})")
+    print(f"foreground pause   {foreground:.3f} s (median of {len(stood['foreground'])})")
+    print(f"background pause   {background:.3f} s (median of {len(stood['background'])})")
     print(f"ratio              {background / foreground:.3f}")
     longer = statistics.median(beside) / statistics.median(alone)
     print(f"steps beside it    {longer:.2f} times as long ({len(beside)})")

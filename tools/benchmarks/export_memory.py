@@ -1,7 +1,8 @@
 """Peak resident memory of exporting a synthetic checkpoint, by default of gidd-unif-10b's shape, in bf16.
 
-Every block of the checkpoint points at the same bytes on the disk, so it takes 3 GB where the model has 20; the export
-reads and writes all blocks. It is the real code in a process of its own; each exported file is deleted when complete.
+All blocks of the checkpoint refer to the same bytes on the disk, so it takes 3 GB for a model of 20 GB; the export
+reads
+and writes all blocks. The real export runs in a process of its own; each exported file is deleted when it is complete.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ _EPILOG = """example:
 
 
 def main() -> None:
-    """Write, export, measure, delete, print."""
+    """Write a checkpoint, export it, print the memory used, and delete the files."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--layers", type=int, default=34)
     parser.add_argument("--hidden", type=int, default=4608)
     parser.add_argument("--heads", type=int, default=36)
     parser.add_argument("--vocab-size", type=int, default=131072)
-    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="working folder (default: the system's temporary folder)")
     parser.add_argument("--json", action="store_true", help="print one JSON line instead of a table")
     parser.add_argument("--export-only", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -91,7 +92,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def _write(folder: Path, model: ModelConfig, vocab_size: int) -> None:
-    """A checkpoint whose tensors repeat one drawn block of numbers."""
+    """Write a checkpoint whose tensors repeat one random block of numbers."""
     block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
     def fetch(tensor: TrainingTensor) -> torch.Tensor:
@@ -127,7 +128,7 @@ def _write(folder: Path, model: ModelConfig, vocab_size: int) -> None:
 
 
 def _repeat_the_block(folder: Path, layers: int) -> None:
-    """Rewrite the index: as many blocks as wanted, all where the first one is."""
+    """Rewrite the index for `layers` blocks, all stored where the first one is."""
     index = read_index(folder)
     results = []
     for place, stored in index.storage_data.items():
@@ -148,7 +149,7 @@ def _repeat_the_block(folder: Path, layers: int) -> None:
 
 
 class _Writer(FileSystemWriter):
-    """Leaves the folder's name out of the index, as the import does."""
+    """A writer that leaves the folder's name out of the index, as the import does."""
 
     def storage_meta(self) -> None:
         return None
@@ -162,7 +163,10 @@ def _export(folder: Path) -> None:
 
 
 def _peak_bytes() -> int:
-    """Of this program alone: `ru_maxrss` would count what the parent held when it started this process."""
+    """Return the peak resident memory of this program.
+
+    `ru_maxrss` would include the memory that the parent held when it started this process.
+    """
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
 

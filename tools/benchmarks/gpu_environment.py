@@ -1,4 +1,5 @@
-"""What a GPU machine is: versions, device, kernels present, and the ceilings that other figures are shares of."""
+"""Facts about a GPU machine: versions, device, available kernels, and the ceilings that other figures are
+relative to."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from megadiff.errors import PlatformError, run_command
 _EPILOG = """example:
   python tools/benchmarks/gpu_environment.py --output results
 
-Prints one line a fact. Ceilings are medians of event-timed calls on random numbers (zeros run faster: less power).
+Prints one line per fact. Ceilings are medians of event-timed calls on random numbers (zeros run faster: less power).
 """
 
 _PACKAGES = (
@@ -28,7 +29,7 @@ _PACKAGES = (
 
 
 def main() -> None:
-    """Print and write the facts."""
+    """Collect the facts, print them and write them to a file."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for environment.json (default: here)")
     arguments = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> None:
     for part in (_software, _device, _ceilings):
         try:
             facts.update(part())
-        except Exception as error:  # a part that fails is a finding of its own; the others still tell
+        except Exception as error:  # a part that fails is a result too; the others continue
             facts[part.__name__.strip("_")] = f"FAILED {type(error).__name__}: {str(error)[:200]}"
     for name, value in facts.items():
         print(f"{name:32} {value}")
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def milliseconds(call: Callable[[], object], *, rounds: int = 15, warm_up: int = 4) -> float:
-    """Median device time of a call."""
+    """Return the median device time of a call."""
     for _ in range(warm_up):
         call()
     found = []
@@ -61,7 +62,7 @@ def milliseconds(call: Callable[[], object], *, rounds: int = 15, warm_up: int =
 
 
 def product_ceiling(size: int = 8192) -> float:
-    """TFLOP/s of a large square bf16 product of random numbers: what no model can pass on this device."""
+    """Return the TFLOP/s of a large square bf16 product of random numbers, which no model can exceed on this device."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / milliseconds(lambda: a @ b) / 1e9
 
@@ -83,7 +84,7 @@ def _software() -> dict[str, object]:
 
 def _device() -> dict[str, object]:
     query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
-    asked = subprocess.run(
+    answer = subprocess.run(
         ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True, check=False
     )
     properties = torch.cuda.get_device_properties(0)  # noqa: TID251
@@ -91,7 +92,7 @@ def _device() -> dict[str, object]:
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "memory GiB": round(properties.total_memory / 2**30, 1),
-        "nvidia-smi": asked.stdout.strip().splitlines()[0] if asked.stdout.strip() else "absent",
+        "nvidia-smi": answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else "absent",
     }
 
 

@@ -1,4 +1,4 @@
-"""Whether FP8 learns what bf16 learns: the same steps on the same real text, and held-out ELBOs with their errors."""
+"""Comparison of FP8 with bf16 training: the same steps on the same real text, and held-out ELBOs with their errors."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ _ROOT = Path(__file__).resolve().parents[2]
 _EPILOG = """example:
   python tools/benchmarks/gpu_fp8_quality.py --output results
 
-Python's own documentation as bytes; 12 layers of width 768, 200 steps of 64 rows of 512 tokens, once in bf16 and once
-for each FP8 recipe, by `pretrain_dlm.py` itself. Rows, noise and first weights are the same, and so is the held-out
-noise. Two runs agree if their bounds differ by less than two standard errors of a bound. Data and runs are thrown
-away. Without Transformer Engine there is nothing to compare, which is said and is no failure.
+The text is Python's own documentation, as bytes. `pretrain_dlm.py` trains 12 layers of width 768 for 200 steps of 64
+rows of 512 tokens, once in bf16 and once for each FP8 recipe. Rows, noise, first weights and held-out noise are the
+same. Two runs agree if their bounds differ by less than two standard errors of a bound. Data and runs are deleted.
+Without Transformer Engine there is nothing to compare, which is reported and is no failure.
 """
 
 
 def main() -> None:
-    """Make the data, train, compare."""
+    """Make the data, train the models, and compare their bounds."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
-    parser.add_argument("--recipes", nargs="+", default=["tensorwise"], help="of precision.fp8 (default tensorwise)")
+    parser.add_argument(
+        "--recipes", nargs="+", default=["tensorwise"], help="values of precision.fp8 (default tensorwise)"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--platform", default="cuda", help="cuda, or cpu to try the script itself (bf16 alone)")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for fp8_quality.json (default: here)")
@@ -49,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = _compared(Path(folder), arguments)
     if lost := [recipe for recipe, one in found.items() if "failed" in one]:
-        raise MegadiffError(f"no figure for {', '.join(lost)}; the lines above say why")
+        raise MegadiffError(f"no figure for {', '.join(lost)}; the lines above give the reasons")
 
 
 def _compared(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -99,12 +101,12 @@ def _line(recipe: str, found: dict[str, Any]) -> str:
     one, base = found[recipe], found["none"]
     if "failed" in one:
         return f"{recipe:12} FAILED: {one['failed']}"
-    said = f"{recipe:12} held-out ELBO {one['elbo']:.4f} +- {one['stderr']:.4f} after {one['step']} steps"
+    line = f"{recipe:12} held-out ELBO {one['elbo']:.4f} +- {one['stderr']:.4f} after {one['step']} steps"
     if recipe == "none" or "failed" in base:
-        return said
+        return line
     error = math.hypot(one["stderr"], base["stderr"]) / math.sqrt(2)
     apart = (one["elbo"] - base["elbo"]) / error
-    return f"{said}; {apart:+.2f} standard errors from bf16: {'agrees' if abs(apart) < 2 else 'DIFFERS'}"
+    return f"{line}; {apart:+.2f} standard errors from bf16: {'agrees' if abs(apart) < 2 else 'DIFFERS'}"
 
 
 def _run(tool: str, *arguments: object) -> None:
@@ -112,8 +114,8 @@ def _run(tool: str, *arguments: object) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
     ended = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
-        said = (ended.stderr or ended.stdout).strip().splitlines()
-        raise MegadiffError(f"{tool} ended with {ended.returncode}: {said[-1] if said else 'no message'}")
+        lines = (ended.stderr or ended.stdout).strip().splitlines()
+        raise MegadiffError(f"{tool} ended with {ended.returncode}: {lines[-1] if lines else 'no message'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The output head and its objective on one GPU: fused in torch and in Triton, plain, and against products alone."""
+"""Timing of the output head and its objective on one GPU: fused in torch and in Triton, plain, and bare products."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from megadiff.kernels.vocab_shard import VocabShard
 _EPILOG = """example:
   python tools/benchmarks/gpu_head.py --output results
 
-Forward and backward in bf16, weight gradient in float32; medians of event-timed runs, rows taking turns. FLOPs are
-the three products' 6 d V a token computed: nothing is computed twice. "of ceiling" is the share of what a large
-bf16 product reached in the same process. Under masked noise half the tokens are masks and the others are not
-computed. Extra memory is the allocator's peak beyond the inputs, both gradients included. The plain head takes fewer
-tokens, since it holds whole logits in float32 several times over. Bytes a pass are those of the logits it reads and
-writes.
+Forward and backward passes are in bf16, the weight gradient in float32. Figures are medians of event-timed runs; the
+variants take turns. FLOPs are those of the three products, 6 d V per computed token: nothing is computed twice. "of
+ceiling" is relative to a large bf16 product in the same process. Under masked noise half the tokens are masks, and the
+others are not computed. Extra memory is the allocator's peak beyond the inputs, both gradients included. The plain head
+gets fewer tokens, because it holds the whole logits in float32 several times. The bytes of a pass are those of the
+logits it reads and writes.
 """
 MASK, CHUNK = 3, 4096
 NOISES = {"masked": -1000.0, "balanced": 0.0, "uniform": 1000.0}
 
 
 class Question(NamedTuple):
-    """States and ids on the device."""
+    """Hidden states, output weights and clean ids on the device."""
 
     hidden: Tensor
     weight: Tensor
@@ -46,18 +46,18 @@ class Question(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """One line of the table."""
 
     name: str
     computed: int
-    """Tokens whose logits are made."""
+    """Number of tokens whose logits are computed."""
     run: Callable[[], object]
     question: Question
-    """Whose gradients `run` makes."""
+    """Inputs for which `run` computes gradients."""
 
 
 def main() -> None:
-    """Time every row at every hidden size, then the passes alone."""
+    """Time every variant at every hidden size, then the passes alone."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--vocab-size", type=int, default=131072)
@@ -84,7 +84,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "head.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if lost := sum("failed" in line for line in [*found["rows"], *found["passes"]]):
-        raise MegadiffError(f"no figure for {lost} line(s); they say why above")
+        raise MegadiffError(f"no figure for {lost} line(s); the lines above give the reasons")
 
 
 def _rows(arguments: argparse.Namespace, width: int) -> list[Row]:
@@ -112,7 +112,12 @@ def _question(tokens: int, vocab_size: int, width: int) -> Question:
 
 
 def _head_row(name: str, noise: str, shift: float, question: Question) -> Row:
-    """Half masks under masked noise; half x, a quarter masks under balanced; half x under uniform."""
+    """Return a row for the head on noised tokens.
+
+    Masked noise: half of them are masks. Balanced noise: half of them are clean, a quarter are masks. Uniform noise:
+    half
+    of them are clean.
+    """
     mixing = HybridMixing(question.weight.shape[0], MASK, shift)
     noised = question.clean.cpu()
     noised[::2] = MASK if noise == "masked" else noised.flip(0)[::2]
@@ -142,7 +147,10 @@ def _softmax_slope(clean: Tensor) -> Callable[[Tensor, slice], Tensor]:
 
 @torch.no_grad()
 def _in_chunks(question: Question, slope: Callable[[Tensor, slice], Tensor]) -> None:
-    """Logits, what `slope` makes of them, and the two products that follow, kept as the fused head keeps them."""
+    """Compute logits in chunks, transform them by `slope`, and compute the two products that follow.
+
+    Results are kept as in the fused head.
+    """
     hidden, weight = question.hidden, question.weight
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
     for first in range(0, len(hidden), CHUNK):
@@ -159,7 +167,7 @@ def _whole_cross_entropy(question: Question) -> None:
 
 
 class Timed(NamedTuple):
-    """A row's median, or why there is none."""
+    """The median time of a row, or the reason why there is none."""
 
     row: Row
     milliseconds: float
@@ -180,9 +188,9 @@ def _timed(rows: list[Row], *, rounds: int) -> list[Timed]:
                     extra[row.name] = _extra_bytes(row)
                 else:
                     spent[row.name].append(milliseconds(row.run, rounds=1, warm_up=0))
-            except Exception as error:  # a row that fails is a finding of its own; the others still tell
+            except Exception as error:  # a row that fails is a result too; the others continue
                 failures[row.name] = _failure(error)
-            if row.name in failures:  # only out here are the frames that held its tensors gone
+            if row.name in failures:  # the frames that held its tensors are gone only here
                 gc.collect()
                 torch.cuda.empty_cache()  # noqa: TID251
     middle = {name: statistics.median(values) if values else 0.0 for name, values in spent.items()}
@@ -194,8 +202,9 @@ def _failure(error: Exception) -> str:
 
 
 def _extra_bytes(row: Row) -> int:
-    """Also the warm-up: kernels are compiled here."""
-    row.question.hidden.grad = row.question.weight.grad = None  # else they would be freed while it is measured
+    """Return the peak memory of a run beyond what was allocated before; this is also the warm-up that compiles
+    kernels."""
+    row.question.hidden.grad = row.question.weight.grad = None  # otherwise they would be freed during the measurement
     torch.cuda.synchronize()  # noqa: TID251
     torch.cuda.reset_peak_memory_stats()  # noqa: TID251
     before = torch.cuda.memory_allocated()  # noqa: TID251
@@ -219,7 +228,7 @@ def _print_row(timed: Timed, width: int, vocab_size: int, ceiling: float) -> dic
 
 
 def _passes(vocab_size: int) -> list[dict[str, Any]]:
-    """Each pass alone, on one chunk of random logits in bf16."""
+    """Time each pass alone, on one chunk of random logits in bf16."""
     from megadiff.kernels.chunk_passes import TorchPasses
 
     found: list[dict[str, Any]] = []
@@ -233,7 +242,7 @@ def _passes(vocab_size: int) -> list[dict[str, Any]]:
                     Passes = TorchPasses  # type: ignore[misc,assignment]
                 line["ms"] = _pass_milliseconds(Passes, name, vocab_size)
                 line["tb_per_s"] = wanted * CHUNK * vocab_size / line["ms"] / 1e9
-            except Exception as error:  # as above
+            except Exception as error:  # as in _timed
                 line["failed"] = f"{_failure(error)} | "
             found.append(line)
     return found

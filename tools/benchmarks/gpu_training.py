@@ -35,13 +35,13 @@ _EPILOG = """examples:
   python tools/benchmarks/gpu_training.py --output results
   python tools/benchmarks/gpu_training.py --models 1.7b --precisions bf16 tensorwise --noise masked --seconds 60
 
-Each line is a run of its own through megadiff's wiring, on made-up rows: AdamW, master weights in float32, rows of 2048
-tokens, no recomputation where it fits. Model FLOPs are counted in full, a token's attention over its whole row
-included and the head at every position, also where masked noise does not compute it (`cost.training_flops_per_token`);
-recomputation never counts. MFU is the share of the datasheet's 989 TFLOP/s (dense bf16, also for FP8), "of ceiling"
-that of a large bf16 product measured in the same run. A microbatch that does not fit in memory is halved. The last
-column says which kernels ran; FP8 that did not reach a layer is a failure. A run that would not end in time is left
-out, which is no failure, nor is FP8 without Transformer Engine.
+Each line is a separate run, wired as in training, on random rows: AdamW, master weights in float32, rows of 2048
+tokens, no recomputation if it fits. Model FLOPs are counted in full: a token's attention over its whole row, and the
+head at every position, even where masked noise does not compute it (`cost.training_flops_per_token`). Recomputation
+never counts. MFU is relative to the datasheet's 989 TFLOP/s (dense bf16, also for FP8), "of ceiling" to a large bf16
+product measured in the same run. A microbatch that does not fit in memory is halved. The last column names the kernels
+that ran; FP8 that no layer used is a failure. A run that would not end in time is left out, which is no failure, and
+neither is FP8 without Transformer Engine.
 """
 
 _DATASHEET = 989.0
@@ -50,7 +50,7 @@ _SEQ_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Model:
-    """A shape, and the microbatch to begin with."""
+    """The shape of a model, and its first microbatch size."""
 
     layers: int
     hidden: int
@@ -67,15 +67,15 @@ MODELS = {
 }
 PRECISIONS = ("bf16", "tensorwise", "delayed", "blockwise")
 _UNTIMED = 3
-"""First steps of a run, in which kernels are compiled and memory is found."""
+"""Number of first steps that are not timed, in which kernels are compiled and memory is allocated."""
 
 
 class LateError(Exception):
-    """The time was over before enough steps were timed."""
+    """The time limit, reached before enough steps were timed."""
 
 
 class Clock:
-    """What is left of the time, and what a run will take of it, judged by the one before."""
+    """The remaining time, and an estimate of the time of a run from the previous one."""
 
     def __init__(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
@@ -88,17 +88,17 @@ class Clock:
         return self.deadline - time.monotonic()
 
     def wanted(self, flops: float) -> float:
-        """Seconds a run of so many FLOPs will probably take."""
+        """Return the seconds that a run with `flops` FLOPs will probably take."""
         return self._setup + flops / self._flops_per_second
 
     def learn(self, *, seconds: float, flops: float, flops_per_second: float) -> None:
-        """A run took so long with all around it, at that rate in its timed steps."""
+        """Record the total seconds of a run and the rate of its timed steps."""
         self._flops_per_second = flops_per_second
         self._setup = max(0.0, seconds - flops / flops_per_second)
 
 
 def main() -> None:
-    """Run every combination that time allows, print and write the table."""
+    """Run every combination that fits into the time, print and write the table."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     usual = [name for name in MODELS if name != "tiny"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=usual, help="`tiny` tries the script itself")
@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--noise", default="balanced", help="noise.shift (default balanced)")
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed (default 8)")
     parser.add_argument("--accumulation", type=int, default=2, help="microbatches of a step (default 2)")
-    parser.add_argument("--seconds", type=float, default=240.0, help="leave out what would end later (default 240)")
+    parser.add_argument(
+        "--seconds", type=float, default=240.0, help="leave out runs that would end later (default 240)"
+    )
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script itself")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for training.json (default: here)")
     arguments = parser.parse_args()
@@ -131,11 +133,11 @@ def main() -> None:
             print(_row(lines[-1], ceiling), flush=True)
             (arguments.output / "training.json").write_text(json.dumps({"ceiling": ceiling, "runs": lines}, indent=1))
     if lost := [f"{line['model']} {line['precision']}" for line in lines if "failed" in line]:
-        raise MegadiffError(f"no figure for {', '.join(lost)}; the lines above say why")
+        raise MegadiffError(f"no figure for {', '.join(lost)}; the lines above give the reasons")
 
 
 def _survived(model: Model, precision: str, arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """The run's figures, with the largest power-of-two part of the microbatch that fits, or why there are none."""
+    """Return the figures of a run, after halving the microbatch until it fits, or the reason why there are none."""
     micro = model.micro_sequences
     while True:
         try:
@@ -143,17 +145,17 @@ def _survived(model: Model, precision: str, arguments: argparse.Namespace, clock
         except torch.OutOfMemoryError:
             if micro == 1:
                 return {"failed": "out of memory with one row"}
-            micro //= 2  # the next try begins outside this block, where the failed one's frames are gone
+            micro //= 2  # the next try starts outside this block, when the frames of the failed one are gone
         except LateError as error:
             return {"skipped": str(error)}
         except MegadiffError as error:
             return {"failed": str(error)}
-        except Exception as error:  # one run that fails must not take the others' figures with it
+        except Exception as error:  # one failed run must not lose the figures of the others
             return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 def _measured(model: Model, precision: str, micro: int, arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    gc.collect()  # the hooks of the model before are cycles, which hold it whole until they are found
+    gc.collect()  # the previous model is kept alive by reference cycles through its hooks
     torch.cuda.empty_cache()  # noqa: TID251
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -177,11 +179,11 @@ def _measured(model: Model, precision: str, micro: int, arguments: argparse.Name
 
 
 def _check_precision(run: Any, precision: str) -> None:
-    """Refuse figures of another precision than they would be printed under; layers know how they last computed."""
+    """Refuse figures under the name of another precision; layers know the precision of their last computation."""
     modules = [module for chunk in run.step.chunks for module in chunk.modules()]
     in_fp8 = sum(bool(getattr(module, "fp8", False)) for module in modules)
     if (in_fp8 > 0) != (precision != "bf16"):
-        raise PlatformError(f"precision {precision} was asked for and {in_fp8} modules computed in FP8")
+        raise PlatformError(f"precision {precision} was requested and {in_fp8} modules computed in FP8")
 
 
 def _flops_per_token(config: RunConfig, model: Model) -> float:
@@ -194,7 +196,7 @@ def _timed(run: Any, config: RunConfig, model: Model, platform: Platform, steps:
     count = config.batch.global_sequences // config.batch.micro_sequences
     seconds, loss = [], float("nan")
     for number in range(steps + _UNTIMED):
-        if clock.left < 0:  # three timed steps are a figure too
+        if clock.left < 0:  # three timed steps suffice
             if len(seconds) >= min(3, steps):
                 break
             raise LateError(f"the time was over after {number} of {steps + _UNTIMED} steps")

@@ -1,4 +1,5 @@
-"""The fused output head on the CPU against a transcription of the objective, its bare products, and cross-entropy."""
+"""Timing of the fused output head on the CPU against a transcription of the objective, bare products and cross-
+entropy."""
 
 from __future__ import annotations
 
@@ -28,11 +29,10 @@ from megadiff.kernels.products import add_product
 _EPILOG = """example:
   python tools/benchmarks/head.py
 
-Forward and backward in float32 on one thread; each run in a fresh process. CPU seconds are the program's and the
-system's on its behalf, which fetches the pages of tensors too large to be kept for reuse. `extra` is the largest
-resident memory less that before the run and less the two gradients. Under masked noise half the tokens are masks.
-The bare products and the cross-entropy take all tokens, in chunks of the size that the fused head takes; they hold
-two chunks' logits at once.
+Forward and backward passes are in float32 on one thread, each run in a fresh process. CPU seconds include those of the
+system, which fetches the pages of tensors too large to be kept for reuse. `extra` is the peak resident memory minus
+that before the run and minus the two gradients. Under masked noise half the tokens are masks. The bare products and the
+cross-entropy process all tokens, in chunks of the fused head's size; they hold the logits of two chunks at once.
 """
 MASK, CHUNK = 3, 256
 SHIFTS = {"balanced": 0.0, "masked": -1000.0}
@@ -47,7 +47,7 @@ _PAIRS = (
 
 
 def main() -> None:
-    """Alternate the variants and print the table."""
+    """Run the variants in turn and print the table."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each variant, taken in turn")
     parser.add_argument("--vocab-size", type=int, default=131072)
@@ -123,7 +123,8 @@ def _transcription(name: str) -> Callable[..., float]:
 
 
 def _noised(clean: Tensor, name: str) -> Tensor:
-    """Half masks; of the rest of a hybrid's, half stay and half are other tokens."""
+    """Return the clean tokens with half of them replaced by masks and, under hybrid noise, a quarter by other
+    tokens."""
     noised = clean.clone()
     noised[::2] = MASK
     if name != "masked":
@@ -148,7 +149,10 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tenso
 
 @torch.no_grad()
 def _in_chunks(hidden: Tensor, weight: Tensor, slope: Callable[[Tensor, slice], Tensor]) -> None:
-    """Logits, what `slope` makes of them, and the two products that follow; kept as the fused head keeps them."""
+    """Compute logits in chunks, transform them by `slope`, and compute the two products that follow.
+
+    Results are kept as in the fused head.
+    """
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
     for first in range(0, len(hidden), CHUNK):
         rows = slice(first, first + CHUNK)

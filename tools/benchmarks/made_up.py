@@ -1,4 +1,4 @@
-"""A run on made-up rows, for timing: random ids of any vocabulary, and a stand-in for their tokenizer."""
+"""A run on random token ids of any vocabulary, for timing, and a substitute for their tokenizer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _DOCUMENTS = 100
 
 @dataclass(frozen=True)
 class Numbers:
-    """Stands in for a tokenizer: any ids below the vocabulary's size are its text. Never asked to read any."""
+    """A substitute for a tokenizer whose text is any ids below the vocabulary's size. It never encodes anything."""
 
     vocab_size: int
-    """Ids with the mask, which is the last."""
+    """Number of ids including the mask, which is the last one."""
     name: str = "numbers"
     fingerprint: str = "0" * 64
     bos_id: int | None = 0
@@ -35,12 +35,13 @@ class Numbers:
 
     @property
     def mask_id(self) -> int:
-        """The last."""
+        """Id of the mask, the last one."""
         return self.vocab_size - 1
 
 
 def describe_made_up(folder: Path, tree: dict[str, Any], *, vocab_size: int) -> RunConfig:
-    """The run description `tree` (without name, output and data) on random ids, which are written to `folder`."""
+    """Return the run description `tree` (without name, output and data) on random ids, which are written to
+    `folder`."""
     tokenizer: Any = Numbers(vocab_size)
     length = tree["model"]["seq_length"]
     with IndexedWriter(folder / "rows", vocab_size=vocab_size) as writer:
@@ -53,7 +54,7 @@ def describe_made_up(folder: Path, tree: dict[str, Any], *, vocab_size: int) -> 
 
 
 def prepare_made_up(config: RunConfig, *, vocab_size: int) -> Prepared:
-    """What `megadiff.build.wire` takes, for one rank; makes the run folder."""
+    """Create the run folder and return the argument of `megadiff.build.wire`, for one rank."""
     tokenizer: Any = Numbers(vocab_size)
     data = open_data(config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=1)
     config.folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What noising a million tokens costs, in seconds of one core, beside its plain twin and beside reading the tokens."""
+"""Cost of noising a million tokens in seconds of one core, compared with its plain form and with reading the tokens."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from megadiff.errors import run_command
 _EPILOG = """example:
   OMP_NUM_THREADS=1 python tools/benchmarks/noising.py --rows 1 4 16 64
 
-"reading" makes int64 rows of indexed binaries that the system holds in memory. "plain" is the same noising with every
-random word made by `philox4x32`, the definition. All are CPU time of the process. Repetitions alternate: each round
-measures everything once. Ratios are medians of the ratios within a round, so that a busy machine moves both sides.
+"reading" makes int64 rows from indexed binaries that are cached in memory. "plain" is the same noising with every
+random word made by the definition, `philox4x32`. All times are CPU time of the process. Each round measures everything
+once. Ratios are medians of the ratios within a round, so that a busy machine affects both sides.
 """
 
 _KINDS = ("masked", "balanced", "uniform")
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -> Iterator[str]:
-    """The rest of each line of the table for microbatches of so many rows."""
+    """Yield the rest of each line of the table for microbatches of `rows` rows."""
     length, calls = arguments.length, max(1, arguments.tokens // (rows * arguments.length))
     source = ValidationRows(reader, length, num_rows=rows * calls, name="words")
     clean = source.rows([number % len(source) for number in range(rows)])
@@ -92,7 +92,7 @@ def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -
 def _noising(
     clean: npt.NDArray[np.int64], mixing: HybridMixing, conditioning: ConditioningConfig
 ) -> Callable[[int], object]:
-    """Noises the rows as those of the n-th microbatch of a run."""
+    """Return a function that noises the rows as those of the n-th microbatch of a run."""
     rows = len(clean)
 
     def noise(call: int) -> object:
@@ -118,7 +118,7 @@ def _cpu_s(work: Callable[[int], object], calls: int) -> float:
 
 @contextmanager
 def _plain_words() -> Iterator[None]:
-    """Every stream makes its words by the definition, all four of them."""
+    """Make every stream compute its words by the definition, all four of them."""
 
     def plain(self: Stream, rows: npt.NDArray[np.int64], positions: int, *, draw: int = 0, count: int = 4) -> Words:
         index, position = rows.astype(np.uint64)[:, None], np.arange(positions, dtype=np.uint64)[None, :]
@@ -134,7 +134,7 @@ def _plain_words() -> Iterator[None]:
 
 
 def _written(prefix: Path, tokens: int, vocab_size: int) -> IndexedReader:
-    """Indexed binaries of drawn ids."""
+    """Write random ids as indexed binaries and open them."""
     ids = np.random.default_rng(0).integers(_FIRST_WORD, vocab_size, tokens)
     with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
         writer.add_document(ids)
@@ -143,7 +143,7 @@ def _written(prefix: Path, tokens: int, vocab_size: int) -> IndexedReader:
 
 
 def _processor() -> str:
-    """The name of the processor, as Linux has it."""
+    """Return the name of the processor from Linux's /proc/cpuinfo."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""What a training step costs: against a hand-written PyTorch loop, and diffusion against next-token steps."""
+"""Cost of a training step, against a hand-written PyTorch loop, and of diffusion steps against next-token steps."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _EPILOG = """examples:
   OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py
   OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py --vocab-size 32768 --only noise
 
-One process, one thread, float32, AdamW, clipping at 1; CPU seconds of the process, its loader thread included; the
-sides of a ratio take turns, and the median of each counts. `plain` is the next-token model as one would write it by
-hand (nn.Linear, scaled_dot_product_attention, fused AdamW); before anything is timed it takes the same steps from the
-same weights on the same rows, and the benchmark fails unless the losses are those of megadiff.
+One process and one thread, float32, AdamW, clipping at 1. Times are CPU seconds of the process, its loader thread
+included. Both sides of a ratio take turns, and their medians are compared. `plain` is a hand-written next-token model
+(nn.Linear, scaled_dot_product_attention, fused AdamW). Before anything is timed it takes the same steps from the same
+weights on the same rows, and the benchmark fails unless its losses are those of megadiff.
 """
 
 _LR = 1e-4
@@ -54,16 +54,16 @@ _NOISES: tuple[ShiftName, ...] = ("masked", "balanced", "uniform")
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained."""
+    """The shape of the model and its batch."""
 
     layers: int
     hidden: int
     heads: int
     seq_length: int
     vocab_size: int
-    """Ids with the mask, which is the last."""
+    """Number of ids including the mask, which is the last one."""
     sequences: int
-    """Of a step."""
+    """Number of sequences per step."""
     micro_sequences: int
 
 
@@ -75,7 +75,7 @@ SIZES = {
 
 
 def main() -> None:
-    """Check, time, print both tables."""
+    """Check the losses, time the steps, and print both tables."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = CommandParser(description=__doc__, epilog=_EPILOG, formatter_class=raw)
     parser.add_argument("--size", choices=sorted(SIZES), default="25m", help="model and batch (default 25m)")
@@ -95,13 +95,15 @@ def main() -> None:
 
 
 def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, float]:
-    """Time one table's sides, print it, and return each side's ratio to the last one. The default group is open.
+    """Time the sides of one table, print it, and return each side's ratio to the last one.
+
+    The default process group must be open.
 
     Args:
-        folder: to be made, for data and run.
-        kind: `plain`: megadiff's next-token step against `PlainModel`'s; `noise`: diffusion steps against megadiff's
-            next-token step.
-        rounds: steps of each side that are timed.
+        folder: a new folder for data and run.
+        kind: `plain` for megadiff's next-token step against `PlainModel`'s; `noise` for diffusion steps against
+            megadiff's next-token step.
+        rounds: number of timed steps of each side.
     """
     wired = Wired.open(size, folder)
     try:
@@ -125,7 +127,7 @@ def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, fl
 
 
 class MegadiffTraining:
-    """megadiff's own step on rows of its own loader."""
+    """megadiff's own step on rows from its own loader."""
 
     def __init__(self, step: Step, rows: Iterator[Any], microbatches: int) -> None:
         self._step, self._rows, self._microbatches = step, rows, microbatches
@@ -133,7 +135,7 @@ class MegadiffTraining:
         """Wall time that the last step waited for its rows."""
 
     def __call__(self) -> float:
-        """Take a step; its loss."""
+        """Take a step and return its loss."""
         began = time.perf_counter()
         rows = [next(self._rows) for _ in range(self._microbatches)]
         self.waited_s = time.perf_counter() - began
@@ -141,10 +143,10 @@ class MegadiffTraining:
 
 
 class PlainTraining:
-    """The same next-token training as a plain PyTorch loop, from the same weights on."""
+    """The same next-token training as a plain PyTorch loop, starting from the same weights."""
 
     def __init__(self, size: Size, prepared: Prepared, chunk: nn.Module) -> None:
-        """Begin from the weights of a bare model chunk of megadiff's that is the whole model."""
+        """Start from the weights of a bare model chunk of megadiff's that holds the whole model."""
         self._size, self._prepared = size, prepared
         self._samples = 0
         self.waited_s = 0.0
@@ -162,7 +164,7 @@ class PlainTraining:
         )
 
     def __call__(self) -> float:
-        """Take a step; its loss."""
+        """Take a step and return its loss."""
         size, total = self._size, 0.0
         self._optimizer.zero_grad()
         for first in range(self._samples, self._samples + size.sequences, size.micro_sequences):
@@ -199,7 +201,7 @@ class PlainBlock(nn.Module):
         self.down = nn.Linear(4 * hidden, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, L, hidden] to the same."""
+        """Map [B, L, hidden] to [B, L, hidden]."""
         batch, length, hidden = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, hidden // self.heads)
         q, k, v = qkv.unbind(2)
@@ -211,7 +213,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """The denoiser of `Size` as a plain causal language model; logits of the real tokens alone."""
+    """The denoiser of `Size` as a plain causal language model; its logits cover the real tokens alone."""
 
     def __init__(self, size: Size, *, norm_eps: float) -> None:
         super().__init__()
@@ -226,7 +228,7 @@ class PlainModel(nn.Module):
         self.register_buffer("sin", angles.sin())
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[B, L] ids to [B, L, real tokens] logits of the next one."""
+        """Map ids [B, L] to logits [B, L, real tokens] of the next token."""
         x = self.embedding(ids)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
@@ -234,7 +236,8 @@ class PlainModel(nn.Module):
 
     @torch.no_grad()
     def take_weights(self, chunk: nn.Module) -> None:
-        """Copy those of megadiff's denoiser, whose norms store gain - 1 and whose q, k, v lie head by head."""
+        """Copy the weights of megadiff's denoiser, whose norms store gain - 1 and whose q, k, v are stored head by
+        head."""
         weights = dict(chunk.named_parameters())
         self.embedding.weight.copy_(weights["embedding.word_embeddings.weight"][: len(self.embedding.weight)])
         self.norm.weight.copy_(1.0 + weights["decoder.final_layernorm.weight"])
@@ -255,24 +258,24 @@ class PlainModel(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [B, L, H, D], halves paired; `cos` and `sin` [L, 1, D]."""
+    """Return the rotary embedding of x [B, L, H, D] with its halves paired; `cos` and `sin` are [L, 1, D]."""
     one, other = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-other, one], dim=-1) * sin
 
 
 @dataclass(frozen=True)
 class Wired:
-    """One model wired by `megadiff.build`, to be trained by several objectives in turn."""
+    """One model wired by `megadiff.build`, to be trained with several objectives in turn."""
 
     prepared: Prepared
-    """Of the next-token run."""
+    """Prepared description of the next-token run."""
     run: Run
     opened: list[Any]
-    """Loaders to be closed."""
+    """Loaders that have to be closed."""
 
     @classmethod
     def open(cls, size: Size, folder: Path) -> Wired:
-        """Write a corpus and wire the next-token run. The default group is open."""
+        """Write a corpus and wire the next-token run; the default process group must be open."""
         platform = detect("cpu")
         platform.prepare_megatron()
         folder.mkdir()
@@ -282,7 +285,7 @@ class Wired:
             return cls(prepared, build.wire(prepared, platform), [])
 
     def side(self, objective: Literal["ar", "gidd"], noise: ShiftName = "balanced") -> MegadiffTraining:
-        """The step of the same model under another objective."""
+        """Return the step of the same model with another objective."""
         if objective == "ar":
             return MegadiffTraining(self.run.step, self.run.rows, self.run.microbatches_of(0))
         own = self.prepared.config
@@ -299,14 +302,15 @@ class Wired:
         return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
 
     def close(self) -> None:
-        """End the loaders and close the run."""
+        """Close the loaders and the run."""
         for loader in self.opened:
             loader.close()
         self.run.close()
 
 
 def check_equal(one: Side, other: Side, *, steps: int = 3) -> None:
-    """Take the same steps on both sides; SystemExit where losses differ by more than the order of sums explains."""
+    """Take the same steps on both sides; raise SystemExit if the losses differ by more than the order of summation
+    explains."""
     losses = [(one(), other()) for _ in range(steps)]
     worst = max(abs(a - b) / abs(b) for a, b in losses)
     print(f"losses of {steps} steps: " + ", ".join(f"{a:.6f} and {b:.6f}" for a, b in losses) + f"; apart {worst:.1e}")
@@ -315,7 +319,7 @@ def check_equal(one: Side, other: Side, *, steps: int = 3) -> None:
 
 
 def _alternate(sides: Mapping[str, Side], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """CPU seconds of the steps of each side, and wall seconds it waited for rows, one step of each after another."""
+    """Return the CPU seconds of each side's steps and the wall seconds it waited for rows; the sides take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     waited: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -358,7 +362,7 @@ def _print_setting(size: Size) -> None:
 
 
 def _cpu_name() -> str:
-    """As the kernel calls it."""
+    """Return the name of the processor from Linux's /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), host.machine())

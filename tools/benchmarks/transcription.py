@@ -1,4 +1,4 @@
-"""The objective as the paper's code computes it, all distributions whole [T, V] tensors: what a fused head replaces."""
+"""The objective as computed by the paper's code, with whole [T, V] distributions, which a fused head replaces."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ def transcribed_loss(
 ) -> Tensor:
     """Sum of w (KL(q || qhat) + IS(q_z, qhat_z)) over tokens [T], scale a = 1 (arXiv:2512.10858, proposition 1).
 
-    The order of work is that of the paper's code: softmax, marginals, their logarithms held at -1e6, and the divergence
-    of the two, in float32. Not for noise that is all uniform: there the mask's logarithm has no slope.
-    Digits are lost where KL is small beside the sums it is the difference of; this is about time and memory.
+    The order of operations is that of the paper's code: softmax, marginals, their logarithms clamped at -1e6, and the
+    divergence of the two, in float32. It is not valid for purely uniform noise, for which the mask's logarithm has no
+    slope. Digits are lost where KL is small compared with the sums it is a difference of; only time and memory matter
+    here.
     """
     logits = functional.linear(hidden, weight)
     vocab_size = logits.shape[-1]
