@@ -20,12 +20,12 @@ and the signs by which their absence is noticed:
     bulk_lr     eta / d. The change of the stream grows with width.
     embed_lr, head_lr, gain_lr, bias_lr
                 0.02 eta, free of d; without: eta / d, as the bulk. The change of the embedding, of the logits, of the
-                norms' gains, of the biases shrinks with width. Gains and biases are seen in the parameters alone:
-                activations hardly feel them in a few steps.
+                norms' gains, of the biases shrinks with width. Gains and biases are measured in the parameters alone:
+                a few steps of them hardly change the activations.
     eps         1e-8 / (d L). eps over the root mean square of the bulk's gradients grows with both. At the preset's eps
                 the ratio is 1e-10, so that no activation can show it.
-    decay       weight decay times d. What the first step takes off the bulk matrices, whose gradients are still 0,
-                shrinks with width. The preset's decay is 0; the check sets 0.1.
+    decay       weight decay times d. The relative decay of the bulk matrices in the first step, in which their
+                gradients are still 0, shrinks with width. The preset's decay is 0; the check sets 0.1.
 
 The factor 0.02 itself, and beta1, beta2, do not scale with size: a coordinate check cannot see them.
 

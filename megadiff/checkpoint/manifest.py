@@ -206,9 +206,9 @@ def check_allowed(allowed: Sequence[str]) -> None:
         if fixed:
             inside = "" if _is_at_or_below(key, fixed[0]) else f"{', '.join(fixed)} in "
             raise ConfigError(
-                f"--allow-change {key}: {inside}{'it' if inside else 'this'} cannot change inside a run; what can, if "
-                f"allowed, is {', '.join(MAY_BE_ALLOWED)}; settings that are not part of what a run is (such as "
-                "batch.micro_sequences or optimizer.lr) may change without being allowed"
+                f"--allow-change {key}: {inside}{'it' if inside else 'this'} cannot change inside a run; --allow-change "
+                f"is for {', '.join(MAY_BE_ALLOWED)}; settings that do not define a run (such as "
+                "batch.micro_sequences or optimizer.lr) may always change"
             )
 
 

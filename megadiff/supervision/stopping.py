@@ -62,7 +62,7 @@ class StopRequest:
         self._is_main = is_main
         if os.path.lexists(self._file):
             raise ConfigError(
-                f"the stop file {self._file} asks this run to stop before it has begun; remove it to let the run go on"
+                f"the stop file {self._file} would stop this run before its first step; remove it and start again"
             )
         self._lead_s = config.lead_s
         self._end = _job_end(environ.get("SLURM_JOB_END_TIME"))
@@ -174,10 +174,12 @@ def _job_end(epoch_s: str | None) -> float:
     if not epoch_s:
         return float("inf")
     if not epoch_s.strip().isdecimal():
-        log.warning(f"SLURM_JOB_END_TIME={epoch_s!r} is not a time in seconds; the run does not stop by itself")
+        log.warning(
+            f"SLURM_JOB_END_TIME={epoch_s!r} is not a time in seconds; the run will not stop before the job ends"
+        )
         return float("inf")
     left = int(epoch_s) - time.time()
     if left < -BELIEVABLE_OVERTIME_S:
-        log.warning(f"SLURM_JOB_END_TIME is {-left:.0f} s ago by this machine's clock, so it is not believed")
+        log.warning(f"SLURM_JOB_END_TIME is {-left:.0f} s ago by this machine's clock and is ignored")
         return float("inf")
     return time.monotonic() + left

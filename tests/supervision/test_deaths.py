@@ -44,7 +44,10 @@ def raise_an_exception(watchdog):
 
 
 DEATHS = {
-    kill_itself: (-signal.SIGKILL, r"died in section step 3 at data: killed by SIGKILL \(by the kernel for want of"),
+    kill_itself: (
+        -signal.SIGKILL,
+        r"died in section step 3 at data: killed by SIGKILL \(possibly by the kernel's out-of-mem",
+    ),
     segfault: (-signal.SIGSEGV, "died in section step 3 at data: killed by SIGSEGV"),
     abort: (-signal.SIGABRT, "died in section step 3 at data: killed by SIGABRT"),
     exit_without_farewell: (9, "died in section step 3 at data: exit code 9"),

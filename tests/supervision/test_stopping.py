@@ -125,7 +125,7 @@ def test_the_stop_file_is_seen_and_consumed(tmp_path):
 
 def test_a_stop_file_from_before_the_start_is_refused(tmp_path):
     (tmp_path / "HALT").touch()
-    with pytest.raises(ConfigError, match=r"HALT asks this run to stop before it has begun; remove it"):
+    with pytest.raises(ConfigError, match=r"HALT would stop this run before its first step; remove it"):
         StopRequest(StopConfig(file="HALT"), tmp_path, is_main=False)
 
 

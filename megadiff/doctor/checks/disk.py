@@ -76,7 +76,7 @@ def _room(subject: Subject, folder: Path, rate: float) -> Iterable[Finding]:
         f"{kept} checkpoint(s) kept and one being written take {needed / 2**30:.3g} GiB ({one / 2**30:.3g} GiB each, "
         f"{one / rate:,.0f} s at one process's rate); {free / 2**30:.3g} GiB are free"
     )
-    remedy = "free some, lower checkpoint.keep (0 keeps all), or set output_dir to a larger disk"
+    remedy = "free some space, lower checkpoint.keep (0 keeps all), or set output_dir to a larger disk"
     yield ok(message) if needed <= free else fail(message, remedy)
 
 
