@@ -206,8 +206,8 @@ def check_allowed(allowed: Sequence[str]) -> None:
         if fixed:
             inside = "" if _is_at_or_below(key, fixed[0]) else f"{', '.join(fixed)} in "
             raise ConfigError(
-                f"--allow-change {key}: {inside}{'it' if inside else 'this'} cannot change inside a run; --allow-change "
-                f"is for {', '.join(MAY_BE_ALLOWED)}; settings that do not define a run (such as "
+                f"--allow-change {key}: {inside}{'it' if inside else 'this'} cannot change inside a run; "
+                f"--allow-change is for {', '.join(MAY_BE_ALLOWED)}; settings that do not define a run (such as "
                 "batch.micro_sequences or optimizer.lr) may always change"
             )
 

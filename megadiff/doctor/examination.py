@@ -43,7 +43,7 @@ def _gather(package: str, name: str, subject: Subject, found: list[Finding]) -> 
             found.append(finding)
     except MegadiffError as error:
         found.append(fail(_one_line(str(error)), "correct the setting that the message names"))
-    except BaseException as error:  # some libraries raise other than Exceptions; report these too
+    except BaseException as error:  # some libraries raise errors that are no Exceptions; report these too
         found.append(
             fail(
                 f"the check itself failed ({type(error).__name__}: {_one_line(str(error))})",

@@ -30,8 +30,7 @@ class WatchdogConfig(Section):
     enabled: bool = True
     """Whether ranks are watched; set it to false under a debugger."""
     setup_s: float = Field(default=1800.0, gt=0)
-    """Limit on setting up the process groups, the data and the checkpoint, and on the first step, which compiles
-    kernels."""
+    """Limit on setting up process groups, data and checkpoint, and again on the first step, which compiles kernels."""
     step_s: float = Field(default=600.0, gt=0)
     """Limit on one optimizer step, loading of its batch included."""
     eval_s: float = Field(default=1800.0, gt=0)

@@ -53,7 +53,7 @@ def read_stacks(dump: Path) -> str:
 
 
 def kill(pid: int, ticks: int) -> None:
-    """Kill the process and its descendants, except the caller, and wait up to five seconds until it is gone."""
+    """Kill the process and its descendants, except watchers, and wait up to five seconds until it is gone."""
     if not process.is_alive(pid, ticks):
         return
     doomed = [pid, *(child for child in process.descendants(pid) if child != os.getpid() and not _is_watcher(child))]

@@ -74,7 +74,7 @@ class Holder:
         return has_lost_launcher or not process.is_alive(self.pid, self.ticks)
 
     def describe(self) -> str:
-        """Return for example `pid 4711 on node7`; if that process is gone, the text adds so."""
+        """Return for example `pid 4711 on node7`, with a remark if that process is gone."""
         if self.is_here and not process.is_alive(self.pid, self.ticks):
             return f"pid {self.pid} on {self.host}, which is gone, left it to a process that it had started"
         return f"pid {self.pid} on {self.host}"

@@ -154,7 +154,7 @@ class Watchdog:
         The innermost section that an exception came from is kept for the final report.
         """
         section = self._open.pop()
-        if error is not None and self._raised[0] != id(error):  # the id: a reference keeps its frames' tensors
+        if error is not None and self._raised[0] != id(error):  # only the id: a reference would keep tensors
             self._raised = id(error), (*section.place[:3], self._index, *section.place[3:])
         self._index += 1
         if self._open:
