@@ -269,7 +269,7 @@ def test_a_checkpoint_of_format_2_goes_on_and_finds_its_positions_in_the_data_it
     of_format_2(folder)
     bare = pretrain(paths, tmp_path, ["a", "b"], 6)
     assert bare.code == 2
-    assert "give each of data.train `weight: 1` to go on as before, or --allow-data-change to share by size" in bare.err
+    assert "give each of data.train `weight: 1` to continue as before, or --allow-data-change to share by size" in bare.err
     ended = pretrain(paths, tmp_path, ["c", "a"], 6, "--allow-data-change")
     assert ended.code == 0, ended.err
     assert positions(mixture_of(tmp_path / "toy", 6))[1][2] == wanted.sources[0].drawn
