@@ -99,11 +99,11 @@ def describe_change(before: Mixture, data: OpenData, *, end: int) -> list[str]:
         end: number of samples of the whole run.
     """
     now = data.mixture.first_sample
-    lines = [f"data changed      at sample {now:,}: every source goes on at its own next sequence"]
+    lines = [f"data changed      at sample {now:,}: every source continues at its own next sequence"]
     lines += [_continued_line(data, place, before, end) for place in range(len(data.sources))]
     had = {position.name for position in before.sources}
     lines += [
-        f"  {'no longer drawn':<15} {position.path}: {_seen(position)}; if it returns it goes on from there"
+        f"  {'no longer drawn':<15} {position.path}: {_seen(position)}; if it returns it continues from there"
         for position in data.mixture.removed
         if position.name in had
     ]

@@ -130,7 +130,7 @@ def import_folder(
     with WeightFiles(folder) as files:
         next_token = None if source.released else NextTokenSource(source.config, files, where=source.where)
         model = next_token.model if next_token else _model(source)
-        text, said = _tokenizer(source, tokenizer)
+        text, reference = _tokenizer(source, tokenizer)
         if next_token is not None:
             vocab_size = next_token.vocab_size(text)
         else:
@@ -138,7 +138,7 @@ def import_folder(
             _check_shapes(source, files, model, vocab_size)
         if seq_length is not None:
             model = model.model_copy(update={"seq_length": seq_length})
-        manifest = _manifest(source, model, text, said, vocab_size)
+        manifest = _manifest(source, model, text, reference, vocab_size)
         sums.compare(weights=True)
         tensors = list(training_tensors(model, vocab_size=vocab_size))
         fetch = _Fetch(next_token, files, on_tensor)
@@ -250,15 +250,15 @@ def _tokenizer(source: _Source, given: str | None) -> tuple[Tokenizer, str]:
     """Return the tokenizer, and the name by which a run refers to it."""
     training = source.training
     trained_with = training.config.data.get("tokenizer") if training else None
-    said = given or ("byte" if trained_with == "byte" else str(source.folder.resolve()))
-    found = load_tokenizer(said)
+    reference = given or ("byte" if trained_with == "byte" else str(source.folder.resolve()))
+    found = load_tokenizer(reference)
     wanted = training.tokenizer_fingerprint if training else None
     if wanted not in (None, found.fingerprint):
         raise CheckpointError(
-            f"{source.folder} was trained with another tokenizer ({shown(wanted, SHOWN_DIGITS)}) than {said} "
+            f"{source.folder} was trained with another tokenizer ({shown(wanted, SHOWN_DIGITS)}) than {reference} "
             f"({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
         )
-    return found, said
+    return found, reference
 
 
 def _vocab_size(source: _Source, tokenizer: Tokenizer) -> int:
@@ -285,7 +285,7 @@ def _check_shapes(source: _Source, files: WeightFiles, model: ModelConfig, vocab
             )
 
 
-def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, said: str, vocab_size: int) -> Manifest:
+def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, reference: str, vocab_size: int) -> Manifest:
     return Manifest.model_validate(
         {
             "format": FORMAT,
@@ -293,7 +293,7 @@ def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, said: s
             "samples": 0,
             "tokens": 0,
             "has_optimizer": False,
-            "config": {**_sections(source), "model": model.model_dump(mode="json"), "data": {"tokenizer": said}},
+            "config": {**_sections(source), "model": model.model_dump(mode="json"), "data": {"tokenizer": reference}},
             "vocab_size": vocab_size,
             "mask_id": tokenizer.mask_id,
             "tokenizer_fingerprint": tokenizer.fingerprint,

@@ -1,7 +1,7 @@
 """Comparison of an exported folder with the trainer's model: logits at several noise levels, and ids of sample texts.
 
 The folder is loaded in another process, which imports the folder's code, has no network and none of this process's
-state, and knows only what the folder contains about the model.
+state, and has no information on the model except the folder.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def choose_head(wanted: HeadName, *, is_cpu: bool) -> tuple[str, Head]:
 
 def _what_keeps_triton_away(*, is_cpu: bool) -> str | None:
     if is_cpu:
-        return "this run is on CPU ranks and Triton compiles only for GPUs"
+        return "this run is on CPU ranks and Triton compiles for GPUs alone"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (a CUDA build of torch brings it; pip install triton)"
     return None

@@ -112,7 +112,7 @@ def _chunk_tokens(weight: Tensor) -> int:
 
 
 class _FusedHead(torch.autograd.Function):
-    """Function (hidden [T, d], weight) -> (loss, terms of the n computed tokens); its forward pass makes the gradients."""
+    """Function (hidden [T, d], weight) -> (loss, terms of the n computed tokens); forward also makes the gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ From a noisier level t to a cleaner level s the forward kernel is q_{t|s}(z_t | 
     p(z_s = v | z_t) = q_s(p)[v] (alpha_{t|s} 1[v = z_t] + (beta pi)_{t|s}[z_t]) / q_t(p)[z_t]
 
 with q_s(p) = alpha_s p + beta_s pi_s (arXiv:2512.10858, section 2.2). `reverse_posterior` is that formula over the
-vocabulary; `standalone.reverse_step` draws from it and pays for the vocabulary only where a token is drawn afresh.
+vocabulary; `standalone.reverse_step` draws from it, and uses the vocabulary only for tokens that are redrawn.
 """
 
 from __future__ import annotations

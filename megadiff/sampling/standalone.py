@@ -456,7 +456,7 @@ def generate(
     the model itself does not).
 
     Args:
-        denoise: the model; all it gets to know about the noise is the number of leading clean tokens.
+        denoise: the model; its only input about the noise is the number of leading clean tokens.
         prompt: [B, P] ids, never changed; -1 marks a position to fill in.
         settings, noise: settings of the sampler, and the noise that the model was trained with.
         seed: one for all rows or one per row.
