@@ -238,7 +238,7 @@ def _gradient(
     TILE: tl.constexpr,
     HAS_LOG1P: tl.constexpr,
 ):
-    """Write y (slope + log1p_slope / (1 + y)) in place, in the buffer's dtype; `scale` has the slope if not HAS_LOG1P."""
+    """Write y (slope + log1p_slope / (1 + y)) in place, in the buffer dtype; `scale` has the slope unless HAS_LOG1P."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     clean = _column_of(clean_ids, row, start, real, mask_column)
