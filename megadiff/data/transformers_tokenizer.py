@@ -44,8 +44,8 @@ def write_transformers_tokenizer(
 
     Args:
         folder: folder to write into, which has none of these files.
-        tokenizer: tokenizer that the model was trained with, for its `mask_id`, and its `bos_id`, `eos_id` and `pad_id` if it
-            has them.
+        tokenizer: tokenizer that the model was trained with, for its `mask_id`, and for its `bos_id`, `eos_id` and
+            `pad_id` if it has them.
         definition: content of a `tokenizer.json` that gives its ids.
         seq_length: number of tokens of a sequence.
         prepend_bos: whether the training data begin each document with bos.

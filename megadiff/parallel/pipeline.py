@@ -1,4 +1,4 @@
-"""Interface of model chunks to the rest of the package, and one forward and backward pass over a step's microbatches."""
+"""Interface of model chunks to the rest of the package, and one forward-backward pass over a step's microbatches."""
 
 from __future__ import annotations
 
