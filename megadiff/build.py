@@ -1,4 +1,4 @@
-"""From a run description to a wired run: the only place that constructs and connects the parts."""
+"""Assembly of a run from its configuration: the only module that constructs the parts and connects them."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ log = logging.getLogger("megadiff")
 
 
 def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption | None = None) -> str:
-    """Return what `--check` prints: the resolved tree, the numbers that follow from it, and the run's origin.
+    """Return what `--check` prints: the resolved configuration, the numbers derived from it, and where the run starts.
 
-    With `data.vocab_size` the numbers come out before tokenizer and data exist; what is missing is named. Without
-    `ranks` and without a launcher the run is laid out on the fewest ranks that it fits on.
+    With `data.vocab_size` set, the numbers are available before tokenizer and data exist; the output names what is
+    missing. Without `ranks` and without a launcher, the run is laid out on the smallest number of ranks that fits.
 
     Raises:
         NoLayoutError: the run does not fit on this number of ranks, or on any.
@@ -105,14 +105,15 @@ def check(config: RunConfig, *, ranks: int | None = None, resumption: Resumption
 
 
 def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: float = 0.0) -> None:
-    """Train as `config` says, from the start or from the run folder's last sound checkpoint, until the end or a stop.
+    """Train the configured run, from the start or from its newest sound checkpoint, until the end or a stop request.
 
     Args:
         config: the run.
-        resumption: what the user allows where the run is taken up again.
-        before_s: seconds the process has spent on this run already, in imports for example, for the goodput.
+        resumption: what the user allows when the run is resumed.
+        before_s: seconds that the process has already spent on this run, in imports for example; counted in goodput.
 
-    Asked to stop, the run saves itself and returns as after its last step; `status.json` says which it was.
+    On a stop request the run saves a checkpoint and returns as it does after its last step; `status.json` records
+    which of the two happened.
     """
     end_with_launcher()
     log_to_console()
@@ -141,14 +142,14 @@ def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: fl
             standing.running(wired.first_step)
             standing.ended(train(wired))
         except BaseException as error:
-            failing(error)  # before the process group is left, which may hang
+            failing(error)  # reported before leaving the process group, which may hang
             if (shortage := prepared.shortage(error)) is not None:
                 raise shortage from error
             raise
 
 
 _PATIENCE_S = 60.0
-"""How much longer a collective waits than the watchdog, which says more."""
+"""Seconds that collectives wait beyond the watchdog's timeout, so that the watchdog's better report comes first."""
 
 
 def wire(
@@ -157,7 +158,7 @@ def wire(
     resumption: Resumption | None = None,
     supervision: Supervision | None = None,
 ) -> Run:
-    """Build every part on this rank and connect them. Collective over the world; the default group is open."""
+    """Build every part on this rank and connect them. Collective over the world; needs the default group to be open."""
     resumption = resumption or Resumption()
     config = prepared.config
     supervision = supervision or Supervision.none(config)
@@ -261,7 +262,7 @@ def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: 
 
 
 def row_objective(prepared: Prepared, mixing: Mixing, topology: Topology, platform: Platform) -> RowObjective:
-    """What is minimised, on this rank's part of the vocabulary."""
+    """Return the objective to minimise, on this rank's shard of the vocabulary."""
     config = prepared.config
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     if config.is_autoregressive:
@@ -279,7 +280,7 @@ def training_step(
     *,
     judge: Callable[[float, float], Verdict],
 ) -> Step:
-    """One optimizer step of this run; `judge` decides on its update (`train.step.Step`)."""
+    """Return the training step of this run; `judge` decides whether to apply its update (`train.step.Step`)."""
     config = prepared.config
     return Step(
         chunks=wrapped,
@@ -297,14 +298,14 @@ def training_step(
 def _watchers(
     config: RunConfig, chunks: Sequence[Denoiser], wrapped: Sequence[Any], topology: Topology, platform: Platform
 ) -> list[hooks.Hook]:
-    """Hooks that compare ranks; none where there is one."""
+    """Return the hooks that compare ranks; none for a single rank."""
     if topology.layout.world_size == 1:
         return []
     watch = stopwatch(platform)
     replicas = CheckReplicas(config.health.check_replicas_every, chunks, wrapped, topology)
     found = topology.gather_to_main(shared_cores(platform, world_size=topology.layout.world_size))
     shared = topology.from_main(next((reason for reason in found or () if reason is not None), None))
-    if shared is not None:  # one decision for all ranks, since looking for stragglers is collective
+    if shared is not None:  # decided once for all ranks, since the search for stragglers is collective
         log.info(f"stragglers        not looked for: {shared}")
         return [replicas]
     time_computation(wrapped, watch)
@@ -314,7 +315,7 @@ def _watchers(
 def build_trainables(
     prepared: Prepared, platform: Platform, topology: Topology
 ) -> tuple[list[Denoiser], list[Any], Optimizer]:
-    """Model chunks with their first weights, their data-parallel wrappers, and the optimizer."""
+    """Build the model chunks with initial weights, their data-parallel wrappers, and the optimizer."""
     config = prepared.config
     open_tensor_overlap(config.model, config.parallel, config.precision, micro_sequences=config.batch.micro_sequences)
     chunks = build_chunks(
@@ -343,7 +344,7 @@ def build_trainables(
 
 
 def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
-    """This data-parallel rank's noised microbatches from `first_step` on."""
+    """Return the loader of this data-parallel rank's noised microbatches, starting at `first_step`."""
     config = prepared.config
     batch, rate = config.batch, rate_from(config.noise)
 
@@ -382,7 +383,7 @@ def _evaluation(
     goodput: Goodput,
     baselines: Baselines | None,
 ) -> list[hooks.Evaluate]:
-    """The hook that measures held-out rows; none without any."""
+    """Return the hook that evaluates the validation data; none without validation data."""
     config = prepared.config
     if not prepared.data.valid:
         return []

@@ -1,4 +1,4 @@
-"""The numbers that follow from a run description, said before anything is trained."""
+"""The numbers that follow from a run's configuration, reported before training starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megadiff.run_config import RunConfig
 
 
 class NoLayoutError(ConfigError):
-    """A run that does not fit on a number of ranks; what does not depend on that number is still known."""
+    """A run that does not fit on a number of ranks; carries the sizes that do not depend on that number."""
 
     def __init__(self, message: str, sizes: list[str]) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class NoLayoutError(ConfigError):
 
 
 def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
-    """The derived numbers, a line each."""
+    """Return the derived numbers, one per line."""
     memory = memory_per_rank(config, layout, shape)
     chunks = f" ({layout.virtual_pipeline} chunks each)" if layout.virtual_pipeline > 1 else ""
     return [
@@ -44,7 +44,7 @@ def describe(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[str]:
 
 
 def describe_sizes(config: RunConfig, shape: cost.Shape) -> list[str]:
-    """Return the derived numbers that are the same on every layout, a line each."""
+    """Return the derived numbers that are the same for every layout, one per line."""
     rows = config.model.padded_vocab_size(shape.vocab_size)
     counted = cost.parameters(shape)
     return [
@@ -60,14 +60,14 @@ def lay_out_run(config: RunConfig, *, world_size: int, vocab_size: int) -> Layou
     """Return the run's layout on `world_size` ranks.
 
     Raises:
-        NoLayoutError: it does not fit; the message names the first rule that does not hold, and numbers that fit.
+        NoLayoutError: it does not fit; the message names the first rule that is violated, and the numbers that fit.
     """
     try:
         return config.layout(world_size=world_size, vocab_size=vocab_size)
     except ConfigError as error:
         fitting = fitting_ranks(config, vocab_size=vocab_size)
         replica = config.parallel.ranks_per_replica
-        if not fitting and world_size != replica:  # what is wrong on any number of ranks is wrong on one replica
+        if not fitting and world_size != replica:  # the mistake is independent of the ranks: report it for one replica
             return lay_out_run(config, world_size=replica, vocab_size=vocab_size)
         numbers = ", ".join(map(str, fitting))
         ways = f"numbers of ranks that fit: {numbers} (--check --ranks {fitting[0]})" if fitting else "no number fits"
@@ -76,13 +76,13 @@ def lay_out_run(config: RunConfig, *, world_size: int, vocab_size: int) -> Layou
 
 
 def fitting_ranks(config: RunConfig, *, vocab_size: int, count: int = 6) -> list[int]:
-    """Return the smallest numbers of ranks, at most `count` of them, that the run can be laid out on."""
+    """Return the smallest numbers of ranks, at most `count` of them, on which the run can be laid out."""
     found: list[int] = []
     replica = config.parallel.ranks_per_replica
     most = config.batch.global_sequences // config.batch.micro_sequences
     for replicas in range(1, most + 1):
         if config.batch.global_sequences % (replicas * config.batch.micro_sequences):
-            continue  # no layout is needed to see that the batch does not divide
+            continue  # skip early: the batch does not divide by this number of replicas
         ranks = replicas * replica
         try:
             config.layout(world_size=ranks, vocab_size=vocab_size)
@@ -95,7 +95,7 @@ def fitting_ranks(config: RunConfig, *, vocab_size: int, count: int = 6) -> list
 
 
 def ranks_to_check(config: RunConfig, wanted: int | None, *, launched: int | None) -> tuple[int, list[str]]:
-    """Return the number of ranks that `--check` lays the run out on, and a line about it where nobody gave one."""
+    """Return the number of ranks on which `--check` lays the run out, with a remark if nobody specified it."""
     given = wanted or launched
     if given is not None:
         return given, []
@@ -106,7 +106,7 @@ def ranks_to_check(config: RunConfig, wanted: int | None, *, launched: int | Non
 
 
 def executed_flops(config: RunConfig, shape: cost.Shape, work: Work) -> float:
-    """Return the FLOPs that were computed for this work, over all ranks (`cost.executed_flops`)."""
+    """Return the FLOPs executed for this work, over all ranks (`cost.executed_flops`)."""
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     return cost.executed_flops(
         shape,
@@ -120,11 +120,11 @@ def executed_flops(config: RunConfig, shape: cost.Shape, work: Work) -> float:
 
 
 class Work(Protocol):
-    """Counts of what was computed (`parallel.row_report.Work`)."""
+    """Counts of the computation that was done (`parallel.row_report.Work`)."""
 
     @property
     def tokens(self) -> float:
-        """Number of tokens that passed the layers."""
+        """Number of tokens that passed through the layers."""
         ...
 
     @property
@@ -134,7 +134,7 @@ class Work(Protocol):
 
     @property
     def pairs(self) -> float:
-        """Number of (query, key) pairs scored in one layer."""
+        """Number of (query, key) pairs whose attention score was computed in one layer."""
         ...
 
 
@@ -148,7 +148,7 @@ _ROLE_NAMES = {
 
 
 def learning_rates(config: RunConfig, counted: cost.Parameters) -> list[str]:
-    """Return a line for each role that the model has parameters of: how many, and what updates them.
+    """Return a line for each parameter role in the model: the number of parameters, and how they are updated.
 
     Args:
         config: the run.
@@ -179,33 +179,33 @@ def learning_rates(config: RunConfig, counted: cost.Parameters) -> list[str]:
 
 
 def memory_per_rank(config: RunConfig, layout: Layout, shape: cost.Shape) -> cost.Memory:
-    """Estimated bytes on the fullest rank."""
+    """Return the estimated bytes on the rank that needs most."""
     rows = config.model.padded_vocab_size(shape.vocab_size)
     return cost.bytes_per_rank(shape, _cost_layout(config, layout), _cost_precision(config), vocab_rows=rows)
 
 
 def memory_shortage(error: BaseException, config: RunConfig, layout: Layout, shape: cost.Shape) -> ShortageError | None:
-    """What to say in place of an allocation that failed, on a device or on the host; None if `error` is another.
+    """Return the error to raise instead of a failed allocation on device or host; None for any other error.
 
-    Known by torch's words, so that nothing here imports it.
+    Out-of-memory errors are recognised by torch's wording, so that torch need not be imported here.
     """
     text, on_host = str(error), "can't allocate memory"
     is_short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not is_short and on_host not in text:
         return None
-    told = ". ".join(text[max(0, text.find(on_host)) :].split(". ")[:2]).strip(" .")
+    message = ". ".join(text[max(0, text.find(on_host)) :].split(". ")[:2]).strip(" .")
     now = config.parallel
     cut = "" if now.distributed_optimizer else ", set parallel.distributed_optimizer=true"
     return ShortageError(
-        f"out of memory ({told or type(error).__name__}); the estimate for this layout is "
+        f"out of memory ({message or type(error).__name__}); the estimate for this layout is "
         f"{_gib(memory_per_rank(config, layout, shape).total)} a rank: lower batch.micro_sequences "
         f"({config.batch.micro_sequences}), raise parallel.tensor ({now.tensor}) or parallel.pipeline ({now.pipeline})"
-        f"{cut}, or take more memory; tools/doctor.py says which of these would fit"
+        f"{cut}, or take more memory; tools/doctor.py shows which of these would fit"
     )
 
 
 def checkpoint_bytes(config: RunConfig, shape: cost.Shape) -> int:
-    """Estimated bytes of one checkpoint, whatever the layout: weights and optimizer state, once each."""
+    """Return the estimated bytes of one checkpoint, for any layout: weights and optimizer state, once each."""
     rows = config.model.padded_vocab_size(shape.vocab_size)
     precision = replace(_cost_precision(config), fp8=False)
     whole = cost.bytes_per_rank(shape, cost.Layout(), precision, vocab_rows=rows)
@@ -229,14 +229,14 @@ def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:
 
 
 def has_fused_layers(config: RunConfig) -> bool:
-    """Return whether the layers will be Transformer Engine's, as far as can be told before a machine is opened."""
+    """Return whether the layers will be Transformer Engine's, as far as is known before the device is opened."""
     if config.precision.compute != "bf16" or config.platform == "cpu" or config.kernels == "local":
         return False
     return config.kernels == "transformer_engine" or find_spec("transformer_engine") is not None
 
 
 def _fully_recomputed(config: RunConfig) -> int:
-    """Blocks of each model chunk of which only the input is kept."""
+    """Return the number of blocks per model chunk that keep only their input and recompute the rest."""
     parallel = config.parallel
     if parallel.recompute != "full":
         return 0

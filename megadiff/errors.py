@@ -1,7 +1,7 @@
-"""The exceptions a user can act on, and how a command reports them.
+"""The exceptions that a user can act on, and how a command reports them.
 
-A message says, in one sentence, where the trouble is, what was wanted, what was found and what to do.
-Everything that is not one of these is our own bug and keeps its stack trace.
+A message states, in one sentence, where the problem is, what was expected, what was found and what to do.
+Any other exception is a bug of this package and keeps its stack trace.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 SHOWN_DIGITS = 12
-"""Number of a fingerprint's hexadecimal digits that messages show."""
+"""Number of hexadecimal digits of a fingerprint that messages show."""
 
 _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 _MAX_LINES, _HEAD, _TAIL = 200, 3000, 800
@@ -26,10 +26,10 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 
 
 class MegadiffError(Exception):
-    """A mistake a user can correct; the command ends with its exit code, 2 for most, and the message alone.
+    """A mistake that the user can correct; the command exits with its exit code, mostly 2, and prints only the message.
 
-    The message is kept printable and bounded, whatever a file gave it to quote: a line of more than a few thousand
-    characters loses its middle, and control characters are written as escapes.
+    The message is kept printable and bounded whatever it quotes from a file: a line of more than a few thousand
+    characters is shortened in the middle, and control characters are escaped.
     """
 
     exit_code = 2
@@ -39,7 +39,7 @@ class MegadiffError(Exception):
 
 
 class ConfigError(MegadiffError):
-    """A run description that cannot be: a wrong key, type, value or combination."""
+    """An invalid configuration: a wrong key, type, value or combination."""
 
 
 class DataError(MegadiffError):
@@ -51,29 +51,29 @@ class CheckpointError(MegadiffError):
 
 
 class StorageError(MegadiffError):
-    """A disk that is full, slow or failing: nobody's mistake, and worth another try. Exit code 1."""
+    """A disk that is full, slow or failing: not the user's mistake, and worth a retry. Exit code 1."""
 
     exit_code = 1
 
 
 class ShortageError(MegadiffError):
-    """A rank whose device, or whose machine, ran out of memory; perhaps not the next time. Exit code 1."""
+    """A device or host that ran out of memory; a retry may succeed. Exit code 1."""
 
     exit_code = 1
 
 
 class PlatformError(MegadiffError):
-    """A machine or an installed library that cannot do what was asked."""
+    """A machine or an installed library that lacks what was requested."""
 
 
 class TrainingError(MegadiffError):
-    """A run that cannot go on, such as one whose loss is no longer finite."""
+    """A run that cannot continue, such as one whose loss is no longer finite."""
 
     exit_code = 5
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """Return a value that was found in a file as a message quotes it, of about `limit` characters at most."""
+    """Return a value found in a file as messages quote it, in about `limit` characters at most."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list | tuple):
@@ -85,7 +85,7 @@ def shown(value: Any, limit: int = 60) -> str:
 
 
 def _bounded(message: str) -> str:
-    """The message without its excess and with control characters escaped; its lines stay lines."""
+    """Return the message shortened and with control characters escaped; line breaks are kept."""
     kept = message.split("\n", _MAX_LINES)[:_MAX_LINES]
     cut = [
         line if len(line) <= _HEAD + _TAIL else f"{line[:_HEAD]} ... [{len(line):,} characters] ... {line[-_TAIL:]}"
@@ -95,18 +95,18 @@ def _bounded(message: str) -> str:
 
 
 _PATIENCE_S = 3.0
-"""Seconds for which a rank other than the first leaves the report of a mistake to the first rank.
+"""Seconds that a rank other than the first waits, so that the first rank can report the mistake.
 
-A mistake that every rank makes ends the first rank too, and the launcher then ends this one while it waits. A mistake
+A mistake that every rank makes also ends the first rank, and the launcher then ends this one while it waits. A mistake
 of this rank alone is reported when the time is over.
 """
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` and end the process as every command here ends.
+    """Run a command's `main` and end the process as every command of this package does.
 
     The exit code is 0 on success and that of a `MegadiffError`, whose message goes to stderr; it is 2 for a path that
-    no file can have, such as one that is too long, and 130 when interrupted. Any other exception is a fault of this
+    no file can have, such as one that is too long, and 130 when interrupted. Any other exception is a bug of this
     package and keeps its stack trace (exit code 1). Under a launcher that passes `TORCHELASTIC_ERROR_FILE`, as torchrun
     does, the message is also written there, so that the launcher's own summary shows it, and only one rank prints it.
     """
@@ -139,7 +139,7 @@ def _is_own(module: str) -> bool:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    """Report a message as the only rank that does, and exit."""
+    """Report a message, from one rank alone, and exit."""
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         _wait_for_the_first_rank()
     _write_error_file(message)
@@ -148,24 +148,24 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _wait_for_the_first_rank() -> None:
-    """Sleep on every rank but the first, for longer where another rank of the same node waits too."""
+    """Sleep on every rank but the first, and longer if another rank of the same node waits too."""
     patience_s = _PATIENCE_S * ((os.environ.get("RANK", "0") != "0") + (os.environ.get("LOCAL_RANK", "0") != "0"))
     if not patience_s:
         return
-    with contextlib.suppress(ValueError):  # batch scripts let ranks ignore the signal with which the launcher ends them
+    with contextlib.suppress(ValueError):  # batch scripts make ranks ignore SIGTERM, with which the launcher ends them
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(patience_s)
 
 
 def _write_error_file(message: str) -> None:
-    """Write what torchrun's summary shows about this rank; a file that cannot be written costs the summary only.
+    """Write the error file that torchrun's summary shows for this rank; failing to write it only costs the summary.
 
     Source of the format: `torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception`.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    about = {"py_callstack": message, "timestamp": str(int(time.time()))}  # the summary prints the former
+    about = {"py_callstack": message, "timestamp": str(int(time.time()))}  # the summary prints py_callstack
     try:
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": about}}, file)

@@ -1,7 +1,7 @@
-"""Files that are on the disk when we say so, and files that a full disk does not spoil; the standard library alone.
+"""Durable writes, and files that survive a full disk. Uses the standard library alone.
 
-A small file is replaced in one step (`write_atomically`); a file that grows by whole records keeps what a full disk
-refuses until the disk takes it (`AppendedFile`).
+A small file is replaced in one step (`write_atomically`); a file that grows by whole records keeps in memory the
+records that a full disk refuses, and writes them once there is space (`AppendedFile`).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
 
 def is_storage_failure(error: OSError) -> bool:
-    """Whether a disk is full or failing, which may pass, rather than a path that can never be written."""
+    """Return whether a disk is full or failing, which may pass, as opposed to a path that can never be written."""
     return error.errno in _STORAGE_ERRORS
 
 
 def write_atomically(path: Path, content: str | bytes, *, is_durable: bool = True) -> None:
-    """Replace a small file in one step: a reader sees the old one or the new one, also after a power cut.
+    """Replace a small file in one step: a reader sees either the old or the new one, even after a power failure.
 
-    The temporary file beside it has a name that nobody can foresee and is created by this call or not at all, so no
-    link that lies there is followed. Where `path` itself is a link, the link is replaced and its target stays.
+    The temporary file beside it has an unpredictable name and is created exclusively, so an existing symbolic link is
+    never followed. If `path` itself is a link, the link is replaced and its target is left alone.
 
     Args:
-        is_durable: wait until the disk has the content and the name; without it a power cut may lose the new file.
+        is_durable: wait until content and name are on the disk; without it a power failure may lose the new file.
 
     Raises:
-        OSError: the disk refuses; the old file stays and no temporary file is left.
+        OSError: the disk refuses the write; the old file stays and no temporary file is left.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -52,7 +52,7 @@ def write_atomically(path: Path, content: str | bytes, *, is_durable: bool = Tru
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Delete what killed calls of `write_atomically` left in a folder; call only while nobody writes there."""
+    """Delete the temporary files of killed `write_atomically` calls; call only while nobody writes to the folder."""
     for path in _listed(folder):
         if _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
             with contextlib.suppress(OSError):
@@ -73,13 +73,13 @@ def sync(path: Path) -> None:
 
 
 class AppendedFile:
-    """A file that grows by whole records. What the disk refuses waits in memory and comes later, whole and in order.
+    """A file that grows by whole records. Records that the disk refuses wait in memory and are written later, in order.
 
-    Unbuffered: what a full disk refuses must not lie in a buffer and come out twice. No method raises but `sync`.
+    Writes are unbuffered, since a buffer could write a refused record twice. Only `sync` raises.
     """
 
     def __init__(self, path: Path, *, most_waiting: int | None = None) -> None:
-        """Nothing is opened before the first record.
+        """Prepare the file; it is opened when the first record is appended.
 
         Args:
             most_waiting: bytes that may wait; records beyond that are dropped, and none is kept for `sync` to repeat.
@@ -94,17 +94,17 @@ class AppendedFile:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there is something that the disk has not taken yet."""
+        """Whether there are records that the disk has not accepted yet."""
         return bool(self._waiting)
 
     def append(self, record: bytes) -> OSError | None:
-        """Write a record after those that wait before it; the error if the disk refuses."""
+        """Write a record after those that are waiting; return the error if the disk refuses."""
         if self._most_waiting is None or len(self._waiting) + len(record) <= self._most_waiting:
             self._waiting += record
         return self.flush()
 
     def flush(self) -> OSError | None:
-        """Hand the operating system what waits; the error if the disk refuses."""
+        """Pass the waiting records to the operating system; return the error if the disk refuses."""
         try:
             while self._waiting:
                 handle = self._open()
@@ -118,13 +118,13 @@ class AppendedFile:
         return None
 
     def sync(self) -> None:
-        """Wait until the disk has every record.
+        """Wait until every record is on the disk.
 
-        A disk that reports a failed write may have dropped all that it held since the last success, so these records
+        A disk that reports a failed write may have dropped everything since the last successful sync, so these records
         are written again by the next call.
 
         Raises:
-            OSError: the disk refuses; nothing is forgotten.
+            OSError: the disk refuses; no record is lost.
         """
         if (error := self.flush()) is not None:
             raise error
@@ -139,7 +139,7 @@ class AppendedFile:
         self._unsynced = b""
 
     def close(self) -> bool:
-        """Try once more to write what waits, and close; whether all of it was written."""
+        """Try once more to write the waiting records, then close; return whether everything was written."""
         self.flush()
         if self._handle is not None:
             with contextlib.suppress(OSError):

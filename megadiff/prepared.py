@@ -1,4 +1,4 @@
-"""All of a run that can be known, and refused, before any process group exists."""
+"""Everything about a run that can be determined, and refused, before a process group exists."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log = logging.getLogger("megadiff")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run description with its tokenizer, data and layout."""
+    """A run's configuration with its tokenizer, data and layout."""
 
     config: RunConfig
     tokenizer: Tokenizer
@@ -54,18 +54,18 @@ class Prepared:
 
     @property
     def log_snr_range(self) -> list[float] | None:
-        """Noise levels that the ELBO of a training line covers; None where it is an exact likelihood."""
+        """Range of log-SNR that the ELBO of a training line covers; None if it is an exact likelihood."""
         rate = rate_from(self.config.noise)
         return None if self.config.is_autoregressive else [rate.min_log_snr, rate.max_log_snr]
 
     def executed_flops(self, sums: list[float]) -> float:
-        """Return the FLOPs that were computed, over all ranks, from a step's or several steps' sums (`row_report`)."""
+        """Return the FLOPs executed over all ranks, from the sums of one or several steps (`row_report`)."""
         config = self.config
         work = work_of(sums, seq_length=config.model.seq_length, is_causal_prompt=config.is_causal_prompt)
         return executed_flops(config, self.shape, work)
 
     def shortage(self, error: BaseException) -> ShortageError | None:
-        """What to say of an allocation that failed (`derived.memory_shortage`); None of any other error."""
+        """Return the error to raise for a failed allocation (`derived.memory_shortage`); None for any other error."""
         return memory_shortage(error, self.config, self.layout, self.shape)
 
 
@@ -73,7 +73,7 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
     """Open tokenizer and data and check the layout.
 
     Raises:
-        ConfigError, DataError: what cannot be, in one sentence.
+        ConfigError, DataError: something is invalid; the message names it in one sentence.
     """
     try:
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -92,7 +92,7 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
 
 
 def baselines_of(prepared: Prepared) -> Baselines | None:
-    """Return what unigram and bigram models reach on the validation data; None where there are none.
+    """Return the losses of unigram and bigram models on the validation data; None without validation data.
 
     Raises:
         DataError: tokens cannot be read.
@@ -110,10 +110,10 @@ def baselines_of(prepared: Prepared) -> Baselines | None:
 
 
 def machine_for(config: RunConfig) -> Platform:
-    """Find the machine the run asks for.
+    """Detect the machine that the run needs.
 
     Raises:
-        PlatformError: it, or a kernel the run insists on, is not there.
+        PlatformError: the machine, or a kernel that the run requires, is not available.
     """
     launches = order_launches(tensor_ranks=config.parallel.tensor) if config.platform != "cpu" else None
     platform = detect(config.platform, layers=config.wanted_layers)
@@ -124,7 +124,7 @@ def machine_for(config: RunConfig) -> Platform:
 
 
 def _describe_framing(prepended_bos: bool | None) -> list[str]:
-    """Return what prompts of the model will begin with, if that is not simply their text."""
+    """Return a line about what the model's prompts will begin with, unless they are just their text."""
     if prepended_bos is None:
         return [
             "documents         begin with bos in some training sources and not in others; prompts will begin without "
@@ -134,7 +134,7 @@ def _describe_framing(prepended_bos: bool | None) -> list[str]:
 
 
 def describe_data(prepared: Prepared, *, step: int = 0) -> list[str]:
-    """Return lines about tokenizer and data of a run that has taken `step` steps, a line for each source."""
+    """Return lines about the tokenizer and each data source of a run that has taken `step` steps."""
     config, tokenizer = prepared.config, prepared.tokenizer
     limits = f", {tokenizer.export_limits}" if tokenizer.export_limits is not None else ""
     return [
@@ -146,7 +146,7 @@ def describe_data(prepared: Prepared, *, step: int = 0) -> list[str]:
 
 
 def data_advice(prepared: Prepared) -> list[Advice]:
-    """Return likely mistakes in the run's data. Reads parts of the sources, to find text that two of them share."""
+    """Return warnings about likely mistakes in the data. Reads parts of the sources to find text that two share."""
     config = prepared.config
     return advice(
         prepared.data, config.data, end=config.samples, length=config.length_setting, eval_rows=config.eval.rows
@@ -154,7 +154,7 @@ def data_advice(prepared: Prepared) -> list[Advice]:
 
 
 def data_facts(prepared: Prepared, *, step: int, advice: Sequence[Advice]) -> DataFacts:
-    """Return what `data.json` of the run folder holds after `step` steps."""
+    """Return the content of the run folder's `data.json` after `step` steps."""
     config, data = prepared.config, prepared.data
     return DataFacts(
         step=step,
@@ -166,5 +166,5 @@ def data_facts(prepared: Prepared, *, step: int, advice: Sequence[Advice]) -> Da
 
 
 def describe_baselines(baselines: Baselines | None) -> list[str]:
-    """Return the line about the baselines, or none without validation data."""
+    """Return the line about the baselines; none without validation data."""
     return [] if baselines is None else [f"baselines         {baselines.describe()}"]

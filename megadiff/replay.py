@@ -1,7 +1,7 @@
-"""One step of a run again, in this one process: its batch, its noise, and the loss of every row. Nothing is written.
+"""Replay of one training step in a single process: its batch, its noise, and the loss of every row. Read-only.
 
-Rows and noise are functions of the seed and the sample alone, and a checkpoint loads on any layout; so what a thousand
-ranks did in a step can be looked at on one CPU.
+Rows and noise are functions of the seed and the sample index alone, and a checkpoint loads on any layout; so a step
+that ran on a thousand ranks can be examined on one CPU.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ log = logging.getLogger("megadiff")
 
 
 def replay(run_folder: Path, step: int, overrides: Sequence[str] = ()) -> Replayed:
-    """Take step `step` (from 1) of a run again on one CPU process.
+    """Replay step `step` (from 1) of a run in one CPU process.
 
-    It goes on from the newest sound checkpoint before the step, or from the first weights, and takes the steps between
-    with the settings of the run's `config.yaml`: what another attempt had otherwise can be given as an override.
+    It starts from the newest sound checkpoint before the step, or from the initial weights, and repeats the steps
+    between with the settings of the run's `config.yaml`; settings of another attempt can be given as overrides.
 
     Args:
-        overrides: `key.sub=value`, for data or a tokenizer that have moved. The layout is always one process's.
+        overrides: `key.sub=value`, for data or a tokenizer that have moved. The layout is always a single process.
 
     Raises:
-        ConfigError: no run there, or no such step. DataError: data or tokenizer are missing or damaged.
+        ConfigError: there is no such run or no such step.
+        DataError: data or tokenizer are missing or damaged.
         CheckpointError: the data or the tokenizer are not those the run was trained with.
     """
     config = _settings(run_folder, overrides)
@@ -69,7 +70,7 @@ def replay(run_folder: Path, step: int, overrides: Sequence[str] = ()) -> Replay
 
 
 def _settings(run_folder: Path, overrides: Sequence[str]) -> RunConfig:
-    """The run's own, laid out for one process."""
+    """Return the run's own configuration, laid out for one process."""
     path = run_folder / "config.yaml"
     if not path.is_file():
         what = "it has no config.yaml" if run_folder.is_dir() else "there is no such folder"
@@ -84,7 +85,7 @@ def _settings(run_folder: Path, overrides: Sequence[str]) -> RunConfig:
 
 @dataclass(frozen=True)
 class _Recorded(RowObjective):
-    """An objective whose per-token terms are kept on their way to the loss."""
+    """An objective that records the per-token terms of its loss."""
 
     inner: RowObjective
     found: list[Terms] = field(default_factory=list)
@@ -100,7 +101,7 @@ class _Recorded(RowObjective):
 
 @dataclass(frozen=True)
 class _Opened:
-    """A run stopped between two steps."""
+    """A run loaded at the point between two steps."""
 
     run_folder: Path
     prepared: Prepared
@@ -108,11 +109,11 @@ class _Opened:
     train_step: Step
     recorded: _Recorded
     done: int
-    """Steps taken before."""
+    """Number of steps taken so far."""
     start: str
 
     def take(self, step: int) -> Replayed:
-        """Take every step up to this one."""
+        """Take every step up to and including this one, and report on it."""
         loader = row_loader(self.prepared, self.recorded.mixing, self.topology, self.done)
         with loader:
             for number in range(self.done + 1, step):
@@ -170,7 +171,7 @@ class _Opened:
         )
 
     def _first_broken_gradient(self, batch: NoisedRows, samples: Sequence[int]) -> int | None:
-        """The first row that alone gives a gradient that is not finite; the weights are still those of the step."""
+        """Return the first row whose gradient alone is not finite; the weights are still those of the step."""
         alone = replace(self.train_step, micro_sequences=1, judge=lambda loss, norm: Verdict("spike"))  # no update
         for place, sample in enumerate(samples):
             row = NoisedRows(*(column[place : place + 1] for column in batch))
@@ -180,7 +181,7 @@ class _Opened:
 
 
 def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -> _Opened:
-    """The run as it stood after its newest sound checkpoint before `step`, or at its beginning."""
+    """Return the run as of its newest sound checkpoint before `step`, or at its start."""
     config, text = prepared.config, prepared.tokenizer
     topology = open_topology(prepared.layout)
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
@@ -209,10 +210,10 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
 
 
 def _with_data_of_step(run_folder: Path, step: int, prepared: Prepared, folder: Path | None) -> Prepared:
-    """Return the run with its data as they were drawn in a step, also where the run changed them before or after it.
+    """Return the run with its data as they were drawn in a step, even if the run changed them before or after it.
 
     Args:
-        folder: checkpoint from which the steps up to this one are taken again; None for the first weights.
+        folder: checkpoint from which the steps up to this one are repeated; None for the initial weights.
 
     Raises:
         CheckpointError: other data are given, or the data change between the checkpoint and the step.
@@ -240,10 +241,10 @@ def _with_data_of_step(run_folder: Path, step: int, prepared: Prepared, folder: 
 
 
 def _trained_on(run_folder: Path, step: int) -> tuple[Path, str | None, list[int]]:
-    """Return where it is recorded on which data a step was taken, their fingerprint, and the steps of all changes.
+    """Return the place that records the data of a step, the data's fingerprint, and the steps of all changes.
 
     The run's next checkpoint records every change until then; without one, the step was taken by the last attempt,
-    whose data are in `data.json`. The fingerprint is None where neither is there.
+    whose data are in `data.json`. The fingerprint is None if neither exists.
     """
     later = [path for path in step_folders(run_folder) if step_of(path) >= step and is_complete(path)]
     if not later:
@@ -257,13 +258,13 @@ def _trained_on(run_folder: Path, step: int) -> tuple[Path, str | None, list[int
 
 def _trained_with(folder: Path, what: str, then: str | None, now: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder} was trained with {what} of fingerprint {(then or 'unknown')[:SHOWN_DIGITS]}, but what is there now "
+        f"{folder} was trained with {what} of fingerprint {(then or 'unknown')[:SHOWN_DIGITS]}, but the present one "
         f"has {now[:SHOWN_DIGITS]}; give the first one's path as data.train or data.tokenizer"
     )
 
 
 def _nearest_checkpoint(run_folder: Path, step: int, config: RunConfig, topology: Topology) -> Path | None:
-    """The newest sound checkpoint of fewer than `step` steps, the one the run branched from included."""
+    """Return the newest sound checkpoint of fewer than `step` steps, possibly the one that the run branched from."""
     own = [folder for folder in step_folders(run_folder) if step_of(folder) < step and is_complete(folder)]
     origin = config.checkpoint.start_from
     for folder in [*own, *([Path(origin)] if origin is not None else [])]:
@@ -274,7 +275,7 @@ def _nearest_checkpoint(run_folder: Path, step: int, config: RunConfig, topology
     if origin is not None:
         raise CheckpointError(
             f"{run_folder} branched from {origin}, and neither that nor a checkpoint of its own from before step "
-            f"{step} is to be had; give checkpoint.start_from=PATH, or a later step"
+            f"{step} is available; give checkpoint.start_from=PATH, or a later step"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Where a run goes on from, and what its checkpoints say of it."""
+"""The checkpoint from which a run resumes, and the manifest that its own checkpoints get."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ log = logging.getLogger("megadiff")
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a user may say of how a run is taken up again."""
+    """The user's options for resuming a run."""
 
     strict: bool = False
-    """Refuse when the newest checkpoint is damaged, instead of taking the next older."""
+    """Whether to refuse if the newest checkpoint is damaged, instead of taking the next older one."""
     allowed: Sequence[str] = ()
-    """Settings that matter and may differ all the same."""
+    """Settings that affect training and are nevertheless allowed to differ."""
     allow_data: bool = False
     """Whether the training data may differ."""
 
     def check(self, config: RunConfig) -> None:
-        """Refuse allowed keys that no run description has, or whose change no run survives.
+        """Refuse allowed keys that do not exist in a configuration, or that can never change within a run.
 
         Args:
-            config: this run's, which may name members of its own with their keys.
+            config: the run's configuration, which may name its own family members with their keys.
 
         Raises:
-            ConfigError: the first such key, with the nearest that there is.
+            ConfigError: the first such key, with the most similar existing one.
         """
         known = {*dotted_keys(RunConfig), *dotted_keys(config)}
         for key in self.allowed:
@@ -70,7 +70,7 @@ class Resumption:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run goes on from."""
+    """The point from which a run starts or resumes."""
 
     step: int = 0
     health: dict[str, Any] = field(default_factory=dict)
@@ -86,13 +86,13 @@ def resume(
     topology: Topology,
     platform: Platform,
 ) -> tuple[Origin, Prepared]:
-    """Load the run's newest sound checkpoint, or the one it branches from, or weights alone that it begins with.
+    """Load the run's newest sound checkpoint, the one it branches from, or just the weights it starts with.
 
     Returns:
-        Where the run goes on from, and the run with its data at the positions reached there.
+        The point from which the run resumes, and the run with its data at the positions reached there.
 
     Raises:
-        CheckpointError: there is none that is sound and of this run.
+        CheckpointError: no checkpoint is sound and belongs to this run.
         StorageError: it cannot be read.
     """
     config = prepared.config
@@ -105,10 +105,10 @@ def resume(
     if not saved.has_optimizer:
         load(folder, chunks, None, is_verified=is_verified, topology=topology, platform=platform)
         optimizer.take_weights()
-        log.info(f"beginning with the weights of {folder}; optimizer and schedule begin anew")
+        log.info(f"starting with the weights of {folder}; optimizer and schedule start from scratch")
         return Origin(), prepared
     load(folder, chunks, optimizer, is_verified=is_verified, topology=topology, platform=platform)
-    log.info(f"going on from {folder} after step {saved.step} of {config.steps}")
+    log.info(f"resuming from {folder} after step {saved.step} of {config.steps}")
     for line in accepted.describe():
         log.info(line)
     for doubt in accepted.doubts() if topology.is_main else []:
@@ -117,14 +117,14 @@ def resume(
 
 
 def foresee_resumption(prepared: Prepared, resumption: Resumption) -> tuple[Prepared, int, list[str]]:
-    """Return what `resume` would find, without reading more than a manifest.
+    """Return what `resume` would do, reading no more than a manifest.
 
     Returns:
-        The run with its data at the positions reached, the steps taken, and lines that describe where it goes on from;
-        no lines for a run that begins.
+        The run with its data at the positions reached, the steps taken, and lines that describe where it resumes;
+        no lines for a run that starts.
 
     Raises:
-        CheckpointError: it would be refused.
+        CheckpointError: `resume` would refuse.
     """
     config = prepared.config
     folder = newest_complete(config.folder)
@@ -134,7 +134,7 @@ def foresee_resumption(prepared: Prepared, resumption: Resumption) -> tuple[Prep
         return prepared, 0, []
     accepted = _accepted(prepared, resumption, folder)
     lines = [
-        f"goes on from      {folder} after step {accepted.saved.step} of {config.steps}",
+        f"resumes from      {folder} after step {accepted.saved.step} of {config.steps}",
         *accepted.describe(),
         *(f"warning           {doubt}" for doubt in accepted.doubts()),
     ]
@@ -143,17 +143,17 @@ def foresee_resumption(prepared: Prepared, resumption: Resumption) -> tuple[Prep
 
 @dataclass(frozen=True)
 class _Accepted:
-    """A checkpoint that this run may go on from."""
+    """A checkpoint from which this run may resume."""
 
     saved: Manifest
     changes: list[Change]
     prepared: Prepared
     """The run with its data at the positions reached."""
     mixture_before: Mixture | None = None
-    """The mixture of the checkpoint where the run goes on with another one."""
+    """The mixture of the checkpoint, if the run continues with a different one."""
 
     def describe(self) -> list[str]:
-        """Return lines about what was changed since."""
+        """Return lines about the changes since the checkpoint."""
         lines = [f"changed since     {change.describe()}" for change in self.changes]
         if self.mixture_before is not None:
             lines += describe_change(self.mixture_before, self.prepared.data, end=self.prepared.config.samples)
@@ -168,7 +168,7 @@ class _Accepted:
 
 
 def _accepted(prepared: Prepared, resumption: Resumption, folder: Path) -> _Accepted:
-    """Return the checkpoint's manifest and what was changed since, if this run may go on from it."""
+    """Return the checkpoint's manifest and the changes since, if this run may resume from it."""
     saved, steps = read_manifest(folder), prepared.config.steps
     wanted = manifest_of(prepared, Origin(saved.step), saved.step)
     if not saved.has_optimizer:
@@ -190,27 +190,27 @@ def _accepted(prepared: Prepared, resumption: Resumption, folder: Path) -> _Acce
 
 
 def _refuse_new_shares(prepared: Prepared, saved: Manifest, folder: Path) -> None:
-    """Refuse to share by size in a run whose sources without weights were drawn equally, as format 2 did.
+    """Refuse shares by size in a run whose sources without weights were drawn equally, as in format 2.
 
     Raises:
-        CheckpointError: with what to do.
+        CheckpointError: the shares would change; the message states what to do.
     """
     data = prepared.data
     is_by_size = data.weights is None and len(data.sources) > 1
     if saved.format == 2 and is_by_size and saved.data_fingerprint == data.fingerprint_of_equal_weights:
         raise CheckpointError(
             f"{folder} was written when sources without weights were drawn equally, and now they share by size; give "
-            "each of data.train `weight: 1` to go on as before, or --allow-data-change to share by size from here on"
+            "each of data.train `weight: 1` to continue as before, or --allow-data-change to share by size from here on"
         )
 
 
 def saved_mixture(prepared: Prepared, saved: Manifest, folder: Path) -> Mixture:
     """Return the mixture of a checkpoint, with the positions reached.
 
-    Format 2 has none: all its runs are in their first mixture, which follows from the data they were configured with.
+    Format 2 stores none: its runs are all in their first mixture, which follows from the data in their configuration.
 
     Raises:
-        CheckpointError: the manifest holds no mixture of its data, or the data of format 2 have gone or changed.
+        CheckpointError: the manifest holds no mixture of its data, or the data of format 2 are gone or have changed.
     """
     if saved.format == 2:
         return _mixture_of_format_2(prepared, saved, folder)
@@ -239,13 +239,13 @@ def _mixture_of_format_2(prepared: Prepared, saved: Manifest, folder: Path) -> M
     if saved.data_fingerprint != data.fingerprint:
         raise CheckpointError(
             f"{folder} has manifest format 2, without the positions of its data's sources, and the data it was trained "
-            f"with cannot be opened to find them ({problem}); put them back, or go on with these data first"
+            f"with cannot be opened to find them ({problem}); put them back, or resume with these data first"
         )
     return data.mixture_at(saved.samples)
 
 
 def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[str, Any] | None = None) -> Manifest:
-    """What a checkpoint after `step` steps says of this run, but for its files."""
+    """Return the manifest of a checkpoint after `step` steps, except for its list of files."""
     config, layout = prepared.config, prepared.layout
     samples = config.sizes.samples_before(step)
     return Manifest(

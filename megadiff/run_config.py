@@ -1,4 +1,4 @@
-"""A whole run description: composes every section and checks what spans two of them."""
+"""The configuration of a whole run: composes all sections and checks constraints between them."""
 
 from __future__ import annotations
 
@@ -31,23 +31,26 @@ from megadiff.supervision.config import StopConfig, WatchdogConfig
 from megadiff.train.config import GoodputConfig, HealthConfig, LogConfig
 
 _LONGEST_NAME = 200
-"""Bytes of a run's name; file systems take 255, of which temporary and scheduler's files need some."""
+"""Maximal length of a run's name, in bytes; file systems allow 255, some of which temporary files and the scheduler's
+files need.
+"""
 
 
 class RunConfig(Section):
-    """The resolved tree of one training run."""
+    """The resolved configuration of one training run."""
 
     name: str = Field(min_length=1)
-    """Folder of the run inside `output_dir`."""
+    """Name of the run folder inside `output_dir`."""
     output_dir: str = "runs"
-    """Where run folders are made."""
+    """Folder that holds the run folders."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the first weights, the data order and the noise."""
+    """Seed of the initial weights, the data order and the noise."""
     platform: Literal["auto", "cpu", "cuda"] = "auto"
     """The machine; `auto` takes CUDA when there is one."""
     kernels: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose layers a bf16 model is built of on CUDA: Transformer Engine's fused ones, or megatron-core's own on torch
-    kernels. `auto` takes the first where it can be imported; which it was is in the log's first line."""
+    """Implementation of the layers of a bf16 model on CUDA: Transformer Engine's fused ones, or megatron-core's own on
+    torch kernels. `auto` takes the first if it can be imported; the log's first line shows the choice.
+    """
     model: ModelConfig
     noise: NoiseConfig = NoiseConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -137,7 +140,7 @@ class RunConfig(Section):
 
     @property
     def wanted_layers(self) -> Literal["auto", "local", "transformer_engine"]:
-        """`kernels`, or the local layers where `auto` has no choice: Transformer Engine's are for bf16."""
+        """The value of `kernels`, or the local layers if `auto` has no choice: Transformer Engine's need bf16."""
         return "local" if self.kernels == "auto" and self.precision.compute == "fp32" else self.kernels
 
     @property
@@ -147,21 +150,21 @@ class RunConfig(Section):
 
     @property
     def sizes(self) -> BatchSizes:
-        """Rows of every step."""
+        """Number of rows in every step."""
         return BatchSizes(self.batch.global_sequences, self.batch.ramp)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks, once a ramp is over."""
+        """Number of tokens in one optimizer step over all ranks, once a ramp is over."""
         return self.batch.global_sequences * self.model.seq_length
 
     def tokens_before(self, step: int) -> int:
-        """Tokens of the first `step` steps."""
+        """Return the number of tokens in the first `step` steps."""
         return self.sizes.samples_before(step) * self.model.seq_length
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the whole run."""
         if self.schedule.steps is not None:
             return self.schedule.steps
         wanted = self.schedule.wanted_tokens(self._flops_per_token())
@@ -170,12 +173,12 @@ class RunConfig(Section):
 
     @property
     def samples(self) -> int:
-        """Sequences of the whole run."""
+        """Number of sequences in the whole run."""
         return self.sizes.samples_before(self.steps)
 
     @property
     def length_setting(self) -> str:
-        """The setting that makes the run as long as it is, with its value."""
+        """The setting that determines the run's length, with its value."""
         schedule = self.schedule
         given = {"steps": schedule.steps, "tokens": schedule.tokens, "flops": schedule.flops}
         key, value = next((key, value) for key, value in given.items() if value is not None)
@@ -188,7 +191,7 @@ class RunConfig(Section):
 
     @property
     def is_causal_prompt(self) -> bool:
-        """Whether clean prompts attend causally; under the autoregressive control the whole row is one."""
+        """Whether clean prompts attend causally; for the autoregressive control the whole row is a prompt."""
         return self.is_autoregressive or self.conditioning.prompt_attention == "causal"
 
     def _flops_per_token(self) -> float:
@@ -196,7 +199,7 @@ class RunConfig(Section):
         return cost.paper_flops_per_token(self.shape(vocab_size=2))
 
     def shape(self, *, vocab_size: int) -> cost.Shape:
-        """The model's size for closed-form costs."""
+        """Return the model's size for closed-form costs."""
         model = self.model
         return cost.Shape(
             layers=model.layers,
@@ -222,7 +225,7 @@ class RunConfig(Section):
         )
 
     def lr_schedule(self) -> WarmupStableDecay:
-        """The learning rate's course, as a factor of `optimizer.lr`."""
+        """Return the schedule of the learning rate, as a factor of `optimizer.lr`."""
         steps = self.steps
         return WarmupStableDecay(
             steps=steps,
@@ -232,7 +235,7 @@ class RunConfig(Section):
         )
 
     def layout(self, *, world_size: int, vocab_size: int) -> Layout:
-        """The layout on `world_size` ranks; every division is checked before any process group exists.
+        """Return the layout on `world_size` ranks; every division is checked before any process group exists.
 
         Raises:
             ConfigError: something does not divide.

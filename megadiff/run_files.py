@@ -1,4 +1,4 @@
-"""The files a run's figures go to while it trains."""
+"""The files to which a run writes its metrics during training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megadiff.train.metrics import MetricsFile
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Open on the main rank; None on the others."""
+    """The open metrics files on the main rank; None on the others."""
 
     metrics: MetricsFile | None
     tensorboard: Any
@@ -37,7 +37,7 @@ class RunFiles:
             ) from None
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the open files."""
         for file in (self.metrics, self.tensorboard):
             if file is not None:
                 file.close()

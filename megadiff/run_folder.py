@@ -1,6 +1,6 @@
-"""A run's folder, log and status: made, locked against a second process, written to by the main rank.
+"""A run's folder, log and status: created and locked against a second process, and written by the main rank.
 
-What looks after the run while it trains is bound together here as well (`Supervision`).
+`Supervision` groups the parts that supervise the run during training.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from megadiff.train.loop import Ending
 log = logging.getLogger("megadiff")
 
 _LEAVING_S, _LOOK_EVERY_S = 10.0, 0.1
-"""Seconds for which the processes of a launch that lost its launcher are waited for, and seconds between looks."""
+"""Seconds to wait for the processes of a launch whose launcher is gone, and seconds between attempts."""
 
 
 def log_to_console() -> None:
-    """Let the main rank log to stdout, and the others only warn."""
+    """Log to stdout: everything on the main rank, only warnings on the others."""
     handler = _ConsoleHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
@@ -59,23 +59,23 @@ def log_to_console() -> None:
 
 
 class _ConsoleHandler(logging.StreamHandler[TextIO]):
-    """Stdout, which may itself be a file on a full disk: a line that it refuses is lost and nothing else."""
+    """Stdout, which may itself be a file on a full disk: only the lines that it refuses are lost."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line past the stream's buffer, where a refused line would stay and fail again at exit."""
+        """Write a line bypassing the stream's buffer, in which a refused line would stay and fail again at exit."""
         text = self.format(record) + self.terminator
         with contextlib.suppress(OSError):
             self.stream.flush()
             try:
                 handle = self.stream.fileno()
-            except (OSError, AttributeError):  # a stream that is no file
+            except (OSError, AttributeError):  # a stream that is not a file
                 self.stream.write(text)
             else:
                 os.write(handle, text.encode(self.stream.encoding or "utf-8", "replace"))
 
 
 class _RunLog(logging.Handler):
-    """`log.txt`: lines that a full disk refuses come when there is room, up to a megabyte of them."""
+    """Handler of `log.txt`: up to a megabyte of lines that a full disk refuses is kept and written later."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -86,14 +86,14 @@ class _RunLog(logging.Handler):
         self._file.append(f"{self.format(record)}\n".encode(errors="replace"))
 
     def close(self) -> None:
-        """Write what waits, if there is room now."""
+        """Write the waiting lines, if there is space now, and close the file."""
         self._file.close()
         super().close()
 
 
 @contextmanager
 def run_folder(config: RunConfig) -> Iterator[None]:
-    """On the main rank: make and lock the run folder, copy the log to `log.txt`.
+    """Create and lock the run folder on the main rank, and copy the log to `log.txt`.
 
     Raises:
         ConfigError: the folder cannot be written, or another process trains in it.
@@ -122,7 +122,7 @@ def run_folder(config: RunConfig) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> FileLock:
-    """Lock the folder; wait for a holder that is about to go because its launcher is gone.
+    """Lock the folder; wait for a holder that is about to exit because its launcher is gone.
 
     Raises:
         ConfigError: another process trains there.
@@ -152,7 +152,7 @@ def _locked(folder: Path) -> FileLock:
 
 
 def _unwritable(what: str, error: OSError) -> MegadiffError:
-    """Return what to raise where the run folder or a file of it cannot be written; a full disk is worth another try."""
+    """Return the error for a run folder, or a file in it, that cannot be written; a full disk is worth a retry."""
     reason = error.strerror or error
     if is_storage_failure(error):
         return StorageError(f"{what} cannot be written ({reason}); free space there, then run the same command again")
@@ -160,7 +160,7 @@ def _unwritable(what: str, error: OSError) -> MegadiffError:
 
 
 def write_config(config: RunConfig) -> None:
-    """Write the resolved tree as `config.yaml`; once the run is known to go on, so a refused start changes nothing.
+    """Write the resolved configuration as `config.yaml`; called once the run may proceed, so a refusal changes nothing.
 
     Raises:
         ConfigError, StorageError: it cannot be written.
@@ -173,7 +173,7 @@ def write_config(config: RunConfig) -> None:
 
 
 def write_facts(config: RunConfig, facts: DataFacts) -> None:
-    """Write what is known of the run's data as `data.json`; a disk that refuses costs the file and not the run."""
+    """Write the facts about the run's data as `data.json`; a write error loses the file but does not end the run."""
     try:
         write_data_facts(config.folder, facts)
     except OSError as error:
@@ -181,10 +181,10 @@ def write_facts(config: RunConfig, facts: DataFacts) -> None:
 
 
 class Standing:
-    """Keeps `status.json` on the main rank: running, then how it ended, whatever ends it but SIGKILL."""
+    """Writer of `status.json` on the main rank: running, then how the run ended, unless SIGKILL ended it."""
 
     def __init__(self, config: RunConfig, launch: Launch) -> None:
-        """Nothing is written before the run is known to go on, or refused."""
+        """Read the earlier status; nothing is written before the run is known to proceed or to be refused."""
         self._folder, self._steps, self._launch = config.folder, config.steps, launch.key
         self._are_others_watched = launch.world_size > 1 and config.watchdog.enabled
         before = read_status(self._folder)
@@ -193,27 +193,27 @@ class Standing:
         self._has_ended = False
 
     def running(self, step: int) -> None:
-        """The run goes on after `step` steps."""
+        """Record that the run continues after `step` steps."""
         self._step = step
         self._write(RUNNING)
 
     def saved(self, step: int) -> None:
-        """There is a checkpoint of this step; what else the status should have said before is written too."""
+        """Record a checkpoint of this step, and everything else that has not been written to the status yet."""
         if self._has_ended:
             return
         self._step = self._saved_step = step
         self._write(RUNNING)
 
     def ended(self, ending: Ending) -> None:
-        """The run came to an end of its own."""
+        """Record that the run ended normally or by a stop request."""
         self._step, self._has_ended = ending.step, True
         self._write(FINISHED if ending.stopped is None else STOPPED, reason=ending.stopped or "", exit_code=0)
 
     def failing(self, error: BaseException, step: int | None = None) -> None:
-        """The run ends for this error, after `step` steps. The first one told counts.
+        """Record that the run ends with this error, after `step` steps. Only the first error counts.
 
-        A user's mistake, and a run that is no longer finite, must not be tried again; the rest may. What is raised here
-        may be the effect of another rank's end: where there are others, the watchers find the cause and write it.
+        A user's mistake, and a loss that is no longer finite, must not be retried; other errors may. An error raised
+        here may be a consequence of another rank's exit: with several ranks, the watchers find the cause and write it.
         """
         if self._has_ended:
             return
@@ -247,26 +247,26 @@ class Standing:
 
 
 def goodput_of(config: RunConfig, *, is_kept: bool = True, before_s: float = 0.0) -> Goodput:
-    """Return the account of where the run's time goes, which the main rank keeps in `goodput.json` if `is_kept`."""
+    """Return the account of how the run spends its time; the main rank writes it to `goodput.json` if `is_kept`."""
     path = config.folder / "goodput.json" if is_kept and is_main_process() else None
     return Goodput(path, config.goodput, save_every=config.checkpoint.every, before_s=before_s)
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """The parts that look after a run while it trains."""
+    """The parts that supervise a run during training."""
 
     watchdog: Watchdog
     stop: StopRequest | None
-    """None: nobody may ask this run to stop."""
+    """Source of stop requests; None if nobody may stop this run."""
     goodput: Goodput
     failing: Callable[[BaseException, int], None] = lambda error, step: None
-    """Called with what ends the run, and the number of steps taken by then."""
+    """Called with the error that ends the run, and the number of steps taken by then."""
     saved: Callable[[int], None] = lambda step: None
-    """Called with the step of every checkpoint that is complete."""
+    """Called with the step of every complete checkpoint."""
 
     @classmethod
     def none(cls, config: RunConfig) -> Supervision:
-        """Return what a run needs that another program looks after."""
+        """Return the supervision of a run that another program supervises: none of its own."""
         launch = Launch.of(config.folder, rank=rank_from_environment(), world_size=world_size_from_environment())
         return cls(Watchdog(WatchdogConfig(enabled=False), launch), None, goodput_of(config, is_kept=False))

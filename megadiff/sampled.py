@@ -1,4 +1,4 @@
-"""Text drawn while a run trains, connected to the run."""
+"""Connection of text sampling during training to the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample_hooks(
     platform: Platform,
     goodput: Goodput,
 ) -> list[hooks.WriteSamples]:
-    """The hook that draws text; none where none is asked for."""
+    """Return the hook that samples text; none if no samples are configured."""
     config = prepared.config
     if not config.eval.samples:
         return []
@@ -44,6 +44,6 @@ def sample_hooks(
 
 
 def _start(prepared: Prepared) -> list[int]:
-    """Return what a sequence begins with where every document of the training data does."""
+    """Return the tokens that every sequence begins with, if all documents of the training data do."""
     bos = prepared.tokenizer.bos_id
     return [bos] if prepared.data.prepended_bos and bos is not None else []

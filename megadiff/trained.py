@@ -1,4 +1,4 @@
-"""A trained model opened in one process, from a checkpoint of any layout, to be measured or sampled."""
+"""A trained model opened in one process, from a checkpoint of any layout, for evaluation or sampling."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrainedModel:
     """A model with the noise and the tokenizer it was trained with."""
 
     folder: Path
-    """The checkpoint."""
+    """Folder of the checkpoint."""
     manifest: Manifest
     model: ModelConfig
     mixing: Mixing
@@ -56,25 +56,25 @@ class TrainedModel:
 
     @property
     def prepends_bos(self) -> bool:
-        """Whether the documents of its training data began with bos."""
+        """Whether the documents of the training data began with bos."""
         return self.manifest.prepended_bos
 
     @property
     def knows_prompts(self) -> bool:
-        """Whether the model was trained with clean prompts that see only themselves."""
+        """Whether the model was trained with clean prompts that attend only to themselves."""
         return self.manifest.config["conditioning"]["prompt"] > 0
 
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
-        """Token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded.
+        """Map token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded.
 
         Args:
-            prompt_length: leading tokens that are clean; they see only themselves if the model was trained so.
+            prompt_length: leading clean tokens; they attend only to themselves if the model was trained so.
         """
         return self.answer(ids, torch.full((ids.shape[0],), prompt_length))
 
     @torch.no_grad()
     def answer(self, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """`denoise` with a prompt length for each row, [B]; of an autoregressive model the next tokens' logits."""
+        """Return `denoise`'s logits for a prompt length per row, [B]; next-token logits if autoregressive."""
         is_causal = self.is_autoregressive or self.manifest.config["conditioning"]["prompt_attention"] == "causal"
         lengths = torch.full((ids.shape[0],), ids.shape[1]) if self.is_autoregressive else prompt_lengths.cpu()
         if not (self.is_autoregressive or self.knows_prompts):
@@ -85,14 +85,14 @@ class TrainedModel:
     def held_out_elbo(
         self, data: str, *, rows: int, noise_levels: int, micro_sequences: int, key: str = "data"
     ) -> HeldOutResult:
-        """Return the bound on indexed data, with the sequences and noise a training run of these numbers would use.
+        """Return the bound on indexed data, with the same sequences and noise as a training run with these settings.
 
         Args:
             data: prefix P of `P.bin` and `P.idx`.
-            rows: sequences at most.
-            noise_levels: noise levels of each.
-            micro_sequences: sequences of a forward pass.
-            key: what the user gave `data` as, for messages.
+            rows: maximal number of sequences.
+            noise_levels: number of noise levels for each.
+            micro_sequences: sequences per forward pass.
+            key: name of the option that gave `data`, for messages.
 
         Raises:
             DataError: the data are missing, damaged, or made with another tokenizer.
@@ -120,14 +120,14 @@ def open_trained(
     compute: Literal["bf16", "fp32"] = "fp32",
     tokenizer: str | None = None,
 ) -> Iterator[TrainedModel]:
-    """Open a run folder (its newest complete checkpoint) or one of its step folders, in this one process.
+    """Open a run folder (its newest complete checkpoint) or one of its step folders, in this process alone.
 
     Args:
         tokenizer: path to use instead of the one the run was configured with, for a checkpoint that was moved.
 
     Raises:
-        CheckpointError: no complete checkpoint there, or a damaged one.
-        DataError: the tokenizer is missing, or another one than the model was trained with.
+        CheckpointError: there is no complete checkpoint, or it is damaged.
+        DataError: the tokenizer is missing, or is not the one that the model was trained with.
     """
     folder = chosen(Path(path))
     manifest = read_manifest(folder)
@@ -167,7 +167,7 @@ def open_trained(
 
 
 def _settings(folder: Path, manifest: Manifest) -> tuple[str, ModelConfig, NoiseConfig]:
-    """The tokenizer's path, the model and the noise that a checkpoint says it was trained with."""
+    """Return the tokenizer's path, the model and the noise recorded in a checkpoint's manifest."""
     config = manifest.config
     try:
         return (
@@ -178,5 +178,5 @@ def _settings(folder: Path, manifest: Manifest) -> tuple[str, ModelConfig, Noise
     except (KeyError, TypeError, ValidationError) as error:
         what = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{folder / 'manifest.json'} describes no model of this version ({what}); take another one of the run"
+            f"{folder / 'manifest.json'} describes no model of this version ({what}); use another checkpoint of the run"
         ) from None

@@ -1,7 +1,7 @@
-"""Small files that somebody else may have written: read without blocking, within a size, and as shallow JSON.
+"""Safe reading of small files that others may have written: without blocking, within a size limit, as shallow JSON.
 
-A FIFO in a file's place would block forever, a sparse file of 8 GB fill the memory, and JSON nested a hundred thousand
-levels deep exhaust the stack of whatever walks it. Every reader of such files goes through here.
+A FIFO in place of a file would block forever, a sparse file of 8 GB would fill the memory, and JSON nested a hundred
+thousand levels deep would exhaust the stack of any code that walks it. Every reader of such files uses this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_DEPTH = 64
-"""Levels of lists and objects that JSON may nest."""
+"""Maximal nesting depth of lists and objects in JSON."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -26,16 +26,16 @@ _KINDS = {
 
 
 class UnreadableFileError(ValueError):
-    """A file that is not what was wanted; the text says what it is, such as `is a FIFO, not a plain file`."""
+    """A file of the wrong kind; the message states what it is, such as `is a FIFO, not a plain file`."""
 
 
 def why(error: OSError | UnreadableFileError) -> str:
-    """Return what is wrong with a file as the rest of a sentence that begins with its path."""
+    """Return what is wrong with a file, as the rest of a sentence that begins with its path."""
     return f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a plain file to read its bytes; anything else is refused without waiting for its other end.
+    """Open a plain file for reading bytes; refuse anything else without waiting for its other end.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
@@ -47,7 +47,7 @@ def open_plain(path: Path) -> BinaryIO:
     except NotADirectoryError as error:
         raise FileNotFoundError(error.errno, "No such file or directory", str(path)) from None
     except OSError:
-        if (kind := _kind(path)) in _KINDS:  # opening a socket fails with a number that says nothing
+        if (kind := _kind(path)) in _KINDS:  # opening a socket fails with an uninformative error number
             raise UnreadableFileError(f"is {_KINDS[kind]}, not a plain file") from None
         raise
     except ValueError:
@@ -64,13 +64,13 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        UnreadableFileError: it is no plain file, or larger than that.
+        UnreadableFileError: it is not a plain file, or is larger than that.
         OSError: it cannot be read.
     """
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(size + 1) if size <= max_bytes else b""  # a larger count would be allocated at once
-        if len(data) > size:  # it has grown, or does not tell its size
+        data = file.read(size + 1) if size <= max_bytes else b""  # read allocates as many bytes as are requested
+        if len(data) > size:  # the file has grown, or does not report its size
             data += file.read(max_bytes + 1 - len(data))
         if max(size, len(data)) > max_bytes:
             raise UnreadableFileError(f"has {max(size, len(data)):,} bytes where at most {max_bytes:,} are wanted")
@@ -78,11 +78,11 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, *, max_bytes: int) -> str:
-    """Return the content of such a file that is UTF-8, with or without a byte order mark.
+    """Return the text of a plain UTF-8 file, with or without a byte order mark.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        UnreadableFileError: it is no plain file, too large, or not UTF-8.
+        UnreadableFileError: it is not a plain file, too large, or not UTF-8.
         OSError: it cannot be read.
     """
     try:
@@ -92,18 +92,18 @@ def read_text(path: Path, *, max_bytes: int) -> str:
 
 
 def read_json(path: Path, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
-    """Return the value of such a file that is JSON; NaN and Infinity, which Python's own writer gives, are numbers.
+    """Return the value of a plain JSON file; NaN and Infinity, which Python's own writer emits, are numbers.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        UnreadableFileError: it is no plain file, too large, not UTF-8, not JSON, or nested too deep.
+        UnreadableFileError: it is not a plain file, too large, not UTF-8, not JSON, or nested too deep.
         OSError: it cannot be read.
     """
     return parse_json(read_text(path, max_bytes=max_bytes), max_depth=max_depth)
 
 
 def read_json_object(path: Path, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """`read_json` where an object is wanted.
+    """Return the object in a plain JSON file (`read_json`).
 
     Raises:
         FileNotFoundError: there is nothing at the path.
@@ -130,7 +130,7 @@ def parse_json(text: str | bytes, *, max_depth: int = MAX_DEPTH) -> Any:
         raise UnreadableFileError(f"is not JSON ({error})") from None
     except UnicodeDecodeError as error:
         raise UnreadableFileError(f"is not UTF-8 text (byte {error.start})") from None
-    except ValueError:  # Python converts no integer of more than 4,300 digits
+    except ValueError:  # Python refuses integers of more than 4,300 digits
         raise UnreadableFileError("holds an integer of thousands of digits") from None
     if is_deeper(found, max_depth):
         raise UnreadableFileError(f"is nested deeper than {max_depth} levels")
@@ -138,11 +138,11 @@ def parse_json(text: str | bytes, *, max_depth: int = MAX_DEPTH) -> Any:
 
 
 def lines(path: Path, *, max_bytes: int) -> Iterator[bytes | None]:
-    """Yield the lines of a plain file of any length, their ends included; None for one longer than `max_bytes`.
+    """Yield the lines of a plain file of any length, line ends included; None for a line longer than `max_bytes`.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        UnreadableFileError: it is no plain file.
+        UnreadableFileError: it is not a plain file.
         OSError: it cannot be read.
     """
     with open_plain(path) as file:
@@ -171,7 +171,7 @@ def _kind(path: Path) -> int | None:
 
 
 def is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects nest deeper than `depth`, found without recursion."""
+    """Return whether lists and objects nest deeper than `depth`, without recursion."""
     level = [value]
     for _ in range(depth):
         level = [

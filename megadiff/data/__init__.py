@@ -1,1 +1,6 @@
-"""Corpus to clean rows: documents, tokenizers, indexed files, blends, packed rows, loader."""
+"""The data pipeline, from corpus files to batches of clean token rows.
+
+Corpora are tokenized into indexed files (`preprocess`, `indexed_writer`), which `open` checks and `rows` packs into
+rows of fixed length. Blends (`blend`, `mixture`) decide which source each sample comes from, and `loader` serves the
+rows of each step to a data-parallel rank.
+"""

@@ -1,18 +1,17 @@
-"""Figures that models without a network reach on the validation data, to compare a held-out bound with.
+"""Losses of count-based models on the validation data, for comparison with the validation bound.
 
 *Unigram*: the entropy of the validation tokens' own frequencies. No model that ignores context can do better on these
 tokens, so a bound below it shows that context is used.
 
 *Bigram*: the cross-entropy on the validation tokens of a model that knows the token before, counted on training tokens
 and smoothed towards the training frequencies by a Dirichlet prior (MacKay and Peto 1995, "A hierarchical Dirichlet
-language model"). The prior's strength is fitted to the training tokens by leaving each one out in turn, so validation
-tokens play no part in it. The plain entropy of counted pairs would be far too low where the pairs are many and the
-tokens few (it falls to zero as pairs become unique); a held-out figure errs to the other side, the more so the fewer
-training tokens are counted.
+language model"). The prior's strength is fitted to the training tokens by leave-one-out, so validation tokens play no
+part in it. The plain entropy of counted pairs would be far too low when there are many distinct pairs and few tokens
+(it falls to zero as pairs become unique); the held-out figure errs on the other side, the more so the fewer training
+tokens are counted.
 
-Both look at a bounded number of tokens, in contiguous spans spread evenly over each source. Counting 4 million tokens
-takes about a second and 200 MB; the figures are kept beside the validation data (`P.baselines.json`), so that they are
-counted once.
+Both use a bounded number of tokens, in contiguous spans spread evenly over each source. Counting 4 million tokens
+takes about a second and 200 MB; the results are cached beside the validation data (`P.baselines.json`).
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from megadiff.files import write_atomically
 from megadiff.untrusted_files import UnreadableFileError, read_json_object
 
 TRAINING_TOKENS = 2**22
-"""Number of training tokens that are counted at most, over all sources."""
+"""Maximal number of training tokens to count, over all sources."""
 
 VALIDATION_TOKENS = 2**20
-"""Number of validation tokens that are measured at most, over all sources."""
+"""Maximal number of validation tokens to evaluate, over all sources."""
 
 _SPANS = 64
-_METHOD = 1  # rises when the same tokens would give other figures
+_METHOD = 1  # increase this when the same tokens would give different results
 _MAX_FILE_BYTES = 4096
 _LOG_STRENGTHS = (math.log(1e-2), math.log(1e6))
 
@@ -49,21 +48,21 @@ Figures = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Baselines:
-    """Figures of models without a network, in nats per validation token."""
+    """Losses of models without a network, in nats per validation token."""
 
     unigram: float
     """Entropy of the validation tokens' own frequencies."""
     bigram: float
     """Cross-entropy of a smoothed bigram model counted on training tokens."""
     bytes_per_token: float | None
-    """Number of UTF-8 bytes of text per validation token; None where the data do not say."""
+    """Number of UTF-8 bytes of text per validation token; None if unknown."""
     training_tokens: int
     """Number of training tokens that were counted."""
     validation_tokens: int
-    """Number of validation tokens that were measured."""
+    """Number of validation tokens that were evaluated."""
 
     def as_metrics(self) -> dict[str, float]:
-        """Return the keys that an evaluation line in `metrics.jsonl` has for them."""
+        """Return the baselines under their keys in an evaluation line of `metrics.jsonl`."""
         return {"eval_unigram": self.unigram, "eval_bigram": self.bigram}
 
     def describe(self) -> str:
@@ -86,10 +85,10 @@ def baselines_of_data(
     *,
     vocab_size: int,
 ) -> Baselines:
-    """Return the figures of `count_baselines`, from `P.baselines.json` of the first validation source if it has them.
+    """Return the result of `count_baselines`, cached in `P.baselines.json` of the first validation source.
 
-    The file holds a fingerprint of all that the figures depend on; figures of other data are counted again and replace
-    it. A folder that cannot be written costs the time of counting and nothing else.
+    The file holds a fingerprint of everything that the result depends on; a cache of other data is recounted and
+    replaced. If the folder cannot be written, the only cost is the time of counting.
 
     Raises:
         DataError: tokens cannot be read.
@@ -108,7 +107,7 @@ def baselines_of_data(
 
 
 def _kept(path: Path, key: str) -> Baselines | None:
-    """Return the figures that a file holds for these data; None where it holds none, or is damaged."""
+    """Return the baselines cached in a file for these data; None if there are none, or the file is damaged."""
     try:
         found = read_json_object(path, max_bytes=_MAX_FILE_BYTES)
     except (OSError, UnreadableFileError):
@@ -133,8 +132,8 @@ def count_baselines(
     Args:
         training: the sources to count.
         training_weights: share of each in training, in any unit.
-        validation: the sources to measure, at least one.
-        validation_weights: share of each in the held-out figure, in any unit, such as its sequences.
+        validation: the sources to evaluate, at least one.
+        validation_weights: share of each in the validation bound, in any unit, such as its sequences.
         vocab_size: V.
 
     Raises:
@@ -160,7 +159,7 @@ def count_baselines(
 
 
 def unigram_entropy(reader: IndexedReader, *, vocab_size: int) -> float:
-    """Return the entropy in nats per token of one source's own frequencies, of at most `VALIDATION_TOKENS` tokens."""
+    """Return the entropy in nats per token of a source's token frequencies, from up to `VALIDATION_TOKENS` tokens."""
     counts = _token_counts(list(_spans(reader, VALIDATION_TOKENS)), vocab_size)
     return _entropy(counts / counts.sum())
 
@@ -168,8 +167,8 @@ def unigram_entropy(reader: IndexedReader, *, vocab_size: int) -> float:
 class SmoothedBigrams:
     """A bigram model with a Dirichlet prior: p(b | a) = (n(a, b) + k p(b)) / (n(a) + k).
 
-    Here n counts the training tokens, p is their frequency with half a token added to every entry, and k, the prior's
-    strength, is the one under which the training pairs are most likely when each is left out of the counts in turn.
+    Here n counts the training tokens, p is their frequency with half a token added to every entry, and the prior's
+    strength k maximises the leave-one-out likelihood of the training pairs.
 
     Args:
         spans: training tokens; pairs do not cross the ends of a span.
@@ -186,10 +185,10 @@ class SmoothedBigrams:
         self.strength = self._fitted_strength()
 
     def log_likelihood(self, span: Ids) -> Figures:
-        """Return the natural logarithm of each token's probability given the one before it, [n].
+        """Return the natural logarithm of each token's probability given the previous one, [n].
 
         Args:
-            span: contiguous tokens, [n]; the first has none before it and gets its frequency.
+            span: contiguous tokens, [n]; the first one has no predecessor and gets its frequency.
         """
         pairs = _pairs(span, self._vocab_size)
         place = np.minimum(np.searchsorted(self._pairs, pairs), max(len(self._pairs) - 1, 0))
@@ -199,7 +198,7 @@ class SmoothedBigrams:
         return np.concatenate((np.log(self._frequency[span[:1]]), after))
 
     def _fitted_strength(self) -> float:
-        """Return the prior's strength that fits the training pairs best, each left out in turn."""
+        """Return the prior's strength with the highest leave-one-out likelihood of the training pairs."""
         first, second = np.divmod(self._pairs, self._vocab_size)
         others = self._pair_counts - 1.0
         prior, totals = self._frequency[second], self._first_counts[first] - 1.0
@@ -212,7 +211,7 @@ class SmoothedBigrams:
 
 
 def _lowest(function: Callable[[float], float], low: float, high: float, *, within: float) -> float:
-    """Return where a function with one valley between `low` and `high` is lowest, by golden sections."""
+    """Return the minimiser of a unimodal function between `low` and `high`, by golden-section search."""
     share = (math.sqrt(5) - 1) / 2
     left, right = high - share * (high - low), low + share * (high - low)
     at_left, at_right = function(left), function(right)
@@ -253,7 +252,7 @@ def _token_counts(spans: Sequence[Ids], vocab_size: int) -> Figures:
 
 
 def _pairs(span: Ids, vocab_size: int) -> Ids:
-    """Return neighbouring tokens as one number each: a V + b, [n - 1]."""
+    """Return each pair of neighbouring tokens as one number: a V + b, [n - 1]."""
     return span[:-1] * vocab_size + span[1:]
 
 

@@ -1,8 +1,8 @@
-"""How many sequences each step takes: one number, or a ramp up to it.
+"""Number of sequences in each step: constant, or ramped up.
 
-With a ramp the global batch grows in stages: `start` sequences for the first `every_steps` steps, `increment` more with
-each stage, held to `global_sequences`. Which samples make up a step is then a function of the step alone, in closed
-form, so that a resumed run, a planner and the noise need no history.
+With a ramp the global batch grows in stages: `start` sequences for the first `every_steps` steps, `increment` more in
+each further stage, up to `global_sequences`. The samples of a step are a closed-form function of the step alone, so a
+resumed run, a planner and the noise need no history.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ class StepBatch(NamedTuple):
     """A step's global batch: the samples first_sample .. first_sample + sequences - 1."""
 
     step: int
-    """Steps taken before it."""
+    """Number of steps taken before it."""
 
     first_sample: int
 
     sequences: int
-    """Of all ranks together."""
+    """Number of sequences over all ranks."""
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sequences of every step of a run; steps and samples count from 0.
+    """Number of sequences in every step of a run; steps and samples count from 0.
 
     Args:
-        global_sequences: of every step, or of those after the ramp.
-        ramp: its start is at most `global_sequences` (`BatchConfig` sees to that).
+        global_sequences: number in every step, or after the ramp.
+        ramp: its start is at most `global_sequences`, which `BatchConfig` checks.
     """
 
     global_sequences: int
@@ -41,27 +41,27 @@ class BatchSizes:
 
     @cached_property
     def num_stages(self) -> int:
-        """K: stages of the ramp before the final size is reached; 0 without a ramp."""
+        """K: number of stages of the ramp before the final size is reached; 0 without a ramp."""
         if self.ramp is None:
             return 0
         return -((self.ramp.start - self.global_sequences) // self.ramp.increment)
 
     @property
     def final_step_of_ramp(self) -> int:
-        """The first step that takes `global_sequences`."""
+        """The first step with `global_sequences` sequences."""
         return 0 if self.ramp is None else self.num_stages * self.ramp.every_steps
 
     @property
     def distinct(self) -> list[int]:
-        """Every size that occurs, ascending."""
+        """All sizes that occur, ascending."""
         return [self._size(stage) for stage in range(self.num_stages + 1)]
 
     def sequences(self, step: int) -> int:
-        """Sequences of a step."""
+        """Return the number of sequences in a step."""
         return self._size(self.num_stages if self.ramp is None else min(step // self.ramp.every_steps, self.num_stages))
 
     def samples_before(self, step: int) -> int:
-        """Samples of the steps before this one: the first sample of its batch.
+        """Return the number of samples before a step, which is the first sample of its batch.
 
         k stages of E steps each take E (k start + increment k (k - 1) / 2) samples.
         """
@@ -72,14 +72,14 @@ class BatchSizes:
         return self.ramp.every_steps * whole + (step - stage * self.ramp.every_steps) * self._size(stage)
 
     def batch_of(self, step: int) -> StepBatch:
-        """The global batch of a step."""
+        """Return the global batch of a step."""
         return StepBatch(step, self.samples_before(step), self.sequences(step))
 
     def step_of(self, sample: int) -> int:
-        """The step that takes a sample."""
+        """Return the step that contains a sample."""
         if self.ramp is None:
             return sample // self.global_sequences
-        low, high = 0, self.num_stages  # the last stage that begins at or before the sample
+        low, high = 0, self.num_stages  # binary search for the last stage that starts at or before the sample
         while low < high:
             middle = (low + high + 1) // 2
             if self.samples_before(middle * self.ramp.every_steps) <= sample:
@@ -90,23 +90,23 @@ class BatchSizes:
         return first + (sample - self.samples_before(first)) // self._size(low)
 
     def origin_of(self, sample: int) -> tuple[int, int]:
-        """(first sample, sequences) of the global batch a sample belongs to."""
+        """Return (first sample, sequences) of the global batch that contains a sample."""
         batch = self.batch_of(self.step_of(sample))
         return batch.first_sample, batch.sequences
 
     def steps_for_samples(self, samples: int) -> int:
-        """The smallest number of steps that take at least so many samples."""
+        """Return the smallest number of steps with at least this number of samples."""
         return 0 if samples <= 0 else self.step_of(samples - 1) + 1
 
     def num_microbatches(self, step: int, *, micro_sequences: int, dp_size: int) -> int:
-        """Microbatches that each data-parallel rank does in a step, where `check` has passed."""
+        """Return the number of microbatches per data-parallel rank in a step; call `check` first."""
         return self.sequences(step) // (micro_sequences * dp_size)
 
     def check(self, *, micro_sequences: int, dp_size: int) -> None:
         """Refuse sizes that do not divide over the ranks.
 
         Raises:
-            ConfigError: names the first size that does not, and what would do.
+            ConfigError: a size does not divide; the message names the first such size, and sizes that would.
         """
         together = micro_sequences * dp_size
         for stage, size in enumerate(self.distinct):
@@ -125,7 +125,7 @@ class BatchSizes:
         return min(self.ramp.start + stage * self.ramp.increment, self.global_sequences)
 
     def _name(self, stage: int) -> str:
-        """Where a stage's size comes from, with its value."""
+        """Return the setting that determines a stage's size, with its value."""
         if self.ramp is None or stage == self.num_stages:
             return f"batch.global_sequences = {self.global_sequences}"
         if stage == 0:

@@ -1,9 +1,9 @@
 """Blends of sources as pure functions of the sample index: no state, no index files.
 
-`Blend` repeats one pattern of 10,000 places. In it each source has its exact share (largest remainder), and the
-places of a source are spread: its j-th falls at random within the j-th of its equal strata. `SizeBlend` shares in exact
-proportion to whole sizes, however unequal they are, and stores nothing. In either, any stretch of a run holds each
-source in proportion, and sample i is found without the samples before it.
+`Blend` repeats one pattern of 10,000 places. In it each source has its exact share (largest remainder), and its
+places are spread out: the j-th falls at random within the j-th of its equal strata. `SizeBlend` shares in exact
+proportion to whole sizes, however unequal, and stores nothing. In both, any stretch of a run holds the sources in
+proportion, and sample i is found without computing the samples before it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megadiff.data.permutation import mixed, stream_key
 from megadiff.errors import DataError
 
 PATTERN_LENGTH = 10_000
-"""Samples in a period; weights are met to within one part in this many."""
+"""Number of samples in a period; weights are met to within one part in this number."""
 
 
 class Place(NamedTuple):
-    """Where a sample comes from."""
+    """The origin of a sample."""
 
     source: int
     index: int
@@ -30,11 +30,11 @@ class Place(NamedTuple):
 
 
 class SourceOrder(Protocol):
-    """Maps sample index i >= 0 to a source and an index within it: what the two blends have in common."""
+    """The common interface of both blends: a map from sample index i >= 0 to a source and an index within it."""
 
     @property
     def shares(self) -> list[float]:
-        """Share of the samples of each source; they sum to 1."""
+        """Share of the samples of each source; the shares sum to 1."""
         ...
 
     def place(self, sample: int) -> Place:
@@ -42,7 +42,7 @@ class SourceOrder(Protocol):
         ...
 
     def drawn(self, samples: int) -> list[int]:
-        """Return how many of the first `samples` samples each source gives."""
+        """Return the number of samples that each source gives among the first `samples`."""
         ...
 
 
@@ -55,14 +55,14 @@ class Blend:
         keys: configuration key of each source, for messages; by default `data.train[0]`, `data.train[1]`, ...
 
     Raises:
-        DataError: a weight is so small that its source would never be seen.
+        DataError: a weight is so small that its source would never be drawn.
     """
 
     def __init__(self, weights: Sequence[float], *, seed: int, keys: Sequence[str] = ()) -> None:
         keys = keys or [f"data.train[{source}]" for source in range(len(weights))]
         self.counts = _shares(weights, PATTERN_LENGTH if len(weights) > 1 else 1, keys)
         self._pattern = _spread(self.counts, seed)
-        self._rank = np.empty_like(self._pattern)  # of a place among those of its source
+        self._rank = np.empty_like(self._pattern)  # rank of each place among those of its source
         for source in range(len(weights)):
             mine = self._pattern == source
             self._rank[mine] = np.arange(mine.sum())
@@ -79,7 +79,7 @@ class Blend:
         return Place(source, period * self.counts[source] + int(self._rank[within]))
 
     def drawn(self, samples: int) -> list[int]:
-        """Return how many of the first `samples` samples each source gives."""
+        """Return the number of samples that each source gives among the first `samples`."""
         period, within = _period_of(samples, len(self._pattern))
         begun = np.bincount(self._pattern[:within], minlength=len(self.counts)).tolist()
         return [period * count + more for count, more in zip(self.counts, begun, strict=True)]
@@ -89,9 +89,9 @@ class SizeBlend:
     """A blend in exact proportion to sizes: after sum(sizes) samples, source k has given exactly sizes[k].
 
     The sources are the leaves of a balanced binary tree. Of the samples that reach a node with `left` of `total` on
-    its left side, that side takes one in each of `left` strata of (nearly) equal length, at a place that a hash of the
-    stratum's number chooses. Both the side that takes a sample and how many it took before are then known from the
-    sample's number alone, in whole numbers and without rounding.
+    its left side, that side takes one in each of `left` strata of (nearly) equal length, at a place chosen by a hash of
+    the stratum's number. The side that takes a sample, and the number it took before, thus follow from the sample's
+    number alone, in integer arithmetic without rounding.
 
     Args:
         sizes: one per source, at least 1; K in all.
@@ -121,7 +121,7 @@ class SizeBlend:
         return Place(low, index)
 
     def drawn(self, samples: int) -> list[int]:
-        """Return how many of the first `samples` samples each source gives."""
+        """Return the number of samples that each source gives among the first `samples`."""
         return self._drawn(_not_negative(samples), 0, len(self._ends) - 1)
 
     def _drawn(self, samples: int, low: int, high: int) -> list[int]:
@@ -132,7 +132,7 @@ class SizeBlend:
         return self._drawn(left, low, middle) + self._drawn(samples - left, middle, high)
 
     def _split(self, index: int, low: int, middle: int, high: int) -> tuple[int, bool]:
-        """Return how many of the samples before `index` the sources low .. middle - 1 take, and whether they take it.
+        """Return how many samples before `index` sources low .. middle - 1 take, and whether they take `index`.
 
         Stratum j of the left side holds the samples i with j = floor(i * left / total).
         """
@@ -156,7 +156,7 @@ def _not_negative(sample: int) -> int:
 
 
 def _shares(weights: Sequence[float], total: int, keys: Sequence[str]) -> list[int]:
-    """Return whole shares of `total` by largest remainder; of equal remainders the first wins."""
+    """Return integer shares of `total` by largest remainder; ties go to the first."""
     weight_sum = float(sum(weights))
     exact = [weight / weight_sum * total for weight in weights]
     counts = [int(share) for share in exact]

@@ -1,4 +1,4 @@
-"""`data:` and `batch:` of a run description."""
+"""The sections `data:` and `batch:` of the configuration."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class SourceConfig(Section):
     """Prefix P of `P.bin` and `P.idx`, made by tools/preprocess_data.py or by Megatron."""
 
     weight: float | None = Field(default=None, gt=0)
-    """Share of the samples, relative to the other sources; any unit, above 0. Where no source has one, sources share by
-    size, so that all come to the end of an epoch together; beside sources that have one, a source without counts as 1.
+    """Share of the samples, relative to the other sources; any unit, above 0. If no source has a weight, sources share
+    by size, so that all finish an epoch together; a source without a weight beside others with one counts as 1.
     """
 
     @model_validator(mode="before")
@@ -27,48 +27,48 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the text comes from."""
+    """The training and validation text, and its tokenizer."""
 
     train: tuple[SourceConfig, ...] = Field(min_length=1)
     """Sources to train on, blended by weight or, without weights, by size; at least one."""
 
     valid: tuple[SourceConfig, ...] = ()
-    """Sources for the held-out ELBO, each measured alone; weights are not used."""
+    """Sources for the validation ELBO, each evaluated separately; weights are ignored."""
 
     vocab_size: int | None = Field(default=None, gt=1)
-    """Ids of the tokenizer with the mask; checked against it, and lets `--check` work before there are data."""
+    """Number of the tokenizer's ids, mask included; checked against it, and lets `--check` work before data exist."""
 
     tokenizer: str = Field(min_length=1)
     """The word `byte`, a tokenizer.json or SentencePiece .model file, or a folder with one."""
 
 
 class RampConfig(Section):
-    """`batch.ramp: {start: 64, increment: 64, every_steps: 500}`: smaller batches first.
+    """A ramp of the batch size, as in `batch.ramp: {start: 64, increment: 64, every_steps: 500}`.
 
     The size of every stage must be a multiple of micro_sequences x data-parallel ranks.
     """
 
     start: int = Field(gt=0)
-    """Sequences of the first steps, at most global_sequences."""
+    """Number of sequences in the first steps, at most global_sequences."""
 
     increment: int = Field(gt=0)
-    """How many sequences more with each stage, up to global_sequences."""
+    """Number of sequences added in each stage, up to global_sequences."""
 
     every_steps: int = Field(gt=0)
-    """Steps of a stage."""
+    """Number of steps in a stage."""
 
 
 class BatchConfig(Section):
-    """How many sequences make a step."""
+    """The number of sequences in a step, and in a microbatch."""
 
     global_sequences: int = Field(gt=0)
-    """Sequences in a step over all ranks; a multiple of micro_sequences x data-parallel ranks."""
+    """Number of sequences in a step over all ranks; a multiple of micro_sequences x data-parallel ranks."""
 
     ramp: RampConfig | None = None
-    """How the global batch grows to global_sequences; leave it out for the same size throughout."""
+    """Growth of the global batch to global_sequences; unset for a constant size."""
 
     micro_sequences: int = Field(gt=0)
-    """Sequences that one rank takes through the model at once."""
+    """Number of sequences per rank in one forward-backward pass."""
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> BatchConfig:

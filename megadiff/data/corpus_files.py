@@ -1,4 +1,4 @@
-"""Bytes of corpus files: counted and hashed as they are read, decompressed, damage reported."""
+"""Reading of corpus files: bytes are counted and hashed while they are read and decompressed; damage is reported."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megadiff.data.corpus_lines import CHUNK_BYTES
 from megadiff.errors import DataError
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-"""Names of files with one JSON object a line."""
+"""Suffixes of files with one JSON object per line."""
 
-_ZSTD_SLICE_BYTES = 2**10  # a compressed block of 4 bytes can grow to 128 KiB, so a slice to some 32 MiB at most
+_ZSTD_SLICE_BYTES = 2**10  # a 4-byte compressed block can expand to 128 KiB, so a slice expands to 32 MiB at most
 
 
 class HashedFile(io.RawIOBase):
-    """A file that counts and hashes what is read from it, so that hashing costs no second pass.
+    """A file that counts and hashes the bytes read from it, so that hashing costs no second pass.
 
     Args:
         file: the open file.
@@ -36,7 +36,7 @@ class HashedFile(io.RawIOBase):
         self.bytes_read = 0
 
     def readable(self) -> bool:
-        """Whether it can be read: always."""
+        """Return whether the file can be read: always."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -49,16 +49,16 @@ class HashedFile(io.RawIOBase):
 
 
 def kind_of(path: Path) -> str:
-    """Return the suffix that tells what a corpus file holds, compressed or not."""
+    """Return the suffix that indicates the kind of a corpus file, compressed or not."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def check_input(path: Path) -> None:
-    """Refuse what cannot be read as a corpus file.
+    """Refuse paths that cannot be read as a corpus file.
 
     Raises:
-        DataError: a folder, nothing, a name of an unknown kind, or a file without permission.
+        DataError: it is a folder, does not exist, has a name of an unknown kind, or cannot be read.
     """
     if path.is_dir():
         raise DataError(f"{path}: wanted a file, found a folder; name its files, for example {path}/*.jsonl")
@@ -68,7 +68,7 @@ def check_input(path: Path) -> None:
     if kind_of(path) not in kinds:
         wanted = ", ".join(kinds)
         raise DataError(f"{path}: wanted a name that ends in one of {wanted} (also with .gz or .zst); rename the file")
-    if not path.is_file():  # a pipe, whose writer a trial would end
+    if not path.is_file():  # a pipe: opening and closing it as a test would end its writer
         return
     try:
         with open(path, "rb"):
@@ -78,14 +78,14 @@ def check_input(path: Path) -> None:
 
 
 def unpacked(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
-    """Yield the content of a corpus file, decompressed as its name demands, in pieces of any size.
+    """Yield the content of a corpus file, decompressed according to its name, in pieces of any size.
 
     Args:
         path: the file, for its name.
-        raw: its bytes as they lie on disk.
+        raw: its bytes as stored on disk.
 
     Raises:
-        DataError: a compressed stream is cut or damaged, or the disk fails.
+        DataError: a compressed stream is truncated or damaged, or the disk fails.
     """
     return _reporting_damage(path, _decompressed(path, raw))
 
@@ -103,7 +103,7 @@ def _decompressed(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
 
 
 def _zstd_chunks(raw: io.BufferedReader) -> Iterator[bytes]:
-    """Decompress frame after frame; the library's own stream reader takes a cut frame for a whole one."""
+    """Decompress frame by frame; the library's own stream reader accepts a truncated frame as complete."""
     frame = zstandard.ZstdDecompressor().decompressobj()
     inside = False
     while data := raw.read(_ZSTD_SLICE_BYTES):

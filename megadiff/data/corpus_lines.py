@@ -1,7 +1,7 @@
-"""Lines of a corpus file out of chunks of bytes, in linear time and in memory bounded by what is kept of a line.
+"""Split corpus files into lines, in linear time and with memory bounded by the part of a line that is kept.
 
-A JSON line keeps only its own top level once it is long: the contents of arrays and objects beside the text are dropped
-while they are read, since a corpus may carry many megabytes of them.
+A long JSON line is reduced to its top level: the contents of arrays and objects beside the text are dropped while
+they are read, since a corpus may carry many megabytes of them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ LONG_LINE_BYTES = 2**20
 """JSON lines above this size are reduced to their top level while they are read."""
 
 CHUNK_BYTES = 2**20
-"""Size of the pieces in which bytes are handed on."""
+"""Size of the pieces in which bytes are passed on."""
 
-_BLOCK_BYTES = 2**17  # of a long line, looked at together: arrays of four bytes for each of its bytes
+_BLOCK_BYTES = 2**17  # bytes of a long line that are processed together, with four bytes of arrays for each
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _STRUCTURE = np.zeros(256, dtype=np.int8)
 _STRUCTURE[list(b"[{")] = 1
@@ -30,10 +30,10 @@ class Line:
     """One line without its newline."""
 
     content: bytes | None
-    """Bytes that were kept; None for a line above the limit, which is never held whole."""
+    """The bytes that were kept; None for a line above the limit, which is never held whole."""
 
     num_bytes: int
-    """Size of the line in the file; larger than its content where nested values were dropped."""
+    """Size of the line in the file; larger than its content if nested values were dropped."""
 
 
 class _Reducer(Protocol):
@@ -41,7 +41,7 @@ class _Reducer(Protocol):
 
 
 def even_chunks(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the same bytes in pieces of `CHUNK_BYTES`, so that neither many tiny ones nor a huge one costs more.
+    """Yield the same bytes in pieces of `CHUNK_BYTES`, so that neither many tiny pieces nor a huge one is costly.
 
     Args:
         chunks: pieces of any size.
@@ -65,13 +65,13 @@ def even_chunks(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def split_lines(
     chunks: Iterable[bytes], limit: int, *, reducer: Callable[[], _Reducer] | None = None
 ) -> Iterator[Line]:
-    """Yield the lines of a stream of bytes.
+    """Yield the lines of a byte stream.
 
     Args:
-        chunks: pieces of the file in their order.
-        limit: largest size of a line that is held, in bytes as it lies in the file.
-        reducer: maker of a function that drops part of a line above `LONG_LINE_BYTES`; it is called with the pieces of
-            one line in their order.
+        chunks: pieces of the file in order.
+        limit: largest size of a line that is held, in bytes as stored in the file.
+        reducer: factory of a function that drops part of a line above `LONG_LINE_BYTES`; the function is called with
+            the pieces of one line in order.
     """
     held = _HeldLine(limit, reducer)
     for chunk in chunks:
@@ -91,21 +91,21 @@ def split_lines(
 def split_json_lines(chunks: Iterable[bytes], limit: int) -> Iterator[Line]:
     """Yield the lines of a `.jsonl` stream, long ones reduced to the top level of their object.
 
-    A reduced line is JSON again: every array or object inside the outermost one has become empty. Brackets are
-    counted and strings are followed; what is dropped is not parsed otherwise.
+    A reduced line is valid JSON: every array or object inside the outermost one is empty. The reduction counts
+    brackets and tracks strings; dropped content is not parsed otherwise.
     """
     return split_lines(chunks, limit, reducer=TopLevel)
 
 
 def line_blocks(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
-    """Yield the bytes again in blocks that end at line ends; None, and no more, beyond `limit` bytes in all."""
+    """Yield the same bytes in blocks that end at line ends; None, and nothing more, beyond `limit` bytes in total."""
     held: list[bytes] = []
     size = 0
     for chunk in chunks:
         size += len(chunk)
         if size > limit:
             held.clear()
-            continue  # the file is read to its end all the same, which finds damage and completes its hash
+            continue  # read to the end nevertheless, to detect damage and to complete the hash
         end = chunk.rfind(b"\n") + 1
         if end:
             held.append(chunk[:end])
@@ -118,20 +118,20 @@ def line_blocks(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
 
 
 def _joined(held: list[bytes]) -> bytes:
-    """Return the pieces as one, and let go of them."""
+    """Return the pieces as one, and clear the list."""
     joined = b"".join(held)
     held.clear()
     return joined
 
 
 def kept_ends(block: bytes) -> list[bytes]:
-    """Return lines with their newlines; `bytes.splitlines` would cut at lone carriage returns as well."""
+    """Return lines with their newlines; `bytes.splitlines` would also split at single carriage returns."""
     *lines, last = block.split(b"\n")
     return [*(line + b"\n" for line in lines), *([last] if last else [])]
 
 
 class _HeldLine:
-    """A line whose end has not been seen yet."""
+    """A line whose end has not been read yet."""
 
     def __init__(self, limit: int, reducer: Callable[[], _Reducer] | None) -> None:
         self._limit, self._make_reducer = limit, reducer
@@ -143,7 +143,7 @@ class _HeldLine:
         self._reduce: _Reducer | None = None
 
     def add(self, piece: bytes) -> None:
-        """Hold another piece, or nothing at all of a line above the limit."""
+        """Hold another piece; of a line above the limit nothing is held."""
         self.num_bytes += len(piece)
         if self.num_bytes > self._limit:
             self._parts.clear()
@@ -154,7 +154,7 @@ class _HeldLine:
         self._parts.append(piece if self._reduce is None else self._reduce(piece))
 
     def take(self) -> Line:
-        """Return the line, and begin the next."""
+        """Return the line, and start the next."""
         parts, size = self._parts, self.num_bytes
         self._clear()
         if size > self._limit:
@@ -163,7 +163,7 @@ class _HeldLine:
 
 
 class TopLevel:
-    """Drops the contents of arrays and objects inside the outermost one, piece by piece."""
+    """Reducer that drops the contents of arrays and objects inside the outermost one, piece by piece."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -171,7 +171,7 @@ class TopLevel:
         self._is_escaped = False
 
     def __call__(self, piece: bytes) -> bytes:
-        """Return what is kept of the next piece of the line."""
+        """Return the part of the next piece of the line that is kept."""
         kept = [self._block(piece[start : start + _BLOCK_BYTES]) for start in range(0, len(piece), _BLOCK_BYTES)]
         return kept[0] if len(kept) == 1 else b"".join(kept)
 
@@ -191,12 +191,12 @@ class TopLevel:
         return block if is_kept.all() else found[is_kept].tobytes()
 
     def _escaped(self, found: np.ndarray) -> np.ndarray:
-        """Mark the bytes behind an odd run of backslashes: [n] bool; remember it for the byte behind the block."""
+        """Mark the bytes after an odd run of backslashes: [n] bool; remember whether the next block starts with one."""
         places = np.arange(found.size, dtype=np.int32)
         last_other = np.maximum.accumulate(np.where(found != _BACKSLASH, places, np.int32(-1)))
-        run = places - last_other  # backslashes that end at each place
+        run = places - last_other  # number of backslashes that end at each place
         begins_escaped = self._is_escaped & (last_other < 0)
-        run += begins_escaped  # the run goes on from the block before
+        run += begins_escaped  # the run continues from the previous block
         is_odd = run % 2 == 1
         escaped = np.empty(found.size, dtype=bool)
         escaped[0], escaped[1:] = self._is_escaped, is_odd[:-1]

@@ -1,4 +1,4 @@
-"""The options of every command that reads a corpus, and what such a command prints of the files it has read."""
+"""Command-line options of every command that reads a corpus, and its summary of the files read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def corpus_from(arguments: argparse.Namespace) -> Corpus:
 
 
 def describe_files(corpus: Corpus) -> list[str]:
-    """Return a line for each file that was read, with the number of its documents."""
+    """Return a line for each file that was read, with its number of documents."""
     files = list(zip(corpus.paths, corpus.report.files, strict=True))
     lines = [f"{path}: {file.documents:,} document(s) read" for path, file in files[:_MAX_LISTED_FILES]]
     if len(files) > _MAX_LISTED_FILES:
@@ -63,7 +63,7 @@ def describe_files(corpus: Corpus) -> list[str]:
 
 
 def describe_skipped(corpus: Corpus) -> list[str]:
-    """Return what was skipped or repaired, a line for each bad line that was kept for this."""
+    """Return a line for each bad line that was kept as an example, and for the repaired documents."""
     report = corpus.report
     lines = [f"skipped {example}" for example in report.bad_examples]
     if report.bad_lines > len(report.bad_examples):

@@ -1,12 +1,12 @@
-"""Text documents out of corpus files, one after another, in memory bounded by the largest of them.
+"""Text documents read from corpus files, one after another, in memory bounded by the largest document.
 
-Kinds, by the file's name: `.jsonl` (also `.json`, `.ndjson`: one JSON object a line), `.txt` (one file is one
+Kinds, by the file's name: `.jsonl` (also `.json`, `.ndjson`: one JSON object per line), `.txt` (one file is one
 document unless `text_split` cuts it at lines or blank lines), each also as `.gz` or `.zst`, and `.parquet` (one
-document a row; needs pyarrow).
+document per row; needs pyarrow).
 
-A UTF-8 byte-order mark at a file's start is dropped, Windows line ends between JSON lines are accepted, blank lines
-are no lines, and a document whose text is empty is skipped and counted. Everything else that is wrong makes a bad
-line: counted, listed, and refused beyond `max_bad_lines`. A damaged or cut compressed stream is always refused.
+A UTF-8 byte-order mark at the start of a file is dropped, Windows line ends between JSON lines are accepted, blank
+lines are ignored, and a document with empty text is skipped and counted. Any other fault makes a bad line: counted,
+listed, and refused beyond `max_bad_lines`. A damaged or truncated compressed stream is always refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megadiff.data.json_text import Bad, invalid_utf8, json_kind, text_of
 from megadiff.errors import DataError
 
 MAX_DOCUMENT_BYTES = 2**28
-"""A longer line, text file or row is a bad one by default: it is surely an accident, and it is held in memory."""
+"""Default limit on a line, text file or row, which is held in memory; a longer one is surely an accident."""
 
 TEXT_SPLITS = ("file", "line", "blank-line")
 """Ways to cut a `.txt` file into documents; the first is the default."""
@@ -47,7 +47,7 @@ class Document(NamedTuple):
     text: str
 
     path: Path
-    """Corpus file."""
+    """The corpus file."""
 
     line: int
     """Line, or row, of the file on which the document starts, from 1."""
@@ -58,55 +58,55 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class InputFile:
-    """What was read: the file's name without its folder, its size and its SHA-256 as it lies on disk."""
+    """A file that was read: its name without the folder, its size, and its SHA-256 as stored on disk."""
 
     name: str
     bytes: int
     sha256: str
 
     documents: int = 0
-    """Number of documents that were read from it."""
+    """Number of documents read from it."""
 
 
 @dataclass
 class CorpusReport:
-    """What a pass over a corpus has met so far."""
+    """Counts of a pass over a corpus so far."""
 
     documents: int = 0
-    """Documents handed out."""
+    """Number of documents yielded."""
 
     empty_documents: int = 0
-    """Documents skipped because their text is empty."""
+    """Number of documents skipped because their text is empty."""
 
     bad_lines: int = 0
-    """Lines skipped because they hold no text that can be used."""
+    """Number of lines skipped because they hold no usable text."""
 
     bad_examples: list[str] = field(default_factory=list)
-    """`file:line: reason` of the first of them, at most 20."""
+    """The first of them, at most 20, as `file:line: reason`."""
 
     repaired_documents: int = 0
     """Number of documents in which halves of surrogate pairs were replaced by U+FFFD."""
 
     bytes_read: int = 0
-    """Bytes read from disk (compressed where the file is)."""
+    """Number of bytes read from disk (compressed if the file is)."""
 
     files: list[InputFile] = field(default_factory=list)
-    """Files read to their end."""
+    """Files that were read to their end."""
 
 
 class Corpus:
     """Documents of several files in the order given.
 
     Args:
-        paths: files; see the module's text for the kinds.
+        paths: files; the module's docstring lists the kinds.
         json_key: the key (jsonl) or column (parquet) that holds the text.
-        text_split: way in which a `.txt` file becomes documents: `file`, `line`, or `blank-line`.
+        text_split: how a `.txt` file is split into documents: `file`, `line`, or `blank-line`.
         max_bad_lines: bad lines to skip over all files before the pass is refused; 0 refuses the first.
-        max_document_bytes: of a line, text file or row, uncompressed; a longer one is a bad line, and no more of it
-            is held than this.
+        max_document_bytes: uncompressed size of a line, text file or row; a longer one is a bad line, and no more than
+            this is held of it.
 
     Raises:
-        DataError: no files, a file that is missing, unreadable, a folder, or of an unknown kind.
+        DataError: no files are given, or a file is missing, unreadable, a folder, or of an unknown kind.
     """
 
     def __init__(
@@ -135,16 +135,16 @@ class Corpus:
         self.total_bytes = sum(path.stat().st_size for path in self.paths)
 
     def documents(self) -> Iterator[str]:
-        """Yield each document's text, never empty; `report` follows along and starts over with each pass.
+        """Yield the text of each document, never empty; `report` is updated as it goes and reset with each pass.
 
         Raises:
-            DataError: a bad line beyond `max_bad_lines`, or a file that is cut or damaged.
+            DataError: a bad line beyond `max_bad_lines`, or a truncated or damaged file.
         """
         for document in self.located_documents():
             yield document.text
 
     def located_documents(self) -> Iterator[Document]:
-        """Yield what `documents` does, each with its place in the corpus."""
+        """Yield the same documents as `documents`, each with its place in the corpus."""
         self.report = CorpusReport()
         for path in self.paths:
             read = self._parquet_documents if kind_of(path) == ".parquet" else self._stream_documents
@@ -156,11 +156,11 @@ class Corpus:
                     self.report.empty_documents += 1
 
     def skip(self, document: Document, reason: str) -> None:
-        """Count a document that was handed out and turned out to be unusable as a bad line.
+        """Count a yielded document that turned out to be unusable as a bad line.
 
         Args:
             document: the document at fault.
-            reason: the fault, in words that follow the document's place.
+            reason: the fault, worded to follow the document's place.
 
         Raises:
             DataError: bad lines exceed `max_bad_lines`.
@@ -186,7 +186,7 @@ class Corpus:
         return ways[self.text_split](path, chunks)
 
     def _whole_file(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
-        """Yield all of a text file as one document; of a file with bad lines, what the others hold."""
+        """Yield all of a text file as one document, without its bad lines."""
         parts: list[str] = []
         first_line, offset = 1, 0
         for block in line_blocks(chunks, self.max_document_bytes):
@@ -205,7 +205,7 @@ class Corpus:
         yield 1, "".join(parts).removeprefix("\ufeff")
 
     def _good_lines(self, path: Path, block: bytes, first_line: int, offset: int) -> Iterator[str]:
-        """Yield the lines of a block that are UTF-8; the others are bad ones."""
+        """Yield the lines of a block that are UTF-8; count the others as bad lines."""
         for number, line in enumerate(kept_ends(block), start=first_line):
             bad = invalid_utf8(line, of="file", offset=offset)
             offset += len(line)
@@ -222,7 +222,7 @@ class Corpus:
                 yield number, line.removesuffix("\r")
 
     def _text_blocks(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
-        """Yield stretches of lines between blank ones; a stretch with a bad line is dropped whole."""
+        """Yield the paragraphs between blank lines; a paragraph with a bad line is dropped."""
         block = _TextBlock(self.max_document_bytes)
         for number, line, bad in self._decoded_lines(path, chunks):
             if bad is None and not line.strip():
@@ -253,7 +253,7 @@ class Corpus:
             offset += line.num_bytes + 1
 
     def _json_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
-        number = 0  # counted by hand: `enumerate` would keep the last line, which may be a long one
+        number = 0  # counted by hand: `enumerate` would keep a reference to the last line, which may be long
         for line in split_json_lines(chunks, self.max_document_bytes):
             number += 1
             if line.content is None:
@@ -264,7 +264,7 @@ class Corpus:
             if not line.content or line.content.isspace():
                 continue
             found = text_of(line, self.json_key)
-            del line  # a long line and its text are not held together while the text is at work
+            del line  # frees the line before the text is used
             if isinstance(found, Bad):
                 self._bad_line(path, number, found)
             else:
@@ -320,7 +320,7 @@ class Corpus:
 
 
 def utf8_length(text: str) -> int:
-    """Return the number of bytes of a text in UTF-8, without encoding a long one at once."""
+    """Return the number of bytes of a text in UTF-8, without encoding a long text at once."""
     if text.isascii():
         return len(text)
     return sum(len(text[start : start + CHUNK_BYTES].encode("utf-8")) for start in range(0, len(text), CHUNK_BYTES))
@@ -337,7 +337,7 @@ class _TextBlock:
         self.is_too_long = False
 
     def add(self, number: int, line: str, bad: Bad | None) -> None:
-        """Take the next line, or only the fact that it is a bad one."""
+        """Add the next line, or only the fact that it is bad."""
         self.first_line = self.first_line or number
         if bad is not None:
             self.bad = self.bad or (number, bad)
@@ -350,7 +350,7 @@ class _TextBlock:
 
 
 def _rows_at_once(metadata: Any) -> int:
-    """Return the number of parquet rows to decode together: few where rows are long."""
+    """Return the number of parquet rows to decode together: few if rows are long."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     longest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
     return int(min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES // max(1.0, longest))))

@@ -1,4 +1,4 @@
-"""`data.json` of a run folder: what the last attempt of a run knew of its data, for reports and replays."""
+"""The file `data.json` of a run folder: facts about the data of a run's last attempt, for reports and replays."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class SourceFacts(BaseModel):
     key: str
     """Entries of the configuration that name it, such as `data.train[0]`."""
     source: str
-    """Shortest end of its path that tells it from the other sources; its name in `metrics.jsonl`."""
+    """Shortest suffix of its path that distinguishes it from the other sources; its name in `metrics.jsonl`."""
     tokens: int = Field(ge=0)
     sequences: int = Field(ge=0)
     """Number of sequences in an epoch."""
     share: float
     """Share of the samples, from 0 to 1."""
     epochs_now: float
-    """Number of times it had been gone through when the attempt began."""
+    """Number of times it had been gone through when the attempt started."""
     epochs_at_end: float
-    """The same at the end of the run."""
+    """Number of times it will have been gone through at the end of the run."""
 
 
 class ValidationFacts(BaseModel):
@@ -43,11 +43,11 @@ class ValidationFacts(BaseModel):
     """Last part of its path; its name in `metrics.jsonl`."""
     tokens: int = Field(ge=0)
     sequences: int = Field(ge=0)
-    """Number of sequences there are."""
+    """Number of sequences available."""
     measured: int = Field(ge=0)
-    """Number of sequences that an evaluation measures."""
+    """Number of sequences that an evaluation uses."""
     measured_tokens: int = Field(ge=0)
-    """Number of tokens in them."""
+    """Number of tokens in those sequences."""
 
 
 class DataFacts(BaseModel):
@@ -56,17 +56,17 @@ class DataFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     step: int = Field(ge=0)
-    """Steps the run had taken when the attempt began."""
+    """Number of steps that the run had taken when the attempt started."""
     fingerprint: str
     """SHA-256 (hex) of the mixture: contents, order and weights of its sources."""
     train: list[SourceFacts]
     valid: list[ValidationFacts]
     advice: list[str]
-    """Likely mistakes, a sentence each."""
+    """Likely mistakes, one sentence each."""
 
 
 def write_data_facts(folder: Path, facts: DataFacts) -> None:
-    """Replace the file of a run folder in one step.
+    """Replace the `data.json` of a run folder in one step.
 
     Raises:
         OSError: it cannot be written.
@@ -75,7 +75,7 @@ def write_data_facts(folder: Path, facts: DataFacts) -> None:
 
 
 def read_data_facts(folder: Path) -> DataFacts | None:
-    """Return what the last attempt of a run knew of its data; None where there is no readable `data.json`."""
+    """Return the facts recorded by a run's last attempt; None if there is no readable `data.json`."""
     try:
         with (folder / NAME).open("rb") as file:
             text = file.read(_MAX_BYTES + 1)

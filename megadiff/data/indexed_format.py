@@ -1,4 +1,4 @@
-"""Megatron's MMIDIDX layout, said once for the reader and the writer.
+"""Megatron's MMIDIDX file format, defined once for the reader and the writer.
 
     P.bin   the tokens of all sequences, one after another, in one integer type
     P.idx   magic[9] version:u64=1 dtype:u8 sequences:u64 documents+1:u64
@@ -28,7 +28,7 @@ DTYPES: dict[int, np.dtype] = {
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
-"""By code; 6 and 7 are floats and hold no tokens."""
+"""Token types by code; codes 6 and 7 are floats, which hold no tokens."""
 
 CODES: dict[np.dtype, int] = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -36,25 +36,25 @@ _UINT16_BELOW = 65500  # Megatron's own threshold, a little under 2 ** 16
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type Megatron stores ids of this vocabulary in."""
+    """Return the type in which Megatron stores ids of this vocabulary."""
     return DTYPES[8] if vocab_size < _UINT16_BELOW else DTYPES[4]
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """`P.bin`."""
+    """Return the path `P.bin`."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """`P.idx`."""
+    """Return the path `P.idx`."""
     return Path(f"{prefix}.idx")
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """`P.json`."""
+    """Return the path `P.json`."""
     return Path(f"{prefix}.json")
 
 
 def without_suffix(prefix: str | Path) -> str:
-    """The prefix P, also where a user names `P.bin` or `P.idx`."""
+    """Return the prefix P, also if given as `P.bin` or `P.idx`."""
     return str(prefix).removesuffix(".bin").removesuffix(".idx")

@@ -1,6 +1,6 @@
-"""`P.json` beside `P.bin` and `P.idx`: where indexed tokens come from and which tokenizer gave them.
+"""The manifest `P.json` beside `P.bin` and `P.idx`: the origin of the tokens, and the tokenizer that made them.
 
-Megatron's own format has no room for these facts and its readers ignore the file; data without one are read too.
+Megatron's own format has no room for these facts and its readers ignore the file; data without one can be read too.
 """
 
 from __future__ import annotations
@@ -17,50 +17,50 @@ from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
 MANIFEST_VERSION = 2
-"""2 has `idx_sha256`; files of version 1, which lack it, are read too."""
+"""Version of the manifest; 2 added `idx_sha256`, and files of version 1, which lack it, can be read too."""
 
 _MAX_MANIFEST_BYTES = 2**26
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-"""In hexadecimal."""
+"""A SHA-256 in hexadecimal."""
 
 
 class TokenizerFacts(Section):
     """The tokenizer that made the ids."""
 
     name: str
-    """For people."""
+    """Name for display."""
 
     fingerprint: str
-    """SHA-256 (hex) of its meaning; what decides whether data fit a tokenizer."""
+    """SHA-256 (hex) of the tokenizer's meaning, which decides whether data match a tokenizer."""
 
     vocab_size: int = Field(gt=0)
-    """V, the mask included."""
+    """Number of ids V, mask included."""
 
     mask_id: int = Field(ge=0)
-    """The mask, which the data never hold."""
+    """Id of the mask, which the data never contain."""
 
     bos_id: int | None
-    """Begin of text, where there is one."""
+    """Id of begin-of-text, if any."""
 
     eos_id: int | None
-    """End of text, where there is one."""
+    """Id of end-of-text, if any."""
 
     pad_id: int | None
-    """Padding, where there is one."""
+    """Id of padding, if any."""
 
 
 class InputFacts(Section):
     """One corpus file."""
 
     name: str
-    """Without its folder."""
+    """Name without the folder."""
 
     bytes: int = Field(ge=0)
-    """As it lies on disk, compressed or not."""
+    """Size in bytes as stored on disk, compressed or not."""
 
     sha256: Sha256
-    """Of the same bytes."""
+    """SHA-256 (hex) of the file as stored."""
 
     @field_validator("name")
     @classmethod
@@ -71,31 +71,31 @@ class InputFacts(Section):
 
 
 class IndexedManifest(Section):
-    """Everything in `P.json`."""
+    """The content of `P.json`."""
 
     version: int = Field(default=MANIFEST_VERSION, ge=1)
-    """Of this file's layout."""
+    """Version of the manifest's layout."""
 
     tokenizer: TokenizerFacts
     """The tokenizer that made the ids."""
 
     documents: int = Field(ge=0)
-    """Documents in the index."""
+    """Number of documents in the index."""
 
     tokens: int = Field(ge=0)
-    """Tokens in the `.bin`, added bos and eos included."""
+    """Number of tokens in the `.bin`, added bos and eos included."""
 
     source_bytes: int = Field(ge=0)
-    """UTF-8 bytes of the text behind them: bits per byte needs it."""
+    """Number of UTF-8 bytes of the source text, which bits per byte need."""
 
     dtype: str
-    """`uint16` or `int32`."""
+    """Type of the stored ids: `uint16` or `int32`."""
 
     bin_sha256: Sha256
-    """Of the `.bin` file."""
+    """SHA-256 (hex) of the `.bin` file."""
 
     idx_sha256: Sha256 | None = None
-    """Of the `.idx` file; None in a manifest of version 1."""
+    """SHA-256 (hex) of the `.idx` file; None in a manifest of version 1."""
 
     appended_eod: bool
     """Whether eos ends every document."""
@@ -104,11 +104,11 @@ class IndexedManifest(Section):
     """Whether bos starts every document."""
 
     inputs: tuple[InputFacts, ...]
-    """Corpus files in the order read."""
+    """Corpus files in the order in which they were read."""
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
-    """What the manifest says of a tokenizer."""
+    """Return a tokenizer's entry in the manifest."""
     return TokenizerFacts(
         name=tokenizer.name,
         fingerprint=tokenizer.fingerprint,
@@ -121,15 +121,15 @@ def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:
 
 
 def manifest_bytes(manifest: IndexedManifest) -> bytes:
-    """The file's content: JSON, the same for the same facts."""
+    """Return the file's content: JSON, identical for identical facts."""
     return orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def read_manifest(path: Path) -> IndexedManifest | None:
-    """Read `P.json`; None where there is no such file.
+    """Return the content of `P.json`; None if there is no such file.
 
     Raises:
-        DataError: the file is no manifest, or one of a newer version.
+        DataError: the file is not a manifest, or has a newer version.
     """
     try:
         found = orjson.loads(read_bytes(path, max_bytes=_MAX_MANIFEST_BYTES))

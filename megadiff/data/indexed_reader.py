@@ -1,7 +1,7 @@
-"""Read indexed tokens, ours or Megatron's, after checking every field and bound of the index.
+"""Reader of indexed tokens, this package's or Megatron's, that first checks every field and bound of the index.
 
 Everything is read with `pread` into fresh arrays (`stored_integers`): no array is a view of a mapped file, a file that
-shrinks while it is read gives an error instead of a signal, and other threads run meanwhile.
+shrinks while it is read causes an error instead of a signal, and other threads can run meanwhile.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megadiff.errors import DataError
 
 _EVEN_SPANS, _EVEN_SPAN_TOKENS = 64, 2**14
 _RANDOM_SPANS, _RANDOM_SPAN_TOKENS = 256, 2**10
-_MOST_TOKENS = 2**56  # far from where a sum of lengths, or a byte offset, leaves 64 bits
+_MOST_TOKENS = 2**56  # far below the point where a sum of lengths, or a byte offset, overflows 64 bits
 
 
 class IndexedReader:
@@ -39,7 +39,7 @@ class IndexedReader:
         prefix: P, `P.bin` or `P.idx`.
 
     Raises:
-        DataError: a file is missing, cut or damaged, or the manifest is of other data.
+        DataError: a file is missing, truncated or damaged, or the manifest belongs to other data.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -59,29 +59,29 @@ class IndexedReader:
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
-        """Of the tokenizer that made the ids; None without a manifest."""
+        """Fingerprint of the tokenizer that made the ids; None without a manifest."""
         return self.manifest.tokenizer.fingerprint if self.manifest else None
 
     @property
     def prepended_bos(self) -> bool:
-        """Whether every document is known to begin with bos; files without a manifest say nothing of it."""
+        """Whether every document is known to begin with bos; False without a manifest, where this is unknown."""
         return self.manifest is not None and self.manifest.prepended_bos
 
     @property
     def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes of text per token, for bits per byte; None without a manifest."""
+        """Number of UTF-8 bytes of text per token, for bits per byte; None without a manifest."""
         return self.manifest.source_bytes / self.manifest.tokens if self.manifest else None
 
     @property
     def files(self) -> tuple[StoredFile, StoredFile]:
-        """`P.bin` and `P.idx`, open."""
+        """The open files `P.bin` and `P.idx`."""
         return self._bin, self._idx
 
     def tokens(self, offset: int, count: int) -> np.ndarray:
-        """`count` tokens of the stream from `offset` on, over document ends: [count] int64, the caller's own.
+        """Return `count` tokens of the stream from `offset` on, across document ends: [count] int64, a fresh array.
 
         Raises:
-            DataError: one is negative, or, after `check_vocabulary`, none of its ids; the disk fails.
+            DataError: an id is negative or, after `check_vocabulary`, not in the vocabulary; or the disk fails.
         """
         if offset < 0 or count < 0 or offset + count > self.num_tokens:
             raise IndexError(f"tokens {offset} to {offset + count} are outside 0 to {self.num_tokens} of {self.prefix}")
@@ -92,7 +92,7 @@ class IndexedReader:
         return ids.astype(np.int64)
 
     def document(self, index: int) -> np.ndarray:
-        """All tokens of a document: [n] int64, the caller's own."""
+        """Return all tokens of a document: [n] int64, a fresh array."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} is outside 0 to {self.num_documents - 1} of {self.prefix}")
         first, last = self._documents.read(index, 2).tolist()
@@ -100,15 +100,15 @@ class IndexedReader:
         return self.tokens(start, self._token_offset(last) - start)
 
     def locate(self, token: int) -> tuple[int, int]:
-        """The document that holds a token of the stream, and the token's place in it."""
+        """Return the document that holds a token of the stream, and the token's position in it."""
         sequence = self._pointers.last_at_most(token * self.dtype.itemsize)
         document = self._documents.last_at_most(sequence)
         return document, token - self._token_offset(self._documents.at(document))
 
     def empty_documents(self) -> tuple[int, int | None]:
-        """Return the number of documents that hold no token, and the first of them.
+        """Return the number of documents without tokens, and the first of them.
 
-        Megatron's files may have such documents, of no sequence or of sequences without tokens; ours never do.
+        Megatron's files may have such documents, of no sequence or of empty sequences; this package writes none.
         """
         count, first = 0, None
         for start, part in self._documents.chunks(overlap=1):
@@ -120,7 +120,7 @@ class IndexedReader:
         return count, first
 
     def _byte_offsets(self, sequences: np.ndarray) -> np.ndarray:
-        """Return where each of some sequences ([n], in rising order) begins in the `.bin`: [n] int64."""
+        """Return the byte offsets in the `.bin` at which sequences ([n], in ascending order) begin: [n] int64."""
         offsets = np.full(sequences.size, self.num_tokens * self.dtype.itemsize, dtype=np.int64)
         first, last = int(sequences[0]), min(int(sequences[-1]) + 1, self.num_sequences)
         for start in range(first, last, CHUNK):
@@ -130,27 +130,28 @@ class IndexedReader:
         return offsets
 
     def check_vocabulary(self, vocab_size: int, *, mask_id: int | None = None, full: bool = False) -> None:
-        """Look for ids that a model of this vocabulary cannot take, in spans all over the file or in all of it.
+        """Search for ids outside a model's vocabulary, in spans spread over the file or in all of it.
 
         From then on `tokens` refuses such ids wherever they are read, so none is trained on.
 
         Args:
             vocab_size: V; ids must lie in 0 .. V - 1.
-            mask_id: an id that clean text must not hold.
+            mask_id: an id that clean text must not contain.
+            full: whether to read the whole file.
 
         Raises:
-            DataError: one is found; names the document and the place in it.
+            DataError: one is found; the message names the document and the position in it.
         """
         self._vocab_size, self._mask_id = vocab_size, mask_id
         for offset, count in self._all_spans() if full else [*self._even_spans(), *self._random_spans()]:
             self.tokens(offset, count)
 
     def content_fingerprint(self) -> str:
-        """SHA-256 (hex) that tells changed data from moved ones; paths and times play no part.
+        """Return a SHA-256 (hex) that identifies the content; paths and times play no part.
 
-        It covers every byte of the `.idx`, the tokenizer, the size of the `.bin`, its SHA-256 as the manifest has it,
-        and its tokens in 64 even spans: all of them up to 2**20 tokens. A byte changed elsewhere in a larger `.bin`
-        that kept its manifest is found by tools/check_data.py.
+        It covers every byte of the `.idx`, the tokenizer, the size of the `.bin`, its SHA-256 according to the
+        manifest, and its tokens in 64 even spans: all of them up to 2**20 tokens. A byte changed elsewhere in a larger
+        `.bin` that kept its manifest is found by tools/check_data.py.
         """
         facts = (self.dtype.name, self.num_sequences, self.num_documents, self.num_tokens, self.tokenizer_fingerprint)
         recorded = self.manifest.bin_sha256 if self.manifest else None
@@ -177,14 +178,14 @@ class IndexedReader:
         return [(start, min(CHUNK, self.num_tokens - start)) for start in range(0, self.num_tokens, CHUNK)]
 
     def _even_spans(self) -> list[tuple[int, int]]:
-        """The first tokens, the last, and 62 spans between; all of a small file."""
+        """Return (offset, count) of the first tokens, the last, and 62 spans between; all of a small file."""
         if self.num_tokens <= _EVEN_SPANS * _EVEN_SPAN_TOKENS:
             return self._all_spans()
         last = self.num_tokens - _EVEN_SPAN_TOKENS
         return [(last * i // (_EVEN_SPANS - 1), _EVEN_SPAN_TOKENS) for i in range(_EVEN_SPANS)]
 
     def _random_spans(self) -> list[tuple[int, int]]:
-        """Where even spans always miss: damage that repeats with the file's period."""
+        """Return (offset, count) of random spans, which find damage that is periodic and so missed by even spans."""
         if self.num_tokens <= _EVEN_SPANS * _EVEN_SPAN_TOKENS:
             return []
         starts = np.random.default_rng(0).integers(0, self.num_tokens - _RANDOM_SPAN_TOKENS, size=_RANDOM_SPANS)
@@ -212,7 +213,10 @@ class IndexedReader:
         return self._refused(f"{name}[{index}] at byte {column.byte_of(index)} {rule}", column.at(index))
 
     def _checked_header(self) -> tuple[np.dtype, int, int]:
-        """Nothing is allocated before the counts agree with the file's size."""
+        """Validate the header and return (dtype, sequences, documents).
+
+        Nothing is allocated before the counts agree with the file's size.
+        """
         size = self._idx.size
         if size < HEADER.size:
             raise self._refused(f"a header of {HEADER.size} bytes", f"{size} bytes in all")
@@ -227,9 +231,9 @@ class IndexedReader:
             found = f"{sequences} and {boundaries}"
             raise self._refused("at least one sequence (byte 18) and two document boundaries (byte 26)", found)
         wanted = HEADER.size + 12 * sequences + 8 * boundaries
-        if size not in (wanted, wanted + sequences):  # the latter: a mode per sequence, which multimodal files have
-            said = f"{sequences} sequences (byte 18) and {boundaries - 1} documents (byte 26)"
-            raise self._refused(f"{wanted} bytes for the {said} that the header declares", size)
+        if size not in (wanted, wanted + sequences):  # the latter has a mode per sequence, as in multimodal files
+            declared = f"{sequences} sequences (byte 18) and {boundaries - 1} documents (byte 26)"
+            raise self._refused(f"{wanted} bytes for the {declared} that the header declares", size)
         return DTYPES[code], sequences, boundaries - 1
 
     def _open_index(self) -> None:
@@ -243,7 +247,7 @@ class IndexedReader:
     def _checked_lengths(self) -> int:
         """Check every length, and every pointer against the sum of the lengths before it; return the number of tokens.
 
-        A sequence may have no token, as in Megatron's own reader, but not in data that were written here.
+        A sequence may be empty, as in Megatron's own reader, but not in data written by this package.
         """
         tokens, least = 0, 0 if self.manifest is None else 1
         for start, stored in self._lengths.chunks():
@@ -264,7 +268,7 @@ class IndexedReader:
         return tokens
 
     def _check_documents(self) -> None:
-        """From 0 to the number of sequences, never falling; in our own files one sequence a document."""
+        """Check that document boundaries rise from 0 to the number of sequences, by 1 in this package's own files."""
         ends = {0: 0, self.num_documents: self.num_sequences}
         for index, wanted in ends.items():
             if self._documents.at(index) != wanted:
@@ -286,8 +290,8 @@ class IndexedReader:
     def _check_manifest(self) -> None:
         if self.manifest is None:
             return
-        said = (self.manifest.documents, self.manifest.tokens, self.manifest.dtype)
+        recorded = (self.manifest.documents, self.manifest.tokens, self.manifest.dtype)
         real = (self.num_documents, self.num_tokens, self.dtype.name)
-        if said != real:
-            wanted = f"wanted the documents, tokens and dtype {real} of the .idx, found {said}"
+        if recorded != real:
+            wanted = f"wanted the documents, tokens and dtype {real} of the .idx, found {recorded}"
             raise DataError(f"{manifest_path(self.prefix)}: {wanted}; {REMEDY}")

@@ -1,7 +1,7 @@
-"""Write indexed tokens: byte for byte what Megatron's builder writes, and never an index without its data.
+"""Writer of indexed tokens: byte for byte what Megatron's builder writes, and never an index without its data.
 
 Everything is written under temporary names (`P.bin.tmp`, ...), flushed to disk, and renamed in the order .bin, .json,
-.idx; readers look for the .idx. A killed run leaves temporaries, which the next run on the same prefix overwrites.
+.idx; readers look for the .idx. A killed run leaves temporary files, which the next run on the same prefix overwrites.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _WRITE_CHUNK = 2**20
 
 
 class IndexedWriter:
-    """Collects documents for one prefix; a context manager that removes its temporaries unless `finish` was called.
+    """Writer of the documents of one prefix; a context manager that removes its temporary files unless `finish` ran.
 
     Args:
-        prefix: P; its folder is made where missing.
-        vocab_size: ids must be below it; it also fixes the integer type.
-        mask_id: the id that text must never hold, where there is one.
-        overwrite: replace finished data of the same prefix, which otherwise are refused.
+        prefix: P; its folder is created if missing.
+        vocab_size: ids must be below it; it also determines the integer type.
+        mask_id: the id that text must never contain, if any.
+        overwrite: replace finished data of the same prefix, which are otherwise refused.
 
     Raises:
-        DataError: data are there, the folder cannot be written, or another process is writing this prefix.
+        DataError: data exist already, the folder cannot be written, or another process is writing this prefix.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class IndexedWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents added so far."""
+        """Number of documents added so far."""
         return len(self._lengths)
 
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
@@ -69,7 +69,7 @@ class IndexedWriter:
         """Add documents that lie one after another in `ids` ([sum(lengths)], any integer type); all of them or none.
 
         Raises:
-            DataError: an id outside 0 .. V - 1, the mask, an empty document, or a full disk.
+            DataError: an id is outside 0 .. V - 1 or the mask, a document is empty, or the disk is full.
         """
         lengths = np.asarray(lengths, dtype=np.int64)
         if ids.size and ids.dtype.kind not in "iu":
@@ -100,7 +100,7 @@ class IndexedWriter:
         appended_eod: bool = False,
         prepended_bos: bool = False,
     ) -> IndexedManifest:
-        """Write the index and the manifest, then give all three files their names.
+        """Write the index and the manifest, then rename all three files to their final names.
 
         Raises:
             DataError: nothing was added, or the disk is full.
@@ -135,13 +135,13 @@ class IndexedWriter:
         return manifest
 
     def abort(self) -> None:
-        """Remove this writer's temporaries; after `finish` there are none."""
+        """Remove this writer's temporary files; after `finish` there are none."""
         if self._file.closed:
             return
         for temporary in self._temporaries:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # closing flushes, and the disk may be full
+        with suppress(OSError):  # closing flushes, which may fail on a full disk
             self._file.close()
 
     def __enter__(self) -> IndexedWriter:
@@ -173,14 +173,14 @@ class IndexedWriter:
             raise DataError(f"{there[0]}: data are there already; choose another --output-prefix or give --overwrite")
 
     def _half_renamed(self) -> bool:
-        """A run killed between its renames leaves .bin and .json without .idx, but then also its .idx.tmp."""
+        """Return whether a killed run left .bin and .json without .idx; it also left its .idx.tmp."""
         return self._temporaries[2].exists() and not self._finals[2].exists()
 
     def _open_locked(self) -> BufferedWriter:
         path = self._temporaries[0]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Not "wb": the file may be another process's until the lock says otherwise.
+            # Opened with "ab", not "wb": until it is locked, the file may belong to another process.
             file = open(path, "ab")  # noqa: SIM115 - closed by `finish` or `abort`
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error.strerror}); choose another --output-prefix") from error
@@ -190,7 +190,7 @@ class IndexedWriter:
             file.close()
             raise DataError(f"{path}: another process is writing it; wait for it or choose another prefix") from None
         except OSError:
-            pass  # a file system without locks, such as some NFS: then two runs must not share a prefix
+            pass  # a file system without locks, such as some NFS: two runs must not share a prefix there
         file.truncate(0)
         stale = self._finals[:2] if self._half_renamed() else []
         for path in (*stale, *self._temporaries[1:]):
@@ -218,7 +218,7 @@ class IndexedWriter:
 
 
 def _write_whole(path: Path, parts: Iterable[bytes]) -> str:
-    """Write a file to the disk itself; return its SHA-256 (hex)."""
+    """Write a file and flush it to disk; return its SHA-256 (hex)."""
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         for part in parts:

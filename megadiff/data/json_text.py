@@ -1,8 +1,8 @@
-"""The text of one JSON line, read as leniently as Python's own `json` module reads it.
+"""Extraction of the text from one JSON line, as leniently as Python's own `json` module.
 
-`orjson` is several times faster and reads nearly every line; what it refuses and Python or pandas write (NaN, Infinity,
-numbers beyond a double, halves of surrogate pairs) is read by `json`. Either way the result is the same, and it is the
-same where `orjson` is not installed.
+`orjson` is several times faster and reads nearly every line; what it refuses but Python or pandas write (NaN, Infinity,
+numbers beyond a double, halves of surrogate pairs) is read by `json`. The result is the same in both cases, and also if
+`orjson` is not installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLAIN = json.JSONDecoder(parse_int=lambda digits: 0, parse_float=lambda digits:
 
 @dataclass(frozen=True)
 class Bad:
-    """The reason why a line holds no text, and what to do about it."""
+    """The reason why a line has no usable text, and a remedy."""
 
     reason: str
     remedy: str = "correct the line"
@@ -38,7 +38,7 @@ class Text:
 
     text: str
     is_repaired: bool = False
-    """Whether halves of surrogate pairs, which are no characters, were replaced by U+FFFD."""
+    """Whether halves of surrogate pairs, which are not characters, were replaced by U+FFFD."""
 
 
 def text_of(line: Line, key: str) -> Text | Bad:
@@ -46,7 +46,7 @@ def text_of(line: Line, key: str) -> Text | Bad:
 
     Args:
         line: a line with content, without a byte-order mark.
-        key: name of the string; the last one counts where an object has several, as in Python.
+        key: name of the string; if an object has several, the last one counts, as in Python.
     """
     content = line.content
     assert content is not None
@@ -69,17 +69,17 @@ def text_of(line: Line, key: str) -> Text | Bad:
 
 
 def without_lone_surrogates(text: str) -> str:
-    """Return the text with U+FFFD in place of halves of surrogate pairs, which no encoding can hold."""
+    """Return the text with U+FFFD in place of halves of surrogate pairs, which no encoding can represent."""
     return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def invalid_utf8(content: bytes, *, of: str, is_whole: bool = True, offset: int = 0) -> Bad | None:
-    """Say which byte is no UTF-8; None where all are.
+    """Return the first byte that is not UTF-8, as a bad line; None if there is none.
 
     Args:
-        of: the thing in which bytes are counted, such as `line`.
-        is_whole: whether `content` is all of it, so that places in it mean something to a reader.
-        offset: place of the first byte of `content`.
+        of: the unit in which bytes are counted, such as `line`.
+        is_whole: whether `content` is the complete unit, so that positions in it are meaningful to a reader.
+        offset: position of the first byte of `content`.
     """
     try:
         content.decode("utf-8")
@@ -95,19 +95,19 @@ def invalid_utf8(content: bytes, *, of: str, is_whole: bool = True, offset: int 
 
 
 def shown(key: str) -> str:
-    """Return a key as a message can hold it, whatever a corpus calls it."""
+    """Return a key in a form that fits a message, whatever a corpus contains."""
     return key if key.isprintable() and len(key) <= 40 else f"{key[:40]!r}"
 
 
 def json_kind(value: Any) -> str:
-    """Name the kind of a JSON value for a message."""
+    """Return the name of a JSON value's kind, for messages."""
     kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
     return kinds.get(type(value), "an object")
 
 
 @dataclass(frozen=True)
 class NotJson:
-    """The reason why a line is no JSON."""
+    """The reason why a line is not JSON."""
 
     why: str
 
@@ -130,7 +130,7 @@ def parse_json_line(content: bytes) -> Any:
 
 
 def _flattened(content: bytes) -> Any:
-    """Read a line that nests too deeply without what is nested; text is never below the top level."""
+    """Read a line that nests too deeply, without its nested values; text is never below the top level."""
     reduced = TopLevel()(content)
     if reduced == content:
         return NotJson("nested too deeply")

@@ -1,8 +1,8 @@
-"""This data-parallel rank's microbatches, prepared one step ahead in a thread.
+"""Loader of this data-parallel rank's microbatches, prepared one step ahead in a thread.
 
 The global batch of a step is the samples first .. first + sequences - 1 (`batch_sizes`). Microbatch m of rank r takes
-the `micro_sequences` samples from first + (m * dp_size + r) * micro_sequences on: which samples make up a step depends
-on neither `dp_size` nor `micro_sequences`. The whole resumable state is one number, the steps taken so far.
+the `micro_sequences` samples from first + (m * dp_size + r) * micro_sequences on: the set of samples in a step depends
+on neither `dp_size` nor `micro_sequences`. The only resumable state is the number of steps taken so far.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megadiff.data.rows import TrainingRows
 T = TypeVar("T")
 
 RowTransform = Callable[[np.ndarray, list[int], StepBatch], T]
-"""(clean rows [b, L], their global sample indices, the global batch they belong to) -> content."""
+"""Transform of (clean rows [b, L], their global sample indices, the global batch they belong to) to content."""
 
 _STOP_CHECK_S = 0.1
 
@@ -30,52 +30,52 @@ _STOP_CHECK_S = 0.1
 def microbatch_samples(
     step_first_sample: int, *, micro_sequences: int, dp_rank: int, dp_size: int, microbatch: int
 ) -> list[int]:
-    """Global sample indices of one microbatch of one data-parallel rank: [micro_sequences]."""
+    """Return the global sample indices of one microbatch of one data-parallel rank: [micro_sequences]."""
     first = step_first_sample + (microbatch * dp_size + dp_rank) * micro_sequences
     return list(range(first, first + micro_sequences))
 
 
 class Share(NamedTuple):
-    """How the sequences of a step are dealt out, and which part is this rank's."""
+    """The part of each step's sequences that this rank gets."""
 
     micro_sequences: int
-    """Sequences of one microbatch of one rank."""
+    """Number of sequences in one microbatch of one rank."""
 
     dp_rank: int = 0
-    """This rank's place among the data-parallel ranks."""
+    """Index of this rank among the data-parallel ranks."""
 
     dp_size: int = 1
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
 
 
 class Microbatch(NamedTuple, Generic[T]):
-    """What one forward-backward works on."""
+    """Input of one forward-backward pass."""
 
     batch: StepBatch
-    """The global batch it is a part of."""
+    """The global batch that it belongs to."""
 
     samples: list[int]
     """Global sample indices, [b]."""
 
     content: T
-    """Clean rows [b, L] int64, or what the row transform made of them."""
+    """Clean rows [b, L] int64, or the output of the row transform."""
 
 
 class RowLoader(Generic[T]):
     """An endless iterator of this rank's microbatches, `microbatches_in(step)` of them for each step.
 
     Rows are read and transformed by one background thread; an error there is raised by the `next` that would have
-    given its microbatch. Close it (or use it in a `with`) to end the thread.
+    returned its microbatch. Close the loader (or use it in a `with`) to end the thread.
 
     Args:
         rows: the run's rows by global sample index.
-        row_transform: clean rows [b, L], their samples and the global batch these belong to, to content; a pure
-            function of them. `clean_rows` keeps the rows.
-        sizes: sequences of every step.
+        row_transform: maps clean rows [b, L], their samples and the global batch of these to content; a pure function.
+            `clean_rows` returns the rows unchanged.
+        sizes: number of sequences in every step.
         share: this rank's part of each.
-        first_step: steps taken before.
-        prefetch: microbatches kept ready; by default those of a step (of the largest, and at least two), since a step
-            takes all of its own at once.
+        first_step: number of steps taken before.
+        prefetch: number of microbatches kept ready; by default those of a step (of the largest, and at least two),
+            since a step takes all of its own at once.
 
     Raises:
         ConfigError: some step's sequences do not divide over the ranks.
@@ -100,25 +100,25 @@ class RowLoader(Generic[T]):
         self._ready: queue.Queue[Microbatch[T] | _Failed] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         order = _sample_order(sizes, share, first_step)
-        # The thread must not hold the loader itself, or one dropped without `close` would never end it.
+        # The thread must not reference the loader, or a loader dropped without `close` would never end it.
         arguments = (rows, row_transform, order, self._ready, self._stop)
         self._thread = threading.Thread(target=_prefetch, args=arguments, name="megadiff-row-loader", daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         self._thread.start()
 
     def microbatches_in(self, step: int) -> int:
-        """Microbatches of this rank in a step."""
+        """Return the number of this rank's microbatches in a step."""
         share = self._share
         return self._sizes.num_microbatches(step, micro_sequences=share.micro_sequences, dp_size=share.dp_size)
 
     @property
     def steps_taken(self) -> int:
-        """Steps whose microbatches have all been taken, those before `first_step` included: what must be kept."""
+        """Number of steps whose microbatches have all been taken, earlier runs' included; the state to save."""
         return self._steps_taken
 
     @property
     def samples_seen(self) -> int:
-        """Samples of all ranks in those steps."""
+        """Number of samples over all ranks in those steps."""
         return self._sizes.samples_before(self._steps_taken)
 
     def __iter__(self) -> Iterator[Microbatch[T]]:
@@ -140,7 +140,7 @@ class RowLoader(Generic[T]):
         return found
 
     def close(self) -> None:
-        """End the thread and drop what it has prepared; may be called twice."""
+        """End the thread and discard the prepared microbatches; may be called twice."""
         self._stop.set()
         self._thread.join()
 
@@ -154,7 +154,7 @@ class RowLoader(Generic[T]):
 
 
 def clean_rows(clean: np.ndarray, samples: list[int], batch: StepBatch) -> np.ndarray:
-    """The row transform that changes nothing."""
+    """Return the rows unchanged."""
     del samples, batch
     return clean
 
@@ -164,7 +164,7 @@ class _Failed(NamedTuple):
 
 
 def _sample_order(sizes: BatchSizes, share: Share, step: int) -> Iterator[tuple[StepBatch, list[int]]]:
-    """The global batch and the samples of each of this rank's microbatches, from `step` on."""
+    """Yield the global batch and the samples of each of this rank's microbatches, from `step` on."""
     micro, rank, ranks = share
     while True:
         batch = sizes.batch_of(step)
@@ -188,7 +188,7 @@ def _prefetch(
     for batch, samples in order:
         try:
             made = Microbatch(batch, samples, row_transform(rows.rows(samples), samples, batch))
-        except BaseException as error:  # whatever it is, it belongs to the thread that asked for the rows
+        except BaseException as error:  # any exception is raised again in the thread that consumes the rows
             made = _Failed(error)
         while not stop.is_set():
             try:

@@ -1,10 +1,9 @@
-"""Positions of a run's sources: how far each has been read, kept in every checkpoint, so that a mixture can change.
+"""Reading positions of a run's sources, saved in every checkpoint, so that the mixture can change within a run.
 
-A mixture holds from one sample of the run on. Within it the sequence of a sample is a pure function of the sample's
-index, the seed, and each source's name and start, whatever the layout and however often the run is resumed. When a run
-goes on with other sources or weights, a new mixture begins, and every source goes on at its own next sequence. Sources
-are known by their content, not by their path or place, so that moved, reordered, returning or grown data are
-recognised.
+A mixture is valid from one sample of the run on. Within it the sequence of a sample is a pure function of the sample's
+index, the seed, and each source's name and start, for any layout and any number of resumptions. When a run resumes
+with other sources or weights, a new mixture begins, and every source continues at its own next sequence. Sources are
+identified by their content, not by their path or position, so moved, reordered, returning or grown data are recognised.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from megadiff.data.permutation import stream_key
 
 
 class Source(NamedTuple):
-    """A source of training data as it lies on the disk now."""
+    """A source of training data as it is on the disk now."""
 
     path: str
     """Prefix of its files."""
@@ -29,28 +28,28 @@ class Source(NamedTuple):
     sequences: int
     """Number of sequences in an epoch."""
     opening: Callable[[int], str]
-    """Returns a fingerprint of as many sequences from the beginning of the source."""
+    """Function that returns a fingerprint of the given number of sequences from the start of the source."""
 
 
 class Part(BaseModel):
-    """A part of a grown file, whose epoch was not finished when the file grew."""
+    """A part of a grown file whose epoch was unfinished when the file grew."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
     """Name of its stream."""
     first: int = Field(ge=0)
-    """First sequence of the file that belongs to it."""
+    """First sequence of the file in this part."""
     sequences: int = Field(ge=1)
-    """Number of sequences in an epoch of it."""
+    """Number of sequences in an epoch of the part."""
     start: int = Field(ge=0)
-    """Number of sequences its stream had given when the file grew."""
+    """Number of sequences that its stream had given when the file grew."""
     is_seen: bool = False
-    """Whether every sequence had been given before its stream began, from an earlier growth of the file."""
+    """Whether all its sequences had been given before its stream began, due to an earlier growth of the file."""
 
     @property
     def left(self) -> int:
-        """Number of sequences that the epoch under way still lacks; none at the end of an epoch."""
+        """Number of sequences missing from the current epoch; 0 at the end of an epoch."""
         is_untouched = self.start == 0 and not self.is_seen
         return self.sequences if is_untouched else -self.start % self.sequences
 
@@ -61,32 +60,32 @@ class Position(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
-    """Name of its stream, which with the seed fixes its permutations; it stays with the content."""
+    """Name of its stream, which determines its permutations together with the seed; it stays with the content."""
     content: str
     """SHA-256 (hex) of its content."""
     opening: str
-    """Fingerprint of its sequences, by which it is recognised when its file grows."""
+    """Fingerprint of its sequences, which identifies the source after its file has grown."""
     path: str
     """Prefix of its files when it was last read."""
     sequences: int = Field(ge=1)
     """Number of sequences in an epoch."""
     start: int = Field(ge=0)
-    """Number of sequences it had given when the mixture began."""
+    """Number of sequences that it had given when the mixture began."""
     drawn: int = Field(ge=0)
-    """Number of sequences it has given so far in the run."""
+    """Number of sequences that it has given so far in the run."""
     parts: tuple[Part, ...] = ()
-    """Parts that come first in a file that has grown; none in one that has not."""
+    """Parts that are finished first in a file that has grown; empty if it has not."""
     whole_from: int = Field(default=0, ge=0)
-    """Number of its sequences after which these are finished, and epochs of the whole file begin."""
+    """Number of its sequences after which the parts are finished, and epochs of the whole file begin."""
 
     @property
     def epochs(self) -> float:
-        """Number of times the source has been gone through."""
+        """Number of epochs of the source so far."""
         return self.drawn / self.sequences
 
 
 class Mixture(BaseModel):
-    """The sources of a run from `first_sample` on, and those it has drawn from earlier."""
+    """The sources of a run from `first_sample` on, and those that it has drawn from earlier."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -95,34 +94,34 @@ class Mixture(BaseModel):
     sources: tuple[Position, ...]
     """Positions of the sources drawn from, in the order of `data.train`."""
     removed: tuple[Position, ...] = ()
-    """Positions of sources that an earlier mixture had; one that returns goes on from there."""
+    """Positions of the sources of earlier mixtures; a source that returns continues from its position."""
 
     def moved_to(self, drawn: Sequence[int]) -> Mixture:
-        """Return the same mixture after its sources have given this many sequences in all."""
+        """Return the same mixture after its sources have given these total numbers of sequences."""
         sources = [position.model_copy(update={"drawn": n}) for position, n in zip(self.sources, drawn, strict=True)]
         return self.model_copy(update={"sources": tuple(sources)})
 
     def at_paths_of(self, sources: Sequence[Source]) -> Mixture:
-        """Return the same mixture with the paths at which its contents lie now."""
+        """Return the same mixture with the current paths of its contents."""
         paths = {source.content: source.path for source in sources}
         found = [p.model_copy(update={"path": paths.get(p.content, p.path)}) for p in self.sources]
         return self.model_copy(update={"sources": tuple(found)})
 
 
 def first_mixture(sources: Sequence[Source]) -> Mixture:
-    """Return the mixture of a run that begins: every source at its first sequence, named by its place."""
+    """Return the mixture of a new run: every source at its first sequence, named by its position."""
     return next_mixture(None, sources, first_sample=0)
 
 
 def next_mixture(before: Mixture | None, sources: Sequence[Source], *, first_sample: int) -> Mixture:
     """Return the mixture of `sources` that follows another one.
 
-    A source that the run has drawn from, now or in an earlier mixture, keeps its name and goes on at its next
-    sequence; so does one whose file has grown, which first gives what its epoch still lacks. A source that is new
-    begins at its first sequence under a name that no other source has had.
+    A source that the run has drawn from, in this or an earlier mixture, keeps its name and continues at its next
+    sequence. So does a source whose file has grown, which first completes its current epoch. A new source begins at its
+    first sequence, under a name that no other source has had.
 
     Args:
-        before: mixture with the positions reached; None at the beginning of a run.
+        before: mixture with the positions reached; None at the start of a run.
         sources: sources from now on, of different contents.
         first_sample: sample of the run at which they take over.
     """
@@ -141,7 +140,7 @@ def next_mixture(before: Mixture | None, sources: Sequence[Source], *, first_sam
 
 
 class Unfinished:
-    """The order in which the unfinished parts of a grown file are drawn: each in proportion to what it still lacks.
+    """The order in which the unfinished parts of a grown file are drawn: in proportion to what each still lacks.
 
     Args:
         position: position of a source with parts.
@@ -163,7 +162,7 @@ class Unfinished:
         return part, self._starts[part] + index
 
     def reached(self, number: int) -> list[int]:
-        """Return how many sequences each part has given before sequence `number` of the stream."""
+        """Return the number of sequences that each part has given before sequence `number` of the stream."""
         reached = list(self._starts)
         for part, drawn in zip(self._places, self._blend.drawn(min(number, self._ends) - self._begins), strict=True):
             reached[part] += drawn
@@ -183,14 +182,14 @@ def _position(source: Source, name: str, *, drawn: int = 0) -> Position:
 
 
 def _opening_of(source: Source, known: Collection[Position]) -> Position | None:
-    """Return the position of the longest content whose sequences the source opens with."""
+    """Return the position of the longest content whose sequences the source begins with."""
     shorter = sorted((p for p in known if p.sequences <= source.sequences), key=lambda p: -p.sequences)
     return next((p for p in shorter if source.opening(p.sequences) == p.opening), None)
 
 
 def _grown(source: Source, before: Position, names: Iterator[str]) -> Position:
-    """Return the position of a source that opens with the sequences of another one, all of which it continues."""
-    if source.sequences == before.sequences:  # other files, or less than a sequence more, of the same sequences
+    """Return the position of a source that begins with all sequences of another one, and continues it."""
+    if source.sequences == before.sequences:  # different files with the same sequences, or less than one sequence more
         kept = {"content": source.content, "path": source.path, "start": before.drawn}
         return before.model_copy(update=kept)
     gained = Part(name=next(names), first=before.sequences, sequences=source.sequences - before.sequences, start=0)
@@ -201,7 +200,7 @@ def _grown(source: Source, before: Position, names: Iterator[str]) -> Position:
 
 
 def _parts_reached(position: Position) -> tuple[Part, ...]:
-    """Return the parts of a source as far as they have been drawn from."""
+    """Return the parts of a source with the numbers drawn from each so far."""
     if position.drawn < position.whole_from:
         reached = Unfinished(position).reached(position.drawn)
         return tuple(p.model_copy(update={"start": n}) for p, n in zip(position.parts, reached, strict=True))

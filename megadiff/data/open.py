@@ -1,4 +1,4 @@
-"""Open the data of a run and check them against its tokenizer, before anything is trained on them."""
+"""Opening of a run's data, checked against the tokenizer before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megadiff.errors import SHOWN_DIGITS, DataError
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """A training source, open, with every entry of `data.train` that holds its content."""
+    """An open training source, with all entries of `data.train` that hold its content."""
 
     reader: IndexedReader
     content: str
@@ -26,46 +26,46 @@ class TrainingSource:
     sequences: int
     """Number of sequences in an epoch."""
     label: str
-    """Shortest end of its path that tells it from the other sources."""
+    """Shortest suffix of its path that distinguishes it from the other sources."""
     keys: tuple[str, ...]
-    """Entries that hold this content, such as `data.train[0]`; more than one where it is listed again."""
+    """Entries with this content, such as `data.train[0]`; several if it is listed again."""
 
 
 @dataclass(frozen=True)
 class OpenData:
-    """A run's data, checked."""
+    """A run's data, opened and checked."""
 
     train: TrainingRows
     """Sequences by global sample index."""
 
     valid: tuple[ValidationRows, ...]
-    """One per source of `data.valid`, in that order."""
+    """Validation data, one per source of `data.valid`, in that order."""
 
     fingerprint: str
-    """SHA-256 (hex) of what fixes the mixture: contents, order and weights of the sources, not their paths."""
+    """SHA-256 (hex) of all that determines the mixture: contents, order and weights of sources, not their paths."""
 
     train_tokens: int
-    """Tokens in all training sources together."""
+    """Number of tokens in all training sources together."""
 
     prepended_bos: bool | None
-    """Whether each document of the training sources begins with bos; None where only those of some sources do."""
+    """Whether each document of the training sources begins with bos; None if the sources differ."""
 
     sources: tuple[TrainingSource, ...]
     """Training sources in the order of `data.train`, each content once."""
 
     weights: tuple[float, ...] | None
-    """Weight of each source; None where they share by size."""
+    """Weight of each source; None if they share by size."""
 
     mixture: Mixture
-    """Names and starts of the sources, from which `train` follows."""
+    """Names and starts of the sources, which determine `train`."""
 
     seed: int
 
     def continued(self, mixture: Mixture) -> OpenData:
-        """Return the same data from the positions of a mixture of the same sources on.
+        """Return the same data, continued from the positions of a mixture of the same sources.
 
         Raises:
-            ValueError: the mixture is of other sources.
+            ValueError: the mixture has other sources.
         """
         if [position.content for position in mixture.sources] != self.contents:
             raise ValueError("a mixture of other sources")
@@ -82,7 +82,7 @@ class OpenData:
         return self.mixture.moved_to(self.train.drawn_before(sample)).at_paths_of(self.identities)
 
     def epochs_at(self, sample: int) -> dict[str, float]:
-        """Return how often each source has been gone through before a sample of the run, by label."""
+        """Return the number of epochs of each source before a sample of the run, by label."""
         epochs = self.train.epochs_at(sample)
         return {source.label: found for source, found in zip(self.sources, epochs, strict=True)}
 
@@ -93,27 +93,29 @@ class OpenData:
 
     @property
     def identities(self) -> list[Source]:
-        """The sources as `data.mixture` knows them."""
+        """The sources in the form that `data.mixture` uses."""
         return _identities(self.sources, self.train.seq_length)
 
 
 def open_data(
     config: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, valid_rows: int, full_scan: bool = False
 ) -> OpenData:
-    """Open all sources of a run that begins; `OpenData.continued` takes them to where a resumed run stopped.
+    """Open all sources of a new run; `OpenData.continued` moves them to the positions of a resumed run.
 
-    Entries of `data.train` with the same content are one source, whose weights add up (without weights, which counts
-    as often as it is listed): it then has one order, in which no sequence comes twice before every other came once.
+    Entries of `data.train` with the same content are one source, whose weights add up (without weights, it counts as
+    often as it is listed): it has one order, in which no sequence repeats before every other has come once.
 
     Args:
+        config: the `data` section.
+        tokenizer: the run's tokenizer.
         seq_length: L.
-        seed: seed of the run; fixes the order of the sequences.
-        valid_rows: sequences per validation source at most.
-        full_scan: look at every token id now instead of some 300 spans per source; the rest is checked as it is read.
+        seed: seed of the run; determines the order of the sequences.
+        valid_rows: maximal number of sequences per validation source.
+        full_scan: check every token id now instead of some 300 spans per source; the rest is checked when it is read.
 
     Raises:
-        DataError: files missing or damaged, made with another tokenizer, ids outside its vocabulary, less than a
-            sequence.
+        DataError: files are missing or damaged, were made with another tokenizer, hold ids outside its vocabulary, or
+            less than one sequence.
     """
     readers = [_checked(f"data.train[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.train)]
     valid = [_checked(f"data.valid[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.valid)]
@@ -138,9 +140,9 @@ def open_data(
 def _distinct(
     entries: Sequence[SourceConfig], readers: Sequence[IndexedReader], seq_length: int
 ) -> tuple[tuple[TrainingSource, ...], tuple[float, ...] | None]:
-    """Return the sources, each content once, and their weights; None where no entry has one.
+    """Return the sources, each content once, and their weights; None if no entry has one.
 
-    An entry without a weight beside others that have one counts as 1.
+    An entry without a weight beside others with one counts as 1.
     """
     places: dict[str, list[int]] = {}
     for place, reader in enumerate(readers):
@@ -197,7 +199,7 @@ def _identities(sources: Sequence[TrainingSource], seq_length: int) -> list[Sour
 
 
 def shortest_ends(paths: Sequence[str]) -> list[str]:
-    """Return the shortest ends of different paths, in whole names, that tell them apart."""
+    """Return the shortest suffixes of different paths, in whole names, that distinguish them."""
     parts = [path.split("/") for path in paths]
     count = 1
     while len({tuple(part[-count:]) for part in parts}) < len(parts) and count < max(map(len, parts)):
@@ -206,22 +208,22 @@ def shortest_ends(paths: Sequence[str]) -> list[str]:
 
 
 def _common(values: Sequence[bool]) -> bool | None:
-    """Return the value that all of them have; None where they differ."""
+    """Return the value if all are the same; None if they differ."""
     return values[0] if len(set(values)) == 1 else None
 
 
 def open_validation(prefix: str, tokenizer: Tokenizer, *, seq_length: int, rows: int, key: str) -> ValidationRows:
-    """Open one source to be measured, for a command that has no run description.
+    """Open one validation source, for a command without a run's configuration.
 
     Args:
         prefix: P of `P.bin` and `P.idx`.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         seq_length: L.
-        rows: sequences at most.
-        key: what the user gave the prefix as, for messages.
+        rows: maximal number of sequences.
+        key: name of the option that gave the prefix, for messages.
 
     Raises:
-        DataError: as `open_data`.
+        DataError: as for `open_data`.
     """
     remedy = "give data made with the model's tokenizer"
     reader = _checked(key, prefix, tokenizer, full_scan=False, owner="the model's", remedy=remedy)
@@ -237,7 +239,7 @@ def _checked(
     owner: str = "this run's",
     remedy: str = "set data.tokenizer to the first or preprocess the corpus with the second",
 ) -> IndexedReader:
-    """Open a source and compare it with the tokenizer; `owner` and `remedy` are the caller's words for a mismatch."""
+    """Open a source and compare it with the tokenizer; `owner` and `remedy` word the message about a mismatch."""
     try:
         reader = IndexedReader(prefix)
         made_with = reader.tokenizer_fingerprint
@@ -263,5 +265,5 @@ def _fingerprint(sources: Sequence[TrainingSource], weights: Sequence[float] | N
 
 
 def _size_share(sources: Sequence[TrainingSource], source: TrainingSource) -> str:
-    """Return how sharing by size enters the fingerprint: one source alone is all, with a weight or without."""
+    """Return the contribution of sharing by size to the fingerprint; a single source is the same with a weight."""
     return "1" if len(sources) == 1 else f"by size x {len(source.keys)}"

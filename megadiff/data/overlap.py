@@ -1,4 +1,4 @@
-"""Text that two sources share: passages of one that occur in another, and a source that opens with another's tokens."""
+"""Detection of text that two sources share: common passages, and a source that begins with another's tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ _SPANS, _SPAN_TOKENS = 64, 2**12
 
 
 def occurring_passages(valid: IndexedReader, train: IndexedReader, *, pairs: int = 1) -> tuple[int, int]:
-    """Return how many passages of a validation source occur in a training source, and how many were looked for.
+    """Return the number of passages of a validation source that occur in a training source, and the number searched.
 
-    Eight passages of 128 tokens, evenly spread over the validation source, are looked for in the first 2**24 tokens of
-    the training source, or in fewer where many pairs of sources are compared, so that a start stays short.
+    Eight passages of 128 tokens, evenly spread over the validation source, are searched for in the first 2**24 tokens
+    of the training source, or in fewer when many pairs of sources are compared, to keep the start of a run short.
 
     Args:
-        pairs: number of pairs of sources that are compared in all; they share the work.
+        valid: source of the passages.
+        train: source to search.
+        pairs: number of pairs of sources that are compared in total; they share the work.
     """
     needles = [_encoded(passage, train) for passage in _passages(valid)]
     limit = min(train.num_tokens, max(_MOST_SEARCHED // pairs, _LEAST_SEARCHED))
@@ -36,7 +38,7 @@ def occurring_passages(valid: IndexedReader, train: IndexedReader, *, pairs: int
 def opening_fingerprint(reader: IndexedReader, tokens: int) -> str:
     """Return a SHA-256 (hex) of the first `tokens` tokens, of which 64 even spans of 4,096 are read.
 
-    It tells whether a file has grown: one that has opens with all the tokens that it had before.
+    It detects that a file has grown: a grown file begins with all its earlier tokens.
     """
     length = min(tokens, _SPAN_TOKENS)
     digest = hashlib.sha256(f"{tokens}".encode())
@@ -65,7 +67,7 @@ def _chunks(reader: IndexedReader, limit: int, *, overlap: int) -> Iterator[byte
 
 
 def _holds(text: bytes, needle: bytes, itemsize: int) -> bool:
-    """Return whether the needle occurs at a whole token."""
+    """Return whether the needle occurs, aligned to whole tokens."""
     place = text.find(needle)
     while place >= 0 and place % itemsize:
         place = text.find(needle, place + 1)

@@ -1,9 +1,8 @@
-"""A shuffle of 0 .. n - 1 that is computed, not stored: any place of it in constant time and memory.
+"""A shuffle of 0 .. n - 1 that is computed, not stored: any element in constant time and memory.
 
-A balanced Feistel network permutes the smallest 4**h >= n; places that fall outside 0 .. n - 1 are walked on until
-one falls inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002), 4 steps on average
-at most.
-Only Python integers are used, so the order is the same on every machine and version.
+A balanced Feistel network permutes the smallest 4**h >= n; results outside 0 .. n - 1 are permuted again until one
+falls inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002), at most 4 steps on
+average. It uses only Python integers, so the order is the same on every machine and version.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ _WORD = 2**64 - 1
 
 
 def stream_key(*parts: str | int) -> int:
-    """A 64-bit key from names and numbers; other parts, another key."""
-    said = "|".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.sha256(said.encode("utf-8")).digest()[:8], "little")
+    """Hash names and numbers into a 64-bit key; different parts give different keys."""
+    text = "|".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little")
 
 
 def mixed(value: int) -> int:
-    """A 64-bit word scrambled so that near values part: the finaliser of splitmix64 (Steele et al. 2014)."""
+    """Mix a 64-bit word so that close values part: the finaliser of splitmix64 (Steele et al. 2014)."""
     value = (value + 0x9E3779B97F4A7C15) & _WORD
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -29,7 +28,7 @@ def mixed(value: int) -> int:
 
 
 class Permutation:
-    """A permutation of 0 .. size - 1 chosen by a key; `permutation[i]` is where place i goes."""
+    """A permutation of 0 .. size - 1 determined by a key; `permutation[i]` is the image of i."""
 
     def __init__(self, size: int, key: int) -> None:
         if size < 1:

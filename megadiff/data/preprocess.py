@@ -1,7 +1,8 @@
-"""A corpus to indexed tokens: documents are read in one process, tokenized in several, and written in their order.
+"""Corpus to indexed tokens: one process reads documents, several tokenize them, and they are written in order.
 
-The output does not depend on the number of workers. Whatever ends a run early, no `.idx` is left, and the next run
-starts from the beginning. A long document is tokenized piece by piece, so memory stays a small multiple of its text.
+The output does not depend on the number of workers. If a run ends early, for any reason, no `.idx` is left, and the
+next run starts from the beginning. A long document is tokenized in pieces, so memory stays a small multiple of its
+text.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _MOST_DOCUMENT_TOKENS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Framing:
-    """What is put around each document's tokens."""
+    """Special tokens put around each document's tokens."""
 
     prepend_bos: bool = False
     append_eod: bool = False
@@ -48,7 +49,7 @@ class Framing:
 
 @dataclass(frozen=True)
 class PreprocessSummary:
-    """What `preprocess` did."""
+    """Result of `preprocess`."""
 
     manifest: IndexedManifest
     report: CorpusReport
@@ -64,7 +65,7 @@ class _Tokenized:
     source_bytes: int
     num_empty: int
     faults: list[tuple[int, str]]
-    """(place in the batch, reason) of documents that could not be tokenized, which are left out."""
+    """Documents that could not be tokenized and are left out: (position in the batch, reason)."""
 
 
 def preprocess(
@@ -81,15 +82,15 @@ def preprocess(
     Args:
         corpus: the text.
         prefix: P.
-        tokenizer_path: as for `load_tokenizer`; each worker loads it for itself.
+        tokenizer_path: as for `load_tokenizer`; each worker loads its own copy.
         framing: put bos before or eos after each document; nothing by default.
-        workers: processes that tokenize; with 1, this one does, and the library's own threads help.
+        workers: processes that tokenize; with 1, this process does, using the library's own threads.
         overwrite: replace finished data of the same prefix.
 
     Raises:
-        DataError: before any work: the output cannot be written or is there, the tokenizer lacks bos or eos. During
-            it: a bad line, or a document that cannot be tokenized, beyond the corpus's limit; a damaged file, a full
-            disk, a dead worker.
+        DataError: before any work, the output cannot be written or exists already, or the tokenizer lacks bos or eos;
+            during the work, a bad line or a document that cannot be tokenized exceeds the corpus's limit, a file is
+            damaged, the disk is full, or a worker died.
     """
     if workers < 1:
         raise DataError(f"--workers must be at least 1, found {workers}")
@@ -132,7 +133,7 @@ def _refuse_framing(tokenizer: Tokenizer, framing: Framing) -> None:
 def _tokenized(
     corpus: Corpus, tokenizer_path: str, tokenizer: Tokenizer, framing: Framing, workers: int
 ) -> Iterator[_Tokenized]:
-    """Yield tokenized batches in their order; count the documents at fault as bad lines of the corpus."""
+    """Yield tokenized batches in order; count faulty documents as bad lines of the corpus."""
     batches = _batches(corpus.located_documents())
     if workers == 1:
         for batch in batches:
@@ -141,7 +142,7 @@ def _tokenized(
             del batch
             yield tokenized
         return
-    # "spawn": forked children would share the tokenizer library's threads' locks and the output file's lock.
+    # "spawn": forked children would share the locks of the tokenizer library's threads and of the output file.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer_path, framing)
@@ -152,7 +153,7 @@ def _tokenized(
             yield tokenized
     except BrokenProcessPool as error:
         raise DataError(
-            f"a worker process died, which is mostly for want of memory; try fewer than --workers {workers}"
+            f"a worker process died, most likely out of memory; try fewer than --workers {workers}"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -166,7 +167,7 @@ def _skip_faults(corpus: Corpus, batch: Sequence[Document], tokenized: _Tokenize
 def _in_order(
     pool: ProcessPoolExecutor, batches: Iterator[list[Document]], in_flight: int
 ) -> Iterator[tuple[list[Document], _Tokenized]]:
-    """Yield each batch with its tokens; at most `in_flight` are at work, fewer where they hold long documents."""
+    """Yield each batch with its tokens; at most `in_flight` are in progress, fewer if they hold long documents."""
     waiting: deque[tuple[list[Document], int, Future[_Tokenized]]] = deque()
     characters = 0
     for batch in batches:
@@ -186,9 +187,9 @@ def _in_order(
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Processes started within never see Ctrl-C, not even while they import; this one sees it afterwards.
+    """Start processes without SIGINT: they never see Ctrl-C, not even during imports; this process sees it afterwards.
 
-    Ctrl-C reaches all processes of a terminal, and it is for the first one to end the others.
+    Ctrl-C reaches all processes of a terminal, but only the first process should end the others.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -227,19 +228,19 @@ def _tokenize(tokenizer: Tokenizer, framing: Framing, texts: Sequence[str]) -> _
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Iterable[list[int]]]:
-    """Yield each text's ids in pieces: ordinary texts together in one call, long ones as they are asked for."""
+    """Yield the ids of each text in pieces: ordinary texts together in one call, long ones lazily."""
     ordinary = [text for text in texts if len(text) < _BATCH_CHARACTERS]
     try:
         together = iter(tokenizer.encode_batch(ordinary))
     except DataError:
-        together = None  # one of them is at fault, and is found when each is encoded alone
+        together = None  # one of them is faulty, and is found when each is encoded alone
     for text in texts:
         is_ordinary = together is not None and len(text) < _BATCH_CHARACTERS
         yield [next(together)] if together is not None and is_ordinary else tokenizer.encode_pieces(text)
 
 
 class _Ids:
-    """Token ids of documents, one after another, in the type they are stored in."""
+    """Token ids of documents, one after another, in their stored type."""
 
     def __init__(self, tokenizer: Tokenizer, framing: Framing) -> None:
         self._vocab_size, self._mask_id = tokenizer.vocab_size, tokenizer.mask_id
@@ -250,10 +251,10 @@ class _Ids:
         self._lengths: list[int] = []
 
     def add(self, pieces: Iterable[list[int]]) -> bool:
-        """Add a document with its frame; False, and nothing is added, where it has no token of its own.
+        """Add a document with its frame; return False, adding nothing, if it has no token of its own.
 
         Raises:
-            DataError: it cannot be tokenized, has too many tokens, or an id that no text may have; nothing is added.
+            DataError: it cannot be tokenized, has too many tokens, or an id that text must not have; nothing is added.
         """
         start = len(self._ids)
         try:
@@ -261,7 +262,7 @@ class _Ids:
             for piece in pieces:
                 self._extend(piece)
                 if len(self._ids) - start > _MOST_DOCUMENT_TOKENS - len(self._after):
-                    raise DataError(f"it has more than {_MOST_DOCUMENT_TOKENS} tokens, which the index cannot say")
+                    raise DataError(f"it has more than {_MOST_DOCUMENT_TOKENS} tokens, the most that an index allows")
         except DataError:
             del self._ids[start:]
             raise
@@ -273,7 +274,7 @@ class _Ids:
         return True
 
     def taken(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return all ids and each document's number of them."""
+        """Return all ids, and the number of ids in each document."""
         return np.frombuffer(self._ids, dtype=self._dtype), np.array(self._lengths, dtype=np.int64)
 
     def _extend(self, piece: Sequence[int | None]) -> None:
@@ -293,13 +294,13 @@ _worker_setup: tuple[Tokenizer, Framing] | None = None
 
 def _start_worker(tokenizer_path: str, framing: Framing) -> None:
     global _worker_setup
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are already parallel
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_setup = (load_tokenizer(tokenizer_path), framing)
 
 
 def _end_with_parent() -> None:
-    """A worker holds both ends of its queue and would wait for ever after its parent was killed."""
+    """Exit when the parent exits: a worker holds both ends of its queue and would otherwise wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Progress of a long job: a bar on a terminal, a plain line now and then elsewhere; on stderr."""
+"""Progress of a long job on stderr: a bar on a terminal, an occasional plain line elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LINE_EVERY_S = 10.0
 
 
 class ProgressReport:
-    """A context manager; call `update` as often as you like."""
+    """A progress report as a context manager; `update` may be called at any rate."""
 
     def __init__(self, what: str, total: int) -> None:
         self._what = what
@@ -25,7 +25,7 @@ class ProgressReport:
         self._is_terminal = sys.stderr.isatty()
 
     def update(self, done: int, note: str) -> None:
-        """Say how much of the total is done, and a note such as a speed."""
+        """Report the completed part of the total, and a note such as a speed."""
         if self._is_terminal:
             self._bar.update(self._task, completed=done, note=note)
         elif time.monotonic() >= self._next_line_s:

@@ -1,4 +1,4 @@
-"""Description of a run's data before it trains: a line for each source, what has changed, and likely mistakes."""
+"""Description of a run's data before training: a line per source, changes, and likely mistakes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_EPOCHS = 4
 """Number of epochs up to which repeated text is nearly as good as new text (Muennighoff et al., arXiv:2305.16264)."""
 
 MOST_UNEVEN = 10
-"""A source that is repeated, and this many times as often gone through as another one, is worth a warning."""
+"""Ratio of epochs to another source's at which a repeated source causes a warning."""
 
 
 class Advice(NamedTuple):
@@ -32,8 +32,9 @@ def describe_sources(data: OpenData, *, now: int, end: int) -> list[str]:
     """Return a line about the mixture and a line for each source.
 
     Args:
-        now: samples of the run so far.
-        end: samples of the whole run.
+        data: the run's data.
+        now: number of samples of the run so far.
+        end: number of samples of the whole run.
     """
     by = "size" if data.weights is None else "weight"
     sources = f" in {len(data.sources)} sources, shared by {by}" if len(data.sources) > 1 else ""
@@ -75,7 +76,7 @@ def source_facts(data: OpenData, *, now: int, end: int) -> list[SourceFacts]:
 
 
 def validation_facts(data: OpenData) -> list[ValidationFacts]:
-    """Return what there is of each validation source, and how much of it is measured."""
+    """Return the size of each validation source, and the part of it that is evaluated."""
     return [
         ValidationFacts(
             key=f"data.valid[{place}]",
@@ -90,19 +91,19 @@ def validation_facts(data: OpenData) -> list[ValidationFacts]:
 
 
 def describe_change(before: Mixture, data: OpenData, *, end: int) -> list[str]:
-    """Return what a changed mixture means for each source: what was seen of it, and what will be seen again.
+    """Return the effect of a changed mixture on each source: what was seen of it, and what will be repeated.
 
     Args:
         before: mixture of the checkpoint, with the positions reached.
         data: data from now on, continued.
-        end: samples of the whole run.
+        end: number of samples of the whole run.
     """
     now = data.mixture.first_sample
-    lines = [f"data changed      at sample {now:,}: every source goes on at its own next sequence"]
+    lines = [f"data changed      at sample {now:,}: every source continues at its own next sequence"]
     lines += [_continued_line(data, place, before, end) for place in range(len(data.sources))]
     had = {position.name for position in before.sources}
     lines += [
-        f"  {'no longer drawn':<15} {position.path}: {_seen(position)}; if it returns it goes on from there"
+        f"  {'no longer drawn':<15} {position.path}: {_seen(position)}; if it returns it continues from there"
         for position in data.mixture.removed
         if position.name in had
     ]
@@ -136,13 +137,13 @@ def _seen(position: Position) -> str:
 
 
 def _repeated(data: OpenData, place: int, end: int) -> int:
-    """Return how many of the sequences to come from a source will have been seen before."""
+    """Return the number of sequences still to come from a source that will have been seen before."""
     rows, start, in_all = data.train.sources[place], data.train.starts[place], data.train.drawn_before(end)[place]
     return in_all - start - (rows.unseen(start) - rows.unseen(in_all))
 
 
 def change_advice(before: Mixture, data: OpenData, *, end: int) -> list[Advice]:
-    """Return what is doubtful in a change of the mixture: sources that repeat, and files whose content is another."""
+    """Return warnings about a change of the mixture: sources that repeat, and files whose content was replaced."""
     found = [
         Advice(
             f"{source.keys[0]} ({source.label}): {again:,} of the "
@@ -170,13 +171,15 @@ def change_advice(before: Mixture, data: OpenData, *, end: int) -> list[Advice]:
 def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_rows: int) -> list[Advice]:
     """Return likely mistakes in a run's data.
 
-    A source is repeated too often when it is gone through more than `MOST_EPOCHS` times, or more than once and more
-    than `MOST_UNEVEN` times as often as another source.
+    A source is repeated too often if it goes through more than `MOST_EPOCHS` epochs, or through more than one and more
+    than `MOST_UNEVEN` times as many as another source.
 
     Args:
-        end: samples of the whole run.
-        length: setting that makes the run this long, with its value.
-        eval_rows: sequences wanted of each validation source.
+        data: the run's data.
+        config: the `data` section.
+        end: number of samples of the whole run.
+        length: setting that determines the length of the run, with its value.
+        eval_rows: number of sequences requested from each validation source.
     """
     return [
         *_weights_advice(data, config),
@@ -271,7 +274,7 @@ def _validation_advice(data: OpenData, config: DataConfig, eval_rows: int) -> li
 
 
 def _shared_text(data: OpenData, place: int) -> str | None:
-    """Return how a validation source shares text with a training source; None if no sharing is found."""
+    """Return a phrase on how a validation source shares text with a training source; None if none is found."""
     valid = data.valid[place].reader
     same = [source for source in data.sources if source.content == valid.content_fingerprint()]
     if same:

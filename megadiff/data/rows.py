@@ -1,7 +1,7 @@
-"""Rows of L tokens: a source's documents joined end to end, cut, and shuffled anew in each epoch.
+"""Rows of L tokens: a source's documents joined end to end, cut, and shuffled again in each epoch.
 
-A row is a pure function of (seed, source name, row number): no generator, no state, no index files. What is left at a
-source's end, less than one row, is never seen. B rows, L positions.
+A row is a pure function of (seed, source name, row number): no generator, no state, no index files. The rest at the
+end of a source, less than one row, is never used. B rows, L positions.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from megadiff.errors import DataError
 
 
 class Origin(NamedTuple):
-    """Where a row's first token stands in the data."""
+    """Position of a row's first token in the data."""
 
     prefix: str
-    """Of the source's files."""
+    """Prefix of the source's files."""
     token: int
-    """Its place in the source's stream of tokens."""
+    """Index of the token in the source's stream."""
     document: int
     within: int
-    """Its place in that document."""
+    """Index of the token within that document."""
 
 
 class PackedRows:
@@ -37,7 +37,7 @@ class PackedRows:
     Args:
         reader: the source.
         seq_length: L.
-        seed, name: fix the permutations; sources of one run need different names.
+        seed, name: determine the permutations; sources of one run need different names.
         first, sequences: the part of the source that is drawn from, in sequences; by default all of it.
 
     Raises:
@@ -60,12 +60,12 @@ class PackedRows:
         return self.reader.tokens(self._first_token(number), self.seq_length)
 
     def origin(self, number: int) -> Origin:
-        """Return where sequence `number` begins."""
+        """Return the position of the first token of sequence `number`."""
         token = self._first_token(number)
         return Origin(self.reader.prefix, token, *self.reader.locate(token))
 
     def unseen(self, number: int) -> int:
-        """Return how many sequences occur nowhere among the first `number` of the stream."""
+        """Return the number of sequences that do not occur among the first `number` of the stream."""
         return max(0, self.len_epoch - number)
 
     def _first_token(self, number: int) -> int:
@@ -77,10 +77,10 @@ class PackedRows:
 
 
 class GrownRows:
-    """The stream of a source whose file has grown: first what its epoch still lacked, then epochs of the whole file.
+    """The stream of a source whose file has grown: the rest of its current epoch, then epochs of the whole file.
 
-    The sequences that were not drawn in the epoch under way, and all that the file has gained, come first, in
-    proportion. So no sequence comes again before every other has come as well.
+    The sequences not yet drawn in the current epoch, and all that the file has gained, come first, in proportion. So no
+    sequence repeats before every other one has come.
 
     Args:
         reader: the source.
@@ -105,12 +105,12 @@ class GrownRows:
         return rows.row(index)
 
     def origin(self, number: int) -> Origin:
-        """Return where sequence `number` begins."""
+        """Return the position of the first token of sequence `number`."""
         rows, index = self._found(number)
         return rows.origin(index)
 
     def unseen(self, number: int) -> int:
-        """Return how many sequences occur nowhere among the first `number` of the stream."""
+        """Return the number of sequences that do not occur among the first `number` of the stream."""
         reached = self._unfinished.reached(number)
         parts = zip(self._parts, self._are_seen, reached, strict=True)
         return sum(part.unseen(drawn) for part, is_seen, drawn in parts if not is_seen)
@@ -129,11 +129,11 @@ class TrainingRows:
         seed: seed of the run.
         first_sample: sample at which this mixture begins; samples before it belong to another mixture.
         starts: sequences that each source had given before that sample; 0 each by default.
-        copies: times that each source counts when sharing by size; once each by default.
+        copies: number of times that each source counts when sharing by size; once each by default.
         keys: configuration key of each source, for messages.
 
     Raises:
-        DataError: a weight is too small for its source to be seen.
+        DataError: a weight is too small for its source to be drawn.
     """
 
     def __init__(
@@ -176,17 +176,17 @@ class TrainingRows:
         return np.stack([self.sources[place.source].row(place.index) for place in places])
 
     def origin(self, sample: int) -> Origin:
-        """Return where the sequence of a sample begins."""
+        """Return the position of the first token of a sample's sequence."""
         place = self.place(sample)
         return self.sources[place.source].origin(place.index)
 
     def drawn_before(self, sample: int) -> list[int]:
-        """Return how many sequences each source has given before a sample, those before this mixture included."""
+        """Return the number of sequences that each source gives before a sample, in earlier mixtures too."""
         drawn = self.blend.drawn(self._in_mixture(sample))
         return [start + count for start, count in zip(self.starts, drawn, strict=True)]
 
     def epochs_at(self, samples_seen: int) -> list[float]:
-        """Return how often each source has been gone through after that many samples of the run."""
+        """Return the number of epochs of each source after this number of samples of the run."""
         drawn = self.drawn_before(samples_seen)
         return [count / source.len_epoch for count, source in zip(drawn, self.sources, strict=True)]
 
@@ -200,7 +200,7 @@ class ValidationRows:
     """A fixed set of rows of one source in file order, spread evenly over the file.
 
     Args:
-        num_rows: rows wanted; where the source has fewer, all of them.
+        num_rows: number of rows requested; if the source has fewer, all of them are used.
 
     Raises:
         DataError: the source holds less than one row.
@@ -219,7 +219,7 @@ class ValidationRows:
         return self._num_rows
 
     def rows(self, indices: Sequence[int]) -> np.ndarray:
-        """The rows of these indices, each in 0 .. len - 1: [B, L] int64."""
+        """Return the rows of these indices, each in 0 .. len - 1: [B, L] int64."""
         if any(not 0 <= index < self._num_rows for index in indices):
             raise IndexError(f"indices must lie in 0 to {self._num_rows - 1}, got {list(indices)}")
         places = [index * self.available // self._num_rows for index in indices]

@@ -1,7 +1,7 @@
-"""Look at every byte of indexed data: what `tools/check_data.py` reports.
+"""Complete scan of indexed data, which `tools/check_data.py` reports.
 
-Opening checks the index and samples the tokens; this reads all of them, in order and once, hashes what it reads while
-other threads look at the ids, and lists what it finds instead of stopping at the first.
+Opening data checks the index and samples the tokens; a scan reads all tokens once, in order. It hashes what it reads
+while other threads check the ids, and lists all findings instead of stopping at the first.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from megadiff.data.wrong_ids import wrong_ids
 from megadiff.errors import SHOWN_DIGITS, DataError
 
 MAX_LISTED = 10
-"""Findings of one kind and one prefix that are listed; the rest are counted."""
+"""Maximal number of findings of one kind and one prefix that are listed; the rest are counted."""
 
 _IN_FLIGHT_PER_WORKER = 2
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or odd, with one file."""
+    """A fault or oddity of one file."""
 
     where: str
-    """The file or prefix, with document, position and byte where there are such."""
+    """The file or prefix, with document, position and byte if applicable."""
     what: str
     remedy: str
     is_error: bool = True
-    """Whether the data must not be used; else they can be, and this should be known."""
+    """Whether the data must not be used; otherwise the finding is only worth knowing."""
 
     def __str__(self) -> str:
         return f"{'error' if self.is_error else 'note'}: {self.where}: {self.what}; {self.remedy}"
@@ -44,43 +44,43 @@ class Finding:
 
 @dataclass
 class Scan:
-    """What was seen of one prefix."""
+    """Result of the scan of one prefix."""
 
     prefix: str
     documents: int = 0
     empty_documents: int = 0
     tokens: int = 0
     padding_tokens: int = 0
-    """Tokens of the tokenizer's padding id."""
+    """Number of tokens with the tokenizer's padding id."""
     dtype: str = "-"
     bytes: int = 0
-    """Of the `.bin` and the `.idx` together."""
+    """Size of the `.bin` and the `.idx` together, in bytes."""
     hashes: str = "-"
-    """`match`, `differ`, or `none` where there is no manifest to compare with."""
+    """Result of comparing hashes: `match`, `differ`, or `none` if there is no manifest to compare with."""
     wrong_tokens: int = 0
-    """Tokens that are negative, outside the vocabulary, or the mask."""
+    """Number of tokens that are negative, outside the vocabulary, or the mask."""
     listed_tokens: int = 0
-    """Those of them that have a finding of their own."""
+    """Number of those that have a finding of their own."""
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def unlisted(self) -> int:
-        """Wrong tokens that are only counted."""
+        """Number of wrong tokens that are counted but not listed."""
         return self.wrong_tokens - self.listed_tokens
 
     @property
     def errors(self) -> int:
-        """Findings that make the data unusable, and wrong tokens that are only counted."""
+        """Number of findings that make the data unusable, including wrong tokens that are only counted."""
         return self.unlisted + sum(finding.is_error for finding in self.findings)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one span of tokens holds."""
+    """Content of one span of tokens."""
 
     first: int
     wrong: list[tuple[int, int]]
-    """(token of the stream, its id), the first few."""
+    """The first few wrong tokens, as (token of the stream, its id)."""
     num_wrong: int
     first_padding: int | None
     padding: int
@@ -97,8 +97,8 @@ def scan(
 
     Args:
         prefix: P, `P.bin` or `P.idx`.
-        tokenizer: of the run that the data are for; by default the one that the manifest names.
-        workers: threads that look at tokens besides the one that reads and hashes.
+        tokenizer: tokenizer of the run that will use the data; by default the one in the manifest.
+        workers: threads that check tokens besides the one that reads and hashes.
         progress: called with the number of bytes of the `.bin` done.
     """
     found = Scan(str(prefix))
@@ -149,7 +149,7 @@ def _look_at_tokens(
     workers: int,
     progress: Callable[[int], None],
 ) -> str:
-    """Go through the `.bin`; returns its SHA-256."""
+    """Check all tokens of the `.bin` and return its SHA-256 (hex)."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor(workers) as pool:
 

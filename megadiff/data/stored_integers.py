@@ -1,7 +1,7 @@
-"""Integers inside an open file, read piece by piece into memory of the reader's own.
+"""Integers inside an open file, read piece by piece into fresh arrays.
 
-Nothing is mapped: a file that shrinks while it is read gives an error, where a mapping would give a signal, and no
-array is a view of a file that was closed.
+Nothing is mapped: a file that shrinks while it is read causes an error, where a mapping would cause a signal, and no
+array is a view of a closed file.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from megadiff.errors import DataError, StorageError
 
 CHUNK = 2**20
-"""Integers, or bytes, of one piece."""
+"""Number of integers, or bytes, in one piece."""
 
 REMEDY = "copy or preprocess the data again"
 
 
 class StoredFile:
-    """A regular file opened once for reading; closed when nothing refers to it any more.
+    """A regular file opened once for reading; closed when nothing references it any more.
 
     Raises:
         DataError: it cannot be opened.
@@ -39,14 +39,15 @@ class StoredFile:
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on; the caller has checked them against `size`.
+        """Return `count` bytes from `offset` on; the caller has checked them against `size`.
 
         Raises:
-            DataError: the disk fails, or the file has shrunk since it was opened.
+            StorageError: the disk fails.
+            DataError: the file has shrunk since it was opened.
         """
         try:
             raw = os.pread(self._descriptor, count, offset)
-            while 0 < len(raw) < count:  # the kernel hands out 2 GiB at most, and network disks less
+            while 0 < len(raw) < count:  # the kernel returns at most 2 GiB per call, network disks less
                 more = os.pread(self._descriptor, count - len(raw), offset + len(raw))
                 if not more:
                     break
@@ -59,7 +60,7 @@ class StoredFile:
         return raw
 
     def sha256(self) -> str:
-        """SHA-256 (hex) of the whole file."""
+        """Return the SHA-256 (hex) of the whole file."""
         digest = hashlib.sha256()
         for start in range(0, self.size, CHUNK):
             digest.update(self.read(start, min(CHUNK, self.size - start)))
@@ -67,7 +68,7 @@ class StoredFile:
 
 
 class StoredIntegers:
-    """`count` integers of one type that lie in a file from byte `offset` on."""
+    """An array of `count` integers of one type in a file, from byte `offset` on."""
 
     def __init__(self, file: StoredFile, dtype: np.dtype, *, offset: int, count: int) -> None:
         self.file = file
@@ -79,25 +80,25 @@ class StoredIntegers:
         return self._count
 
     def byte_of(self, index: int) -> int:
-        """Where integer `index` lies in the file."""
+        """Return the byte position of integer `index` in the file."""
         return self.offset + index * self.dtype.itemsize
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Integers `start` .. `start + count - 1`: [count], read-only, as stored."""
+        """Return the integers `start` .. `start + count - 1`: [count], read-only, as stored."""
         raw = self.file.read(self.byte_of(start), count * self.dtype.itemsize)
         return np.frombuffer(raw, dtype=self.dtype)
 
     def at(self, index: int) -> int:
-        """One integer."""
+        """Return one integer."""
         return int(self.read(index, 1)[0])
 
     def chunks(self, *, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """(first index, integers) of all pieces, each with up to `overlap` integers of the next one at its end."""
+        """Yield (first index, integers) of all pieces, each followed by up to `overlap` integers of the next one."""
         for start in range(0, self._count, CHUNK):
             yield start, self.read(start, min(CHUNK + overlap, self._count - start))
 
     def last_at_most(self, value: int) -> int:
-        """The last index whose integer is at most `value`, of integers in rising order; -1 where there is none."""
+        """Return the last index with an integer of at most `value`, for ascending integers; -1 if there is none."""
         low, high = 0, self._count
         while low < high:
             middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Find the tokenizer that `data.tokenizer` or `--tokenizer` means."""
+"""Loading of the tokenizer that `data.tokenizer` or `--tokenizer` refers to."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _ENDINGS = (".json", ".model")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Return the tokenizer that a path or a name means.
+    """Return the tokenizer that a path or a name refers to.
 
     Args:
         path: the word `byte`; a `tokenizer.json` or its folder; a SentencePiece `.model` or its folder; a member of the
             family with its path (`hf_json:folder`); or a module of the user's own with or without an argument
-            (`mypkg.words`, `mypkg.words:vocabulary.txt`). A file or folder of that name goes before a module.
+            (`mypkg.words`, `mypkg.words:vocabulary.txt`). A file or folder of that name takes precedence over a module.
 
     Raises:
-        DataError: nothing is there, no member accepts it, the file is damaged, or the module cannot be used.
+        DataError: there is nothing, no member accepts it, the file is damaged, or the module cannot be used.
     """
     given = str(path)
     if not os.path.lexists(given):

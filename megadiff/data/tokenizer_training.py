@@ -1,9 +1,8 @@
-"""Train a tokenizer on a corpus: byte-level BPE or SentencePiece, special tokens at ids 0 to 3.
+"""Training of a tokenizer on a corpus: byte-level BPE or SentencePiece, special tokens at ids 0 to 3.
 
-Both give back every text they are given: BPE in Unicode's NFC form, SentencePiece but for U+2581, its sign for a
-space. The BPE follows the GIDD
-tokenizer of arXiv:2512.10858 (NFC, GPT-4-like split with numbers cut into 1 to 3 digits) except that it puts no
-space before a pre-token, which is what made the released one need a repair after decoding.
+Both reproduce every text they encode: BPE in Unicode's NFC form, SentencePiece except for U+2581, its symbol for a
+space. The BPE follows the GIDD tokenizer of arXiv:2512.10858 (NFC, GPT-4-like split with numbers cut into 1 to 3
+digits) except that it puts no space before a pre-token, which is why the released one needs a repair after decoding.
 """
 
 from __future__ import annotations
@@ -26,37 +25,37 @@ from megadiff.data.tokenizers._special import BOS_ID, EOS_ID, MASK_ID, PAD_ID, S
 from megadiff.errors import DataError
 
 MIN_BPE_VOCABULARY = len(SPECIAL_TOKENS) + 256
-"""Special tokens and bytes; merges come on top."""
+"""Number of special tokens and bytes; merges come on top."""
 
 MIN_SENTENCEPIECE_VOCABULARY = len(SPECIAL_TOKENS) + 1 + 256
-"""Special tokens, the unknown piece and bytes; the corpus's pieces come on top."""
+"""Number of special tokens, the unknown piece and bytes; the corpus's pieces come on top."""
 
 TYPES = ("bpe", "sentencepiece", "sentencepiece-bpe")
-"""What `train_tokenizer` can make; `sentencepiece` is its unigram model."""
+"""Types that `train_tokenizer` can train; `sentencepiece` is its unigram model."""
 
-_UNKNOWN_ID = 4  # SentencePiece insists on an unknown piece; byte fallback means that no text yields it
+_UNKNOWN_ID = 4  # SentencePiece requires an unknown piece; with byte fallback no text yields it
 _UNKNOWN_PIECE = "<|unknown|>"
 _SPLIT = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_MAX_SENTENCE_BYTES = 4192  # SentencePiece's own bound: it leaves longer ones out, so they are cut before
+_MAX_SENTENCE_BYTES = 4192  # SentencePiece's own limit: it ignores longer ones, so they are cut before
 
 
 def train_tokenizer(
     documents: Iterable[str], output: Path, *, kind: str, vocab_size: int, progress: bool = False
 ) -> Tokenizer:
-    """Train, write into the new folder `output` by one rename, and load what was written.
+    """Train, write into the new folder `output` by one rename, and load the result.
 
     Args:
         documents: texts, read once.
         output: a folder that does not exist or is empty.
         kind: one of `TYPES`.
-        vocab_size: V to reach exactly, the four special tokens counted.
-        progress: let the BPE trainer draw its bars on stderr.
+        vocab_size: V to reach exactly, including the four special tokens.
+        progress: show the BPE trainer's progress bars on stderr.
 
     Raises:
-        DataError: the folder holds something, or this vocabulary cannot be had from this corpus.
+        DataError: the folder is not empty, or this corpus cannot yield this vocabulary.
     """
     _refuse_output(output)
     if kind == "bpe":
@@ -123,12 +122,12 @@ def _train_sentencepiece(documents: Iterable[str], vocab_size: int, model_type: 
             eos_piece=eos,
             pad_piece=pad,
             unk_piece=_UNKNOWN_PIECE,
-            control_symbols=[mask],  # control: no text yields it; it takes the one id left free below the unknown's
+            control_symbols=[mask],  # control: no text yields it; it takes the one free id below the unknown's
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             max_sentence_length=_MAX_SENTENCE_BYTES,
-            num_threads=1,  # more give another model each time
+            num_threads=1,  # several threads give a different model each time
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -139,7 +138,7 @@ def _train_sentencepiece(documents: Iterable[str], vocab_size: int, model_type: 
 
 
 def _sentencepiece_refusal(error: RuntimeError, vocab_size: int) -> DataError:
-    """Its own messages name the bound among source lines of the C++ library; keep the number."""
+    """Return the error for a failed training; only the bound is kept of SentencePiece's own message."""
     text = str(error)
     if high := re.search(r"value <= (\d+)", text):
         bound = high.group(1)
@@ -162,7 +161,7 @@ def _counted(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _remembering(sentences: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
-    """Keep what the corpus raised: the C++ library passes on its text alone, as an error of its own."""
+    """Record the corpus's exception: the C++ library passes on only its text, in an error of its own."""
     try:
         yield from sentences
     except (Exception, KeyboardInterrupt) as error:
@@ -171,8 +170,8 @@ def _remembering(sentences: Iterator[str], failures: list[BaseException]) -> Ite
 
 
 def _sentences(documents: Iterable[str]) -> Iterator[str]:
-    """Lines, cut where they are too long; a newline itself is left to byte fallback."""
-    longest = _MAX_SENTENCE_BYTES // 4  # characters; UTF-8 takes 4 bytes at most
+    """Yield lines, cut if they are too long; the newline itself is left to byte fallback."""
+    longest = _MAX_SENTENCE_BYTES // 4  # characters; UTF-8 takes at most 4 bytes each
     for text in documents:
         for line in text.split("\n"):
             for start in range(0, len(line), longest):
@@ -195,7 +194,7 @@ def _write_folder(output: Path, files: dict[str, bytes]) -> None:
     """Write under a temporary name beside the folder, then rename: a reader finds all of it or nothing."""
     temporary = output.with_name(f".{output.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # a killed run's
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
         temporary.mkdir(parents=True)
         for name, content in files.items():
             with open(temporary / name, "wb") as file:

@@ -1,4 +1,4 @@
-"""A tokenizer's files for Transformers, from which it and megadiff read the same ids.
+"""Writer of a tokenizer's files for Transformers, which reads the same ids from them as megadiff.
 
 Members of the tokenizer family call this in their `export`; a tokenizer of the user's own may do so as well.
 """
@@ -22,7 +22,7 @@ _KINDS = ("bos", "eos", "pad", "mask")
 _KEPT_NAMES = ("unk_token", "sep_token", "cls_token")
 _KEPT_SETTINGS = ("chat_template", "truncation_side")
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-"""File and folder in which Transformers keeps chat templates."""
+"""Names of the file and the folder in which Transformers keeps chat templates."""
 
 
 def write_transformers_tokenizer(
@@ -37,15 +37,15 @@ def write_transformers_tokenizer(
 ) -> list[str]:
     """Write a tokenizer for Transformers' `PreTrainedTokenizerFast`, and return the names of the files.
 
-    The `tokenizer.json` gives the ids that training had: no template of the definition is applied, a text that spells
-    a special token's name is text (`split_special_tokens`), and bos is put before a text where the training data have
-    it. A mask that the definition lacks is named in `tokenizer_config.json` alone, from where Transformers adds it as
-    the next id, which is the mask's.
+    The `tokenizer.json` yields the same ids as in training: no template of the definition is applied, a special token's
+    name in a text is read as text (`split_special_tokens`), and bos is put before a text if the training data have it.
+    A mask that the definition lacks is named only in `tokenizer_config.json`, from which Transformers adds it as the
+    next id, which is the mask's.
 
     Args:
         folder: folder to write into, which has none of these files.
-        tokenizer: tokenizer that was trained with, for its `mask_id`, and its `bos_id`, `eos_id` and `pad_id` if it
-            has them.
+        tokenizer: tokenizer that the model was trained with, for its `mask_id`, and for its `bos_id`, `eos_id` and
+            `pad_id` if it has them.
         definition: content of a `tokenizer.json` that gives its ids.
         seq_length: number of tokens of a sequence.
         prepend_bos: whether the training data begin each document with bos.
@@ -60,7 +60,7 @@ def write_transformers_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
-        "padding_side": "left",  # as `generate` of an exported model takes prompts of several lengths
+        "padding_side": "left",  # as `generate` needs for prompts of different lengths
         **(_kept_settings(source, definition, inner) if source is not None else {}),
         **({SENTENCEPIECE_KEY: made_from} if made_from is not None else {}),
         **templates,
@@ -73,7 +73,7 @@ def write_transformers_tokenizer(
 
 
 def _write_definition(path: Path, definition: Mapping[str, Any], bos_id: int | None) -> tokenizers.Tokenizer:
-    """Write `tokenizer.json` with nothing applied to a text but bos where it is due; return the library's reading."""
+    """Write a `tokenizer.json` that adds nothing to a text except bos if requested; return the library's object."""
     shipped = {**definition, "truncation": None, "padding": None, "post_processor": None}
     if bos_id is not None:
         bos = _name(tokenizers.Tokenizer.from_str(json.dumps(shipped)), bos_id)
@@ -91,11 +91,11 @@ def _write_definition(path: Path, definition: Mapping[str, Any], bos_id: int | N
 
 
 def keep_templates(folder: Path, source: Path) -> tuple[list[str], dict[str, Any]]:
-    """Keep the chat templates that lie beside the tokenizer.
+    """Keep the chat templates beside the tokenizer.
 
     Returns:
-        Names of copied files, and what `tokenizer_config.json` has to hold: several templates go there, under their
-        names, so that the exported folder has no folders inside.
+        Names of copied files, and additions to `tokenizer_config.json`: several templates go there, under their names,
+        so that the exported folder has no subfolders.
     """
     default = source / _TEMPLATE
     others = sorted((source / _TEMPLATES).glob("*.jinja"))
@@ -121,7 +121,7 @@ def _checked(path: Path, read: Callable[[], T]) -> T:
 
 
 def _kept_settings(source: Path, definition: Mapping[str, Any], inner: tokenizers.Tokenizer) -> dict[str, Any]:
-    """Return what the source's `tokenizer_config.json` sets that changes no id."""
+    """Return the settings of the source's `tokenizer_config.json` that change no id."""
     beside = source / "tokenizer_config.json"
     config = _checked(beside, lambda: read_json_object(beside, max_bytes=MAX_CONFIG_BYTES)) if beside.exists() else {}
     kept = {key: config[key] for key in _KEPT_SETTINGS if key in config}
@@ -146,7 +146,7 @@ def _content(token: Any) -> str | None:
 
 
 def _name(inner: tokenizers.Tokenizer, token: int) -> str:
-    """Return a special token's name; one that no token has yet for a mask that the file lacks."""
+    """Return a special token's name; an unused one for a mask that the file lacks."""
     name = inner.id_to_token(token)
     if name is not None:
         return name

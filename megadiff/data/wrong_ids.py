@@ -1,4 +1,4 @@
-"""Which token ids no model of a vocabulary can take: said once for what is written, read and scanned."""
+"""The one definition of invalid token ids, used when data are written, read and scanned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def wrong_ids(ids: np.ndarray, *, vocab_size: int | None, mask_id: int | None) -> np.ndarray:
-    """Places in `ids` ([n], as stored) of what is negative, at or above V, or the mask: [m] int64, mostly empty."""
+    """Return the places in `ids` ([n], as stored) that are negative, at or above V, or the mask: [m] int64."""
     if not ids.size:
         return np.empty(0, dtype=np.int64)
     low, high = int(ids.min()), int(ids.max())

@@ -1,4 +1,4 @@
-"""How a run is measured on held-out text."""
+"""Configuration of the evaluation during training."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from megadiff.config.section import Section
 
 
 class EvalConfig(Section):
-    """`eval:` the held-out evidence bound, on fixed rows with fixed noise; and text to look at."""
+    """Section `eval:` the ELBO of fixed validation rows with fixed noise, and text samples to look at."""
 
     every: int = Field(default=1000, ge=0)
-    """Steps between evaluations; 0 evaluates only before the first step and after the last."""
+    """Number of steps between evaluations; 0 evaluates only before the first step and after the last."""
     rows: int = Field(default=64, gt=1)
-    """Held-out rows, spread evenly over the validation data."""
+    """Number of validation rows, spread evenly over the validation data."""
     noise_levels: int = Field(default=4, gt=0)
-    """Noise levels per row, stratified over the schedule."""
+    """Number of noise levels per row, stratified over the schedule."""
     samples: int = Field(default=0, ge=0, le=64)
-    """Rows of text drawn with each evaluation, into `samples/step_XXXXXXXX.txt` of the run folder; 0 draws none."""
+    """Number of text samples per evaluation, written to `samples/step_XXXXXXXX.txt` of the run folder; 0 for none."""
     sample_steps: int = Field(default=64, gt=0)
-    """Denoising steps of such a row: each is one pass of `samples` rows through the model."""
+    """Number of denoising steps of a text sample; each is one pass of `samples` rows through the model."""

@@ -1,4 +1,4 @@
-"""Continuations of contexts up to a stop string: batched by length, each request's draws its own."""
+"""Continuations of contexts up to a stop string, batched by length, with random draws keyed by each request."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _DEFAULT_LENGTH = 256
 
 @dataclass(frozen=True)
 class Wish:
-    """What a request asks of its continuation."""
+    """The generation settings of one request."""
 
     until: tuple[str, ...] = ()
-    """The continuation ends before the first of these."""
+    """Stop strings; the continuation ends before the first of these."""
     max_new_tokens: int = _DEFAULT_LENGTH
     temperature: float = 0.0
-    """0 takes the most probable tokens."""
+    """Sampling temperature; 0 takes the most probable tokens."""
     top_k: int | None = None
     top_p: float | None = None
     unknown: tuple[str, ...] = ()
-    """Names that mean nothing here."""
+    """Names of settings that this model does not support."""
 
     @classmethod
     def from_names(cls, names: Mapping[str, Any]) -> Wish:
-        """By the names a task's `generation_kwargs` use.
+        """Return the settings for a task's `generation_kwargs`.
 
         `do_sample: false`, or neither it nor a temperature, is temperature 0; `do_sample: true` alone is 1.
 
@@ -52,7 +52,7 @@ class Wish:
                 until=(until,) if isinstance(until, str) else tuple(until),
                 max_new_tokens=int(length),
                 temperature=0.0 if samples is False else float(temperature),
-                top_k=int(names["top_k"]) if names.get("top_k") else None,  # 0 is the usual word for no limit
+                top_k=int(names["top_k"]) if names.get("top_k") else None,  # 0 usually means no limit
                 top_p=None if names.get("top_p") is None else float(names["top_p"]),
                 unknown=tuple(sorted(set(names) - _KNOWN)),
             )
@@ -66,7 +66,7 @@ class Wish:
         return wish
 
     def cut(self, text: str) -> str:
-        """The text before the first stop string."""
+        """Return the text before the first stop string."""
         for word in self.until:
             text = text.split(word, 1)[0] if word else text
         return text
@@ -74,10 +74,10 @@ class Wish:
 
 @dataclass(frozen=True)
 class Manner:
-    """How continuations are drawn, beyond what a request says."""
+    """Sampler settings that apply to all requests."""
 
     steps: int = 128
-    """Denoising steps of a block."""
+    """Number of denoising steps per block."""
     block_length: int | None = None
     sampler: str = "adaptive"
     seed: int = 0
@@ -85,9 +85,9 @@ class Manner:
 
 
 def room(prompt_length: int, wanted: int, *, length: int) -> tuple[int, int]:
-    """(prompt tokens kept, new tokens) for a row: new tokens may take half of it, or whatever the prompt leaves free.
+    """Return (prompt tokens kept, new tokens) for a row; new tokens may take half of it, or all that the prompt leaves.
 
-    So a long prompt loses its first tokens before a request of up to half a row is cut short.
+    A long prompt thus loses its first tokens before a request of up to half a row is cut short.
     """
     new = min(wanted, max(length - prompt_length, length // 2))
     return min(prompt_length, length - new), new
@@ -102,15 +102,18 @@ def continuations(
     progress: Callable[[int], None],
     say: Callable[[str], None],
 ) -> list[str]:
-    """What the model writes behind each context, in their order.
+    """Return the model's continuation of each context, in order.
 
-    A continuation is a function of (seed, context, wish, how often the same was asked for before it in this list): not
-    of the batch.
+    A continuation is a function of (seed, context, settings, number of equal requests before it in this list), and
+    does not depend on the batch.
 
     Args:
+        model: the model to sample from.
+        requests: contexts with their generation settings.
+        manner: settings of the sampler.
         start: tokens before every context (bos), never cut off.
-        progress: told how many requests have just been finished.
-        say: told of a context or a continuation that is cut to the row, each time.
+        progress: called with the number of requests that have just been finished.
+        say: called with a message for each context or continuation that is cut to fit the row.
 
     Raises:
         ConfigError: the model is autoregressive.
@@ -134,13 +137,13 @@ def continuations(
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request as it is met."""
+    """A request prepared for the sampler."""
 
     prompt: Item
-    """Its tokens, with no completion."""
+    """Tokens of the prompt, with an empty completion."""
     settings: Settings
     occurrence: int
-    """How many requests before it were the same."""
+    """Number of equal requests before it."""
 
 
 def _plans(
@@ -166,7 +169,7 @@ def _plans(
 
 
 def _written(model: Sampled, plans: Sequence[_Plan], seed: int) -> list[str]:
-    """What is written behind prompts of one length under one setting."""
+    """Return the new text for prompts of one length with the same settings."""
     length = len(plans[0].prompt.prompt)
     ids = torch.tensor([plan.prompt.prompt for plan in plans], dtype=torch.int64).reshape(len(plans), length)
     written = generate(
@@ -198,6 +201,6 @@ def _settings(model: Sampled, wish: Wish, new: int, manner: Manner) -> Settings:
 
 
 def _behind(model: Sampled, row: list[int], prompt_length: int) -> str:
-    """Text of the new tokens as it stands behind the prompt's, with the space between them."""
+    """Return the text of the new tokens as it follows the prompt's, including the space between them."""
     before, whole = model.tokenizer.decode(row[:prompt_length]), model.tokenizer.decode(row)
     return whole[len(before) :] if whole.startswith(before) else model.tokenizer.decode(row[prompt_length:])

@@ -1,4 +1,4 @@
-"""Text that a run's model draws while it trains, for a person to watch it learn."""
+"""Text samples drawn during training, from which a person can see the model learn."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megadiff.sampling.standalone import Settings, generate
 from megadiff.sampling.trace import printable
 
 SEED = 0
-"""Not the run's seed: the same noise at every step and in every run, so that what changes is the model."""
+"""Seed of the samples, not the run's: the same noise at every step and in every run, so that only the model differs."""
 
 
 class DrawnText:
     """Whole sequences of new text by the ancestral sampler, temperature 1, without a prompt.
 
     Args:
-        start: tokens that each sequence begins with (bos, where the training data have it).
-        rows, steps: how many rows, and denoising steps of each.
+        start: tokens that each sequence begins with (bos, if the training data have it).
+        rows, steps: number of rows, and number of denoising steps.
         chunks: this rank's model chunks.
     """
 
@@ -53,12 +53,12 @@ class DrawnText:
             max_new_tokens=seq_length - len(self._start),
             max_denoising_steps=steps,
             min_log_snr=rate.min_log_snr,
-            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
+            # The time form ends at a level with noise left; sampling continues until almost none is left.
             max_log_snr=max(9.0, rate.max_log_snr),
         )
 
     def __call__(self) -> str:
-        """Draw. Collective over the world; every rank gets the text, rows numbered."""
+        """Draw the samples. Collective over the world; every rank returns the text, rows numbered."""
         ids = self._model.run(lambda ask: self._drawn(lambda ids, _: ask(ids)))
         texts = [printable(self._tokenizer.decode(row)) for row in ids.tolist()]
         return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)) + "\n"

@@ -1,4 +1,4 @@
-"""How a bound is estimated from few noised copies of a text: by how many tokens are noised, not by a drawn level.
+"""Estimation of a bound from few noised copies of a text, which are drawn by their number of noised tokens.
 
 With alpha = 1 - t and t uniform, the number m of noised tokens among n is uniform on 0..n, and given m the level's
 t has the law Beta(m + 1, n - m + 1). So a copy can be drawn by its count, stratified over 0..n, and the level then be
@@ -6,10 +6,10 @@ integrated out: given the noised copy z,
 
     E[ sum_i elbo_i | z ] = int G(lambda) q_lambda(z | x) dlambda / int p(lambda) q_lambda(z | x) dlambda
 
-with G the sum over the n tokens of w (KL + IS). The model is asked once a copy, since it reads z alone, and the mean
-over copies is an unbiased estimate of the whole bound, lambda over all the line. For masked noise the quotient is
-(n + 1) / m times the cross-entropy of the masked tokens, and copies without any mask are worth 0. (Putting the
-realised share m / n of noise in the level's place, as the released code does, gives n / m there: low by n / (n + 1).)
+with G the sum over the n tokens of w (KL + IS). The model is evaluated once per copy, since it reads z alone, and the
+mean over copies is an unbiased estimate of the whole bound, lambda over all the line. For masked noise the quotient is
+(n + 1) / m times the cross-entropy of the masked tokens, and copies without any mask contribute 0. (Using the realised
+share m / n of noise as the level, as the released code does, gives n / m there: too low by n / (n + 1).)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-_LEVELS = 40.0  # the log-SNR of a drawn level is held to this, either way, when its share of masks is looked up
+_LEVELS = 40.0  # bound on |log-SNR| of a drawn level when its share of masks is computed
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,21 @@ class Copies:
     """Noised copies of one text."""
 
     noised: IntArray
-    """[K, n]."""
+    """Noised ids, [K, n]."""
     log_snr: FloatArray | None
-    """[K] where the level was drawn and is to be taken as it is; None where it is to be integrated out."""
+    """Log-SNR, [K], if the level was drawn and is used as it is; None if it is integrated out."""
     factor: float
-    """What the mean over copies of `copy_bounds` is multiplied with to be the estimate."""
+    """Factor applied to the mean of `copy_bounds` over copies to obtain the estimate."""
 
 
 def copies_by_count(clean: IntArray, count: int, *, mixing: Mixing, seed: int, key: int) -> Copies:
-    """Copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
+    """Return copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
 
     Args:
         clean: [n] ids, n >= 1.
         count: K.
-        seed, key: what the draws are a function of; `key` is the text's own number in [0, 2^63).
+        mixing: the noise.
+        seed, key: determine the draws; `key` is the text's own number in [0, 2^63).
     """
     length, is_masked = len(clean), mixing.is_masked_limit
     share = _strata(count, seed, key)
@@ -74,7 +75,7 @@ def copies_by_count(clean: IntArray, count: int, *, mixing: Mixing, seed: int, k
 
 
 def copies_by_level(clean: IntArray, count: int, *, mixing: Mixing, seed: int, key: int) -> Copies:
-    """Copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (arguments as above)."""
+    """Return copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (same arguments)."""
     log_snr = LINEAR.log_snr(_strata(count, seed, key))
     words = _draws(seed, "noise", key, count, len(clean), tuple)
     keep = words[0] < threshold(1.0 / (1.0 + np.exp(-log_snr)))[:, None]
@@ -83,12 +84,13 @@ def copies_by_level(clean: IntArray, count: int, *, mixing: Mixing, seed: int, k
 
 
 def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, mixing: Mixing) -> float:
-    """What one copy says of the bound, in nats over all n tokens.
+    """Return the contribution of one copy to the bound, in nats over all n tokens.
 
     Args:
-        logits: [n, V or more] the model's answer to the copy.
+        logits: [n, V or more] the model's output for the copy.
         clean, noised: [n] ids.
-        log_snr: the drawn level, or None to integrate over all of them.
+        log_snr: the drawn level, or None to integrate over all levels.
+        mixing: the noise.
     """
     if log_snr is not None:
         level = torch.full(clean.shape, log_snr, dtype=torch.float64, device=clean.device)
@@ -99,7 +101,7 @@ def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | 
 
 
 def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, mixing: Mixing) -> float:
-    """(n + 1) / m times the cross-entropy of the m masked tokens; 0 without any."""
+    """Return (n + 1) / m times the cross-entropy of the m masked tokens; 0 without any."""
     masked = noised == mixing.mask_id
     count = int(masked.sum())
     if count == 0:
@@ -112,13 +114,13 @@ def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, mixing: Mixing)
 
 
 def _strata(count: int, seed: int, key: int) -> FloatArray:
-    """One number in each of `count` equal parts of [0, 1), in order."""
+    """Return one number in each of `count` equal parts of [0, 1), in order."""
     jitter = Stream(seed, "likelihood/count").uniforms(np.array([key], dtype=np.int64), count)[0]
     return (np.arange(count) + jitter) / count
 
 
 def _spread_evenly(is_noised: BoolArray, noised_count: IntArray, uniforms: FloatArray) -> None:
-    """Where a short text's sets of one size are fewer than the copies of that size, take each about equally often.
+    """Spread the copies of a size with fewer possible sets than copies, so that each set occurs about equally often.
 
     Every copy's set stays uniform among those of its size. Copies of one size are put in a random order, so that
     neighbours differ as independent ones would and a standard error from their differences is, if anything, too large.
@@ -137,13 +139,13 @@ def _spread_evenly(is_noised: BoolArray, noised_count: IntArray, uniforms: Float
 
 
 def _draws(seed: int, name: str, key: int, count: int, length: int, read: Callable[[Words], Any]) -> Any:
-    """What `read` makes of the four words of each token of each copy, [K, length] each."""
+    """Return `read` applied to the four words of each token of each copy, [K, length] each."""
     words = Stream(seed, f"likelihood/{name}").words(np.array([key], dtype=np.int64), count * length)
     return read(tuple(word.reshape(count, length) for word in words))
 
 
 def _replacements(words: Words, log_snr: FloatArray, mixing: Mixing) -> IntArray:
-    """What each token is replaced with if it is noised at its copy's level ([K, 1]), [K, n]."""
+    """Return the replacement of each token if it is noised at its copy's level ([K, 1]): [K, n]."""
     token = below(words[2], words[3], mixing.num_real).astype(np.int64)
     token += token >= mixing.mask_id
     share = mixing.uniform_share(np.clip(log_snr, -_LEVELS, _LEVELS))

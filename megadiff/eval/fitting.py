@@ -1,4 +1,4 @@
-"""Texts longer than a model's row, cut so that every completion token is still scored once."""
+"""Fitting of texts longer than a model's row, so that every completion token is still scored exactly once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from megadiff.eval.rolling import rolling_items
 
 
 def fitted(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
-    """The item in pieces that fit into a row, each a factor of its likelihood; one piece wherever that is possible.
+    """Return the item in pieces that fit into a row, each a factor of its likelihood; one piece if possible.
 
-    A prompt too long loses its first tokens. A completion that fills a row by itself is scored window after window:
-    the first behind the last half row of the prompt, each later one behind the half row before it.
+    A prompt that is too long loses its first tokens. A completion that fills a row by itself is scored window after
+    window: the first after the last half row of the prompt, each later one after the half row before it.
 
     Args:
-        item: without what stands before every prompt.
+        item: prompt and completion, without the tokens before every prompt.
         length: tokens of a row, at least 2 more than `start`.
         start: tokens before every prompt (bos); they are never cut off.
     """
@@ -28,7 +28,7 @@ def fitted(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
 
 
 def is_cut(item: Item, *, length: int, start: Sequence[int] = ()) -> bool:
-    """Whether `fitted` leaves something out or cuts in pieces."""
+    """Return whether `fitted` drops tokens or cuts the item into pieces."""
     return len(start) + len(item.ids) > length
 
 

@@ -1,4 +1,4 @@
-"""Whether a completion is what a model would write if it always took the most probable token."""
+"""Test for greedy completions: those that a model generates by always taking the most probable token."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ T = TypeVar("T")
 
 
 class Sampled(Measured, Protocol):
-    """A model that can be measured and, where it is a diffusion model, sampled; such as `trained.TrainedModel`."""
+    """A model that can be evaluated and, if it is a diffusion model, sampled; such as `trained.TrainedModel`."""
 
     @property
     def rate(self) -> Rate:
-        """How it was trained to see noise levels."""
+        """Noise schedule of its training."""
         ...
 
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
-        """Ids [B, L] with so many clean leading tokens to logits [B, L, V]."""
+        """Map ids [B, L], whose first `prompt_length` tokens are clean, to logits [B, L, V]."""
         ...
 
 
 def greedy(
     model: Sampled, items: Sequence[Item], *, batch_rows: int = 32, seed: int = 0, progress: Callable[[int], None]
 ) -> list[bool]:
-    """Whether each completion is the greedy one, in their order; an empty one is.
+    """Return whether each completion is the greedy one, in order; an empty completion is greedy.
 
-    An autoregressive model: every token is the most probable one behind those before it. A diffusion model: the
-    completion is what the adaptive sampler writes behind the prompt at temperature 0, one token a step, into as
-    many positions of noise as the completion has tokens; that noise is keyed by (seed, the prompt), so at most one
-    completion of a length is greedy.
+    For an autoregressive model, every token must be the most probable one after its predecessors. For a diffusion
+    model, the completion must equal the output of the adaptive sampler after the prompt, at temperature 0 with one
+    token per step, for as many positions of noise as the completion has tokens; that noise is keyed by (seed, the
+    prompt), so at most one completion of each length is greedy.
     """
     found = [not item.completion for item in items]
     judge = _next_tokens_agree if model.is_autoregressive else _writes_the_same
@@ -52,7 +52,7 @@ def greedy(
 
 
 def batches(members: Iterable[T], key: Callable[[T], tuple[int, ...]], count: int) -> Iterator[list[T]]:
-    """Members of equal keys together, at most `count` at a time, in the order of the keys."""
+    """Yield members with equal keys together, at most `count` at a time, in the order of the keys."""
     waiting: list[T] = []
     for member in sorted(members, key=key):
         if waiting and (len(waiting) == count or key(waiting[0]) != key(member)):
@@ -64,7 +64,7 @@ def batches(members: Iterable[T], key: Callable[[T], tuple[int, ...]], count: in
 
 
 def end_log_snr(rate: Rate) -> float:
-    """The log-SNR a sampler ends at: the time form of training ends at a level that still holds noise."""
+    """Return the log-SNR at which a sampler ends; the time form of training ends at a level with noise left."""
     return max(9.0, rate.max_log_snr)
 
 
@@ -86,12 +86,12 @@ def _writes_the_same(model: Sampled, items: Sequence[Item], seed: int) -> list[b
 
 
 def seed_of(seed: int, item: Item) -> int:
-    """A number for this pair and no other."""
+    """Return a number unique to this pair."""
     return (seed << 63) + item.key
 
 
 def _next_tokens_agree(model: Sampled, items: Sequence[Item], seed: int) -> list[bool]:
-    del seed  # nothing is drawn
+    del seed  # nothing is random
     clean = np.array([item.ids for item in items], dtype=np.int64)
     rows = next_token_rows(clean, start_id=start_id(model.tokenizer))
     logits = model.answer(rows.noised.to(model.platform.device), rows.prompt_length)

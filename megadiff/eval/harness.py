@@ -1,9 +1,9 @@
-"""A trained model as lm-evaluation-harness asks for it: importing this file registers it there as `megadiff`.
+"""Interface to lm-evaluation-harness: importing this module registers a trained model there as `megadiff`.
 
     with open_model("runs/demo") as model:
         lm_eval.simple_evaluate(model=HarnessModel(model), tasks=["arc_easy"])
 
-Every answer is a function of (seed, the request): not of the batch, the order, or the other tasks.
+Every result is a function of (seed, the request), and does not depend on the batch, the order, or other tasks.
 """
 
 from __future__ import annotations
@@ -33,43 +33,44 @@ log = logging.getLogger("megadiff")
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """How a model answers."""
+    """Settings of the evaluation."""
 
     bound: BoundSettings = field(default_factory=BoundSettings)
-    """Of a diffusion model's likelihoods; `batch_rows` also of an autoregressive one's."""
+    """Estimator of a diffusion model's likelihoods; its `batch_rows` applies to autoregressive models too."""
     manner: Manner = field(default_factory=Manner)
-    """Of continuations."""
+    """Sampler settings of continuations."""
     context: int = 0
-    """Rolling: tokens before a window it is given, at most."""
+    """Maximal number of tokens given before each window of a rolling likelihood."""
     prepend_bos: bool | None = None
-    """bos before each prompt, context or document; None: as the training data have it. An autoregressive model's
-    sequences start with it anyway."""
+    """Whether bos comes before each prompt, context or document; None follows the training data. An autoregressive
+    model's sequences start with it in any case.
+    """
     check_greedy: bool = True
-    """Whether to find out which completions are the greedy ones; else none is said to be."""
+    """Whether to determine which completions are greedy; otherwise none is reported as greedy."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A likelihood as it was given to the harness, with what the harness does not ask for."""
+    """A likelihood returned to the harness, with further facts that the harness does not use."""
 
     task: str | None
     doc: int | None
     choice: int
-    """The request's number within its document."""
+    """Number of the request within its document."""
     kind: str
-    """loglikelihood or loglikelihood_rolling."""
+    """Kind of the request: loglikelihood or loglikelihood_rolling."""
     log_likelihood: float
-    """Nats; a lower bound for a diffusion model."""
+    """Log-likelihood in nats; a lower bound for a diffusion model."""
     stderr: float
-    """Of the estimate of the bound; 0 where it is exact."""
+    """Standard error of the estimate of the bound; 0 if it is exact."""
     tokens: int
     is_greedy: bool | None
-    """None where it was not asked for."""
+    """Whether the completion is greedy; None if this was not determined."""
 
 
 @dataclass(frozen=True)
 class Continued:
-    """A continuation as it was given to the harness."""
+    """A continuation returned to the harness."""
 
     task: str | None
     doc: int | None
@@ -77,19 +78,19 @@ class Continued:
 
 
 class HarnessModel(LM):
-    """A trained model that answers the harness's three kinds of request.
+    """A trained model that serves the harness's three kinds of request.
 
-    Likelihoods of a diffusion model are lower bounds (prompt clean, completion noised), so that choices are compared
-    by their bounds; those of an autoregressive model are exact. No end token is scored.
+    Likelihoods of a diffusion model are lower bounds (prompt clean, completion noised), so choices are compared by
+    their bounds; those of an autoregressive model are exact. No end token is scored.
 
     Args:
-        model: an opened one (`export.opened.open_model`).
-        settings: how it answers.
-        batch_size: rows for each forward pass instead of the settings' own; what the harness hands on by this name.
-        say: told once of each thing that is cut or left out.
+        model: an opened model (`export.opened.open_model`).
+        settings: settings of the evaluation.
+        batch_size: rows per forward pass, overriding the settings; the harness passes its option by this name.
+        say: called once with each message about something that is cut or left out.
 
     Raises:
-        ConfigError: a path instead of an opened model, or bos asked of a tokenizer without one.
+        ConfigError: a path is given instead of an opened model, or bos is requested but the tokenizer has none.
     """
 
     def __init__(
@@ -114,18 +115,18 @@ class HarnessModel(LM):
         self._start, _ = Framing(prepend_bos=has_bos).ids(model.tokenizer)
         self._speak, self._said = say, set[str]()
         self.answers: list[Answer] = []
-        """Every likelihood given so far, in the order of the requests."""
+        """Likelihoods returned so far, in the order of the requests."""
         self.continued: list[Continued] = []
-        """Every continuation given so far."""
+        """Continuations returned so far."""
         self._likelihoods: dict[Item, Likelihood] = {}
-        self._pieces: list[Sequence[Item]] = []  # of each answer, in their order
+        self._pieces: list[Sequence[Item]] = []  # pieces of each answer, in the same order
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, is_greedy) of a continuation behind its context, for each request.
+        """Return (log-likelihood in nats, is_greedy) of the continuation of each request's context.
 
-        A context too long for a row loses its first tokens. `is_greedy` of a diffusion model: whether the adaptive
-        sampler writes just this continuation at temperature 0, one token a step, into as many positions as it has
-        tokens (`greedy`); False for all where the settings leave that out.
+        A context too long for a row loses its first tokens. For a diffusion model, `is_greedy` is whether the adaptive
+        sampler generates exactly this continuation at temperature 0, one token per step, for as many positions as it
+        has tokens (`greedy`); False for all if the settings disable it.
         """
         items = [self._item(*request.args) for request in requests]
         length = self._model.model.seq_length
@@ -141,7 +142,7 @@ class HarnessModel(LM):
         return [(-one.nll, bool(same)) for one, same in zip(found, agrees, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of whole texts, window by window: every token is scored once."""
+        """Return log-likelihoods in nats of whole texts, window by window: every token is scored once."""
         try:
             pieces = [
                 rolling_items(
@@ -159,24 +160,24 @@ class HarnessModel(LM):
         return [-one.nll for one in found]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, up to the first of the request's stop strings (see `Wish`).
+        """Return the model's continuation of each context, up to the first stop string of the request (see `Wish`).
 
         Raises:
-            ConfigError: the model is autoregressive, or a request asks for what cannot be.
+            ConfigError: the model is autoregressive, or a request has invalid settings.
         """
         wishes = [(request.args[0], Wish.from_names(request.args[1])) for request in requests]
         for name in sorted({name for _, wish in wishes for name in wish.unknown}):
-            self._say(f"generation_kwargs: {name} means nothing to this model and is left out")
+            self._say(f"generation_kwargs: {name} is not supported by this model and is ignored")
         with _bar(len(requests), "generate_until", disable_tqdm) as progress:
             texts = continuations(
                 self._model, wishes, self._settings.manner, start=self._start, progress=progress, say=self._say
             )
-        told = zip(requests, texts, strict=True)
-        self.continued += [Continued(request.task_name, request.doc_id, text) for request, text in told]
+        answered = zip(requests, texts, strict=True)
+        self.continued += [Continued(request.task_name, request.doc_id, text) for request, text in answered]
         return texts
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes about a model beside its scores."""
+        """Return the facts that the harness writes about a model beside its scores."""
         kind = "exact" if self._model.is_autoregressive else "bound over all noise levels"
         if not self._model.is_autoregressive and (levels := self._settings.bound.log_snr_range) is not None:
             kind = "part of the bound over log-SNR {:g} to {:g}".format(*levels)
@@ -201,15 +202,15 @@ class HarnessModel(LM):
         return found
 
     def _item(self, context: str, continuation: str) -> Item:
-        """White space between the two belongs to the continuation, as the harness's own models have it."""
+        """Tokenize a request; white space between the two belongs to the continuation, as in the harness's models."""
         before = context.rstrip()
         return item_of(before, context[len(before) :] + continuation, self._model.tokenizer)
 
     def _measured(self, pieces: Sequence[Sequence[Item]], kind: str, is_silent: bool) -> list[Likelihood]:
-        """Return each request's likelihood; equal pieces are measured once."""
+        """Return each request's likelihood; equal pieces are evaluated once."""
         new = dict.fromkeys(item for own in pieces for item in own if item not in self._likelihoods)
         items = sorted(new, key=lambda item: len(item.ids))
-        count = 8 * self._settings.bound.batch_rows  # between two moves of the bar
+        count = 8 * self._settings.bound.batch_rows  # items between two updates of the progress bar
         with _bar(len(items), kind, is_silent) as progress:
             for first in range(0, len(items), count):
                 taken = items[first : first + count]
@@ -220,7 +221,7 @@ class HarnessModel(LM):
 
     def _greedy(self, pieces: Sequence[Sequence[Item]], is_silent: bool) -> list[bool | None]:
         if not self._settings.check_greedy:
-            self._say("no completion is said to be greedy, as asked: leave out tasks that count them")
+            self._say("greedy completions are not determined, as configured: leave out tasks that count them")
             return [None] * len(pieces)
         items = list(dict.fromkeys(item for own in pieces for item in own))
         bound = self._settings.bound
@@ -240,7 +241,7 @@ class HarnessModel(LM):
             self._pieces.append(own)
 
     def _say(self, sentence: str) -> None:
-        """Once for each sentence."""
+        """Report each sentence once."""
         if sentence not in self._said:
             self._said.add(sentence)
             self._speak(sentence)
@@ -258,9 +259,9 @@ def _batched(settings: HarnessSettings, rows: int) -> HarnessSettings:
 
 @contextmanager
 def _bar(total: int, what: str, is_silent: bool) -> Iterator[Callable[[int], Any]]:
-    """A bar where there is a terminal, and what moves it."""
+    """Show a progress bar if there is a terminal, and yield the function that advances it."""
     with tqdm(total=total, desc=what, disable=True if is_silent else None) as bar:
         yield bar.update
 
 
-register_model("megadiff")(HarnessModel)  # not as a decorator: its type would hide the class's own
+register_model("megadiff")(HarnessModel)  # not as a decorator, whose type would hide the class's own

@@ -1,6 +1,6 @@
-"""The held-out evidence bound: fixed rows, fixed stratified noise, a standard error, the same on every layout.
+"""The validation ELBO: fixed rows, fixed stratified noise, a standard error, identical on every layout.
 
-Axes: R rows, K noise levels a row.
+Axes: R rows, K noise levels per row.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from megadiff.parallel.row_report import BIN_EDGES
 from megadiff.parallel.topology import Topology
 
 SEED = 0
-"""Evaluation noise is keyed by this and not by the run's seed, so that runs are compared on the same noise."""
+"""Seed of the evaluation noise, independent of the run's seed, so that runs are compared on the same noise."""
 
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """A held-out bound in nats per token, with its standard error over rows."""
+    """A bound on validation data in nats per token, with its standard error over rows."""
 
     elbo: float
     stderr: float
     tokens: int
-    """Distinct held-out tokens measured."""
+    """Number of distinct validation tokens."""
     bytes_per_token: float | None
-    """UTF-8 bytes of source text per token of the validation data; None where the data do not say."""
+    """Number of UTF-8 bytes of source text per token of the validation data; None if unknown."""
     by_log_snr: tuple[tuple[float, float, float], ...]
-    """(low, high, mean of w (KL + IS) in nats) of each log-SNR bin that had draws."""
+    """Loss by noise level: (low, high, mean of w (KL + IS) in nats) of each log-SNR bin with draws."""
     by_source: dict[str, tuple[float, float]]
     """Bound and standard error of each source of the validation data."""
     log_snr_range: tuple[float, float] | None
-    """Noise levels that the bound covers (`diffusion_bound`); None where it is an exact likelihood."""
+    """Range of log-SNR that the bound covers (`diffusion_bound`); None for an exact likelihood."""
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -58,7 +58,7 @@ class HeldOutResult:
         return self.elbo / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
     def as_metrics(self) -> dict[str, Any]:
-        """Keys of an evaluation line in `metrics.jsonl`."""
+        """Return the entries of an evaluation line in `metrics.jsonl`."""
         return {
             "eval_elbo": self.elbo,
             "eval_elbo_stderr": self.stderr if math.isfinite(self.stderr) else None,
@@ -70,7 +70,7 @@ class HeldOutResult:
         }
 
     def describe(self) -> str:
-        """One line for the console."""
+        """Return one line for the console."""
         bits = f" ({self.bits_per_byte:.3f} bits per byte)" if self.bits_per_byte else ""
         levels = "" if self.log_snr_range is None else " over log-SNR {:g} to {:g}".format(*self.log_snr_range)
         return (
@@ -79,7 +79,7 @@ class HeldOutResult:
 
 
 class Rows(Protocol):
-    """Held-out rows of one source."""
+    """Validation rows of one source."""
 
     name: str
     seq_length: int
@@ -88,32 +88,32 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, indices: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Clean rows [B, L]."""
+        """Return clean rows [B, L]."""
         ...
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured on a row: the rows a model reads and the terms of its answer."""
+    """A quantity to evaluate: the rows that the model reads, and the terms computed from its output."""
 
     objective: RowObjective
     rows: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64], int], NoisedRows]
-    """(clean [B, L], row indices [B], level) -> rows."""
+    """Function of (clean [B, L], row indices [B], level) that returns the rows."""
     noise_levels: int
-    """K; 1 where there is no noise."""
+    """K: number of noise levels; 1 if there is no noise."""
     is_causal_prompt: bool = False
     log_snr_range: tuple[float, float] | None = None
-    """Noise levels that a bound covers; None for an exact likelihood."""
+    """Range of log-SNR that a bound covers; None for an exact likelihood."""
 
 
 def diffusion_bound(
     mixing: Mixing, *, rate: Rate, topology: Topology, noise_levels: int, head: Head = fused_objective
 ) -> Measure:
-    """The bound under the run's noise with the linear rate, whatever rate the run trains with.
+    """Return the bound with the run's noise and the linear schedule, whatever schedule the run trains with.
 
-    So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
-    truncation (`Rate.density`): the figure is 1.000247 times the integral over [-9, 9]. A run that draws its levels
-    from less than [-9, 9] (the time form does) is measured on all of it, so that runs compare.
+    It does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
+    truncation (`Rate.density`): the result is 1.000247 times the integral over [-9, 9]. A run that draws its levels
+    from less than [-9, 9] (the time form does) is evaluated on all of it, so that runs are comparable.
     """
     linear = LinearRate(min(rate.min_log_snr, LINEAR.min_log_snr), max(rate.max_log_snr, LINEAR.max_log_snr))
 
@@ -130,7 +130,7 @@ def diffusion_bound(
 def next_token_likelihood(
     mixing: Mixing, *, start_id: int, topology: Topology, head: Head = fused_objective
 ) -> Measure:
-    """The exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
+    """Return the exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
 
     def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
         return next_token_rows(clean, start_id=start_id)
@@ -139,11 +139,11 @@ def next_token_likelihood(
 
 
 class HeldOut:
-    """Measures a model on rows fixed at construction.
+    """Evaluator of a model on rows fixed at construction.
 
     Args:
-        sources: held-out rows; they are pooled, and reported apart too.
-        measure: what is measured.
+        sources: validation rows; they are pooled, and also reported separately.
+        measure: the quantity to evaluate.
         chunks: this rank's model chunks.
     """
 
@@ -205,13 +205,13 @@ class HeldOut:
         return sum(ratio * count for ratio, count in known if ratio is not None) / len(self.rows)
 
     def _my_microbatches(self) -> list[tuple[tuple[int, Tensor], PlacedRows]]:
-        """This replica's microbatches: a level and a few rows each; row index -1 pads the last ones."""
+        """Return this replica's microbatches: a level and a few rows each; row index -1 pads the last ones."""
         micro, layout = self.micro_sequences, self.topology.layout
         starts = [
             (level, first) for level in range(self.measure.noise_levels) for first in range(0, len(self.rows), micro)
         ]
         share = -(-len(starts) // layout.data)
-        if layout.virtual_pipeline > 1:  # the interleaved schedule wants a multiple of the stages
+        if layout.virtual_pipeline > 1:  # the interleaved schedule needs a multiple of the stages
             share = -(-share // layout.pipeline) * layout.pipeline
         starts += [(0, len(self.rows))] * (share * layout.data - len(starts))
         mine = starts[self.topology.data_rank * share : (self.topology.data_rank + 1) * share]
@@ -243,7 +243,7 @@ class HeldOut:
 
 @contextmanager
 def _evaluating(chunks: Sequence[ModelChunk]) -> Iterator[None]:
-    """Modules in evaluation mode inside the block: what computes in FP8 while training then computes in bf16."""
+    """Switch modules to evaluation mode inside the block; those that train in FP8 then compute in bf16."""
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()

@@ -28,32 +28,33 @@ from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.objective import LOG_RHO_LIMIT, VocabularySums, terms_from_sums
 
 LOWEST, HIGHEST = -40.0, 100.0
-"""Log-SNR beyond which nothing is looked at. Below, the integrand falls as e^(2 lambda) or, at masks, as e^lambda;
-above, as e^-lambda from lambda = -log(N p_x) on, which for a token with -log p_x = 60 nats may lie far up."""
+"""Range of log-SNR outside which the integrand is ignored. Below, it falls as e^(2 lambda) or, at masks, as e^lambda;
+above, as e^-lambda from lambda = -log(N p_x) on, which may be large for a token with -log p_x = 60 nats.
+"""
 
-_NEGLIGIBLE = -40.0  # log of the share of its peak below which an integrand is left out
+_NEGLIGIBLE = -40.0  # log of the share of its peak below which an integrand is ignored
 _COARSE = torch.linspace(LOWEST, HIGHEST, 2801, dtype=torch.float64)
-_FINE = 1001  # points of the second look at where the integrand lies
+_FINE = 1001  # points of the refined search for the integrand's support
 _PANEL = 4.0  # longest stretch of log-SNR for one Gauss-Legendre rule; the integrand's nearest pole is pi away
 _RULE = tuple(torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(20))
 
 _KINDS = ("mask", "kept", "changed")
-_SPACING = 0.125  # of the table, in log p
+_SPACING = 0.125  # grid spacing of the table, in log p
 _ORDER = 6  # terms of the Taylor series around a point of the table: the rest is below (0.0625 / pi)^6 = 6e-11
 _LINEAR = 18.0  # below log p = -log rho - this, log(1 + rho p) is rho p
-_CHUNK = 2**15  # vocabulary entries read together on the CPU, so that they stay in the cache; 2**7 times more on a GPU
+_CHUNK = 2**15  # vocabulary entries read together on the CPU, to fit its cache; 2**7 times more on a GPU
 
 
 @dataclass(frozen=True)
 class _Levels:
-    """Quadrature for the copies of one triple of counts; everything in float64 on the CPU."""
+    """Quadrature for the copies with one triple of counts; everything in float64 on the CPU."""
 
     nodes: Tensor
-    """[S] log-SNR."""
+    """Log-SNR of the nodes, [S]."""
     weights: Tensor
-    """[S] quadrature weight times q(z | x), divided by the integral of p(lambda) q(z | x)."""
+    """Quadrature weights times q(z | x), divided by the integral of p(lambda) q(z | x): [S]."""
     table: Tensor
-    """[_ORDER, 3, G] Taylor coefficients of F around log p = -_SPACING g, for each of _KINDS."""
+    """Taylor coefficients of F around log p = -_SPACING g, for each of _KINDS: [_ORDER, 3, G]."""
 
 
 def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, mixing: Mixing) -> float:
@@ -113,7 +114,7 @@ def _levels(counts: tuple[int, int, int], mixing: Mixing) -> _Levels:
 
 
 def _quadrature(counts: tuple[int, int, int], mixing: Mixing) -> tuple[Tensor, Tensor]:
-    """Return Gauss-Legendre nodes and weights [S] over the levels that may have made such a copy."""
+    """Return Gauss-Legendre nodes and weights [S] over the levels that could have produced such a copy."""
     low, high = _support(_COARSE, counts, mixing)
     low, high = _support(torch.linspace(low, high, _FINE, dtype=torch.float64), counts, mixing)
     panels = max(2, math.ceil((high - low) / _PANEL))
@@ -124,11 +125,11 @@ def _quadrature(counts: tuple[int, int, int], mixing: Mixing) -> tuple[Tensor, T
 
 
 def _support(grid: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> tuple[float, float]:
-    """Return the ends of the stretch of the grid outside which both integrals are negligible, a point further out.
+    """Return the ends of the part of the grid outside which both integrals are negligible, one point further out.
 
     The bound's integrand is at most about alpha times the largest weight; that of the denominator is alpha beta. A copy
-    of kept tokens alone says little about its level, and how far up its integrand reaches depends on p_x (`HIGHEST`):
-    it is followed to the end.
+    of kept tokens alone carries little information on its level, and the upper end of its integrand depends on p_x
+    (`HIGHEST`), so its range extends to the end of the grid.
     """
     log_q, log_alpha = _log_likelihood(grid, counts, mixing), logsigmoid(grid)
     peaks = [log_q + log_alpha + logsigmoid(-grid)]
@@ -150,7 +151,7 @@ def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], mixing: Mixin
     parts = (log_mask, torch.logaddexp(log_alpha, log_c), log_c)
     total = torch.zeros_like(log_snr)
     for count, part in zip(counts, parts, strict=True):
-        if count:  # never 0 times an infinite logarithm
+        if count:  # avoids 0 times an infinite logarithm
             total = total + count * part
     return total
 

@@ -1,7 +1,7 @@
 """Likelihoods of texts given prompts, each with its standard error: bounds for diffusion, exact for autoregression.
 
-Only a completion's tokens are noised; its prompt stays clean. A result is a function of (seed, the item's own tokens):
-not of the batch, the order, or what else is measured.
+Only a completion's tokens are noised; its prompt stays clean. A result is a function of (seed, the item's own tokens),
+and does not depend on the batch, the order, or the other items.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from megadiff.eval.effective_count import Copies, copies_by_count, copies_by_lev
 from megadiff.sampling.standalone import Draws
 
 Answer = Callable[[Tensor, Tensor], Tensor]
-"""(ids [B, L] int64, prompt lengths [B] int64 on the CPU) -> logits [B, L, V or more]."""
+"""A model: (ids [B, L] int64, prompt lengths [B] int64 on the CPU) -> logits [B, L, V or more]."""
 
 Progress = Callable[[int], None]
-"""Called with the number of sequences that the model has just read; `sequences_read` gives their sum."""
+"""Callback with the number of sequences that the model has just read; `sequences_read` gives their total."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What is measured: completion given prompt, both token ids; an empty prompt is none."""
+    """A completion given a prompt, both as token ids; the prompt may be empty."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
 
     @property
     def key(self) -> int:
-        """A number in [0, 2^63) made of the tokens: what the item's noise is keyed by."""
+        """A number in [0, 2^63) computed from the tokens, which keys the item's noise."""
         text = f"{','.join(map(str, self.prompt))}|{','.join(map(str, self.completion))}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -54,33 +54,35 @@ class Likelihood:
     """Negative log-likelihood of a completion in nats."""
 
     nll: float
-    """Exact, or for a diffusion model an upper bound (its log-likelihood is at least -nll)."""
+    """Exact value, or for a diffusion model an upper bound (its log-likelihood is at least -nll)."""
     stderr: float
-    """Error of the estimate of the bound, in nats: 1.96 of it either way are a 95 % interval (see `mean_and_error`). It
-    is 0 where the likelihood is exact."""
+    """Standard error of the estimate of the bound, in nats: +- 1.96 of it is a 95 % interval (see `mean_and_error`). It
+    is 0 if the likelihood is exact.
+    """
     tokens: int
     """Number of completion tokens."""
     degrees: float = math.inf
-    """Degrees of freedom that the error was estimated with."""
+    """Degrees of freedom of the estimated error."""
 
 
 @dataclass(frozen=True)
 class BoundSettings:
-    """How a bound is estimated.
+    """Settings of the estimator of a bound.
 
     Raises:
         ValueError: an odd number of draws, or fewer than 4.
     """
 
     draws: int = 128
-    """Noised copies of each item, each a row for the model; even."""
+    """Number of noised copies of each item, each a row for the model; even."""
     estimator: Literal["counts", "levels"] = "counts"
-    """counts: by the number of noised tokens, over all noise levels (`effective_count`); levels: by stratified levels
-    on [-9, 9], the integral over which leaves out what the bound has beyond."""
+    """Kind of estimator. counts: by the number of noised tokens, over all noise levels (`effective_count`); levels: by
+    stratified levels on [-9, 9], the integral over which omits the bound's part beyond.
+    """
     seed: int = 0
     batch_rows: int = 32
     context_length: int | None = None
-    """Fill rows up to this length with pure noise behind the completion, as the released code does; None: do not."""
+    """Length to which rows are filled with pure noise after the completion, as in the released code; None for none."""
 
     def __post_init__(self) -> None:
         if self.draws < 4 or self.draws % 2:
@@ -88,7 +90,7 @@ class BoundSettings:
 
     @property
     def log_snr_range(self) -> tuple[float, float] | None:
-        """Noise levels that the estimate covers; None for all of them."""
+        """Range of log-SNR that the estimate covers; None for all levels."""
         return None if self.estimator == "counts" else (LINEAR.min_log_snr, LINEAR.max_log_snr)
 
 
@@ -96,7 +98,7 @@ def summed(items: Iterable[Item], found: Mapping[Item, Likelihood]) -> Likelihoo
     """Return the likelihood of several items together.
 
     Distinct items have independent noise, so the squares of their errors add. Equal items share their noise: they are
-    one estimate, and their errors add themselves.
+    one estimate, and their errors add linearly.
     """
     parts = [(count, found[item]) for item, count in Counter(iter(items)).items()]  # iter: a mapping is counted too
     variances = [(count * one.stderr / _widening(one.degrees)) ** 2 for count, one in parts]
@@ -112,7 +114,7 @@ def summed(items: Iterable[Item], found: Mapping[Item, Likelihood]) -> Likelihoo
 
 
 def sequences_read(items: Iterable[Item], *, draws: int = 1) -> int:
-    """Return how many sequences a model reads to measure these items; equal ones are measured once."""
+    """Return the number of sequences that a model reads to evaluate these items; equal ones are evaluated once."""
     return draws * sum(1 for item in dict.fromkeys(items) if item.completion)
 
 
@@ -125,9 +127,9 @@ def bounds(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[Likelihood]:
-    """Return the diffusion bound of every item, in their order. Sequences of equal length share a batch.
+    """Return the diffusion bound of every item, in order. Sequences of equal length share a batch.
 
-    Equal items share their noise and so their estimate; they are measured once, and `summed` adds them up.
+    Equal items share their noise and hence their estimate; they are evaluated once, and `summed` adds them up.
 
     Raises:
         ValueError: an item longer than `context_length`.
@@ -161,12 +163,16 @@ def exact(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[Likelihood]:
-    """Return the likelihood of every item under an autoregressive model, in their order; equal ones are measured once.
+    """Return the likelihood of every item under an autoregressive model, in order; equal ones are evaluated once.
 
     Args:
-        next_token: the model; causal, so rows are filled up behind their text to share a batch.
-        start_id: what stands before the first token (see `diffusion.next_token`).
-        mask_id, vocab_size: the mask and padding are no tokens: the softmax leaves them out.
+        items: completions given prompts.
+        next_token: the model; causal, so rows are padded after their text to share a batch.
+        start_id: token before the first one (see `diffusion.next_token`).
+        mask_id, vocab_size: the mask and padding are not tokens, so the softmax excludes them.
+        batch_rows: maximal number of rows per batch.
+        device: device of the model.
+        progress: called after each batch.
     """
     asked, items = items, list(dict.fromkeys(items))
     found = {item: Likelihood(0.0, 0.0, 0) for item in items}
@@ -189,14 +195,14 @@ def exact(
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean of values of neighbouring strata, one a stratum, its standard error, and degrees of freedom.
+    """Return the mean of values of neighbouring strata, one per stratum, its standard error, and degrees of freedom.
 
     With pairs (y_2j, y_2j+1) the variance of the mean is estimated as the sum of v_j / K^2, v_j = (y_2j - y_2j+1)^2
-    (collapsed strata): on average never too small, since what differs between two strata is counted as noise. Copies
+    (collapsed strata): on average never too small, since differences between two strata are counted as noise. Copies
     with few noised tokens vary most, so that a few pairs make most of the sum: its degrees of freedom are taken as
     3 (sum v)^2 / sum v^2 - 2 (Satterthwaite's rule for parts of one degree each, corrected for their own scatter;
-    Johnson and Rust, 1992), and the error is widened by Student's t over the normal quantile, so that 1.96 of it either
-    way are a 95 % interval.
+    Johnson and Rust, 1992), and the error is widened by Student's t over the normal quantile, so that +- 1.96 of it
+    is a 95 % interval.
     """
     pairs = values.reshape(-1, 2)
     parts = np.square(pairs[:, 0] - pairs[:, 1])
@@ -225,7 +231,7 @@ def _widening(degrees: float) -> float:
 
 @dataclass
 class _Row:
-    """One noised copy of one item on its way through the model; the rows of an item share `values`."""
+    """One noised copy of one item as a row of the model's input; the rows of an item share `values`."""
 
     item: int
     draw: int
@@ -236,7 +242,7 @@ class _Row:
 
 
 def _batches(items: Sequence[Item], settings: BoundSettings, mixing: Mixing) -> Iterator[list[_Row]]:
-    """Rows of one length, at most `batch_rows` of them at a time."""
+    """Yield rows of one length, at most `batch_rows` of them at a time."""
     longest = max((len(item.ids) for item in items), default=0)
     if settings.context_length is not None and longest > settings.context_length:
         raise ValueError(f"an item has {longest} tokens, more than the context of {settings.context_length}")
@@ -265,7 +271,7 @@ def _copies(item: Item, settings: BoundSettings, mixing: Mixing) -> Copies:
 
 
 def _row_ids(items: Sequence[Item], rows: Sequence[_Row], settings: BoundSettings, mixing: Mixing) -> Tensor:
-    """What the model reads, [B, L]: clean prompt, noised completion and, if asked for, pure noise up to the context."""
+    """Return the model's input, [B, L]: clean prompt, noised completion and, optionally, noise up to the context."""
     own = [[*items[row.item].prompt, *row.noised.tolist()] for row in rows]
     if settings.context_length is None:
         return torch.tensor(own)

@@ -1,4 +1,4 @@
-"""Rolling likelihood: whole documents, longer than a model's row, as word and byte perplexity and bits per byte."""
+"""Rolling likelihood of whole documents, longer than a model's row, as word and byte perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megadiff.eval.likelihood import Item, Likelihood
 
 @dataclass(frozen=True)
 class RollingResult:
-    """One document or several together."""
+    """Result for one document or several together."""
 
     nll: float
-    """Nats, over all tokens; a bound for a diffusion model."""
+    """Negative log-likelihood in nats, over all tokens; a bound for a diffusion model."""
     stderr: float
     tokens: int
     words: int
-    """Runs of characters between white space."""
+    """Number of runs of characters between white space."""
     bytes: int
-    """UTF-8 bytes of the text; end tokens add none."""
+    """Number of UTF-8 bytes of the text; end tokens add none."""
 
     @property
     def word_perplexity(self) -> float:
@@ -38,7 +38,7 @@ class RollingResult:
         return self.nll / self.bytes / math.log(2) if self.bytes else math.nan
 
     def as_json(self) -> dict[str, float | int]:
-        """Every figure with its standard error, the perplexities' by the first-order rule."""
+        """Return every figure with its standard error; those of the perplexities are to first order."""
         word_error, byte_error = (self.stderr / count if count else math.nan for count in (self.words, self.bytes))
         return {
             "nll": self.nll,
@@ -61,11 +61,11 @@ def rolling_items(ids: Sequence[int], *, length: int, context: int, start: Seque
     Args:
         ids: the document's tokens, with its end token if that is to be scored.
         length: tokens of a row, prompt and completion together.
-        context: how many tokens before a window it is given as its clean prompt, at most; 0 measures windows apart.
+        context: maximal number of preceding tokens given as a window's clean prompt; 0 evaluates windows independently.
         start: tokens before the first one (bos), given and not scored.
 
     Raises:
-        ValueError: a context that leaves no room for a completion.
+        ValueError: the context leaves no room for a completion.
     """
     if not 0 <= max(context, len(start)) < length:
         raise ValueError(f"the context ({context} tokens) must be shorter than a row ({length})")
@@ -90,11 +90,11 @@ def rolled(measured: Likelihood, text: str) -> RollingResult:
 
 
 def pooled(measured: Likelihood, documents: Sequence[RollingResult]) -> RollingResult:
-    """Return several documents as one: sums of everything, so that long documents count by their length.
+    """Return several documents as one: sums of everything, so that documents count by their length.
 
     Args:
         measured: the likelihood of all windows of all documents together (`likelihood.summed`): documents that have
-            windows in common share those windows' errors, which cannot be seen from the documents' own.
+            windows in common share those windows' errors, which the documents' own results do not show.
         documents: the documents one by one, for their words and bytes.
     """
     return RollingResult(

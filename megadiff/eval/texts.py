@@ -1,4 +1,4 @@
-"""Texts to measure: lines of JSON to strings, and strings to tokens."""
+"""Texts to evaluate: strings read from lines of JSON, and their tokens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_lines(path: Path, keys: Sequence[str]) -> list[tuple[str, ...]]:
-    """The strings under `keys` of every line of a .jsonl file; empty lines are skipped.
+    """Return the strings under `keys` of every line of a .jsonl file; empty lines are skipped.
 
     Raises:
-        DataError: no such file, nothing in it, or a line that is no object with strings under these keys.
+        DataError: there is no such file, it is empty, or a line is not an object with strings under these keys.
     """
     if not path.is_file():
         raise DataError(f"{path}: wanted a .jsonl file, found {'a folder' if path.is_dir() else 'nothing'}")
@@ -34,14 +34,17 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[tuple[str, ...]]:
 def item_of(
     prompt: str, completion: str, tokenizer: Tokenizer, *, start: Sequence[int] = (), end: Sequence[int] = ()
 ) -> Item:
-    """Tokens of a completion behind its prompt.
+    """Return the tokens of a completion after its prompt.
 
-    Both are encoded as one text and cut where the prompt's own tokens end, so that the completion is spelled as it
-    would be in running text; where the two do not meet there, they are encoded apart.
+    Both are encoded as one text and split after the prompt's own tokens, so that the completion is tokenized as in
+    running text; if there is no token boundary there, they are encoded separately.
 
     Args:
+        prompt: text before the completion.
+        completion: text to score.
+        tokenizer: the model's tokenizer.
         start: tokens before the prompt (bos), given and not scored.
-        end: tokens behind the completion (eos), scored.
+        end: tokens after the completion (eos), scored.
     """
     before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + completion)
     after = whole[len(before) :]

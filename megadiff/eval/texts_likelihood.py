@@ -1,4 +1,4 @@
-"""Files of texts measured by an opened model, whatever its kind: what `tools/evaluate.py likelihood` prints."""
+"""Likelihoods of files of texts under any opened model, which `tools/evaluate.py likelihood` prints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megadiff.eval.texts import item_of, read_lines
 
 
 class Machine(Protocol):
-    """Where a model lives."""
+    """The machine that a model runs on."""
 
     @property
     def device(self) -> torch.device:
@@ -41,25 +41,25 @@ class Machine(Protocol):
 
 
 class RowLength(Protocol):
-    """What is asked of a model's description."""
+    """The part of a model's configuration that is needed here."""
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a row."""
+        """Number of tokens in a row."""
         ...
 
 
 class Measured(Protocol):
-    """A model that can be measured, such as `trained.TrainedModel`."""
+    """A model that can be evaluated, such as `trained.TrainedModel`."""
 
     @property
     def is_autoregressive(self) -> bool:
-        """Whether `answer` gives next tokens."""
+        """Whether `answer` returns next-token logits."""
         ...
 
     @property
     def prepends_bos(self) -> bool:
-        """Whether the documents of its training data began with bos."""
+        """Whether the documents of the training data began with bos."""
         ...
 
     @property
@@ -69,21 +69,21 @@ class Measured(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Text to tokens."""
+        """The tokenizer."""
         ...
 
     @property
     def model(self) -> RowLength:
-        """Its description."""
+        """The model's configuration."""
         ...
 
     @property
     def platform(self) -> Machine:
-        """Its machine."""
+        """The machine that the model runs on."""
         ...
 
     def answer(self, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Ids [B, L] and clean prompts' lengths [B] to logits [B, L, V]."""
+        """Map ids [B, L] and lengths [B] of clean prompts to logits [B, L, V]."""
         ...
 
 
@@ -92,28 +92,28 @@ class Framing:
     """Special tokens around a text."""
 
     prepend_bos: bool = False
-    """bos before the prompt or document: given, not scored."""
+    """Whether bos comes before the prompt or document: given, not scored."""
     score_eos: bool = False
-    """eos behind the completion or document: scored, and no byte of it."""
+    """Whether eos comes after the completion or document: scored, and counted as no byte."""
 
     @classmethod
     def like_the_data(cls, model: Measured, *, prepend_bos: bool | None = None, score_eos: bool = False) -> Framing:
-        """Return the framing that is asked for, or else the one of the model's training data.
+        """Return the requested framing, by default that of the model's training data.
 
         Args:
-            model: the model to be measured or sampled; an autoregressive one's sequences begin with bos anyway, so its
-                prompts get no second one unless asked for.
-            prepend_bos: whether bos comes before a prompt; None leaves that to the data.
-            score_eos: whether eos is scored behind a completion.
+            model: the model to be evaluated or sampled; an autoregressive one's sequences begin with bos anyway, so its
+                prompts get no second one unless requested.
+            prepend_bos: whether bos comes before a prompt; None follows the training data.
+            score_eos: whether eos is scored after a completion.
         """
         as_trained = model.prepends_bos and not model.is_autoregressive
         return cls(prepend_bos=as_trained if prepend_bos is None else prepend_bos, score_eos=score_eos)
 
     def ids(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What stands before and behind.
+        """Return the ids before and after a text.
 
         Raises:
-            ConfigError: a token asked for that the tokenizer does not have.
+            ConfigError: the tokenizer lacks a requested token.
         """
         for wanted, token, option in (
             (self.prepend_bos, tokenizer.bos_id, "--prepend-bos"),
@@ -130,7 +130,7 @@ class Framing:
 def likelihoods(
     model: Measured, items: Sequence[Item], settings: BoundSettings, *, progress: Progress | None = None
 ) -> list[Likelihood]:
-    """Return every item's likelihood: a bound of a diffusion model, exact of an autoregressive one."""
+    """Return every item's likelihood: a bound for a diffusion model, exact for an autoregressive one."""
     device = model.platform.device
     if not model.is_autoregressive:
         return bounds(items, model.answer, mixing=model.mixing, settings=settings, device=device, progress=progress)
@@ -149,10 +149,10 @@ def likelihoods(
 def pairs_likelihood(
     model: Measured, path: Path, *, keys: tuple[str, str], settings: BoundSettings, framing: Framing
 ) -> dict[str, Any]:
-    """Completions given prompts, one of each a line.
+    """Evaluate completions given prompts, one pair per line.
 
     Raises:
-        DataError: a line that does not fit, or a text longer than the model's row.
+        DataError: a line has the wrong format, or a text is longer than the model's row.
     """
     start, end = framing.ids(model.tokenizer)
     items = []
@@ -183,11 +183,11 @@ def pairs_likelihood(
 def rolling_likelihood(
     model: Measured, path: Path, *, text_key: str, context: int, settings: BoundSettings, framing: Framing
 ) -> dict[str, Any]:
-    """Whole documents, one a line, cut into windows of the model's row.
+    """Evaluate whole documents, one per line, cut into windows of the model's row.
 
     Raises:
-        DataError: a line that does not fit.
-        ConfigError: a context that leaves no room.
+        DataError: a line has the wrong format.
+        ConfigError: the context leaves no room for a completion.
     """
     start, end = framing.ids(model.tokenizer)
     texts = [text for (text,) in read_lines(path, [text_key])]
@@ -217,7 +217,7 @@ def rolling_likelihood(
 
 
 def _measured(model: Measured, items: Sequence[Item], settings: BoundSettings) -> dict[Item, Likelihood]:
-    """Return each distinct item's likelihood; on stderr, what is to be done and, while it lasts, how long it takes."""
+    """Return each distinct item's likelihood; report the amount of work and the progress on stderr."""
     draws = 1 if model.is_autoregressive else settings.draws
     count = sequences_read(items, draws=draws)
     sys.stderr.write(f"measuring {count // draws:,} distinct texts, {draws} sequences each: {count:,} sequences\n")
@@ -248,7 +248,7 @@ def _how(model: Measured, settings: BoundSettings) -> dict[str, Any]:
 
 
 def _covers(model: Measured, settings: BoundSettings) -> str:
-    """Return what the figures are, for a person."""
+    """Return a description of the figures, for display."""
     if model.is_autoregressive:
         return " (exact)"
     if settings.log_snr_range is None:

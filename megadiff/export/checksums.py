@@ -1,6 +1,7 @@
-"""The `checksums.sha256` of a Hugging Face folder: written at export, compared at import, line by line as `sha256sum`.
+"""The file `checksums.sha256` of a Hugging Face folder, in the format of `sha256sum`: written by the export, checked
+by the import.
 
-Every file that the list names is compared, and every file that an import reads must be in it.
+Every file in the list is compared, and every file that an import reads must be in it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CHECKSUMS = "checksums.sha256"
 
 _MAX_BYTES = 2**22
 MAX_OTHER_BYTES = 2**28
-"""Size of a listed file that holds no weights; the largest tokenizers have some tens of megabytes."""
+"""Maximal size of a listed file without weights; the largest tokenizers have some tens of megabytes."""
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
@@ -28,7 +29,7 @@ def write_checksums(folder: Path, known: Mapping[str, FileEntry]) -> None:
     """List every file of a folder.
 
     Args:
-        folder: the folder, of which `checksums.sha256` is written.
+        folder: the folder, in which `checksums.sha256` is written.
         known: hashes that need not be computed again, by file name.
     """
     names = sorted(path.name for path in folder.iterdir())
@@ -37,14 +38,14 @@ def write_checksums(folder: Path, known: Mapping[str, FileEntry]) -> None:
 
 
 class Checksums:
-    """The list of one folder, empty where the folder has none."""
+    """The checksums of one folder; empty if it has none."""
 
     def __init__(self, folder: Path) -> None:
         """Read the list and check that it covers what an import reads.
 
         Raises:
-            CheckpointError: the list cannot be read, a line is not `sha256sum`'s, a name leads out of the folder, or a
-                file that an import reads is not listed.
+            CheckpointError: the list cannot be read, a line is not in the format of `sha256sum`, a name points outside
+                the folder, or a file that an import reads is not listed.
         """
         self.folder = folder
         self._listed = _listed(folder)
@@ -58,17 +59,17 @@ class Checksums:
 
     @property
     def names(self) -> set[str]:
-        """Names of the files that are listed."""
+        """Names of the listed files."""
         return {name for _, name in self._listed or []}
 
     def compare(self, *, weights: bool) -> None:
-        """Compare the weight files, or all the other ones, with the list.
+        """Compare the weight files, or all other files, with the list.
 
         Args:
-            weights: whether the weight files are meant, which take long to read.
+            weights: whether to compare the weight files, which take long to read, or the others.
 
         Raises:
-            CheckpointError: a listed file is missing, no plain file, or of another content.
+            CheckpointError: a listed file is missing, is not a plain file, or has different content.
         """
         for digest, name in self._listed or []:
             if name.endswith(WEIGHTS) != weights:
@@ -88,7 +89,7 @@ class Checksums:
 
 
 def _listed(folder: Path) -> list[tuple[str, str]] | None:
-    """(SHA-256, file name) of every line; None where there is no list."""
+    """Return (SHA-256, file name) of every line; None if there is no list."""
     path = plain_file(folder, CHECKSUMS)
     if path is None:
         return None
@@ -104,7 +105,7 @@ def _listed(folder: Path) -> list[tuple[str, str]] | None:
             continue
         match = _LINE.fullmatch(line.rstrip("\r"))
         if match is None:
-            raise CheckpointError(f"{path}:{number} is not a line of sha256sum's but {shown(line)}; fetch it again")
+            raise CheckpointError(f"{path}:{number} is not a line of sha256sum but {shown(line)}; fetch it again")
         name = match[2].removeprefix("./")
         if Path(name).name != name or name in (".", "..") or len(name.encode()) > 255:
             raise CheckpointError(f"{path}:{number} lists {shown(name)}, no file of the folder; fetch it again")

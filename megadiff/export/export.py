@@ -1,4 +1,4 @@
-"""A training checkpoint of any layout as a Hugging Face folder, streamed tensor by tensor on one CPU process."""
+"""Export of a training checkpoint of any layout to a Hugging Face folder, tensor by tensor in one CPU process."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from megadiff.model.config import ModelConfig
 from megadiff.sampling import standalone
 
 CODE = ("configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py")
-"""The shipped files of `megadiff.export.huggingface`."""
+"""Files of `megadiff.export.huggingface` that are shipped."""
 SAMPLER = "sampling_gidd.py"
-"""The name under which `megadiff/sampling/standalone.py` ships."""
+"""Name under which `megadiff/sampling/standalone.py` is shipped."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """Result of an export."""
 
     folder: Path
     checkpoint: Path
-    """The step folder it was made from."""
+    """The step folder that was exported."""
     tensors: int
     parameters: int
     bytes: int
-    """Of the weights."""
+    """Size of the weights."""
 
 
 def export(
@@ -61,20 +61,21 @@ def export(
     on_tensor: Callable[[str], None] = lambda name: None,
     on_file: Callable[[Path], None] = lambda path: None,
 ) -> Exported:
-    """Write `output`, whole or not at all.
+    """Write `output`, completely or not at all.
 
     Args:
-        checkpoint: a step folder, or a run folder, of which the newest complete checkpoint is taken.
+        checkpoint: a step folder, or a run folder, whose newest complete checkpoint is taken.
         output: must not exist, or be empty.
-        dtype: `bf16` or `fp32`; None keeps what the checkpoint holds.
+        dtype: `bf16` or `fp32`; None keeps the checkpoint's type.
+        max_shard_bytes: maximal size of a weight file.
         tokenizer: path to use instead of the one the run was configured with.
         on_tensor: called with each tensor's name before it is read.
         on_file: called with each weight file when it is written.
 
     Raises:
-        CheckpointError: no complete checkpoint there, or a damaged one.
-        ConfigError: `output` holds something.
-        DataError: the tokenizer is missing, another one than the model was trained with, or cannot be exported.
+        CheckpointError: there is no complete checkpoint, or it is damaged.
+        ConfigError: `output` is not empty.
+        DataError: the tokenizer is missing, is not the one that the model was trained with, or cannot be exported.
     """
     folder = chosen(checkpoint)
     manifest = verify_files(folder, hashes=True)
@@ -107,10 +108,10 @@ def export(
 
 
 def matching_tokenizer(source: str, fingerprint: str, where: Path) -> Tokenizer:
-    """Return the tokenizer at `source`, which must be the one that is meant.
+    """Return the tokenizer at `source`, if it has the expected fingerprint.
 
     Raises:
-        CheckpointError: it is another.
+        CheckpointError: it is a different one.
         DataError: it cannot be read.
     """
     found = load_tokenizer(source)
@@ -124,10 +125,10 @@ def matching_tokenizer(source: str, fingerprint: str, where: Path) -> Tokenizer:
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `output` when the block ends well, and vanishes when it does not.
+    """Yield a folder to write into, which becomes `output` if the block succeeds and is deleted if it fails.
 
     Raises:
-        ConfigError: `output` is a file or a folder with something in it, or cannot be made.
+        ConfigError: `output` is a file or a non-empty folder, or cannot be created.
     """
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise ConfigError(f"{output} exists and is not an empty folder; give another --output, or move it away")
@@ -140,7 +141,7 @@ def staged(output: Path) -> Iterator[Path]:
     try:
         yield staging
         sync(staging)
-        staging.replace(output)  # an empty folder gives way
+        staging.replace(output)  # replaces an empty folder
         sync(output.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -148,7 +149,7 @@ def staged(output: Path) -> Iterator[Path]:
 
 @dataclass
 class _Weights:
-    """Released tensors out of a training checkpoint."""
+    """The released tensors of a training checkpoint."""
 
     folder: Path
     manifest: Manifest
@@ -175,7 +176,7 @@ class _Weights:
                 self._made_of[name] = tensor
 
     def fetch(self, on_tensor: Callable[[str], None]) -> Callable[[Planned], Iterator[Tensor]]:
-        """How `write_weights` gets at them."""
+        """Return the function with which `write_weights` reads the tensors."""
 
         def blocks(planned: Planned) -> Iterator[Tensor]:
             on_tensor(planned.name)
@@ -196,7 +197,7 @@ class _Weights:
         return found.view(rows, *tensor.shape[1:])
 
     def _part(self, tensor: TrainingTensor, part: int, dtype: torch.dtype) -> Tensor:
-        """Queries, keys or values; their common matrix is read once for the three."""
+        """Return the queries, keys or values; their common matrix is read once for the three."""
         if self._fused[0] != tensor:
             self._fused = (None, torch.empty(0))
             self._fused = (tensor, self._read(tensor, 0, tensor.shape[0], dtype))
@@ -228,7 +229,7 @@ def _generation_config(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, An
 
 
 def _training(manifest: Manifest) -> dict[str, Any]:
-    """What the checkpoint says of its training; without the places of one machine."""
+    """Return the manifest's record of the training, without paths of one machine."""
     found = manifest.model_dump(mode="json", exclude={"files", "health"})
     found["config"].pop("output_dir", None)
     return found

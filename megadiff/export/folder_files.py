@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder that an import reads: which they are, and that they are plain files of its own."""
+"""The files of a Hugging Face folder that an import reads, and the check that they are plain files inside it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megadiff.untrusted_files import UnreadableFileError, open_plain, why
 
 CONFIG = "config.json"
 TRAINING = "training.json"
-"""The run's own description, which an export of megadiff adds."""
+"""Name of the run's own configuration, which an export of megadiff adds."""
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 WEIGHTS = ".safetensors"
-"""Ending of every weight file that is read."""
+"""Suffix of every weight file that is read."""
 
 _READ = (CONFIG, TRAINING, INDEX, "tokenizer.json", "tokenizer_config.json")
 _READ_ENDINGS = (WEIGHTS, ".model")
@@ -34,23 +34,23 @@ def read_files(folder: Path) -> list[str]:
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a folder in which something an import reads is no plain file, or a link that leads out.
+    """Refuse a folder in which a file that an import reads is not a plain file, or is a link to outside the folder.
 
     Raises:
-        CheckpointError: with the file and what it is.
+        CheckpointError: names the file and its kind.
     """
     for name in read_files(folder):
         plain_file(folder, name)
 
 
 def plain_file(folder: Path, name: str) -> Path | None:
-    """Return the path of a file in the folder, None where there is none.
+    """Return the path of a file in the folder; None if there is none.
 
-    A link may lead to another file of the folder, or, as in the cache of the Hugging Face hub, from
+    A link may point to another file of the folder, or, as in the cache of the Hugging Face hub, from
     `snapshots/REVISION/` to `blobs/` beside `snapshots/`.
 
     Raises:
-        CheckpointError: it is no plain file, cannot be opened, or is a link that leads anywhere else.
+        CheckpointError: it is not a plain file, cannot be opened, or is a link to anywhere else.
     """
     path = folder / name
     if os.path.islink(path) and not _stays(folder, path):
@@ -67,7 +67,7 @@ def plain_file(folder: Path, name: str) -> Path | None:
 def _stays(folder: Path, link: Path) -> bool:
     try:
         target, home = link.resolve(), folder.resolve()
-    except (OSError, RuntimeError):  # a circle of links
+    except (OSError, RuntimeError):  # circular links
         return False
     if target.parent == home:
         return True

@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a training checkpoint: to go on training, to measure, to sample.
+"""Import of a Hugging Face folder as a training checkpoint, to continue training, evaluate or sample.
 
-Read are GIDD folders (ours or the released `dvruette/gidd-*`) and the autoregressive ones that `next_token_source`
-names. Only safetensors are read, and no code of the folder is run.
+It reads GIDD folders (this package's or the released `dvruette/gidd-*`) and the autoregressive ones described in
+`next_token_source`. Only safetensors are read, and no code of the folder is run.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ from megadiff.model.config import ModelConfig
 from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
 
 _MAX_BYTES = 2**23
-"""Size of a `config.json` or `training.json`; such files have a few thousand bytes."""
+"""Maximal size of a `config.json` or `training.json`; such files have a few thousand bytes."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written."""
+    """Result of an import."""
 
     folder: Path
     model: ModelConfig
     manifest: Manifest
     parameters: int
     is_checked: bool
-    """Whether the folder brought checksums, which its files then have."""
+    """Whether the folder has checksums, against which its files were checked."""
 
 
 class _TrainingSections(BaseModel):
-    """Parts of the run's configuration that a checkpoint made of its export repeats."""
+    """Parts of the run's configuration that a checkpoint imported from its export repeats."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -73,7 +73,7 @@ class _TrainingSections(BaseModel):
 
 
 class _Training(BaseModel):
-    """`training.json`, which our own export adds."""
+    """Content of `training.json`, which this package's export adds."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -88,9 +88,9 @@ class _Source:
     folder: Path
     config: dict[str, Any]
     released: ReleasedConfig | None
-    """The keys of a GIDD folder; None of an autoregressive one."""
+    """Keys of a GIDD folder; None for an autoregressive one."""
     training: _Training | None
-    """Facts that our own export adds about the run."""
+    """Facts about the run that this package's export adds."""
 
     @property
     def where(self) -> str:
@@ -105,21 +105,22 @@ def import_folder(
     seq_length: int | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> Imported:
-    """Write `output`, a checkpoint of step 0 without optimizer state, whole or not at all.
+    """Write `output`, a checkpoint of step 0 without optimizer state, completely or not at all.
 
-    What can be refused without reading the weights is refused before they are read. Nothing is built or counted from
-    the configuration before it agrees with the sizes in the weight files' own headers.
+    Whatever can be refused without reading the weights is refused before they are read. Nothing is built or allocated
+    from the configuration before it agrees with the sizes in the weight files' own headers.
 
     Args:
-        folder: the Hugging Face folder; where it has checksums, every file that they list is compared.
+        folder: the Hugging Face folder; if it has checksums, every file that they list is compared.
         output: must not exist, or be empty.
         tokenizer: path to use instead of the folder's own.
         seq_length: row length to train with, instead of the folder's.
+        on_tensor: called with each tensor's name before it is read.
 
     Raises:
-        CheckpointError: no such folder, damaged files, another model than can be trained here, or a tokenizer that does
-            not fit it.
-        ConfigError: `output` holds something.
+        CheckpointError: there is no such folder, files are damaged, the model cannot be trained here, or the tokenizer
+            does not fit it.
+        ConfigError: `output` is not empty.
         DataError: the tokenizer cannot be read.
     """
     _check_folder(folder)
@@ -129,7 +130,7 @@ def import_folder(
     with WeightFiles(folder) as files:
         next_token = None if source.released else NextTokenSource(source.config, files, where=source.where)
         model = next_token.model if next_token else _model(source)
-        text, said = _tokenizer(source, tokenizer)
+        text, reference = _tokenizer(source, tokenizer)
         if next_token is not None:
             vocab_size = next_token.vocab_size(text)
         else:
@@ -137,7 +138,7 @@ def import_folder(
             _check_shapes(source, files, model, vocab_size)
         if seq_length is not None:
             model = model.model_copy(update={"seq_length": seq_length})
-        manifest = _manifest(source, model, text, said, vocab_size)
+        manifest = _manifest(source, model, text, reference, vocab_size)
         sums.compare(weights=True)
         tensors = list(training_tensors(model, vocab_size=vocab_size))
         fetch = _Fetch(next_token, files, on_tensor)
@@ -156,7 +157,7 @@ def import_folder(
 
 
 class _Fetch:
-    """Training tensors out of the folder's files."""
+    """Reader of training tensors from the folder's files."""
 
     def __init__(
         self, next_token: NextTokenSource | None, files: WeightFiles, on_tensor: Callable[[str], None]
@@ -178,7 +179,7 @@ class _Fetch:
         return torch.cat([found, found.new_zeros(dead, *found.shape[1:])]) if dead else found.contiguous()
 
     def dtype(self, tensor: TrainingTensor) -> torch.dtype:
-        """Return what a tensor is written in: as it is stored, all blocks' alike."""
+        """Return the type in which a tensor is written: as it is stored, the same for all blocks."""
         if tensor.key not in self._dtypes:
             stored = self._files.dtype(tensor.released[0]) if self._has(tensor) else torch.float32
             self._dtypes[tensor.key] = next_token_dtype(tensor, stored) if self._next_token else stored
@@ -189,7 +190,7 @@ class _Fetch:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse what is no Hugging Face folder, by what it is instead."""
+    """Refuse anything that is not a Hugging Face folder; the message states what it is instead."""
     if not os.path.isdir(folder):
         raise CheckpointError(
             f"{folder} is {what_it_is(folder)}; give a folder with {CONFIG} and safetensors weights, such as "
@@ -211,19 +212,19 @@ def _source(folder: Path) -> _Source:
 
 
 def _training(folder: Path) -> _Training | None:
-    """Facts that our own export adds about the run; None where the folder is another's."""
+    """Return the facts about the run that this package's export adds; None for other folders."""
     found = _json(folder, TRAINING)
     try:
         return None if found is None else _Training.model_validate(found)
     except ValidationError as error:
         raise CheckpointError(
-            f"{folder / TRAINING} is damaged ({first_complaint(error)}); fetch it again, or move it away to go by "
+            f"{folder / TRAINING} is damaged ({first_complaint(error)}); fetch it again, or move it away to use "
             f"{CONFIG} alone"
         ) from None
 
 
 def _json(folder: Path, name: str) -> dict[str, Any] | None:
-    """The object in a file of the folder; None where there is no such file."""
+    """Return the object in a file of the folder; None if there is no such file."""
     path = plain_file(folder, name)
     try:
         return None if path is None else read_json_object(path, max_bytes=_MAX_BYTES)
@@ -237,7 +238,7 @@ def _model(source: _Source) -> ModelConfig:
     if source.training is None:
         return model
     trained = source.training.config.model
-    # config.json is what a person may have edited; where both say the same, the run's own words are kept.
+    # config.json may have been edited by a person; if both agree, the run's own configuration is kept.
     return trained if model_keys(trained) == model_keys(model) or _same_keys(source.config, trained) else model
 
 
@@ -246,27 +247,27 @@ def _same_keys(config: dict[str, Any], model: ModelConfig) -> bool:
 
 
 def _tokenizer(source: _Source, given: str | None) -> tuple[Tokenizer, str]:
-    """The tokenizer, and what a run calls it."""
+    """Return the tokenizer, and the name by which a run refers to it."""
     training = source.training
     trained_with = training.config.data.get("tokenizer") if training else None
-    said = given or ("byte" if trained_with == "byte" else str(source.folder.resolve()))
-    found = load_tokenizer(said)
+    reference = given or ("byte" if trained_with == "byte" else str(source.folder.resolve()))
+    found = load_tokenizer(reference)
     wanted = training.tokenizer_fingerprint if training else None
     if wanted not in (None, found.fingerprint):
         raise CheckpointError(
-            f"{source.folder} was trained with another tokenizer ({shown(wanted, SHOWN_DIGITS)}) than {said} "
+            f"{source.folder} was trained with another tokenizer ({shown(wanted, SHOWN_DIGITS)}) than {reference} "
             f"({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
         )
-    return found, said
+    return found, reference
 
 
 def _vocab_size(source: _Source, tokenizer: Tokenizer) -> int:
-    """Real ids, the mask among them."""
+    """Return the number of real ids, mask included."""
     assert source.released is not None
     wanted, mask = source.released.vocab_size, source.released.mask_token_id
     if tokenizer.vocab_size != wanted or tokenizer.mask_id != mask:
         raise CheckpointError(
-            f"{source.where} speaks of {wanted} ids with the mask {mask}, but the tokenizer {tokenizer.name} has "
+            f"{source.where} describes {wanted} ids with the mask {mask}, but the tokenizer {tokenizer.name} has "
             f"{tokenizer.vocab_size} with the mask {tokenizer.mask_id}; give the right one with --tokenizer"
         )
     return tokenizer.vocab_size
@@ -280,11 +281,11 @@ def _check_shapes(source: _Source, files: WeightFiles, model: ModelConfig, vocab
             what = "is missing" if name not in found else f"has shape {found[name]}"
             want = "no such tensor" if name not in wanted else f"{wanted[name]}"
             raise CheckpointError(
-                f"{source.folder}: {shown(name)[1:-1]} {what}, its config.json wants {want}; fetch it again"
+                f"{source.folder}: {shown(name)[1:-1]} {what}, its config.json requires {want}; fetch it again"
             )
 
 
-def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, said: str, vocab_size: int) -> Manifest:
+def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, reference: str, vocab_size: int) -> Manifest:
     return Manifest.model_validate(
         {
             "format": FORMAT,
@@ -292,7 +293,7 @@ def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, said: s
             "samples": 0,
             "tokens": 0,
             "has_optimizer": False,
-            "config": {**_sections(source), "model": model.model_dump(mode="json"), "data": {"tokenizer": said}},
+            "config": {**_sections(source), "model": model.model_dump(mode="json"), "data": {"tokenizer": reference}},
             "vocab_size": vocab_size,
             "mask_id": tokenizer.mask_id,
             "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -309,7 +310,7 @@ def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, said: s
 
 
 def _sections(source: _Source) -> dict[str, Any]:
-    """Noise, conditioning and objective: the run's own words where our export gave them and still agree."""
+    """Return noise, conditioning and objective: the run's own sections if our export recorded them and they agree."""
     if source.released is None:
         return {
             "noise": NoiseConfig().model_dump(mode="json"),

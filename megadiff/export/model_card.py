@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what the model is, what it was trained on, how well it does, how to load it."""
+"""The README.md of an exported folder: the model, its training data, its scores, and how to load it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOAD = """```python
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 folder = {folder}
-tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer would ask about the model's code first
+tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer would first prompt to run the model's code
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer("A list is", return_tensors="pt").input_ids
 text = model.generate(ids, max_new_tokens={new_tokens}, max_denoising_steps=64, seed=0)
@@ -43,7 +43,10 @@ def model_card(
     """Return the text of the card.
 
     Args:
+        manifest: the checkpoint's manifest.
+        name: name of the model.
         parameters: number of weights.
+        dtype: type of the weights.
         metrics: the run's `metrics.jsonl`, if there is one.
         tokenizer_files: names of the files that the tokenizer has in the folder.
     """
@@ -94,7 +97,7 @@ that `config.json` names; they are held-out where it says so.
 
 
 def python_text(text: str) -> str:
-    """Return a Python literal of a text that is one line of printable ASCII and cannot end a block of code."""
+    """Return a Python literal of a text, as one line of printable ASCII that cannot end a block of code."""
     return ascii(text).replace("`", "\\x60")
 
 
@@ -137,7 +140,7 @@ def _facts(manifest: Manifest, parameters: int, dtype: str) -> dict[str, Any]:
 
 
 def _scores(metrics: Path | None, step: int) -> dict[str, str]:
-    """The last measurements up to the checkpoint's step; one that is no finite number is reported as such."""
+    """Return the last metrics up to the checkpoint's step; one that is not a finite number is reported as such."""
     found: dict[str, Any] = {}
     for line in _lines(metrics) if metrics is not None else []:
         if line["step"] <= step:
@@ -153,7 +156,7 @@ def _scores(metrics: Path | None, step: int) -> dict[str, str]:
 
 
 def _lines(metrics: Path) -> Iterator[Line]:
-    """The run's lines; a card is written without them where the file cannot be read."""
+    """Yield the run's lines; none if the file cannot be read, so that the card is still written."""
     try:
         yield from read_lines(metrics)
     except (OSError, UnreadableFileError):

@@ -1,9 +1,10 @@
-"""Autoregressive checkpoints whose blocks this model can hold exactly, as a place to start from.
+"""Autoregressive checkpoints whose blocks this model can represent exactly, as a starting point for training.
 
 The model here is a pre-norm Transformer with RMSNorm, rotary embeddings over the whole head, an MLP of two matrices
-around relu^2, and as many key heads as query heads. A checkpoint in the Llama naming fits if it is that too: `arcee`
-does; grouped key heads are repeated, a tied head is copied, a plain gain w becomes the offset w - 1, and per-head query
-and key norms (Qwen 3) are kept. Llama, Mistral and Qwen themselves do not fit: their MLP is gated.
+around relu^2, and as many key heads as query heads. A checkpoint with Llama's tensor names fits if it has the same
+architecture: `arcee` does; grouped key heads are repeated, a tied head is copied, a plain gain w becomes the offset
+w - 1, and per-head query and key norms (Qwen 3) are kept. Llama, Mistral and Qwen themselves do not fit: their MLP is
+gated.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from megadiff.model.config import ModelConfig
 _NAMES = {"attn_layernorm": "input_layernorm", "mlp_layernorm": "post_attention_layernorm"}
 _NORMS = ("layernorm.weight", "model.norm.weight", "_norm.weight")
 _NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-"""Tables that older programs store beside the weights and that follow from the configuration."""
+"""Names of tables that older programs store beside the weights and that follow from the configuration."""
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 
 MOST_ADDED_IDS = 128
-"""Ids that a tokenizer may have beyond the rows of the embedding, such as a mask; they get the mean of the others."""
+"""Maximal number of ids that a tokenizer may have beyond the embedding's, such as a mask; they get its mean row."""
 
 
 class _Keys(BaseModel):
@@ -64,7 +65,7 @@ class _Keys(BaseModel):
 
     @property
     def theta(self) -> float:
-        """Base of the rotary frequencies; 0 where it is given and no number."""
+        """Base of the rotary frequencies; 0 if the given value is not a number."""
         found = self.rope_theta or (self.rope_parameters or {}).get("rope_theta", 10000.0)
         is_number = isinstance(found, int | float) and not isinstance(found, bool)
         return found if is_number and 1 <= found < 2**53 else 0.0
@@ -78,21 +79,21 @@ class _Keys(BaseModel):
 
     @property
     def slides(self) -> bool:
-        """Whether some layers attend to a window alone."""
+        """Whether some layers attend only to a sliding window."""
         if self.layer_types:
             return "sliding_attention" in self.layer_types
         return self.use_sliding_window is not False and bool(self.sliding_window)
 
 
 class NextTokenSource:
-    """A checkpoint in the Llama naming that fits, read as tensors of this model."""
+    """A checkpoint with Llama's tensor names that fits, read as tensors of this model."""
 
     def __init__(self, config: Mapping[str, Any], files: WeightFiles, *, where: str) -> None:
-        """Compare its configuration and the shapes of its weights with what this model can hold.
+        """Compare its configuration and the shapes of its weights with the architecture of this model.
 
         Raises:
-            CheckpointError: with every reason why it does not fit, or with the weight that is missing or of another
-                shape than its configuration says.
+            CheckpointError: it does not fit, with every reason; or a weight is missing or has another shape than its
+                configuration implies.
         """
         self._files, self._where = files, where
         self._keys = _keys(config, where)
@@ -110,7 +111,7 @@ class NextTokenSource:
         """Return the number of ids of the tokenizer.
 
         Raises:
-            CheckpointError: it has many more than the embedding has rows, so it is another model's.
+            CheckpointError: it has far more ids than the embedding has rows, so it belongs to another model.
         """
         rows = self._files.shapes["model.embed_tokens.weight"][0]
         if tokenizer.vocab_size > rows + MOST_ADDED_IDS:
@@ -121,7 +122,7 @@ class NextTokenSource:
         return tokenizer.vocab_size
 
     def read(self, tensor: TrainingTensor) -> Tensor:
-        """Return a training tensor without dead rows; rows the checkpoint lacks are the mean of the others."""
+        """Return a training tensor without padding rows; rows that the checkpoint lacks are the mean of the others."""
         parts = [self._part(name) for name in tensor.released]
         if tensor.heads:
             rows = [part.unflatten(0, (tensor.heads, -1)) for part in parts]
@@ -152,7 +153,7 @@ class NextTokenSource:
         )
 
     def _check_shapes(self) -> None:
-        """Compare every weight with the configuration; one that would be left out belongs to another model."""
+        """Compare every weight with the configuration; a weight left over belongs to another model."""
         shapes, keys = self._files.shapes, self._keys
         rows = shapes.get("model.embed_tokens.weight", (0,))[0]
         left = {name for name in shapes if not _NOT_WEIGHTS.fullmatch(name)}
@@ -167,7 +168,7 @@ class NextTokenSource:
                 if shapes.get(stored) != wanted:
                     found = f"has shape {shapes[stored]}" if stored in shapes else "is missing"
                     raise CheckpointError(
-                        f"{self._where} wants {stored} of shape {wanted}, which {found}; fetch it again"
+                        f"{self._where} requires {stored} of shape {wanted}, which {found}; fetch it again"
                     )
                 left.discard(stored)
         if left:
@@ -177,7 +178,7 @@ class NextTokenSource:
 
 
 def next_token_dtype(tensor: TrainingTensor, stored: torch.dtype) -> torch.dtype:
-    """Offsets of gains are kept in float32, where w - 1 is exact; the rest as it is stored."""
+    """Return the type to store a tensor in: float32 for offsets of gains, where w - 1 is exact; else as stored."""
     return torch.float32 if tensor.released[0].endswith(_NORMS) else stored
 
 

@@ -1,4 +1,4 @@
-"""Whatever the commands take as `--model`, opened in this one process."""
+"""Opening of anything that commands accept as `--model`, in this process."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ def open_model(
     platform: Literal["auto", "cpu", "cuda"] = "auto",
     tokenizer: str | None = None,
 ) -> Iterator[TrainedModel]:
-    """Open a run folder, one of its step folders, or a Hugging Face folder (ours, or a released `gidd` one).
+    """Open a run folder, one of its step folders, or a Hugging Face folder (this package's, or a released `gidd` one).
 
-    The latter is turned into a checkpoint in the system's temporary folder first, as long as the model is open; so it
-    is the trainer's model that is measured, and no code of the folder is run.
+    A Hugging Face folder is first converted to a checkpoint in the system's temporary folder, which exists while the
+    model is open; so it is the trainer's model that is evaluated, and no code of the folder is run.
 
     Args:
+        path: the folder.
+        platform: the machine to use.
         tokenizer: path to use instead of the one the run was configured with, or the folder's own.
 
     Raises:
-        CheckpointError: nothing of the kind there, or a damaged one.
-        DataError: the tokenizer is missing, or another one than the model was trained with.
+        CheckpointError: there is no such folder, or it is damaged.
+        DataError: the tokenizer is missing, or is not the one that the model was trained with.
     """
     folder = Path(path)
     if what_it_is(folder) != "a Hugging Face folder":

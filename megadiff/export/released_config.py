@@ -1,6 +1,6 @@
-"""`config.json` of the released `dvruette/gidd-*` layout, from a run's settings and back.
+"""Conversion between a run's settings and the `config.json` of the released `dvruette/gidd-*` layout.
 
-Keys that the released files lack stand for what they cannot say; their absence means what those files mean.
+Keys that the released files lack express what those cannot; if absent, they default to those files' meaning.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _COMPLETEP_RESID, _COMPLETEP_HEAD = 4.0, 512.0
 
 
 def config_of(manifest: Manifest, tokenizer: Tokenizer, *, dtype: str) -> dict[str, Any]:
-    """The whole `config.json` of a run's checkpoint.
+    """Return the whole `config.json` of a run's checkpoint.
 
     Args:
-        dtype: `bfloat16` or `float32`, of the weights beside it.
+        manifest: the checkpoint's manifest.
+        tokenizer: the run's tokenizer.
+        dtype: type of the weights beside it, `bfloat16` or `float32`.
     """
     model = ModelConfig.model_validate(manifest.config["model"])
     return {
@@ -55,7 +57,7 @@ def config_of(manifest: Manifest, tokenizer: Tokenizer, *, dtype: str) -> dict[s
 
 
 def model_keys(model: ModelConfig) -> dict[str, Any]:
-    """The keys that say what is computed."""
+    """Return the keys that define the computation."""
     return {
         "hidden_size": model.hidden,
         "num_hidden_layers": model.layers,
@@ -83,9 +85,9 @@ def model_keys(model: ModelConfig) -> dict[str, Any]:
 
 
 class ReleasedConfig(BaseModel):
-    """The keys of a `config.json` of this layout that say what is computed, with what their absence means.
+    """The keys of a `config.json` of this layout that define the computation, with defaults for absent ones.
 
-    Types are strict and every number is finite and bounded, so that nothing is built or counted from a value that no
+    Types are strict and every number is finite and bounded, so that nothing is built or allocated from a value that no
     such model has. Other keys are not read.
     """
 
@@ -142,7 +144,7 @@ def read_released(config: Mapping[str, Any], *, where: str) -> ReleasedConfig:
 
 
 def first_complaint(error: ValidationError) -> str:
-    """Return the first complaint about the keys of a file: key, rule, and a clipped form of what was found."""
+    """Return the first error about the keys of a file: key, rule, and a shortened form of the value found."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -156,14 +158,14 @@ def first_complaint(error: ValidationError) -> str:
 
 
 def model_from(config: ReleasedConfig, *, where: str) -> ModelConfig:
-    """Return the model section that a `config.json` of this layout means.
+    """Return the model section that corresponds to a `config.json` of this layout.
 
     Args:
         config: its keys.
         where: the file, for messages.
 
     Raises:
-        CheckpointError: a key asks for what this model does not have.
+        CheckpointError: a key requires something that this model does not have.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     ffn = config.intermediate_size or 4 * hidden
@@ -196,7 +198,7 @@ def model_from(config: ReleasedConfig, *, where: str) -> ModelConfig:
 
 
 def noise_from(config: ReleasedConfig, *, where: str) -> NoiseConfig:
-    """Return the noise that a `config.json` of this layout means.
+    """Return the noise that corresponds to a `config.json` of this layout.
 
     Raises:
         CheckpointError: there is no such noise.
@@ -215,7 +217,7 @@ def noise_from(config: ReleasedConfig, *, where: str) -> NoiseConfig:
 
 
 def conditioning_from(config: ReleasedConfig) -> ConditioningConfig:
-    """Return how prompts attend; a released file means the paper's preset."""
+    """Return the attention of prompts; a released file implies the paper's preset."""
     attention = config.prompt_attention
     if attention == "full":
         return ConditioningConfig()
@@ -225,7 +227,7 @@ def conditioning_from(config: ReleasedConfig) -> ConditioningConfig:
 
 
 def agree(config: Mapping[str, Any], noise: NoiseConfig, conditioning: ConditioningConfig) -> bool:
-    """Whether a `config.json` means the noise and the attention of prompts that these sections do."""
+    """Return whether a `config.json` has the same noise and prompt attention as these sections."""
     keys = {**_noise_keys(noise), "prompt_attention": _prompt_attention(conditioning.model_dump())}
     given = {key: config.get(key) for key in keys} | {"noise_p_uniform": config.get("noise_p_uniform")}
     return given == {"noise_p_uniform": None, **keys}
@@ -246,7 +248,7 @@ def _prompt_attention(conditioning: Mapping[str, Any]) -> str:
 
 
 def _times_layers(model: ModelConfig) -> float:
-    """The number whose quotient by `layers` is the residual factor to the last bit."""
+    """Return the number whose quotient by `layers` is the residual factor to the last bit."""
     if model.resid_scale == "completep":
         return _COMPLETEP_RESID
     near = model.resid_factor * model.layers

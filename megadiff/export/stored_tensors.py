@@ -1,6 +1,6 @@
-"""Parts of tensors read from a training checkpoint's shards, whatever layout wrote them, without running anything.
+"""Reader of parts of tensors from a training checkpoint's shards, for any layout, without running any code in them.
 
-Only torch's own reader touches the shards, and it loads tensors alone (`weights_only`).
+Only torch's own reader accesses the shards, and it loads tensors alone (`weights_only`).
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class StoredTensors:
         }
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Full shape of a tensor, the dimension of the blocks first where it has one."""
+        """Return the full shape of a tensor, with the dimension of the blocks first if it has one."""
         return tuple(self._found(key).size)
 
     def dtype(self, key: str) -> torch.dtype:
-        """What it is stored in."""
+        """Return the type in which a tensor is stored."""
         return self._found(key).properties.dtype
 
     def read(self, key: str, offset: tuple[int, ...], size: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
-        """The part [offset, offset + size) of a tensor, in `dtype`; host memory: this and one stored chunk.
+        """Return the part [offset, offset + size) of a tensor, in `dtype`; needs memory for it and one stored chunk.
 
         Raises:
-            CheckpointError: there is no such tensor, the part is not wholly stored, or a shard is damaged.
+            CheckpointError: there is no such tensor, the part is not completely stored, or a shard is damaged.
         """
         out = torch.empty(size, dtype=dtype)
         wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
@@ -75,7 +75,7 @@ class StoredTensors:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor; the copy casts."""
+    """Planner that reads into one tensor; the copy casts."""
 
     def __init__(self, out: Tensor) -> None:
         super().__init__()
@@ -88,4 +88,4 @@ class _Into(DefaultLoadPlanner):
         return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: Any) -> None:
-        """Nothing to do: the tensor is a view of the target."""
+        """Do nothing: the tensor is a view of the target."""

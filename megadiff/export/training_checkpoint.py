@@ -1,7 +1,7 @@
-"""A training checkpoint written by one process from weights alone, tensor by tensor.
+"""Writer of a training checkpoint by one process from weights alone, tensor by tensor.
 
-The torch_dist format knows no layout: each tensor's index says which parts are where, so what is written here in one
-file is loaded by any number of ranks. It holds no optimizer state.
+The torch_dist format is independent of the layout: each tensor's index records the location of its parts, so one file
+written here can be loaded by any number of ranks. It holds no optimizer state.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""What megatron-core 0.16 writes in `metadata.json`."""
+"""Content of `metadata.json` as written by megatron-core 0.16."""
 
 Fetch = Callable[[TrainingTensor], Tensor]
 
@@ -54,11 +54,12 @@ def write_training_checkpoint(
     """Write a complete checkpoint, its manifest last, into the empty `folder`.
 
     Args:
-        tensors: of the whole model, each block's by itself.
-        fetch: one of them, of its shape; called once each, in any order, and let go when written.
-        dtypes: by key.
+        folder: an empty folder.
+        tensors: tensors of the whole model, each block's separately.
+        fetch: returns one of them, of its shape; called once for each, in any order; the result is freed once written.
+        dtypes: type of each tensor, by key.
         layers: number of blocks.
-        manifest: of which `files` is filled in here.
+        manifest: the manifest, whose `files` are filled in here.
     """
     parts = {(tensor.key, tensor.offset): tensor for tensor in tensors}
     items = [_tensor_item(tensor, dtypes[tensor.key], layers) for tensor in tensors]
@@ -106,14 +107,14 @@ def _index(
 
 
 class _Writer(FileSystemWriter):
-    """Leaves the folder's name out of the index: it is a class that no index may name, and a staging folder's."""
+    """Writer that omits the folder's path from the index: no index may name that class, and the folder is temporary."""
 
     def storage_meta(self) -> None:
         return None
 
 
 class _Lazy(DefaultSavePlanner):
-    """Gets each tensor when torch's writer has come to it."""
+    """Planner that fetches each tensor only when torch's writer reaches it."""
 
     def __init__(self, parts: dict[tuple[str, tuple[int, ...]], TrainingTensor], fetch: Fetch) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""An exported folder against the trainer's own model: logits at several noise levels, and token ids of sample texts.
+"""Comparison of an exported folder with the trainer's model: logits at several noise levels, and ids of sample texts.
 
-The other process imports the folder's code, sees no network and none of this one's state, and has only what the folder
-says about the model.
+The folder is loaded in another process, which imports the folder's code, has no network and none of this process's
+state, and has no information on the model except the folder.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from megadiff.diffusion.mixing_base import Mixing
 from megadiff.errors import CheckpointError, DataError, PlatformError
 
 FP32_BOUND = 1e-5
-"""Largest difference of two logits in float32, times the largest logit where that is above 1."""
+"""Maximal difference of two logits in float32, times the largest logit if that is above 1."""
 
 BF16_BOUND = 0.03
-"""Root mean square difference of logits in bf16, as a share of their root mean square. bf16 has 8 bits, so one rounding
-is worth up to 0.4 %, and two programs round in different places, block after block."""
+"""Maximal root mean square difference of logits in bf16, relative to their root mean square. bf16 has 8 bits, so one
+rounding is up to 0.4 %, and two programs round in different places, block after block.
+"""
 
 LEVELS = (-6.0, -2.0, 0.0, 2.0, 6.0)
 """Log signal-to-noise ratios of the rows that are compared."""
@@ -53,7 +54,7 @@ SAMPLE_TEXTS = (
     "\u2581a \u2581\u2581 \u00a0 \x00 \x7f",
     "<s></s><pad><unk><mask> [MASK][CLS][SEP][PAD][UNK] <|endoftext|> <|im_start|>user<|im_end|>",
 )
-"""Texts in which tokenizers differ; the names of a tokenizer's own special tokens come on top."""
+"""Texts in which tokenizers differ; the names of a tokenizer's own special tokens are added."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Case:
 
     log_snr: float
     ids: Tensor
-    """[1, L] int64."""
+    """Token ids, [1, L] int64."""
     prompt_length: int
 
 
@@ -71,18 +72,18 @@ class Trainer:
     """The trainer's model, opened."""
 
     logits: Callable[[Case], Tensor]
-    """[1, L, V]."""
+    """Function that returns logits [1, L, V]."""
     head: Tensor
-    """The head's weight, [V or more, hidden]."""
+    """Weight of the head, [V or more, hidden]."""
 
 
 OpenTrainer = Callable[[str], AbstractContextManager[Trainer]]
-"""Opens it to compute in `fp32` or `bf16`."""
+"""Function that opens it to compute in `fp32` or `bf16`."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in one precision."""
+    """Result of the comparison in one precision."""
 
     compute: str
     largest: float
@@ -92,21 +93,21 @@ class Verified:
     scale: float
     """Largest absolute logit."""
     head_was_zero: bool
-    """Whether a drawn head stood in for one that is still zero, under which all logits agree."""
+    """Whether a random head replaced one that is still zero, with which all logits would agree."""
 
     @property
     def is_equal(self) -> bool:
-        """Whether the bound holds."""
+        """Whether the differences are within the bound."""
         if self.compute == "fp32":
             return self.largest <= FP32_BOUND * max(1.0, self.scale)
         return self.relative <= BF16_BOUND
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line for the console."""
         bound = f"at most {FP32_BOUND:g} (times the largest logit above 1)"
         if self.compute == "bf16":
             bound = f"at most {BF16_BOUND:g} relative"
-        head = "; the head is still zero, a drawn one stood in for it" if self.head_was_zero else ""
+        head = "; the head is still zero, a random one replaced it" if self.head_was_zero else ""
         verdict = "equal" if self.is_equal else "NOT EQUAL"
         return (
             f"{self.compute}: {verdict}, largest difference {self.largest:.2e} of logits up to {self.scale:.3g}, "
@@ -115,7 +116,7 @@ class Verified:
 
 
 def noised_cases(mixing: Mixing, *, length: int, knows_prompts: bool, seed: int = 0) -> list[Case]:
-    """A row at each level of `LEVELS`, and one with a clean prompt where the model knows prompts."""
+    """Return a row at each level of `LEVELS`, and one with a clean prompt if the model was trained with prompts."""
     draw = torch.Generator().manual_seed(seed)
 
     def real() -> Tensor:
@@ -135,7 +136,7 @@ def noised_cases(mixing: Mixing, *, length: int, knows_prompts: bool, seed: int 
 
 
 def sample_ids(tokenizer: Tokenizer, *, prepend_bos: bool) -> dict[str, list[int]]:
-    """Return the ids that training gives to sample texts, as prompts are framed; none if Transformers cannot give them.
+    """Return the training ids of sample texts, framed as prompts are; none if Transformers cannot produce them.
 
     Args:
         tokenizer: the trainer's tokenizer.
@@ -148,7 +149,7 @@ def sample_ids(tokenizer: Tokenizer, *, prepend_bos: bool) -> dict[str, list[int
     texts = dict.fromkeys([*SAMPLE_TEXTS, *names, *(f"The {name} cat{name}{name} sat" for name in names)])
     found: dict[str, list[int]] = {}
     for text in texts:
-        with suppress(DataError):  # a text that cannot be in the training data either
+        with suppress(DataError):  # a text that cannot occur in the training data either
             found[text] = [*start, *tokenizer.encode(text)]
     return found
 
@@ -162,7 +163,7 @@ def verify(
         folder: the exported folder.
         open_trainer: opens the trainer's model.
         cases: sequences whose logits are compared.
-        texts: ids that the tokenizer of the folder must give to texts in transformers.
+        texts: expected ids of texts under the folder's tokenizer in transformers.
 
     Raises:
         CheckpointError: the folder does not load, its logits differ by more than the bounds, or ids differ.
@@ -186,7 +187,7 @@ def verify(
 
 
 def require_transformers() -> None:
-    """Say now what would be missing later.
+    """Raise early if the library is missing.
 
     Raises:
         PlatformError: transformers is not installed.
@@ -227,14 +228,14 @@ def _compared(compute: str, asked: _Asked, answers: dict[str, Tensor]) -> Verifi
 
 
 def _few(ids: Sequence[int]) -> str:
-    """Return the ids, or the first of many."""
+    """Return the ids as text, or only the first of many."""
     return f"{list(ids[:12])}" + (" and more" if len(ids) > 12 else "")
 
 
 def _of_the_folder(
     folder: Path, cases: Sequence[Case], heads: dict[str, Tensor | None], texts: list[str]
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """Return `{precision.logits.number: [1, L, V]}` and each text's ids, both from the clean process."""
+    """Return `{precision.logits.number: [1, L, V]}` and each text's ids, both computed in the clean process."""
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch) / "asked.safetensors", Path(scratch) / "answered.safetensors"
         tensors = {f"ids.{number}": case.ids for number, case in enumerate(cases)}
@@ -258,7 +259,7 @@ def _of_the_folder(
 
 
 def _without_network() -> list[str]:
-    """A command that takes the network from what it runs, where this user may; the child shuts its sockets as well."""
+    """Return a command prefix that disables the network, if this user may do so; the child blocks sockets as well."""
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "-n", "true"], capture_output=True).returncode:
         return []

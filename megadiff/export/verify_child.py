@@ -1,7 +1,7 @@
-"""Run by `verify` as a process of its own, isolated from megadiff: a folder's logits of given rows, and ids of texts.
+"""Script that `verify` runs as a separate process, isolated from megadiff: a folder's logits of rows and ids of texts.
 
-Imports the folder's modeling file as a package, as a person who has read it would, instead of letting transformers do
-it with `trust_remote_code`.
+It imports the folder's modeling file as a package, as a person who has read it would, instead of letting transformers
+do it with `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def main(words: str) -> None:
     """Load, compute, write.
 
     Args:
-        words: JSON with `folder`, `asked` (ids, prompt lengths, perhaps heads), `answered`, to be written,
-            `compute`, a list of `fp32` and `bf16`, and `texts`, a file with a JSON list that their ids replace.
+        words: JSON with `folder`, `asked` (ids, prompt lengths, perhaps heads), `answered` (the file to write),
+            `compute`, a list of `fp32` and `bf16`, and `texts`, a file with a JSON list that is replaced by their ids.
     """
     socket.socket.connect = _refuse  # type: ignore[method-assign,assignment]
     given = json.loads(words)

@@ -1,8 +1,8 @@
 """Sharded safetensors files, written and read one tensor at a time.
 
-A safetensors file is eight bytes of header length, a JSON header with each tensor's dtype, shape and place, and the
+A safetensors file is eight bytes of header length, a JSON header with each tensor's dtype, shape and offsets, and the
 tensors' bytes; so a file is written in one pass once the shapes are known (https://github.com/huggingface/safetensors).
-The library itself reads; its writer wants a whole file's tensors in memory.
+The library itself is used for reading; its writer needs all tensors of a file in memory.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Planned:
 
     @property
     def bytes(self) -> int:
-        """Size in a file."""
+        """Size in a file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def rows_at_once(self) -> int:
-        """Leading rows that together take at most a block of memory; at least one."""
+        """Number of leading rows that together take at most a block of memory; at least one."""
         return max(1, _BLOCK_BYTES * self.shape[0] // max(self.bytes, 1))
 
 
 Fetch = Callable[[Planned], Iterable[Tensor]]
-"""A tensor as consecutive blocks of its leading rows, contiguous, of its dtype."""
+"""Function that returns a tensor as consecutive contiguous blocks of its leading rows, in its dtype."""
 
 
 def shards(planned: Sequence[Planned], *, max_bytes: int) -> list[list[Planned]]:
@@ -78,10 +78,13 @@ def write_weights(
     max_bytes: int,
     on_file: Callable[[Path], None] = lambda path: None,
 ) -> dict[str, FileEntry]:
-    """Write all tensors and their index; returns size and hash of every file.
+    """Write all tensors and their index; return size and hash of every file.
 
     Args:
-        fetch: called once a tensor, in order; what it yields is written at once and let go.
+        folder: the folder to write to.
+        planned: the tensors, in order.
+        fetch: called once per tensor, in order; what it yields is written at once and freed.
+        max_bytes: maximal size of a file.
         on_file: called with each finished weight file.
     """
     files = shards(planned, max_bytes=max_bytes)
@@ -129,7 +132,7 @@ def _write_one(file: HashingFile, tensors: Sequence[Planned], fetch: Fetch) -> N
 class WeightFiles:
     """The tensors of a Hugging Face folder, read one at a time; a context that keeps the files open.
 
-    `shapes` are those of every tensor, from the files' headers.
+    `shapes` holds the shape of every tensor, from the files' headers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -137,7 +140,7 @@ class WeightFiles:
 
         Raises:
             CheckpointError: there are none, one is missing or damaged, the index and the files disagree, or a tensor is
-                stored as something else than floats of 16 or 32 bits.
+                stored as something other than floats of 16 or 32 bits.
         """
         self._folder, self._stack = folder, ExitStack()
         self._files: dict[str, Any] = {}
@@ -163,7 +166,7 @@ class WeightFiles:
         self._stack.close()
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return what a tensor is stored in; its data are not read."""
+        """Return the type in which a tensor is stored, without reading its data."""
         return _DTYPES[self._dtypes[name]]
 
     def read(self, name: str) -> Tensor:
@@ -171,7 +174,7 @@ class WeightFiles:
         return self._files[name].get_tensor(name)
 
     def check_layers(self, wanted: int, *, where: str) -> None:
-        """Compare a number of layers with the names of the tensors, before anything is counted by it.
+        """Compare a number of layers with the names of the tensors, before it is used.
 
         Raises:
             CheckpointError: the weights have more or fewer layers.
@@ -204,7 +207,7 @@ class WeightFiles:
 
 
 def _file_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
-    """The weight files, and, from their index, the file of each tensor."""
+    """Return the weight files, and, if there is an index, the file of each tensor."""
     index, whole = plain_file(folder, INDEX), plain_file(folder, WHOLE)
     if index is not None:
         places = _places(index)
@@ -222,7 +225,7 @@ def _file_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
 
 
 def _places(index: Path) -> dict[str, str]:
-    """File of each tensor."""
+    """Return the file of each tensor."""
     try:
         found = read_json_object(index, max_bytes=_MAX_INDEX_BYTES)
         places = found["weight_map"]

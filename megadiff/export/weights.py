@@ -1,8 +1,8 @@
-"""Which tensor of a training checkpoint is which tensor of the released layout, with shapes.
+"""Correspondence of the tensors of a training checkpoint to those of the released layout, with shapes.
 
 A training checkpoint stacks the blocks: `decoder.layers.*` tensors begin with a dimension of L. Queries, keys and
-values are one matrix of [heads, 3, head width] rows. Embedding and head have dead rows at their end. The released
-layout (`dvruette/gidd-*`) has one tensor a block and matrix, and no dead rows.
+values are one matrix of [heads, 3, head width] rows. Embedding and head have padding rows at their end. The released
+layout (`dvruette/gidd-*`) has one tensor per block and matrix, and no padding rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MODULES_WITH_EXTRA_STATE = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""Linear layers for which megatron-core keeps an (empty) object of Transformer Engine's in every checkpoint."""
+"""Linear layers for which megatron-core stores an (empty) object of Transformer Engine in every checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class TrainingTensor:
 
     key: str
     shape: tuple[int, ...]
-    """Without the dimension of the blocks, with dead rows."""
+    """Shape without the dimension of the blocks, padding rows included."""
     released: tuple[str, ...]
-    """Names of the released tensors it is made of: q, k and v, or one."""
+    """Names of the corresponding released tensors: q, k and v, or one."""
     layer: int | None = None
-    """Place in the stacked tensor."""
+    """Index in the stacked tensor."""
     heads: int = 0
-    """With three released tensors: how many heads their rows are dealt out to."""
+    """Number of heads whose rows are interleaved, for three released tensors."""
     rows: int | None = None
-    """Rows that are alive, of a table over the vocabulary."""
+    """Number of rows without padding, for a table over the vocabulary."""
 
     @property
     def offset(self) -> tuple[int, ...]:
-        """Where it begins in the stored tensor."""
+        """Offset of its first element in the stored tensor."""
         inner = (0,) * len(self.shape)
         return inner if self.layer is None else (self.layer, *inner)
 
@@ -51,10 +51,11 @@ class TrainingTensor:
 
 
 def training_tensors(model: ModelConfig, *, vocab_size: int) -> Iterator[TrainingTensor]:
-    """All tensors of a model, in the order of the released layout.
+    """Yield all tensors of a model, in the order of the released layout.
 
     Args:
-        vocab_size: real ids, the mask among them.
+        model: the model's configuration.
+        vocab_size: number of real ids, mask included.
     """
     table = (model.padded_vocab_size(vocab_size), model.hidden)
     yield TrainingTensor("embedding.word_embeddings.weight", table, ("model.embed_tokens.weight",), rows=vocab_size)
@@ -65,7 +66,7 @@ def training_tensors(model: ModelConfig, *, vocab_size: int) -> Iterator[Trainin
 
 
 def released_shapes(model: ModelConfig, *, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the released layout."""
+    """Return the name and shape of every tensor of the released layout."""
     return {
         name: tensor.released_shape
         for tensor in training_tensors(model, vocab_size=vocab_size)

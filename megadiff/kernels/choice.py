@@ -1,4 +1,4 @@
-"""Which implementation of the head a run takes."""
+"""Choice of the implementation of the head for a run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from megadiff.kernels.plain_head import plain_objective
 
 HeadName = Literal["auto", "plain", "chunked", "triton"]
 Head = Callable[..., HeadLoss]
-"""(hidden, weight, tokens, formula, *, shard) -> the answer; see `fused_head.fused_objective`."""
+"""Function (hidden, weight, tokens, formula, *, shard) -> `HeadLoss`; see `fused_head.fused_objective`."""
 
 
 def choose_head(wanted: HeadName, *, is_cpu: bool) -> tuple[str, Head]:
-    """The implementation's description, for the log, and the implementation.
+    """Return the implementation's description, for the log, and the implementation.
 
     Args:
-        wanted: auto takes triton on GPUs where it is installed, else chunked.
-        is_cpu: whether ranks run on the CPU, where Triton has no compiler.
+        wanted: auto takes triton on GPUs if it is installed, else chunked.
+        is_cpu: whether ranks run on the CPU, for which Triton has no compiler.
 
     Raises:
-        ConfigError: triton was asked for and cannot run here.
+        ConfigError: triton was requested and cannot run here.
     """
     problem = _what_keeps_triton_away(is_cpu=is_cpu)
     if wanted == "triton" and problem is not None:

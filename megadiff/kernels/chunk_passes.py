@@ -1,13 +1,14 @@
-"""The passes over a chunk of logits: what each must return, and how plain torch does it.
+"""The passes over a chunk of logits: the results that each must return, and their implementation in plain torch.
 
-A chunk's tokens meet its logits [n, V / tp] three times, since each pass needs sums over the whole vocabulary of the
-one before. With l_v this rank's logits, top their maximum, and x and z a token's clean and noised id:
+A chunk's tokens are combined with its logits [n, V / tp] three times, since each pass needs sums over the whole
+vocabulary from the previous one. With l_v this rank's logits, top their maximum, and x and z a token's clean and noised
+id:
 
     sums       top, sum over v != x of e^(l_v - top), and the logits at x and z
     shares     with y_v = scale e^(l_v - top), over v != x: T = sum log(1 + y_v) and A = sum y_v / (1 + y_v)
     gradient   g_v = y_v (slope + log1p_slope / (1 + y_v)), then `at_noised` added at z and `at_clean` put at x
 
-Columns of the mask and of padding take no part and get no gradient. Passes may overwrite the logits.
+Columns of the mask and of padding are excluded and get no gradient. Passes may overwrite the logits.
 """
 
 from __future__ import annotations
@@ -21,53 +22,53 @@ from torch import Tensor
 from megadiff.kernels.vocab_shard import VocabShard
 
 _CACHE_ELEMENTS = 2**17
-"""On the CPU rows are taken so many elements at a time that a pass's operations find them in the second-level cache."""
+"""Number of elements per block on the CPU, so that a pass's operations find them in the second-level cache."""
 
 
 class RowSums(NamedTuple):
-    """What the first pass finds on this rank, each [n] in the dtype of computation."""
+    """Results of the first pass on this rank, each [n] in the dtype of computation."""
 
     top: Tensor
-    """The largest logit; the smallest finite number where no column is real."""
+    """Largest logit; the smallest finite number if no column is real."""
     other: Tensor
     """Sum over real v != x of e^(l_v - top)."""
     at_clean: Tensor
-    """Logit of x; 0 where x is not on this rank."""
+    """Logit of x; 0 if x is not on this rank."""
     at_noised: Tensor
-    """Logit of z; 0 where z is not on this rank, or is the mask."""
+    """Logit of z; 0 if z is not on this rank, or is the mask."""
 
 
 class ChunkPasses(Protocol):
-    """The passes over one chunk, in this order; `shares` is left out under masked noise."""
+    """The passes over one chunk, in this order; `shares` is skipped for masked noise."""
 
     def sums(self) -> RowSums:
-        """First pass."""
+        """Run the first pass."""
         ...
 
     def shares(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, A) for scale [n]."""
+        """Return (T, A) for scale [n]."""
         ...
 
     def gradient(
         self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, at_clean: Tensor, at_noised: Tensor
     ) -> Tensor:
-        """The gradient [n, V / tp] in the logits' dtype; all arguments [n]; `log1p_slope` None stands for 0."""
+        """Return the gradient [n, V / tp] in the logits' dtype; all arguments [n]; `log1p_slope` None means 0."""
         ...
 
 
 class MakePasses(Protocol):
-    """What makes the passes over a chunk."""
+    """Factory of the passes over a chunk."""
 
     def __call__(self, logits: Tensor, clean: Tensor, noised: Tensor, shard: VocabShard) -> ChunkPasses:
-        """Logits [n, V / tp] and ids [n] of the chunk, and which columns they are."""
+        """Return the passes for logits [n, V / tp] and ids [n] of the chunk, and this rank's columns."""
         ...
 
 
 class TorchPasses:
-    """In plain torch, on any device; low-precision logits are computed on in a float32 copy.
+    """Passes in plain torch, on any device; low-precision logits are processed as a float32 copy.
 
-    The logits are overwritten: by e^(l - top) in the first pass, by y in the second, by the gradient in the third. At
-    x, the mask and padding stand zeros, so sums need no exceptions.
+    The logits are overwritten: by e^(l - top) in the first pass, by y in the second, by the gradient in the third.
+    Entries of x, the mask and padding are zero, so sums need no special case.
     """
 
     def __init__(self, logits: Tensor, clean: Tensor, noised: Tensor, shard: VocabShard) -> None:
@@ -77,7 +78,7 @@ class TorchPasses:
         self._clean, self._noised = shard.place(clean), shard.place(noised)
 
     def sums(self) -> RowSums:
-        """See the module's text."""
+        """Run the first pass; see the module's docstring."""
         found = RowSums(*(self._values.new_empty(len(self._values)) for _ in RowSums._fields))
         for rows in self._blocks():
             values = self._values[rows]
@@ -94,7 +95,7 @@ class TorchPasses:
         return found
 
     def shares(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """See the module's text."""
+        """Run the second pass; see the module's docstring."""
         log1p_sum, share_sum = torch.empty_like(scale), torch.empty_like(scale)
         for rows in self._blocks():
             values = self._values[rows]
@@ -108,7 +109,7 @@ class TorchPasses:
     def gradient(
         self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, at_clean: Tensor, at_noised: Tensor
     ) -> Tensor:
-        """See the module's text."""
+        """Run the third pass; see the module's docstring."""
         for rows in self._blocks():
             values = self._values[rows]
             if log1p_slope is None:
@@ -134,6 +135,6 @@ class TorchPasses:
 
     @staticmethod
     def _put(values: Tensor, place: tuple[Tensor, Tensor], rows: slice, new: Tensor) -> None:
-        """Set one entry of each row, where it is here, without asking the host which rows those are."""
+        """Write one local entry per row without a device-to-host sync."""
         column, here = place[0][rows], place[1][rows]
         values.scatter_(-1, column, torch.where(here, new.unsqueeze(-1), values.gather(-1, column)))

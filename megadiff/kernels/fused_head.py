@@ -1,4 +1,4 @@
-"""The output head and the objective in one pass over chunks of tokens: logits live for a chunk and are made once.
+"""The output head and the objective in one pass over chunks of tokens: logits exist for one chunk, and are made once.
 
 For each chunk of n tokens, with H its hidden states and W this rank's columns of the head
 
@@ -6,11 +6,11 @@ For each chunk of n tokens, with H its hidden states and W this rank's columns o
     three passes over them (`chunk_passes`): sums over the vocabulary, the gradient in their place
     dH = g W,  dW += g^T H                                     4 n d V flops
 
-so the whole costs 6 d V flops a token and what three passes over a chunk cost; nothing but the two gradients is kept
-for the backward pass, which multiplies them by the scalar that comes in. Only tokens that can have a loss are computed:
-under masked noise masks alone.
+so the total cost is 6 d V flops per token plus three passes over a chunk; only the two gradients are kept for the
+backward pass, which multiplies them by the incoming scalar. Only tokens that can have a loss are computed: under masked
+noise, only masks.
 
-Where the vocabulary is cut over ranks, a chunk needs three small all-reduces:
+If the vocabulary is sharded over ranks, a chunk needs three small all-reduces:
 
     MAX   the row's maximum                                            4 bytes a token
     SUM   sum over real v != x of e_v, and the logits at x, z          12 bytes
@@ -53,25 +53,25 @@ def fused_objective(
     passes: MakePasses = TorchPasses,
     chunk_tokens: int | None = None,
 ) -> HeadLoss:
-    """`gidd_objective` of the logits hidden @ weight^T, which are never whole.
+    """Compute `gidd_objective` of the logits hidden @ weight^T, which are never complete in memory.
 
     Args:
         hidden: [..., d], axes as those of `tokens`; the same on every rank of the group. Its gradient is this rank's
             part: the caller adds the parts up, as for any column-parallel layer.
-        weight: [V / tp, d], this rank's columns of the head, in the dtype of `hidden`. Where it has a `main_grad` (as
-            megatron-core's data-parallel wrapper gives it) its gradient is added to that in float32.
+        weight: [V / tp, d], this rank's columns of the head, in the dtype of `hidden`. If it has a `main_grad` (from
+            megatron-core's data-parallel wrapper), its gradient is added to that in float32.
         tokens: the ids and levels, and which of them count.
         formula: the objective.
-        shard: which columns `weight` holds; None for all of them.
-        passes: how a chunk's passes are done.
-        chunk_tokens: tokens worked on at a time; memory grows with this. None: what suits the device.
+        shard: the columns that `weight` holds; None for all of them.
+        passes: implementation of a chunk's passes.
+        chunk_tokens: number of tokens per chunk, with which memory grows; None chooses it for the device.
 
     Returns:
         Loss and terms in float32 (float64 for float64 states), the same on every rank.
 
     Raises:
-        ValueError: shapes that do not agree, a chunk below 1, no such weighting.
-        ConfigError: dynamic weights where the noise has none.
+        ValueError: shapes do not agree, a chunk is below 1, or there is no such weighting.
+        ConfigError: dynamic weights are requested and the noise has none.
     """
     tokens.check(hidden)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -91,7 +91,7 @@ def fused_objective(
 @dataclass(frozen=True)
 class _Job:
     tokens: HeadTokens
-    """Flat, of the tokens computed alone, levels in the dtype of computation."""
+    """Only the computed tokens, flat; levels in the dtype of computation."""
     formula: Formula
     shard: VocabShard
     passes: MakePasses
@@ -99,7 +99,7 @@ class _Job:
     is_training: bool
 
     def chunks(self) -> list[slice]:
-        """As few as memory allows, and of about one size: each costs a reading and a writing of dW, however short."""
+        """Return as few chunks as memory allows, of about equal size: each reads and writes dW once, however short."""
         count = self.tokens.log_snr.numel()
         even = -(-count // max(1, -(-count // self.chunk_tokens)))
         size = max(1, min(self.chunk_tokens, -(-even // chunk_size.ROWS) * chunk_size.ROWS))
@@ -112,11 +112,11 @@ def _chunk_tokens(weight: Tensor) -> int:
 
 
 class _FusedHead(torch.autograd.Function):
-    """(hidden [T, d], weight) -> (loss, terms of the n tokens computed); the gradients are made going forward."""
+    """Function (hidden [T, d], weight) -> (loss, terms of the n computed tokens); forward also makes the gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, ...]:
-        """Chunk by chunk."""
+        """Compute loss, terms and gradients chunk by chunk."""
         gradients = _Gradients(hidden, weight, job.tokens) if job.is_training else None
         parts = [_chunk(hidden, weight, job, part, gradients) for part in job.chunks()]
         nothing = job.tokens.log_snr.new_zeros(1 + len(Terms._fields), 0)
@@ -128,10 +128,10 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Scale what was made."""
+        """Scale the gradients made in the forward pass."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("a fused head's gradients can be asked for once")
+            raise RuntimeError("a fused head's gradients can be computed only once")
         return gradients.hidden.mul_(loss_grad), gradients.of_weight(ctx.weight, loss_grad), None
 
 
@@ -145,7 +145,7 @@ class _Gradients:
         self._is_empty = True
 
     def add(self, logits_grad: Tensor, states: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
-        """A chunk's part: dH = g W, dW += g^T H."""
+        """Add a chunk's part: dH = g W, dW += g^T H."""
         if isinstance(rows, slice):
             torch.mm(logits_grad, weight, out=self.hidden[rows])
         else:
@@ -154,19 +154,19 @@ class _Gradients:
         self._is_empty = False
 
     def of_weight(self, weight: Tensor, factor: Tensor) -> Tensor:
-        """The weight's gradient times `factor`, or a stand-in where it went into the weight's `main_grad`."""
+        """Return the weight's gradient times `factor`, or a placeholder if it was added to the weight's `main_grad`."""
         if self._is_empty:
             self._weight.zero_()
         main_grad = getattr(weight, "main_grad", None)
         if main_grad is None:
             return self._weight.mul_(factor).to(weight.dtype)
         main_grad.addcmul_(self._weight, factor)
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  what the data-parallel hook asks
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  read by the data-parallel hook
         return torch.empty_like(weight)
 
 
 def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _Gradients | None) -> Tensor:
-    """Loss and terms of a chunk's tokens, [1 + 5, n]; their gradients go into `gradients`."""
+    """Return loss and terms of a chunk's tokens, [1 + 5, n]; their gradients are added to `gradients`."""
     tokens, shard, is_masked = job.tokens, job.shard, job.formula.mixing.is_masked_limit
     rows = tokens.rows(part)
     states = hidden[rows]
@@ -186,10 +186,10 @@ def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _G
 
 
 class _Sums(NamedTuple):
-    """A chunk's sums over the whole vocabulary, each [n]; logits are relative to the whole row's maximum."""
+    """Sums of a chunk over the whole vocabulary, each [n]; logits are relative to the whole row's maximum."""
 
     shift: Tensor
-    """e^(this rank's maximum - the whole row's)."""
+    """Factor e^(this rank's maximum - the whole row's)."""
     other: Tensor
     at_clean: Tensor
     at_noised: Tensor
@@ -200,12 +200,12 @@ class _Sums(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """Z, the sum over all real tokens."""
+        """Sum Z over all real tokens."""
         return self.other + self.e_clean
 
 
 def _whole(own: RowSums, clean: Tensor, noised: Tensor, shard: VocabShard, dtype: torch.dtype) -> _Sums:
-    """Put this rank's sums and the others' together, in two collectives."""
+    """Combine this rank's sums with the others', in two collectives."""
     own = RowSums(*(value.to(dtype) for value in own))
     (top,) = shard.reduce(own.top, op=torch.distributed.ReduceOp.MAX)
     shift = torch.exp(own.top - top)
@@ -217,7 +217,7 @@ def _whole(own: RowSums, clean: Tensor, noised: Tensor, shard: VocabShard, dtype
 def _terms(
     found: _Sums, log1p_sum: Tensor | None, tokens: HeadTokens, job: _Job
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
-    """Loss and terms [1 + 5, n], and d loss / d (log odds, log p_z, T)."""
+    """Return loss and terms [1 + 5, n], and d loss / d (log odds, log p_z, T)."""
     formula = job.formula
     log_odds = torch.log(found.other.clamp(min=torch.finfo(found.other.dtype).tiny)) - found.at_clean
     log_p_noised = found.at_noised - found.at_clean - log1p_exp(log_odds)
@@ -249,7 +249,7 @@ def _gradient_arguments(
     is_kept: Tensor,
     rho: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """What the last pass needs, from the loss's slopes in its sums (g_odds, g_z, g_T).
+    """Return the arguments of the last pass, from the loss's slopes in its sums (g_odds, g_z, g_T).
 
     With G = (g_z + g_T A) / Z, e_v = e^(l_v - top) and s_v = y_v / (1 + y_v), d loss / d l_v is, for real v,
 
@@ -261,5 +261,5 @@ def _gradient_arguments(
     through_total = (g_z if g_t is None or share_sum is None else g_z + g_t * share_sum) / total
     slope = g_odds / found.other.clamp(min=torch.finfo(total.dtype).tiny) - through_total
     if rho is not None:
-        slope = slope * (total / rho)  # of y rather than of e
+        slope = slope * (total / rho)  # slope in y rather than in e
     return slope, g_t, g_z * is_kept - g_odds - through_total * e_clean, g_z

@@ -1,4 +1,4 @@
-"""What an output head is asked of its tokens, and what it answers."""
+"""Inputs and outputs of an output head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megadiff.diffusion.snr import LINEAR, Rate
 
 @dataclass(frozen=True)
 class Formula:
-    """Which objective: the settings of `diffusion.objective.gidd_objective`."""
+    """The objective: settings of `diffusion.objective.gidd_objective`."""
 
     mixing: Mixing
     rate: Rate = LINEAR
@@ -25,27 +25,28 @@ class Formula:
 
 
 class HeadLoss(NamedTuple):
-    """A head's answer."""
+    """Output of a head."""
 
     loss: Tensor
-    """Sum of the optimised term over the tokens computed, a scalar; it alone carries a gradient."""
+    """Sum of the optimised term over the computed tokens, a scalar; only this has a gradient."""
     terms: Terms
-    """Of every token, detached; 0 in every field where nothing was computed."""
+    """Terms of every token, detached; 0 in every field for tokens that were not computed."""
 
 
 @dataclass(frozen=True)
 class HeadTokens:
-    """Tokens in the order of the hidden states they go with."""
+    """Tokens in the order of their hidden states."""
 
     clean: Tensor
-    """[...] int64 ids x."""
+    """Clean ids x, [...] int64."""
     noised: Tensor
-    """[...] int64 ids z."""
+    """Noised ids z, [...] int64."""
     log_snr: Tensor
-    """[...] lambda."""
+    """Log-SNR lambda, [...]."""
     computed: Tensor | None = None
-    """[n] int64, places in the flattened axes of the tokens that are computed; None for all of them. The same on every
-    rank that shares the vocabulary."""
+    """Places of the computed tokens in the flattened axes, [n] int64; None for all of them. The same on every rank that
+    shares the vocabulary.
+    """
 
     def check(self, hidden: Tensor) -> None:
         """Refuse shapes that do not agree.
@@ -58,32 +59,32 @@ class HeadTokens:
             raise ValueError(f"hidden must have shape {(*self.clean.shape, '*')}, got {tuple(hidden.shape)}")
 
     def selected(self, dtype: torch.dtype) -> HeadTokens:
-        """The tokens computed alone, [n]; levels in `dtype`, `computed` kept."""
+        """Return only the computed tokens, [n]; levels in `dtype`, `computed` kept."""
         flat = (self.clean.reshape(-1), self.noised.reshape(-1), self.log_snr.reshape(-1).to(dtype))
         if self.computed is not None:
             flat = tuple(field[self.computed] for field in flat)
         return HeadTokens(*flat, computed=self.computed)
 
     def part(self, part: slice) -> HeadTokens:
-        """A stretch of selected tokens."""
+        """Return a slice of selected tokens."""
         return replace(self, clean=self.clean[part], noised=self.noised[part], log_snr=self.log_snr[part])
 
     def rows(self, part: slice) -> slice | Tensor:
-        """Where a stretch of selected tokens stands among all of them."""
+        """Return the places of a slice of selected tokens among all tokens."""
         return part if self.computed is None else self.computed[part]
 
     def scattered(self, values: Tensor) -> Tensor:
-        """Values [n] of the tokens computed in the places of all of them, [...], with 0 elsewhere."""
+        """Return values [n] of the computed tokens in the places of all tokens, [...], with 0 elsewhere."""
         if self.computed is not None:
             values = values.new_zeros(self.clean.numel()).index_copy(0, self.computed, values)
         return values.reshape(self.clean.shape)
 
 
 def worth_computing(noised: Tensor, is_noisy: Tensor, mixing: Mixing) -> Tensor | None:
-    """Places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
+    """Return the places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
 
-    Only noisy tokens do, and under masked noise only masks: any other has weight 0. To be asked of tensors on the CPU,
-    since their number has to be known to the host.
+    Only noisy tokens do, and under masked noise only masks: any other has weight 0. Call this with tensors on the CPU,
+    since the host has to know their number.
     """
     if mixing.is_masked_limit:
         is_noisy = is_noisy & (noised == mixing.mask_id)

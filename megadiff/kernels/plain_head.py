@@ -1,4 +1,4 @@
-"""The plain twin of `fused_head`: whole logits, whole rows, the reference objective. What the fast ones are held to."""
+"""Simple reference for `fused_head`: complete logits, complete rows, the reference objective."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megadiff.kernels.vocab_shard import VocabShard
 def plain_objective(
     hidden: Tensor, weight: Tensor, tokens: HeadTokens, formula: Formula, *, shard: VocabShard | None = None
 ) -> HeadLoss:
-    """As `fused_head.fused_objective`, argument by argument; every rank of the group makes all the logits' columns.
+    """Compute the same as `fused_head.fused_objective`; every rank of the group makes all the logits' columns.
 
-    About six arrays of [tokens, V] are alive at once.
+    About six arrays of [tokens, V] exist at once.
     """
     tokens.check(hidden)
     shard = shard or VocabShard.of(weight, formula.mixing)
@@ -41,7 +41,7 @@ def plain_objective(
 
 
 class _Gathered(torch.autograd.Function):
-    """Every rank's columns side by side; backward each rank keeps its own, since all compute the same loss."""
+    """All ranks' columns side by side; the backward pass keeps this rank's own, since all compute the same loss."""
 
     @staticmethod
     def forward(ctx: Any, columns: Tensor, shard: VocabShard) -> Tensor:

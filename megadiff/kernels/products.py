@@ -1,4 +1,4 @@
-"""Matrix products that add up in float32 whatever their factors' dtype."""
+"""Matrix products accumulated in float32, whatever the factors' dtype."""
 
 from __future__ import annotations
 

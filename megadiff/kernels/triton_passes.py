@@ -1,17 +1,17 @@
-"""The passes over a chunk of logits as three Triton kernels that read the logits where the product left them.
+"""The passes over a chunk of logits as three Triton kernels that work on the logits in place.
 
-One program to a row, which it walks in steps of `TILES` tiles of `TILE` columns. A pass is to be bound by memory: of
-a logit of two bytes the first two passes read 2 bytes and the last reads and writes 4, so on a GPU of 3.35 TB/s (H100)
-a logit takes 0.6, 0.6 and 1.2 ps, the time in which its multiprocessors issue 18 instructions for every 2 bytes. Hence
+Each row has one program, which processes it in steps of `TILES` tiles of `TILE` columns. A pass should be bound by
+memory: of a two-byte logit the first two passes read 2 bytes and the last reads and writes 4, so on a GPU of 3.35 TB/s
+(H100) a logit takes 0.6, 0.6 and 1.2 ps, in which its multiprocessors issue 18 instructions for every 2 bytes. Hence
 
-- all tiles of a step are loaded before the first is used: 4 loads of 16 bytes a thread are in flight;
-- one rescaling of the running sum a step, and one logarithm and one reciprocal for the four columns at one place of the
-  tiles, which one thread holds (`_joined`): special functions come at an eighth of the rate;
-- 4 warps a program: 8 neighbouring columns of two bytes for each of 128 threads make a tile. A chunk has thousands of
-  rows, so programs that wait for memory are hidden behind others on the same multiprocessor.
+- all tiles of a step are loaded before the first is used: 4 loads of 16 bytes per thread are in flight;
+- there is one rescaling of the running sum per step, and one logarithm and one reciprocal for the four columns at one
+  place of the tiles, which one thread holds (`_joined`): special functions run at an eighth of the rate;
+- a program has 4 warps: 8 neighbouring two-byte columns for each of 128 threads make a tile. A chunk has thousands of
+  rows, so other programs on the same multiprocessor hide the memory latency.
 
-Sums are kept in float32, one to a lane, and added up at the row's end. Logits stay as they are until the last pass
-puts the gradient in their place. Nothing depends on the number of rows, so chunks of any length run the same compiled
+Sums are kept in float32, one per lane, and added up at the row's end. Logits stay unchanged until the last pass
+replaces them by the gradient. Nothing depends on the number of rows, so chunks of any length run the same compiled
 kernels.
 """
 
@@ -34,13 +34,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _LARGEST_Y = tl.constexpr(2.0**31)
-"""y is held to this in T, whose four factors then stay below 2^128. T enters the loss as c T, of which at most 2.2e-8
-alpha (1 - p_x) is lost for rho up to 1e30: each y beyond takes at least 2^31 of the row's sum, rho (1 - p_x)."""
+"""Upper bound on y in T, with which the product of four factors stays below 2^128. T enters the loss as c T, of which
+at most 2.2e-8 alpha (1 - p_x) is lost for rho up to 1e30: each y beyond takes at least 2^31 of the row's sum,
+rho (1 - p_x).
+"""
 _NOT_SPECIALISED = ["start", "real", "mask_column"]
 
 
 class TritonPasses:
-    """In Triton, on the logits' device; they are replaced by the gradient in the last pass and not before.
+    """Passes in Triton, on the logits' device; the last pass replaces the logits by the gradient.
 
     Raises:
         ValueError: float64 logits (nothing here is computed beyond float32), or rows that are not contiguous.
@@ -59,13 +61,13 @@ class TritonPasses:
         self._top = self._per_row()
 
     def sums(self) -> RowSums:
-        """See `chunk_passes`."""
+        """Run the first pass; see `chunk_passes`."""
         other, at_clean, at_noised = self._per_row(), self._per_row(), self._per_row()
         self._run(_sums, *self._ids, self._top, other, at_clean, at_noised)
         return RowSums(self._top, other, at_clean, at_noised)
 
     def shares(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """See `chunk_passes`."""
+        """Run the second pass; see `chunk_passes`."""
         log1p_sum, share_sum = self._per_row(), self._per_row()
         self._run(_shares, self._ids[0], self._top, scale.contiguous(), log1p_sum, share_sum)
         return log1p_sum, share_sum
@@ -73,7 +75,7 @@ class TritonPasses:
     def gradient(
         self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, at_clean: Tensor, at_noised: Tensor
     ) -> Tensor:
-        """See `chunk_passes`."""
+        """Run the third pass; see `chunk_passes`."""
         has_log1p = log1p_slope is not None
         factors = (scale, slope, log1p_slope) if has_log1p else (scale * slope, slope, slope)
         values = (value.contiguous() for value in (*factors, at_clean, at_noised))
@@ -91,7 +93,7 @@ class TritonPasses:
 
 @triton.jit
 def _column_of(ids, row, start, real, mask_column):
-    """Where a row's id stands among this rank's columns; -1 where it does not, or is the mask."""
+    """Return the local column of a row's id; -1 if it is on another rank, or is the mask."""
     column = tl.load(ids + row) - start
     return tl.where((column >= 0) & (column < real) & (column != mask_column), column, -1)
 
@@ -103,16 +105,16 @@ def _is_in_step(column, first, STEP: tl.constexpr):
 
 @triton.jit
 def _exp(x):
-    """e^x as a power of 2, which is one instruction where `tl.exp` guards subnormal results with three more."""
+    """Compute e^x as a power of 2: one instruction, while `tl.exp` guards subnormal results with three more."""
     return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
 def _load(line, columns, first, width, real, clean, mask_column, STEP: tl.constexpr):
-    """Logits of a step in float32, -inf where a column takes no part.
+    """Load the logits of a step in float32, -inf for excluded columns.
 
-    Only the buffer's width, a multiple of 16 as a rule, guards the loads: they stay of 16 bytes. Few steps hold a
-    column to leave out, so the comparisons are behind a branch that all of a program's threads take together.
+    Loads are masked by the buffer width alone, usually a multiple of 16, so they remain 16-byte vector loads. Few steps
+    hold an excluded column, so the comparisons are behind a branch that all of a program's threads take together.
     """
     values = tl.load(line + columns, mask=columns < width, other=0.0).to(tl.float32)
     if (first + STEP > real) | _is_in_step(clean, first, STEP) | _is_in_step(mask_column, first, STEP):
@@ -138,7 +140,7 @@ def _sums(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """top over all real columns, and the sum of e^(l - top) over those that are not x: one read, every lane its own."""
+    """Compute top over all real columns, and the sum of e^(l - top) over those except x, in one read, lane by lane."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     clean = _column_of(clean_ids, row, start, real, mask_column)
@@ -165,9 +167,9 @@ def _sums(
 
 @triton.jit
 def _joined(w0, n0, w1, n1):
-    """Two groups of columns as one: a group's product of 1 + y is 1 + w, and the sum of its y / (1 + y) is n / (1 + w).
+    """Join two groups of columns; a group's product of 1 + y is 1 + w, and the sum of its y / (1 + y) is n / (1 + w).
 
-    Nothing is subtracted, so many y of 1e-9 lose no digits.
+    Without subtractions, sums of many y of 1e-9 lose no digits.
     """
     return w0 + (w1 + w0 * w1), n0 + (n1 + (n0 * w1 + n1 * w0))
 
@@ -188,7 +190,7 @@ def _shares(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Sums over v != x of log(1 + y) and y / (1 + y); a thread's columns at one place of the four tiles go together."""
+    """Sum log(1 + y) and y / (1 + y) over v != x; a thread joins its columns at one place of the four tiles."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     clean = _column_of(clean_ids, row, start, real, mask_column)
@@ -208,7 +210,7 @@ def _shares(
         w, n = _joined(w01, n01, w23, n23)
         factor = 1.0 + w
         reciprocal = 1.0 / factor
-        # what 1 + w rounded away is added to first order
+        # the rounding error of 1 + w is corrected to first order
         log1p_sum += tl.log(factor) + (w - (factor - 1.0)) * reciprocal
         share_sum += n * reciprocal
 
@@ -236,7 +238,7 @@ def _gradient(
     TILE: tl.constexpr,
     HAS_LOG1P: tl.constexpr,
 ):
-    """y (slope + log1p_slope / (1 + y)) in place, in the buffer's dtype; `scale` holds the slope without HAS_LOG1P."""
+    """Write y (slope + log1p_slope / (1 + y)) in place, in the buffer dtype; `scale` has the slope unless HAS_LOG1P."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     clean = _column_of(clean_ids, row, start, real, mask_column)

@@ -1,4 +1,4 @@
-"""The columns of the vocabulary that this rank holds, and how per-token sums over all columns are put together."""
+"""The columns of the vocabulary that this rank holds, and reductions of per-token sums over all columns."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from megadiff.diffusion.mixing_base import Mixing
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Columns [start, start + width) of a vocabulary whose first `vocab_size` ids are real, the mask among them."""
+    """Columns [start, start + width) of a vocabulary whose first `vocab_size` ids are real, mask included."""
 
     start: int
     """Global id of the first column."""
     width: int
-    """Columns here; those from the vocabulary's end on are padding."""
+    """Number of columns here; those from the vocabulary's end on are padding."""
     vocab_size: int
     mask_id: int
     group: torch.distributed.ProcessGroup | None = None
-    """The ranks that share the vocabulary; None where this rank holds all of it."""
+    """The ranks that share the vocabulary; None if this rank holds all of it."""
 
     @classmethod
     def of(
         cls, weight: Tensor, mixing: Mixing, *, start: int = 0, group: torch.distributed.ProcessGroup | None = None
     ) -> VocabShard:
-        """The shard of a head weight [V / tp, d]; a group of one communicates nothing."""
+        """Return the shard of a head weight [V / tp, d]; a group of one rank communicates nothing."""
         if group is not None and torch.distributed.get_world_size(group) == 1:
             group = None
         return cls(start, weight.shape[0], mixing.vocab_size, mixing.mask_id, group)
 
     @property
     def real_columns(self) -> int:
-        """How many columns here are vocabulary rather than padding."""
+        """Number of columns here that are vocabulary rather than padding."""
         return max(0, min(self.width, self.vocab_size - self.start))
 
     @property
     def mask_column(self) -> int | None:
-        """Where the mask stands here, if it does."""
+        """Local column of the mask; None if another rank holds it."""
         column = self.mask_id - self.start
         return column if 0 <= column < self.real_columns else None
 
     def place(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(column [n, 1], here [n, 1]): where each id of [n] stands on this rank, and whether it does and is no mask.
+        """Return (column [n, 1], here [n, 1]): each id's local column, and whether it is here and not the mask.
 
-        A column is in range even where the id is not here.
+        A column is in range even if the id is not here.
         """
         column = (ids - self.start).unsqueeze(-1)
         here = (column >= 0) & (column < self.real_columns) & (ids != self.mask_id).unsqueeze(-1)

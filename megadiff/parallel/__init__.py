@@ -1,1 +1,1 @@
-"""Many devices: topology, the objective on vocabulary shards, the pipeline step."""
+"""Training on many devices: process groups (`topology`), the objective on vocabulary shards, and the pipeline step."""

@@ -1,4 +1,4 @@
-"""The model of any layout as one function: one rank asks, every rank computes, and that rank gets whole logits.
+"""A sharded model run as a function: a driver rank broadcasts ids, all ranks run forward, the driver gets the logits.
 
 Axes: B rows, L positions, V vocabulary.
 """
@@ -18,13 +18,16 @@ _ASKED, _DONE = 0, 1
 
 
 class AskedModel:
-    """What a sampler needs of a model that is spread over ranks; gradients are not touched.
+    """A model spread over ranks, as a function that a sampler can call; gradients are not affected.
 
-    Only ids travel: a step's logits, a gigabyte for a large vocabulary, stay with the rank that asked for them. Every
-    replica computes the same; the asking rank is of the first one.
+    Only ids travel: a step's logits, a gigabyte for a large vocabulary, stay on the rank that requested them. Every
+    replica computes the same; the driver rank belongs to the first one.
 
     Args:
         chunks: this rank's model chunks, as they are trained.
+        topology: the process groups.
+        device: this rank's device.
+        shape: [B, L] of the ids; sequence parallelism must divide L, as it does for a training row.
         vocab_size: V; columns of the padded vocabulary beyond it are dropped.
     """
 
@@ -37,18 +40,18 @@ class AskedModel:
         shape: tuple[int, int],
         vocab_size: int,
     ) -> None:
-        """Takes the shape [B, L] that will be asked about; sequence parallelism must divide L, so a training row's."""
+        """Choose the driver rank: the first tensor rank of the last stage of the first replica."""
         self._chunks, self._topology, self._device = chunks, topology, device
         self._shape, self._vocab_size = shape, vocab_size
         self._asks = topology.is_last_stage and topology.tensor_rank == 0 and topology.data_rank == 0
 
     def run(self, work: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
-        """Let one rank do `work`, which asks for logits as often as it likes; its result on every rank.
+        """Run `work` on one rank, which may compute logits any number of times; return its result on every rank.
 
         Collective over the world.
 
         Args:
-            work: from a function, ids [B, L] int64 to logits [B, L, V] on the device, to ids [B, L].
+            work: maps a function, ids [B, L] int64 to logits [B, L, V] on the device, to ids [B, L].
 
         Returns:
             [B, L] int64, on the host.
@@ -68,7 +71,7 @@ class AskedModel:
             self._logits(ids)
 
     def _passed_on(self, what: int | None, ids: Tensor | None, asker: int) -> tuple[int, Tensor]:
-        """The asking rank's word and ids, on every rank."""
+        """Broadcast the driver's command and ids to every rank."""
         message = torch.zeros(1 + self._shape[0] * self._shape[1], dtype=torch.int64)
         if what is not None and ids is not None:
             message[0], message[1:] = what, ids.flatten()
@@ -77,9 +80,9 @@ class AskedModel:
 
     @torch.no_grad()
     def _logits(self, ids: Tensor) -> Tensor:
-        """Whole logits [B, L, V] on the last stage of every replica; nothing of use elsewhere."""
+        """Return complete logits [B, L, V] on the last stage of every replica; a placeholder elsewhere."""
         layout = self._topology.layout
-        # The interleaved schedule wants a multiple of the stages: the same rows again.
+        # The interleaved schedule needs a multiple of the stages, so the same rows are repeated.
         copies = layout.pipeline if layout.virtual_pipeline > 1 else 1
         nothing = torch.zeros((), device=self._device)
         found = run_microbatches(
@@ -94,7 +97,7 @@ class AskedModel:
         return found[0] if found else nothing
 
     def _gathered(self, logits: Tensor) -> Tensor:
-        """This rank's shard [L, B, padded V / tensor ranks] and the others' beside it, [B, L, V]."""
+        """Gather the shards [L, B, padded V / tensor ranks] of all tensor ranks, [B, L, V]."""
         parts = [logits]
         if self._topology.layout.tensor > 1:
             parts = [torch.empty_like(logits) for _ in range(self._topology.layout.tensor)]

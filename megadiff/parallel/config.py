@@ -1,4 +1,4 @@
-"""How a run is cut over ranks."""
+"""Configuration of a run's layout over ranks."""
 
 from __future__ import annotations
 
@@ -12,36 +12,40 @@ from megadiff.errors import ConfigError
 
 
 class ParallelConfig(Section):
-    """`parallel:` the layout. Data parallelism is what is left: ranks / (tensor x pipeline)."""
+    """Section `parallel:` the layout. The data-parallel size is ranks / (tensor x pipeline)."""
 
     tensor: int = Field(default=1, ge=1)
-    """Ranks that share every matrix (tensor parallelism)."""
+    """Number of ranks that share every matrix (tensor parallelism)."""
     pipeline: int = Field(default=1, ge=1)
-    """Stages the layers are cut into (pipeline parallelism)."""
+    """Number of stages that the layers are divided into (pipeline parallelism)."""
     virtual_pipeline: int = Field(default=1, ge=1)
-    """Model chunks per stage, interleaved; 1 is the plain one-forward-one-backward schedule."""
+    """Number of model chunks per stage, interleaved; 1 is the plain one-forward-one-backward schedule."""
     sequence: bool = False
-    """Cut activations along the sequence between tensor-parallel regions; needs tensor > 1."""
+    """Whether to shard activations along the sequence between tensor-parallel regions; needs tensor > 1."""
     distributed_optimizer: bool = False
-    """Cut optimizer state and master weights over the data-parallel ranks."""
+    """Whether to shard optimizer state and master weights over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
+    """Whether to reduce gradients while the backward pass is still running."""
     overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass runs; needs both options above."""
+    """Whether to gather updated weights during the next forward pass; needs both options above."""
     tensor_overlap: bool = False
-    """Overlap tensor-parallel communication with the matrix products it belongs to, through Transformer Engine's
-    buffers; needs `sequence`, a GPU, and tensor groups that do not span nodes."""
+    """Whether to overlap tensor-parallel communication with the matrix products it belongs to, through Transformer
+    Engine's buffers; needs `sequence`, a GPU, and tensor groups that do not span nodes.
+    """
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
-    """Add weight gradients to the float32 buffer inside the matrix product that makes them (GPU and bf16 with master
-    weights only). `auto`: where it can be done; true insists."""
+    """Fusion of weight-gradient accumulation, in the float32 buffer, with the matrix product (GPU and bf16 with master
+    weights only). `auto` uses it if available; true requires it.
+    """
     recompute: Literal["none", "selective", "full"] = "none"
-    """Keep fewer activations and compute them again in the backward pass: of whole blocks only their input (`full`,
-    about a third more compute), or all but what `recompute_modules` names (`selective`)."""
+    """Kind of activation recomputation in the backward pass, to save memory: only the input of whole blocks is kept
+    (`full`, about a third more compute), or everything except `recompute_modules` (`selective`).
+    """
     recompute_modules: tuple[Literal["core_attn", "layernorm", "mlp"], ...] = ()
-    """With `selective`, what is computed again; empty, the MLP. `core_attn` saves memory with `model.softcap` alone (a
-    fused kernel keeps no scores); `layernorm` does nothing where Transformer Engine's layers hold the norms."""
+    """Modules to recompute with `selective`; if empty, the MLP. `core_attn` saves memory only with `model.softcap` (a
+    fused kernel stores no scores); `layernorm` has no effect if Transformer Engine's layers contain the norms.
+    """
     recompute_layers: int | None = Field(default=None, ge=1)
-    """With `full`, how many blocks of each model chunk are recomputed; unset, all."""
+    """Number of blocks of each model chunk to recompute with `full`; unset, all."""
 
     @model_validator(mode="after")
     def _recompute_fits(self) -> ParallelConfig:
@@ -55,12 +59,12 @@ class ParallelConfig(Section):
 
     @property
     def recomputed_modules(self) -> tuple[str, ...]:
-        """What selective recomputation computes again; nothing without it."""
+        """Modules that selective recomputation recomputes; empty without it."""
         return (self.recompute_modules or ("mlp",)) if self.recompute == "selective" else ()
 
     @property
     def ranks_per_replica(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Number of ranks that hold one copy of the model."""
         return self.tensor * self.pipeline
 
 
@@ -73,7 +77,7 @@ class Layout:
     virtual_pipeline: int
     data: int
     num_microbatches: int
-    """Microbatches each data-parallel rank runs per optimizer step."""
+    """Number of microbatches that each data-parallel rank runs per optimizer step."""
 
     @property
     def world_size(self) -> int:
@@ -96,10 +100,10 @@ def lay_out(
 ) -> Layout:
     """Check that everything divides, before any process group exists.
 
-    The rules are megatron-core's, most of which its own argument parser checks and its core does not.
+    The rules are megatron-core's, most of which are checked by its own argument parser but not by its core.
 
     Raises:
-        ConfigError: the first rule that does not hold, with the numbers and what would.
+        ConfigError: a rule is violated; names the first one, with the numbers and valid alternatives.
     """
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     replica = parallel.ranks_per_replica

@@ -1,4 +1,4 @@
-"""Model chunks as the rest of the package sees them, and one forward and backward pass over a step's microbatches."""
+"""Interface of model chunks to the rest of the package, and one forward-backward pass over a step's microbatches."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from megadiff.parallel.topology import Topology
 
 Loss = tuple[Tensor, Tensor, Any]
-"""(summed loss of the microbatch, its number of counted tokens as an int32 scalar, anything to hand back)."""
+"""Tuple of (summed loss of the microbatch, its number of counted tokens as an int32 scalar, anything to return)."""
 
 LossFn = Callable[[Tensor, Tensor], Any]
-"""(hidden states [sequence, batch, hidden], whole on every tensor rank; this rank's weight of the LM head [V / tp,
-hidden]) -> anything. The gradient of the hidden states must be this rank's part of it."""
+"""Function (hidden states [sequence, batch, hidden], the same on every tensor rank; this rank's shard of the LM head's
+weight [V / tp, hidden]) -> anything. The gradient of the hidden states must be this rank's contribution."""
 
 
 class ModelChunk(Protocol):
@@ -78,15 +78,16 @@ def run_microbatches(
 
     Args:
         chunks: this rank's model chunks.
-        microbatches: this data-parallel rank's, the same list on every stage and tensor rank.
-        forward: (chunk, microbatch) -> that chunk's output; a tensor, but on the last stage whatever `loss` takes.
+        microbatches: those of this data-parallel rank, the same list on every stage and tensor rank.
+        forward: (chunk, microbatch) -> that chunk's output; a tensor, except on the last stage, where it is the input
+            of `loss`.
         loss: (last stage's output, microbatch) -> `Loss`. Gradients of the summed losses are divided by the number of
-            counted tokens over all microbatches and replicas, or not at all, as `configure_reduction` set.
+            counted tokens over all microbatches and replicas, or not at all, as set by `configure_reduction`.
         seq_length, micro_sequences: shape of a microbatch.
-        forward_only: no gradients.
+        forward_only: compute no gradients.
 
     Returns:
-        What `loss` handed back, by microbatch; empty except on the last stage. Collective over the model group.
+        The third element of each `Loss`, by microbatch; empty except on the last stage. Collective over a model group.
     """
 
     def forward_step(data: Any, chunk: torch.nn.Module, *_: Any) -> tuple[Any, Callable[[Any], Loss]]:
@@ -107,7 +108,7 @@ def run_microbatches(
 
 
 def configure_reduction(chunks: Sequence[ModelChunk], topology: Topology, *, mean: bool) -> None:
-    """Choose what the summed gradients are divided by: the global count of tokens (`mean`), or nothing (sum)."""
+    """Choose the divisor of the summed gradients: the global number of tokens (`mean`), or none (sum)."""
 
     def finalize(model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         finalize_model_grads(model, None, *args, **kwargs)
@@ -119,10 +120,10 @@ def configure_reduction(chunks: Sequence[ModelChunk], topology: Topology, *, mea
 
 
 def _divide(chunks: Sequence[DataParallelChunk], num_tokens: Tensor, topology: Topology) -> None:
-    """Divide gradients by the tokens of all replicas, known on the last stage; by nothing where there are none.
+    """Divide gradients by the number of tokens of all replicas, known on the last stage; not at all if it is zero.
 
-    megadiff's stand-in for the end of megatron-core's `finalize_model_grads`, which asks the device whether there are
-    any and so makes the host wait, once for every chunk. Collective over the pipeline and the data group.
+    It replaces the end of megatron-core's `finalize_model_grads`, which checks on the device whether there are any and
+    so makes the host wait once per chunk. Collective over the pipeline and the data group.
     """
     last = dist.get_process_group_ranks(topology.pipeline_group)[-1]
     dist.broadcast(num_tokens, src=last, group=topology.pipeline_group)

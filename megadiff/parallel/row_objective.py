@@ -24,32 +24,32 @@ from megadiff.parallel.row_report import report_sums
 from megadiff.parallel.topology import Topology
 
 _ALL_KEPT = 40.0
-"""A log-SNR at which alpha is 1 in float32 and p(lambda) is still far from underflow."""
+"""Log-SNR at which alpha is 1 in float32 and p(lambda) is still far from underflow."""
 
 
 class PlacedRows(NamedTuple):
-    """A microbatch where it is used."""
+    """A microbatch on its device."""
 
     rows: NoisedRows
-    """On the device, but for the prompt lengths, which attention reads on the CPU without waiting for the device."""
+    """Rows on the device, except the prompt lengths, which attention reads on the CPU without a device sync."""
     computed: Tensor | None
     """Places, sequence first, of the tokens that can have a loss (`worth_computing`)."""
 
 
 @dataclass(frozen=True)
 class RowObjective(ABC):
-    """What is minimised, on this rank's part of the vocabulary."""
+    """The objective to minimise, on this rank's shard of the vocabulary."""
 
     mixing: Mixing
     topology: Topology
 
     @abstractmethod
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
-        """Move a microbatch to the device, after the host has seen which of its tokens count."""
+        """Move a microbatch to the device, after determining on the host which of its tokens count."""
 
     @abstractmethod
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
-        """Summed loss and per-token terms, sequence first.
+        """Return summed loss and per-token terms, sequence first.
 
         Args:
             hidden: [L, b, d], the same on all tensor ranks; its gradient is this rank's part.
@@ -58,12 +58,12 @@ class RowObjective(ABC):
         """
 
     def loss(self, answer: HeadLoss, placed: PlacedRows) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed loss over noisy tokens, their number, and the sums of `row_report`."""
+        """Return the summed loss over noisy tokens, their number, and the sums of `row_report`."""
         sums = report_sums(answer.terms, placed.rows, head_tokens=self.head_tokens(placed))
         return answer.loss, placed.rows.is_noisy.sum().int(), sums
 
     def head_tokens(self, placed: PlacedRows) -> int | None:
-        """Return how many of a microbatch's tokens have their logits computed; None for all."""
+        """Return the number of a microbatch's tokens whose logits are computed; None for all."""
         return None if placed.computed is None else placed.computed.numel()
 
     def _shard(self, weight: Tensor, mixing: Mixing) -> VocabShard:
@@ -73,23 +73,23 @@ class RowObjective(ABC):
 
 @dataclass(frozen=True)
 class DiffusionObjective(RowObjective):
-    """`objective.name: gidd`: the diffusion bound, or its surrogate."""
+    """Objective `objective.name: gidd`: the diffusion bound, or its surrogate."""
 
     rate: Rate
     settings: ObjectiveConfig
     head: Head = fused_objective
 
     def head_tokens(self, placed: PlacedRows) -> int | None:
-        """See `RowObjective.head_tokens`; the plain head makes whole logits."""
+        """Return the same as `RowObjective.head_tokens`; the plain head computes all logits."""
         return None if self.head is plain_objective else super().head_tokens(placed)
 
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
-        """See `RowObjective.place`."""
+        """Move a microbatch to the device; see `RowObjective.place`."""
         computed = worth_computing(rows.noised.t(), rows.is_noisy.t(), self.mixing)
         return _placed(rows, computed, device)
 
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
-        """See `RowObjective.lm_head_loss` and `diffusion.objective`."""
+        """Return loss and terms; see `RowObjective.lm_head_loss` and `diffusion.objective`."""
         rows = placed.rows
         formula = Formula(self.mixing, self.rate, self.settings.is_weight, self.settings.weighting)
         tokens = HeadTokens(rows.clean.t(), rows.noised.t(), rows.log_snr.t(), placed.computed)
@@ -99,7 +99,7 @@ class DiffusionObjective(RowObjective):
     def _reported_elbo(self, elbo: Tensor, rows: NoisedRows) -> Tensor:
         """Return the bound's integrand [L, b] divided by the density that each token's level was really drawn from.
 
-        The result has one definition for every schedule (`Rate.reporting_density`). Rows of `Levels.LINEAR` take the
+        The result has one definition for every schedule (`Rate.reporting_density`). Rows of `Levels.LINEAR` follow the
         linear law whatever the schedule of the others, so their tokens are divided by its density.
         """
         if isinstance(self.rate, LinearRate):
@@ -111,20 +111,20 @@ class DiffusionObjective(RowObjective):
 
 @dataclass(frozen=True)
 class NextTokenObjective(RowObjective):
-    """`objective.name: ar`: cross-entropy of the next token over the real tokens, the autoregressive control.
+    """Objective `objective.name: ar`: cross-entropy of the next token over the real tokens, the autoregressive control.
 
-    It is the masked limit of the diffusion loss where everything is kept: with z the mask and alpha = 1 the loss is
-    w KL = -log p_x, computed by the same sharded code (the mask and padding excluded alike).
+    It is the masked limit of the diffusion loss with everything kept: with z the mask and alpha = 1 the loss is
+    w KL = -log p_x, computed by the same sharded code (the mask and padding are excluded in the same way).
     """
 
     head: Head = fused_objective
 
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
-        """See `RowObjective.place`; every token counts."""
+        """Move a microbatch to the device, in which every token counts; see `RowObjective.place`."""
         return _placed(rows, None, device)
 
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
-        """`loss`, `elbo` and `kl` are the negative log-likelihood in nats, exact; see `RowObjective.lm_head_loss`."""
+        """Return loss and terms; `loss`, `elbo` and `kl` are the exact negative log-likelihood in nats."""
         clean = placed.rows.clean.t()
         mixing = HybridMixing(self.mixing.vocab_size, self.mixing.mask_id, shift=-1000.0)
         tokens = HeadTokens(
@@ -142,7 +142,7 @@ def _placed(rows: NoisedRows, computed: Tensor | None, device: torch.device) -> 
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On a GPU through pinned memory, which alone lets the host go on while the copy runs."""
+    """Copy to a GPU through pinned memory, without which the host would wait for the copy."""
     if device.type != "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a microbatch reports beside its loss: sums over tokens and rows, and the metrics of a step they add up to."""
+"""Report of a microbatch beside its loss: sums over tokens and rows, and the metrics of a step computed from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
 
 BIN_EDGES = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
-"""Edges of the log-SNR bins, in nats; the outer bins take what lies beyond."""
+"""Edges of the log-SNR bins, in nats; the outer bins include everything beyond."""
 
 _MEANS = ("loss", "elbo", "kl", "is", "mean_weight")
 _KINDS = ("isotropic", "anisotropic", "conditioned")
@@ -32,29 +32,29 @@ _LAYOUT = (
     "head_tokens",
 )
 SIZE = len(_LAYOUT)
-"""Length of the vector `report_sums` makes."""
+"""Length of the vector that `report_sums` returns."""
 
 
 class Work(NamedTuple):
-    """Counts of what was computed, in the units that FLOPs are counted by."""
+    """Counts of the computation done, in the units by which FLOPs are counted."""
 
     tokens: float
-    """Number of tokens that passed the layers."""
+    """Number of tokens that passed through the layers."""
     head_tokens: float
-    """Number of tokens whose logits were computed: under masked noise the masks alone."""
+    """Number of tokens whose logits were computed: under masked noise only the masks."""
     pairs: float
-    """Number of (query, key) pairs that attention scored in one layer, a sink's left out."""
+    """Number of (query, key) pairs whose attention score was computed in one layer, without a sink's."""
 
 
 def report_sums(terms: Terms, rows: NoisedRows, *, head_tokens: int | None = None) -> Tensor:
-    """Sums over one microbatch, [SIZE] float64 on its device, for which the host does not wait.
+    """Return sums over one microbatch, [SIZE] float64 on its device; the host does not wait for them.
 
-    Few large operations rather than a few for each number.
+    It uses few large operations rather than a few for each number.
 
     Args:
         terms: sequence first, [L, b]; 0 at noise-free positions.
         rows: the microbatch, [b, L]; prompt lengths may be on the CPU.
-        head_tokens: how many tokens the output head computed; None for all.
+        head_tokens: number of tokens that the output head computed; None for all.
     """
     noisy = rows.is_noisy.t()
     plain = terms.weight * (terms.kl + terms.is_div)
@@ -71,7 +71,7 @@ def report_sums(terms: Terms, rows: NoisedRows, *, head_tokens: int | None = Non
 
 
 def _row_facts(rows: NoisedRows) -> Tensor:
-    """Return what each sequence adds to the counts from `rows` to `prompt_pairs`, then 1 for its kind, float64."""
+    """Return each sequence's contribution to the counts from `rows` to `prompt_pairs`, then 1 for its kind, float64."""
     length = rows.is_noisy.shape[1]
     is_kept = ~rows.is_noisy.all(dim=1)
     prompt = rows.prompt_length.to(is_kept.device, non_blocking=True)
@@ -87,7 +87,7 @@ def _row_facts(rows: NoisedRows) -> Tensor:
 
 @cache
 def _inner_edges(device: torch.device) -> Tensor:
-    """Kept per device: to make a tensor of numbers waits for the device."""
+    """Return the bin edges, cached per device: creating a tensor from numbers waits for the device."""
     return torch.tensor(BIN_EDGES[1:-1], device=device)
 
 
@@ -95,8 +95,9 @@ def work_of(total: list[float], *, seq_length: int, is_causal_prompt: bool) -> W
     """Return the work of a step from the sums over the whole run's batch.
 
     Args:
+        total: the sums.
         seq_length: L, tokens of a sequence.
-        is_causal_prompt: whether a clean prompt's tokens see only what comes before them.
+        is_causal_prompt: whether a clean prompt's tokens attend only to preceding ones.
     """
     found = dict(zip(_LAYOUT, total, strict=True))
     prompt, pairs = found["prompt_tokens"], found["prompt_pairs"]
@@ -105,19 +106,19 @@ def work_of(total: list[float], *, seq_length: int, is_causal_prompt: bool) -> W
 
 
 def mean_loss(total: Tensor) -> Tensor:
-    """`loss` of `metrics_of` alone, a float64 scalar still on its device."""
+    """Return only the `loss` of `metrics_of`, a float64 scalar still on its device."""
     return total[_LAYOUT.index("loss")] / total[_LAYOUT.index("noisy_tokens")].clamp(min=1.0)
 
 
 def has_finite_loss(reports: Tensor) -> Tensor:
-    """Which microbatches' `loss` and `elbo` are finite: [M, SIZE] -> [M] bool."""
+    """Return whether each microbatch's `loss` and `elbo` are finite: [M, SIZE] -> [M] bool."""
     return torch.isfinite(reports[:, [_LAYOUT.index("loss"), _LAYOUT.index("elbo")]]).all(dim=1)
 
 
 def metrics_of(total: list[float]) -> dict[str, Any]:
-    """Metrics of a step from the sums over the whole run's batch.
+    """Return the metrics of a step from the sums over the whole run's batch.
 
-    Keys: `loss`, `elbo`, `kl`, `is`, `mean_weight` (means per noisy token), `noisy_tokens`; where some rows are
+    Keys: `loss`, `elbo`, `kl`, `is`, `mean_weight` (means per noisy token), `noisy_tokens`; if some rows are
     conditioned, also `elbo_isotropic` (a bound of one generative process), `elbo_anisotropic`, `elbo_conditioned` and
     `share_independent`, ... (realised shares of rows; of tokens for `share_empty`); `loss_by_log_snr`, a list of
     [low, high, mean of w (KL + IS)] of the bins that had tokens.

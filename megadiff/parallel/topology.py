@@ -1,6 +1,6 @@
-"""The process groups of a run: opened once, then read from one frozen object.
+"""The process groups of a run: created once, then read from one frozen object.
 
-The only reader of megatron-core's `parallel_state`.
+This module alone reads megatron-core's `parallel_state`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megadiff.platform.machine import Platform
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the layout, and the groups it talks in."""
+    """This rank's position in the layout, and its process groups."""
 
     layout: Layout
     rank: int
     tensor_rank: int
     stage: int
-    """Pipeline stage, 0 is the one with the embedding."""
+    """Pipeline stage; stage 0 holds the embedding."""
     data_rank: int
     tensor_group: ProcessGroup
     pipeline_group: ProcessGroup
@@ -37,11 +37,11 @@ class Topology:
     model_group: ProcessGroup
     """Ranks that together hold one replica."""
     host_group: ProcessGroup | None = None
-    """All ranks over gloo, for small values that live on the host; None where the default group is that already."""
+    """All ranks over gloo, for small values on the host; None if the default group already uses gloo."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and speaks for the run."""
+        """Whether this rank writes files and logs for the run."""
         return self.rank == 0
 
     @property
@@ -51,11 +51,11 @@ class Topology:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output head, and so sees the loss."""
+        """Whether this rank holds the output head, and hence the loss."""
         return self.stage == self.layout.pipeline - 1
 
     def sum_over_run(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum what the last stage of every replica holds; every rank gets the result.
+        """Sum the values on the last stage of every replica; every rank gets the result.
 
         Collective over the world. Other stages, and tensor ranks other than 0, contribute nothing.
         """
@@ -65,36 +65,39 @@ class Topology:
         return total
 
     def from_main(self, value: Any) -> Any:
-        """The main rank's small Python value, on every rank. Collective over the world."""
+        """Return the main rank's small Python value, on every rank. Collective over the world."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
     def gather_to_main(self, value: Any) -> list[Any] | None:
-        """Every rank's small Python value, by rank, on the main rank; None on the others. Collective over the world."""
+        """Gather every rank's small Python value on the main rank, by rank; return None on the others.
+
+        Collective over the world.
+        """
         found = [None] * self.layout.world_size if self.is_main else None
         dist.gather_object(value, found, dst=0, group=self.host_group)
         return found
 
     def largest(self, value: int) -> int:
-        """The largest of all ranks' integers, on every rank; waits for no device. Collective over the world."""
+        """Return the largest of all ranks' integers on every rank, without a device sync. Collective over the world."""
         held = torch.tensor(value)
         dist.all_reduce(held, dist.ReduceOp.MAX, group=self.host_group)
         return int(held)
 
 
 def rank_from_environment() -> int:
-    """This process's rank by torchrun or srun, known before any group is open; 0 without a launcher."""
+    """Return this process's rank from torchrun or srun, known before any group is open; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether the launcher made this process rank 0, known before any group is open."""
+    """Return whether the launcher made this process rank 0, known before any group is open."""
     return rank_from_environment() == 0
 
 
 def world_size_from_environment() -> int:
-    """Number of ranks that torchrun or srun started; 1 without a launcher."""
+    """Return the number of ranks that torchrun or srun started; 1 without a launcher."""
     return launched_world_size() or 1
 
 
@@ -117,7 +120,7 @@ def process_group(platform: Platform, *, alone: bool = False, timeout_s: float =
     try:
         yield
     except BaseException:
-        # NCCL flushes on leaving, for peers that may be gone or waiting: a rank that fails among others just goes.
+        # Destroying an NCCL group flushes it, waiting for peers that may be gone, so a failing rank skips it.
         if dist.is_initialized() and (dist.get_world_size() == 1 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
         raise
@@ -129,7 +132,8 @@ def open_topology(layout: Layout, *, timeout_s: float = 1800.0) -> Topology:
     """Build megatron-core's groups for `layout` on the open default group. Collective over the world.
 
     Args:
-        timeout_s: how long a rank waits for the others over the host's network.
+        layout: the layout.
+        timeout_s: seconds that a rank waits for the others over the host's network.
     """
     state: Any = importlib.import_module("megatron.core.parallel_state")
 

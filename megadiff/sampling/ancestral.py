@@ -6,7 +6,7 @@ From a noisier level t to a cleaner level s the forward kernel is q_{t|s}(z_t | 
     p(z_s = v | z_t) = q_s(p)[v] (alpha_{t|s} 1[v = z_t] + (beta pi)_{t|s}[z_t]) / q_t(p)[z_t]
 
 with q_s(p) = alpha_s p + beta_s pi_s (arXiv:2512.10858, section 2.2). `reverse_posterior` is that formula over the
-vocabulary; `standalone.reverse_step` draws from it and pays for the vocabulary only where a token is drawn afresh.
+vocabulary; `standalone.reverse_step` draws from it, and uses the vocabulary only for tokens that are redrawn.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from megadiff.sampling.standalone import Draws, Settings, Step, generate, level_
 __all__ = ["Denoise", "OnStep", "level_grid", "prior", "reverse_posterior", "reverse_step", "sample"]
 
 Denoise = Callable[[Tensor], Tensor]
-"""Token ids [B, L] int64 -> logits [B, L, V or more]; the mask's logit and padding columns are ignored."""
+"""Model from token ids [B, L] int64 to logits [B, L, V or more]; the mask's logit and padding columns are ignored."""
 
 OnStep = Callable[[int, float, Tensor], None]
-"""Called with the number of steps left, the level and the ids."""
+"""Callback with the number of steps left, the level and the ids."""
 
 
 def reverse_posterior(
     probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: Mixing
 ) -> Tensor:
-    """p(z_s | z_t) under the predicted clean distribution.
+    """Return p(z_s | z_t) for the predicted clean distribution.
 
     Rows that p makes impossible (a revealed token of probability 0, as temperature 0 gives under masked noise) keep
-    z_t; rounding below 0 is clamped and rows are normalised, so no NaN ever comes out.
+    z_t; rounding below 0 is clamped and rows are normalised, so the result is never NaN.
 
     Args:
         probs: [..., V] predicted clean distribution, 0 at the mask.
@@ -83,23 +83,23 @@ def sample(
     on_step: OnStep | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw whole rows of text at once, starting from noise at min_log_snr and ending with no mask left.
+    """Draw whole rows of text at once, starting from noise at min_log_snr and ending without masks.
 
-    The plain case of `standalone.generate`: one block, no end token.
+    This is the plain case of `standalone.generate`: one block, no end token.
 
     Args:
-        denoise: the model; it is told the tokens, not the noise level.
+        denoise: the model; its input is the tokens without the noise level.
         rows, length: shape [rows, length] of the result.
-        steps: reverse steps, at least 1; `denoise` is called at most steps + 1 times.
-        mixing, seed: the noise the model was trained on; any integer.
+        steps: number of reverse steps, at least 1; `denoise` is called at most steps + 1 times.
+        mixing, seed: the noise that the model was trained with; any integer.
         grid, min_log_snr, max_log_snr: the levels visited (see `level_grid`).
-        temperature: of the prediction's softmax; 0 takes the most probable token.
+        temperature: temperature of the prediction's softmax; 0 takes the most probable token.
         top_k, top_p: keep only the k most probable tokens, or the fewest that together reach p.
         prompt: [rows, P] ids, P <= length, never changed; -1 marks a position to be generated (infilling).
-        row_index: [rows] int64, what keys each row's draws; default 0..rows-1.
-        reuse_logits: skip the model where a step changed no token (it would answer the same).
+        row_index: [rows] int64 that key each row's draws; default 0..rows-1.
+        reuse_logits: skip the model if a step changed no token (its output would be the same).
         on_step: called as on_step(k, lambda_k, ids) before the step from level k and, with k = 0, at the end.
-        device: where the ids live.
+        device: device of the ids.
 
     Returns:
         [rows, length] int64 ids without any mask.
@@ -144,5 +144,13 @@ def sample(
 
 
 def prior(rows: Tensor, length: int, log_snr: float, *, mixing: Mixing, seed: int) -> Tensor:
-    """Noise to start from, [B, length]: masks or uniform real tokens by pi at this level; `rows` [B] keys the draws."""
+    """Return the initial noise, [B, length]: masks or uniform real tokens by pi at this level.
+
+    Args:
+        rows: [B] keys of the draws.
+        length: number of positions.
+        log_snr: the level.
+        mixing: the noise.
+        seed: seed of the draws.
+    """
     return Draws(seed, rows, rows.device).noise(length, log_snr, mixing)

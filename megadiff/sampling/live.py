@@ -1,4 +1,4 @@
-"""Denoising drawn in the terminal as it happens."""
+"""Live display of a denoising in the terminal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STYLES = {Fate.GIVEN: "dim", Fate.KEPT: "green", Fate.REVISED: "bold yellow", F
 
 
 class LiveDenoising:
-    """A picture of one row that changes with every frame; a context manager, and an observer of a `Trace`.
+    """A live picture of one row, updated with every frame; a context manager, and an observer of a `Trace`.
 
     Args:
-        token_text: what an id looks like; control characters never reach the terminal.
-        mask_id: drawn as a block.
-        console: where; nothing is drawn where it is no terminal.
+        token_text: returns the text of an id; control characters never reach the terminal.
+        mask_id: id of the mask, shown as a block character.
+        console: the console to draw on; nothing is drawn if it is not a terminal.
     """
 
     def __init__(self, token_text: Callable[[int], str], *, mask_id: int, console: Console | None = None) -> None:
@@ -50,7 +50,7 @@ class LiveDenoising:
             self._live.update(self.picture(frame))
 
     def picture(self, frame: Frame) -> Group:
-        """The frame as rich draws it."""
+        """Return the frame as a rich object."""
         text = Text(overflow="fold")
         for token, fate in zip(frame.ids, frame.fates, strict=True):
             shown = "\u2591" if token == self._mask_id else _for_a_terminal(self._text(token))
@@ -59,5 +59,5 @@ class LiveDenoising:
 
 
 def _for_a_terminal(text: str) -> str:
-    """A sampled control character must not reach the terminal."""
+    """Replace control characters, which must not reach the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

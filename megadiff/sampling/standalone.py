@@ -1,10 +1,11 @@
-"""Noise to text: all the mathematics of sampling in one file that needs torch alone.
+"""Sampling of text from noise: all its mathematics in one file that needs torch alone.
 
-It is copied beside an exported model, so it imports nothing of this project; the rest of `megadiff.sampling` builds on
-it. A step of the *ancestral* sampler undoes a step of the forward process at every position; a step of the *adaptive*
-one rewrites the few positions where the model disagrees most surely with what stands there (arXiv:2512.10858, section
-2.2 and appendix A.1). `generate` drives either over one block or over one after another, for masked, uniform and hybrid
-noise. Axes: B rows, L positions of a row, W positions of the window being denoised, V vocabulary, the mask included.
+This file is copied beside an exported model, so it imports nothing of this project; the rest of `megadiff.sampling`
+builds on it. A step of the *ancestral* sampler undoes a step of the forward process at every position; a step of the
+*adaptive* one rewrites the few positions where the model disagrees most surely with the present token
+(arXiv:2512.10858, section 2.2 and appendix A.1). `generate` applies either to one block or to one after another, for
+masked, uniform and hybrid noise. Axes: B rows, L positions of a row, W positions of the window being denoised, V
+vocabulary, mask included.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, int], Tensor]
-"""(ids [B, L] int64, length of the clean prefix) -> logits [B, L, V or more]; the mask's logit says nothing."""
+"""Model as a function of (ids [B, L] int64, length of the clean prefix) to logits [B, L, V or more]; the mask's logit
+is ignored.
+"""
 
 _WORD = 0xFFFFFFFF
 _RELEASED_NAMES = {
@@ -34,30 +37,30 @@ _RELEASED_NAMES = {
 
 
 class Noise(Protocol):
-    """What sampling asks of a process: noise is a uniform real token with probability u, else the mask."""
+    """The interface of a noise process: noise is a uniform real token with probability u, else the mask."""
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Number of ids V, mask included."""
         ...
 
     @property
     def mask_id(self) -> int:
-        """The mask's id."""
+        """Id of the mask."""
         ...
 
     def u(self, log_snr: Tensor) -> Tensor:
-        """Uniform share of the noise."""
+        """Return the uniform share of the noise."""
         ...
 
     def mask_share(self, log_snr: Tensor) -> Tensor:
-        """1 - u, without the subtraction."""
+        """Return 1 - u, without the subtraction."""
         ...
 
 
 @dataclass(frozen=True)
 class HybridNoise:
-    """u = sigmoid(scale * log_snr + shift); shift -1000 is pure masking, 1000 purely uniform."""
+    """Noise with u = sigmoid(scale * log_snr + shift); shift -1000 is pure masking, 1000 purely uniform."""
 
     vocab_size: int
     mask_id: int
@@ -65,51 +68,51 @@ class HybridNoise:
     scale: float = 1.0
 
     def u(self, log_snr: Tensor) -> Tensor:
-        """Uniform share of the noise."""
+        """Return the uniform share of the noise."""
         return torch.sigmoid(self.scale * log_snr + self.shift)
 
     def mask_share(self, log_snr: Tensor) -> Tensor:
-        """1 - u."""
+        """Return 1 - u."""
         return torch.sigmoid(-(self.scale * log_snr + self.shift))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample; `from_names` takes the released models' words for the same things too.
+    """Settings of the sampler; `from_names` also accepts the released models' names for them.
 
     Raises:
         ValueError: a value outside its range.
     """
 
     max_new_tokens: int
-    """Positions after the prompt."""
+    """Number of positions after the prompt."""
     max_denoising_steps: int = 128
-    """Steps of a block."""
+    """Number of steps per block."""
     block_length: int | None = None
-    """Positions denoised together, from left to right block by block; None: all at once."""
+    """Number of positions denoised together, block by block from left to right; None: all at once."""
     sampler: str = "ancestral"
-    """ancestral or adaptive."""
+    """Name of the sampler: ancestral or adaptive."""
     tokens_per_step: int | None = None
-    """Adaptive: positions rewritten in a step; None: just as many as fill a block in its steps."""
+    """Number of positions that an adaptive step rewrites; None: just enough to fill a block in its steps."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token."""
+    """Divisor of the logits; 0 takes the most probable token."""
     top_k: int | None = None
     top_p: float | None = None
     guidance_scale: float = 1.0
-    """Classifier-free guidance: logits without the prompt + scale (with - without); 1 is off."""
+    """Scale of classifier-free guidance: logits without the prompt + scale (with - without); 1 is off."""
     grid: str = "cosine"
     min_log_snr: float = -9.0
     max_log_snr: float = 9.0
     eos_token_id: int | Sequence[int] | None = None
-    """Token, or tokens, that end a sequence in a finished block behind the prompt; None: sequences never end early."""
+    """Token, or tokens, that end a sequence in a finished block after the prompt; None: sequences never end early."""
     pad_token_id: int | None = None
     """Token that follows the end; None: the (first) end token."""
     min_new_tokens: int = 0
-    """No end before so many new tokens."""
+    """Minimal number of new tokens before an end."""
     see_tail: bool = True
-    """Whether the model sees the noise of the blocks still to come, as in training, or a row cut behind the window."""
+    """Whether the model sees the noise of later blocks, as in training, rather than a row cut after the window."""
     reuse_logits: bool = True
-    """Skip the model where a step changed no token."""
+    """Whether to skip the model if a step changed no token."""
 
     def __post_init__(self) -> None:
         least = {"max_new_tokens": 0, "max_denoising_steps": 1, "min_new_tokens": 0}
@@ -128,7 +131,7 @@ class Settings:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a sequence; none where sequences never end early."""
+        """Tokens that end a sequence; empty if sequences never end early."""
         if self.eos_token_id is None:
             return ()
         return tuple(self.eos_token_id) if isinstance(self.eos_token_id, Sequence) else (self.eos_token_id,)
@@ -148,10 +151,10 @@ class Settings:
 
     @classmethod
     def from_names(cls, **names: Any) -> Settings:
-        """Settings by the names above or the released ones (steps, max_length, sampling_method, ...); None is unset.
+        """Return settings by the names above or the released ones (steps, max_length, ...); None leaves one unset.
 
         Raises:
-            TypeError: a name unknown or given twice.
+            TypeError: a name is unknown or given twice.
         """
         return cls(**cls.own_names(**names))
 
@@ -160,7 +163,7 @@ class Settings:
         """Return settings under the names of the fields above, without those that are None.
 
         Raises:
-            TypeError: a name unknown, or given twice with different values.
+            TypeError: a name is unknown, or given twice with different values.
         """
         given: dict[str, Any] = {}
         for name, value in names.items():
@@ -173,17 +176,17 @@ class Settings:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Return every name that `from_names` takes."""
+        """Return every name that `from_names` accepts."""
         return [known.name for known in fields(cls)] + list(_RELEASED_NAMES)
 
 
 class Draws:
-    """Random numbers as a function of (seed, row, draw, position): Philox4x32-10, with no state.
+    """Random numbers as a function of (seed, row, draw, position): Philox4x32-10, without state.
 
     Args:
-        seed: one for all rows, or one a row.
-        rows: [B] int64, numbers the rows under a seed.
-        device: where the numbers are made.
+        seed: one for all rows, or one per row.
+        rows: [B] int64 that number the rows under a seed.
+        device: device on which the numbers are made.
     """
 
     def __init__(self, seed: int | Sequence[int], rows: Tensor, device: torch.device | str) -> None:
@@ -194,7 +197,7 @@ class Draws:
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
 
     def words(self, name: str, start: int, stop: int, *, draw: int = 0) -> tuple[Tensor, ...]:
-        """Four 32-bit words for positions start to stop of each row, [B, stop - start] int64 each."""
+        """Return four 32-bit words for positions start to stop of each row, [B, stop - start] int64 each."""
         position = torch.arange(start, stop, device=self._device).expand(len(self._seeds), -1)
         c0, c1 = position, torch.full_like(position, draw)
         c2, c3 = (self._rows & _WORD).expand_as(c0), (self._rows >> 32 & _WORD).expand_as(c0)
@@ -207,12 +210,12 @@ class Draws:
         return c0, c1, c2, c3
 
     def step_uniforms(self, start: int, stop: int, *, draw: int) -> Tensor:
-        """Three uniform numbers on [0, 1) a position, [3, B, stop - start] float64; the first has 53 bits."""
+        """Return three uniform numbers on [0, 1) per position, [3, B, stop - start] float64; the first has 53 bits."""
         words = self.words("sample/step", start, stop, draw=draw)
         return torch.stack([_unit_interval(words), *(word.double() * 2.0**-32 for word in words[2:])])
 
     def noise(self, length: int, log_snr: float, noise: Noise, *, name: str = "sample/prior") -> Tensor:
-        """Pure noise of this level, [B, length]: masks, or uniform tokens that are never the mask."""
+        """Return pure noise of this level, [B, length]: masks, or uniform tokens that are never the mask."""
         words = self.words(name, 0, length)
         count = noise.vocab_size - 1
         token = (words[2] * count + (words[3] * count >> 32)) >> 32
@@ -230,13 +233,13 @@ class Draws:
 
 
 def level_grid(steps: int, *, grid: str = "cosine", min_log_snr: float = -9.0, max_log_snr: float = 9.0) -> list[float]:
-    """Lambda_0 = max_log_snr down to lambda_steps = min_log_snr.
+    """Return the levels, from lambda_0 = max_log_snr down to lambda_steps = min_log_snr.
 
     alpha_k = sigmoid(min) + (sigmoid(max) - sigmoid(min)) share_k, lambda_k = log(alpha_k / beta_k), with beta_k made
-    the same way from the other end, so that neither end loses digits.
+    likewise from the other end, so that neither end loses digits.
 
     Raises:
-        ValueError: a grid by another name than cosine and linear.
+        ValueError: a grid other than cosine and linear.
     """
     if grid not in ("cosine", "linear"):
         raise ValueError(f"grid must be cosine or linear, got {grid!r}")
@@ -262,18 +265,18 @@ class Prediction:
     probs: Tensor
 
     def at(self, ids: Tensor) -> Tensor:
-        """Probability of the given ids, [B, W]."""
+        """Return the probability of the given ids, [B, W]."""
         return self.probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def predict(
     logits: Tensor, noise: Noise, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Prediction:
-    """Softmax over the real tokens, tempered and truncated, what is left renormalised.
+    """Return the softmax over the real tokens, tempered, truncated and renormalised.
 
     Args:
-        logits: [B, W, V or more], any float dtype; taken in float32 (float64 stays). Padding columns are dropped.
-        noise: says which token is the mask.
+        logits: [B, W, V or more], any float dtype; converted to float32 (float64 stays). Padding columns are dropped.
+        noise: defines the mask and V.
         temperature: divides the logits; 0 puts everything on the most probable token (the lowest id among equals).
         top_k: keep the k most probable tokens (and any equal to the last of them).
         top_p: keep the most probable tokens up to and including the one at which their sum reaches p.
@@ -303,7 +306,7 @@ def predict(
 
 
 def draw_tokens(prediction: Prediction, where: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens for the positions that are true in `where`, by inversion of the cumulative distribution.
+    """Draw tokens for the positions that are true in `where`, by inversion of the cumulative distribution.
 
     Args:
         prediction: probabilities [B, W, V].
@@ -311,8 +314,8 @@ def draw_tokens(prediction: Prediction, where: Tensor, uniforms: Tensor) -> Tens
         uniforms: [B, W] numbers on [0, 1), of which those at `where` are used.
 
     Returns:
-        [n] int64 ids of positive probability. Sums run in float64: in float32 a vocabulary of 131072 tokens would
-        leave its last ones too much or too little.
+        [n] int64 ids of positive probability. Sums are in float64: in float32 the last tokens of a vocabulary of 131072
+        would get too much or too little.
     """
     cumulative = prediction.probs[where].double().cumsum(dim=-1)
     target = uniforms[where].double().unsqueeze(-1) * cumulative[..., -1:]
@@ -320,12 +323,12 @@ def draw_tokens(prediction: Prediction, where: Tensor, uniforms: Tensor) -> Tens
 
 
 def noise_probability(noise: Noise, log_snr: Tensor, ids: Tensor) -> Tensor:
-    """pi_lambda at the given ids: 1 - u at the mask, u over the number of real tokens elsewhere."""
+    """Return pi_lambda at the given ids: 1 - u at the mask, u over the number of real tokens elsewhere."""
     return torch.where(ids == noise.mask_id, noise.mask_share(log_snr), noise.u(log_snr) / (noise.vocab_size - 1))
 
 
 def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-    """alpha_{t|s} and (beta pi)_{t|s}[z_t], the latter at least 0, both [...]."""
+    """Return alpha_{t|s} and (beta pi)_{t|s}[z_t], the latter at least 0, both [...]."""
     keep = torch.sigmoid(at_t) / torch.sigmoid(at_s)
     at_noisier = torch.sigmoid(-at_t) * noise_probability(noise, at_t, ids)
     fresh = at_noisier - keep * torch.sigmoid(-at_s) * noise_probability(noise, at_s, ids)
@@ -335,12 +338,13 @@ def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tup
 def reverse_step(
     prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, mixing: Noise
 ) -> Tensor:
-    """Draw z_s ~ p(z_s | z_t) for every token, [B, W], from three uniform numbers a token, [3, B, W].
+    """Draw z_s ~ p(z_s | z_t) for every token, [B, W], from three uniform numbers per token, [3, B, W].
 
     With p the prediction and q_s(p) = alpha_s p + beta_s pi_s, Bayes' rule gives a mixture: the token stays with weight
-    alpha_{t|s} q_s(p)[z_t] and is drawn afresh from q_s(p) with weight (beta pi)_{t|s}[z_t]. The first number chooses
-    a token, of the vocabulary or of the noise, the second keep or fresh, the third signal or noise. Where p makes both
-    weights 0 (a revealed token that truncation left without probability) the token stays: no row is ever empty.
+    alpha_{t|s} q_s(p)[z_t] and is redrawn from q_s(p) with weight (beta pi)_{t|s}[z_t]. The first number chooses a
+    token, of the vocabulary or of the noise, the second chooses between keeping and redrawing, the third between signal
+    and noise. If p makes both weights 0 (a revealed token whose probability truncation set to 0), the token stays: no
+    row is ever empty.
     """
     at_t = torch.full(ids.shape, log_snr_t, dtype=torch.float64, device=ids.device)
     at_s = torch.full(ids.shape, log_snr_s, dtype=torch.float64, device=ids.device)
@@ -360,14 +364,18 @@ def reverse_step(
 
 
 def adaptive_candidates(plain: Prediction, ids: Tensor, log_snr: float, *, noise: Noise, count: int) -> Tensor:
-    """The positions, at most `count` a row, that the adaptive sampler rewrites: [B, W] bool.
+    """Return the positions, at most `count` per row, that the adaptive sampler rewrites: [B, W] bool.
 
-    score = (max_v p(v) - p(z)) pi(z) with pi the noise's probability of the token there, at the current level: under
-    masked noise the surest masks, under uniform noise the tokens the model would rather see replaced. Positions whose
-    token is the best one already, or cannot be noise, are no candidates.
+    score = (max_v p(v) - p(z)) pi(z) with pi the noise's probability of the present token at the current level: under
+    masked noise the surest masks, under uniform noise the tokens that the model would most like to replace. Positions
+    whose token is already the best one, or cannot be noise, are excluded.
 
     Args:
         plain: the prediction without temperature or truncation (at temperature 0 every position would look sure).
+        ids: [B, W] present tokens.
+        log_snr: the current level.
+        noise: the noise process.
+        count: maximal number of positions per row.
     """
     level = torch.tensor(log_snr, dtype=torch.float64, device=ids.device)
     gain = (plain.probs.max(dim=-1).values - plain.at(ids)).double()
@@ -379,49 +387,52 @@ def adaptive_candidates(plain: Prediction, ids: Tensor, log_snr: float, *, noise
 
 
 class PrefixCache(Protocol):
-    """A model whose clean prefix sees only itself, so that the prefix's keys and values can be kept."""
+    """A model whose clean prefix attends only to itself, so that the prefix's keys and values can be cached."""
 
     def encode_prefix(self, ids: Tensor, previous: Any | None) -> Any:
-        """Keys and values of the clean prefix [B, P].
+        """Return keys and values of the clean prefix [B, P].
 
         Args:
-            previous: what this returned for a shorter prefix of the same rows, or None. Where a prefix attends
-                causally only what is new need be computed; where it attends both ways all of it is.
+            ids: the prefix.
+            previous: the result for a shorter prefix of the same rows, or None. If a prefix attends causally, only the
+                new part needs to be computed; if it attends in both directions, all of it does.
         """
         ...
 
     def denoise_block(self, ids: Tensor, cache: Any) -> Tensor:
-        """Logits [B, W, V] of the positions [B, W] that follow the prefix."""
+        """Return logits [B, W, V] of the positions [B, W] that follow the prefix."""
         ...
 
 
 class Step(NamedTuple):
-    """What an observer sees: once before each step, and once with `steps_left` 0 when a block is finished."""
+    """State that an observer receives before each step, and with `steps_left` 0 when a block is finished."""
 
     steps_left: int
     log_snr: float
     ids: Tensor
-    """[B, L], the whole rows."""
+    """Complete rows, [B, L]."""
     start: int
     stop: int
-    """The window being denoised."""
+    """End of the window being denoised, which begins at `start`."""
     confidence: Callable[[], Tensor]
-    """The model's probability of the window's tokens, [B, stop - start]; asks it, and the next step uses the answer."""
+    """Function that returns the model's probability of the window's tokens, [B, stop - start]; it runs the model, and
+    the next step reuses the result.
+    """
 
 
 class Generated(NamedTuple):
     """Finished rows."""
 
     sequences: Tensor
-    """[B, P + max_new_tokens]: prompt, text, padding behind the end token; no mask."""
+    """Prompt, text, and padding after the end token, without masks: [B, P + max_new_tokens]."""
     new_tokens: Tensor
-    """[B]: tokens behind the prompt up to the end token and with it."""
+    """Number of tokens after the prompt, up to and including the end token: [B]."""
     forwards: int
-    """Calls of the model."""
+    """Number of calls of the model."""
 
     @property
     def tokens_per_forward(self) -> Tensor:
-        """[B]: new tokens over calls of the model."""
+        """Number of new tokens per call of the model, [B]."""
         return self.new_tokens / max(self.forwards, 1)
 
 
@@ -439,20 +450,20 @@ def generate(
     streamer: Any = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Generated:
-    """Draw text behind prompts, or in their holes.
+    """Generate text after prompts, or in their gaps.
 
-    Every draw is a function of (seed, row, step, position): a row does not depend on what it is batched with (as far
-    as the model itself does not).
+    Every draw is a function of (seed, row, step, position): a row does not depend on the rest of its batch (as far as
+    the model itself does not).
 
     Args:
-        denoise: the model; what it is told of the noise is how many leading tokens are clean.
+        denoise: the model; its only input about the noise is the number of leading clean tokens.
         prompt: [B, P] ids, never changed; -1 marks a position to fill in.
-        settings, noise: how, and the noise the model was trained on.
-        seed: one for all rows or one a row.
-        rows: [B] int64 that number the rows under one seed; default 0..B-1, or 0 for each where each has its seed.
-        prefix_length: where the first block starts; default the leading given tokens, which must be as many in
-            every row (a row's blocks must not depend on its neighbours: batch prompts by length).
-        cache: the model's prefix cache; used for all but the passes without prompt of guidance.
+        settings, noise: settings of the sampler, and the noise that the model was trained with.
+        seed: one for all rows or one per row.
+        rows: [B] int64 that number the rows under one seed; default 0..B-1, or 0 for each if each has its own seed.
+        prefix_length: start of the first block; by default the number of leading given tokens, which must be the same
+            in every row (a row's blocks must not depend on its neighbours: batch prompts by length).
+        cache: the model's prefix cache; used for all passes except guidance without the prompt.
         streamer: gets `put(ids)` for the prompt and each finished block, `put_draft(ids)` after each step, `end()`.
         on_step: observer.
 
@@ -483,7 +494,7 @@ def generate(
 
 
 class _Walk:
-    """Rows on their way from noise to text."""
+    """State of the rows between noise and text."""
 
     def __init__(
         self,
@@ -528,7 +539,7 @@ class _Walk:
             self.prefix = self.cache.encode_prefix(self.ids[:, :start], self.prefix)
 
     def steps(self) -> Iterator[Step]:
-        """Denoise the window; yields what an observer sees."""
+        """Denoise the window; yield the state for observers."""
         self.logits = None
         for k in range(self.settings.max_denoising_steps, 0, -1):
             yield self._seen(k)
@@ -542,7 +553,7 @@ class _Walk:
         yield self._seen(0)
 
     def close_block(self) -> Tensor:
-        """End rows whose finished blocks hold an end token behind the prompt: which rows have ended, [B]."""
+        """End rows whose finished blocks contain an end token after the prompt; return which rows have ended, [B]."""
         if not self.settings.end_ids:
             return self.finished
         place = torch.arange(self.ids.shape[1], device=self.ids.device)
@@ -558,14 +569,14 @@ class _Walk:
         return self.finished
 
     def result(self) -> Generated:
-        """The rows as they stand."""
+        """Return the rows in their present state."""
         return Generated(self.ids, self.new_tokens, self.forwards)
 
     def _window(self) -> Tensor:
         return self.ids[:, self.start : self.stop]
 
     def _moved(self, logits: Tensor, k: int) -> Tensor | None:
-        """The window after step k, or None where no step will change anything any more."""
+        """Return the window after step k, or None if no further step can change anything."""
         window, fixed = self._window(), self.fixed[:, self.start : self.stop]
         uniforms = self.draws.step_uniforms(self.start, self.stop, draw=k)
         if self.settings.sampler == "ancestral":
@@ -574,14 +585,14 @@ class _Walk:
             )
             return torch.where(fixed, window, drawn)
         plain = predict(logits, self.noise)
-        plain = Prediction(plain.probs.masked_fill(fixed.unsqueeze(-1), 0.0))  # nothing to gain at a fixed position
+        plain = Prediction(plain.probs.masked_fill(fixed.unsqueeze(-1), 0.0))  # a fixed position has nothing to gain
         chosen = adaptive_candidates(plain, window, self.levels[k], noise=self.noise, count=self.per_step)
         if not bool(chosen.any()):
             return None
         return window.masked_scatter(chosen, draw_tokens(self._predict(logits), chosen, uniforms[0]))
 
     def _fill(self) -> None:
-        """Draw from the prediction what no finished text may hold: masks, and noise that spells a forbidden end."""
+        """Draw new tokens for what no finished text may contain: masks, and end tokens that come too early."""
         window = self._window()
         left = (window == self.noise.mask_id) | self._too_early(window)
         left &= ~self.fixed[:, self.start : self.stop]
@@ -603,13 +614,13 @@ class _Walk:
         return predict(logits, self.noise, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
 
     def _asked(self) -> Tensor:
-        """Logits for the window as it stands."""
+        """Return the logits for the present window."""
         if self.logits is None:
             self.logits = self._logits()
         return self.logits
 
     def _logits(self) -> Tensor:
-        """The model's logits for the window, guided, without the ends that come too early."""
+        """Return the model's logits for the window, with guidance, and without end tokens that come too early."""
         limit = self.ids.shape[1] if self.settings.see_tail else self.stop
         width, self.forwards = self.stop - self.start, self.forwards + 1
         if self.cache is None:
@@ -638,7 +649,7 @@ class _Walk:
 
 
 def _leading(given: Tensor) -> int:
-    """Leading given tokens, as many in every row."""
+    """Return the number of leading given tokens, which must be the same in every row."""
     counts = given.long().cumprod(dim=1).sum(dim=1)
     if len(counts) and not bool((counts == counts[0]).all()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The record of a denoising: what stood where at every step, what became of it, and how sure the model was."""
+"""Record of a denoising: the tokens at every step, what happened to them, and the model's confidence."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from megadiff.sampling.standalone import Step
 
 
 class Fate(IntEnum):
-    """What a position holds, and what the last step did to it."""
+    """State of a position, and the effect of the last step on it."""
 
     GIVEN = 0
-    """Part of the prompt."""
+    """A token of the prompt."""
     KEPT = 1
     """A token that was there before this step."""
     REVISED = 2
-    """A token this step wrote: in a mask's place, or over another token."""
+    """A token written in this step, in place of a mask or of another token."""
     NOISY = 3
-    """A mask, noise of a block still to come, or a token of the first noise that no step has written over."""
+    """A mask, noise of a later block, or a token of the initial noise that no step has overwritten."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A row between two steps."""
+    """State of a row between two steps."""
 
     steps_left: int
     block: int
@@ -36,18 +36,18 @@ class Frame:
     ids: list[int]
     fates: list[Fate]
     confidence: list[float | None]
-    """The model's probability of each token it was asked about, in [0, 1]."""
+    """Probability in [0, 1] that the model gives to each token of the window; None elsewhere."""
 
 
 @dataclass
 class Trace:
-    """An observer (`generate(on_step=...)`) that keeps one row's frames.
+    """Observer (`generate(on_step=...)`) that records one row's frames.
 
     Args:
-        given: what stands in the prompt: [P] ids, -1 for a position to fill in.
-        mask_id: the mask.
-        row: which row of the batch.
-        on_frame: told of each frame as it is made.
+        given: the prompt, [P] ids, -1 for a position to fill in.
+        mask_id: id of the mask.
+        row: index of the row in the batch.
+        on_frame: called with each frame when it is made.
     """
 
     given: list[int]
@@ -58,7 +58,7 @@ class Trace:
     _blocks: list[int] = field(default_factory=list)
 
     def __call__(self, step: Step) -> None:
-        """Keep this step's frame."""
+        """Record this step's frame."""
         if step.start not in self._blocks:
             self._blocks.append(step.start)
         ids = step.ids[self.row].tolist()
@@ -82,16 +82,16 @@ class Trace:
         if ids[place] == self.mask_id or place >= step.stop:
             return Fate.NOISY
         if not self.frames:
-            return Fate.NOISY  # uniform noise to start from
+            return Fate.NOISY  # initial uniform noise
         before = self.frames[-1]
         if ids[place] != before.ids[place]:
             return Fate.REVISED
-        # Noise stays noise until a step writes the place, to the last frame.
+        # Noise remains noise until a step overwrites it, up to the last frame.
         return Fate.NOISY if before.fates[place] == Fate.NOISY else Fate.KEPT
 
 
 def token_text(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """What one id looks like amid others: its text with the space before it, or its name where it has no text."""
+    """Return a function from an id to its text amid others: with the space before it, or its name if it has no text."""
     special = {tokenizer.bos_id: "bos", tokenizer.eos_id: "eos", tokenizer.pad_id: "pad"}
     names = {i: f"\u27e8{name}\u27e9" for i, name in special.items() if i is not None} | {tokenizer.mask_id: "\u2591"}
 
@@ -106,7 +106,7 @@ def token_text(tokenizer: Tokenizer) -> Callable[[int], str]:
 
 
 def printable(text: str) -> str:
-    """Drawn text in which a control character cannot reach a terminal or a viewer."""
+    """Return sampled text with control characters replaced, so that none reaches a terminal or a viewer."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 

@@ -1,7 +1,7 @@
-"""One self-contained HTML page of a denoising: a scrubber over its steps, a colour for each token's fate.
+"""A self-contained HTML page of a denoising: a slider over its steps, a colour for each token's state.
 
-The page holds no address of another machine and may load none: its policy allows this page's own style and script
-alone, by their hashes. Tokens reach it as JSON in which no markup can be spelled, and are written as text.
+The page contains no address of another machine and may load none: its policy allows only this page's own style and
+script, by their hashes. Tokens are embedded as JSON that cannot contain markup, and are inserted as text.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ show(location.hash.includes("step=") ? Math.min(start, data.frames.length - 1) :
 
 
 def trace_page(frames: Sequence[Frame], *, token_text: Callable[[int], str], about: str) -> str:
-    """The page, with its last frame shown (`#step=N` in its address shows frame N).
+    """Return the page, with its last frame shown (`#step=N` in its address shows frame N).
 
     Args:
         frames: at least one.
-        token_text: what an id looks like; any string.
+        token_text: returns the text of an id; any string.
         about: a line under the title.
     """
     ids = sorted({token for frame in frames for token in frame.ids})
@@ -132,13 +132,13 @@ def _hash(text: str) -> str:
 
 
 def _embedded(data: Any) -> str:
-    """JSON in which nothing can end the script element or start a comment."""
+    """Return JSON that can neither end the script element nor start a comment."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _visible(text: str) -> str:
-    """Control characters and text directions as pictures of themselves; line ends are shown and kept."""
+    """Replace control characters and text directions by visible symbols; line ends are marked and kept."""
     shown = []
     for c in text:
         if c == "\n":

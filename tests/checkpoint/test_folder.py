@@ -326,7 +326,7 @@ def test_check_says_what_the_run_would_go_on_from_or_that_it_would_be_refused(ru
     from megadiff import build
 
     said = build.check(run, ranks=1)
-    assert f"goes on from      {checkpoint(run, 6)} after step 6 of 6" in said
+    assert f"resumes from      {checkpoint(run, 6)} after step 6 of 6" in said
     with pytest.raises(CheckpointError, match=r"seed: 3 -> 4.*--allow-change seed"):
         build.check(run.model_copy(update={"seed": 4}), ranks=1)
     allowed = build.check(run.model_copy(update={"seed": 4}), ranks=1, resumption=build.Resumption(allowed=["seed"]))

@@ -88,7 +88,7 @@ def test_a_second_stage_goes_on_in_the_first_source_and_says_what_changes(paths,
     changed = pretrain(paths, tmp_path, ["a", "b"], 10, "--allow-data-change")
     assert (foreseen.code, changed.code) == (0, 0), foreseen.err + changed.err
     for out in (foreseen.out, changed.out):
-        assert "data changed      at sample 32: every source goes on at its own next sequence" in out
+        assert "data changed      at sample 32: every source continues at its own next sequence" in out
         assert "a: 32 sequences of 64 seen (0.50 epochs); 32 to come, none of them a repeat (1.00 epochs at" in out
         assert (
             "b: new, none of its 32 sequences seen; 16 to come, none of them a repeat (0.50 epochs at the end)" in out
@@ -118,7 +118,7 @@ def test_what_will_repeat_after_a_change_is_a_warning(paths, tmp_path):
         "a: 16 sequences of 64 seen (0.25 epochs); 64 to come, 16 of them a repeat (1.25 epochs at the end)"
         in ended.out
     )
-    assert "c: 16 sequences of 20 seen (0.80 epochs); if it returns it goes on from there" in ended.out
+    assert "c: 16 sequences of 20 seen (0.80 epochs); if it returns it continues from there" in ended.out
     assert (
         "warning           data.train[0] (a): 16 of the 64 sequences to come will have been seen before; lower"
         in ended.out
@@ -269,7 +269,9 @@ def test_a_checkpoint_of_format_2_goes_on_and_finds_its_positions_in_the_data_it
     of_format_2(folder)
     bare = pretrain(paths, tmp_path, ["a", "b"], 6)
     assert bare.code == 2
-    assert "give each of data.train `weight: 1` to go on as before, or --allow-data-change to share by size" in bare.err
+    assert (
+        "give each of data.train `weight: 1` to continue as before, or --allow-data-change to share by size" in bare.err
+    )
     ended = pretrain(paths, tmp_path, ["c", "a"], 6, "--allow-data-change")
     assert ended.code == 0, ended.err
     assert positions(mixture_of(tmp_path / "toy", 6))[1][2] == wanted.sources[0].drawn

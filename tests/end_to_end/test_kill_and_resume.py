@@ -52,13 +52,13 @@ def test_a_run_killed_between_two_checkpoints_goes_on_to_the_same_curve(descript
     code, out, err = call(*command)
 
     assert code == 0, err
-    assert f"going on from {folder}/checkpoints/step_{EVERY:08d} after step {EVERY} of {STEPS}" in out
+    assert f"resuming from {folder}/checkpoints/step_{EVERY:08d} after step {EVERY} of {STEPS}" in out
     lines = training_lines(folder)
     assert [[line[key] for key in COMPARED] for line in lines] == [
         [line[key] for key in COMPARED] for line in uninterrupted
     ]
     assert (folder / "LATEST").read_text() == f"step_{STEPS:08d}\n"
-    assert f"going on from {folder}" in (folder / "log.txt").read_text()
+    assert f"resuming from {folder}" in (folder / "log.txt").read_text()
     assert json.loads((folder / f"checkpoints/step_{STEPS:08d}/manifest.json").read_text())["samples"] == STEPS * 8
 
 

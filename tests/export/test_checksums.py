@@ -95,7 +95,7 @@ def test_a_line_that_is_none_is_named(copy, tmp_path, line):
     with (copy / CHECKSUMS).open("a") as file:
         file.write(line + "\n")
     count = len(listed(copy)) if "  " in line else len((copy / CHECKSUMS).read_text().splitlines())
-    with pytest.raises(CheckpointError, match=rf"checksums\.sha256:{count} is not a line of sha256sum's"):
+    with pytest.raises(CheckpointError, match=rf"checksums\.sha256:{count} is not a line of sha256sum"):
         import_folder(copy, tmp_path / "out")
 
 

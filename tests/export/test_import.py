@@ -145,7 +145,7 @@ def _mapped(folder, name):
 
 
 SPOILT = {
-    "a missing tensor": (_without, r"model.layers.2.mlp.up_proj.bias is missing, its config.json wants \(128,\)"),
+    "a missing tensor": (_without, r"model.layers.2.mlp.up_proj.bias is missing, its config.json requires \(128,\)"),
     "a cut file": (_cut, "model.safetensors is missing or damaged"),
     "no safetensors": (_pickled, "holds no safetensors weights .*other formats can run code and are not read"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
@@ -162,7 +162,7 @@ SPOILT = {
     ),
     "rotations of a strange kind": (lambda f: edit(f / "config.json", rope_scaling="x"), "rope_scaling"),
     "a way out": (lambda f: _mapped(f, "../model.safetensors"), "which is no weight file beside it; fetch it again"),
-    "no sections": (lambda f: edit(f / TRAINING, config=None), "training.json is damaged .*to go by config.json alone"),
+    "no sections": (lambda f: edit(f / TRAINING, config=None), "training.json is damaged .*to use config.json alone"),
     "half a section": (
         lambda f: edit(f / TRAINING, config={"model": {"layers": None}}),
         r"training.json is damaged \(config.model.layers must be an integer, found null\); fetch it again, or move",

@@ -206,7 +206,7 @@ def test_gradients_can_be_asked_for_once():
     question, formula = case("shift 0", torch.float32), Formula(MIXES["shift 0"])
     loss = fused_objective(question.hidden.requires_grad_(), question.weight, question.tokens, formula).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="can be asked for once"):
+    with pytest.raises(RuntimeError, match="can be computed only once"):
         loss.backward()
 
 

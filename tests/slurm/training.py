@@ -143,7 +143,7 @@ class Training:
     def resumed_after(self) -> int:
         """The step after which the present attempt went on."""
         log = (self.folder / "slurm" / f"{self.job}.{self.attempt}.node0.log").read_text()
-        found = re.search(r"going on from .* after step (\d+) of", log)
+        found = re.search(r"resuming from .* after step (\d+) of", log)
         assert found is not None, log
         return int(found.group(1))
 

@@ -1,1 +1,1 @@
-"""The code that ships in every exported folder; it needs torch and transformers and nothing of megadiff."""
+"""The code that ships in every exported folder; it needs only torch and transformers, and nothing of megadiff."""

@@ -8,46 +8,46 @@ from transformers import PretrainedConfig
 
 
 class GiddConfig(PretrainedConfig):
-    """What a GIDD model looks like and which noise it was trained on.
+    """Architecture of a GIDD model, and the noise it was trained with.
 
-    Every default is what the released `dvruette/gidd-*` checkpoints do; keys they do not have are described as such.
+    Every default matches the released `dvruette/gidd-*` checkpoints; keys that they lack are marked as such.
 
     Args:
-        vocab_size: ids, the mask among them.
+        vocab_size: number of ids, mask included.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, head_dim: the sizes; `None` means
             4 * hidden_size and hidden_size / num_attention_heads.
-        max_position_embeddings: tokens of a row in training.
+        max_position_embeddings: number of tokens in a training row.
         resid_scale: both branches of each of the L blocks are multiplied by resid_scale / L.
         head_scaling: factor on the logits; `None` means 512 / hidden_size.
-        weight_scaling: factor on the block's matrices; only 1.0, to which all released files set it.
-        init_scale, emb_init_scale, head_init_scale: standard deviations of first weights; `None` for `init_scale`
+        weight_scaling: factor on the block's matrices; only 1.0, the value in all released files.
+        init_scale, emb_init_scale, head_init_scale: standard deviations of initial weights; `None` for `init_scale`
             means 0.4 / sqrt(hidden_size).
-        attn_soft_cap: attention scores s become cap * tanh(s / cap); `None` for none.
+        attn_soft_cap: attention scores s become cap * tanh(s / cap); `None` for no cap.
         rms_norm_eps: added to the mean square in every RMSNorm.
         use_qk_norm: whether queries and keys are normalised.
-        qk_norm: (not in released files) `full`: over all heads together; `head`: each head by itself; `none`. Takes
+        qk_norm: (not in released files) `full`: over all heads together; `head`: each head separately; `none`. Takes
             precedence over `use_qk_norm`, which chooses between `full` and `none`.
-        attention_bias: a learned key and value per head that every query sees (an attention sink).
+        attention_bias: a learned key and value per head that every query attends to (an attention sink).
         mlp_bias: biases of the MLP's two matrices.
         is_causal: whether attention is causal and logits predict the next token: an autoregressive control.
         rope_theta: base of the rotary frequencies.
         rope_scaling: only `None`.
-        attn_performer: accepted and without effect; attention is chosen by `attn_soft_cap`.
+        attn_performer: accepted but ignored; attention is chosen by `attn_soft_cap`.
         noise_type: shift b of the uniform share sigmoid(noise_scale * log_snr + b): -1000 masked, 1000 uniform.
         noise_scale: (not in released files) the share's scale a.
         noise_p_uniform, noise_gamma: (not in released files) parameters of noise in the time form of arXiv:2503.04482;
-            when `noise_p_uniform` is given, `noise_type` and `noise_scale` have no meaning.
-        min_log_snr, max_log_snr: noise levels (nats) that were trained.
-        prompt_attention: (not in released files) how clean prompt positions attend: `block`, the prompt alone;
-            `causal`, what comes before alone; `full`, as every other position.
-        prepended_bos: (not in released files) whether the documents of the training data began with bos; the tokenizer
-            beside this file puts it before a prompt then, and `generate` without a prompt begins with it. Where it is
-            not known, `generate` without a prompt begins with bos.
+            if `noise_p_uniform` is given, `noise_type` and `noise_scale` are ignored.
+        min_log_snr, max_log_snr: range of noise levels (nats) in training.
+        prompt_attention: (not in released files) attention of clean prompt positions: `block`, to the prompt alone;
+            `causal`, to preceding positions alone; `full`, like every other position.
+        prepended_bos: (not in released files) whether the documents of the training data began with bos; if so, the
+            tokenizer beside this file puts it before a prompt, and `generate` without a prompt begins with it. If
+            unknown, `generate` without a prompt begins with bos.
         mask_token_id: the mask's id.
     """
 
     model_type = "gidd"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  transformers' own way
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012  as transformers does it
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class GiddConfig(PretrainedConfig):
         self.mlp_bias = mlp_bias
         self.is_causal = is_causal
         self.rope_theta = rope_theta
-        if rope_scaling:  # naming it at all makes transformers 5 warn
+        if rope_scaling:  # passing it at all makes transformers 5 warn
             self.rope_scaling = rope_scaling
         self.attn_performer = attn_performer
         self.noise_type = noise_type

@@ -1,4 +1,4 @@
-"""`generate`: arguments as in transformers' own diffusion models, those of the released GIDD code accepted as well."""
+"""Method `generate`, with the arguments of transformers' own diffusion models and those of the released GIDD code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OFF: dict[str, Any] = {
     "top_h": 1.0,
     "typical_p": 1.0,
 }
-"""Values with which options of transformers that are not supported change nothing, besides None, False and nothing."""
+"""Values of unsupported options of transformers that have no effect, besides None, False and empty ones."""
 
 _WITHOUT_EFFECT = (
     "assistant_tokenizer",
@@ -41,7 +41,7 @@ _WITHOUT_EFFECT = (
     "tokenizer",
     "transformers_version",
 )
-"""Arguments that transformers and its pipelines hand over to every model and that mean nothing here."""
+"""Arguments that transformers and its pipelines pass to every model and that are ignored here."""
 
 _OF_THE_CALL = ("num_return_sequences", "return_dict_in_generate", "use_cache")
 """Fields of a generation config that are arguments of `generate` here."""
@@ -63,17 +63,17 @@ _BISECTIONS = 60
 
 @dataclass
 class GiddGenerateOutput(ModelOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns."""
+    """Result of `generate(..., return_dict_in_generate=True)`."""
 
     sequences: Tensor | None = None
-    """[B, prompt + new tokens]."""
+    """Prompt and new tokens, [B, prompt + new tokens]."""
     tokens_per_forward: Tensor | None = None
-    """[B] new tokens over the number of times the model was run."""
+    """Number of new tokens divided by the number of forward passes, [B]."""
 
 
 @dataclass(frozen=True)
 class TimeNoise:
-    """Noise in the time form of arXiv:2503.04482, by its level.
+    """Noise in the time form of arXiv:2503.04482, as a function of its level.
 
     With c = B (t (1 - t))^(gamma / 2), B = 2^gamma p / (1 - p): log_snr = log((1 - t) / (t + c)), u = c / (t + c).
     """
@@ -84,12 +84,12 @@ class TimeNoise:
     gamma: float
 
     def u(self, log_snr: Tensor) -> Tensor:
-        """Uniform share of the noise, t found by bisection."""
+        """Return the uniform share of the noise; t is found by bisection."""
         c_over_t = self._c_over_t(self._logit_t(log_snr.double()))
         return (c_over_t / (1 + c_over_t)).to(log_snr.dtype)
 
     def mask_share(self, log_snr: Tensor) -> Tensor:
-        """1 - u."""
+        """Return 1 - u."""
         return (1 / (1 + self._c_over_t(self._logit_t(log_snr.double())))).to(log_snr.dtype)
 
     def _logit_t(self, log_snr: Tensor) -> Tensor:
@@ -107,13 +107,13 @@ class TimeNoise:
 
 
 class _PrefixCache:
-    """Keys and values of the finished text, which attends to itself alone."""
+    """Keys and values of the finished text, which attends only to itself."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def encode_prefix(self, ids: Tensor, previous: Any | None) -> Any:
-        """Keys and values of ids [B, P]; where it attends causally, those of `previous` are kept."""
+        """Return keys and values of ids [B, P]; with causal attention, those of `previous` are reused."""
         length = ids.shape[1]
         if length == 0:
             return None
@@ -124,12 +124,12 @@ class _PrefixCache:
         return out.cache
 
     def denoise_block(self, ids: Tensor, cache: Any) -> Tensor:
-        """Logits of what follows the prefix and sees all of it."""
+        """Return the logits of a block that follows the prefix and attends to all of it."""
         return self._model(ids, cache=cache).logits
 
 
 class GiddGeneration:
-    """Mixed into the model; uses its `config`, `generation_config`, `device` and call."""
+    """Mixin of the model that generates text; uses its `config`, `generation_config`, `device` and call."""
 
     config: Any
     generation_config: Any
@@ -150,35 +150,35 @@ class GiddGeneration:
         return_dict_in_generate: bool | None = None,
         **settings: Any,
     ) -> Tensor | GiddGenerateOutput:
-        """Write new tokens behind a prompt, or in its holes.
+        """Generate new tokens after a prompt, or fill in its gaps.
 
         Args:
-            input_ids: [B, P] prompts, -1 where a token is to be filled in; none: one sequence, which
-                begins with bos unless the training data's documents did not. `inputs`, as the released code has it,
-                means the same.
+            input_ids: [B, P] prompts, -1 where a token is to be filled in; None generates one sequence, which begins
+                with bos unless the training data's documents did not.
+            inputs: the same under the name in the released code.
             attention_mask: [B, P], 0 where a shorter prompt is padded on the left, 1 elsewhere. Prompts of each length
-                are written by themselves, so the padding is never seen and a text is what it would be alone.
-            seed: one for all prompts or one a prompt; a sequence's text does not depend on the others.
-            num_return_sequences: number of texts per prompt, one behind the other, of which the first is what 1 gives.
-            use_cache: keep the keys and values of finished blocks, where the model was trained with prompts that see
-                only themselves; the default.
+                are processed separately, so the padding is never seen and a text is the same as alone.
+            seed: one for all prompts or one per prompt; a sequence's text does not depend on the others.
+            num_return_sequences: number of texts per prompt, one after the other; the first is the same as with 1.
+            use_cache: keep the keys and values of finished blocks if the model was trained with prompts that attend
+                only to themselves; the default.
             streamer: `put` gets the prompts and each finished block, `put_draft` (if it has one) the block after each
                 step, `end` nothing. Its prompts must have one length.
-            generation_config: further settings, such as a `GenerationConfig`; the folder's are taken for what neither
-                it nor `settings` gives.
+            generation_config: further settings, such as a `GenerationConfig`; the folder's own apply to whatever
+                neither it nor `settings` sets.
             return_dict_in_generate: return a `GiddGenerateOutput` instead of its `sequences`.
             **settings: fields of `Settings` (sampling_gidd.py): `max_new_tokens`, `max_denoising_steps`,
                 `block_length`, `sampler`, `tokens_per_step`, `temperature`, `top_k`, `top_p`, `guidance_scale`,
                 `min_new_tokens`, `eos_token_id` (one or a list), `pad_token_id`, ...; or the released names
                 `max_length` (number of new tokens, unlike transformers'), `steps`, `min_length`, `sampling_method`,
-                `noise_schedule`; `do_sample=False` means temperature 0. None leaves a setting as it is.
+                `noise_schedule`; `do_sample=False` means temperature 0. None leaves a setting unchanged.
 
         Returns:
-            [B * num_return_sequences, P + new tokens] ids without masks; behind a sequence's first eos among the new
+            [B * num_return_sequences, P + new tokens] ids without masks; after a sequence's first eos among the new
             tokens there is padding.
 
         Raises:
-            TypeError: a setting is unknown, or one that text written in blocks cannot follow (beams, scores of each
+            TypeError: a setting is unknown, or not supported for text generated in blocks (beams, scores of each
                 token, stopping criteria, ...).
             ValueError: a value is out of its range, or prompt and new tokens are longer than the model's sequences.
         """
@@ -203,10 +203,10 @@ class GiddGeneration:
         use_cache: bool,
         streamer: Any,
     ) -> GiddGenerateOutput:
-        """Write the prompts of each length together.
+        """Generate texts for the prompts of each length together.
 
         Args:
-            lengths: of every prompt, at the right end of its row of `prompt`.
+            lengths: length of every prompt, at the right end of its row of `prompt`.
             draws: (seed, number under it) of every text of every prompt.
         """
         count, width, copies = len(prompt), prompt.shape[1], len(draws[0]) if draws else 1
@@ -253,7 +253,7 @@ class GiddGeneration:
         defaults: dict[str, Any] = {
             "max_new_tokens": 128,
             "min_log_snr": config.min_log_snr,
-            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
+            # The time form ends at a level with noise left; sampling continues until almost none is left.
             "max_log_snr": max(9.0, config.max_log_snr),
             "eos_token_id": config.eos_token_id,
             "pad_token_id": config.pad_token_id,
@@ -266,7 +266,7 @@ class GiddGeneration:
         return found
 
     def _prompt(self, ids: Tensor | None, inputs: Tensor | None) -> Tensor:
-        """The prompts, [B, P] int64."""
+        """Return the prompts, [B, P] int64."""
         if self.config.is_causal:
             raise ValueError("this is an autoregressive control: it predicts next tokens and cannot denoise")
         if ids is not None and inputs is not None:
@@ -287,7 +287,7 @@ class GiddGeneration:
 
 
 def _lengths(prompt: Tensor, mask: Tensor | None) -> list[int]:
-    """Number of tokens of each prompt, which padding on the left may precede."""
+    """Return the number of tokens of each prompt, which may be preceded by padding."""
     count, width = prompt.shape
     if mask is None:
         return [width] * count
@@ -305,9 +305,9 @@ def _lengths(prompt: Tensor, mask: Tensor | None) -> list[int]:
 
 
 def _draws(seed: int | Sequence[int], count: int, copies: int) -> list[list[tuple[int, int]]]:
-    """(seed, number under it) of each of the `copies` texts of each of `count` prompts.
+    """Return (seed, number under it) for each of the `copies` texts of each of `count` prompts.
 
-    The first text of a prompt has the numbers it would have alone.
+    The first text of a prompt has the same numbers as alone.
     """
     if not isinstance(copies, int) or copies < 1:
         raise ValueError(f"num_return_sequences must be a whole number of at least 1, got {copies!r}")
@@ -322,10 +322,10 @@ def _draws(seed: int | Sequence[int], count: int, copies: int) -> list[list[tupl
 
 
 def _merged(folders: Any, asked: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the folder, of a generation config and of the call; a later one wins.
+    """Return the settings of the folder, of a generation config and of the call; later ones take precedence.
 
     Raises:
-        TypeError: one is unknown, or an option of transformers that has no meaning here is turned on.
+        TypeError: one is unknown, or an option of transformers that is not supported here is turned on.
     """
     merged: dict[str, Any] = {}
     for source in (_set_in(folders), _set_in(asked), given):
@@ -337,7 +337,7 @@ def _merged(folders: Any, asked: Any, given: dict[str, Any]) -> dict[str, Any]:
         for name in [name for name in found if not _is_setting(name)]:
             _refuse(name, found.pop(name))
         if source is not given and "max_new_tokens" in found:
-            found.pop("max_length", None)  # as in transformers, where the two count different things
+            found.pop("max_length", None)  # as in transformers, where max_length counts the prompt too
         if found.pop("do_sample", True) is False:
             found["temperature"] = 0.0
         merged |= {name: found.pop(name) for name in _OF_THE_CALL if name in found} | Settings.own_names(**found)
@@ -345,7 +345,7 @@ def _merged(folders: Any, asked: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_in(config: Any) -> dict[str, Any]:
-    """Return what a generation config sets; transformers 4 fills in defaults of its own, which are left out."""
+    """Return the settings of a generation config; transformers 4 fills in its own defaults, which are left out."""
     if config is None or isinstance(config, dict):
         return config or {}
     return {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
@@ -356,7 +356,7 @@ def _is_setting(name: str) -> bool:
 
 
 def _refuse(name: str, value: Any) -> None:
-    """Refuse an argument that is no setting, unless it changes nothing."""
+    """Refuse an argument that is not a setting, unless it has no effect."""
     settings = f"the settings are {', '.join(Settings.names())}, do_sample, num_return_sequences and seed"
     if name in _WITHOUT_EFFECT:
         return

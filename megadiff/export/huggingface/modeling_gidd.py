@@ -1,8 +1,8 @@
 """GIDD: a bidirectional Transformer that predicts clean tokens from noised ones (arXiv:2512.10858).
 
 Pre-norm blocks with scaled residuals; RMSNorm with the gain stored as an offset; queries and keys normalised, then
-rotated; soft-capped attention with a learned sink; a squared-ReLU MLP; an untied head. The model is told tokens only,
-no noise level. Axes: B rows, L positions, H heads, D head width, V vocabulary.
+rotated; soft-capped attention with a learned sink; a squared-ReLU MLP; an untied head. The model's input is tokens
+alone, without a noise level. Axes: B rows, L positions, H heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,58 +23,58 @@ from .sampling_gidd import Settings  # also because transformers 4 fetches only 
 __all__ = ["GiddForDiffusionLM", "GiddModel", "Settings"]
 
 _SCORE_BYTES = 256 * 2**20
-"""Soft-capped scores are formed for so many queries at a time that they stay below this many bytes."""
+"""Maximal size of the soft-capped scores computed at a time, in bytes; it limits the number of queries."""
 
 Cache = tuple[tuple[Tensor, Tensor], ...]
-"""Rotated keys and values [B, H, L, D] of the positions before the ones that are fed, one pair a block."""
+"""Rotated keys and values [B, H, L, D] of the positions before the input, one pair per block."""
 
 
 @dataclass
 class GiddModelOutput(ModelOutput):
-    """What the blocks return.
+    """Output of the blocks.
 
-    The field has the name it has since transformers 5.24, which renames the older one in every subclass; `ModelOutput`
-    there has the property below as well, with a warning.
+    Since transformers 5.24 the cache field has this name, to which it renames the older one in every subclass; there
+    `ModelOutput` also has the property below, with a warning.
     """
 
     last_hidden_state: Tensor | None = None
-    """[B, L, hidden]."""
+    """Hidden states after the last norm, [B, L, hidden]."""
     cache: Cache | None = None
-    """Keys and values of all positions, with `use_cache`."""
+    """Keys and values of all positions, if `use_cache` is set."""
     hidden_states: tuple[Tensor, ...] | None = None
-    """[B, L, hidden] before each block and after the last norm, with `output_hidden_states`."""
+    """Hidden states [B, L, hidden] before each block and after the last norm, if `output_hidden_states` is set."""
     attentions: tuple[Tensor, ...] | None = None
-    """Always None: attention weights are not kept."""
+    """Always None: attention weights are not stored."""
 
     @property
     def past_key_values(self) -> Cache | None:
-        """The cache by its name in older transformers."""
+        """The cache under its name in older transformers."""
         return self.cache
 
 
 @dataclass
 class GiddLogits(ModelOutput):
-    """What the whole model returns."""
+    """Output of the whole model."""
 
     loss: Tensor | None = None
     """Always None: no loss is computed here."""
     logits: Tensor | None = None
-    """[B, L, V]."""
+    """Logits, [B, L, V]."""
     cache: Cache | None = None
-    """Keys and values of all positions, with `use_cache`."""
+    """Keys and values of all positions, if `use_cache` is set."""
     hidden_states: tuple[Tensor, ...] | None = None
-    """[B, L, hidden] before each block and after the last norm, with `output_hidden_states`."""
+    """Hidden states [B, L, hidden] before each block and after the last norm, if `output_hidden_states` is set."""
     attentions: tuple[Tensor, ...] | None = None
-    """Always None: attention weights are not kept."""
+    """Always None: attention weights are not stored."""
 
     @property
     def past_key_values(self) -> Cache | None:
-        """The cache by its name in older transformers."""
+        """The cache under its name in older transformers."""
         return self.cache
 
 
 class GiddRMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight) over the last dimension, in float32."""
+    """RMSNorm x / rms(x) * (1 + weight) over the last dimension, in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class GiddRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype."""
+        """Return the normalised input, of the same shape and dtype."""
         return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
 class GiddMLP(nn.Module):
-    """down(relu(up(x))^2)."""
+    """MLP down(relu(up(x))^2)."""
 
     def __init__(self, config: GiddConfig) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ class GiddMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, L, hidden] to the same."""
+        """Map [B, L, hidden] to the same shape."""
         return self.down_proj(F.relu(self.up_proj(x)).square())
 
 
 class GiddAttention(nn.Module):
-    """Attention over every position that is allowed, and always over the sink."""
+    """Attention to every allowed position, and always to the sink."""
 
     def __init__(self, config: GiddConfig) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class GiddAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """[B, L, hidden] to the same, and the keys and values of all positions so far, without the sink."""
+        """Map [B, L, hidden] to the same shape; also return the keys and values of all positions, without the sink."""
         q = _rotated(self._heads(self.q_proj(x), "q_norm"), rope)
         k = _rotated(self._heads(self.k_proj(x), "k_norm"), rope)
         v = self._heads(self.v_proj(x))
@@ -133,7 +133,7 @@ class GiddAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2)), seen
 
     def _heads(self, x: Tensor, norm: str = "") -> Tensor:
-        """[B, L, H * D] to [B, H, L, D], normalised over all heads or over each."""
+        """Reshape [B, L, H * D] to [B, H, L, D], normalised over all heads or each head."""
         if norm and self.qk_norm == "full":
             x = getattr(self, norm)(x)
         x = x.unflatten(-1, (self.heads, self.head_dim))
@@ -150,7 +150,7 @@ class GiddAttention(nn.Module):
         return torch.cat([self._capped(part, k, v, may_see, self.soft_cap) for part, may_see in parts], dim=2)
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, cap: float) -> Tensor:
-        """Soft-capped attention; the scores after the product are in float32."""
+        """Compute soft-capped attention; the scores are in float32 after the product."""
         scores = (q @ k.transpose(-1, -2)).float()
         scores = scores.mul(self.head_dim**-0.5 / cap).tanh() * cap
         if allowed is not None:
@@ -159,7 +159,7 @@ class GiddAttention(nn.Module):
 
 
 class GiddBlock(nn.Module):
-    """h += r attention(norm(h)); h += r mlp(norm(h)), with r = resid_scale / number of blocks."""
+    """Block h += r attention(norm(h)); h += r mlp(norm(h)), with r = resid_scale / number of blocks."""
 
     def __init__(self, config: GiddConfig) -> None:
         super().__init__()
@@ -172,22 +172,22 @@ class GiddBlock(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], allowed: Tensor | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """[B, L, hidden] to the same, and keys and values."""
+        """Map [B, L, hidden] to the same shape, and return the keys and values."""
         branch, seen = self.self_attn(self.attn_layernorm(x), rope, allowed, past)
         x = torch.add(x, branch, alpha=self.factor)
         return torch.add(x, self.mlp(self.mlp_layernorm(x)), alpha=self.factor), seen
 
 
 class GiddPreTrainedModel(PreTrainedModel):
-    """First weights, and what transformers wants to know."""
+    """Initial weights, and the attributes that transformers expects."""
 
     config_class = GiddConfig
     base_model_prefix = "model"
-    _no_split_modules = ["GiddBlock"]  # noqa: RUF012  transformers' own way
+    _no_split_modules = ["GiddBlock"]  # noqa: RUF012  as transformers does it
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what a file did not give: normal matrices, zero gains, biases and sinks."""
+        """Initialise parameters that a file did not give: normal matrices, zero gains, biases and sinks."""
         head = getattr(self, "lm_head", None)
         for name, parameter in module.named_parameters(recurse=False):
             if getattr(parameter, "_is_hf_initialized", False):
@@ -202,9 +202,9 @@ class GiddPreTrainedModel(PreTrainedModel):
 
 
 class GiddModel(GiddPreTrainedModel):
-    """Token ids to hidden states."""
+    """Model from token ids to hidden states."""
 
-    _keys_to_ignore_on_load_unexpected = [r"lm_head\..*"]  # noqa: RUF012  transformers' own way
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\..*"]  # noqa: RUF012  as transformers does it
 
     def __init__(self, config: GiddConfig) -> None:
         super().__init__(config)
@@ -214,7 +214,7 @@ class GiddModel(GiddPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -240,23 +240,24 @@ class GiddModel(GiddPreTrainedModel):
 
         Args:
             input_ids: [B, L].
-            attention_mask: None, all see all; [B, K], 1 where a key may be seen (K counts cached ones); or boolean
-                [B, L, K] or [B, 1, L, K], True where that query may see that key. The sink is always seen.
-            position_ids: [L] or [B, L]; default: on from the cached ones.
+            attention_mask: None for full attention; [B, K], 1 where a key is visible (K counts cached ones); or boolean
+                [B, L, K] or [B, 1, L, K], True where that query may attend to that key. The sink is always visible.
+            position_ids: [L] or [B, L]; by default they continue after the cached ones.
             inputs_embeds: [B, L, hidden] instead of `input_ids`.
-            cache: see `Cache`; `past_key_values`, its name in older transformers, means the same.
+            cache: see `Cache`.
+            past_key_values: the cache under its name in older transformers.
             use_cache: return keys and values of all positions, the cached ones first.
-            prompt_lengths: [B] leading tokens that are clean and attend as `config.prompt_attention` says.
-            output_hidden_states: return the hidden states of every block as well; default: as the configuration says.
+            prompt_lengths: [B] leading tokens that are clean and attend according to `config.prompt_attention`.
+            output_hidden_states: also return the hidden states of every block; by default as configured.
             output_attentions: only False.
-            return_dict: False for a tuple of what is not None instead of an output with names.
+            return_dict: False for a tuple of the values that are not None, instead of a named output.
 
         Raises:
-            ValueError: neither or both of ids and embeddings are given, or attention weights are wanted.
+            ValueError: neither or both of ids and embeddings are given, or attention weights are requested.
         """
         if output_attentions:
             raise ValueError(
-                "output_attentions=True is not supported: attention weights are formed in parts and let go"
+                "output_attentions=True is not supported: attention weights are computed in parts and not stored"
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -283,7 +284,7 @@ class GiddModel(GiddPreTrainedModel):
         return _named(out, return_dict, self.config)
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, [1 or B, 1, L, D]; computed in place, so there is no buffer to lose."""
+        """Return cosine and sine, [1 or B, 1, L, D]; computed on the fly, so there is no buffer to lose."""
         width = self.config.head_dim
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
         angles = positions.float().unsqueeze(-1) * (1.0 / self.config.rope_theta**exponents)
@@ -292,7 +293,7 @@ class GiddModel(GiddPreTrainedModel):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _allowed(self, x: Tensor, known: int, mask: Tensor | None, prompts: Tensor | None) -> Tensor | None:
-        """Which query may see which key, boolean [1 or B, 1, L, known + L]; None where all see all."""
+        """Return a boolean mask of the keys that each query may attend to, [1 or B, 1, L, known + L]; None for all."""
         queries = torch.arange(known, known + x.shape[1], device=x.device)
         keys = torch.arange(known + x.shape[1], device=x.device)
         parts = []
@@ -313,7 +314,7 @@ class GiddModel(GiddPreTrainedModel):
 
 
 class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
-    """Token ids to logits over clean tokens, and `generate`. The mask's own logit has no meaning."""
+    """Model from token ids to logits over clean tokens, with `generate`. The mask's own logit is meaningless."""
 
     def __init__(self, config: GiddConfig) -> None:
         super().__init__(config)
@@ -322,7 +323,7 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
+        """Return the token embedding."""
         return self.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -330,7 +331,7 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -347,7 +348,7 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
         """Compute logits [B, L, V] from `GiddModel.forward`'s arguments; `loss` is None.
 
         Raises:
-            ValueError: labels are given; the diffusion bound needs the noise levels, which a batch does not hold.
+            ValueError: labels are given; the diffusion bound needs the noise levels, which a batch does not contain.
         """
         if labels is not None:
             raise ValueError("no loss is computed here: the bound needs each token's noise level; train with megadiff")
@@ -360,13 +361,13 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
 
 
 def _named(out: Any, return_dict: bool | None, config: Any) -> Any:
-    """The output itself, or a tuple of its values where that is wanted."""
+    """Return the output itself, or a tuple of its values if requested."""
     wants_names = getattr(config, "return_dict", True) if return_dict is None else return_dict
     return out if wants_names else out.to_tuple()
 
 
 def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of [B, H, L, D], halves paired."""
+    """Apply rotary embedding to [B, H, L, D], halves paired."""
     low, high = x.chunk(2, dim=-1)
     return x * rope[0] + torch.cat([-high, low], dim=-1) * rope[1]
 

@@ -1,4 +1,4 @@
-"""Stands in for `megadiff/sampling/standalone.py`, of which an exported folder holds a copy under this name."""
+"""Placeholder for `megadiff/sampling/standalone.py`, whose copy in an exported folder has this name."""
 
 from megadiff.sampling.standalone import HybridNoise, Noise, Settings, generate
 
