@@ -126,7 +126,7 @@ def _processes_of(run_folder: Path) -> list[str]:
 
 def _wait_for_watchers(run_folder: Path) -> None:
     """They speak within half a second of their rank's end; longer only for want of processors."""
-    until = time.monotonic() + 5.0
+    until = time.monotonic() + 60.0
     while _processes_of(run_folder) and time.monotonic() < until:
         time.sleep(0.02)
 

@@ -152,7 +152,7 @@ class PlainTraining:
         self.waited_s = 0.0
         self.model = PlainModel(size, norm_eps=prepared.config.model.norm_eps)
         self.model.take_weights(chunk)
-        settings = prepared.config.optimizer
+        settings: Any = prepared.config.optimizer  # the AdamW member adds its betas and eps to the section
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
         self._optimizer = torch.optim.AdamW(
