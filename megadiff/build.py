@@ -17,11 +17,10 @@ from megadiff.data.baselines import Baselines
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
 from megadiff.derived import describe, lay_out_run, ranks_to_check
-from megadiff.diffusion.mixing import mixing_from
-from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows, start_id
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows, noise_rows
-from megadiff.diffusion.snr import rate_from
+from megadiff.diffusion.objective import build_weighting
 from megadiff.errors import ConfigError, DataError
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.kernels.choice import choose_head
@@ -175,7 +174,7 @@ def wire(
     origin, prepared = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
-    mixing = mixing_from(config.noise, vocab_size=prepared.tokenizer.vocab_size, mask_id=prepared.tokenizer.mask_id)
+    mixing = prepared.process
     for line in describe_data(prepared, step=origin.step):
         log.info(line)
     if topology.is_main:
@@ -260,20 +259,20 @@ def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: 
     )
 
 
-def row_objective(prepared: Prepared, mixing: Mixing, topology: Topology, platform: Platform) -> RowObjective:
+def row_objective(prepared: Prepared, mixing: NoiseProcess, topology: Topology, platform: Platform) -> RowObjective:
     """What is minimised, on this rank's part of the vocabulary."""
     config = prepared.config
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     if config.is_autoregressive:
         return NextTokenObjective(mixing, topology, head)
-    return DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective, head)
+    return DiffusionObjective(mixing, topology, build_weighting(config.objective), head)
 
 
 def training_step(
     prepared: Prepared,
     wrapped: Sequence[Any],
     optimizer: Optimizer,
-    mixing: Mixing,
+    mixing: NoiseProcess,
     topology: Topology,
     platform: Platform,
     *,
@@ -342,10 +341,10 @@ def build_trainables(
     return chunks, wrapped, optimizer
 
 
-def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
+def row_loader(prepared: Prepared, mixing: NoiseProcess, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
     """This data-parallel rank's noised microbatches from `first_step` on."""
     config = prepared.config
-    batch, rate = config.batch, rate_from(config.noise)
+    batch = config.batch
 
     def noise(clean: npt.NDArray[np.int64], samples: list[int], step_batch: StepBatch) -> NoisedRows:
         if config.is_autoregressive:
@@ -355,7 +354,6 @@ def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_ste
             seed=config.seed,
             sample_index=samples,
             mixing=mixing,
-            rate=rate,
             conditioning=config.conditioning,
             stratified=config.objective.stratified,
             global_batch=step_batch.sequences,
@@ -374,7 +372,7 @@ def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_ste
 
 def _evaluation(
     prepared: Prepared,
-    mixing: Mixing,
+    mixing: NoiseProcess,
     chunks: Sequence[Any],
     topology: Topology,
     platform: Platform,
@@ -389,9 +387,7 @@ def _evaluation(
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     measure = next_token_likelihood(mixing, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
     if not config.is_autoregressive:
-        measure = diffusion_bound(
-            mixing, rate=rate_from(config.noise), topology=topology, noise_levels=config.eval.noise_levels, head=head
-        )
+        measure = diffusion_bound(mixing, topology=topology, noise_levels=config.eval.noise_levels, head=head)
     held_out = HeldOut(
         sources=prepared.data.valid,
         measure=measure,

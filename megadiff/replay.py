@@ -24,7 +24,6 @@ from megadiff.config.load import load_config
 from megadiff.data.facts import read_data_facts
 from megadiff.data.loader import Microbatch
 from megadiff.data.mixture import next_mixture
-from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
@@ -194,7 +193,7 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
         health.restore(saved.health)
         done = saved.step
-    mixing = mixing_from(config.noise, vocab_size=text.vocab_size, mask_id=text.mask_id)
+    mixing = prepared.process
     recorded = _Recorded(mixing, topology, inner=row_objective(prepared, mixing, topology, platform))
     train_step = training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge)
     return _Opened(

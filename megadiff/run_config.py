@@ -13,6 +13,8 @@ from megadiff.config.section import Section
 from megadiff.data.batch_sizes import BatchSizes
 from megadiff.data.config import BatchConfig, DataConfig
 from megadiff.diffusion.config import (
+    PROCESSES,
+    WEIGHTINGS,
     ConditioningConfig,
     NoiseConfig,
     ObjectiveConfig,
@@ -49,8 +51,8 @@ class RunConfig(Section):
     """Whose layers a bf16 model is built of on CUDA: Transformer Engine's fused ones, or megatron-core's own on torch
     kernels. `auto` takes the first where it can be imported; which it was is in the log's first line."""
     model: ModelConfig
-    noise: NoiseConfig = NoiseConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    noise: Annotated[NoiseConfig, PROCESSES] = PROCESSES.default(NoiseConfig)
+    objective: Annotated[ObjectiveConfig, WEIGHTINGS] = WEIGHTINGS.default(ObjectiveConfig)
     conditioning: ConditioningConfig = ConditioningConfig()
     data: DataConfig
     batch: BatchConfig

@@ -123,6 +123,7 @@ def _settings(arguments: argparse.Namespace, trained: TrainedModel, ids: list[in
 
     behind = 0 if -1 in ids else new
     width = behind or len(ids) - ids.index(-1)
+    low, high = trained.mixing.sampling_range
     try:
         found = Settings(
             max_new_tokens=behind,
@@ -134,9 +135,8 @@ def _settings(arguments: argparse.Namespace, trained: TrainedModel, ids: list[in
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             guidance_scale=arguments.guidance_scale,
-            min_log_snr=trained.rate.min_log_snr,
-            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
-            max_log_snr=max(9.0, trained.rate.max_log_snr),
+            min_log_snr=low,
+            max_log_snr=high,
             eos_token_id=trained.tokenizer.eos_id if arguments.stop_at_end else None,
             pad_token_id=trained.tokenizer.pad_id,
         )

@@ -26,11 +26,13 @@ _NAMES_BY_KEY: dict[str, str] = {
     "model.rope_base": "rotary_base rope_theta rope_freq_base",
     "model.init_scale": "init_method_std initializer_range init_std",
     "model.vocab_multiple": "make_vocab_size_divisible_by pad_vocab_size_to_multiple_of vocab_size_multiple",
-    "noise.shift": "noise_type noise_schedule forward_process noise_kind mixing diffusion_type",
+    "noise.process": "noise.form forward_process noise_kind mixing diffusion_type",
+    "noise.shift": "noise_type",
     "noise.scale": "noise_scale",
-    "noise.rate": "schedule_type log_snr_schedule",
+    "noise.schedule": "noise.rate noise_schedule schedule_type log_snr_schedule",
     "noise.p_uniform": "uniform_noise p_unif",
     "objective.name": "objective_type loss_type",
+    "objective.itakura_saito_weight": "objective.is_weight is_weight beta_is_div",
     "objective.weighting": "loss_weighting loss_weight weighting_scheme",
     "data.train": (
         "data_path train_data_path dataset dataset_path dataset_name train_file train_data data_dir training_data "

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from megadiff.diffusion import exact
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.philox import Stream, threshold
-from megadiff.diffusion.snr import Rate
+from megadiff.diffusion.schedules import NoiseSchedule
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -79,10 +79,13 @@ def prompt_lengths(fraction: FloatArray, length: int) -> IntArray:
     return np.where(fraction < 0, 0, whole)
 
 
-def linear_log_snr(length: int, rate: Rate) -> FloatArray:
-    """Levels of a linear row: alpha = 1 - i / (L + 1) for i = 1..L, whatever the rate, held to its interval; [L]."""
+def linear_log_snr(length: int, schedule: NoiseSchedule) -> FloatArray:
+    """Return the levels [L] of a linear row: alpha = 1 - i / (L + 1) for i = 1..L, whatever the schedule.
+
+    They are clipped to the schedule's interval.
+    """
     i = np.arange(1, length + 1, dtype=np.float64)
-    return np.clip(exact.log((length + 1 - i) / i), rate.min_log_snr, rate.max_log_snr)
+    return np.clip(exact.log((length + 1 - i) / i), schedule.min_log_snr, schedule.max_log_snr)
 
 
 def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:

@@ -32,9 +32,9 @@ from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import exact
 from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, Levels, RowDraws
 from megadiff.diffusion.config import ConditioningConfig
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.philox import Stream, UintArray, below, philox4x32, threshold
-from megadiff.diffusion.snr import LINEAR, Rate
+from megadiff.diffusion.schedules import NoiseSchedule
 from megadiff.errors import ConfigError, DataError
 
 # Rows are noised this many tokens at a time: a few temporaries of 64 KiB stay in the cache, and in the memory that the
@@ -67,8 +67,7 @@ def noise_rows(
     *,
     seed: int,
     sample_index: npt.ArrayLike | Tensor,
-    mixing: Mixing,
-    rate: Rate = LINEAR,
+    mixing: NoiseProcess,
     conditioning: ConditioningConfig | None = None,
     stratified: bool = True,
     global_batch: int | None = None,
@@ -82,8 +81,7 @@ def noise_rows(
         clean: [B, L] integer ids, numpy or torch, none of them the mask.
         seed: the run's seed.
         sample_index: [B] global sample indices, counted over the whole run, from 0.
-        mixing: the noise.
-        rate: law of the noise levels.
+        mixing: the noise process; its schedule is the distribution of the noise levels.
         conditioning: prompts, infilling, empty tokens, level patterns; None for none of them.
         stratified: with `global_batch` G, sample i takes stratum k of G, u = (k + jitter) / G, where k runs over
             0..G-1 as i runs over its global batch; each u is exactly uniform on [0, 1), each batch covers it evenly,
@@ -107,7 +105,7 @@ def noise_rows(
     if stratified and global_batch is not None:
         quantiles = stratified_quantiles(streams["batch"], rows, quantiles, global_batch, batch_origin)
     draws = conditions.draw_rows(streams["row"], rows, conditioning)
-    level = _level(rate.log_snr(quantiles).astype(np.float32)[:, None], mixing)
+    level = _level(mixing.schedule.log_snr(quantiles).astype(np.float32)[:, None], mixing)
     length = tokens.shape[1]
     source = torch.arange(length).expand(tokens.shape)
     if conditioning.empty > 0 and pad_id is not None:
@@ -117,7 +115,7 @@ def noise_rows(
     noised, log_snr = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.float32)
     is_noisy, prompt = np.empty(tokens.shape, dtype=np.bool_), np.empty(len(rows), dtype=np.int64)
     for which in _blocks(draws.levels != Levels.ISOTROPIC, length):
-        part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, mixing, rate)
+        part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, mixing)
         noised[which], log_snr[which], is_noisy[which], prompt[which] = part
     arrays = noised, tokens, log_snr, is_noisy, prompt, draws.levels
     return NoisedRows(*(torch.from_numpy(array) for array in arrays), source=source)
@@ -146,15 +144,15 @@ def evaluation_noise(
     row_index: npt.ArrayLike | Tensor,
     level: int,
     num_levels: int,
-    mixing: Mixing,
-    rate: Rate = LINEAR,
+    mixing: NoiseProcess,
     prefix: str = "eval",
 ) -> NoisedRows:
     """Fixed noise for held-out rows: level k of K, one lambda a row, nothing conditioned, every token noisy.
 
     Row j takes u = (k + offset_j) / K with an offset of its own, so that over k = 0..K-1 its K levels are stratified
-    and the mean of `elbo` over them is an unbiased estimate of the row's bound (for the rate's density as documented at
-    `Rate.density`). Rows are independent, so the standard deviation of the row means over sqrt(R) is a standard error.
+    and the mean of `elbo` over them is an unbiased estimate of the row's bound (for the density as documented at
+    `NoiseSchedule.density`). Rows are independent, so the standard deviation of the row means over sqrt(R) is a
+    standard error.
 
     Args:
         clean: [B, L] ids.
@@ -162,13 +160,13 @@ def evaluation_noise(
         row_index: [B] indices of the rows within the held-out set.
         level: k, in [0, num_levels).
         num_levels: K.
-        mixing, rate, prefix: as for `noise_rows`.
+        mixing, prefix: as for `noise_rows`.
     """
     if not 0 <= level < num_levels:
         raise ValueError(f"level must lie in [0, {num_levels}), got {level}")
     tokens, rows = _token_rows(clean, row_index, mixing)
     quantiles = evaluation_quantiles(seed, rows, num_levels, prefix=prefix)[:, level]
-    log_snr = rate.log_snr(quantiles).astype(np.float32)[:, None]
+    log_snr = mixing.schedule.log_snr(quantiles).astype(np.float32)[:, None]
     row_level, stream, noised = _level(log_snr, mixing), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
     for which in _blocks(np.zeros(len(rows), dtype=np.bool_), tokens.shape[1]):
         noised[which] = _corrupt(tokens[which], rows[which], row_level.of(which), stream, mixing, draw=level)
@@ -234,43 +232,42 @@ def _noise_part(
     draws: RowDraws,
     level: _Level,
     streams: dict[str, Stream],
-    mixing: Mixing,
-    rate: Rate,
+    mixing: NoiseProcess,
 ) -> tuple[IntArray, npt.NDArray[np.float32], BoolArray, IntArray]:
     """Noised tokens, lambda, is_noisy and the prompt's length of a few rows of one level each, or of varying ones."""
     length = clean.shape[1]
     if draws.levels[0] != Levels.ISOTROPIC:
-        level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], rate), mixing)
+        level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], mixing.schedule), mixing)
     is_noisy, prompt = conditions.noisy_positions(draws, length, rows, streams["infill"])
     noised, log_snr = _corrupt(clean, rows, level, streams["noise"], mixing), level.log_snr
     if not is_noisy.all():
         noised = np.where(is_noisy, noised, clean)
-        log_snr = np.where(is_noisy, log_snr, np.float32(rate.max_log_snr))
+        log_snr = np.where(is_noisy, log_snr, np.float32(mixing.schedule.max_log_snr))
     return noised, log_snr, is_noisy, prompt
 
 
-def _level(log_snr: npt.NDArray[np.float32], mixing: Mixing) -> _Level:
+def _level(log_snr: npt.NDArray[np.float32], mixing: NoiseProcess) -> _Level:
     """Levels with the thresholds of their coins."""
     is_pure = mixing.is_masked_limit or mixing.is_uniform_limit
-    uniform = None if is_pure else threshold(mixing.uniform_share(log_snr))
+    uniform = None if is_pure else threshold(mixing.exact_uniform_prob(log_snr))
     return _Level(log_snr, threshold(exact.sigmoid(log_snr)), uniform)
 
 
 def _varying_log_snr(
-    levels: npt.NDArray[np.int8], rows: IntArray, length: int, stream: Stream, rate: Rate
+    levels: npt.NDArray[np.int8], rows: IntArray, length: int, stream: Stream, schedule: NoiseSchedule
 ) -> npt.NDArray[np.float32]:
     """Lambda of every token of rows whose level varies, [B, L] float32."""
     log_snr = np.empty((len(rows), length), dtype=np.float32)
     is_linear = levels == Levels.LINEAR
     if is_linear.any():
-        log_snr[is_linear] = conditions.linear_log_snr(length, rate)
+        log_snr[is_linear] = conditions.linear_log_snr(length, schedule)
     if not is_linear.all():
-        log_snr[~is_linear] = rate.log_snr(stream.uniforms(rows[~is_linear], length))
+        log_snr[~is_linear] = schedule.log_snr(stream.uniforms(rows[~is_linear], length))
     return log_snr
 
 
 def _corrupt(
-    clean: IntArray, rows: IntArray, level: _Level, stream: Stream, mixing: Mixing, *, draw: int = 0
+    clean: IntArray, rows: IntArray, level: _Level, stream: Stream, mixing: NoiseProcess, *, draw: int = 0
 ) -> IntArray:
     """Draw z ~ q_lambda(. | x): keep x with probability alpha, else a uniform real token or the mask.
 
@@ -288,7 +285,7 @@ def _corrupt(
 
 
 def _token_rows(
-    clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, mixing: Mixing
+    clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, mixing: NoiseProcess
 ) -> tuple[IntArray, IntArray]:
     """Ids as int64 [B, L] and indices as int64 [B], checked."""
     tokens = np.require(clean.numpy() if isinstance(clean, Tensor) else clean, dtype=np.int64, requirements=["C", "W"])

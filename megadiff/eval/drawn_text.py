@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.snr import Rate
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.parallel.asked_model import AskedModel
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
@@ -36,8 +35,7 @@ class DrawnText:
         rows: int,
         steps: int,
         seq_length: int,
-        mixing: Mixing,
-        rate: Rate,
+        mixing: NoiseProcess,
         tokenizer: Tokenizer,
         start: Sequence[int] = (),
         chunks: Sequence[ModelChunk],
@@ -49,12 +47,12 @@ class DrawnText:
             chunks, topology=topology, device=device, shape=(rows, seq_length), vocab_size=mixing.vocab_size
         )
         self._start = list(start)
+        low, high = mixing.sampling_range
         self._settings = Settings(
             max_new_tokens=seq_length - len(self._start),
             max_denoising_steps=steps,
-            min_log_snr=rate.min_log_snr,
-            # The time form ends at a level that still holds noise; sampling goes on to where next to none is left.
-            max_log_snr=max(9.0, rate.max_log_snr),
+            min_log_snr=low,
+            max_log_snr=high,
         )
 
     def __call__(self) -> str:

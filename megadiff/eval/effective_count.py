@@ -25,10 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.diffusion.philox import Stream, Words, below, threshold, unit_interval
-from megadiff.diffusion.snr import LINEAR
+from megadiff.diffusion.schedules import LINEAR
 from megadiff.eval.level_integral import integrated_bound
 
 IntArray = npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Copies:
     """What the mean over copies of `copy_bounds` is multiplied with to be the estimate."""
 
 
-def copies_by_count(clean: IntArray, count: int, *, mixing: Mixing, seed: int, key: int) -> Copies:
+def copies_by_count(clean: IntArray, count: int, *, mixing: NoiseProcess, seed: int, key: int) -> Copies:
     """Copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
 
     Args:
@@ -73,7 +73,7 @@ def copies_by_count(clean: IntArray, count: int, *, mixing: Mixing, seed: int, k
     return Copies(noised, None, length / (length + 1) if is_masked else 1.0)
 
 
-def copies_by_level(clean: IntArray, count: int, *, mixing: Mixing, seed: int, key: int) -> Copies:
+def copies_by_level(clean: IntArray, count: int, *, mixing: NoiseProcess, seed: int, key: int) -> Copies:
     """Copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (arguments as above)."""
     log_snr = LINEAR.log_snr(_strata(count, seed, key))
     words = _draws(seed, "noise", key, count, len(clean), tuple)
@@ -82,7 +82,7 @@ def copies_by_level(clean: IntArray, count: int, *, mixing: Mixing, seed: int, k
     return Copies(noised, log_snr, LINEAR.mass)
 
 
-def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, mixing: Mixing) -> float:
+def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, mixing: NoiseProcess) -> float:
     """What one copy says of the bound, in nats over all n tokens.
 
     Args:
@@ -92,13 +92,14 @@ def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | 
     """
     if log_snr is not None:
         level = torch.full(clean.shape, log_snr, dtype=torch.float64, device=clean.device)
-        return float(gidd_objective(logits, clean, noised, level, mixing=mixing).elbo.double().sum())
+        linear = mixing.with_schedule(LINEAR)
+        return float(gidd_objective(logits, clean, noised, level, mixing=linear).elbo.double().sum())
     if mixing.is_masked_limit:
         return _masked_bound(logits, clean, noised, mixing)
     return integrated_bound(logits, clean, noised, mixing=mixing)
 
 
-def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, mixing: Mixing) -> float:
+def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, mixing: NoiseProcess) -> float:
     """(n + 1) / m times the cross-entropy of the m masked tokens; 0 without any."""
     masked = noised == mixing.mask_id
     count = int(masked.sum())
@@ -142,9 +143,9 @@ def _draws(seed: int, name: str, key: int, count: int, length: int, read: Callab
     return read(tuple(word.reshape(count, length) for word in words))
 
 
-def _replacements(words: Words, log_snr: FloatArray, mixing: Mixing) -> IntArray:
+def _replacements(words: Words, log_snr: FloatArray, mixing: NoiseProcess) -> IntArray:
     """What each token is replaced with if it is noised at its copy's level ([K, 1]), [K, n]."""
     token = below(words[2], words[3], mixing.num_real).astype(np.int64)
     token += token >= mixing.mask_id
-    share = mixing.uniform_share(np.clip(log_snr, -_LEVELS, _LEVELS))
+    share = mixing.exact_uniform_prob(np.clip(log_snr, -_LEVELS, _LEVELS))
     return np.where(words[1] < threshold(share), token, mixing.mask_id)

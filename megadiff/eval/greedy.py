@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.next_token import next_token_rows, start_id
-from megadiff.diffusion.snr import Rate
 from megadiff.eval.likelihood import Item
 from megadiff.eval.texts_likelihood import Measured
 from megadiff.sampling.standalone import Settings, generate
@@ -20,11 +19,6 @@ T = TypeVar("T")
 
 class Sampled(Measured, Protocol):
     """A model that can be measured and, where it is a diffusion model, sampled; such as `trained.TrainedModel`."""
-
-    @property
-    def rate(self) -> Rate:
-        """How it was trained to see noise levels."""
-        ...
 
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
         """Ids [B, L] with so many clean leading tokens to logits [B, L, V]."""
@@ -63,21 +57,17 @@ def batches(members: Iterable[T], key: Callable[[T], tuple[int, ...]], count: in
         yield waiting
 
 
-def end_log_snr(rate: Rate) -> float:
-    """The log-SNR a sampler ends at: the time form of training ends at a level that still holds noise."""
-    return max(9.0, rate.max_log_snr)
-
-
 def _writes_the_same(model: Sampled, items: Sequence[Item], seed: int) -> list[bool]:
     length = len(items[0].completion)
+    low, high = model.mixing.sampling_range
     settings = Settings(
         max_new_tokens=length,
         max_denoising_steps=length,
         sampler="adaptive",
         tokens_per_step=1,
         temperature=0.0,
-        min_log_snr=model.rate.min_log_snr,
-        max_log_snr=end_log_snr(model.rate),
+        min_log_snr=low,
+        max_log_snr=high,
     )
     prompts = torch.tensor([item.prompt for item in items], dtype=torch.int64).reshape(len(items), -1)
     seeds = [seed_of(seed, Item(item.prompt, ())) for item in items]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import LOG_RHO_LIMIT, VocabularySums, terms_from_sums
 
 LOWEST, HIGHEST = -40.0, 100.0
@@ -56,7 +56,7 @@ class _Levels:
     """[_ORDER, 3, G] Taylor coefficients of F around log p = -_SPACING g, for each of _KINDS."""
 
 
-def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, mixing: Mixing) -> float:
+def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, mixing: NoiseProcess) -> float:
     """Return the expected sum over tokens of the ELBO integrand given this copy, in nats over all n tokens.
 
     Args:
@@ -78,12 +78,12 @@ def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, mixing: M
         others = log_p.scatter(-1, x.unsqueeze(-1), -torch.inf)
         sums = VocabularySums(torch.logsumexp(others, dim=-1) - at_clean, at_noised, torch.zeros_like(at_clean))
         level = nodes[:, None].expand(-1, len(x))
-        terms = terms_from_sums(sums, x.expand_as(level), z.expand_as(level), level, mixing=mixing)
+        terms = terms_from_sums(sums, x.expand_as(level), z.expand_as(level), level, process=mixing)
         total += weights @ terms.loss.sum(-1) - _read(table, kind[part], others).sum()
     return float(total)
 
 
-def _log_probabilities(logits: Tensor, mixing: Mixing) -> Tensor:
+def _log_probabilities(logits: Tensor, mixing: NoiseProcess) -> Tensor:
     """Return log p [n, V] in float64; -inf at the mask."""
     real = logits[:, : mixing.vocab_size].double()
     return real.index_fill(-1, torch.tensor([mixing.mask_id], device=real.device), -torch.inf).log_softmax(-1)
@@ -104,7 +104,7 @@ def _read(table: Tensor, kind: Tensor, log_p: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _levels(counts: tuple[int, int, int], mixing: Mixing) -> _Levels:
+def _levels(counts: tuple[int, int, int], mixing: NoiseProcess) -> _Levels:
     nodes, spans = _quadrature(counts, mixing)
     log_q = _log_likelihood(nodes, counts, mixing)
     weights = spans * torch.exp(log_q - log_q.max())
@@ -112,7 +112,7 @@ def _levels(counts: tuple[int, int, int], mixing: Mixing) -> _Levels:
     return _Levels(nodes, weights, _table(nodes, weights, mixing))
 
 
-def _quadrature(counts: tuple[int, int, int], mixing: Mixing) -> tuple[Tensor, Tensor]:
+def _quadrature(counts: tuple[int, int, int], mixing: NoiseProcess) -> tuple[Tensor, Tensor]:
     """Return Gauss-Legendre nodes and weights [S] over the levels that may have made such a copy."""
     low, high = _support(_COARSE, counts, mixing)
     low, high = _support(torch.linspace(low, high, _FINE, dtype=torch.float64), counts, mixing)
@@ -123,7 +123,7 @@ def _quadrature(counts: tuple[int, int, int], mixing: Mixing) -> tuple[Tensor, T
     return (middles[:, None] + half * points).flatten(), (half * weights).repeat(panels)
 
 
-def _support(grid: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> tuple[float, float]:
+def _support(grid: Tensor, counts: tuple[int, int, int], mixing: NoiseProcess) -> tuple[float, float]:
     """Return the ends of the stretch of the grid outside which both integrals are negligible, a point further out.
 
     The bound's integrand is at most about alpha times the largest weight; that of the denominator is alpha beta. A copy
@@ -142,7 +142,7 @@ def _support(grid: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> tupl
     return float(grid[first]), float(grid[last])
 
 
-def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> Tensor:
+def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], mixing: NoiseProcess) -> Tensor:
     """Return log q_lambda(z | x) of a copy with these numbers of masks, kept and changed tokens."""
     log_alpha, log_beta = logsigmoid(log_snr), logsigmoid(-log_snr)
     log_c = log_beta + mixing.log_u(log_snr) - math.log(mixing.num_real)
@@ -155,7 +155,7 @@ def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], mixing: Mixin
     return total
 
 
-def _table(nodes: Tensor, weights: Tensor, mixing: Mixing) -> Tensor:
+def _table(nodes: Tensor, weights: Tensor, mixing: NoiseProcess) -> Tensor:
     """Return the Taylor coefficients of F (`_Levels.table`).
 
     Derivatives of log(1 + e^t) are polynomials in s = sigmoid(t); each is s (1 - s) times the one before's derivative.

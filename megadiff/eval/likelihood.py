@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows
-from megadiff.diffusion.snr import LINEAR
+from megadiff.diffusion.schedules import LINEAR
 from megadiff.eval.effective_count import Copies, copies_by_count, copies_by_level, copy_bounds
 from megadiff.sampling.standalone import Draws
 

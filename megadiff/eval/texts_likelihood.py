@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megadiff.data.progress import ProgressReport
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import start_id
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.errors import ConfigError, DataError
 from megadiff.eval.likelihood import (
     BoundSettings,
@@ -63,7 +63,7 @@ class Measured(Protocol):
         ...
 
     @property
-    def mixing(self) -> Mixing:
+    def mixing(self) -> NoiseProcess:
         """The noise."""
         ...
 

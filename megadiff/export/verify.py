@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.errors import CheckpointError, DataError, PlatformError
 
 FP32_BOUND = 1e-5
@@ -114,7 +114,7 @@ class Verified:
         )
 
 
-def noised_cases(mixing: Mixing, *, length: int, knows_prompts: bool, seed: int = 0) -> list[Case]:
+def noised_cases(mixing: NoiseProcess, *, length: int, knows_prompts: bool, seed: int = 0) -> list[Case]:
     """A row at each level of `LEVELS`, and one with a clean prompt where the model knows prompts."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -125,7 +125,7 @@ def noised_cases(mixing: Mixing, *, length: int, knows_prompts: bool, seed: int 
     def row(log_snr: float, prompt_length: int) -> Case:
         clean, replaced = real(), real()
         level = torch.tensor(log_snr, dtype=torch.float64)
-        is_mask = torch.rand(1, length, generator=draw) >= mixing.u(level)
+        is_mask = torch.rand(1, length, generator=draw) >= mixing.uniform_prob(level)
         keeps = torch.rand(1, length, generator=draw) < torch.sigmoid(level)
         keeps |= torch.arange(length) < prompt_length
         return Case(log_snr, torch.where(keeps, clean, torch.where(is_mask, mixing.mask_id, replaced)), prompt_length)

@@ -8,20 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.config import Weighting
-from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.objective import Terms, check_token_shapes
-from megadiff.diffusion.snr import LINEAR, Rate
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.objective import SURROGATE, Terms, Weighting, check_token_shapes
 
 
 @dataclass(frozen=True)
 class Formula:
-    """Which objective: the settings of `diffusion.objective.gidd_objective`."""
+    """Objective to compute: arguments of `diffusion.objective.gidd_objective`."""
 
-    mixing: Mixing
-    rate: Rate = LINEAR
-    is_weight: float = 1.0
-    weighting: Weighting = "surrogate"
+    mixing: NoiseProcess
+    weighting: Weighting = SURROGATE
 
 
 class HeadLoss(NamedTuple):
@@ -79,7 +75,7 @@ class HeadTokens:
         return values.reshape(self.clean.shape)
 
 
-def worth_computing(noised: Tensor, is_noisy: Tensor, mixing: Mixing) -> Tensor | None:
+def worth_computing(noised: Tensor, is_noisy: Tensor, mixing: NoiseProcess) -> Tensor | None:
     """Places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
 
     Only noisy tokens do, and under masked noise only masks: any other has weight 0. To be asked of tensors on the CPU,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadiff.diffusion.objective import OPTIMISED, Terms, gidd_objective
+from megadiff.diffusion.objective import Terms, gidd_objective
 from megadiff.kernels.head import Formula, HeadLoss, HeadTokens
 from megadiff.kernels.vocab_shard import VocabShard
 
@@ -32,12 +32,9 @@ def plain_objective(
         own.noised,
         own.log_snr,
         mixing=formula.mixing,
-        rate=formula.rate,
-        is_weight=formula.is_weight,
         weighting=formula.weighting,
     )
-    loss = getattr(terms, OPTIMISED[formula.weighting]).sum()
-    return HeadLoss(loss, Terms(*(tokens.scattered(term.detach()) for term in terms)))
+    return HeadLoss(terms.minimised.sum(), Terms(*(tokens.scattered(term.detach()) for term in terms)))
 
 
 class _Gathered(torch.autograd.Function):

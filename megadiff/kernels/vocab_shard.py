@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class VocabShard:
 
     @classmethod
     def of(
-        cls, weight: Tensor, mixing: Mixing, *, start: int = 0, group: torch.distributed.ProcessGroup | None = None
+        cls,
+        weight: Tensor,
+        mixing: NoiseProcess,
+        *,
+        start: int = 0,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> VocabShard:
         """The shard of a head weight [V / tp, d]; a group of one communicates nothing."""
         if group is not None and torch.distributed.get_world_size(group) == 1:

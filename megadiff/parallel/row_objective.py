@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.conditioning import Levels
-from megadiff.diffusion.config import ObjectiveConfig
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows
-from megadiff.diffusion.snr import LINEAR, LinearRate, Rate
+from megadiff.diffusion.objective import SURROGATE, Weighting
+from megadiff.diffusion.schedules import LINEAR, LinearSchedule
 from megadiff.kernels.choice import Head
 from megadiff.kernels.fused_head import fused_objective
 from megadiff.kernels.head import Formula, HeadLoss, HeadTokens, worth_computing
@@ -40,7 +40,7 @@ class PlacedRows(NamedTuple):
 class RowObjective(ABC):
     """What is minimised, on this rank's part of the vocabulary."""
 
-    mixing: Mixing
+    mixing: NoiseProcess
     topology: Topology
 
     @abstractmethod
@@ -66,7 +66,7 @@ class RowObjective(ABC):
         """Return how many of a microbatch's tokens have their logits computed; None for all."""
         return None if placed.computed is None else placed.computed.numel()
 
-    def _shard(self, weight: Tensor, mixing: Mixing) -> VocabShard:
+    def _shard(self, weight: Tensor, mixing: NoiseProcess) -> VocabShard:
         start = self.topology.tensor_rank * weight.shape[0]
         return VocabShard.of(weight, mixing, start=start, group=self.topology.tensor_group)
 
@@ -75,8 +75,7 @@ class RowObjective(ABC):
 class DiffusionObjective(RowObjective):
     """`objective.name: gidd`: the diffusion bound, or its surrogate."""
 
-    rate: Rate
-    settings: ObjectiveConfig
+    weighting: Weighting = SURROGATE
     head: Head = fused_objective
 
     def head_tokens(self, placed: PlacedRows) -> int | None:
@@ -91,7 +90,7 @@ class DiffusionObjective(RowObjective):
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
         """See `RowObjective.lm_head_loss` and `diffusion.objective`."""
         rows = placed.rows
-        formula = Formula(self.mixing, self.rate, self.settings.is_weight, self.settings.weighting)
+        formula = Formula(self.mixing, self.weighting)
         tokens = HeadTokens(rows.clean.t(), rows.noised.t(), rows.log_snr.t(), placed.computed)
         found = self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.mixing))
         return found._replace(terms=found.terms._replace(elbo=self._reported_elbo(found.terms.elbo, rows)))
@@ -99,14 +98,15 @@ class DiffusionObjective(RowObjective):
     def _reported_elbo(self, elbo: Tensor, rows: NoisedRows) -> Tensor:
         """Return the bound's integrand [L, b] divided by the density that each token's level was really drawn from.
 
-        The result has one definition for every schedule (`Rate.reporting_density`). Rows of `Levels.LINEAR` take the
-        linear law whatever the schedule of the others, so their tokens are divided by its density.
+        The result has one definition for every schedule (`NoiseSchedule.reporting_density`). Rows of `Levels.LINEAR`
+        take the linear law whatever the schedule of the others, so their tokens are divided by its density.
         """
-        if isinstance(self.rate, LinearRate):
+        schedule = self.mixing.schedule
+        if isinstance(schedule, LinearSchedule):
             return elbo
         log_snr = rows.log_snr.t()
-        drawn = torch.where(rows.levels == Levels.LINEAR, LINEAR.density(log_snr), self.rate.reporting_density(log_snr))
-        return elbo * (self.rate.density(log_snr) / drawn)
+        drawn = torch.where(rows.levels == Levels.LINEAR, LINEAR.density(log_snr), schedule.reporting_density(log_snr))
+        return elbo * (schedule.density(log_snr) / drawn)
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ def report_sums(terms: Terms, rows: NoisedRows, *, head_tokens: int | None = Non
         head_tokens: how many tokens the output head computed; None for all.
     """
     noisy = rows.is_noisy.t()
-    plain = terms.weight * (terms.kl + terms.is_div)
-    means = (terms.loss, terms.elbo, terms.weight * terms.kl, terms.weight * terms.is_div, terms.weight)
+    plain = terms.weight * (terms.kl + terms.itakura_saito)
+    means = (terms.loss, terms.elbo, terms.weight * terms.kl, terms.weight * terms.itakura_saito, terms.weight)
     of_rows = torch.stack((*means, noisy.to(plain.dtype))).detach().sum(dim=1, dtype=torch.float64)  # [6, b]
     facts = _row_facts(rows)
     shared, kinds = facts.split((facts.shape[0] - len(_KINDS), len(_KINDS)))

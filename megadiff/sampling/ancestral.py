@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.sampling.standalone import Draws, Settings, Step, generate, level_grid, reverse_kernel, reverse_step
 
 __all__ = ["Denoise", "OnStep", "level_grid", "prior", "reverse_posterior", "reverse_step", "sample"]
@@ -30,7 +30,7 @@ OnStep = Callable[[int, float, Tensor], None]
 
 
 def reverse_posterior(
-    probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: Mixing
+    probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: NoiseProcess
 ) -> Tensor:
     """p(z_s | z_t) under the predicted clean distribution.
 
@@ -69,7 +69,7 @@ def sample(
     rows: int,
     length: int,
     steps: int,
-    mixing: Mixing,
+    mixing: NoiseProcess,
     seed: int,
     grid: Literal["cosine", "linear"] = "cosine",
     min_log_snr: float = -9.0,
@@ -143,6 +143,6 @@ def sample(
     return found.sequences
 
 
-def prior(rows: Tensor, length: int, log_snr: float, *, mixing: Mixing, seed: int) -> Tensor:
+def prior(rows: Tensor, length: int, log_snr: float, *, mixing: NoiseProcess, seed: int) -> Tensor:
     """Noise to start from, [B, length]: masks or uniform real tokens by pi at this level; `rows` [B] keys the draws."""
     return Draws(seed, rows, rows.device).noise(length, log_snr, mixing)

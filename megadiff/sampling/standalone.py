@@ -46,11 +46,11 @@ class Noise(Protocol):
         """The mask's id."""
         ...
 
-    def u(self, log_snr: Tensor) -> Tensor:
+    def uniform_prob(self, log_snr: Tensor) -> Tensor:
         """Uniform share of the noise."""
         ...
 
-    def mask_share(self, log_snr: Tensor) -> Tensor:
+    def mask_prob(self, log_snr: Tensor) -> Tensor:
         """1 - u, without the subtraction."""
         ...
 
@@ -64,11 +64,11 @@ class HybridNoise:
     shift: float
     scale: float = 1.0
 
-    def u(self, log_snr: Tensor) -> Tensor:
+    def uniform_prob(self, log_snr: Tensor) -> Tensor:
         """Uniform share of the noise."""
         return torch.sigmoid(self.scale * log_snr + self.shift)
 
-    def mask_share(self, log_snr: Tensor) -> Tensor:
+    def mask_prob(self, log_snr: Tensor) -> Tensor:
         """1 - u."""
         return torch.sigmoid(-(self.scale * log_snr + self.shift))
 
@@ -216,7 +216,7 @@ class Draws:
         words = self.words(name, 0, length)
         count = noise.vocab_size - 1
         token = (words[2] * count + (words[3] * count >> 32)) >> 32
-        share = noise.u(torch.tensor(log_snr, dtype=torch.float64, device=self._device))
+        share = noise.uniform_prob(torch.tensor(log_snr, dtype=torch.float64, device=self._device))
         real = token + (token >= noise.mask_id).long()
         return torch.where(_unit_interval(words) < share, real, noise.mask_id)
 
@@ -321,7 +321,9 @@ def draw_tokens(prediction: Prediction, where: Tensor, uniforms: Tensor) -> Tens
 
 def noise_probability(noise: Noise, log_snr: Tensor, ids: Tensor) -> Tensor:
     """pi_lambda at the given ids: 1 - u at the mask, u over the number of real tokens elsewhere."""
-    return torch.where(ids == noise.mask_id, noise.mask_share(log_snr), noise.u(log_snr) / (noise.vocab_size - 1))
+    return torch.where(
+        ids == noise.mask_id, noise.mask_prob(log_snr), noise.uniform_prob(log_snr) / (noise.vocab_size - 1)
+    )
 
 
 def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
@@ -349,7 +351,7 @@ def reverse_step(
     marginal = alpha_s * prediction.at(ids).double() + beta_s * noise_probability(mixing, at_s, ids)
     is_fresh = uniforms[1] * (keep * marginal + fresh) < fresh
     is_signal = uniforms[2] < alpha_s
-    is_mask = (uniforms[2] - alpha_s) < beta_s * mixing.mask_share(at_s)
+    is_mask = (uniforms[2] - alpha_s) < beta_s * mixing.mask_prob(at_s)
     count = mixing.vocab_size - 1
     real = (uniforms[0] * count).long().clamp(max=count - 1)
     real = real + (real >= mixing.mask_id).long()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import Terms, gidd_objective
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -63,7 +63,7 @@ def gauss(low: float, high: float, panels: int = 60, order: int = 16) -> tuple[T
     return torch.from_numpy(nodes), torch.from_numpy((half * w).ravel())
 
 
-def over_z(logits: Tensor, x: int, log_snr: Tensor, mixing: HybridMixing) -> tuple[Terms, Tensor]:
+def over_z(logits: Tensor, x: int, log_snr: Tensor, mixing: NoiseProcess) -> tuple[Terms, Tensor]:
     """Terms for every z at each level, [n, V], and q(z | x) [n, V]; logits [V], [V_z, V] or [n, V_z, V]."""
     count, vocab = len(log_snr), mixing.vocab_size
     z = torch.arange(vocab).expand(count, vocab)
@@ -75,7 +75,7 @@ def over_z(logits: Tensor, x: int, log_snr: Tensor, mixing: HybridMixing) -> tup
 
 
 def integral(
-    logits: Tensor, x: int, mixing: HybridMixing, low: float = -9.0, high: float = 9.0, panels: int = 60
+    logits: Tensor, x: int, mixing: NoiseProcess, low: float = -9.0, high: float = 9.0, panels: int = 60
 ) -> float:
     """Integral over lambda of E_z[w (KL + IS)] for a prediction that depends on neither."""
     nodes, weights = gauss(low, high, panels)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import LOG_RHO_LIMIT, VocabularySums, gidd_objective, terms_from_sums
-from megadiff.diffusion.snr import RATES
+from megadiff.diffusion.schedules import SCHEDULES
 from tests.diffusion.dense import LOGITS, Z_LINEAR, bounds, f64, gauss, integral, over_z
 
 GOLDEN = bounds()
@@ -41,11 +42,11 @@ def test_a_constant_prediction_telescopes(b, exact, estimator, loss):
     assert float((weights * density * (q * terms.elbo).sum(-1)).sum()) == pytest.approx(estimator, abs=5.1e-9)
 
 
-@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("rate", SCHEDULES)
 @pytest.mark.parametrize(("b", "value"), GOLDEN["schedule_invariance"]["rows"])
 def test_the_bound_does_not_depend_on_the_rate(b, value, rate):
     """Levels drawn by the rate's own quantile and divided by its own density give one integral."""
-    law, mixing = RATES[rate](), HybridMixing(5, 3, b)
+    law, mixing = SCHEDULES[rate](), HybridMixing(5, 3, b)
     u, weights = gauss(0, 1, panels=400)
     log_snr = torch.from_numpy(law.log_snr(u.numpy()))
     terms, q = over_z(f64(0.3, -0.7, 1.1, 0, 0.2), 2, log_snr, mixing)
@@ -112,7 +113,7 @@ def test_leave_one_out_posteriors_of_two_tokens_are_a_tight_bound(b):
     assert total == pytest.approx(entropy, abs=2e-8)
 
 
-def uniform_sums(log_snr: torch.Tensor, mixing: HybridMixing) -> VocabularySums:
+def uniform_sums(log_snr: torch.Tensor, mixing: NoiseProcess) -> VocabularySums:
     """What the zero-initialised head gives: p = 1 / N everywhere."""
     log_n = math.log(mixing.num_real)
     y = mixing.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT) - log_n
@@ -129,13 +130,13 @@ def test_a_blind_model_pays_what_step_0_must_print(row, vocab):
     mixing = HybridMixing(vocab, 3, b)
     nodes, weights = gauss(-9, 9)
     alpha, beta = torch.sigmoid(nodes), torch.sigmoid(-nodes)
-    u, mask = mixing.u(nodes), mixing.mask_share(nodes)
+    u, mask = mixing.uniform_prob(nodes), mixing.mask_prob(nodes)
     got = {"elbo": 0.0, "loss": 0.0, "is_elbo": 0.0, "is_loss": 0.0}
     classes = {0: alpha + beta * u / mixing.num_real, 3: beta * mask, 1: beta * u * (1 - 1 / mixing.num_real)}
     for z, probability in classes.items():  # z = x, z = m, any other token: all alike under a uniform prediction
         x_ids, z_ids = torch.zeros(len(nodes), dtype=torch.int64), torch.full((len(nodes),), z)
-        terms = terms_from_sums(uniform_sums(nodes, mixing), x_ids, z_ids, nodes, mixing=mixing)
-        is_term = probability * terms.weight * terms.is_div
+        terms = terms_from_sums(uniform_sums(nodes, mixing), x_ids, z_ids, nodes, process=mixing)
+        is_term = probability * terms.weight * terms.itakura_saito
         density = alpha * beta / Z_LINEAR
         got["elbo"] += float((weights * density * probability * terms.elbo).sum())
         got["loss"] += float((weights * density * probability * terms.loss).sum())
@@ -156,5 +157,5 @@ def test_the_objective_at_the_real_vocabulary_uses_just_those_sums(b):
     log_snr = f64(-9, 0, 9, -2, 3, 6)
     clean, noised = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 0, 3, 3, 1, 1])
     got = gidd_objective(torch.zeros(6, 131072, dtype=torch.float64), clean, noised, log_snr, mixing=mixing)
-    want = terms_from_sums(uniform_sums(log_snr, mixing), clean, noised, log_snr, mixing=mixing)
+    want = terms_from_sums(uniform_sums(log_snr, mixing), clean, noised, log_snr, process=mixing)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-9, atol=1e-12)

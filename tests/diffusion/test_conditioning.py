@@ -19,7 +19,7 @@ from megadiff.diffusion.conditioning import (
 )
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.philox import Stream
-from megadiff.diffusion.snr import LINEAR
+from megadiff.diffusion.schedules import LINEAR
 
 ROWS = np.arange(20000)
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.diffusion.config import NoiseConfig
-from megadiff.diffusion.mixing import HybridMixing, mixing_from
+from megadiff.diffusion.config import noise_config
+from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import build_process
 from megadiff.errors import ConfigError
 from tests.diffusion.dense import f64
 
@@ -53,9 +54,9 @@ def test_the_limits_are_exact_in_both_precisions():
         assert uniform.is_uniform_limit
         assert not uniform.is_masked_limit
         assert bool((masked.pi(lam)[:, 3] == 1).all())
-        assert bool((masked.u(lam) == 0).all())
+        assert bool((masked.uniform_prob(lam) == 0).all())
         assert bool((uniform.pi(lam)[:, 3] == 0).all())
-        assert bool((uniform.u(lam) == 1).all())
+        assert bool((uniform.uniform_prob(lam) == 1).all())
         assert masked.log_u(lam)[0] == -1009
 
 
@@ -67,7 +68,9 @@ def test_small_uniform_shares_keep_their_weight_at_a_large_vocabulary():
 
 def test_the_exact_share_agrees_with_the_tensor_one():
     mixing, lam = HybridMixing(5, 3, 0.7, 0.4), f64(-9, -1, 0, 3, 9)
-    torch.testing.assert_close(torch.from_numpy(mixing.uniform_share(lam.numpy())), mixing.u(lam), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(mixing.exact_uniform_prob(lam.numpy())), mixing.uniform_prob(lam), rtol=1e-14, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [1.001, 2.0, 0.0, -1.0])
@@ -82,6 +85,6 @@ def test_a_mask_outside_the_vocabulary_is_refused():
 
 
 def test_a_run_description_makes_a_mixing():
-    assert mixing_from(NoiseConfig(shift="low_uniform", scale=0.5), vocab_size=9, mask_id=3) == HybridMixing(
+    assert build_process(noise_config(shift="low_uniform", scale=0.5), vocab_size=9, mask_id=3) == HybridMixing(
         9, 3, -2.0, 0.5
     )

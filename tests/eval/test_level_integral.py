@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.time_mixing import TimeMixing
-from megadiff.diffusion.time_process import TimeProcess
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.eval.level_integral import integrated_bound
 from tests.diffusion.dense import gauss
 
@@ -94,7 +93,7 @@ def test_tokens_predicted_surely_or_hardly_at_all(noise, counts, log_p):
     assert found == pytest.approx(wanted, rel=2e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("process", [TimeProcess(0.2, 0.8), TimeProcess(0.3)])
+@pytest.mark.parametrize("process", [GiddTime(0.2, 0.8), GiddTime(0.3)])
 @pytest.mark.parametrize("noise", [None, *SHIFTS])
 def test_one_token_is_worth_minus_log_p_whatever_the_noise(noise, process):
     """For a prediction that depends on nothing, the mean over z and all levels telescopes: no quadrature at all.
@@ -103,7 +102,7 @@ def test_one_token_is_worth_minus_log_p_whatever_the_noise(noise, process):
     """
     vocab, mask = 9, 4
     if noise is None:
-        mixing: Mixing = TimeMixing(vocab, mask, process)
+        mixing: NoiseProcess = NoiseProcess(vocab, mask, process)
     else:
         mixing = HybridMixing(vocab, mask, *SHIFTS[noise])
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)).double()

@@ -15,7 +15,7 @@ from megadiff.run_config import RunConfig
 EXPERIMENTS = Path(__file__).parents[2] / "examples" / "experiments"
 THREE = ("noise_interpolation", "batch_size_sweep", "snr_against_time")
 
-TIME = ("noise.form=time", "objective.weighting=dynamic")
+TIME = ("noise.process=gidd_time", "objective.weighting=dynamic")
 NOISES = [
     (f"name={shift}", f"noise.shift={shift}")
     for shift in ("masked", "low_uniform", "balanced", "high_uniform", "uniform")

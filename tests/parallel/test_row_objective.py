@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
-from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.config import ConditioningConfig, noise_config
+from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import noise_rows
-from megadiff.diffusion.snr import rate_from
 from megadiff.parallel.config import Layout
 from megadiff.parallel.row_report import metrics_of
 from megadiff.platform.quiet import quiet
@@ -28,11 +27,11 @@ LOGITS = torch.linspace(-1.0, 1.0, VOCAB, dtype=torch.float64)
 ENDS = {"min_log_snr": -4.0, "max_log_snr": 4.0}
 """Near ends: the mass that a schedule loses beyond them is 4 % (linear) and 17 % (cosine), and weights stay small."""
 NOISES: dict[str, dict] = {
-    "linear": {"rate": "linear", **ENDS},
-    "cosine": {"rate": "cosine", **ENDS},
-    "uniform in log-SNR": {"rate": "uniform", **ENDS},
-    "lopsided cosine": {"rate": "cosine", "min_log_snr": -4.0, "max_log_snr": 2.0},
-    "time": {"form": "time", "p_uniform": 0.3, "time_eps": 0.02},
+    "linear": {"schedule": "linear", **ENDS},
+    "cosine": {"schedule": "cosine", **ENDS},
+    "uniform in log-SNR": {"schedule": "uniform", **ENDS},
+    "lopsided cosine": {"schedule": "cosine", "min_log_snr": -4.0, "max_log_snr": 2.0},
+    "time": {"process": "gidd_time", "p_uniform": 0.3, "time_eps": 0.02},
 }
 CONDITIONINGS: dict[str, dict] = {"isotropic": {}, "independent": {"independent": 1.0}, "rising": {"linear": 1.0}}
 CASES = [
@@ -49,14 +48,13 @@ def _printed(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[dict]]:
     hidden, weight = torch.ones(LENGTH, BATCH, 1), LOGITS.float()[:, None]
     found = {}
     for noise, conditioning in cases:
-        config = NoiseConfig.model_validate(NOISES[noise])
-        mixing, rate = mixing_from(config, vocab_size=VOCAB, mask_id=MASK), rate_from(config)
-        objective = DiffusionObjective(mixing, topology, rate, ObjectiveConfig())
+        mixing = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
+        objective = DiffusionObjective(mixing, topology)
         lines = []
         for batch in range(BATCHES):  # independent ones
             first = batch * BATCH
             rows = noise_rows(
-                clean, seed=7, sample_index=np.arange(first, first + BATCH), mixing=mixing, rate=rate,
+                clean, seed=7, sample_index=np.arange(first, first + BATCH), mixing=mixing,
                 conditioning=ConditioningConfig.model_validate(CONDITIONINGS[conditioning]), global_batch=BATCH,
             )  # fmt: skip
             placed = objective.place(rows, torch.device("cpu"))
@@ -74,9 +72,9 @@ def printed():
 @cache
 def by_quadrature(noise: str) -> float:
     """The integral over the schedule's own interval, divided by the linear schedule's mass on it; float64."""
-    config = NoiseConfig.model_validate(NOISES[noise])
-    mixing, rate = mixing_from(config, vocab_size=VOCAB, mask_id=MASK), rate_from(config)
-    nodes, weights = gauss(rate.min_log_snr, rate.max_log_snr)
+    mixing = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
+    schedule = mixing.schedule
+    nodes, weights = gauss(schedule.min_log_snr, schedule.max_log_snr)
     clean = np.random.default_rng(0).choice(np.delete(np.arange(VOCAB), MASK), size=(BATCH, LENGTH))
     share = np.bincount(clean.ravel(), minlength=VOCAB) / clean.size
     total = 0.0
@@ -84,7 +82,7 @@ def by_quadrature(noise: str) -> float:
         if x != MASK:
             terms, q = over_z(LOGITS, x, nodes, mixing)
             total += share[x] * float((weights * (q * terms.loss).sum(-1)).sum())
-    ends = [1.0 / (1.0 + math.exp(-end)) for end in (rate.min_log_snr, rate.max_log_snr)]
+    ends = [1.0 / (1.0 + math.exp(-end)) for end in (schedule.min_log_snr, schedule.max_log_snr)]
     return total / (ends[1] - ends[0])
 
 

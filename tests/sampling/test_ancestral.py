@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megadiff.diffusion import snr
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.sampling.ancestral import level_grid, prior, reverse_posterior, reverse_step, sample
 from megadiff.sampling.prediction import Prediction, predict
 from tests.diffusion.dense import LOGITS, bounds, f64, integral
@@ -93,7 +94,7 @@ def test_draws_follow_the_posterior(shift):
 class TwoTokens:
     """The exact denoiser of two correlated tokens: P(x_i | z of the other), at the level `sample` says it is at."""
 
-    def __init__(self, mixing: HybridMixing) -> None:
+    def __init__(self, mixing: NoiseProcess) -> None:
         self.mixing, self.log_snr = mixing, f64(0.0)
 
     def on_step(self, _step: int, log_snr: float, _ids: Tensor) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.sampling.standalone import Step
 
 VOCAB, MASK, LENGTH = 5, 2, 4
@@ -35,7 +35,7 @@ def probability(row: list[int]) -> float:
     return float(JOINT[tuple(places[token] for token in row)])
 
 
-def leave_one_out(ids: Tensor, log_snr: float, mixing: Mixing) -> Tensor:
+def leave_one_out(ids: Tensor, log_snr: float, mixing: NoiseProcess) -> Tensor:
     """log P(x_i | z of the other positions) at a level, as logits [B, 4, V]; -inf at the mask."""
     level = torch.tensor(log_snr, dtype=torch.float64)
     noise = torch.sigmoid(-level) * mixing.pi_at(level, ids)
@@ -57,7 +57,7 @@ def leave_one_out(ids: Tensor, log_snr: float, mixing: Mixing) -> Tensor:
 class ExactDenoiser:
     """The leave-one-out posterior at the level the sampler is at, which it learns as an observer of the steps."""
 
-    def __init__(self, mixing: Mixing) -> None:
+    def __init__(self, mixing: NoiseProcess) -> None:
         self.mixing, self.log_snr, self.calls = mixing, -9.0, 0
 
     def on_step(self, step: Step) -> None:

@@ -24,6 +24,7 @@ from megadiff.data.rows import ValidationRows
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.config import SHIFTS, ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import noise_rows
 from megadiff.diffusion.philox import Stream, Words, philox4x32
 from megadiff.errors import run_command
@@ -90,7 +91,7 @@ def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -
 
 
 def _noising(
-    clean: npt.NDArray[np.int64], mixing: HybridMixing, conditioning: ConditioningConfig
+    clean: npt.NDArray[np.int64], mixing: NoiseProcess, conditioning: ConditioningConfig
 ) -> Callable[[int], object]:
     """Noises the rows as those of the n-th microbatch of a run."""
     rows = len(clean)
