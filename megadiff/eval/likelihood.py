@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.schedules import LINEAR
 from megadiff.eval.effective_count import Copies, copies_by_count, copies_by_level, copy_bounds
 from megadiff.sampling.standalone import Draws
@@ -120,7 +120,7 @@ def bounds(
     items: Sequence[Item],
     denoise: Answer,
     *,
-    mixing: Mixing,
+    mixing: NoiseProcess,
     settings: BoundSettings | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -235,7 +235,7 @@ class _Row:
     values: np.ndarray
 
 
-def _batches(items: Sequence[Item], settings: BoundSettings, mixing: Mixing) -> Iterator[list[_Row]]:
+def _batches(items: Sequence[Item], settings: BoundSettings, mixing: NoiseProcess) -> Iterator[list[_Row]]:
     """Rows of one length, at most `batch_rows` of them at a time."""
     longest = max((len(item.ids) for item in items), default=0)
     if settings.context_length is not None and longest > settings.context_length:
@@ -258,13 +258,13 @@ def _batches(items: Sequence[Item], settings: BoundSettings, mixing: Mixing) -> 
         yield waiting
 
 
-def _copies(item: Item, settings: BoundSettings, mixing: Mixing) -> Copies:
+def _copies(item: Item, settings: BoundSettings, mixing: NoiseProcess) -> Copies:
     draw = copies_by_count if settings.estimator == "counts" else copies_by_level
     clean = np.array(item.completion, dtype=np.int64)
     return draw(clean, settings.draws, mixing=mixing, seed=settings.seed, key=item.key)
 
 
-def _row_ids(items: Sequence[Item], rows: Sequence[_Row], settings: BoundSettings, mixing: Mixing) -> Tensor:
+def _row_ids(items: Sequence[Item], rows: Sequence[_Row], settings: BoundSettings, mixing: NoiseProcess) -> Tensor:
     """What the model reads, [B, L]: clean prompt, noised completion and, if asked for, pure noise up to the context."""
     own = [[*items[row.item].prompt, *row.noised.tolist()] for row in rows]
     if settings.context_length is None:
