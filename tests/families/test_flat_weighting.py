@@ -26,7 +26,7 @@ def runs(toy_corpus, tmp_path_factory):
     configs = [
         toy_config(
             toy_corpus, root / weighting, name=shift, noise__shift=shift, objective__weighting=weighting,
-            model__head_init=0.0, schedule__steps=2, schedule__warmup_steps=1, schedule__cooldown=0, eval__every=2,
+            model__head_init=0.0, schedule__steps=2, schedule__warmup_steps=0, schedule__cooldown=0, eval__every=2,
         )
         for weighting in ("flat", "surrogate")
         for shift in SHIFTS
