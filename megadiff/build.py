@@ -174,7 +174,7 @@ def wire(
     origin, prepared = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
-    mixing = prepared.process
+    process = prepared.process
     for line in describe_data(prepared, step=origin.step):
         log.info(line)
     if topology.is_main:
@@ -184,12 +184,12 @@ def wire(
             log.warning(doubt)
         write_facts(config, data_facts(prepared, step=origin.step, advice=doubts))
     files = RunFiles.open(config, origin.step, is_main=topology.is_main)
-    loader = row_loader(prepared, mixing, topology, origin.step)
+    loader = row_loader(prepared, process, topology, origin.step)
     baselines = baselines_of(prepared) if topology.is_main else None
     for line in describe_baselines(baselines):
         log.info(line)
-    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput, baselines)
-    sample = sample_hooks(prepared, mixing, wrapped, topology, platform, goodput)
+    evaluate = _evaluation(prepared, process, wrapped, topology, platform, files, goodput, baselines)
+    sample = sample_hooks(prepared, process, wrapped, topology, platform, goodput)
     saves = Saves(
         _saver(config, chunks, optimizer, topology, platform),
         lambda step: manifest_of(prepared, origin, step, health=health.state()),
@@ -202,7 +202,7 @@ def wire(
         completed=supervision.saved,
     )
     return Run(
-        step=training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge),
+        step=training_step(prepared, wrapped, optimizer, process, topology, platform, judge=health.judge),
         health=health,
         first_step=origin.step,
         steps=config.steps,
@@ -259,20 +259,20 @@ def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: 
     )
 
 
-def row_objective(prepared: Prepared, mixing: NoiseProcess, topology: Topology, platform: Platform) -> RowObjective:
+def row_objective(prepared: Prepared, process: NoiseProcess, topology: Topology, platform: Platform) -> RowObjective:
     """What is minimised, on this rank's part of the vocabulary."""
     config = prepared.config
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     if config.is_autoregressive:
-        return NextTokenObjective(mixing, topology, head)
-    return DiffusionObjective(mixing, topology, build_weighting(config.objective), head)
+        return NextTokenObjective(process, topology, head)
+    return DiffusionObjective(process, topology, build_weighting(config.objective), head)
 
 
 def training_step(
     prepared: Prepared,
     wrapped: Sequence[Any],
     optimizer: Optimizer,
-    mixing: NoiseProcess,
+    process: NoiseProcess,
     topology: Topology,
     platform: Platform,
     *,
@@ -283,7 +283,7 @@ def training_step(
     return Step(
         chunks=wrapped,
         optimizer=optimizer,
-        objective=row_objective(prepared, mixing, topology, platform),
+        objective=row_objective(prepared, process, topology, platform),
         topology=topology,
         device=platform.device,
         seq_length=config.model.seq_length,
@@ -341,7 +341,7 @@ def build_trainables(
     return chunks, wrapped, optimizer
 
 
-def row_loader(prepared: Prepared, mixing: NoiseProcess, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
+def row_loader(prepared: Prepared, process: NoiseProcess, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
     """This data-parallel rank's noised microbatches from `first_step` on."""
     config = prepared.config
     batch = config.batch
@@ -353,7 +353,7 @@ def row_loader(prepared: Prepared, mixing: NoiseProcess, topology: Topology, fir
             clean,
             seed=config.seed,
             sample_index=samples,
-            mixing=mixing,
+            process=process,
             conditioning=config.conditioning,
             stratified=config.objective.stratified,
             global_batch=step_batch.sequences,
@@ -372,7 +372,7 @@ def row_loader(prepared: Prepared, mixing: NoiseProcess, topology: Topology, fir
 
 def _evaluation(
     prepared: Prepared,
-    mixing: NoiseProcess,
+    process: NoiseProcess,
     chunks: Sequence[Any],
     topology: Topology,
     platform: Platform,
@@ -385,9 +385,9 @@ def _evaluation(
     if not prepared.data.valid:
         return []
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
-    measure = next_token_likelihood(mixing, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
+    measure = next_token_likelihood(process, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
     if not config.is_autoregressive:
-        measure = diffusion_bound(mixing, topology=topology, noise_levels=config.eval.noise_levels, head=head)
+        measure = diffusion_bound(process, topology=topology, noise_levels=config.eval.noise_levels, head=head)
     held_out = HeldOut(
         sources=prepared.data.valid,
         measure=measure,

@@ -112,7 +112,7 @@ class _Opened:
 
     def take(self, step: int) -> Replayed:
         """Take every step up to this one."""
-        loader = row_loader(self.prepared, self.recorded.mixing, self.topology, self.done)
+        loader = row_loader(self.prepared, self.recorded.process, self.topology, self.done)
         with loader:
             for number in range(self.done + 1, step):
                 taken = self._take(number, self._rows_of(number, loader))
@@ -193,9 +193,9 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
         health.restore(saved.health)
         done = saved.step
-    mixing = prepared.process
-    recorded = _Recorded(mixing, topology, inner=row_objective(prepared, mixing, topology, platform))
-    train_step = training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge)
+    process = prepared.process
+    recorded = _Recorded(process, topology, inner=row_objective(prepared, process, topology, platform))
+    train_step = training_step(prepared, wrapped, optimizer, process, topology, platform, judge=health.judge)
     return _Opened(
         run_folder=run_folder,
         prepared=prepared,

@@ -16,7 +16,7 @@ from megadiff.train.goodput import Goodput
 
 def sample_hooks(
     prepared: Prepared,
-    mixing: NoiseProcess,
+    process: NoiseProcess,
     chunks: Sequence[ModelChunk],
     topology: Topology,
     platform: Platform,
@@ -30,7 +30,7 @@ def sample_hooks(
         rows=config.eval.samples,
         steps=config.eval.sample_steps,
         seq_length=config.model.seq_length,
-        mixing=mixing,
+        process=process,
         tokenizer=prepared.tokenizer,
         start=_start(prepared),
         chunks=chunks,

@@ -40,7 +40,7 @@ class TrainedModel:
     """The checkpoint."""
     manifest: Manifest
     model: ModelConfig
-    mixing: NoiseProcess
+    process: NoiseProcess
     tokenizer: Tokenizer
     chunks: Sequence[ModelChunk]
     topology: Topology
@@ -77,7 +77,7 @@ class TrainedModel:
         if not (self.is_autoregressive or self.knows_prompts):
             lengths = torch.zeros_like(lengths)
         logits = self.chunks[0](ids.to(self.platform.device), prompt_code(lengths, is_causal=is_causal))
-        return logits.transpose(0, 1)[..., : self.mixing.vocab_size]
+        return logits.transpose(0, 1)[..., : self.process.vocab_size]
 
     def held_out_elbo(
         self, data: str, *, rows: int, noise_levels: int, micro_sequences: int, key: str = "data"
@@ -95,9 +95,9 @@ class TrainedModel:
             DataError: the data are missing, damaged, or made with another tokenizer.
         """
         source = open_validation(data, self.tokenizer, seq_length=self.model.seq_length, rows=rows, key=key)
-        measure = next_token_likelihood(self.mixing, start_id=start_id(self.tokenizer), topology=self.topology)
+        measure = next_token_likelihood(self.process, start_id=start_id(self.tokenizer), topology=self.topology)
         if not self.is_autoregressive:
-            measure = diffusion_bound(self.mixing, topology=self.topology, noise_levels=noise_levels)
+            measure = diffusion_bound(self.process, topology=self.topology, noise_levels=noise_levels)
         held_out = HeldOut(
             sources=[source],
             measure=measure,
@@ -154,7 +154,7 @@ def open_trained(
             folder=folder,
             manifest=manifest,
             model=model,
-            mixing=build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id),
+            process=build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id),
             tokenizer=text,
             chunks=chunks,
             topology=topology,

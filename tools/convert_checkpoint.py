@@ -100,9 +100,9 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
     manifest = read_manifest(checkpoint)
     conditioning = manifest.config["conditioning"]
     noise = noise_config(**manifest.config["noise"])
-    mixing = build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id)
+    process = build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id)
     length = min(manifest.config["model"]["seq_length"], 256)
-    cases = verify.noised_cases(mixing, length=length, knows_prompts=conditioning["prompt"] > 0)
+    cases = verify.noised_cases(process, length=length, knows_prompts=conditioning["prompt"] > 0)
     tokenizer = load_tokenizer(arguments.tokenizer or manifest.config["data"]["tokenizer"])
     texts = verify.sample_ids(tokenizer, prepend_bos=manifest.prepended_bos)
     for found in verify.verify(arguments.output, open_trainer, cases, texts=texts):

@@ -203,8 +203,10 @@ def _groups(model: Denoiser, config: RunConfig) -> dict[Role, dict[str, Any]]:
 
 def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunConfig) -> dict[str, float]:
     """`STEPS` optimizer steps on one batch, and what they did."""
-    mixing = build_process(config.noise, vocab_size=VOCAB, mask_id=MASK)
-    rows = noise_rows(_walks(), seed=0, sample_index=np.arange(ROWS), mixing=mixing, stratified=True, global_batch=ROWS)
+    process = build_process(config.noise, vocab_size=VOCAB, mask_id=MASK)
+    rows = noise_rows(
+        _walks(), seed=0, sample_index=np.arange(ROWS), process=process, stratified=True, global_batch=ROWS
+    )
     optimizer = load_member(config.optimizer.name).build(list(groups.values()), config.optimizer)
     begin = {role: [p.detach().clone() for p in group["params"]] for role, group in groups.items()}
     found: dict[str, float] = {}
@@ -220,7 +222,7 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
             found["logits, step 1"] = _size(seen["logits"])
             found["decay of bulk"] = _size(_moved(groups["bulk"]["params"], begin["bulk"])) / _size(begin["bulk"])
         optimizer.zero_grad()
-        _loss(logits, rows, mixing).backward()
+        _loss(logits, rows, process).backward()
         if step < STEPS:
             optimizer.step()
     found.update({f"{name}, end": _size(value) for name, value in seen.items()})
@@ -240,8 +242,8 @@ def _walks() -> np.ndarray:
     return 4 + (first + np.cumsum(steps, axis=1)) % 50
 
 
-def _loss(logits: Tensor, rows: NoisedRows, mixing: NoiseProcess) -> Tensor:
-    terms = gidd_objective(logits.transpose(0, 1), rows.clean, rows.noised, rows.log_snr, mixing=mixing)
+def _loss(logits: Tensor, rows: NoisedRows, process: NoiseProcess) -> Tensor:
+    terms = gidd_objective(logits.transpose(0, 1), rows.clean, rows.noised, rows.log_snr, mixing=process)
     return terms.loss.sum()
 
 

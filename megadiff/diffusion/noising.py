@@ -67,7 +67,7 @@ def noise_rows(
     *,
     seed: int,
     sample_index: npt.ArrayLike | Tensor,
-    mixing: NoiseProcess,
+    process: NoiseProcess,
     conditioning: ConditioningConfig | None = None,
     stratified: bool = True,
     global_batch: int | None = None,
@@ -81,7 +81,7 @@ def noise_rows(
         clean: [B, L] integer ids, numpy or torch, none of them the mask.
         seed: the run's seed.
         sample_index: [B] global sample indices, counted over the whole run, from 0.
-        mixing: the noise process; its schedule is the distribution of the noise levels.
+        process: the noise; its schedule is the distribution of the noise levels.
         conditioning: prompts, infilling, empty tokens, level patterns; None for none of them.
         stratified: with `global_batch` G, sample i takes stratum k of G, u = (k + jitter) / G, where k runs over
             0..G-1 as i runs over its global batch; each u is exactly uniform on [0, 1), each batch covers it evenly,
@@ -96,7 +96,7 @@ def noise_rows(
         DataError: a clean token that is the mask or lies outside the vocabulary.
         ConfigError: empty tokens without a pad id.
     """
-    tokens, rows = _token_rows(clean, sample_index, mixing)
+    tokens, rows = _token_rows(clean, sample_index, process)
     conditioning = conditioning or ConditioningConfig()
     if conditioning.empty > 0 and pad_id is None:
         raise ConfigError("conditioning.empty inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
@@ -105,7 +105,7 @@ def noise_rows(
     if stratified and global_batch is not None:
         quantiles = stratified_quantiles(streams["batch"], rows, quantiles, global_batch, batch_origin)
     draws = conditions.draw_rows(streams["row"], rows, conditioning)
-    level = _level(mixing.schedule.log_snr(quantiles).astype(np.float32)[:, None], mixing)
+    level = _level(process.schedule.log_snr(quantiles).astype(np.float32)[:, None], process)
     length = tokens.shape[1]
     source = torch.arange(length).expand(tokens.shape)
     if conditioning.empty > 0 and pad_id is not None:
@@ -115,7 +115,7 @@ def noise_rows(
     noised, log_snr = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.float32)
     is_noisy, prompt = np.empty(tokens.shape, dtype=np.bool_), np.empty(len(rows), dtype=np.int64)
     for which in _blocks(draws.levels != Levels.ISOTROPIC, length):
-        part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, mixing)
+        part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, process)
         noised[which], log_snr[which], is_noisy[which], prompt[which] = part
     arrays = noised, tokens, log_snr, is_noisy, prompt, draws.levels
     return NoisedRows(*(torch.from_numpy(array) for array in arrays), source=source)
@@ -144,7 +144,7 @@ def evaluation_noise(
     row_index: npt.ArrayLike | Tensor,
     level: int,
     num_levels: int,
-    mixing: NoiseProcess,
+    process: NoiseProcess,
     prefix: str = "eval",
 ) -> NoisedRows:
     """Fixed noise for held-out rows: level k of K, one lambda a row, nothing conditioned, every token noisy.
@@ -160,16 +160,16 @@ def evaluation_noise(
         row_index: [B] indices of the rows within the held-out set.
         level: k, in [0, num_levels).
         num_levels: K.
-        mixing, prefix: as for `noise_rows`.
+        process, prefix: as for `noise_rows`.
     """
     if not 0 <= level < num_levels:
         raise ValueError(f"level must lie in [0, {num_levels}), got {level}")
-    tokens, rows = _token_rows(clean, row_index, mixing)
+    tokens, rows = _token_rows(clean, row_index, process)
     quantiles = evaluation_quantiles(seed, rows, num_levels, prefix=prefix)[:, level]
-    log_snr = mixing.schedule.log_snr(quantiles).astype(np.float32)[:, None]
-    row_level, stream, noised = _level(log_snr, mixing), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
+    log_snr = process.schedule.log_snr(quantiles).astype(np.float32)[:, None]
+    row_level, stream, noised = _level(log_snr, process), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
     for which in _blocks(np.zeros(len(rows), dtype=np.bool_), tokens.shape[1]):
-        noised[which] = _corrupt(tokens[which], rows[which], row_level.of(which), stream, mixing, draw=level)
+        noised[which] = _corrupt(tokens[which], rows[which], row_level.of(which), stream, process, draw=level)
     return NoisedRows(
         noised=torch.from_numpy(noised),
         clean=torch.from_numpy(tokens),
@@ -232,24 +232,24 @@ def _noise_part(
     draws: RowDraws,
     level: _Level,
     streams: dict[str, Stream],
-    mixing: NoiseProcess,
+    process: NoiseProcess,
 ) -> tuple[IntArray, npt.NDArray[np.float32], BoolArray, IntArray]:
     """Noised tokens, lambda, is_noisy and the prompt's length of a few rows of one level each, or of varying ones."""
     length = clean.shape[1]
     if draws.levels[0] != Levels.ISOTROPIC:
-        level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], mixing.schedule), mixing)
+        level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], process.schedule), process)
     is_noisy, prompt = conditions.noisy_positions(draws, length, rows, streams["infill"])
-    noised, log_snr = _corrupt(clean, rows, level, streams["noise"], mixing), level.log_snr
+    noised, log_snr = _corrupt(clean, rows, level, streams["noise"], process), level.log_snr
     if not is_noisy.all():
         noised = np.where(is_noisy, noised, clean)
-        log_snr = np.where(is_noisy, log_snr, np.float32(mixing.schedule.max_log_snr))
+        log_snr = np.where(is_noisy, log_snr, np.float32(process.schedule.max_log_snr))
     return noised, log_snr, is_noisy, prompt
 
 
-def _level(log_snr: npt.NDArray[np.float32], mixing: NoiseProcess) -> _Level:
+def _level(log_snr: npt.NDArray[np.float32], process: NoiseProcess) -> _Level:
     """Levels with the thresholds of their coins."""
-    is_pure = mixing.is_masked_limit or mixing.is_uniform_limit
-    uniform = None if is_pure else threshold(mixing.exact_uniform_prob(log_snr))
+    is_pure = process.is_masked_limit or process.is_uniform_limit
+    uniform = None if is_pure else threshold(process.exact_uniform_prob(log_snr))
     return _Level(log_snr, threshold(exact.sigmoid(log_snr)), uniform)
 
 
@@ -267,25 +267,25 @@ def _varying_log_snr(
 
 
 def _corrupt(
-    clean: IntArray, rows: IntArray, level: _Level, stream: Stream, mixing: NoiseProcess, *, draw: int = 0
+    clean: IntArray, rows: IntArray, level: _Level, stream: Stream, process: NoiseProcess, *, draw: int = 0
 ) -> IntArray:
     """Draw z ~ q_lambda(. | x): keep x with probability alpha, else a uniform real token or the mask.
 
     The uniform token is any of the N real ones, x among them; the mask and padding never come up.
     """
-    words = stream.words(rows, clean.shape[1], draw=draw, count=1 if mixing.is_masked_limit else 4)
+    words = stream.words(rows, clean.shape[1], draw=draw, count=1 if process.is_masked_limit else 4)
     keep = words[0] < level.keep
-    if mixing.is_masked_limit:
-        return np.where(keep, clean, mixing.mask_id)
-    token = below(words[2], words[3], mixing.num_real).view(np.int64)
-    token += token >= mixing.mask_id
+    if process.is_masked_limit:
+        return np.where(keep, clean, process.mask_id)
+    token = below(words[2], words[3], process.num_real).view(np.int64)
+    token += token >= process.mask_id
     if level.uniform is not None:
-        token = np.where(words[1] < level.uniform, token, mixing.mask_id)
+        token = np.where(words[1] < level.uniform, token, process.mask_id)
     return np.where(keep, clean, token)
 
 
 def _token_rows(
-    clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, mixing: NoiseProcess
+    clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, process: NoiseProcess
 ) -> tuple[IntArray, IntArray]:
     """Ids as int64 [B, L] and indices as int64 [B], checked."""
     tokens = np.require(clean.numpy() if isinstance(clean, Tensor) else clean, dtype=np.int64, requirements=["C", "W"])
@@ -296,13 +296,15 @@ def _token_rows(
     if rows.size and rows.min() < 0:
         raise ValueError(f"sample_index counts from 0, got {rows.min()}")
     # As an unsigned number, a negative id is a large one: one look finds both.
-    if tokens.size and tokens.view(np.uint64).max() >= mixing.vocab_size:
+    if tokens.size and tokens.view(np.uint64).max() >= process.vocab_size:
         raise DataError(
-            f"token ids run from {tokens.min()} to {tokens.max()}, outside the vocabulary of {mixing.vocab_size}: "
+            f"token ids run from {tokens.min()} to {tokens.max()}, outside the vocabulary of {process.vocab_size}: "
             "the data were made with another tokenizer"
         )
-    if (tokens == mixing.mask_id).any():
-        raise DataError(f"the data contain the mask token (id {mixing.mask_id}): they were made with another tokenizer")
+    if (tokens == process.mask_id).any():
+        raise DataError(
+            f"the data contain the mask token (id {process.mask_id}): they were made with another tokenizer"
+        )
     return tokens, rows
 
 

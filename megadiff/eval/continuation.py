@@ -173,7 +173,7 @@ def _written(model: Sampled, plans: Sequence[_Plan], seed: int) -> list[str]:
         model.denoise,
         ids.to(model.platform.device),
         plans[0].settings,
-        model.mixing,
+        model.process,
         seed=[seed_of(seed, plan.prompt) for plan in plans],
         rows=torch.tensor([plan.occurrence for plan in plans]),
     )
@@ -182,7 +182,7 @@ def _written(model: Sampled, plans: Sequence[_Plan], seed: int) -> list[str]:
 
 
 def _settings(model: Sampled, wish: Wish, new: int, manner: Manner) -> Settings:
-    low, high = model.mixing.sampling_range
+    low, high = model.process.sampling_range
     return Settings(
         max_new_tokens=new,
         max_denoising_steps=manner.steps,

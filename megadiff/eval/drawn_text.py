@@ -35,19 +35,19 @@ class DrawnText:
         rows: int,
         steps: int,
         seq_length: int,
-        mixing: NoiseProcess,
+        process: NoiseProcess,
         tokenizer: Tokenizer,
         start: Sequence[int] = (),
         chunks: Sequence[ModelChunk],
         topology: Topology,
         device: torch.device,
     ) -> None:
-        self._rows, self._mixing, self._tokenizer, self._device = rows, mixing, tokenizer, device
+        self._rows, self._process, self._tokenizer, self._device = rows, process, tokenizer, device
         self._model = AskedModel(
-            chunks, topology=topology, device=device, shape=(rows, seq_length), vocab_size=mixing.vocab_size
+            chunks, topology=topology, device=device, shape=(rows, seq_length), vocab_size=process.vocab_size
         )
         self._start = list(start)
-        low, high = mixing.sampling_range
+        low, high = process.sampling_range
         self._settings = Settings(
             max_new_tokens=seq_length - len(self._start),
             max_denoising_steps=steps,
@@ -64,4 +64,4 @@ class DrawnText:
     def _drawn(self, denoise: Any) -> Tensor:
         prompt = torch.tensor([self._start] * self._rows, dtype=torch.int64, device=self._device)
         prompt = prompt.reshape(self._rows, len(self._start))
-        return generate(denoise, prompt, self._settings, self._mixing, seed=SEED).sequences.cpu()
+        return generate(denoise, prompt, self._settings, self._process, seed=SEED).sequences.cpu()

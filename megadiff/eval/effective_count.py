@@ -50,7 +50,7 @@ class Copies:
     """What the mean over copies of `copy_bounds` is multiplied with to be the estimate."""
 
 
-def copies_by_count(clean: IntArray, count: int, *, mixing: NoiseProcess, seed: int, key: int) -> Copies:
+def copies_by_count(clean: IntArray, count: int, *, process: NoiseProcess, seed: int, key: int) -> Copies:
     """Copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
 
     Args:
@@ -58,7 +58,7 @@ def copies_by_count(clean: IntArray, count: int, *, mixing: NoiseProcess, seed: 
         count: K.
         seed, key: what the draws are a function of; `key` is the text's own number in [0, 2^63).
     """
-    length, is_masked = len(clean), mixing.is_masked_limit
+    length, is_masked = len(clean), process.is_masked_limit
     share = _strata(count, seed, key)
     noised_count = np.floor(share * (length if is_masked else length + 1)).astype(np.int64) + is_masked
     level = np.sort(_draws(seed, "level", key, count, length + 1, unit_interval))
@@ -69,20 +69,22 @@ def copies_by_count(clean: IntArray, count: int, *, mixing: NoiseProcess, seed: 
     np.put_along_axis(is_noised, order, np.arange(length) < noised_count[:, None], axis=1)
     _spread_evenly(is_noised, noised_count, Stream(seed, "likelihood/set").uniforms(np.array([key]), 2 * count)[0])
     log_snr = np.log1p(-level) - np.log(np.maximum(level, 1e-300))
-    noised = np.where(is_noised, _replacements(words, log_snr, mixing), clean)
+    noised = np.where(is_noised, _replacements(words, log_snr, process), clean)
     return Copies(noised, None, length / (length + 1) if is_masked else 1.0)
 
 
-def copies_by_level(clean: IntArray, count: int, *, mixing: NoiseProcess, seed: int, key: int) -> Copies:
+def copies_by_level(clean: IntArray, count: int, *, process: NoiseProcess, seed: int, key: int) -> Copies:
     """Copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (arguments as above)."""
     log_snr = LINEAR.log_snr(_strata(count, seed, key))
     words = _draws(seed, "noise", key, count, len(clean), tuple)
     keep = words[0] < threshold(1.0 / (1.0 + np.exp(-log_snr)))[:, None]
-    noised = np.where(keep, clean, _replacements(words, log_snr[:, None], mixing))
+    noised = np.where(keep, clean, _replacements(words, log_snr[:, None], process))
     return Copies(noised, log_snr, LINEAR.mass)
 
 
-def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, mixing: NoiseProcess) -> float:
+def copy_bounds(
+    logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, process: NoiseProcess
+) -> float:
     """What one copy says of the bound, in nats over all n tokens.
 
     Args:
@@ -92,22 +94,22 @@ def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | 
     """
     if log_snr is not None:
         level = torch.full(clean.shape, log_snr, dtype=torch.float64, device=clean.device)
-        linear = mixing.with_schedule(LINEAR)
+        linear = process.with_schedule(LINEAR)
         return float(gidd_objective(logits, clean, noised, level, mixing=linear).elbo.double().sum())
-    if mixing.is_masked_limit:
-        return _masked_bound(logits, clean, noised, mixing)
-    return integrated_bound(logits, clean, noised, mixing=mixing)
+    if process.is_masked_limit:
+        return _masked_bound(logits, clean, noised, process)
+    return integrated_bound(logits, clean, noised, process=process)
 
 
-def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, mixing: NoiseProcess) -> float:
+def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, process: NoiseProcess) -> float:
     """(n + 1) / m times the cross-entropy of the m masked tokens; 0 without any."""
-    masked = noised == mixing.mask_id
+    masked = noised == process.mask_id
     count = int(masked.sum())
     if count == 0:
         return 0.0
-    values = logits[masked][:, : mixing.vocab_size]
+    values = logits[masked][:, : process.vocab_size]
     values = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
-    values[:, mixing.mask_id] = -torch.inf
+    values[:, process.mask_id] = -torch.inf
     entropy = torch.nn.functional.cross_entropy(values, clean[masked], reduction="none")
     return (len(clean) + 1) / count * float(entropy.double().sum())
 
@@ -143,9 +145,9 @@ def _draws(seed: int, name: str, key: int, count: int, length: int, read: Callab
     return read(tuple(word.reshape(count, length) for word in words))
 
 
-def _replacements(words: Words, log_snr: FloatArray, mixing: NoiseProcess) -> IntArray:
+def _replacements(words: Words, log_snr: FloatArray, process: NoiseProcess) -> IntArray:
     """What each token is replaced with if it is noised at its copy's level ([K, 1]), [K, n]."""
-    token = below(words[2], words[3], mixing.num_real).astype(np.int64)
-    token += token >= mixing.mask_id
-    share = mixing.exact_uniform_prob(np.clip(log_snr, -_LEVELS, _LEVELS))
-    return np.where(words[1] < threshold(share), token, mixing.mask_id)
+    token = below(words[2], words[3], process.num_real).astype(np.int64)
+    token += token >= process.mask_id
+    share = process.exact_uniform_prob(np.clip(log_snr, -_LEVELS, _LEVELS))
+    return np.where(words[1] < threshold(share), token, process.mask_id)

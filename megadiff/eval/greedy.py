@@ -59,7 +59,7 @@ def batches(members: Iterable[T], key: Callable[[T], tuple[int, ...]], count: in
 
 def _writes_the_same(model: Sampled, items: Sequence[Item], seed: int) -> list[bool]:
     length = len(items[0].completion)
-    low, high = model.mixing.sampling_range
+    low, high = model.process.sampling_range
     settings = Settings(
         max_new_tokens=length,
         max_denoising_steps=length,
@@ -71,7 +71,7 @@ def _writes_the_same(model: Sampled, items: Sequence[Item], seed: int) -> list[b
     )
     prompts = torch.tensor([item.prompt for item in items], dtype=torch.int64).reshape(len(items), -1)
     seeds = [seed_of(seed, Item(item.prompt, ())) for item in items]
-    written = generate(model.denoise, prompts.to(model.platform.device), settings, model.mixing, seed=seeds).sequences
+    written = generate(model.denoise, prompts.to(model.platform.device), settings, model.process, seed=seeds).sequences
     return [tuple(row) == item.ids for row, item in zip(written.tolist(), items, strict=True)]
 
 
@@ -85,7 +85,7 @@ def _next_tokens_agree(model: Sampled, items: Sequence[Item], seed: int) -> list
     clean = np.array([item.ids for item in items], dtype=np.int64)
     rows = next_token_rows(clean, start_id=start_id(model.tokenizer))
     logits = model.answer(rows.noised.to(model.platform.device), rows.prompt_length)
-    logits = logits[:, len(items[0].prompt) :, : model.mixing.vocab_size].float()
-    logits[..., model.mixing.mask_id] = -torch.inf
+    logits = logits[:, len(items[0].prompt) :, : model.process.vocab_size].float()
+    logits[..., model.process.mask_id] = -torch.inf
     agrees = logits.argmax(dim=-1).cpu() == rows.clean[:, len(items[0].prompt) :]
     return agrees.all(dim=1).tolist()

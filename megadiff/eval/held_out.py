@@ -106,7 +106,7 @@ class Measure:
 
 
 def diffusion_bound(
-    mixing: NoiseProcess, *, topology: Topology, noise_levels: int, head: Head = fused_objective
+    process: NoiseProcess, *, topology: Topology, noise_levels: int, head: Head = fused_objective
 ) -> Measure:
     """Return the bound under the run's noise with the linear schedule, whatever schedule the run trains with.
 
@@ -114,13 +114,13 @@ def diffusion_bound(
     truncation (`NoiseSchedule.density`): the figure is 1.000247 times the integral over [-9, 9]. A run that draws its
     levels from less than [-9, 9] (`gidd_time` does) is measured on all of it, so that runs compare.
     """
-    trained = mixing.schedule
+    trained = process.schedule
     linear = LinearSchedule(min(trained.min_log_snr, LINEAR.min_log_snr), max(trained.max_log_snr, LINEAR.max_log_snr))
-    measured = mixing.with_schedule(linear)
+    measured = process.with_schedule(linear)
 
     def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
         return evaluation_noise(
-            clean, seed=SEED, row_index=index, level=level, num_levels=noise_levels, mixing=measured
+            clean, seed=SEED, row_index=index, level=level, num_levels=noise_levels, process=measured
         )
 
     objective = DiffusionObjective(measured, topology, head=head)
@@ -129,14 +129,14 @@ def diffusion_bound(
 
 
 def next_token_likelihood(
-    mixing: NoiseProcess, *, start_id: int, topology: Topology, head: Head = fused_objective
+    process: NoiseProcess, *, start_id: int, topology: Topology, head: Head = fused_objective
 ) -> Measure:
     """The exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
 
     def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
         return next_token_rows(clean, start_id=start_id)
 
-    return Measure(NextTokenObjective(mixing, topology, head), rows, noise_levels=1, is_causal_prompt=True)
+    return Measure(NextTokenObjective(process, topology, head), rows, noise_levels=1, is_causal_prompt=True)
 
 
 class HeldOut:

@@ -63,7 +63,7 @@ class Measured(Protocol):
         ...
 
     @property
-    def mixing(self) -> NoiseProcess:
+    def process(self) -> NoiseProcess:
         """The noise."""
         ...
 
@@ -133,13 +133,13 @@ def likelihoods(
     """Return every item's likelihood: a bound of a diffusion model, exact of an autoregressive one."""
     device = model.platform.device
     if not model.is_autoregressive:
-        return bounds(items, model.answer, mixing=model.mixing, settings=settings, device=device, progress=progress)
+        return bounds(items, model.answer, process=model.process, settings=settings, device=device, progress=progress)
     return exact(
         items,
         model.answer,
         start_id=start_id(model.tokenizer),
-        mask_id=model.mixing.mask_id,
-        vocab_size=model.mixing.vocab_size,
+        mask_id=model.process.mask_id,
+        vocab_size=model.process.vocab_size,
         batch_rows=settings.batch_rows,
         device=device,
         progress=progress,

@@ -78,7 +78,7 @@ def fused_objective(
     job = _Job(
         tokens=tokens.selected(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
         formula=formula,
-        shard=shard or VocabShard.of(weight, formula.mixing),
+        shard=shard or VocabShard.of(weight, formula.process),
         passes=passes,
         chunk_tokens=chunk_tokens or _chunk_tokens(weight),
         is_training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
@@ -166,14 +166,14 @@ class _Gradients:
 
 def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _Gradients | None) -> Tensor:
     """Return the terms of a chunk's tokens, [6, n]; add their gradients to `gradients`."""
-    tokens, shard, is_masked = job.tokens, job.shard, job.formula.mixing.is_masked_limit
+    tokens, shard, is_masked = job.tokens, job.shard, job.formula.process.is_masked_limit
     rows = tokens.rows(part)
     states = hidden[rows]
     clean, noised, log_snr = tokens.clean[part], tokens.noised[part], tokens.log_snr[part]
     passes = job.passes(states @ weight.t(), clean, noised, shard)
     found = _whole(passes.sums(), clean, noised, shard, log_snr.dtype)
     scale, log1p_sum, share_sum = found.shift, None, None
-    rho = torch.exp(job.formula.mixing.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
+    rho = torch.exp(job.formula.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
     if not is_masked:
         scale = found.shift * (rho / found.total)
         log1p_sum, share_sum = shard.reduce(*passes.shares(scale))
@@ -228,7 +228,7 @@ def _terms(
             tokens.clean,
             tokens.noised,
             tokens.log_snr,
-            process=formula.mixing,
+            process=formula.process,
             weighting=formula.weighting,
         )
         slopes: Any = (None,) * len(leaves)

@@ -16,7 +16,7 @@ from megadiff.diffusion.objective import SURROGATE, Terms, Weighting, check_toke
 class Formula:
     """Objective to compute: arguments of `diffusion.objective.gidd_objective`."""
 
-    mixing: NoiseProcess
+    process: NoiseProcess
     weighting: Weighting = SURROGATE
 
 
@@ -75,12 +75,12 @@ class HeadTokens:
         return values.reshape(self.clean.shape)
 
 
-def worth_computing(noised: Tensor, is_noisy: Tensor, mixing: NoiseProcess) -> Tensor | None:
+def worth_computing(noised: Tensor, is_noisy: Tensor, process: NoiseProcess) -> Tensor | None:
     """Places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
 
     Only noisy tokens do, and under masked noise only masks: any other has weight 0. To be asked of tensors on the CPU,
     since their number has to be known to the host.
     """
-    if mixing.is_masked_limit:
-        is_noisy = is_noisy & (noised == mixing.mask_id)
+    if process.is_masked_limit:
+        is_noisy = is_noisy & (noised == process.mask_id)
     return None if bool(is_noisy.all()) else is_noisy.reshape(-1).nonzero().squeeze(-1)

@@ -21,7 +21,7 @@ def plain_objective(
     About six arrays of [tokens, V] are alive at once.
     """
     tokens.check(hidden)
-    shard = shard or VocabShard.of(weight, formula.mixing)
+    shard = shard or VocabShard.of(weight, formula.process)
     logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
     if shard.group is not None:
         logits = _Gathered.apply(logits, shard)
@@ -31,7 +31,7 @@ def plain_objective(
         own.clean,
         own.noised,
         own.log_snr,
-        mixing=formula.mixing,
+        mixing=formula.process,
         weighting=formula.weighting,
     )
     return HeadLoss(terms.minimised.sum(), Terms(*(tokens.scattered(term.detach()) for term in terms)))

@@ -28,7 +28,7 @@ class VocabShard:
     def of(
         cls,
         weight: Tensor,
-        mixing: NoiseProcess,
+        process: NoiseProcess,
         *,
         start: int = 0,
         group: torch.distributed.ProcessGroup | None = None,
@@ -36,7 +36,7 @@ class VocabShard:
         """The shard of a head weight [V / tp, d]; a group of one communicates nothing."""
         if group is not None and torch.distributed.get_world_size(group) == 1:
             group = None
-        return cls(start, weight.shape[0], mixing.vocab_size, mixing.mask_id, group)
+        return cls(start, weight.shape[0], process.vocab_size, process.mask_id, group)
 
     @property
     def real_columns(self) -> int:

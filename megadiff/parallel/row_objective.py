@@ -40,7 +40,7 @@ class PlacedRows(NamedTuple):
 class RowObjective(ABC):
     """What is minimised, on this rank's part of the vocabulary."""
 
-    mixing: NoiseProcess
+    process: NoiseProcess
     topology: Topology
 
     @abstractmethod
@@ -66,9 +66,9 @@ class RowObjective(ABC):
         """Return how many of a microbatch's tokens have their logits computed; None for all."""
         return None if placed.computed is None else placed.computed.numel()
 
-    def _shard(self, weight: Tensor, mixing: NoiseProcess) -> VocabShard:
+    def _shard(self, weight: Tensor, process: NoiseProcess) -> VocabShard:
         start = self.topology.tensor_rank * weight.shape[0]
-        return VocabShard.of(weight, mixing, start=start, group=self.topology.tensor_group)
+        return VocabShard.of(weight, process, start=start, group=self.topology.tensor_group)
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class DiffusionObjective(RowObjective):
 
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
         """See `RowObjective.place`."""
-        computed = worth_computing(rows.noised.t(), rows.is_noisy.t(), self.mixing)
+        computed = worth_computing(rows.noised.t(), rows.is_noisy.t(), self.process)
         return _placed(rows, computed, device)
 
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
         """See `RowObjective.lm_head_loss` and `diffusion.objective`."""
         rows = placed.rows
-        formula = Formula(self.mixing, self.weighting)
+        formula = Formula(self.process, self.weighting)
         tokens = HeadTokens(rows.clean.t(), rows.noised.t(), rows.log_snr.t(), placed.computed)
-        found = self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.mixing))
+        found = self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.process))
         return found._replace(terms=found.terms._replace(elbo=self._reported_elbo(found.terms.elbo, rows)))
 
     def _reported_elbo(self, elbo: Tensor, rows: NoisedRows) -> Tensor:
@@ -101,7 +101,7 @@ class DiffusionObjective(RowObjective):
         The result has one definition for every schedule (`NoiseSchedule.reporting_density`). Rows of `Levels.LINEAR`
         take the linear law whatever the schedule of the others, so their tokens are divided by its density.
         """
-        schedule = self.mixing.schedule
+        schedule = self.process.schedule
         if isinstance(schedule, LinearSchedule):
             return elbo
         log_snr = rows.log_snr.t()
@@ -126,11 +126,11 @@ class NextTokenObjective(RowObjective):
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
         """`loss`, `elbo` and `kl` are the negative log-likelihood in nats, exact; see `RowObjective.lm_head_loss`."""
         clean = placed.rows.clean.t()
-        mixing = HybridMixing(self.mixing.vocab_size, self.mixing.mask_id, shift=-1000.0)
+        process = HybridMixing(self.process.vocab_size, self.process.mask_id, shift=-1000.0)
         tokens = HeadTokens(
-            clean, torch.full_like(clean, mixing.mask_id), torch.full(clean.shape, _ALL_KEPT, device=clean.device)
+            clean, torch.full_like(clean, process.mask_id), torch.full(clean.shape, _ALL_KEPT, device=clean.device)
         )
-        found = self.head(hidden, weight, tokens, Formula(mixing), shard=self._shard(weight, mixing))
+        found = self.head(hidden, weight, tokens, Formula(process), shard=self._shard(weight, process))
         return found._replace(terms=found.terms._replace(elbo=found.terms.kl))
 
 

@@ -69,7 +69,7 @@ def sample(
     rows: int,
     length: int,
     steps: int,
-    mixing: NoiseProcess,
+    process: NoiseProcess,
     seed: int,
     grid: Literal["cosine", "linear"] = "cosine",
     min_log_snr: float = -9.0,
@@ -91,7 +91,7 @@ def sample(
         denoise: the model; it is told the tokens, not the noise level.
         rows, length: shape [rows, length] of the result.
         steps: reverse steps, at least 1; `denoise` is called at most steps + 1 times.
-        mixing, seed: the noise the model was trained on; any integer.
+        process, seed: the noise the model was trained on; any integer.
         grid, min_log_snr, max_log_snr: the levels visited (see `level_grid`).
         temperature: of the prediction's softmax; 0 takes the most probable token.
         top_k, top_p: keep only the k most probable tokens, or the fewest that together reach p.
@@ -134,7 +134,7 @@ def sample(
         lambda ids, _prefix: denoise(ids),
         given.to(device),
         settings,
-        mixing,
+        process,
         seed=seed,
         rows=row_index,
         prefix_length=0,
@@ -143,6 +143,6 @@ def sample(
     return found.sequences
 
 
-def prior(rows: Tensor, length: int, log_snr: float, *, mixing: NoiseProcess, seed: int) -> Tensor:
+def prior(rows: Tensor, length: int, log_snr: float, *, process: NoiseProcess, seed: int) -> Tensor:
     """Noise to start from, [B, length]: masks or uniform real tokens by pi at this level; `rows` [B] keys the draws."""
-    return Draws(seed, rows, rows.device).noise(length, log_snr, mixing)
+    return Draws(seed, rows, rows.device).noise(length, log_snr, process)

@@ -335,7 +335,7 @@ def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tup
 
 
 def reverse_step(
-    prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, mixing: Noise
+    prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, process: Noise
 ) -> Tensor:
     """Draw z_s ~ p(z_s | z_t) for every token, [B, W], from three uniform numbers a token, [3, B, W].
 
@@ -346,16 +346,16 @@ def reverse_step(
     """
     at_t = torch.full(ids.shape, log_snr_t, dtype=torch.float64, device=ids.device)
     at_s = torch.full(ids.shape, log_snr_s, dtype=torch.float64, device=ids.device)
-    keep, fresh = reverse_kernel(ids, at_t, at_s, mixing)
+    keep, fresh = reverse_kernel(ids, at_t, at_s, process)
     alpha_s, beta_s = torch.sigmoid(at_s), torch.sigmoid(-at_s)
-    marginal = alpha_s * prediction.at(ids).double() + beta_s * noise_probability(mixing, at_s, ids)
+    marginal = alpha_s * prediction.at(ids).double() + beta_s * noise_probability(process, at_s, ids)
     is_fresh = uniforms[1] * (keep * marginal + fresh) < fresh
     is_signal = uniforms[2] < alpha_s
-    is_mask = (uniforms[2] - alpha_s) < beta_s * mixing.mask_prob(at_s)
-    count = mixing.vocab_size - 1
+    is_mask = (uniforms[2] - alpha_s) < beta_s * process.mask_prob(at_s)
+    count = process.vocab_size - 1
     real = (uniforms[0] * count).long().clamp(max=count - 1)
-    real = real + (real >= mixing.mask_id).long()
-    drawn = torch.where(is_mask, mixing.mask_id, real)
+    real = real + (real >= process.mask_id).long()
+    drawn = torch.where(is_mask, process.mask_id, real)
     from_model = is_fresh & is_signal
     drawn[from_model] = draw_tokens(prediction, from_model, uniforms[0])
     return torch.where(is_fresh, drawn, ids)
@@ -572,7 +572,7 @@ class _Walk:
         uniforms = self.draws.step_uniforms(self.start, self.stop, draw=k)
         if self.settings.sampler == "ancestral":
             drawn = reverse_step(
-                self._predict(logits), window, self.levels[k], self.levels[k - 1], uniforms, mixing=self.noise
+                self._predict(logits), window, self.levels[k], self.levels[k - 1], uniforms, process=self.noise
             )
             return torch.where(fixed, window, drawn)
         plain = predict(logits, self.noise)

@@ -197,7 +197,7 @@ def _check_drawing(process: NoiseProcess) -> None:
     count, length = 8, 4096
     clean = np.full((count, length), _CLEAN)
     for level in (1, 4, 6):
-        rows = evaluation_noise(clean, seed=0, row_index=np.arange(count), level=level, num_levels=8, mixing=process)
+        rows = evaluation_noise(clean, seed=0, row_index=np.arange(count), level=level, num_levels=8, process=process)
         q = process.marginal(
             torch.eye(VOCAB_SIZE, dtype=torch.float64)[_CLEAN].expand(count, -1), rows.log_snr[:, 0].double()
         ).numpy()

@@ -32,17 +32,17 @@ def _bounds(config: Section, forms: dict[str, NoiseConfig]) -> dict[str, tuple[f
     train(run)
     found = {}
     for name, noise in forms.items():
-        mixing = build_process(noise, vocab_size=260, mask_id=3)
-        own = mixing.schedule
-        bound = diffusion_bound(mixing, topology=held_out.topology, noise_levels=16)
+        process = build_process(noise, vocab_size=260, mask_id=3)
+        own = process.schedule
+        bound = diffusion_bound(process, topology=held_out.topology, noise_levels=16)
         # Both over the levels the process itself draws from: gidd_time leaves out what is cleaner than t = 1e-4.
         for kind, schedule in (("own", own), ("linear", LinearSchedule(own.min_log_snr, own.max_log_snr))):
-            process = mixing.with_schedule(schedule)
+            drawn = process.with_schedule(schedule)
 
-            def rows(clean, index, level, process=process):
-                return evaluation_noise(clean, seed=0, row_index=index, level=level, num_levels=16, mixing=process)
+            def rows(clean, index, level, drawn=drawn):
+                return evaluation_noise(clean, seed=0, row_index=index, level=level, num_levels=16, process=drawn)
 
-            held_out.measure = Measure(replace(bound.objective, mixing=process), rows, 16)
+            held_out.measure = Measure(replace(bound.objective, process=drawn), rows, 16)
             result = held_out()
             found[f"{name}/{kind}"] = (result.elbo, result.stderr)
     return found

@@ -40,7 +40,7 @@ def drawn_share(shift: float) -> float:
     """Mean over the first batch of P(the noise has drawn z | z, x, lambda), by Bayes' rule over the two ways to z."""
     clean = np.random.default_rng(0).integers(4, VOCAB, (ROWS, LENGTH))
     rows = noise_rows(
-        clean, seed=3, sample_index=np.arange(ROWS), mixing=HybridMixing(VOCAB, MASK, shift), global_batch=ROWS
+        clean, seed=3, sample_index=np.arange(ROWS), process=HybridMixing(VOCAB, MASK, shift), global_batch=ROWS
     )
     total, fields = 0.0, (rows.clean, rows.noised, rows.log_snr)
     for x, z, level in zip(*(field.flatten().tolist() for field in fields), strict=True):

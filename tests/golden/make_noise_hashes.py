@@ -53,25 +53,25 @@ def make() -> dict[str, dict[str, str]]:
     for seed, first in ((0, 0), (1234, 5_000_000_000)):
         rows = np.arange(first, first + 16)
         for shift in SHIFTS:
-            mixing = HybridMixing(VOCAB, MASK, shift)
+            process = HybridMixing(VOCAB, MASK, shift)
             for name, settings in CONDITIONINGS.items():
                 noised = noise_rows(
                     clean_rows(rows),
                     seed=seed,
                     sample_index=rows,
-                    mixing=mixing,
+                    process=process,
                     conditioning=ConditioningConfig.model_validate(settings),
                     global_batch=24,
                     pad_id=PAD,
                 )
                 hashes[f"seed {seed}, rows {first}+16, shift {shift:g}, conditioning {name}"] = digest(noised)
     rows = np.arange(16)
-    mixing = HybridMixing(VOCAB, MASK, 0.0, 0.5)
+    process = HybridMixing(VOCAB, MASK, 0.0, 0.5)
     for name, schedule in SCHEDULES.items():
-        drawn = mixing.with_schedule(schedule())
-        noised = noise_rows(clean_rows(rows), seed=0, sample_index=rows, mixing=drawn, stratified=False)
+        drawn = process.with_schedule(schedule())
+        noised = noise_rows(clean_rows(rows), seed=0, sample_index=rows, process=drawn, stratified=False)
         hashes[f"scale 0.5, rate {name}, not stratified"] = digest(noised)
-        noised = evaluation_noise(clean_rows(rows), seed=0, row_index=rows, level=3, num_levels=8, mixing=drawn)
+        noised = evaluation_noise(clean_rows(rows), seed=0, row_index=rows, level=3, num_levels=8, process=drawn)
         hashes[f"scale 0.5, rate {name}, evaluation level 3 of 8"] = digest(noised)
     return hashes
 
@@ -80,13 +80,13 @@ def make_time() -> dict[str, dict[str, str]]:
     """The same for the time form."""
     hashes, rows = {}, np.arange(16)
     for p_uniform, gamma in ((0.0, 1.0), (0.2, 1.0), (0.2, 0.5)):
-        process = GiddTime(p_uniform, gamma)
+        law = GiddTime(p_uniform, gamma)
         for name, settings in CONDITIONINGS.items():
             noised = noise_rows(
                 clean_rows(rows),
                 seed=0,
                 sample_index=rows,
-                mixing=NoiseProcess(VOCAB, MASK, process, TimeSchedule(process)),
+                process=NoiseProcess(VOCAB, MASK, law, TimeSchedule(law)),
                 conditioning=ConditioningConfig.model_validate(settings),
                 global_batch=24,
                 pad_id=PAD,

@@ -121,8 +121,8 @@ def likelihoods() -> dict[str, list[float]]:
     for noise, shift in SHIFTS.items():
         for estimator in ("counts", "levels"):
             settings = BoundSettings(draws=8, estimator=estimator, seed=3)
-            mixing = HybridMixing(VOCAB, MASK, shift)
-            result = bounds(items, lambda ids, _: table(ids), mixing=mixing, settings=settings)
+            process = HybridMixing(VOCAB, MASK, shift)
+            result = bounds(items, lambda ids, _: table(ids), process=process, settings=settings)
             found[f"{noise} {estimator}"] = [value for one in result for value in (one.nll, one.stderr)]
     return found
 

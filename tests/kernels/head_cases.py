@@ -73,7 +73,7 @@ def asked(
     """The answer, and the gradients of `factor` times its loss in states and weight."""
     formula = kwargs.pop("formula", None) or Formula(MIXES[mix])
     is_noisy = torch.ones_like(case.tokens.noised, dtype=torch.bool) if needed is None else needed
-    computed = worth_computing(case.tokens.noised, is_noisy, formula.mixing)
+    computed = worth_computing(case.tokens.noised, is_noisy, formula.process)
     tokens = replace(case.tokens, computed=computed)
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
     answer = head(hidden, weight, tokens, formula, **kwargs)

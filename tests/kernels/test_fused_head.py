@@ -100,7 +100,7 @@ def test_any_noise_any_level_any_sharpness(shift, scale, size, log_snr, seed):
     drawn = case("shift 0", torch.float64, seed=seed)
     hidden = drawn.hidden / drawn.hidden.norm(dim=-1, keepdim=True) * size
     tokens = replace(drawn.tokens, log_snr=torch.full_like(drawn.tokens.log_snr, log_snr))
-    if formula.mixing.is_uniform_limit:
+    if formula.process.is_uniform_limit:
         tokens = replace(tokens, noised=torch.where(tokens.noised == MASK, tokens.clean, tokens.noised))
     single = Case(hidden.float(), drawn.weight.float(), tokens)
     double = Case(single.hidden.double(), single.weight.double(), tokens)
@@ -224,7 +224,7 @@ def test_wrong_shapes_and_chunks_are_refused():
 def test_only_tokens_that_can_have_a_loss_are_worth_computing():
     noised, is_noisy = torch.tensor([[5, 1], [5, 5]]), torch.tensor([[True, True], [False, True]])
     masked, hybrid = MIXES["shift -1000"], MIXES["shift 0"]
-    found = [worth_computing(noised, is_noisy, mixing) for mixing in (masked, hybrid)]
+    found = [worth_computing(noised, is_noisy, process) for process in (masked, hybrid)]
     assert [None if places is None else places.tolist() for places in found] == [[0, 3], [0, 1, 3]]
     assert worth_computing(noised, torch.ones_like(is_noisy), hybrid) is None
 
@@ -250,12 +250,12 @@ def test_memory_grows_with_the_chunk_and_not_with_the_logits(shift):
     tokens, width, chunk = 512, 256, 16
     hidden, weight = torch.randn(tokens, 8, requires_grad=True), torch.randn(width, 8, requires_grad=True)
     ids = torch.randint(4, width, (tokens,))
-    mixing = HybridMixing(width, 3, shift)
+    process = HybridMixing(width, 3, shift)
     noised = torch.where(torch.rand(tokens) < 0.5, 3, ids)
-    computed = worth_computing(noised, torch.ones(tokens, dtype=torch.bool), mixing)
+    computed = worth_computing(noised, torch.ones(tokens, dtype=torch.bool), process)
     question = HeadTokens(ids, noised, torch.zeros(tokens), computed)
     with Shapes() as seen:
-        fused_objective(hidden, weight, question, Formula(mixing), chunk_tokens=chunk).loss.backward()
+        fused_objective(hidden, weight, question, Formula(process), chunk_tokens=chunk).loss.backward()
     assert max(np.prod(shape) for shape in seen.made) <= max(chunk * width, tokens * 8, width * 8)
 
 

@@ -48,13 +48,13 @@ def _printed(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[dict]]:
     hidden, weight = torch.ones(LENGTH, BATCH, 1), LOGITS.float()[:, None]
     found = {}
     for noise, conditioning in cases:
-        mixing = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
-        objective = DiffusionObjective(mixing, topology)
+        process = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
+        objective = DiffusionObjective(process, topology)
         lines = []
         for batch in range(BATCHES):  # independent ones
             first = batch * BATCH
             rows = noise_rows(
-                clean, seed=7, sample_index=np.arange(first, first + BATCH), mixing=mixing,
+                clean, seed=7, sample_index=np.arange(first, first + BATCH), process=process,
                 conditioning=ConditioningConfig.model_validate(CONDITIONINGS[conditioning]), global_batch=BATCH,
             )  # fmt: skip
             placed = objective.place(rows, torch.device("cpu"))
@@ -72,15 +72,15 @@ def printed():
 @cache
 def by_quadrature(noise: str) -> float:
     """The integral over the schedule's own interval, divided by the linear schedule's mass on it; float64."""
-    mixing = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
-    schedule = mixing.schedule
+    process = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
+    schedule = process.schedule
     nodes, weights = gauss(schedule.min_log_snr, schedule.max_log_snr)
     clean = np.random.default_rng(0).choice(np.delete(np.arange(VOCAB), MASK), size=(BATCH, LENGTH))
     share = np.bincount(clean.ravel(), minlength=VOCAB) / clean.size
     total = 0.0
     for x in range(VOCAB):
         if x != MASK:
-            terms, q = over_z(LOGITS, x, nodes, mixing)
+            terms, q = over_z(LOGITS, x, nodes, process)
             total += share[x] * float((weights * (q * terms.loss).sum(-1)).sum())
     ends = [1.0 / (1.0 + math.exp(-end)) for end in (schedule.min_log_snr, schedule.max_log_snr)]
     return total / (ends[1] - ends[0])

@@ -24,7 +24,7 @@ def noised(conditioning: ConditioningConfig) -> NoisedRows:
         np.random.default_rng(0).integers(4, 260, (ROWS, LENGTH)),
         seed=1,
         sample_index=np.arange(ROWS),
-        mixing=build_process(noise_config(shift="balanced"), vocab_size=260, mask_id=3),
+        process=build_process(noise_config(shift="balanced"), vocab_size=260, mask_id=3),
         conditioning=conditioning,
         stratified=True,
         global_batch=ROWS,

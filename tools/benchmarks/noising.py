@@ -75,8 +75,8 @@ def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -
 
     for preset in _PRESETS:
         for kind in _KINDS:
-            mixing = HybridMixing(arguments.vocab_size, _MASK, SHIFTS[kind])
-            noise = _noising(clean, mixing, ConditioningConfig(preset=preset))
+            process = HybridMixing(arguments.vocab_size, _MASK, SHIFTS[kind])
+            noise = _noising(clean, process, ConditioningConfig(preset=preset))
             found: list[tuple[float, float, float]] = []
             for number in range(arguments.repeats + 1):
                 this, reading = _cpu_s(noise, calls) / million, _cpu_s(read, calls) / million
@@ -91,7 +91,7 @@ def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -
 
 
 def _noising(
-    clean: npt.NDArray[np.int64], mixing: NoiseProcess, conditioning: ConditioningConfig
+    clean: npt.NDArray[np.int64], process: NoiseProcess, conditioning: ConditioningConfig
 ) -> Callable[[int], object]:
     """Noises the rows as those of the n-th microbatch of a run."""
     rows = len(clean)
@@ -101,7 +101,7 @@ def _noising(
             clean,
             seed=0,
             sample_index=range(call * rows, (call + 1) * rows),
-            mixing=mixing,
+            process=process,
             conditioning=conditioning,
             global_batch=256,
             pad_id=_PAD,

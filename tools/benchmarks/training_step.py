@@ -289,11 +289,11 @@ class Wired:
         config = own.model_copy(update=changes)
         prepared = replace(self.prepared, config=config)
         step = self.run.step
-        mixing = prepared.process
-        loader = build.row_loader(prepared, mixing, step.topology, 0)
+        process = prepared.process
+        loader = build.row_loader(prepared, process, step.topology, 0)
         self.opened.append(loader)
         other = build.training_step(
-            prepared, step.chunks, step.optimizer, mixing, step.topology, detect("cpu"), judge=step.judge
+            prepared, step.chunks, step.optimizer, process, step.topology, detect("cpu"), judge=step.judge
         )
         return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
 
