@@ -1,1 +1,1 @@
-"""The mathematics on one device: rates, process, noising, conditioning, objective."""
+"""The mathematics on one device: schedules, processes, weightings, noising, conditioning, objective."""

@@ -82,7 +82,7 @@ class ObjectiveConfig(Section):
     """mean: over the noisy tokens of the global batch; sum: over them, as the released code."""
 
     head: Literal["auto", "plain", "chunked", "triton"] = "auto"
-    """How output layer and objective are computed: chunk by chunk, in plain torch (chunked) or in Triton kernels
+    """Computation of output layer and objective: chunk by chunk, in plain torch (chunked) or in Triton kernels
     (triton; auto takes them on GPUs where installed); plain makes whole logits, to compare with. The numbers are the
     same up to rounding."""
 
@@ -121,8 +121,8 @@ def check_noise_and_objective(noise: NoiseConfig, objective: ObjectiveConfig) ->
 
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
-    "as_released": {"independent": 0.2, "prompt": 0.2, "empty": 0.0, "empty_law": "released"},
-    "as_described": {"independent": 0.5, "prompt": 0.2, "empty": 0.2},
+    "as_released": {"per_token_noise": 0.2, "prompt": 0.2, "pad_insertion": 0.0, "pad_insertion_law": "released"},
+    "as_described": {"per_token_noise": 0.5, "prompt": 0.2, "pad_insertion": 0.2},
 }
 """`as_described` is the paper's text (section 4.1); `as_released` what its code does with default flags, where the
 value meant for empty tokens is passed as the share of independent noise and no empty token is ever inserted."""
@@ -137,29 +137,30 @@ class ConditioningConfig(Section):
     preset: Literal["none", "as_released", "as_described"] = "none"
     """none: every row noised at one level throughout; the others reproduce the paper's code or its text."""
 
-    independent: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a row gets an independent noise level at every token."""
+    per_token_noise: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a sequence gets a noise level of its own at every token (diffusion forcing)."""
 
-    linear: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a row's noise grows linearly from its first to its last token (disjoint from `independent`)."""
+    linear_noise: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a sequence's noise grows linearly from its first to its last token (disjoint from
+    `per_token_noise`)."""
 
     prompt: float = Field(default=0.0, ge=0, le=1)
     """Probability that a row keeps a noise-free prompt, of fraction arccos(1 - 2r) / pi with r uniform."""
 
-    infill: float = Field(default=0.0, ge=0, le=1)
+    infilling: float = Field(default=0.0, ge=0, le=1)
     """Probability that a row keeps each token noise-free with a probability drawn by the prompt's law."""
 
     max_fraction: float = Field(default=1.0, ge=0, le=1)
     """Factor of the prompt's and the infilling's fraction."""
 
-    empty: float = Field(default=0.0, ge=0, lt=0.5)
+    pad_insertion: float = Field(default=0.0, ge=0, lt=0.5)
     """Largest share f of empty (pad) tokens inserted in a row; each row draws its own from U(0, f)."""
 
-    empty_law: Literal["share", "released"] = "share"
+    pad_insertion_law: Literal["share", "released"] = "share"
     """share: a drawn f makes f of the row empty; released: the released code's ceil(S f / (1 - f)) of S tokens."""
 
     prompt_attention: Literal["block", "causal"] = "block"
-    """How prompt positions see each other: all of the prompt, or only what comes before."""
+    """Attention between prompt positions: over all of the prompt, or over what comes before."""
 
     @model_validator(mode="before")
     @classmethod
@@ -169,9 +170,9 @@ class ConditioningConfig(Section):
 
     @model_validator(mode="after")
     def _kinds_are_disjoint(self) -> ConditioningConfig:
-        if self.independent + self.linear > 1:
+        if self.per_token_noise + self.linear_noise > 1:
             raise ValueError(
-                "independent and linear exclude each other and must add up to at most 1, "
-                f"got {self.independent} + {self.linear}"
+                "per_token_noise and linear_noise exclude each other and must add up to at most 1, "
+                f"got {self.per_token_noise} + {self.linear_noise}"
             )
         return self

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import exact
-from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, Levels, RowDraws
+from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, NoisePattern, RowDraws
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.philox import Stream, UintArray, below, philox4x32, threshold
@@ -57,7 +57,7 @@ class NoisedRows(NamedTuple):
     prompt_length: Tensor
     """[B] int64: how many leading tokens are a noise-free prompt."""
     levels: Tensor
-    """[B] int8: `conditioning.Levels` of each row."""
+    """[B] int8: `conditioning.NoisePattern` of each row."""
     source: Tensor
     """[B, L] int64: original position of each token (see `conditioning.insert_empties`); to be read, not written."""
 
@@ -88,7 +88,7 @@ def noise_rows(
             and so does every run of neighbouring samples (k steps by about 0.618 G), so ranks share the noise alike.
         global_batch: samples of a global batch; None draws levels independently.
         batch_origin: index of the first sample of some global batch; needed after a change of `global_batch`.
-        pad_id: id of an empty token; needed where `conditioning.empty` > 0.
+        pad_id: id of an empty token; needed where `conditioning.pad_insertion` > 0.
         prefix: what the draws are for; evaluation has its own (see `evaluation_noise`).
 
     Raises:
@@ -98,8 +98,8 @@ def noise_rows(
     """
     tokens, rows = _token_rows(clean, sample_index, process)
     conditioning = conditioning or ConditioningConfig()
-    if conditioning.empty > 0 and pad_id is None:
-        raise ConfigError("conditioning.empty inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
+    if conditioning.pad_insertion > 0 and pad_id is None:
+        raise ConfigError("conditioning.pad_insertion inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
     streams = _streams(seed, prefix)
     quantiles = streams["log_snr"].uniforms(rows, 1)[:, 0]
     if stratified and global_batch is not None:
@@ -108,13 +108,13 @@ def noise_rows(
     level = _level(process.schedule.log_snr(quantiles).astype(np.float32)[:, None], process)
     length = tokens.shape[1]
     source = torch.arange(length).expand(tokens.shape)
-    if conditioning.empty > 0 and pad_id is not None:
-        counts = conditions.empty_counts(draws.empty_fraction, length, conditioning.empty_law)
+    if conditioning.pad_insertion > 0 and pad_id is not None:
+        counts = conditions.empty_counts(draws.empty_fraction, length, conditioning.pad_insertion_law)
         tokens, moved = _insert_empties(tokens, rows, counts, streams["empty"], pad_id)
         source = torch.from_numpy(moved)
     noised, log_snr = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.float32)
     is_noisy, prompt = np.empty(tokens.shape, dtype=np.bool_), np.empty(len(rows), dtype=np.int64)
-    for which in _blocks(draws.levels != Levels.ISOTROPIC, length):
+    for which in _blocks(draws.levels != NoisePattern.ISOTROPIC, length):
         part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, process)
         noised[which], log_snr[which], is_noisy[which], prompt[which] = part
     arrays = noised, tokens, log_snr, is_noisy, prompt, draws.levels
@@ -176,7 +176,7 @@ def evaluation_noise(
         log_snr=torch.from_numpy(np.repeat(log_snr, tokens.shape[1], axis=1)),
         is_noisy=torch.ones(tokens.shape, dtype=torch.bool),
         prompt_length=torch.zeros(len(rows), dtype=torch.int64),
-        levels=torch.full((len(rows),), int(Levels.ISOTROPIC), dtype=torch.int8),
+        levels=torch.full((len(rows),), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
         source=torch.arange(tokens.shape[1]).expand(tokens.shape),
     )
 
@@ -236,7 +236,7 @@ def _noise_part(
 ) -> tuple[IntArray, npt.NDArray[np.float32], BoolArray, IntArray]:
     """Noised tokens, lambda, is_noisy and the prompt's length of a few rows of one level each, or of varying ones."""
     length = clean.shape[1]
-    if draws.levels[0] != Levels.ISOTROPIC:
+    if draws.levels[0] != NoisePattern.ISOTROPIC:
         level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], process.schedule), process)
     is_noisy, prompt = conditions.noisy_positions(draws, length, rows, streams["infill"])
     noised, log_snr = _corrupt(clean, rows, level, streams["noise"], process), level.log_snr
@@ -247,7 +247,7 @@ def _noise_part(
 
 
 def _level(log_snr: npt.NDArray[np.float32], process: NoiseProcess) -> _Level:
-    """Levels with the thresholds of their coins."""
+    """NoisePattern with the thresholds of their coins."""
     is_pure = process.is_masked_limit or process.is_uniform_limit
     uniform = None if is_pure else threshold(process.exact_uniform_prob(log_snr))
     return _Level(log_snr, threshold(exact.sigmoid(log_snr)), uniform)
@@ -258,7 +258,7 @@ def _varying_log_snr(
 ) -> npt.NDArray[np.float32]:
     """Lambda of every token of rows whose level varies, [B, L] float32."""
     log_snr = np.empty((len(rows), length), dtype=np.float32)
-    is_linear = levels == Levels.LINEAR
+    is_linear = levels == NoisePattern.LINEAR
     if is_linear.any():
         log_snr[is_linear] = conditions.linear_log_snr(length, schedule)
     if not is_linear.all():

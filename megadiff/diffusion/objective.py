@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def build_weighting(settings: ObjectiveConfig) -> Weighting:
         ConfigError: the member of the family lacks a part of the contract.
     """
     member = WEIGHTINGS.member(settings.weighting)
-    loss = getattr(member, "loss", None)
+    loss: Any = getattr(member, "loss", None)
     if not callable(loss):
         raise ConfigError(
             f"objective.weighting: `{settings.weighting}` must have a function `loss(terms, settings)` that returns "

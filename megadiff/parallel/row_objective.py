@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.conditioning import Levels
+from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows
@@ -98,14 +98,16 @@ class DiffusionObjective(RowObjective):
     def _reported_elbo(self, elbo: Tensor, rows: NoisedRows) -> Tensor:
         """Return the bound's integrand [L, b] divided by the density that each token's level was really drawn from.
 
-        The result has one definition for every schedule (`NoiseSchedule.reporting_density`). Rows of `Levels.LINEAR`
-        take the linear law whatever the schedule of the others, so their tokens are divided by its density.
+        The result has one definition for every schedule (`NoiseSchedule.reporting_density`). Sequences of
+        `NoisePattern.LINEAR` follow the linear schedule whatever the others do, so their tokens are divided by
+        its density.
         """
         schedule = self.process.schedule
         if isinstance(schedule, LinearSchedule):
             return elbo
         log_snr = rows.log_snr.t()
-        drawn = torch.where(rows.levels == Levels.LINEAR, LINEAR.density(log_snr), schedule.reporting_density(log_snr))
+        is_linear = rows.levels == NoisePattern.LINEAR
+        drawn = torch.where(is_linear, LINEAR.density(log_snr), schedule.reporting_density(log_snr))
         return elbo * (schedule.density(log_snr) / drawn)
 
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.conditioning import Levels
+from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
 
 BIN_EDGES = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
 """Edges of the log-SNR bins, in nats; the outer bins take what lies beyond."""
 
-_MEANS = ("loss", "elbo", "kl", "is", "mean_weight")
+_MEANS = ("loss", "elbo", "kl", "itakura_saito", "mean_weight")
 _KINDS = ("isotropic", "anisotropic", "conditioned")
 _SHARES = ("independent", "linear", "prompted", "infilled", "empty")
 _LAYOUT = (
@@ -76,10 +76,10 @@ def _row_facts(rows: NoisedRows) -> Tensor:
     is_kept = ~rows.is_noisy.all(dim=1)
     prompt = rows.prompt_length.to(is_kept.device, non_blocking=True)
     is_prompted = prompt > 0
-    is_isotropic = rows.levels == Levels.ISOTROPIC
+    is_isotropic = rows.levels == NoisePattern.ISOTROPIC
     empty = length - 1 - rows.source.diff(dim=1).count_nonzero(dim=1)
     one = torch.ones_like(empty)
-    facts = (one, one * length, rows.levels == Levels.INDEPENDENT, rows.levels == Levels.LINEAR)
+    facts = (one, one * length, rows.levels == NoisePattern.PER_TOKEN, rows.levels == NoisePattern.LINEAR)
     facts += (is_prompted, is_kept & ~is_prompted, empty, prompt, prompt.square())
     facts += (is_isotropic & ~is_kept, ~is_isotropic & ~is_kept, is_kept)
     return torch.stack([fact.double() for fact in facts])
@@ -115,10 +115,11 @@ def has_finite_loss(reports: Tensor) -> Tensor:
 
 
 def metrics_of(total: list[float]) -> dict[str, Any]:
-    """Metrics of a step from the sums over the whole run's batch.
+    """Return the metrics of a step from the sums over the whole run's batch.
 
-    Keys: `loss`, `elbo`, `kl`, `is`, `mean_weight` (means per noisy token), `noisy_tokens`; where some rows are
-    conditioned, also `elbo_isotropic` (a bound of one generative process), `elbo_anisotropic`, `elbo_conditioned` and
+    Keys: `loss`, `elbo`, `kl`, `itakura_saito`, `mean_weight` (means per noisy token), `noisy_tokens`; where some
+    sequences are conditioned, also `elbo_isotropic` (a bound of one generative process), `elbo_anisotropic`,
+    `elbo_conditioned` and
     `share_independent`, ... (realised shares of rows; of tokens for `share_empty`); `loss_by_log_snr`, a list of
     [low, high, mean of w (KL + IS)] of the bins that had tokens.
     """

@@ -39,7 +39,7 @@ def test_the_defaults_are_the_papers():
     )
     assert (objective.weighting, objective.itakura_saito_weight, objective.reduction) == ("surrogate", 1.0, "mean")
     conditioning = ConditioningConfig()
-    assert (conditioning.independent, conditioning.prompt, conditioning.empty) == (0, 0, 0)
+    assert (conditioning.per_token_noise, conditioning.prompt, conditioning.pad_insertion) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_presets_are_the_code_and_the_text_of_the_paper():
 
 
 def test_an_explicit_field_overrides_its_preset_even_with_zero():
-    config = ConditioningConfig.model_validate({"preset": "as_described", "empty": 0.0, "prompt": 0})
-    assert (config.independent, config.prompt, config.empty) == (0.5, 0, 0)
+    config = ConditioningConfig.model_validate({"preset": "as_described", "pad_insertion": 0.0, "prompt": 0})
+    assert (config.per_token_noise, config.prompt, config.pad_insertion) == (0.5, 0, 0)
 
 
 def test_a_resolved_description_reads_back_as_itself():
@@ -109,6 +109,6 @@ def test_a_resolved_description_reads_back_as_itself():
 
 def test_level_patterns_exclude_each_other():
     with pytest.raises(ValidationError, match="add up to at most 1"):
-        ConditioningConfig(independent=0.6, linear=0.6)
+        ConditioningConfig(per_token_noise=0.6, linear_noise=0.6)
     with pytest.raises(ValidationError, match="preset"):
         ConditioningConfig.model_validate({"preset": "as_told"})

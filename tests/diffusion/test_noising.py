@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from megadiff.diffusion import noising
-from megadiff.diffusion.conditioning import Levels
+from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noising import (
@@ -25,7 +25,7 @@ from megadiff.errors import ConfigError, DataError
 from tests.golden import make_noise_hashes
 
 V, MASK = 11, 6
-EVERYTHING = ConditioningConfig(independent=0.3, linear=0.2, prompt=0.5, infill=0.4, empty=0.3)
+EVERYTHING = ConditioningConfig(per_token_noise=0.3, linear_noise=0.2, prompt=0.5, infilling=0.4, pad_insertion=0.3)
 
 
 def rows_of(count: int, length: int = 64, seed: int = 0) -> np.ndarray:
@@ -196,21 +196,21 @@ def test_noise_free_positions_are_untouched_and_said_to_be():
 
 
 def test_level_patterns_come_as_often_as_asked_and_look_as_they_should():
-    config = ConditioningConfig(independent=0.3, linear=0.2)
+    config = ConditioningConfig(per_token_noise=0.3, linear_noise=0.2)
     got = noised(rows_of(2000), np.arange(2000), conditioning=config)
     share = torch.bincount(got.levels.int(), minlength=3) / 2000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.2]), atol=0.04, rtol=0)
     distinct = torch.tensor([len(row.unique()) for row in got.log_snr])
-    assert bool((distinct[got.levels == Levels.ISOTROPIC] == 1).all())
-    assert bool((distinct[got.levels == Levels.INDEPENDENT] > 60).all())
-    linear = got.log_snr[got.levels == Levels.LINEAR]
+    assert bool((distinct[got.levels == NoisePattern.ISOTROPIC] == 1).all())
+    assert bool((distinct[got.levels == NoisePattern.PER_TOKEN] > 60).all())
+    linear = got.log_snr[got.levels == NoisePattern.LINEAR]
     assert bool((linear.diff(dim=1) < 0).all())
-    t = torch.sigmoid(-got.log_snr[got.levels == Levels.INDEPENDENT].double()).reshape(-1)
+    t = torch.sigmoid(-got.log_snr[got.levels == NoisePattern.PER_TOKEN].double()).reshape(-1)
     assert stats.kstest(t.numpy(), "uniform").pvalue > 1e-3
 
 
 def test_empty_tokens_are_targets_like_any_other():
-    config = ConditioningConfig(empty=0.4)
+    config = ConditioningConfig(pad_insertion=0.4)
     clean = np.tile(np.arange(3, 6), (200, 40))
     got = noised(clean, np.arange(200), conditioning=config)
     is_empty = got.clean == 2
@@ -250,7 +250,7 @@ def test_wrong_shapes_and_missing_pads_are_refused():
     with pytest.raises(ValueError, match="counts from 0"):
         noised(rows_of(1), [-1])
     with pytest.raises(ConfigError, match="pad id"):
-        noised(rows_of(1), [0], conditioning=ConditioningConfig(empty=0.1), pad_id=None)
+        noised(rows_of(1), [0], conditioning=ConditioningConfig(pad_insertion=0.1), pad_id=None)
 
 
 def test_no_global_generator_is_touched():

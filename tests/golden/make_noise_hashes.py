@@ -30,7 +30,14 @@ CONDITIONINGS = {
     "none": {},
     "as_released": {"preset": "as_released"},
     "as_described": {"preset": "as_described"},
-    "everything": {"independent": 0.3, "linear": 0.3, "prompt": 0.5, "infill": 0.5, "empty": 0.3, "max_fraction": 0.9},
+    "everything": {
+        "per_token_noise": 0.3,
+        "linear_noise": 0.3,
+        "prompt": 0.5,
+        "infilling": 0.5,
+        "pad_insertion": 0.3,
+        "max_fraction": 0.9,
+    },
 }
 
 

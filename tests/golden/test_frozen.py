@@ -31,8 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"reduction": "sum"},
         "conditioning": {
             "preset": "as_described",
-            "linear": 0.2,
-            "infill": 0.3,
+            "linear_noise": 0.2,
+            "infilling": 0.3,
             "prompt": 0.5,
             "prompt_attention": "causal",
             "max_fraction": 0.7,

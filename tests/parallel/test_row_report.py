@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadiff.diffusion.conditioning import Levels
+from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.config import ConditioningConfig, noise_config
 from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import NoisedRows, noise_rows
@@ -16,7 +16,7 @@ from megadiff.diffusion.objective import Terms
 from megadiff.parallel.row_report import BIN_EDGES, SIZE, has_finite_loss, mean_loss, metrics_of, report_sums
 
 ROWS, LENGTH = 24, 40
-CONDITIONING = ConditioningConfig(independent=0.3, linear=0.2, prompt=0.3, infill=0.3, empty=0.4)
+CONDITIONING = ConditioningConfig(per_token_noise=0.3, linear_noise=0.2, prompt=0.3, infilling=0.3, pad_insertion=0.4)
 
 
 def noised(conditioning: ConditioningConfig) -> NoisedRows:
@@ -40,16 +40,20 @@ def drawn_terms(rows: NoisedRows) -> Terms:
 
 def one_by_one(terms: Terms, rows: NoisedRows) -> dict[str, float]:
     """Sums by name, in Python's own floats."""
-    names = [*("loss", "elbo", "kl", "is", "mean_weight"), *("isotropic", "anisotropic", "conditioned"), "noisy"]
+    names = [
+        *("loss", "elbo", "kl", "itakura_saito", "mean_weight"),
+        *("isotropic", "anisotropic", "conditioned"),
+        "noisy",
+    ]
     sums = dict.fromkeys([*names, "isotropic/tokens", "anisotropic/tokens", "conditioned/tokens"], 0.0)
     sums |= {f"share_{name}": 0.0 for name in ("independent", "linear", "prompted", "infilled", "empty")}
     sums |= {f"bin{i}{what}": 0.0 for i in range(len(BIN_EDGES) - 1) for what in ("", "/tokens")}
     for b in range(ROWS):
         is_kept, is_prompted = not bool(rows.is_noisy[b].all()), int(rows.prompt_length[b]) > 0
-        kind = "isotropic" if int(rows.levels[b]) == Levels.ISOTROPIC else "anisotropic"
+        kind = "isotropic" if int(rows.levels[b]) == NoisePattern.ISOTROPIC else "anisotropic"
         kind = "conditioned" if is_kept else kind
-        sums["share_independent"] += int(rows.levels[b]) == Levels.INDEPENDENT
-        sums["share_linear"] += int(rows.levels[b]) == Levels.LINEAR
+        sums["share_independent"] += int(rows.levels[b]) == NoisePattern.PER_TOKEN
+        sums["share_linear"] += int(rows.levels[b]) == NoisePattern.LINEAR
         sums["share_prompted"] += is_prompted
         sums["share_infilled"] += is_kept and not is_prompted
         for t in range(LENGTH):
@@ -61,7 +65,7 @@ def one_by_one(terms: Terms, rows: NoisedRows) -> dict[str, float]:
                 "loss": loss,
                 "elbo": elbo,
                 "kl": weight * kl,
-                "is": weight * divergence,
+                "itakura_saito": weight * divergence,
                 "mean_weight": weight,
             }
             level = float(rows.log_snr[b, t])
@@ -78,7 +82,7 @@ def test_metrics_are_those_of_tokens_summed_one_by_one(conditioning):
     rows = noised(conditioning)
     terms = drawn_terms(rows)
     sums, found = one_by_one(terms, rows), metrics_of(report_sums(terms, rows).tolist())
-    for name in ("loss", "elbo", "kl", "is", "mean_weight"):
+    for name in ("loss", "elbo", "kl", "itakura_saito", "mean_weight"):
         assert found[name] == pytest.approx(sums[name] / sums["noisy"], rel=1e-6)
     assert found["noisy_tokens"] == sums["noisy"]
     bins = [

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "parallel__pipeline": 2,
         "parallel__virtual_pipeline": 2,
         "conditioning__prompt": 0.3,
-        "conditioning__independent": 0.2,
+        "conditioning__per_token_noise": 0.2,
     },
 }
 

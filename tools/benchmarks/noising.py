@@ -22,11 +22,12 @@ from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.rows import ValidationRows
 from megadiff.data.tokenizers.byte import ByteTokenizer
-from megadiff.diffusion.config import SHIFTS, ConditioningConfig
+from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import noise_rows
 from megadiff.diffusion.philox import Stream, Words, philox4x32
+from megadiff.diffusion.processes.gidd_snr import SHIFTS
 from megadiff.errors import run_command
 
 _EPILOG = """example:

@@ -22,7 +22,8 @@ from made_up import describe_made_up, prepare_made_up
 from torch import Tensor, nn
 
 from megadiff.config.command_line import CommandParser
-from megadiff.diffusion.config import ShiftName, noise_config, objective_config
+from megadiff.diffusion.config import noise_config, objective_config
+from megadiff.diffusion.processes.gidd_snr import ShiftName
 from megadiff.errors import run_command
 from megadiff.parallel.row_report import metrics_of
 from megadiff.platform.machine import detect
