@@ -97,7 +97,7 @@ def test_tensorboard_gets_these_curves_and_no_others(tmp_path):
     goodput = Goodput(None, GoodputConfig(), save_every=5)
     Evaluate(1, 1, Found, MetricsFile(tmp_path / "e.jsonl", after_step=0), goodput, board)(result(1))
     (line,) = read_metrics(tmp_path / "m.jsonl")
-    curves = ("loss", "elbo", "kl", "is", "mean_weight", "lr", "grad_norm", "tokens_per_s")
+    curves = ("loss", "elbo", "kl", "itakura_saito", "mean_weight", "lr", "grad_norm", "tokens_per_s")
     wanted = {(f"train/{key}", 1): line[key] for key in curves}
     assert board.values == wanted | {("epochs/a", 1): 0.5, ("epochs/b", 1): 0.25, ("eval/elbo", 1): 3.0}
 
