@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Weighting:
     """A member of the family of loss weightings with its settings."""
 
     loss: Callable[[TokenTerms, ObjectiveConfig], Tensor]
-    """What is minimised of every token."""
+    """Loss of every token, which is minimised."""
     reported_loss: Callable[[TokenTerms, ObjectiveConfig], Tensor]
     """Figure `loss` of metrics."""
     settings: ObjectiveConfig
@@ -72,8 +72,8 @@ def build_weighting(settings: ObjectiveConfig) -> Weighting:
         ConfigError: the member of the family lacks a part of the contract.
     """
     member = WEIGHTINGS.member(settings.weighting)
-    loss: Any = getattr(member, "loss", None)
-    if not callable(loss):
+    loss: Callable[[TokenTerms, ObjectiveConfig], Tensor] | None = getattr(member, "loss", None)
+    if loss is None:
         raise ConfigError(
             f"objective.weighting: `{settings.weighting}` must have a function `loss(terms, settings)` that returns "
             "what is minimised of every token, found none"

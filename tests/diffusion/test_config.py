@@ -57,7 +57,7 @@ def test_the_defaults_are_the_papers():
         ({"process": "gidd_time", "p_uniform": 1}, "less than 1"),
         ({"process": "gidd_time", "gamma": 3}, "gamma must be at most 2, got 3.0: .* negative rate"),
         ({"process": "gidd_time", "time_eps": 0.5}, "less than 0.5"),
-        ({"process": "snr"}, "unknown name `snr` .* gidd_snr, gidd_time"),
+        ({"process": "snr"}, "unknown name `snr`; .* gidd_snr, gidd_time;"),
     ],
 )
 def test_noise_that_cannot_be_is_refused(settings, message):
@@ -92,9 +92,14 @@ def test_dynamic_weights_need_the_process_in_time():
 
 def test_presets_are_the_code_and_the_text_of_the_paper():
     released = ConditioningConfig(preset="as_released")
-    assert (released.independent, released.prompt, released.empty) == (0.2, 0.2, 0)
+    assert (released.per_token_noise, released.prompt, released.pad_insertion) == (0.2, 0.2, 0)
     described = ConditioningConfig(preset="as_described")
-    assert (described.independent, described.prompt, described.empty, described.empty_law) == (0.5, 0.2, 0.2, "share")
+    assert (described.per_token_noise, described.prompt, described.pad_insertion, described.pad_insertion_law) == (
+        0.5,
+        0.2,
+        0.2,
+        "share",
+    )
 
 
 def test_an_explicit_field_overrides_its_preset_even_with_zero():
