@@ -274,7 +274,7 @@ def test_dynamic_weights_are_the_predecessors():
     torch.testing.assert_close(terms.loss, weight * (terms.kl + 0.5 * terms.itakura_saito))
     torch.testing.assert_close(terms.elbo, plain.elbo)
     torch.testing.assert_close(terms.weight, plain.weight)
-    with pytest.raises(ConfigError, match=r"set noise\.law to gidd_time"):
+    with pytest.raises(ConfigError, match=r"set noise\.process to gidd_time"):
         dynamic_weight(HybridMixing(V, MASK, 0.0), log_snr, clean, clean)
 
 
@@ -316,7 +316,7 @@ def test_with_an_exact_denoiser_the_samples_have_the_true_joint(p):
 
 
 def test_a_run_description_makes_process_and_schedule():
-    config = noise_config(law="gidd_time", p_uniform=0.1, time_eps=1e-3)
+    config = noise_config(process="gidd_time", p_uniform=0.1, time_eps=1e-3)
     law = GiddTime(0.1, 1.0)
     assert build_process(config, vocab_size=9, mask_id=3) == NoiseProcess(9, 3, law, TimeSchedule(law, 1e-3))
 
