@@ -232,7 +232,7 @@ def test_draws_are_the_project_s_philox_streams():
 def test_the_shipped_noise_is_the_project_s(shift, scale):
     levels = torch.linspace(-9, 9, 50, dtype=torch.float64)
     ours, shipped = HybridMixing(9, 4, shift, scale), HybridNoise(9, 4, shift, scale)
-    assert torch.equal(ours.u(levels), shipped.u(levels))
+    assert torch.equal(ours.uniform_prob(levels), shipped.uniform_prob(levels))
     assert torch.equal(ours.mask_prob(levels), shipped.mask_prob(levels))
     prompt, settings = torch.tensor([[1, 2]]), Settings(max_new_tokens=6, max_denoising_steps=9)
     one, other = (generate(bigram, prompt, settings, noise).sequences for noise in (ours, shipped))
