@@ -72,5 +72,5 @@ def test_time_noise_is_found_again_from_its_levels(p_uniform, gamma):
 
     ours, shipped = NoiseProcess(260, 3, GiddTime(p_uniform, gamma)), TimeNoise(260, 3, p_uniform, gamma)
     levels = torch.linspace(-12, 12, 49, dtype=torch.float64)
-    torch.testing.assert_close(shipped.u(levels), ours.u(levels), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(shipped.uniform_prob(levels), ours.uniform_prob(levels), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(shipped.mask_prob(levels), ours.mask_prob(levels), rtol=1e-9, atol=1e-12)
