@@ -17,11 +17,10 @@ from megadiff.data.baselines import Baselines
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
 from megadiff.derived import describe, lay_out_run, ranks_to_check
-from megadiff.diffusion.mixing import mixing_from
-from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows, start_id
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows, noise_rows
-from megadiff.diffusion.snr import rate_from
+from megadiff.diffusion.objective import build_weighting
 from megadiff.errors import ConfigError, DataError
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.kernels.choice import choose_head
@@ -176,7 +175,7 @@ def wire(
     origin, prepared = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
-    mixing = mixing_from(config.noise, vocab_size=prepared.tokenizer.vocab_size, mask_id=prepared.tokenizer.mask_id)
+    process = prepared.process
     for line in describe_data(prepared, step=origin.step):
         log.info(line)
     if topology.is_main:
@@ -186,12 +185,12 @@ def wire(
             log.warning(doubt)
         write_facts(config, data_facts(prepared, step=origin.step, advice=doubts))
     files = RunFiles.open(config, origin.step, is_main=topology.is_main)
-    loader = row_loader(prepared, mixing, topology, origin.step)
+    loader = row_loader(prepared, process, topology, origin.step)
     baselines = baselines_of(prepared) if topology.is_main else None
     for line in describe_baselines(baselines):
         log.info(line)
-    evaluate = _evaluation(prepared, mixing, wrapped, topology, platform, files, goodput, baselines)
-    sample = sample_hooks(prepared, mixing, wrapped, topology, platform, goodput)
+    evaluate = _evaluation(prepared, process, wrapped, topology, platform, files, goodput, baselines)
+    sample = sample_hooks(prepared, process, wrapped, topology, platform, goodput)
     saves = Saves(
         _saver(config, chunks, optimizer, topology, platform),
         lambda step: manifest_of(prepared, origin, step, health=health.state()),
@@ -204,7 +203,7 @@ def wire(
         completed=supervision.saved,
     )
     return Run(
-        step=training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge),
+        step=training_step(prepared, wrapped, optimizer, process, topology, platform, judge=health.judge),
         health=health,
         first_step=origin.step,
         steps=config.steps,
@@ -261,20 +260,20 @@ def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: 
     )
 
 
-def row_objective(prepared: Prepared, mixing: Mixing, topology: Topology, platform: Platform) -> RowObjective:
-    """Return the objective to minimise, on this rank's shard of the vocabulary."""
+def row_objective(prepared: Prepared, process: NoiseProcess, topology: Topology, platform: Platform) -> RowObjective:
+    """What is minimised, on this rank's part of the vocabulary."""
     config = prepared.config
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     if config.is_autoregressive:
-        return NextTokenObjective(mixing, topology, head)
-    return DiffusionObjective(mixing, topology, rate_from(config.noise), config.objective, head)
+        return NextTokenObjective(process, topology, head)
+    return DiffusionObjective(process, topology, build_weighting(config.objective), head)
 
 
 def training_step(
     prepared: Prepared,
     wrapped: Sequence[Any],
     optimizer: Optimizer,
-    mixing: Mixing,
+    process: NoiseProcess,
     topology: Topology,
     platform: Platform,
     *,
@@ -285,7 +284,7 @@ def training_step(
     return Step(
         chunks=wrapped,
         optimizer=optimizer,
-        objective=row_objective(prepared, mixing, topology, platform),
+        objective=row_objective(prepared, process, topology, platform),
         topology=topology,
         device=platform.device,
         seq_length=config.model.seq_length,
@@ -343,10 +342,10 @@ def build_trainables(
     return chunks, wrapped, optimizer
 
 
-def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
-    """Return the loader of this data-parallel rank's noised microbatches, starting at `first_step`."""
+def row_loader(prepared: Prepared, process: NoiseProcess, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
+    """This data-parallel rank's noised microbatches from `first_step` on."""
     config = prepared.config
-    batch, rate = config.batch, rate_from(config.noise)
+    batch = config.batch
 
     def noise(clean: npt.NDArray[np.int64], samples: list[int], step_batch: StepBatch) -> NoisedRows:
         if config.is_autoregressive:
@@ -355,8 +354,7 @@ def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_ste
             clean,
             seed=config.seed,
             sample_index=samples,
-            mixing=mixing,
-            rate=rate,
+            process=process,
             conditioning=config.conditioning,
             stratified=config.objective.stratified,
             global_batch=step_batch.sequences,
@@ -375,7 +373,7 @@ def row_loader(prepared: Prepared, mixing: Mixing, topology: Topology, first_ste
 
 def _evaluation(
     prepared: Prepared,
-    mixing: Mixing,
+    process: NoiseProcess,
     chunks: Sequence[Any],
     topology: Topology,
     platform: Platform,
@@ -388,11 +386,9 @@ def _evaluation(
     if not prepared.data.valid:
         return []
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
-    measure = next_token_likelihood(mixing, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
+    measure = next_token_likelihood(process, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
     if not config.is_autoregressive:
-        measure = diffusion_bound(
-            mixing, rate=rate_from(config.noise), topology=topology, noise_levels=config.eval.noise_levels, head=head
-        )
+        measure = diffusion_bound(process, topology=topology, noise_levels=config.eval.noise_levels, head=head)
     held_out = HeldOut(
         sources=prepared.data.valid,
         measure=measure,

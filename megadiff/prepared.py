@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megadiff.data.baselines import Baselines, baselines_of_data
 from megadiff.data.facts import DataFacts
@@ -21,7 +22,7 @@ from megadiff.data.review import (
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.derived import executed_flops, lay_out_run, memory_shortage
-from megadiff.diffusion.snr import rate_from
+from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import ConfigError, DataError, ShortageError
 from megadiff.model import cost
 from megadiff.model.kernels import check_kernels
@@ -52,11 +53,16 @@ class Prepared:
         """The model's size for closed-form costs."""
         return self.config.shape(vocab_size=self.tokenizer.vocab_size)
 
+    @cached_property
+    def process(self) -> NoiseProcess:
+        """Noise process over the tokenizer's vocabulary."""
+        return build_process(self.config.noise, vocab_size=self.tokenizer.vocab_size, mask_id=self.tokenizer.mask_id)
+
     @property
     def log_snr_range(self) -> list[float] | None:
-        """Range of log-SNR that the ELBO of a training line covers; None if it is an exact likelihood."""
-        rate = rate_from(self.config.noise)
-        return None if self.config.is_autoregressive else [rate.min_log_snr, rate.max_log_snr]
+        """Noise levels that the ELBO of a training line covers; None where it is an exact likelihood."""
+        schedule = self.process.schedule
+        return None if self.config.is_autoregressive else [schedule.min_log_snr, schedule.max_log_snr]
 
     def executed_flops(self, sums: list[float]) -> float:
         """Return the FLOPs executed over all ranks, from the sums of one or several steps (`row_report`)."""

@@ -24,7 +24,6 @@ from megadiff.config.load import load_config
 from megadiff.data.facts import read_data_facts
 from megadiff.data.loader import Microbatch
 from megadiff.data.mixture import next_mixture
-from megadiff.diffusion.mixing import mixing_from
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
@@ -113,8 +112,8 @@ class _Opened:
     start: str
 
     def take(self, step: int) -> Replayed:
-        """Take every step up to and including this one, and report on it."""
-        loader = row_loader(self.prepared, self.recorded.mixing, self.topology, self.done)
+        """Take every step up to this one."""
+        loader = row_loader(self.prepared, self.recorded.process, self.topology, self.done)
         with loader:
             for number in range(self.done + 1, step):
                 taken = self._take(number, self._rows_of(number, loader))
@@ -195,9 +194,9 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
         health.restore(saved.health)
         done = saved.step
-    mixing = mixing_from(config.noise, vocab_size=text.vocab_size, mask_id=text.mask_id)
-    recorded = _Recorded(mixing, topology, inner=row_objective(prepared, mixing, topology, platform))
-    train_step = training_step(prepared, wrapped, optimizer, mixing, topology, platform, judge=health.judge)
+    process = prepared.process
+    recorded = _Recorded(process, topology, inner=row_objective(prepared, process, topology, platform))
+    train_step = training_step(prepared, wrapped, optimizer, process, topology, platform, judge=health.judge)
     return _Opened(
         run_folder=run_folder,
         prepared=prepared,

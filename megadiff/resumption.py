@@ -26,11 +26,9 @@ from megadiff.checkpoint.manifest import (
 )
 from megadiff.config.schema import dotted_keys
 from megadiff.config.suggestions import did_you_mean
-from megadiff.data.config import DataConfig
 from megadiff.data.mixture import Mixture, next_mixture
-from megadiff.data.open import open_data
 from megadiff.data.review import change_advice, describe_change
-from megadiff.errors import CheckpointError, ConfigError, DataError
+from megadiff.errors import CheckpointError, ConfigError
 from megadiff.optim.optimizer import Optimizer
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
@@ -174,8 +172,6 @@ def _accepted(prepared: Prepared, resumption: Resumption, folder: Path) -> _Acce
     if not saved.has_optimizer:
         check_same_model(saved, wanted, folder)
         return _Accepted(saved, [], prepared)
-    if not resumption.allow_data:
-        _refuse_new_shares(prepared, saved, folder)
     changes = check_same_run(saved, wanted, folder, allowed=resumption.allowed, allow_data=resumption.allow_data)
     if saved.step > steps:
         raise CheckpointError(
@@ -189,31 +185,12 @@ def _accepted(prepared: Prepared, resumption: Resumption, folder: Path) -> _Acce
     return _Accepted(saved, changes, prepared.at(mixture), before)
 
 
-def _refuse_new_shares(prepared: Prepared, saved: Manifest, folder: Path) -> None:
-    """Refuse shares by size in a run whose sources without weights were drawn equally, as in format 2.
-
-    Raises:
-        CheckpointError: the shares would change; the message states what to do.
-    """
-    data = prepared.data
-    is_by_size = data.weights is None and len(data.sources) > 1
-    if saved.format == 2 and is_by_size and saved.data_fingerprint == data.fingerprint_of_equal_weights:
-        raise CheckpointError(
-            f"{folder} was written when sources without weights were drawn equally, and now they share by size; give "
-            "each of data.train `weight: 1` to continue as before, or --allow-data-change to share by size from here on"
-        )
-
-
 def saved_mixture(prepared: Prepared, saved: Manifest, folder: Path) -> Mixture:
     """Return the mixture of a checkpoint, with the positions reached.
 
-    Format 2 stores none: its runs are all in their first mixture, which follows from the data in their configuration.
-
     Raises:
-        CheckpointError: the manifest holds no mixture of its data, or the data of format 2 are gone or have changed.
+        CheckpointError: the manifest holds no mixture of its data.
     """
-    if saved.format == 2:
-        return _mixture_of_format_2(prepared, saved, folder)
     try:
         mixture = Mixture.model_validate(saved.mixture)
     except ValidationError as error:
@@ -225,23 +202,6 @@ def saved_mixture(prepared: Prepared, saved: Manifest, folder: Path) -> Mixture:
     if saved.data_fingerprint == prepared.data.fingerprint and contents != prepared.data.contents:
         raise CheckpointError(f"{folder} is damaged: the positions in its manifest.json are of other data")
     return mixture
-
-
-def _mixture_of_format_2(prepared: Prepared, saved: Manifest, folder: Path) -> Mixture:
-    data, problem = prepared.data, "they differ"
-    if saved.data_fingerprint != data.fingerprint:
-        try:
-            entries = DataConfig.model_validate({**saved.config["data"], "valid": []})
-            model, seed = prepared.config.model, int(saved.config["seed"])
-            data = open_data(entries, prepared.tokenizer, seq_length=model.seq_length, seed=seed, valid_rows=1)
-        except (KeyError, ValueError, DataError) as error:
-            problem = str(error).splitlines()[0]
-    if saved.data_fingerprint != data.fingerprint:
-        raise CheckpointError(
-            f"{folder} has manifest format 2, without the positions of its data's sources, and the data it was trained "
-            f"with cannot be opened to find them ({problem}); put them back, or resume with these data first"
-        )
-    return data.mixture_at(saved.samples)
 
 
 def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[str, Any] | None = None) -> Manifest:

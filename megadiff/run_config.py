@@ -13,6 +13,8 @@ from megadiff.config.section import Section
 from megadiff.data.batch_sizes import BatchSizes
 from megadiff.data.config import BatchConfig, DataConfig
 from megadiff.diffusion.config import (
+    PROCESSES,
+    WEIGHTINGS,
     ConditioningConfig,
     NoiseConfig,
     ObjectiveConfig,
@@ -52,8 +54,8 @@ class RunConfig(Section):
     torch kernels. `auto` takes the first if it can be imported; the log's first line shows the choice.
     """
     model: ModelConfig
-    noise: NoiseConfig = NoiseConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    noise: Annotated[NoiseConfig, PROCESSES] = PROCESSES.default(NoiseConfig)
+    objective: Annotated[ObjectiveConfig, WEIGHTINGS] = WEIGHTINGS.default(ObjectiveConfig)
     conditioning: ConditioningConfig = ConditioningConfig()
     data: DataConfig
     batch: BatchConfig

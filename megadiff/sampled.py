@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.snr import rate_from
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.eval.drawn_text import DrawnText
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
@@ -17,7 +16,7 @@ from megadiff.train.goodput import Goodput
 
 def sample_hooks(
     prepared: Prepared,
-    mixing: Mixing,
+    process: NoiseProcess,
     chunks: Sequence[ModelChunk],
     topology: Topology,
     platform: Platform,
@@ -31,8 +30,7 @@ def sample_hooks(
         rows=config.eval.samples,
         steps=config.eval.sample_steps,
         seq_length=config.model.seq_length,
-        mixing=mixing,
-        rate=rate_from(config.noise),
+        process=process,
         tokenizer=prepared.tokenizer,
         start=_start(prepared),
         chunks=chunks,

@@ -18,11 +18,9 @@ from megadiff.checkpoint.manifest import Manifest, read_manifest
 from megadiff.data.open import open_validation
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.config import NoiseConfig
-from megadiff.diffusion.mixing import mixing_from
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.config import NoiseConfig, noise_config
 from megadiff.diffusion.next_token import start_id
-from megadiff.diffusion.snr import Rate, rate_from
+from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import SHOWN_DIGITS, CheckpointError
 from megadiff.eval.held_out import HeldOut, HeldOutResult, diffusion_bound, next_token_likelihood
 from megadiff.model.attention import prompt_code
@@ -42,8 +40,7 @@ class TrainedModel:
     """Folder of the checkpoint."""
     manifest: Manifest
     model: ModelConfig
-    mixing: Mixing
-    rate: Rate
+    process: NoiseProcess
     tokenizer: Tokenizer
     chunks: Sequence[ModelChunk]
     topology: Topology
@@ -80,7 +77,7 @@ class TrainedModel:
         if not (self.is_autoregressive or self.knows_prompts):
             lengths = torch.zeros_like(lengths)
         logits = self.chunks[0](ids.to(self.platform.device), prompt_code(lengths, is_causal=is_causal))
-        return logits.transpose(0, 1)[..., : self.mixing.vocab_size]
+        return logits.transpose(0, 1)[..., : self.process.vocab_size]
 
     def held_out_elbo(
         self, data: str, *, rows: int, noise_levels: int, micro_sequences: int, key: str = "data"
@@ -98,9 +95,9 @@ class TrainedModel:
             DataError: the data are missing, damaged, or made with another tokenizer.
         """
         source = open_validation(data, self.tokenizer, seq_length=self.model.seq_length, rows=rows, key=key)
-        measure = next_token_likelihood(self.mixing, start_id=start_id(self.tokenizer), topology=self.topology)
+        measure = next_token_likelihood(self.process, start_id=start_id(self.tokenizer), topology=self.topology)
         if not self.is_autoregressive:
-            measure = diffusion_bound(self.mixing, rate=self.rate, topology=self.topology, noise_levels=noise_levels)
+            measure = diffusion_bound(self.process, topology=self.topology, noise_levels=noise_levels)
         held_out = HeldOut(
             sources=[source],
             measure=measure,
@@ -157,8 +154,7 @@ def open_trained(
             folder=folder,
             manifest=manifest,
             model=model,
-            mixing=mixing_from(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id),
-            rate=rate_from(noise),
+            process=build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id),
             tokenizer=text,
             chunks=chunks,
             topology=topology,
@@ -173,7 +169,7 @@ def _settings(folder: Path, manifest: Manifest) -> tuple[str, ModelConfig, Noise
         return (
             str(config["data"]["tokenizer"]),
             ModelConfig.model_validate(config["model"]),
-            NoiseConfig.model_validate(config["noise"]),
+            noise_config(**config["noise"]),
         )
     except (KeyError, TypeError, ValidationError) as error:
         what = str(error).splitlines()[0]

@@ -73,8 +73,8 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
 
     from megadiff.checkpoint.manifest import read_manifest
     from megadiff.data.tokenizer_files import load_tokenizer
-    from megadiff.diffusion.config import NoiseConfig
-    from megadiff.diffusion.mixing import mixing_from
+    from megadiff.diffusion.config import noise_config
+    from megadiff.diffusion.noise_process import build_process
     from megadiff.export import verify
     from megadiff.export.export import DTYPES
     from megadiff.platform.quiet import quiet
@@ -101,10 +101,10 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
 
     manifest = read_manifest(checkpoint)
     conditioning = manifest.config["conditioning"]
-    noise = NoiseConfig.model_validate(manifest.config["noise"])
-    mixing = mixing_from(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id)
+    noise = noise_config(**manifest.config["noise"])
+    process = build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id)
     length = min(manifest.config["model"]["seq_length"], 256)
-    cases = verify.noised_cases(mixing, length=length, knows_prompts=conditioning["prompt"] > 0)
+    cases = verify.noised_cases(process, length=length, knows_prompts=conditioning["prompt"] > 0)
     tokenizer = load_tokenizer(arguments.tokenizer or manifest.config["data"]["tokenizer"])
     texts = verify.sample_ids(tokenizer, prepend_bos=manifest.prepended_bos)
     for found in verify.verify(arguments.output, open_trainer, cases, texts=texts):

@@ -49,8 +49,7 @@ from torch import Tensor
 
 from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
-from megadiff.diffusion.mixing import mixing_from
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.errors import run_command
@@ -207,9 +206,11 @@ def _groups(model: Denoiser, config: RunConfig) -> dict[Role, dict[str, Any]]:
 
 
 def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunConfig) -> dict[str, float]:
-    """Take `STEPS` optimizer steps on one batch and return the sizes of activations and changes."""
-    mixing = mixing_from(config.noise, vocab_size=VOCAB, mask_id=MASK)
-    rows = noise_rows(_walks(), seed=0, sample_index=np.arange(ROWS), mixing=mixing, stratified=True, global_batch=ROWS)
+    """`STEPS` optimizer steps on one batch, and what they did."""
+    process = build_process(config.noise, vocab_size=VOCAB, mask_id=MASK)
+    rows = noise_rows(
+        _walks(), seed=0, sample_index=np.arange(ROWS), process=process, stratified=True, global_batch=ROWS
+    )
     optimizer = load_member(config.optimizer.name).build(list(groups.values()), config.optimizer)
     begin = {role: [p.detach().clone() for p in group["params"]] for role, group in groups.items()}
     found: dict[str, float] = {}
@@ -225,7 +226,7 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
             found["logits, step 1"] = _size(seen["logits"])
             found["decay of bulk"] = _size(_moved(groups["bulk"]["params"], begin["bulk"])) / _size(begin["bulk"])
         optimizer.zero_grad()
-        _loss(logits, rows, mixing).backward()
+        _loss(logits, rows, process).backward()
         if step < STEPS:
             optimizer.step()
     found.update({f"{name}, end": _size(value) for name, value in seen.items()})
@@ -245,8 +246,8 @@ def _walks() -> np.ndarray:
     return 4 + (first + np.cumsum(steps, axis=1)) % 50
 
 
-def _loss(logits: Tensor, rows: NoisedRows, mixing: Mixing) -> Tensor:
-    terms = gidd_objective(logits.transpose(0, 1), rows.clean, rows.noised, rows.log_snr, mixing=mixing)
+def _loss(logits: Tensor, rows: NoisedRows, process: NoiseProcess) -> Tensor:
+    terms = gidd_objective(logits.transpose(0, 1), rows.clean, rows.noised, rows.log_snr, mixing=process)
     return terms.loss.sum()
 
 

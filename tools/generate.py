@@ -91,13 +91,13 @@ def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments
 
     look = token_text(trained.tokenizer)
     prompt = torch.tensor([ids] * arguments.count, dtype=torch.int64).reshape(arguments.count, len(ids))
-    with LiveDenoising(look, mask_id=trained.mixing.mask_id) as live:
-        trace = Trace(ids, trained.mixing.mask_id, on_frame=live)
+    with LiveDenoising(look, mask_id=trained.process.mask_id) as live:
+        trace = Trace(ids, trained.process.mask_id, on_frame=live)
         found = generate(
             trained.denoise,
             prompt.to(trained.platform.device),
             settings,
-            trained.mixing,
+            trained.process,
             seed=arguments.seed,
             on_step=trace if arguments.trace or live.is_drawn else None,
         )
@@ -123,6 +123,7 @@ def _settings(arguments: argparse.Namespace, trained: TrainedModel, ids: list[in
 
     behind = 0 if -1 in ids else new
     width = behind or len(ids) - ids.index(-1)
+    low, high = trained.process.sampling_range
     try:
         found = Settings(
             max_new_tokens=behind,
@@ -134,9 +135,8 @@ def _settings(arguments: argparse.Namespace, trained: TrainedModel, ids: list[in
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             guidance_scale=arguments.guidance_scale,
-            min_log_snr=trained.rate.min_log_snr,
-            # The time parametrisation ends with some noise left; sampling continues until almost none is left.
-            max_log_snr=max(9.0, trained.rate.max_log_snr),
+            min_log_snr=low,
+            max_log_snr=high,
             eos_token_id=trained.tokenizer.eos_id if arguments.stop_at_end else None,
             pad_token_id=trained.tokenizer.pad_id,
         )

@@ -15,12 +15,11 @@ from megadiff.checkpoint.path_kinds import MANIFEST_NAME, no_checkpoint
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, StorageError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
-FORMAT = 3
-"""Version of the manifest, raised by every change of its meaning. Version 2 added the manifest's own checksum. Version
-3 added the positions of the data's sources, which programs that do not know them would lose."""
-
-READABLE = (2, FORMAT)
-"""Versions that can be read."""
+FORMAT = 4
+"""Version of the manifest; a change of meaning raises it. 2: the manifest has a checksum of its own. 3: it has the
+positions of the data's sources, which a program that does not know them would lose. 4: the configuration inside names
+the noise process and the settings of families by new keys. No other version is read.
+"""
 
 FILE_NAME = MANIFEST_NAME
 SUM_NAME = "manifest.sha256"
@@ -102,7 +101,7 @@ class Manifest(BaseModel):
     layout: dict[str, int]
     versions: dict[str, str]
     mixture: dict[str, Any] = {}
-    """Positions of the training data's sources (`data.mixture.Mixture`); empty in format 2 and for imported weights."""
+    """Positions of the training data's sources (`data.mixture.Mixture`); empty for imported weights."""
     health: dict[str, float | list[float]] = {}
     """State of the run's health checks: the number of consecutive skipped steps, and running statistics."""
     has_optimizer: bool = True
@@ -144,11 +143,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValidationError, UnicodeDecodeError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is damaged ({first}); take another checkpoint of the run") from None
-    if manifest.format not in READABLE:
-        readable = " and ".join(map(str, sorted(READABLE, reverse=True)))
+    if manifest.format != FORMAT:
         raise CheckpointError(
-            f"{path} has format {manifest.format}, this version reads {readable}; use the megadiff version that wrote "
-            "it"
+            f"{path} has format {manifest.format}, this version reads {FORMAT}; use the megadiff version that wrote it"
         )
     if checksum != f"{hashlib.sha256(text).hexdigest()}  {FILE_NAME}\n".encode():
         raise CheckpointError(

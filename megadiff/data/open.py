@@ -72,11 +72,6 @@ class OpenData:
         train = _training_rows(self.sources, self.weights, mixture, self.train.seq_length, self.seed)
         return replace(self, train=train, mixture=mixture)
 
-    @property
-    def fingerprint_of_equal_weights(self) -> str:
-        """Fingerprint that the same sources have when each has weight 1."""
-        return _fingerprint(self.sources, [1.0] * len(self.sources))
-
     def mixture_at(self, sample: int) -> Mixture:
         """Return the mixture with the positions that its sources have reached before a sample of the run."""
         return self.mixture.moved_to(self.train.drawn_before(sample)).at_paths_of(self.identities)

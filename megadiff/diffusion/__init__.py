@@ -1,1 +1,1 @@
-"""The mathematics on one device: rates, mixing, noising, conditioning, objective."""
+"""The mathematics on one device: schedules, processes, weightings, noising, conditioning, objective."""

@@ -16,19 +16,19 @@ import numpy.typing as npt
 from megadiff.diffusion import exact
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.philox import Stream, threshold
-from megadiff.diffusion.snr import Rate
+from megadiff.diffusion.schedules import NoiseSchedule
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-class Levels(IntEnum):
+class NoisePattern(IntEnum):
     """The pattern of noise levels along a row."""
 
     ISOTROPIC = 0
     """One level throughout."""
-    INDEPENDENT = 1
+    PER_TOKEN = 1
     """A level of its own at every token."""
     LINEAR = 2
     """Clean at the start, noisy at the end."""
@@ -39,7 +39,7 @@ class RowDraws:
     """What a row's coins say, before any token is touched; arrays of [B]."""
 
     levels: npt.NDArray[np.int8]
-    """Members of `Levels`."""
+    """Members of `NoisePattern`."""
     prompt_fraction: FloatArray
     """Fraction f of the row that is prompt; below 0 without a prompt."""
     infill_fraction: FloatArray
@@ -56,15 +56,15 @@ class RowDraws:
 
 def draw_rows(stream: Stream, rows: IntArray, config: ConditioningConfig) -> RowDraws:
     """The row-level coins of `conditioning`, one counter block each at positions 0 to 5 of the row."""
-    if not any((config.independent, config.linear, config.prompt, config.infill, config.empty)):
+    if not any((config.per_token_noise, config.linear_noise, config.prompt, config.infilling, config.pad_insertion)):
         nothing = np.zeros(len(rows))
-        return RowDraws(np.full(len(rows), Levels.ISOTROPIC, dtype=np.int8), nothing - 1.0, nothing, nothing)
+        return RowDraws(np.full(len(rows), NoisePattern.ISOTROPIC, dtype=np.int8), nothing - 1.0, nothing, nothing)
     kind, prompt_coin, prompt_r, infill_coin, infill_r, empty_r = stream.uniforms(rows, 6).T
-    levels = np.where(kind < config.independent + config.linear, Levels.LINEAR, Levels.ISOTROPIC)
-    levels = np.where(kind < config.independent, Levels.INDEPENDENT, levels).astype(np.int8)
+    levels = np.where(kind < config.per_token_noise + config.linear_noise, NoisePattern.LINEAR, NoisePattern.ISOTROPIC)
+    levels = np.where(kind < config.per_token_noise, NoisePattern.PER_TOKEN, levels).astype(np.int8)
     prompt = np.where(prompt_coin < config.prompt, config.max_fraction * arccos_law(prompt_r), -1.0)
-    infill = np.where(infill_coin < config.infill, config.max_fraction * arccos_law(infill_r), 0.0)
-    return RowDraws(levels, prompt, infill, config.empty * empty_r)
+    infill = np.where(infill_coin < config.infilling, config.max_fraction * arccos_law(infill_r), 0.0)
+    return RowDraws(levels, prompt, infill, config.pad_insertion * empty_r)
 
 
 def arccos_law(r: npt.ArrayLike) -> FloatArray:
@@ -79,10 +79,13 @@ def prompt_lengths(fraction: FloatArray, length: int) -> IntArray:
     return np.where(fraction < 0, 0, whole)
 
 
-def linear_log_snr(length: int, rate: Rate) -> FloatArray:
-    """Levels of a linear row: alpha = 1 - i / (L + 1) for i = 1..L, whatever the rate, held to its interval; [L]."""
+def linear_log_snr(length: int, schedule: NoiseSchedule) -> FloatArray:
+    """Return the levels [L] of a linear row: alpha = 1 - i / (L + 1) for i = 1..L, whatever the schedule.
+
+    They are clipped to the schedule's interval.
+    """
     i = np.arange(1, length + 1, dtype=np.float64)
-    return np.clip(exact.log((length + 1 - i) / i), rate.min_log_snr, rate.max_log_snr)
+    return np.clip(exact.log((length + 1 - i) / i), schedule.min_log_snr, schedule.max_log_snr)
 
 
 def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:

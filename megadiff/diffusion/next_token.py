@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megadiff.diffusion.conditioning import Levels
+from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.noising import NoisedRows
 
 
@@ -48,6 +48,6 @@ def next_token_rows(clean: npt.NDArray[np.integer], *, start_id: int) -> NoisedR
         log_snr=torch.zeros(count, length),
         is_noisy=torch.ones(count, length, dtype=torch.bool),
         prompt_length=torch.full((count,), length),
-        levels=torch.full((count,), int(Levels.ISOTROPIC), dtype=torch.int8),
+        levels=torch.full((count,), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
         source=torch.arange(length).repeat(count, 1),
     )

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import exact
-from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, Levels, RowDraws
+from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, NoisePattern, RowDraws
 from megadiff.diffusion.config import ConditioningConfig
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.philox import Stream, UintArray, below, philox4x32, threshold
-from megadiff.diffusion.snr import LINEAR, Rate
+from megadiff.diffusion.schedules import NoiseSchedule
 from megadiff.errors import ConfigError, DataError
 
 # Rows are noised this many tokens at a time: a few temporaries of 64 KiB stay in the cache, and in the memory that the
@@ -57,7 +57,7 @@ class NoisedRows(NamedTuple):
     prompt_length: Tensor
     """[B] int64: how many leading tokens are a noise-free prompt."""
     levels: Tensor
-    """[B] int8: `conditioning.Levels` of each row."""
+    """[B] int8: `conditioning.NoisePattern` of each row."""
     source: Tensor
     """[B, L] int64: original position of each token (see `conditioning.insert_empties`); to be read, not written."""
 
@@ -67,8 +67,7 @@ def noise_rows(
     *,
     seed: int,
     sample_index: npt.ArrayLike | Tensor,
-    mixing: Mixing,
-    rate: Rate = LINEAR,
+    process: NoiseProcess,
     conditioning: ConditioningConfig | None = None,
     stratified: bool = True,
     global_batch: int | None = None,
@@ -82,15 +81,14 @@ def noise_rows(
         clean: [B, L] integer ids, numpy or torch, none of them the mask.
         seed: the run's seed.
         sample_index: [B] global sample indices, counted over the whole run, from 0.
-        mixing: the noise.
-        rate: law of the noise levels.
+        process: the noise; its schedule is the distribution of the noise levels.
         conditioning: prompts, infilling, empty tokens, level patterns; None for none of them.
         stratified: with `global_batch` G, sample i takes stratum k of G, u = (k + jitter) / G, where k runs over
             0..G-1 as i runs over its global batch; each u is exactly uniform on [0, 1), each batch covers it evenly,
             and so does every run of neighbouring samples (k steps by about 0.618 G), so ranks share the noise alike.
         global_batch: samples of a global batch; None draws levels independently.
         batch_origin: index of the first sample of some global batch; needed after a change of `global_batch`.
-        pad_id: id of an empty token; needed where `conditioning.empty` > 0.
+        pad_id: id of an empty token; needed where `conditioning.pad_insertion` > 0.
         prefix: what the draws are for; evaluation has its own (see `evaluation_noise`).
 
     Raises:
@@ -98,26 +96,26 @@ def noise_rows(
         DataError: a clean token that is the mask or lies outside the vocabulary.
         ConfigError: empty tokens without a pad id.
     """
-    tokens, rows = _token_rows(clean, sample_index, mixing)
+    tokens, rows = _token_rows(clean, sample_index, process)
     conditioning = conditioning or ConditioningConfig()
-    if conditioning.empty > 0 and pad_id is None:
-        raise ConfigError("conditioning.empty inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
+    if conditioning.pad_insertion > 0 and pad_id is None:
+        raise ConfigError("conditioning.pad_insertion inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
     streams = _streams(seed, prefix)
     quantiles = streams["log_snr"].uniforms(rows, 1)[:, 0]
     if stratified and global_batch is not None:
         quantiles = stratified_quantiles(streams["batch"], rows, quantiles, global_batch, batch_origin)
     draws = conditions.draw_rows(streams["row"], rows, conditioning)
-    level = _level(rate.log_snr(quantiles).astype(np.float32)[:, None], mixing)
+    level = _level(process.schedule.log_snr(quantiles).astype(np.float32)[:, None], process)
     length = tokens.shape[1]
     source = torch.arange(length).expand(tokens.shape)
-    if conditioning.empty > 0 and pad_id is not None:
-        counts = conditions.empty_counts(draws.empty_fraction, length, conditioning.empty_law)
+    if conditioning.pad_insertion > 0 and pad_id is not None:
+        counts = conditions.empty_counts(draws.empty_fraction, length, conditioning.pad_insertion_law)
         tokens, moved = _insert_empties(tokens, rows, counts, streams["empty"], pad_id)
         source = torch.from_numpy(moved)
     noised, log_snr = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.float32)
     is_noisy, prompt = np.empty(tokens.shape, dtype=np.bool_), np.empty(len(rows), dtype=np.int64)
-    for which in _blocks(draws.levels != Levels.ISOTROPIC, length):
-        part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, mixing, rate)
+    for which in _blocks(draws.levels != NoisePattern.ISOTROPIC, length):
+        part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, process)
         noised[which], log_snr[which], is_noisy[which], prompt[which] = part
     arrays = noised, tokens, log_snr, is_noisy, prompt, draws.levels
     return NoisedRows(*(torch.from_numpy(array) for array in arrays), source=source)
@@ -146,15 +144,15 @@ def evaluation_noise(
     row_index: npt.ArrayLike | Tensor,
     level: int,
     num_levels: int,
-    mixing: Mixing,
-    rate: Rate = LINEAR,
+    process: NoiseProcess,
     prefix: str = "eval",
 ) -> NoisedRows:
     """Fixed noise for held-out rows: level k of K, one lambda a row, nothing conditioned, every token noisy.
 
     Row j takes u = (k + offset_j) / K with an offset of its own, so that over k = 0..K-1 its K levels are stratified
-    and the mean of `elbo` over them is an unbiased estimate of the row's bound (for the rate's density as documented at
-    `Rate.density`). Rows are independent, so the standard deviation of the row means over sqrt(R) is a standard error.
+    and the mean of `elbo` over them is an unbiased estimate of the row's bound (for the density as documented at
+    `NoiseSchedule.density`). Rows are independent, so the standard deviation of the row means over sqrt(R) is a
+    standard error.
 
     Args:
         clean: [B, L] ids.
@@ -162,23 +160,23 @@ def evaluation_noise(
         row_index: [B] indices of the rows within the held-out set.
         level: k, in [0, num_levels).
         num_levels: K.
-        mixing, rate, prefix: as for `noise_rows`.
+        process, prefix: as for `noise_rows`.
     """
     if not 0 <= level < num_levels:
         raise ValueError(f"level must lie in [0, {num_levels}), got {level}")
-    tokens, rows = _token_rows(clean, row_index, mixing)
+    tokens, rows = _token_rows(clean, row_index, process)
     quantiles = evaluation_quantiles(seed, rows, num_levels, prefix=prefix)[:, level]
-    log_snr = rate.log_snr(quantiles).astype(np.float32)[:, None]
-    row_level, stream, noised = _level(log_snr, mixing), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
+    log_snr = process.schedule.log_snr(quantiles).astype(np.float32)[:, None]
+    row_level, stream, noised = _level(log_snr, process), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
     for which in _blocks(np.zeros(len(rows), dtype=np.bool_), tokens.shape[1]):
-        noised[which] = _corrupt(tokens[which], rows[which], row_level.of(which), stream, mixing, draw=level)
+        noised[which] = _corrupt(tokens[which], rows[which], row_level.of(which), stream, process, draw=level)
     return NoisedRows(
         noised=torch.from_numpy(noised),
         clean=torch.from_numpy(tokens),
         log_snr=torch.from_numpy(np.repeat(log_snr, tokens.shape[1], axis=1)),
         is_noisy=torch.ones(tokens.shape, dtype=torch.bool),
         prompt_length=torch.zeros(len(rows), dtype=torch.int64),
-        levels=torch.full((len(rows),), int(Levels.ISOTROPIC), dtype=torch.int8),
+        levels=torch.full((len(rows),), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
         source=torch.arange(tokens.shape[1]).expand(tokens.shape),
     )
 
@@ -234,61 +232,60 @@ def _noise_part(
     draws: RowDraws,
     level: _Level,
     streams: dict[str, Stream],
-    mixing: Mixing,
-    rate: Rate,
+    process: NoiseProcess,
 ) -> tuple[IntArray, npt.NDArray[np.float32], BoolArray, IntArray]:
     """Noised tokens, lambda, is_noisy and the prompt's length of a few rows of one level each, or of varying ones."""
     length = clean.shape[1]
-    if draws.levels[0] != Levels.ISOTROPIC:
-        level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], rate), mixing)
+    if draws.levels[0] != NoisePattern.ISOTROPIC:
+        level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], process.schedule), process)
     is_noisy, prompt = conditions.noisy_positions(draws, length, rows, streams["infill"])
-    noised, log_snr = _corrupt(clean, rows, level, streams["noise"], mixing), level.log_snr
+    noised, log_snr = _corrupt(clean, rows, level, streams["noise"], process), level.log_snr
     if not is_noisy.all():
         noised = np.where(is_noisy, noised, clean)
-        log_snr = np.where(is_noisy, log_snr, np.float32(rate.max_log_snr))
+        log_snr = np.where(is_noisy, log_snr, np.float32(process.schedule.max_log_snr))
     return noised, log_snr, is_noisy, prompt
 
 
-def _level(log_snr: npt.NDArray[np.float32], mixing: Mixing) -> _Level:
-    """Levels with the thresholds of their coins."""
-    is_pure = mixing.is_masked_limit or mixing.is_uniform_limit
-    uniform = None if is_pure else threshold(mixing.uniform_share(log_snr))
+def _level(log_snr: npt.NDArray[np.float32], process: NoiseProcess) -> _Level:
+    """NoisePattern with the thresholds of their coins."""
+    is_pure = process.is_masked_limit or process.is_uniform_limit
+    uniform = None if is_pure else threshold(process.exact_uniform_prob(log_snr))
     return _Level(log_snr, threshold(exact.sigmoid(log_snr)), uniform)
 
 
 def _varying_log_snr(
-    levels: npt.NDArray[np.int8], rows: IntArray, length: int, stream: Stream, rate: Rate
+    levels: npt.NDArray[np.int8], rows: IntArray, length: int, stream: Stream, schedule: NoiseSchedule
 ) -> npt.NDArray[np.float32]:
     """Lambda of every token of rows whose level varies, [B, L] float32."""
     log_snr = np.empty((len(rows), length), dtype=np.float32)
-    is_linear = levels == Levels.LINEAR
+    is_linear = levels == NoisePattern.LINEAR
     if is_linear.any():
-        log_snr[is_linear] = conditions.linear_log_snr(length, rate)
+        log_snr[is_linear] = conditions.linear_log_snr(length, schedule)
     if not is_linear.all():
-        log_snr[~is_linear] = rate.log_snr(stream.uniforms(rows[~is_linear], length))
+        log_snr[~is_linear] = schedule.log_snr(stream.uniforms(rows[~is_linear], length))
     return log_snr
 
 
 def _corrupt(
-    clean: IntArray, rows: IntArray, level: _Level, stream: Stream, mixing: Mixing, *, draw: int = 0
+    clean: IntArray, rows: IntArray, level: _Level, stream: Stream, process: NoiseProcess, *, draw: int = 0
 ) -> IntArray:
     """Draw z ~ q_lambda(. | x): keep x with probability alpha, else a uniform real token or the mask.
 
     The uniform token is any of the N real ones, x among them; the mask and padding never come up.
     """
-    words = stream.words(rows, clean.shape[1], draw=draw, count=1 if mixing.is_masked_limit else 4)
+    words = stream.words(rows, clean.shape[1], draw=draw, count=1 if process.is_masked_limit else 4)
     keep = words[0] < level.keep
-    if mixing.is_masked_limit:
-        return np.where(keep, clean, mixing.mask_id)
-    token = below(words[2], words[3], mixing.num_real).view(np.int64)
-    token += token >= mixing.mask_id
+    if process.is_masked_limit:
+        return np.where(keep, clean, process.mask_id)
+    token = below(words[2], words[3], process.num_real).view(np.int64)
+    token += token >= process.mask_id
     if level.uniform is not None:
-        token = np.where(words[1] < level.uniform, token, mixing.mask_id)
+        token = np.where(words[1] < level.uniform, token, process.mask_id)
     return np.where(keep, clean, token)
 
 
 def _token_rows(
-    clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, mixing: Mixing
+    clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, process: NoiseProcess
 ) -> tuple[IntArray, IntArray]:
     """Ids as int64 [B, L] and indices as int64 [B], checked."""
     tokens = np.require(clean.numpy() if isinstance(clean, Tensor) else clean, dtype=np.int64, requirements=["C", "W"])
@@ -299,13 +296,15 @@ def _token_rows(
     if rows.size and rows.min() < 0:
         raise ValueError(f"sample_index counts from 0, got {rows.min()}")
     # As an unsigned number, a negative id is a large one: one look finds both.
-    if tokens.size and tokens.view(np.uint64).max() >= mixing.vocab_size:
+    if tokens.size and tokens.view(np.uint64).max() >= process.vocab_size:
         raise DataError(
-            f"token ids run from {tokens.min()} to {tokens.max()}, outside the vocabulary of {mixing.vocab_size}: "
+            f"token ids run from {tokens.min()} to {tokens.max()}, outside the vocabulary of {process.vocab_size}: "
             "the data were made with another tokenizer"
         )
-    if (tokens == mixing.mask_id).any():
-        raise DataError(f"the data contain the mask token (id {mixing.mask_id}): they were made with another tokenizer")
+    if (tokens == process.mask_id).any():
+        raise DataError(
+            f"the data contain the mask token (id {process.mask_id}): they were made with another tokenizer"
+        )
     return tokens, rows
 
 

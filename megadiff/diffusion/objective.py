@@ -1,12 +1,12 @@
-"""The GIDD objective per token, on full-vocabulary logits: the reference every fast path must equal.
+"""The GIDD objective per token, on full-vocabulary logits: the reference that every fast path must equal.
 
 Axes: B sequences, L positions, V vocabulary entries (the mask is one of them). With x the clean and z the noised
 token, q = alpha e_x + beta pi and qhat = alpha p + beta pi, where p is the softmax over the real tokens,
 
-    loss = w ( KL(q || qhat) + is_weight IS(q_z, qhat_z) )      IS(s, r) = s / r - log(s / r) - 1
-    elbo = w / p(lambda) ( KL(q || qhat) + IS(q_z, qhat_z) )    (arXiv:2512.10858, proposition 1)
+    loss = w ( KL(q || qhat) + itakura_saito_weight IS(q_z, qhat_z) )    IS(s, r) = s / r - log(s / r) - 1
+    elbo = w / p(lambda) ( KL(q || qhat) + IS(q_z, qhat_z) )             (arXiv:2512.10858, proposition 1)
 
-With `weighting: dynamic` the predecessor's training weights stand in the place of w in `loss`.
+That is the weighting `surrogate`; the other members of `weightings` make another `loss` of the same terms.
 
 q and qhat are never formed: at V = 131072 their divergence is the difference of two sums of order 1 that agree to
 three digits and more. With rho = alpha / c, c = beta u / N and y_v = rho p_v, everything follows from three numbers a
@@ -16,6 +16,8 @@ keeps the digits of tokens predicted well: 1 - p_x and log p_x both follow from 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -23,9 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from megadiff.diffusion import snr
-from megadiff.diffusion.config import Weighting
-from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.snr import LINEAR, Rate
+from megadiff.diffusion.config import WEIGHTINGS, ObjectiveConfig, objective_config
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.weightings import TokenTerms
+from megadiff.errors import ConfigError
 
 LOG_RHO_LIMIT = 69.0
 """log 1e30: beyond it noise on real tokens is too small to matter and the masked limit's formulas are used."""
@@ -38,19 +41,48 @@ class Terms(NamedTuple):
     """Per-token values, all of one shape and not reduced; nats but for `weight`."""
 
     loss: Tensor
-    """w (kl + is_weight is_div): the surrogate that is optimised, or the same with dynamic weights."""
+    """Figure `loss` of metrics: what is minimised, but for the weighting `elbo`, where it is the surrogate."""
     elbo: Tensor
-    """w / p(lambda) (kl + is_div): the bound's integrand, what is reported."""
+    """w / p(lambda) (kl + itakura_saito): the bound's integrand, what is reported; no weighting changes it."""
     kl: Tensor
     """KL(q || qhat), without the weight."""
-    is_div: Tensor
+    itakura_saito: Tensor
     """IS(q_z, qhat_z), without the weight; 0 where z is the mask."""
     weight: Tensor
     """w; its mean over z is beta."""
+    minimised: Tensor
+    """Loss of the weighting, whose sum is minimised."""
 
 
-OPTIMISED: dict[str, str] = {"surrogate": "loss", "elbo": "elbo", "dynamic": "loss"}
-"""The term that each weighting optimises."""
+@dataclass(frozen=True)
+class Weighting:
+    """A member of the family of loss weightings with its settings."""
+
+    loss: Callable[[TokenTerms, ObjectiveConfig], Tensor]
+    """Loss of every token, which is minimised."""
+    reported_loss: Callable[[TokenTerms, ObjectiveConfig], Tensor]
+    """Figure `loss` of metrics."""
+    settings: ObjectiveConfig
+
+
+def build_weighting(settings: ObjectiveConfig) -> Weighting:
+    """Return the weighting that a configuration names.
+
+    Raises:
+        ConfigError: the member of the family lacks a part of the contract.
+    """
+    member = WEIGHTINGS.member(settings.weighting)
+    loss: Callable[[TokenTerms, ObjectiveConfig], Tensor] | None = getattr(member, "loss", None)
+    if loss is None:
+        raise ConfigError(
+            f"objective.weighting: `{settings.weighting}` must have a function `loss(terms, settings)` that returns "
+            "what is minimised of every token, found none"
+        )
+    return Weighting(loss, getattr(member, "reported_loss", loss), settings)
+
+
+SURROGATE = build_weighting(objective_config())
+"""The paper's weighting."""
 
 
 class VocabularySums(NamedTuple):
@@ -70,30 +102,28 @@ def gidd_objective(
     noised: Tensor,
     log_snr: Tensor,
     *,
-    mixing: Mixing,
-    is_weight: float = 1.0,
-    rate: Rate = LINEAR,
-    weighting: Weighting = "surrogate",
+    mixing: NoiseProcess,
+    is_weight: float | None = None,
+    weighting: Weighting = SURROGATE,
 ) -> Terms:
-    """The objective's terms for every token, differentiable in the logits.
+    """Return the objective's terms for every token, differentiable in the logits.
 
     Args:
         logits: [B, L, V] (or [..., V]), any float dtype; computed in float32, or in float64 if given so. The mask's
             logit is ignored, as are columns from V on (padding of the vocabulary).
         clean, noised: [B, L] int64 ids x and z; `clean` holds no mask.
         log_snr: [B, L] lambda.
-        mixing: the noise.
-        is_weight: factor of the Itakura-Saito term in `loss`, 1 in the paper.
-        rate: whose density p(lambda) divides `elbo`; the default is the paper's linear rate on [-9, 9], as there not
-            renormalised (see `Rate.density`).
-        weighting: dynamic puts `mixing.dynamic_weight` in the place of w in `loss`; nothing else changes.
+        mixing: the noise process. The density of its schedule divides `elbo`; that of the paper's linear schedule is
+            not renormalised (see `NoiseSchedule.density`).
+        is_weight: factor of the Itakura-Saito term in `loss`; None for the weighting's own, which is 1 in the paper.
+        weighting: what `loss` is; nothing else depends on it.
 
     Returns:
         Terms of [B, L], float32 (float64 for float64 logits), not reduced: the caller divides by a global count.
 
     Raises:
-        ValueError: shapes that do not follow `clean`, fewer logits than the vocabulary, or no such weighting.
-        ConfigError: dynamic weights where the noise has none.
+        ValueError: shapes that do not follow `clean`, or fewer logits than the vocabulary.
+        ConfigError: a weighting that the noise does not have.
     """
     check_token_shapes(clean, noised, log_snr)
     if logits.shape[:-1] != clean.shape or logits.shape[-1] < mixing.vocab_size:
@@ -101,12 +131,13 @@ def gidd_objective(
             f"logits must have shape {(*clean.shape, mixing.vocab_size)} (more columns are ignored), "
             f"got {tuple(logits.shape)}"
         )
+    if is_weight is not None:
+        settings = weighting.settings.model_copy(update={"itakura_saito_weight": is_weight})
+        weighting = replace(weighting, settings=settings)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_snr = log_snr.to(dtype)
     sums = _vocabulary_sums(logits.to(dtype), clean, noised, log_snr, mixing)
-    return terms_from_sums(
-        sums, clean, noised, log_snr, mixing=mixing, is_weight=is_weight, rate=rate, weighting=weighting
-    )
+    return terms_from_sums(sums, clean, noised, log_snr, process=mixing, weighting=weighting)
 
 
 def terms_from_sums(
@@ -115,12 +146,10 @@ def terms_from_sums(
     noised: Tensor,
     log_snr: Tensor,
     *,
-    mixing: Mixing,
-    is_weight: float = 1.0,
-    rate: Rate = LINEAR,
-    weighting: Weighting = "surrogate",
+    process: NoiseProcess,
+    weighting: Weighting = SURROGATE,
 ) -> Terms:
-    """The objective from its sums over the vocabulary, all in the shape of `clean`; differentiable in the sums.
+    """Return the objective from its sums over the vocabulary, in the shape of `clean`; differentiable in the sums.
 
         E = rho q / (1 + rho p_x)  (q = 1 - p_x)      delta = log1p(E) = log(q_x / qhat_x)
         KL = (alpha + c) delta - c T                  IS = E - delta                     z = x
@@ -129,37 +158,38 @@ def terms_from_sums(
 
     Where log rho passes LOG_RHO_LIMIT: KL = -alpha log p_x, and only masks weigh.
     """
-    if weighting not in OPTIMISED:
-        raise ValueError(f"weighting must be one of {', '.join(OPTIMISED)}, got {weighting!r}")
-    alpha, log_rho = snr.alpha(log_snr), mixing.log_rho(log_snr)
-    is_mask, is_kept = noised == mixing.mask_id, noised == clean
+    alpha, log_rho = snr.alpha(log_snr), process.log_rho(log_snr)
+    is_mask, is_kept = noised == process.mask_id, noised == clean
     zero = torch.zeros_like(alpha)
-    weight = mixing.weight(log_snr, clean, noised)
+    weight = process.weight(log_snr, clean, noised)
     nll = log1p_exp(sums.log_odds)
     masked_kl = alpha * nll
     masked_is = torch.where(is_kept, torch.expm1(nll.clamp(max=80.0)) - nll, zero)
     if sums.log1p_sum is None:
-        kl, is_div = masked_kl, masked_is
+        kl, itakura_saito = masked_kl, masked_is
     else:
         log_rho_held = log_rho.clamp(max=LOG_RHO_LIMIT)
         c = alpha * torch.exp(-log_rho_held)
         log_e = log_rho_held - log1p_exp(-sums.log_odds) - log1p_exp(log_rho_held - nll)
         delta = log1p_exp(log_e)
         log_y = torch.where(is_mask, zero, log_rho_held + sums.log_p_noised)
-        is_kept_div = _minus_log1p(torch.exp(log_e), delta)
-        is_other_div = _minus_log1p(-torch.sigmoid(log_y), -log1p_exp(log_y))
+        at_kept = _minus_log1p(torch.exp(log_e), delta)
+        at_other = _minus_log1p(-torch.sigmoid(log_y), -log1p_exp(log_y))
         is_limit = log_rho > LOG_RHO_LIMIT
         kl = torch.where(is_limit, masked_kl, (alpha + c) * delta - c * sums.log1p_sum)
-        is_div = torch.where(is_limit, masked_is, torch.where(is_kept, is_kept_div, is_other_div))
-    is_div = torch.where(is_mask, zero, is_div)
-    density = rate.density(log_snr)
-    training_weight = mixing.dynamic_weight(log_snr, clean, noised) if weighting == "dynamic" else weight
+        itakura_saito = torch.where(is_limit, masked_is, torch.where(is_kept, at_kept, at_other))
+    itakura_saito = torch.where(is_mask, zero, itakura_saito)
+    density = process.schedule.density(log_snr)
+    terms = TokenTerms(process, clean, noised, log_snr, weight, density, kl, itakura_saito, cross_entropy=nll)
+    minimised = weighting.loss(terms, weighting.settings)
+    is_reported = weighting.reported_loss is weighting.loss
     return Terms(
-        loss=training_weight * (kl + is_weight * is_div),
-        elbo=weight / density * (kl + is_div),
+        loss=minimised if is_reported else weighting.reported_loss(terms, weighting.settings),
+        elbo=weight / density * (kl + itakura_saito),
         kl=kl,
-        is_div=is_div,
+        itakura_saito=itakura_saito,
         weight=weight,
+        minimised=minimised,
     )
 
 
@@ -181,15 +211,17 @@ def log1p_exp(x: Tensor) -> Tensor:
     return functional.softplus(x, threshold=40.0)
 
 
-def _vocabulary_sums(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: Tensor, mixing: Mixing) -> VocabularySums:
+def _vocabulary_sums(
+    logits: Tensor, clean: Tensor, noised: Tensor, log_snr: Tensor, process: NoiseProcess
+) -> VocabularySums:
     ids = torch.arange(logits.shape[-1], device=logits.device)
-    unreal = (ids == mixing.mask_id) | (ids >= mixing.vocab_size)
+    unreal = (ids == process.mask_id) | (ids >= process.vocab_size)
     real = logits.masked_fill(unreal, _NEVER)
     others = real.masked_fill(ids == clean.unsqueeze(-1), _NEVER)
     log_total = torch.logsumexp(real, dim=-1)
     log1p_sum = None
-    if not mixing.is_masked_limit:
-        log_rho = mixing.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT)
+    if not process.is_masked_limit:
+        log_rho = process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT)
         log1p_sum = log1p_exp(others + (log_rho - log_total).unsqueeze(-1)).sum(dim=-1)
     log_odds = torch.logsumexp(others, dim=-1) - _at(real, clean)
     return VocabularySums(log_odds, log_p_noised=_at(real, noised) - log_total, log1p_sum=log1p_sum)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megadiff.errors import ConfigError
-from megadiff.eval.greedy import Sampled, batches, end_log_snr, seed_of
+from megadiff.eval.greedy import Sampled, batches, seed_of
 from megadiff.eval.likelihood import Item
 from megadiff.sampling.standalone import Settings, generate
 
@@ -176,7 +176,7 @@ def _written(model: Sampled, plans: Sequence[_Plan], seed: int) -> list[str]:
         model.denoise,
         ids.to(model.platform.device),
         plans[0].settings,
-        model.mixing,
+        model.process,
         seed=[seed_of(seed, plan.prompt) for plan in plans],
         rows=torch.tensor([plan.occurrence for plan in plans]),
     )
@@ -185,6 +185,7 @@ def _written(model: Sampled, plans: Sequence[_Plan], seed: int) -> list[str]:
 
 
 def _settings(model: Sampled, wish: Wish, new: int, manner: Manner) -> Settings:
+    low, high = model.process.sampling_range
     return Settings(
         max_new_tokens=new,
         max_denoising_steps=manner.steps,
@@ -195,8 +196,8 @@ def _settings(model: Sampled, wish: Wish, new: int, manner: Manner) -> Settings:
         top_p=wish.top_p,
         eos_token_id=model.tokenizer.eos_id,
         pad_token_id=model.tokenizer.pad_id,
-        min_log_snr=model.rate.min_log_snr,
-        max_log_snr=end_log_snr(model.rate),
+        min_log_snr=low,
+        max_log_snr=high,
     )
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.snr import Rate
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.parallel.asked_model import AskedModel
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
@@ -36,25 +35,24 @@ class DrawnText:
         rows: int,
         steps: int,
         seq_length: int,
-        mixing: Mixing,
-        rate: Rate,
+        process: NoiseProcess,
         tokenizer: Tokenizer,
         start: Sequence[int] = (),
         chunks: Sequence[ModelChunk],
         topology: Topology,
         device: torch.device,
     ) -> None:
-        self._rows, self._mixing, self._tokenizer, self._device = rows, mixing, tokenizer, device
+        self._rows, self._process, self._tokenizer, self._device = rows, process, tokenizer, device
         self._model = AskedModel(
-            chunks, topology=topology, device=device, shape=(rows, seq_length), vocab_size=mixing.vocab_size
+            chunks, topology=topology, device=device, shape=(rows, seq_length), vocab_size=process.vocab_size
         )
         self._start = list(start)
+        low, high = process.sampling_range
         self._settings = Settings(
             max_new_tokens=seq_length - len(self._start),
             max_denoising_steps=steps,
-            min_log_snr=rate.min_log_snr,
-            # The time form ends at a level with noise left; sampling continues until almost none is left.
-            max_log_snr=max(9.0, rate.max_log_snr),
+            min_log_snr=low,
+            max_log_snr=high,
         )
 
     def __call__(self) -> str:
@@ -66,4 +64,4 @@ class DrawnText:
     def _drawn(self, denoise: Any) -> Tensor:
         prompt = torch.tensor([self._start] * self._rows, dtype=torch.int64, device=self._device)
         prompt = prompt.reshape(self._rows, len(self._start))
-        return generate(denoise, prompt, self._settings, self._mixing, seed=SEED).sequences.cpu()
+        return generate(denoise, prompt, self._settings, self._process, seed=SEED).sequences.cpu()

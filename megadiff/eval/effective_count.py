@@ -25,10 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.diffusion.philox import Stream, Words, below, threshold, unit_interval
-from megadiff.diffusion.snr import LINEAR
+from megadiff.diffusion.schedules import LINEAR
 from megadiff.eval.level_integral import integrated_bound
 
 IntArray = npt.NDArray[np.int64]
@@ -50,8 +50,8 @@ class Copies:
     """Factor applied to the mean of `copy_bounds` over copies to obtain the estimate."""
 
 
-def copies_by_count(clean: IntArray, count: int, *, mixing: Mixing, seed: int, key: int) -> Copies:
-    """Return copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
+def copies_by_count(clean: IntArray, count: int, *, process: NoiseProcess, seed: int, key: int) -> Copies:
+    """Copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
 
     Args:
         clean: [n] ids, n >= 1.
@@ -59,7 +59,7 @@ def copies_by_count(clean: IntArray, count: int, *, mixing: Mixing, seed: int, k
         mixing: the noise.
         seed, key: determine the draws; `key` is the text's own number in [0, 2^63).
     """
-    length, is_masked = len(clean), mixing.is_masked_limit
+    length, is_masked = len(clean), process.is_masked_limit
     share = _strata(count, seed, key)
     noised_count = np.floor(share * (length if is_masked else length + 1)).astype(np.int64) + is_masked
     level = np.sort(_draws(seed, "level", key, count, length + 1, unit_interval))
@@ -70,21 +70,23 @@ def copies_by_count(clean: IntArray, count: int, *, mixing: Mixing, seed: int, k
     np.put_along_axis(is_noised, order, np.arange(length) < noised_count[:, None], axis=1)
     _spread_evenly(is_noised, noised_count, Stream(seed, "likelihood/set").uniforms(np.array([key]), 2 * count)[0])
     log_snr = np.log1p(-level) - np.log(np.maximum(level, 1e-300))
-    noised = np.where(is_noised, _replacements(words, log_snr, mixing), clean)
+    noised = np.where(is_noised, _replacements(words, log_snr, process), clean)
     return Copies(noised, None, length / (length + 1) if is_masked else 1.0)
 
 
-def copies_by_level(clean: IntArray, count: int, *, mixing: Mixing, seed: int, key: int) -> Copies:
-    """Return copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (same arguments)."""
+def copies_by_level(clean: IntArray, count: int, *, process: NoiseProcess, seed: int, key: int) -> Copies:
+    """Copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (arguments as above)."""
     log_snr = LINEAR.log_snr(_strata(count, seed, key))
     words = _draws(seed, "noise", key, count, len(clean), tuple)
     keep = words[0] < threshold(1.0 / (1.0 + np.exp(-log_snr)))[:, None]
-    noised = np.where(keep, clean, _replacements(words, log_snr[:, None], mixing))
+    noised = np.where(keep, clean, _replacements(words, log_snr[:, None], process))
     return Copies(noised, log_snr, LINEAR.mass)
 
 
-def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, mixing: Mixing) -> float:
-    """Return the contribution of one copy to the bound, in nats over all n tokens.
+def copy_bounds(
+    logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, process: NoiseProcess
+) -> float:
+    """What one copy says of the bound, in nats over all n tokens.
 
     Args:
         logits: [n, V or more] the model's output for the copy.
@@ -94,21 +96,22 @@ def copy_bounds(logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | 
     """
     if log_snr is not None:
         level = torch.full(clean.shape, log_snr, dtype=torch.float64, device=clean.device)
-        return float(gidd_objective(logits, clean, noised, level, mixing=mixing).elbo.double().sum())
-    if mixing.is_masked_limit:
-        return _masked_bound(logits, clean, noised, mixing)
-    return integrated_bound(logits, clean, noised, mixing=mixing)
+        linear = process.with_schedule(LINEAR)
+        return float(gidd_objective(logits, clean, noised, level, mixing=linear).elbo.double().sum())
+    if process.is_masked_limit:
+        return _masked_bound(logits, clean, noised, process)
+    return integrated_bound(logits, clean, noised, process=process)
 
 
-def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, mixing: Mixing) -> float:
-    """Return (n + 1) / m times the cross-entropy of the m masked tokens; 0 without any."""
-    masked = noised == mixing.mask_id
+def _masked_bound(logits: Tensor, clean: Tensor, noised: Tensor, process: NoiseProcess) -> float:
+    """(n + 1) / m times the cross-entropy of the m masked tokens; 0 without any."""
+    masked = noised == process.mask_id
     count = int(masked.sum())
     if count == 0:
         return 0.0
-    values = logits[masked][:, : mixing.vocab_size]
+    values = logits[masked][:, : process.vocab_size]
     values = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
-    values[:, mixing.mask_id] = -torch.inf
+    values[:, process.mask_id] = -torch.inf
     entropy = torch.nn.functional.cross_entropy(values, clean[masked], reduction="none")
     return (len(clean) + 1) / count * float(entropy.double().sum())
 
@@ -144,9 +147,9 @@ def _draws(seed: int, name: str, key: int, count: int, length: int, read: Callab
     return read(tuple(word.reshape(count, length) for word in words))
 
 
-def _replacements(words: Words, log_snr: FloatArray, mixing: Mixing) -> IntArray:
-    """Return the replacement of each token if it is noised at its copy's level ([K, 1]): [K, n]."""
-    token = below(words[2], words[3], mixing.num_real).astype(np.int64)
-    token += token >= mixing.mask_id
-    share = mixing.uniform_share(np.clip(log_snr, -_LEVELS, _LEVELS))
-    return np.where(words[1] < threshold(share), token, mixing.mask_id)
+def _replacements(words: Words, log_snr: FloatArray, process: NoiseProcess) -> IntArray:
+    """What each token is replaced with if it is noised at its copy's level ([K, 1]), [K, n]."""
+    token = below(words[2], words[3], process.num_real).astype(np.int64)
+    token += token >= process.mask_id
+    share = process.exact_uniform_prob(np.clip(log_snr, -_LEVELS, _LEVELS))
+    return np.where(words[1] < threshold(share), token, process.mask_id)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.next_token import next_token_rows, start_id
-from megadiff.diffusion.snr import Rate
 from megadiff.eval.likelihood import Item
 from megadiff.eval.texts_likelihood import Measured
 from megadiff.sampling.standalone import Settings, generate
@@ -20,11 +19,6 @@ T = TypeVar("T")
 
 class Sampled(Measured, Protocol):
     """A model that can be evaluated and, if it is a diffusion model, sampled; such as `trained.TrainedModel`."""
-
-    @property
-    def rate(self) -> Rate:
-        """Noise schedule of its training."""
-        ...
 
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
         """Map ids [B, L], whose first `prompt_length` tokens are clean, to logits [B, L, V]."""
@@ -63,25 +57,21 @@ def batches(members: Iterable[T], key: Callable[[T], tuple[int, ...]], count: in
         yield waiting
 
 
-def end_log_snr(rate: Rate) -> float:
-    """Return the log-SNR at which a sampler ends; the time form of training ends at a level with noise left."""
-    return max(9.0, rate.max_log_snr)
-
-
 def _writes_the_same(model: Sampled, items: Sequence[Item], seed: int) -> list[bool]:
     length = len(items[0].completion)
+    low, high = model.process.sampling_range
     settings = Settings(
         max_new_tokens=length,
         max_denoising_steps=length,
         sampler="adaptive",
         tokens_per_step=1,
         temperature=0.0,
-        min_log_snr=model.rate.min_log_snr,
-        max_log_snr=end_log_snr(model.rate),
+        min_log_snr=low,
+        max_log_snr=high,
     )
     prompts = torch.tensor([item.prompt for item in items], dtype=torch.int64).reshape(len(items), -1)
     seeds = [seed_of(seed, Item(item.prompt, ())) for item in items]
-    written = generate(model.denoise, prompts.to(model.platform.device), settings, model.mixing, seed=seeds).sequences
+    written = generate(model.denoise, prompts.to(model.platform.device), settings, model.process, seed=seeds).sequences
     return [tuple(row) == item.ids for row, item in zip(written.tolist(), items, strict=True)]
 
 
@@ -95,7 +85,7 @@ def _next_tokens_agree(model: Sampled, items: Sequence[Item], seed: int) -> list
     clean = np.array([item.ids for item in items], dtype=np.int64)
     rows = next_token_rows(clean, start_id=start_id(model.tokenizer))
     logits = model.answer(rows.noised.to(model.platform.device), rows.prompt_length)
-    logits = logits[:, len(items[0].prompt) :, : model.mixing.vocab_size].float()
-    logits[..., model.mixing.mask_id] = -torch.inf
+    logits = logits[:, len(items[0].prompt) :, : model.process.vocab_size].float()
+    logits[..., model.process.mask_id] = -torch.inf
     agrees = logits.argmax(dim=-1).cpu() == rows.clean[:, len(items[0].prompt) :]
     return agrees.all(dim=1).tolist()

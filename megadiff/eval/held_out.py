@@ -17,11 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.config import ObjectiveConfig
-from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows, evaluation_noise
-from megadiff.diffusion.snr import LINEAR, LinearRate, Rate
+from megadiff.diffusion.schedules import LINEAR, LinearSchedule
 from megadiff.kernels.choice import Head
 from megadiff.kernels.fused_head import fused_objective
 from megadiff.kernels.head import HeadLoss
@@ -107,35 +106,37 @@ class Measure:
 
 
 def diffusion_bound(
-    mixing: Mixing, *, rate: Rate, topology: Topology, noise_levels: int, head: Head = fused_objective
+    process: NoiseProcess, *, topology: Topology, noise_levels: int, head: Head = fused_objective
 ) -> Measure:
-    """Return the bound with the run's noise and the linear schedule, whatever schedule the run trains with.
+    """Return the bound under the run's noise with the linear schedule, whatever schedule the run trains with.
 
-    It does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
-    truncation (`Rate.density`): the result is 1.000247 times the integral over [-9, 9]. A run that draws its levels
-    from less than [-9, 9] (the time form does) is evaluated on all of it, so that runs are comparable.
+    So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
+    truncation (`NoiseSchedule.density`): the figure is 1.000247 times the integral over [-9, 9]. A run that draws its
+    levels from less than [-9, 9] (`gidd_time` does) is measured on all of it, so that runs compare.
     """
-    linear = LinearRate(min(rate.min_log_snr, LINEAR.min_log_snr), max(rate.max_log_snr, LINEAR.max_log_snr))
+    trained = process.schedule
+    linear = LinearSchedule(min(trained.min_log_snr, LINEAR.min_log_snr), max(trained.max_log_snr, LINEAR.max_log_snr))
+    measured = process.with_schedule(linear)
 
     def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
         return evaluation_noise(
-            clean, seed=SEED, row_index=index, level=level, num_levels=noise_levels, mixing=mixing, rate=linear
+            clean, seed=SEED, row_index=index, level=level, num_levels=noise_levels, process=measured
         )
 
-    objective = DiffusionObjective(mixing, topology, linear, ObjectiveConfig(), head)
+    objective = DiffusionObjective(measured, topology, head=head)
     levels = linear.min_log_snr, linear.max_log_snr
     return Measure(objective, rows, noise_levels, log_snr_range=levels)
 
 
 def next_token_likelihood(
-    mixing: Mixing, *, start_id: int, topology: Topology, head: Head = fused_objective
+    process: NoiseProcess, *, start_id: int, topology: Topology, head: Head = fused_objective
 ) -> Measure:
     """Return the exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
 
     def rows(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedRows:
         return next_token_rows(clean, start_id=start_id)
 
-    return Measure(NextTokenObjective(mixing, topology, head), rows, noise_levels=1, is_causal_prompt=True)
+    return Measure(NextTokenObjective(process, topology, head), rows, noise_levels=1, is_causal_prompt=True)
 
 
 class HeldOut:
@@ -235,7 +236,7 @@ class HeldOut:
     def _report(self, answer: HeadLoss, item: tuple[tuple[int, Tensor], PlacedRows]) -> tuple[Tensor, Tensor, Any]:
         key, (rows, _) = item
         terms = answer.terms
-        plain = terms.weight * (terms.kl + terms.is_div)
+        plain = terms.weight * (terms.kl + terms.itakura_saito)
         sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain, rows.log_snr.t())])
         nothing = torch.zeros((), device=self.device)
         return nothing, nothing.int(), (key, sums)

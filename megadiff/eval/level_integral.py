@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import LOG_RHO_LIMIT, VocabularySums, terms_from_sums
 
 LOWEST, HIGHEST = -40.0, 100.0
@@ -57,37 +57,37 @@ class _Levels:
     """Taylor coefficients of F around log p = -_SPACING g, for each of _KINDS: [_ORDER, 3, G]."""
 
 
-def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, mixing: Mixing) -> float:
+def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, process: NoiseProcess) -> float:
     """Return the expected sum over tokens of the ELBO integrand given this copy, in nats over all n tokens.
 
     Args:
         logits: [n, V or more] the model's prediction for the copy; computed in float64.
         clean, noised: [n] ids; `clean` holds no mask.
-        mixing: the noise, of any kind but purely masked, for which the integral is known in closed form.
+        process: the noise, of any kind but purely masked, for which the integral is known in closed form.
     """
-    masks, kept = int((noised == mixing.mask_id).sum()), int((noised == clean).sum())
-    levels = _levels((masks, kept, len(clean) - masks - kept), mixing)
-    kind = torch.where(noised == mixing.mask_id, 0, torch.where(noised == clean, 1, 2))
+    masks, kept = int((noised == process.mask_id).sum()), int((noised == clean).sum())
+    levels = _levels((masks, kept, len(clean) - masks - kept), process)
+    kind = torch.where(noised == process.mask_id, 0, torch.where(noised == clean, 1, 2))
     nodes, weights, table = (part.to(clean.device) for part in (levels.nodes, levels.weights, levels.table))
     total = torch.zeros((), dtype=torch.float64, device=clean.device)
-    step = max(1, (2**7 if clean.is_cuda else 1) * _CHUNK // mixing.vocab_size)
+    step = max(1, (2**7 if clean.is_cuda else 1) * _CHUNK // process.vocab_size)
     for first in range(0, len(clean), step):
         part = slice(first, first + step)
         x, z = clean[part], noised[part]
-        log_p = _log_probabilities(logits[part], mixing)
+        log_p = _log_probabilities(logits[part], process)
         at_clean, at_noised = (log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1) for ids in (x, z))
         others = log_p.scatter(-1, x.unsqueeze(-1), -torch.inf)
         sums = VocabularySums(torch.logsumexp(others, dim=-1) - at_clean, at_noised, torch.zeros_like(at_clean))
         level = nodes[:, None].expand(-1, len(x))
-        terms = terms_from_sums(sums, x.expand_as(level), z.expand_as(level), level, mixing=mixing)
+        terms = terms_from_sums(sums, x.expand_as(level), z.expand_as(level), level, process=process)
         total += weights @ terms.loss.sum(-1) - _read(table, kind[part], others).sum()
     return float(total)
 
 
-def _log_probabilities(logits: Tensor, mixing: Mixing) -> Tensor:
+def _log_probabilities(logits: Tensor, process: NoiseProcess) -> Tensor:
     """Return log p [n, V] in float64; -inf at the mask."""
-    real = logits[:, : mixing.vocab_size].double()
-    return real.index_fill(-1, torch.tensor([mixing.mask_id], device=real.device), -torch.inf).log_softmax(-1)
+    real = logits[:, : process.vocab_size].double()
+    return real.index_fill(-1, torch.tensor([process.mask_id], device=real.device), -torch.inf).log_softmax(-1)
 
 
 def _read(table: Tensor, kind: Tensor, log_p: Tensor) -> Tensor:
@@ -105,18 +105,18 @@ def _read(table: Tensor, kind: Tensor, log_p: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _levels(counts: tuple[int, int, int], mixing: Mixing) -> _Levels:
-    nodes, spans = _quadrature(counts, mixing)
-    log_q = _log_likelihood(nodes, counts, mixing)
+def _levels(counts: tuple[int, int, int], process: NoiseProcess) -> _Levels:
+    nodes, spans = _quadrature(counts, process)
+    log_q = _log_likelihood(nodes, counts, process)
     weights = spans * torch.exp(log_q - log_q.max())
     weights = weights / (weights * torch.sigmoid(nodes) * torch.sigmoid(-nodes)).sum()
-    return _Levels(nodes, weights, _table(nodes, weights, mixing))
+    return _Levels(nodes, weights, _table(nodes, weights, process))
 
 
-def _quadrature(counts: tuple[int, int, int], mixing: Mixing) -> tuple[Tensor, Tensor]:
-    """Return Gauss-Legendre nodes and weights [S] over the levels that could have produced such a copy."""
-    low, high = _support(_COARSE, counts, mixing)
-    low, high = _support(torch.linspace(low, high, _FINE, dtype=torch.float64), counts, mixing)
+def _quadrature(counts: tuple[int, int, int], process: NoiseProcess) -> tuple[Tensor, Tensor]:
+    """Return Gauss-Legendre nodes and weights [S] over the levels that may have made such a copy."""
+    low, high = _support(_COARSE, counts, process)
+    low, high = _support(torch.linspace(low, high, _FINE, dtype=torch.float64), counts, process)
     panels = max(2, math.ceil((high - low) / _PANEL))
     half = (high - low) / panels / 2
     middles = low + half * (2 * torch.arange(panels, dtype=torch.float64) + 1)
@@ -124,14 +124,14 @@ def _quadrature(counts: tuple[int, int, int], mixing: Mixing) -> tuple[Tensor, T
     return (middles[:, None] + half * points).flatten(), (half * weights).repeat(panels)
 
 
-def _support(grid: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> tuple[float, float]:
-    """Return the ends of the part of the grid outside which both integrals are negligible, one point further out.
+def _support(grid: Tensor, counts: tuple[int, int, int], process: NoiseProcess) -> tuple[float, float]:
+    """Return the ends of the stretch of the grid outside which both integrals are negligible, a point further out.
 
     The bound's integrand is at most about alpha times the largest weight; that of the denominator is alpha beta. A copy
     of kept tokens alone carries little information on its level, and the upper end of its integrand depends on p_x
     (`HIGHEST`), so its range extends to the end of the grid.
     """
-    log_q, log_alpha = _log_likelihood(grid, counts, mixing), logsigmoid(grid)
+    log_q, log_alpha = _log_likelihood(grid, counts, process), logsigmoid(grid)
     peaks = [log_q + log_alpha + logsigmoid(-grid)]
     if counts[0] or counts[2]:
         peaks.append(log_q + log_alpha)
@@ -143,11 +143,11 @@ def _support(grid: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> tupl
     return float(grid[first]), float(grid[last])
 
 
-def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], mixing: Mixing) -> Tensor:
+def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], process: NoiseProcess) -> Tensor:
     """Return log q_lambda(z | x) of a copy with these numbers of masks, kept and changed tokens."""
     log_alpha, log_beta = logsigmoid(log_snr), logsigmoid(-log_snr)
-    log_c = log_beta + mixing.log_u(log_snr) - math.log(mixing.num_real)
-    log_mask = log_beta + logsigmoid(-mixing.logit_u(log_snr))
+    log_c = log_beta + process.log_u(log_snr) - math.log(process.num_real)
+    log_mask = log_beta + logsigmoid(-process.logit_u(log_snr))
     parts = (log_mask, torch.logaddexp(log_alpha, log_c), log_c)
     total = torch.zeros_like(log_snr)
     for count, part in zip(counts, parts, strict=True):
@@ -156,20 +156,20 @@ def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], mixing: Mixin
     return total
 
 
-def _table(nodes: Tensor, weights: Tensor, mixing: Mixing) -> Tensor:
+def _table(nodes: Tensor, weights: Tensor, process: NoiseProcess) -> Tensor:
     """Return the Taylor coefficients of F (`_Levels.table`).
 
     Derivatives of log(1 + e^t) are polynomials in s = sigmoid(t); each is s (1 - s) times the one before's derivative.
     """
-    log_rho = mixing.log_rho(nodes)
+    log_rho = process.log_rho(nodes)
     alpha = torch.sigmoid(nodes)
     c = torch.where(log_rho <= LOG_RHO_LIMIT, alpha * torch.exp(-log_rho.clamp(max=LOG_RHO_LIMIT)), 0.0)
     held = log_rho.clamp(max=LOG_RHO_LIMIT)
-    x, other = [token for token in range(3) if token != mixing.mask_id][:2]
-    tokens = {"mask": mixing.mask_id, "kept": x, "changed": other}
+    x, other = [token for token in range(3) if token != process.mask_id][:2]
+    tokens = {"mask": process.mask_id, "kept": x, "changed": other}
     factor = torch.stack(
         [
-            weights * c * mixing.weight(nodes, torch.full(nodes.shape, x), torch.full(nodes.shape, tokens[kind]))
+            weights * c * process.weight(nodes, torch.full(nodes.shape, x), torch.full(nodes.shape, tokens[kind]))
             for kind in _KINDS
         ]
     )  # [3, S]

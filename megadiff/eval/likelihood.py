@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import next_token_rows
-from megadiff.diffusion.snr import LINEAR
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.schedules import LINEAR
 from megadiff.eval.effective_count import Copies, copies_by_count, copies_by_level, copy_bounds
 from megadiff.sampling.standalone import Draws
 
@@ -122,7 +122,7 @@ def bounds(
     items: Sequence[Item],
     denoise: Answer,
     *,
-    mixing: Mixing,
+    process: NoiseProcess,
     settings: BoundSettings | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -137,13 +137,13 @@ def bounds(
     asked, items = items, list(dict.fromkeys(items))
     settings = settings or BoundSettings()
     found = {item: Likelihood(0.0, 0.0, 0) for item in items}
-    for rows in _batches(items, settings, mixing):
-        logits = denoise(_row_ids(items, rows, settings, mixing).to(device), _prompt_lengths(items, rows))
+    for rows in _batches(items, settings, process):
+        logits = denoise(_row_ids(items, rows, settings, process).to(device), _prompt_lengths(items, rows))
         for row, answer in zip(rows, logits, strict=True):
             item = items[row.item]
             start, stop = len(item.prompt), len(item.ids)
             clean, noised = (torch.tensor(ids, device=answer.device) for ids in (item.completion, row.noised.tolist()))
-            row.values[row.draw] = copy_bounds(answer[start:stop], clean, noised, row.log_snr, mixing=mixing)
+            row.values[row.draw] = copy_bounds(answer[start:stop], clean, noised, row.log_snr, process=process)
             if row.draw == settings.draws - 1:
                 mean, error, degrees = mean_and_error(row.values)
                 found[item] = Likelihood(mean * row.factor, error * row.factor, len(item.completion), degrees)
@@ -241,8 +241,8 @@ class _Row:
     values: np.ndarray
 
 
-def _batches(items: Sequence[Item], settings: BoundSettings, mixing: Mixing) -> Iterator[list[_Row]]:
-    """Yield rows of one length, at most `batch_rows` of them at a time."""
+def _batches(items: Sequence[Item], settings: BoundSettings, process: NoiseProcess) -> Iterator[list[_Row]]:
+    """Rows of one length, at most `batch_rows` of them at a time."""
     longest = max((len(item.ids) for item in items), default=0)
     if settings.context_length is not None and longest > settings.context_length:
         raise ValueError(f"an item has {longest} tokens, more than the context of {settings.context_length}")
@@ -253,7 +253,7 @@ def _batches(items: Sequence[Item], settings: BoundSettings, mixing: Mixing) -> 
         if waiting and settings.context_length is None and len(items[waiting[0].item].ids) != length:
             yield waiting
             waiting = []
-        copies, values = _copies(items[index], settings, mixing), np.zeros(settings.draws)
+        copies, values = _copies(items[index], settings, process), np.zeros(settings.draws)
         for draw, noised in enumerate(copies.noised):
             level = None if copies.log_snr is None else float(copies.log_snr[draw])
             waiting.append(_Row(index, draw, noised, level, copies.factor, values))
@@ -264,19 +264,19 @@ def _batches(items: Sequence[Item], settings: BoundSettings, mixing: Mixing) -> 
         yield waiting
 
 
-def _copies(item: Item, settings: BoundSettings, mixing: Mixing) -> Copies:
+def _copies(item: Item, settings: BoundSettings, process: NoiseProcess) -> Copies:
     draw = copies_by_count if settings.estimator == "counts" else copies_by_level
     clean = np.array(item.completion, dtype=np.int64)
-    return draw(clean, settings.draws, mixing=mixing, seed=settings.seed, key=item.key)
+    return draw(clean, settings.draws, process=process, seed=settings.seed, key=item.key)
 
 
-def _row_ids(items: Sequence[Item], rows: Sequence[_Row], settings: BoundSettings, mixing: Mixing) -> Tensor:
-    """Return the model's input, [B, L]: clean prompt, noised completion and, optionally, noise up to the context."""
+def _row_ids(items: Sequence[Item], rows: Sequence[_Row], settings: BoundSettings, process: NoiseProcess) -> Tensor:
+    """What the model reads, [B, L]: clean prompt, noised completion and, if asked for, pure noise up to the context."""
     own = [[*items[row.item].prompt, *row.noised.tolist()] for row in rows]
     if settings.context_length is None:
         return torch.tensor(own)
     keys = torch.tensor([items[row.item].key for row in rows])
-    tail = Draws(settings.seed, keys, "cpu").noise(settings.context_length, -9.0, mixing, name="likelihood/tail")
+    tail = Draws(settings.seed, keys, "cpu").noise(settings.context_length, -9.0, process, name="likelihood/tail")
     for place, ids in enumerate(own):
         tail[place, : len(ids)] = torch.tensor(ids)
     return tail

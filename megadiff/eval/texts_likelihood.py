@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megadiff.data.progress import ProgressReport
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.mixing_base import Mixing
 from megadiff.diffusion.next_token import start_id
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.errors import ConfigError, DataError
 from megadiff.eval.likelihood import (
     BoundSettings,
@@ -63,7 +63,7 @@ class Measured(Protocol):
         ...
 
     @property
-    def mixing(self) -> Mixing:
+    def process(self) -> NoiseProcess:
         """The noise."""
         ...
 
@@ -133,13 +133,13 @@ def likelihoods(
     """Return every item's likelihood: a bound for a diffusion model, exact for an autoregressive one."""
     device = model.platform.device
     if not model.is_autoregressive:
-        return bounds(items, model.answer, mixing=model.mixing, settings=settings, device=device, progress=progress)
+        return bounds(items, model.answer, process=model.process, settings=settings, device=device, progress=progress)
     return exact(
         items,
         model.answer,
         start_id=start_id(model.tokenizer),
-        mask_id=model.mixing.mask_id,
-        vocab_size=model.mixing.vocab_size,
+        mask_id=model.process.mask_id,
+        vocab_size=model.process.vocab_size,
         batch_rows=settings.batch_rows,
         device=device,
         progress=progress,

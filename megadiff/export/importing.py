@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 import megadiff
@@ -22,7 +22,14 @@ from megadiff.checkpoint.manifest import FORMAT, Manifest
 from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
+from megadiff.diffusion.config import (
+    PROCESSES,
+    WEIGHTINGS,
+    ConditioningConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    noise_config,
+)
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, shown
 from megadiff.export.checksums import Checksums
 from megadiff.export.export import staged
@@ -66,10 +73,24 @@ class _TrainingSections(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: ModelConfig
-    noise: NoiseConfig
+    noise: Annotated[NoiseConfig, PROCESSES]
     conditioning: ConditioningConfig
-    objective: ObjectiveConfig
+    objective: Annotated[ObjectiveConfig, WEIGHTINGS]
     data: dict[str, Any]
+
+    @field_validator("noise", mode="before")
+    @classmethod
+    def _noise_is_of_the_package(cls, noise: Any) -> Any:
+        if isinstance(noise, dict) and "." in str(noise.get("process")):
+            raise ValueError(f"noise.process is {shown(noise['process'])}, a module that an import does not load")
+        return noise
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _weighting_is_of_the_package(cls, objective: Any) -> Any:
+        """Leave out a weighting of the run's own: no file of a folder has a module loaded, and weights need none."""
+        is_own = isinstance(objective, dict) and "." in str(objective.get("weighting"))
+        return {"name": objective.get("name", "gidd")} if is_own else objective
 
 
 class _Training(BaseModel):
@@ -208,12 +229,22 @@ def _source(folder: Path) -> _Source:
     assert config is not None
     is_gidd = config.get("model_type") == "gidd"
     released = read_released(config, where=str(folder / CONFIG)) if is_gidd else None
+    if released is not None and released.noise_table is not None:
+        raise CheckpointError(
+            f"{folder / CONFIG} holds a table of its noise (noise_table), from which text can be sampled but no run "
+            "continued; continue from the training checkpoint that was exported"
+        )
     return _Source(folder, config, released, _training(folder))
 
 
 def _training(folder: Path) -> _Training | None:
     """Return the facts about the run that this package's export adds; None for other folders."""
     found = _json(folder, TRAINING)
+    if found is not None and found.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / TRAINING} has format {shown(found.get('format'))}, this version reads {FORMAT}; export the "
+            f"checkpoint with this version, or move the file away to go by {CONFIG} alone"
+        )
     try:
         return None if found is None else _Training.model_validate(found)
     except ValidationError as error:
@@ -313,7 +344,7 @@ def _sections(source: _Source) -> dict[str, Any]:
     """Return noise, conditioning and objective: the run's own sections if our export recorded them and they agree."""
     if source.released is None:
         return {
-            "noise": NoiseConfig().model_dump(mode="json"),
+            "noise": noise_config().model_dump(mode="json"),
             "conditioning": ConditioningConfig().model_dump(mode="json"),
             "objective": {"name": "ar"},
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.checkpoint.manifest import Manifest
-from megadiff.diffusion.config import NoiseConfig
+from megadiff.diffusion.config import noise_config
 from megadiff.model.config import ModelConfig
 from megadiff.train.metric_lines import Line, number, read_lines
 from megadiff.untrusted_files import UnreadableFileError
@@ -110,8 +110,7 @@ def markdown_text(text: str) -> str:
 def _kind(manifest: Manifest) -> str:
     if manifest.config["objective"]["name"] == "ar":
         return "An autoregressive language model, the control of a diffusion model of the same shape and data."
-    noise = NoiseConfig.model_validate(manifest.config["noise"])
-    name = noise.shift_name if noise.form == "snr" else f"time-parametrised, p_uniform={noise.p_uniform:g}"
+    name = noise_config(**manifest.config["noise"]).description
     return (
         f"A discrete diffusion language model ({name} noise): it predicts clean tokens from noised ones, with "
         "attention in both directions, and writes by taking noise back step by step (arXiv:2512.10858)."

@@ -9,12 +9,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megadiff.checkpoint.manifest import Manifest
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig
-from megadiff.diffusion.snr import rate_from
+from megadiff.diffusion import exact
+from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, noise_config
+from megadiff.diffusion.noise_process import NoiseProcess, build_process
+from megadiff.diffusion.processes.gidd_snr import GiddSnr
+from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.errors import CheckpointError, shown
 from megadiff.model.config import ModelConfig
 
@@ -27,6 +31,7 @@ AUTO_MAP = {
 }
 
 _COMPLETEP_RESID, _COMPLETEP_HEAD = 4.0, 512.0
+_TABLE_STEP = 0.05
 
 
 def config_of(manifest: Manifest, tokenizer: Tokenizer, *, dtype: str) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def config_of(manifest: Manifest, tokenizer: Tokenizer, *, dtype: str) -> dict[s
         "pad_token_id": tokenizer.pad_id,
         "mask_token_id": manifest.mask_id,
         **model_keys(model),
-        **_noise_keys(NoiseConfig.model_validate(manifest.config["noise"])),
+        **_noise_keys(noise_config(**manifest.config["noise"])),
         "is_causal": manifest.config["objective"]["name"] == "ar",
         "prepended_bos": manifest.prepended_bos,
         "prompt_attention": _prompt_attention(manifest.config["conditioning"]),
@@ -122,6 +127,7 @@ class ReleasedConfig(BaseModel):
     noise_scale: float = Field(default=1.0, gt=0, le=1)
     noise_p_uniform: float | None = Field(default=None, ge=0, lt=1)
     noise_gamma: float = Field(default=1.0, gt=0, le=2)
+    noise_table: dict[str, Any] | None = None
     min_log_snr: float = Field(default=-9.0, ge=-50, le=50)
     max_log_snr: float = Field(default=9.0, ge=-50, le=50)
     prompt_attention: Literal["block", "causal", "full"] | None = None
@@ -205,8 +211,8 @@ def noise_from(config: ReleasedConfig, *, where: str) -> NoiseConfig:
     """
     try:
         if config.noise_p_uniform is not None:
-            return NoiseConfig(form="time", p_uniform=config.noise_p_uniform, gamma=config.noise_gamma)
-        return NoiseConfig(
+            return noise_config(process="gidd_time", p_uniform=config.noise_p_uniform, gamma=config.noise_gamma)
+        return noise_config(
             shift=config.noise_type,
             scale=config.noise_scale,
             min_log_snr=config.min_log_snr,
@@ -234,13 +240,30 @@ def agree(config: Mapping[str, Any], noise: NoiseConfig, conditioning: Condition
 
 
 def _noise_keys(noise: NoiseConfig) -> dict[str, Any]:
-    rate = rate_from(noise)
-    levels = {"min_log_snr": rate.min_log_snr, "max_log_snr": rate.max_log_snr}
-    if noise.form == "snr":
-        return {"noise_type": noise.shift_value, "noise_scale": noise.scale, **levels}
-    if noise.p_uniform == 0:
-        return {"noise_type": -1000.0, "noise_scale": 1.0, "noise_p_uniform": 0.0, "noise_gamma": noise.gamma, **levels}
-    return {"noise_p_uniform": noise.p_uniform, "noise_gamma": noise.gamma, **levels}
+    """Return the keys about the noise: the released ones where they can express it, else a table of it."""
+    process = build_process(noise, vocab_size=2, mask_id=0)  # the keys hold for any vocabulary
+    levels = {"min_log_snr": process.schedule.min_log_snr, "max_log_snr": process.schedule.max_log_snr}
+    law = process.law
+    if isinstance(law, GiddSnr):
+        return {"noise_type": law.shift, "noise_scale": law.scale, **levels}
+    if isinstance(law, GiddTime) and law.p_uniform > 0:
+        return {"noise_p_uniform": law.p_uniform, "noise_gamma": law.gamma, **levels}
+    if isinstance(law, GiddTime):
+        return {"noise_type": -1000.0, "noise_scale": 1.0, "noise_p_uniform": 0.0, "noise_gamma": law.gamma, **levels}
+    return {"noise_table": _noise_table(process), **levels}
+
+
+def _noise_table(process: NoiseProcess) -> dict[str, Any]:
+    """Return logit u and its slope at equal steps of log-SNR over the range of sampling.
+
+    `generation_gidd.TableNoise` interpolates them by cubic polynomials. The steps are those of `_TABLE_STEP` or a
+    little less, at which the error of a law that varies over a unit of log-SNR is below 1e-7.
+    """
+    low, high = process.sampling_range
+    log_snr = np.linspace(low, high, math.ceil((high - low) / _TABLE_STEP) + 1)
+    logit = process.law.logit_u(log_snr, exact)
+    slope = process.law.dlogit_u(log_snr, exact) + np.zeros_like(log_snr)
+    return {"min_log_snr": low, "max_log_snr": high, "logit_u": logit.tolist(), "dlogit_u": slope.tolist()}
 
 
 def _prompt_attention(conditioning: Mapping[str, Any]) -> str:

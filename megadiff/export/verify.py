@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.errors import CheckpointError, DataError, PlatformError
 
 FP32_BOUND = 1e-5
@@ -115,21 +115,21 @@ class Verified:
         )
 
 
-def noised_cases(mixing: Mixing, *, length: int, knows_prompts: bool, seed: int = 0) -> list[Case]:
-    """Return a row at each level of `LEVELS`, and one with a clean prompt if the model was trained with prompts."""
+def noised_cases(process: NoiseProcess, *, length: int, knows_prompts: bool, seed: int = 0) -> list[Case]:
+    """A row at each level of `LEVELS`, and one with a clean prompt where the model knows prompts."""
     draw = torch.Generator().manual_seed(seed)
 
     def real() -> Tensor:
-        ids = torch.randint(mixing.num_real, (1, length), generator=draw)
-        return ids + (ids >= mixing.mask_id).long()
+        ids = torch.randint(process.num_real, (1, length), generator=draw)
+        return ids + (ids >= process.mask_id).long()
 
     def row(log_snr: float, prompt_length: int) -> Case:
         clean, replaced = real(), real()
         level = torch.tensor(log_snr, dtype=torch.float64)
-        is_mask = torch.rand(1, length, generator=draw) >= mixing.u(level)
+        is_mask = torch.rand(1, length, generator=draw) >= process.uniform_prob(level)
         keeps = torch.rand(1, length, generator=draw) < torch.sigmoid(level)
         keeps |= torch.arange(length) < prompt_length
-        return Case(log_snr, torch.where(keeps, clean, torch.where(is_mask, mixing.mask_id, replaced)), prompt_length)
+        return Case(log_snr, torch.where(keeps, clean, torch.where(is_mask, process.mask_id, replaced)), prompt_length)
 
     rows = [row(log_snr, 0) for log_snr in LEVELS]
     return rows + ([row(0.0, length // 3)] if knows_prompts else [])

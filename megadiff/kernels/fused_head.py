@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 
 from megadiff.diffusion.objective import (
     LOG_RHO_LIMIT,
-    OPTIMISED,
     Terms,
     VocabularySums,
     log1p_exp,
@@ -70,8 +69,8 @@ def fused_objective(
         Loss and terms in float32 (float64 for float64 states), the same on every rank.
 
     Raises:
-        ValueError: shapes do not agree, a chunk is below 1, or there is no such weighting.
-        ConfigError: dynamic weights are requested and the noise has none.
+        ValueError: shapes that do not agree, or a chunk below 1.
+        ConfigError: a weighting that the noise does not have.
     """
     tokens.check(hidden)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -79,7 +78,7 @@ def fused_objective(
     job = _Job(
         tokens=tokens.selected(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
         formula=formula,
-        shard=shard or VocabShard.of(weight, formula.mixing),
+        shard=shard or VocabShard.of(weight, formula.process),
         passes=passes,
         chunk_tokens=chunk_tokens or _chunk_tokens(weight),
         is_training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
@@ -119,11 +118,11 @@ class _FusedHead(torch.autograd.Function):
         """Compute loss, terms and gradients chunk by chunk."""
         gradients = _Gradients(hidden, weight, job.tokens) if job.is_training else None
         parts = [_chunk(hidden, weight, job, part, gradients) for part in job.chunks()]
-        nothing = job.tokens.log_snr.new_zeros(1 + len(Terms._fields), 0)
-        loss, *terms = torch.cat([*parts, nothing], dim=1).unbind(0)
+        nothing = job.tokens.log_snr.new_zeros(len(Terms._fields), 0)
+        terms = Terms(*torch.cat([*parts, nothing], dim=1).unbind(0))
         ctx.gradients, ctx.weight = gradients, weight
         ctx.mark_non_differentiable(*terms)
-        return loss.sum(), *terms
+        return terms.minimised.sum(), *terms
 
     @staticmethod
     @once_differentiable
@@ -166,15 +165,15 @@ class _Gradients:
 
 
 def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _Gradients | None) -> Tensor:
-    """Return loss and terms of a chunk's tokens, [1 + 5, n]; their gradients are added to `gradients`."""
-    tokens, shard, is_masked = job.tokens, job.shard, job.formula.mixing.is_masked_limit
+    """Return the terms of a chunk's tokens, [6, n]; add their gradients to `gradients`."""
+    tokens, shard, is_masked = job.tokens, job.shard, job.formula.process.is_masked_limit
     rows = tokens.rows(part)
     states = hidden[rows]
     clean, noised, log_snr = tokens.clean[part], tokens.noised[part], tokens.log_snr[part]
     passes = job.passes(states @ weight.t(), clean, noised, shard)
     found = _whole(passes.sums(), clean, noised, shard, log_snr.dtype)
     scale, log1p_sum, share_sum = found.shift, None, None
-    rho = torch.exp(job.formula.mixing.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
+    rho = torch.exp(job.formula.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
     if not is_masked:
         scale = found.shift * (rho / found.total)
         log1p_sum, share_sum = shard.reduce(*passes.shares(scale))
@@ -217,7 +216,7 @@ def _whole(own: RowSums, clean: Tensor, noised: Tensor, shard: VocabShard, dtype
 def _terms(
     found: _Sums, log1p_sum: Tensor | None, tokens: HeadTokens, job: _Job
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
-    """Return loss and terms [1 + 5, n], and d loss / d (log odds, log p_z, T)."""
+    """Return the terms [6, n], and the slopes of what is minimised in (log odds, log p_z, T)."""
     formula = job.formula
     log_odds = torch.log(found.other.clamp(min=torch.finfo(found.other.dtype).tiny)) - found.at_clean
     log_p_noised = found.at_noised - found.at_clean - log1p_exp(log_odds)
@@ -229,16 +228,13 @@ def _terms(
             tokens.clean,
             tokens.noised,
             tokens.log_snr,
-            mixing=formula.mixing,
-            is_weight=formula.is_weight,
-            rate=formula.rate,
+            process=formula.process,
             weighting=formula.weighting,
         )
-        loss: Tensor = getattr(terms, OPTIMISED[formula.weighting])
         slopes: Any = (None,) * len(leaves)
         if job.is_training:
-            slopes = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
-    values = torch.stack([loss, *terms]).detach()
+            slopes = torch.autograd.grad(terms.minimised.sum(), leaves, allow_unused=True, materialize_grads=True)
+    values = torch.stack(list(terms)).detach()
     return values, (slopes[0], slopes[1], slopes[2] if log1p_sum is not None else None)
 
 

@@ -8,20 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.config import Weighting
-from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.objective import Terms, check_token_shapes
-from megadiff.diffusion.snr import LINEAR, Rate
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.objective import SURROGATE, Terms, Weighting, check_token_shapes
 
 
 @dataclass(frozen=True)
 class Formula:
-    """The objective: settings of `diffusion.objective.gidd_objective`."""
+    """Objective to compute: arguments of `diffusion.objective.gidd_objective`."""
 
-    mixing: Mixing
-    rate: Rate = LINEAR
-    is_weight: float = 1.0
-    weighting: Weighting = "surrogate"
+    process: NoiseProcess
+    weighting: Weighting = SURROGATE
 
 
 class HeadLoss(NamedTuple):
@@ -80,12 +76,12 @@ class HeadTokens:
         return values.reshape(self.clean.shape)
 
 
-def worth_computing(noised: Tensor, is_noisy: Tensor, mixing: Mixing) -> Tensor | None:
-    """Return the places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
+def worth_computing(noised: Tensor, is_noisy: Tensor, process: NoiseProcess) -> Tensor | None:
+    """Places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
 
     Only noisy tokens do, and under masked noise only masks: any other has weight 0. Call this with tensors on the CPU,
     since the host has to know their number.
     """
-    if mixing.is_masked_limit:
-        is_noisy = is_noisy & (noised == mixing.mask_id)
+    if process.is_masked_limit:
+        is_noisy = is_noisy & (noised == process.mask_id)
     return None if bool(is_noisy.all()) else is_noisy.reshape(-1).nonzero().squeeze(-1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megadiff.diffusion.objective import OPTIMISED, Terms, gidd_objective
+from megadiff.diffusion.objective import Terms, gidd_objective
 from megadiff.kernels.head import Formula, HeadLoss, HeadTokens
 from megadiff.kernels.vocab_shard import VocabShard
 
@@ -21,7 +21,7 @@ def plain_objective(
     About six arrays of [tokens, V] exist at once.
     """
     tokens.check(hidden)
-    shard = shard or VocabShard.of(weight, formula.mixing)
+    shard = shard or VocabShard.of(weight, formula.process)
     logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
     if shard.group is not None:
         logits = _Gathered.apply(logits, shard)
@@ -31,13 +31,10 @@ def plain_objective(
         own.clean,
         own.noised,
         own.log_snr,
-        mixing=formula.mixing,
-        rate=formula.rate,
-        is_weight=formula.is_weight,
+        mixing=formula.process,
         weighting=formula.weighting,
     )
-    loss = getattr(terms, OPTIMISED[formula.weighting]).sum()
-    return HeadLoss(loss, Terms(*(tokens.scattered(term.detach()) for term in terms)))
+    return HeadLoss(terms.minimised.sum(), Terms(*(tokens.scattered(term.detach()) for term in terms)))
 
 
 class _Gathered(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,17 @@ class VocabShard:
 
     @classmethod
     def of(
-        cls, weight: Tensor, mixing: Mixing, *, start: int = 0, group: torch.distributed.ProcessGroup | None = None
+        cls,
+        weight: Tensor,
+        process: NoiseProcess,
+        *,
+        start: int = 0,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> VocabShard:
         """Return the shard of a head weight [V / tp, d]; a group of one rank communicates nothing."""
         if group is not None and torch.distributed.get_world_size(group) == 1:
             group = None
-        return cls(start, weight.shape[0], mixing.vocab_size, mixing.mask_id, group)
+        return cls(start, weight.shape[0], process.vocab_size, process.mask_id, group)
 
     @property
     def real_columns(self) -> int:

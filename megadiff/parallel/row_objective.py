@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.conditioning import Levels
-from megadiff.diffusion.config import ObjectiveConfig
+from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows
-from megadiff.diffusion.snr import LINEAR, LinearRate, Rate
+from megadiff.diffusion.objective import SURROGATE, Weighting
+from megadiff.diffusion.schedules import LINEAR, LinearSchedule
 from megadiff.kernels.choice import Head
 from megadiff.kernels.fused_head import fused_objective
 from megadiff.kernels.head import Formula, HeadLoss, HeadTokens, worth_computing
@@ -40,7 +40,7 @@ class PlacedRows(NamedTuple):
 class RowObjective(ABC):
     """The objective to minimise, on this rank's shard of the vocabulary."""
 
-    mixing: Mixing
+    process: NoiseProcess
     topology: Topology
 
     @abstractmethod
@@ -66,17 +66,16 @@ class RowObjective(ABC):
         """Return the number of a microbatch's tokens whose logits are computed; None for all."""
         return None if placed.computed is None else placed.computed.numel()
 
-    def _shard(self, weight: Tensor, mixing: Mixing) -> VocabShard:
+    def _shard(self, weight: Tensor, process: NoiseProcess) -> VocabShard:
         start = self.topology.tensor_rank * weight.shape[0]
-        return VocabShard.of(weight, mixing, start=start, group=self.topology.tensor_group)
+        return VocabShard.of(weight, process, start=start, group=self.topology.tensor_group)
 
 
 @dataclass(frozen=True)
 class DiffusionObjective(RowObjective):
     """Objective `objective.name: gidd`: the diffusion bound, or its surrogate."""
 
-    rate: Rate
-    settings: ObjectiveConfig
+    weighting: Weighting = SURROGATE
     head: Head = fused_objective
 
     def head_tokens(self, placed: PlacedRows) -> int | None:
@@ -84,29 +83,32 @@ class DiffusionObjective(RowObjective):
         return None if self.head is plain_objective else super().head_tokens(placed)
 
     def place(self, rows: NoisedRows, device: torch.device) -> PlacedRows:
-        """Move a microbatch to the device; see `RowObjective.place`."""
-        computed = worth_computing(rows.noised.t(), rows.is_noisy.t(), self.mixing)
+        """See `RowObjective.place`."""
+        computed = worth_computing(rows.noised.t(), rows.is_noisy.t(), self.process)
         return _placed(rows, computed, device)
 
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
         """Return loss and terms; see `RowObjective.lm_head_loss` and `diffusion.objective`."""
         rows = placed.rows
-        formula = Formula(self.mixing, self.rate, self.settings.is_weight, self.settings.weighting)
+        formula = Formula(self.process, self.weighting)
         tokens = HeadTokens(rows.clean.t(), rows.noised.t(), rows.log_snr.t(), placed.computed)
-        found = self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.mixing))
+        found = self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.process))
         return found._replace(terms=found.terms._replace(elbo=self._reported_elbo(found.terms.elbo, rows)))
 
     def _reported_elbo(self, elbo: Tensor, rows: NoisedRows) -> Tensor:
         """Return the bound's integrand [L, b] divided by the density that each token's level was really drawn from.
 
-        The result has one definition for every schedule (`Rate.reporting_density`). Rows of `Levels.LINEAR` follow the
-        linear law whatever the schedule of the others, so their tokens are divided by its density.
+        The result has one definition for every schedule (`NoiseSchedule.reporting_density`). Sequences of
+        `NoisePattern.LINEAR` follow the linear schedule whatever the others do, so their tokens are divided by
+        its density.
         """
-        if isinstance(self.rate, LinearRate):
+        schedule = self.process.schedule
+        if isinstance(schedule, LinearSchedule):
             return elbo
         log_snr = rows.log_snr.t()
-        drawn = torch.where(rows.levels == Levels.LINEAR, LINEAR.density(log_snr), self.rate.reporting_density(log_snr))
-        return elbo * (self.rate.density(log_snr) / drawn)
+        is_linear = rows.levels == NoisePattern.LINEAR
+        drawn = torch.where(is_linear, LINEAR.density(log_snr), schedule.reporting_density(log_snr))
+        return elbo * (schedule.density(log_snr) / drawn)
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,11 @@ class NextTokenObjective(RowObjective):
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: PlacedRows) -> HeadLoss:
         """Return loss and terms; `loss`, `elbo` and `kl` are the exact negative log-likelihood in nats."""
         clean = placed.rows.clean.t()
-        mixing = HybridMixing(self.mixing.vocab_size, self.mixing.mask_id, shift=-1000.0)
+        process = HybridMixing(self.process.vocab_size, self.process.mask_id, shift=-1000.0)
         tokens = HeadTokens(
-            clean, torch.full_like(clean, mixing.mask_id), torch.full(clean.shape, _ALL_KEPT, device=clean.device)
+            clean, torch.full_like(clean, process.mask_id), torch.full(clean.shape, _ALL_KEPT, device=clean.device)
         )
-        found = self.head(hidden, weight, tokens, Formula(mixing), shard=self._shard(weight, mixing))
+        found = self.head(hidden, weight, tokens, Formula(process), shard=self._shard(weight, process))
         return found._replace(terms=found.terms._replace(elbo=found.terms.kl))
 
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.conditioning import Levels
+from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
 
 BIN_EDGES = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
 """Edges of the log-SNR bins, in nats; the outer bins include everything beyond."""
 
-_MEANS = ("loss", "elbo", "kl", "is", "mean_weight")
+_MEANS = ("loss", "elbo", "kl", "itakura_saito", "mean_weight")
 _KINDS = ("isotropic", "anisotropic", "conditioned")
 _SHARES = ("independent", "linear", "prompted", "infilled", "empty")
 _LAYOUT = (
@@ -57,8 +57,8 @@ def report_sums(terms: Terms, rows: NoisedRows, *, head_tokens: int | None = Non
         head_tokens: number of tokens that the output head computed; None for all.
     """
     noisy = rows.is_noisy.t()
-    plain = terms.weight * (terms.kl + terms.is_div)
-    means = (terms.loss, terms.elbo, terms.weight * terms.kl, terms.weight * terms.is_div, terms.weight)
+    plain = terms.weight * (terms.kl + terms.itakura_saito)
+    means = (terms.loss, terms.elbo, terms.weight * terms.kl, terms.weight * terms.itakura_saito, terms.weight)
     of_rows = torch.stack((*means, noisy.to(plain.dtype))).detach().sum(dim=1, dtype=torch.float64)  # [6, b]
     facts = _row_facts(rows)
     shared, kinds = facts.split((facts.shape[0] - len(_KINDS), len(_KINDS)))
@@ -76,10 +76,10 @@ def _row_facts(rows: NoisedRows) -> Tensor:
     is_kept = ~rows.is_noisy.all(dim=1)
     prompt = rows.prompt_length.to(is_kept.device, non_blocking=True)
     is_prompted = prompt > 0
-    is_isotropic = rows.levels == Levels.ISOTROPIC
+    is_isotropic = rows.levels == NoisePattern.ISOTROPIC
     empty = length - 1 - rows.source.diff(dim=1).count_nonzero(dim=1)
     one = torch.ones_like(empty)
-    facts = (one, one * length, rows.levels == Levels.INDEPENDENT, rows.levels == Levels.LINEAR)
+    facts = (one, one * length, rows.levels == NoisePattern.PER_TOKEN, rows.levels == NoisePattern.LINEAR)
     facts += (is_prompted, is_kept & ~is_prompted, empty, prompt, prompt.square())
     facts += (is_isotropic & ~is_kept, ~is_isotropic & ~is_kept, is_kept)
     return torch.stack([fact.double() for fact in facts])
@@ -118,8 +118,9 @@ def has_finite_loss(reports: Tensor) -> Tensor:
 def metrics_of(total: list[float]) -> dict[str, Any]:
     """Return the metrics of a step from the sums over the whole run's batch.
 
-    Keys: `loss`, `elbo`, `kl`, `is`, `mean_weight` (means per noisy token), `noisy_tokens`; if some rows are
-    conditioned, also `elbo_isotropic` (a bound of one generative process), `elbo_anisotropic`, `elbo_conditioned` and
+    Keys: `loss`, `elbo`, `kl`, `itakura_saito`, `mean_weight` (means per noisy token), `noisy_tokens`; where some
+    sequences are conditioned, also `elbo_isotropic` (a bound of one generative process), `elbo_anisotropic`,
+    `elbo_conditioned` and
     `share_independent`, ... (realised shares of rows; of tokens for `share_empty`); `loss_by_log_snr`, a list of
     [low, high, mean of w (KL + IS)] of the bins that had tokens.
     """

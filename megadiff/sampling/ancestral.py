@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.sampling.standalone import Draws, Settings, Step, generate, level_grid, reverse_kernel, reverse_step
 
 __all__ = ["Denoise", "OnStep", "level_grid", "prior", "reverse_posterior", "reverse_step", "sample"]
@@ -30,7 +30,7 @@ OnStep = Callable[[int, float, Tensor], None]
 
 
 def reverse_posterior(
-    probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: Mixing
+    probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: NoiseProcess
 ) -> Tensor:
     """Return p(z_s | z_t) for the predicted clean distribution.
 
@@ -69,7 +69,7 @@ def sample(
     rows: int,
     length: int,
     steps: int,
-    mixing: Mixing,
+    process: NoiseProcess,
     seed: int,
     grid: Literal["cosine", "linear"] = "cosine",
     min_log_snr: float = -9.0,
@@ -90,8 +90,8 @@ def sample(
     Args:
         denoise: the model; its input is the tokens without the noise level.
         rows, length: shape [rows, length] of the result.
-        steps: number of reverse steps, at least 1; `denoise` is called at most steps + 1 times.
-        mixing, seed: the noise that the model was trained with; any integer.
+        steps: reverse steps, at least 1; `denoise` is called at most steps + 1 times.
+        process, seed: the noise the model was trained on; any integer.
         grid, min_log_snr, max_log_snr: the levels visited (see `level_grid`).
         temperature: temperature of the prediction's softmax; 0 takes the most probable token.
         top_k, top_p: keep only the k most probable tokens, or the fewest that together reach p.
@@ -134,7 +134,7 @@ def sample(
         lambda ids, _prefix: denoise(ids),
         given.to(device),
         settings,
-        mixing,
+        process,
         seed=seed,
         rows=row_index,
         prefix_length=0,
@@ -143,14 +143,6 @@ def sample(
     return found.sequences
 
 
-def prior(rows: Tensor, length: int, log_snr: float, *, mixing: Mixing, seed: int) -> Tensor:
-    """Return the initial noise, [B, length]: masks or uniform real tokens by pi at this level.
-
-    Args:
-        rows: [B] keys of the draws.
-        length: number of positions.
-        log_snr: the level.
-        mixing: the noise.
-        seed: seed of the draws.
-    """
-    return Draws(seed, rows, rows.device).noise(length, log_snr, mixing)
+def prior(rows: Tensor, length: int, log_snr: float, *, process: NoiseProcess, seed: int) -> Tensor:
+    """Noise to start from, [B, length]: masks or uniform real tokens by pi at this level; `rows` [B] keys the draws."""
+    return Draws(seed, rows, rows.device).noise(length, log_snr, process)

@@ -49,12 +49,12 @@ class Noise(Protocol):
         """Id of the mask."""
         ...
 
-    def u(self, log_snr: Tensor) -> Tensor:
-        """Return the uniform share of the noise."""
+    def uniform_prob(self, log_snr: Tensor) -> Tensor:
+        """Uniform share of the noise."""
         ...
 
-    def mask_share(self, log_snr: Tensor) -> Tensor:
-        """Return 1 - u, without the subtraction."""
+    def mask_prob(self, log_snr: Tensor) -> Tensor:
+        """1 - u, without the subtraction."""
         ...
 
 
@@ -67,12 +67,12 @@ class HybridNoise:
     shift: float
     scale: float = 1.0
 
-    def u(self, log_snr: Tensor) -> Tensor:
-        """Return the uniform share of the noise."""
+    def uniform_prob(self, log_snr: Tensor) -> Tensor:
+        """Uniform share of the noise."""
         return torch.sigmoid(self.scale * log_snr + self.shift)
 
-    def mask_share(self, log_snr: Tensor) -> Tensor:
-        """Return 1 - u."""
+    def mask_prob(self, log_snr: Tensor) -> Tensor:
+        """1 - u."""
         return torch.sigmoid(-(self.scale * log_snr + self.shift))
 
 
@@ -219,7 +219,7 @@ class Draws:
         words = self.words(name, 0, length)
         count = noise.vocab_size - 1
         token = (words[2] * count + (words[3] * count >> 32)) >> 32
-        share = noise.u(torch.tensor(log_snr, dtype=torch.float64, device=self._device))
+        share = noise.uniform_prob(torch.tensor(log_snr, dtype=torch.float64, device=self._device))
         real = token + (token >= noise.mask_id).long()
         return torch.where(_unit_interval(words) < share, real, noise.mask_id)
 
@@ -323,8 +323,10 @@ def draw_tokens(prediction: Prediction, where: Tensor, uniforms: Tensor) -> Tens
 
 
 def noise_probability(noise: Noise, log_snr: Tensor, ids: Tensor) -> Tensor:
-    """Return pi_lambda at the given ids: 1 - u at the mask, u over the number of real tokens elsewhere."""
-    return torch.where(ids == noise.mask_id, noise.mask_share(log_snr), noise.u(log_snr) / (noise.vocab_size - 1))
+    """pi_lambda at the given ids: 1 - u at the mask, u over the number of real tokens elsewhere."""
+    return torch.where(
+        ids == noise.mask_id, noise.mask_prob(log_snr), noise.uniform_prob(log_snr) / (noise.vocab_size - 1)
+    )
 
 
 def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
@@ -336,7 +338,7 @@ def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tup
 
 
 def reverse_step(
-    prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, mixing: Noise
+    prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, process: Noise
 ) -> Tensor:
     """Draw z_s ~ p(z_s | z_t) for every token, [B, W], from three uniform numbers per token, [3, B, W].
 
@@ -348,16 +350,16 @@ def reverse_step(
     """
     at_t = torch.full(ids.shape, log_snr_t, dtype=torch.float64, device=ids.device)
     at_s = torch.full(ids.shape, log_snr_s, dtype=torch.float64, device=ids.device)
-    keep, fresh = reverse_kernel(ids, at_t, at_s, mixing)
+    keep, fresh = reverse_kernel(ids, at_t, at_s, process)
     alpha_s, beta_s = torch.sigmoid(at_s), torch.sigmoid(-at_s)
-    marginal = alpha_s * prediction.at(ids).double() + beta_s * noise_probability(mixing, at_s, ids)
+    marginal = alpha_s * prediction.at(ids).double() + beta_s * noise_probability(process, at_s, ids)
     is_fresh = uniforms[1] * (keep * marginal + fresh) < fresh
     is_signal = uniforms[2] < alpha_s
-    is_mask = (uniforms[2] - alpha_s) < beta_s * mixing.mask_share(at_s)
-    count = mixing.vocab_size - 1
+    is_mask = (uniforms[2] - alpha_s) < beta_s * process.mask_prob(at_s)
+    count = process.vocab_size - 1
     real = (uniforms[0] * count).long().clamp(max=count - 1)
-    real = real + (real >= mixing.mask_id).long()
-    drawn = torch.where(is_mask, mixing.mask_id, real)
+    real = real + (real >= process.mask_id).long()
+    drawn = torch.where(is_mask, process.mask_id, real)
     from_model = is_fresh & is_signal
     drawn[from_model] = draw_tokens(prediction, from_model, uniforms[0])
     return torch.where(is_fresh, drawn, ids)
@@ -581,7 +583,7 @@ class _Walk:
         uniforms = self.draws.step_uniforms(self.start, self.stop, draw=k)
         if self.settings.sampler == "ancestral":
             drawn = reverse_step(
-                self._predict(logits), window, self.levels[k], self.levels[k - 1], uniforms, mixing=self.noise
+                self._predict(logits), window, self.levels[k], self.levels[k - 1], uniforms, process=self.noise
             )
             return torch.where(fixed, window, drawn)
         plain = predict(logits, self.noise)

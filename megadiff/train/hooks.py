@@ -130,7 +130,7 @@ class Log:
         line = self._line(result, tokens / seconds, self.executed_flops(sums.tolist()) / seconds)
         self.metrics.write(line)
         if self.tensorboard is not None:
-            for key in ("loss", "elbo", "kl", "is", "mean_weight", "lr", "grad_norm", "tokens_per_s"):
+            for key in ("loss", "elbo", "kl", "itakura_saito", "mean_weight", "lr", "grad_norm", "tokens_per_s"):
                 if math.isfinite(line[key]):
                     self.tensorboard.add_scalar(f"train/{key}", line[key], result.step)
             for source, epochs in line["epochs"].items():

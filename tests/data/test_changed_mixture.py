@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -250,38 +249,3 @@ def test_a_branch_on_another_mixture_goes_on_in_every_source(two_stages, paths, 
     trunk, branch = mixture_of(two_stages, 8), mixture_of(tmp_path / "toy-cooldown-2", 10)
     assert [p.start for p in branch.sources] == [trunk.sources[1].drawn, 0]
     assert [(Path(p.path).name, p.drawn) for p in branch.removed] == [("a", trunk.sources[0].drawn)]
-
-
-def of_format_2(folder: Path) -> None:
-    """Rewrite a checkpoint's manifest as the format without positions has it."""
-    manifest = read_manifest(folder)
-    old = manifest.model_copy(update={"format": 2, "mixture": {}})
-    for entry in old.config["data"]["train"]:
-        entry["weight"] = entry["weight"] or 1.0
-    old.write(folder)
-
-
-def test_a_checkpoint_of_format_2_goes_on_and_finds_its_positions_in_the_data_it_names(paths, tmp_path):
-    weighted = [("a", 1), ("b", 1)]
-    assert pretrain(paths, tmp_path, weighted, 4).code == 0
-    folder = tmp_path / "toy/checkpoints/step_00000004"
-    wanted = mixture_of(tmp_path / "toy", 4)
-    of_format_2(folder)
-    bare = pretrain(paths, tmp_path, ["a", "b"], 6)
-    assert bare.code == 2
-    assert (
-        "give each of data.train `weight: 1` to continue as before, or --allow-data-change to share by size" in bare.err
-    )
-    ended = pretrain(paths, tmp_path, ["c", "a"], 6, "--allow-data-change")
-    assert ended.code == 0, ended.err
-    assert positions(mixture_of(tmp_path / "toy", 6))[1][2] == wanted.sources[0].drawn
-    moved = json.loads((folder / "manifest.json").read_text())
-    moved["config"]["data"]["train"][0]["path"] = "gone"
-    read_manifest(folder).model_copy(update={"config": moved["config"]}).write(folder)
-    branch = pretrain(
-        paths, tmp_path, ["c"], 6, "--allow-data-change", name="branch", checkpoint__start_from=str(folder)
-    )
-    assert branch.code == 2
-    assert "has manifest format 2, without the positions of its data's sources, and the data it was" in branch.err
-    unchanged = pretrain(paths, tmp_path, weighted, 5, name="same", checkpoint__start_from=str(folder))
-    assert unchanged.code == 0, unchanged.err

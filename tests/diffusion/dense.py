@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import Terms, gidd_objective
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -63,21 +63,21 @@ def gauss(low: float, high: float, panels: int = 60, order: int = 16) -> tuple[T
     return torch.from_numpy(nodes), torch.from_numpy((half * w).ravel())
 
 
-def over_z(logits: Tensor, x: int, log_snr: Tensor, mixing: HybridMixing) -> tuple[Terms, Tensor]:
+def over_z(logits: Tensor, x: int, log_snr: Tensor, process: NoiseProcess) -> tuple[Terms, Tensor]:
     """Terms for every z at each level, [n, V], and q(z | x) [n, V]; logits [V], [V_z, V] or [n, V_z, V]."""
-    count, vocab = len(log_snr), mixing.vocab_size
+    count, vocab = len(log_snr), process.vocab_size
     z = torch.arange(vocab).expand(count, vocab)
     lam = log_snr.unsqueeze(-1).expand(count, vocab)
     logits = logits.expand(count, vocab, logits.shape[-1])
-    terms = gidd_objective(logits, torch.full_like(z, x), z, lam, mixing=mixing)
-    q = mixing.marginal(torch.eye(vocab, dtype=torch.float64)[x].expand(count, vocab), log_snr)
+    terms = gidd_objective(logits, torch.full_like(z, x), z, lam, mixing=process)
+    q = process.marginal(torch.eye(vocab, dtype=torch.float64)[x].expand(count, vocab), log_snr)
     return terms, q
 
 
 def integral(
-    logits: Tensor, x: int, mixing: HybridMixing, low: float = -9.0, high: float = 9.0, panels: int = 60
+    logits: Tensor, x: int, process: NoiseProcess, low: float = -9.0, high: float = 9.0, panels: int = 60
 ) -> float:
     """Integral over lambda of E_z[w (KL + IS)] for a prediction that depends on neither."""
     nodes, weights = gauss(low, high, panels)
-    terms, q = over_z(logits, x, nodes, mixing)
+    terms, q = over_z(logits, x, nodes, process)
     return float((weights * (q * terms.loss).sum(-1)).sum())

@@ -19,7 +19,7 @@ from megadiff.diffusion.conditioning import (
 )
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.philox import Stream
-from megadiff.diffusion.snr import LINEAR
+from megadiff.diffusion.schedules import LINEAR
 
 ROWS = np.arange(20000)
 
@@ -42,7 +42,9 @@ def test_a_prompt_has_at_least_one_token_and_ends_at_its_fraction():
 
 def test_coins_fall_as_often_as_asked():
     draws = draw_rows(
-        Stream(0, "row"), ROWS, ConditioningConfig(independent=0.5, linear=0.1, prompt=0.2, infill=0.3, empty=0.2)
+        Stream(0, "row"),
+        ROWS,
+        ConditioningConfig(per_token_noise=0.5, linear_noise=0.1, prompt=0.2, infilling=0.3, pad_insertion=0.2),
     )
     share = np.bincount(draws.levels, minlength=3) / len(ROWS)
     np.testing.assert_allclose(share, [0.4, 0.5, 0.1], atol=0.015)
@@ -68,7 +70,7 @@ def test_max_fraction_shortens_prompts():
 
 
 def test_infilling_keeps_its_share_of_tokens():
-    draws = draw_rows(Stream(0, "row"), ROWS[:500], ConditioningConfig(infill=1.0))
+    draws = draw_rows(Stream(0, "row"), ROWS[:500], ConditioningConfig(infilling=1.0))
     is_noisy, prompt = noisy_positions(draws, 400, ROWS[:500], Stream(0, "infill"))
     assert not prompt.any()
     np.testing.assert_allclose(1 - is_noisy.mean(axis=1), draws.infill_fraction, atol=0.13)

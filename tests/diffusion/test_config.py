@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig, check_noise_and_objective
+from megadiff.diffusion.config import ConditioningConfig, check_noise_and_objective, noise_config, objective_config
 from megadiff.errors import ConfigError
 
 
@@ -23,17 +23,23 @@ from megadiff.errors import ConfigError
     ],
 )
 def test_a_shift_is_a_name_or_a_number(given, value, name):
-    noise = NoiseConfig.model_validate({"shift": given})
+    noise = noise_config(shift=given)
     assert noise.shift_value == value
     assert noise.shift_name == name
 
 
 def test_the_defaults_are_the_papers():
-    noise, objective = NoiseConfig(), ObjectiveConfig()
-    assert (noise.shift_value, noise.scale, noise.min_log_snr, noise.max_log_snr, noise.rate) == (0, 1, -9, 9, "linear")
-    assert (objective.weighting, objective.is_weight, objective.reduction) == ("surrogate", 1.0, "mean")
+    noise, objective = noise_config(), objective_config()
+    assert (noise.shift_value, noise.scale, noise.min_log_snr, noise.max_log_snr, noise.schedule) == (
+        0,
+        1,
+        -9,
+        9,
+        "linear",
+    )
+    assert (objective.weighting, objective.itakura_saito_weight, objective.reduction) == ("surrogate", 1.0, "mean")
     conditioning = ConditioningConfig()
-    assert (conditioning.independent, conditioning.prompt, conditioning.empty) == (0, 0, 0)
+    assert (conditioning.per_token_noise, conditioning.prompt, conditioning.pad_insertion) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -43,57 +49,58 @@ def test_the_defaults_are_the_papers():
         ({"scale": 0}, "greater than 0"),
         ({"min_log_snr": 9}, "min_log_snr < max_log_snr"),
         ({"shift": "mask"}, "masked"),
-        ({"rate": "sqrt"}, "linear"),
+        ({"schedule": "sqrt"}, "linear"),
         ({"schift": 1}, "Extra inputs"),
-        ({"form": "time", "shift": "balanced"}, "noise.form is time, which has no shift: leave out .* to null"),
-        ({"form": "time", "scale": 1, "rate": "cosine"}, "which has no scale, rate"),
-        ({"form": "time", "min_log_snr": -9}, "which has no min_log_snr"),
-        ({"p_uniform": 0.0}, "noise.form is snr, which has no p_uniform: .* set noise.form to time"),
-        ({"form": "snr", "gamma": 1, "time_eps": 1e-3}, "which has no gamma, time_eps"),
-        ({"form": "time", "p_uniform": 1}, "less than 1"),
-        ({"form": "time", "gamma": 3}, "gamma must be at most 2, got 3.0: .* negative rate"),
-        ({"form": "time", "time_eps": 0.5}, "less than 0.5"),
-        ({"form": "logit"}, "snr"),
+        ({"process": "gidd_time", "shift": "balanced"}, "Extra inputs"),
+        ({"process": "gidd_time", "schedule": "cosine"}, "Extra inputs"),
+        ({"p_uniform": 0.0}, "Extra inputs"),
+        ({"process": "gidd_time", "p_uniform": 1}, "less than 1"),
+        ({"process": "gidd_time", "gamma": 3}, "gamma must be at most 2, got 3.0: .* negative rate"),
+        ({"process": "gidd_time", "time_eps": 0.5}, "less than 0.5"),
+        ({"process": "snr"}, "unknown name `snr`; .* gidd_snr, gidd_time;"),
     ],
 )
 def test_noise_that_cannot_be_is_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
-        NoiseConfig.model_validate(settings)
+        noise_config(**settings)
 
 
 def test_null_takes_a_setting_back():
-    base = {"shift": "uniform", "rate": "linear", "min_log_snr": -9}
-    noise = NoiseConfig.model_validate({**base, "form": "time", **dict.fromkeys(base)})
-    assert noise == NoiseConfig.model_validate({"form": "time"})
+    base = {"shift": "uniform", "schedule": "linear", "min_log_snr": -9}
+    noise = noise_config(**{**base, "process": "gidd_time", **dict.fromkeys(base)})
+    assert noise == noise_config(process="gidd_time")
 
 
-@pytest.mark.parametrize("given", [{}, {"shift": 2.5, "rate": "cosine"}, {"form": "time", "p_uniform": 0.2}])
-def test_resolved_noise_reads_back_as_itself_and_holds_one_form(given):
-    noise = NoiseConfig.model_validate(given)
+@pytest.mark.parametrize(
+    "given", [{}, {"shift": 2.5, "schedule": "cosine"}, {"process": "gidd_time", "p_uniform": 0.2}]
+)
+def test_resolved_noise_reads_back_as_itself_and_holds_the_keys_of_its_process(given):
+    noise = noise_config(**given)
     for mode in ("python", "json"):
-        assert NoiseConfig.model_validate(noise.model_dump(mode=mode)) == noise
-    assert ("shift" in noise.model_dump()) == (noise.form == "snr")
-    assert ("p_uniform" in noise.model_dump()) == (noise.form == "time")
+        assert noise_config(**noise.model_dump(mode=mode)) == noise
+    assert ("shift" in noise.model_dump()) == (noise.process == "gidd_snr")
+    assert ("p_uniform" in noise.model_dump()) == (noise.process == "gidd_time")
 
 
-def test_dynamic_weights_need_the_time_form():
-    objective = ObjectiveConfig(weighting="dynamic")
-    check_noise_and_objective(NoiseConfig(form="time"), objective)
-    check_noise_and_objective(NoiseConfig(), ObjectiveConfig(weighting="elbo"))
-    with pytest.raises(ConfigError, match=r"weighting is dynamic, .* but noise.form is snr: set noise.form to time"):
-        check_noise_and_objective(NoiseConfig(), objective)
+def test_dynamic_weights_need_the_process_in_time():
+    objective = objective_config(weighting="dynamic")
+    check_noise_and_objective(noise_config(process="gidd_time"), objective)
+    check_noise_and_objective(noise_config(), objective_config(weighting="elbo"))
+    with pytest.raises(ConfigError, match=r"weighting is dynamic, .* but noise.process is gidd_snr: set noise.process"):
+        check_noise_and_objective(noise_config(), objective)
 
 
 def test_presets_are_the_code_and_the_text_of_the_paper():
     released = ConditioningConfig(preset="as_released")
-    assert (released.independent, released.prompt, released.empty) == (0.2, 0.2, 0)
+    assert (released.per_token_noise, released.prompt, released.pad_insertion) == (0.2, 0.2, 0)
     described = ConditioningConfig(preset="as_described")
-    assert (described.independent, described.prompt, described.empty, described.empty_law) == (0.5, 0.2, 0.2, "share")
+    assert (described.per_token_noise, described.prompt, described.pad_insertion) == (0.5, 0.2, 0.2)
+    assert described.pad_insertion_law == "share"
 
 
 def test_an_explicit_field_overrides_its_preset_even_with_zero():
-    config = ConditioningConfig.model_validate({"preset": "as_described", "empty": 0.0, "prompt": 0})
-    assert (config.independent, config.prompt, config.empty) == (0.5, 0, 0)
+    config = ConditioningConfig.model_validate({"preset": "as_described", "pad_insertion": 0.0, "prompt": 0})
+    assert (config.per_token_noise, config.prompt, config.pad_insertion) == (0.5, 0, 0)
 
 
 def test_a_resolved_description_reads_back_as_itself():
@@ -103,6 +110,6 @@ def test_a_resolved_description_reads_back_as_itself():
 
 def test_level_patterns_exclude_each_other():
     with pytest.raises(ValidationError, match="add up to at most 1"):
-        ConditioningConfig(independent=0.6, linear=0.6)
+        ConditioningConfig(per_token_noise=0.6, linear_noise=0.6)
     with pytest.raises(ValidationError, match="preset"):
         ConditioningConfig.model_validate({"preset": "as_told"})

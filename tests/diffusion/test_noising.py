@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from megadiff.diffusion import noising
-from megadiff.diffusion.conditioning import Levels
+from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noising import (
@@ -25,7 +25,7 @@ from megadiff.errors import ConfigError, DataError
 from tests.golden import make_noise_hashes
 
 V, MASK = 11, 6
-EVERYTHING = ConditioningConfig(independent=0.3, linear=0.2, prompt=0.5, infill=0.4, empty=0.3)
+EVERYTHING = ConditioningConfig(per_token_noise=0.3, linear_noise=0.2, prompt=0.5, infilling=0.4, pad_insertion=0.3)
 
 
 def rows_of(count: int, length: int = 64, seed: int = 0) -> np.ndarray:
@@ -34,7 +34,7 @@ def rows_of(count: int, length: int = 64, seed: int = 0) -> np.ndarray:
 
 
 def noised(clean: np.ndarray, index, shift: float = 0.0, **kwargs) -> NoisedRows:
-    kwargs = {"seed": 5, "mixing": HybridMixing(V, MASK, shift), "pad_id": 2, **kwargs}
+    kwargs = {"seed": 5, "process": HybridMixing(V, MASK, shift), "pad_id": 2, **kwargs}
     return noise_rows(clean, sample_index=index, **kwargs)
 
 
@@ -56,10 +56,10 @@ def test_a_row_depends_on_its_index_alone(global_batch):
 
 @pytest.mark.parametrize("tokens", [1, 200, 10**6])
 def test_rows_may_be_worked_on_in_blocks_of_any_size(tokens, monkeypatch):
-    clean, index, mixing = rows_of(24), np.arange(2**32 - 9, 2**32 + 15), HybridMixing(V, MASK, 0.0)
+    clean, index, process = rows_of(24), np.arange(2**32 - 9, 2**32 + 15), HybridMixing(V, MASK, 0.0)
 
     def made() -> list[NoisedRows]:
-        fixed = evaluation_noise(clean, seed=0, row_index=index, level=1, num_levels=4, mixing=mixing)
+        fixed = evaluation_noise(clean, seed=0, row_index=index, level=1, num_levels=4, process=process)
         return [noised(clean, index, conditioning=EVERYTHING), noised(clean, index, shift=-1000.0), fixed]
 
     want = made()
@@ -107,12 +107,12 @@ def test_seeds_prefixes_and_rows_differ():
 
 @pytest.mark.parametrize("shift", [-1000.0, -2.0, 0.0, 2.0, 1000.0])
 def test_kept_masked_and_random_tokens_come_as_often_as_the_process_says(shift):
-    mixing = HybridMixing(V, MASK, shift)
+    process = HybridMixing(V, MASK, shift)
     clean = rows_of(64, 2048)
     for level in (0, 3, 7):
-        got = evaluation_noise(clean, seed=0, row_index=np.arange(64), level=level, num_levels=8, mixing=mixing)
+        got = evaluation_noise(clean, seed=0, row_index=np.arange(64), level=level, num_levels=8, process=process)
         lam = got.log_snr[:, 0].double()
-        q = mixing.marginal(torch.nn.functional.one_hot(got.clean, V).double(), lam[:, None].expand(got.clean.shape))
+        q = process.marginal(torch.nn.functional.one_hot(got.clean, V).double(), lam[:, None].expand(got.clean.shape))
         expected, seen = q.sum((0, 1)), torch.bincount(got.noised.reshape(-1), minlength=V).double()
         spread = (q * (1 - q)).sum((0, 1)).sqrt()
         assert bool(((seen - expected).abs() <= 4.5 * spread + 1e-9).all())
@@ -129,7 +129,7 @@ def test_replacement_tokens_are_uniform_over_the_real_tokens():
         row_index=np.arange(64),
         level=49,
         num_levels=50,
-        mixing=HybridMixing(V, MASK, 1000),
+        process=HybridMixing(V, MASK, 1000),
     )
     at_noise = got.noised[:, :][got.log_snr < -3]
     counts = np.bincount(at_noise.numpy(), minlength=V)
@@ -196,21 +196,21 @@ def test_noise_free_positions_are_untouched_and_said_to_be():
 
 
 def test_level_patterns_come_as_often_as_asked_and_look_as_they_should():
-    config = ConditioningConfig(independent=0.3, linear=0.2)
+    config = ConditioningConfig(per_token_noise=0.3, linear_noise=0.2)
     got = noised(rows_of(2000), np.arange(2000), conditioning=config)
     share = torch.bincount(got.levels.int(), minlength=3) / 2000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.2]), atol=0.04, rtol=0)
     distinct = torch.tensor([len(row.unique()) for row in got.log_snr])
-    assert bool((distinct[got.levels == Levels.ISOTROPIC] == 1).all())
-    assert bool((distinct[got.levels == Levels.INDEPENDENT] > 60).all())
-    linear = got.log_snr[got.levels == Levels.LINEAR]
+    assert bool((distinct[got.levels == NoisePattern.ISOTROPIC] == 1).all())
+    assert bool((distinct[got.levels == NoisePattern.PER_TOKEN] > 60).all())
+    linear = got.log_snr[got.levels == NoisePattern.LINEAR]
     assert bool((linear.diff(dim=1) < 0).all())
-    t = torch.sigmoid(-got.log_snr[got.levels == Levels.INDEPENDENT].double()).reshape(-1)
+    t = torch.sigmoid(-got.log_snr[got.levels == NoisePattern.PER_TOKEN].double()).reshape(-1)
     assert stats.kstest(t.numpy(), "uniform").pvalue > 1e-3
 
 
 def test_empty_tokens_are_targets_like_any_other():
-    config = ConditioningConfig(empty=0.4)
+    config = ConditioningConfig(pad_insertion=0.4)
     clean = np.tile(np.arange(3, 6), (200, 40))
     got = noised(clean, np.arange(200), conditioning=config)
     is_empty = got.clean == 2
@@ -226,8 +226,8 @@ def test_evaluation_levels_are_stratified_and_fixed():
     u = evaluation_quantiles(0, np.arange(50), 8)
     assert (np.floor(u * 8) == np.arange(8)).all()
     assert stats.kstest((u[:, 0] * 8), "uniform").pvalue > 1e-3
-    clean, mixing = rows_of(4), HybridMixing(V, MASK, 0.0)
-    kwargs = {"seed": 0, "level": 2, "num_levels": 8, "mixing": mixing}
+    clean, process = rows_of(4), HybridMixing(V, MASK, 0.0)
+    kwargs = {"seed": 0, "level": 2, "num_levels": 8, "process": process}
     whole = evaluation_noise(clean, row_index=np.arange(4), **kwargs)
     part = evaluation_noise(clean[2:3], row_index=[2], **kwargs)
     assert torch.equal(part.noised[0], whole.noised[2])
@@ -250,7 +250,7 @@ def test_wrong_shapes_and_missing_pads_are_refused():
     with pytest.raises(ValueError, match="counts from 0"):
         noised(rows_of(1), [-1])
     with pytest.raises(ConfigError, match="pad id"):
-        noised(rows_of(1), [0], conditioning=ConditioningConfig(empty=0.1), pad_id=None)
+        noised(rows_of(1), [0], conditioning=ConditioningConfig(pad_insertion=0.1), pad_id=None)
 
 
 def test_no_global_generator_is_touched():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.objective import Terms, _minus_log1p, gidd_objective
-from megadiff.diffusion.snr import UniformRate
+from megadiff.diffusion.schedules import UniformSchedule
 from tests.diffusion.dense import LOGITS, dense_objective, f64, read_csv
 
 CASES = {row["case"]: row for row in read_csv("objective_terms.csv")}
@@ -21,9 +21,9 @@ MIXES = [(-20.0, 1.0), (-2.0, 1.0), (0.0, 1.0), (2.0, 1.0), (1000.0, 1.0), (1.0,
 
 def token(case: str, logits: torch.Tensor = LOGITS) -> Terms:
     row = CASES[case]
-    mixing = HybridMixing(5, 3, float(row["b"]), float(row["a"]))
+    process = HybridMixing(5, 3, float(row["b"]), float(row["a"]))
     x, z = torch.tensor([[int(row["x"])]]), torch.tensor([[int(row["z"])]])
-    return gidd_objective(logits[None, None], x, z, f64(float(row["lambda"]))[None], mixing=mixing)
+    return gidd_objective(logits[None, None], x, z, f64(float(row["lambda"]))[None], mixing=process)
 
 
 def random_tokens(count: int, vocab: int, mask: int, *, seed: int, masked: bool = False):
@@ -44,7 +44,7 @@ def random_tokens(count: int, vocab: int, mask: int, *, seed: int, masked: bool 
 @pytest.mark.parametrize("case", CASES)
 def test_a_golden_token_is_met_to_the_printed_digits(case):
     terms, row = token(case), CASES[case]
-    for name, value in (("w", terms.weight), ("kl", terms.kl), ("is", terms.is_div), ("loss", terms.loss)):
+    for name, value in (("w", terms.weight), ("kl", terms.kl), ("is", terms.itakura_saito), ("loss", terms.loss)):
         assert value.item() == pytest.approx(float(row[name]), rel=1e-11, abs=1e-15), name
     assert terms.elbo.item() == pytest.approx(float(row["elbo"]), rel=1e-11, abs=1e-15)
     alpha_beta = torch.sigmoid(f64(float(row["lambda"]))) * torch.sigmoid(-f64(float(row["lambda"])))
@@ -116,9 +116,9 @@ def test_float32_is_finite_non_negative_and_close_to_float64(shift, vocab):
     if shift == 1000:
         noised = torch.where(noised == 3, clean, noised)
     single = logits.float().requires_grad_()
-    mixing = HybridMixing(vocab, 3, shift)
-    got = gidd_objective(single, clean, noised, log_snr.float(), mixing=mixing)
-    want = gidd_objective(logits.float().double(), clean, noised, log_snr.float().double(), mixing=mixing)
+    process = HybridMixing(vocab, 3, shift)
+    got = gidd_objective(single, clean, noised, log_snr.float(), mixing=process)
+    want = gidd_objective(logits.float().double(), clean, noised, log_snr.float().double(), mixing=process)
     assert {t.dtype for t in got} == {torch.float32}
     assert {t.dtype for t in want} == {torch.float64}
     assert bool((got.loss >= 0).all())
@@ -150,7 +150,7 @@ def test_a_perfect_copy_costs_nothing():
             kept = z == x
             assert float(terms.loss[kept].abs().sum()) == 0 or b != -1000
             assert float(terms.kl.abs().max()) < 1e-12
-            assert float(terms.is_div[kept].abs().sum()) == 0
+            assert float(terms.itakura_saito[kept].abs().sum()) == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,30 +161,30 @@ def test_divergences_are_non_negative_and_is_vanishes_at_the_mask(b, a, lam, x):
         LOGITS.expand(5, 5), torch.full((5,), x), z, torch.full((5,), lam).double(), mixing=HybridMixing(5, 3, b, a)
     )
     assert bool((terms.kl >= -1e-15).all())
-    assert bool((terms.is_div >= 0).all())
-    assert terms.is_div[3] == 0
+    assert bool((terms.itakura_saito >= 0).all())
+    assert terms.itakura_saito[3] == 0
     assert float(terms.loss.max()) < math.inf
 
 
-def test_is_weight_touches_the_loss_alone_and_the_rate_the_elbo_alone():
+def test_is_weight_touches_the_loss_alone_and_the_schedule_the_elbo_alone():
     args = (LOGITS.expand(5, 5), torch.full((5,), 2), torch.arange(5), f64(1, 1, 1, 1, 1))
-    mixing = HybridMixing(5, 3, 0.0)
-    one, none = (gidd_objective(*args, mixing=mixing, is_weight=w) for w in (1.0, 0.0))
+    process = HybridMixing(5, 3, 0.0)
+    one, none = (gidd_objective(*args, mixing=process, is_weight=w) for w in (1.0, 0.0))
     torch.testing.assert_close(none.loss, one.weight * one.kl)
     torch.testing.assert_close(none.elbo, one.elbo)
-    flat = gidd_objective(*args, mixing=mixing, rate=UniformRate(-9, 9))
+    flat = gidd_objective(*args, mixing=process.with_schedule(UniformSchedule(-9, 9)))
     torch.testing.assert_close(flat.loss, one.loss)
     torch.testing.assert_close(flat.elbo, 18 * one.loss)
 
 
 def test_the_mask_logit_and_padding_columns_change_nothing_and_get_no_gradient():
     logits, clean, noised, log_snr = random_tokens(30, 17, 5, seed=7)
-    mixing = HybridMixing(17, 5, 0.0)
-    want = gidd_objective(logits, clean, noised, log_snr, mixing=mixing).loss
+    process = HybridMixing(17, 5, 0.0)
+    want = gidd_objective(logits, clean, noised, log_snr, mixing=process).loss
     padded = torch.cat([logits, torch.full((30, 3), 50.0, dtype=torch.float64)], dim=1)
     padded[:, 5] = 80.0
     padded.requires_grad_()
-    got = gidd_objective(padded, clean, noised, log_snr, mixing=mixing).loss
+    got = gidd_objective(padded, clean, noised, log_snr, mixing=process).loss
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     got.sum().backward()
     assert padded.grad is not None
@@ -193,11 +193,11 @@ def test_the_mask_logit_and_padding_columns_change_nothing_and_get_no_gradient()
 
 def test_shapes_that_do_not_agree_are_refused():
     ids = torch.zeros(2, 3, dtype=torch.int64)
-    logits, lam, mixing = torch.zeros(2, 3, 5), torch.zeros(2, 3), HybridMixing(5, 3, 0.0)
+    logits, lam, process = torch.zeros(2, 3, 5), torch.zeros(2, 3), HybridMixing(5, 3, 0.0)
     with pytest.raises(ValueError, match=r"noised and log_snr must have the shape of clean, \(2, 3\)"):
-        gidd_objective(logits, ids, ids, torch.zeros(2), mixing=mixing)
+        gidd_objective(logits, ids, ids, torch.zeros(2), mixing=process)
     with pytest.raises(ValueError, match=r"logits must have shape \(2, 3, 5\)"):
-        gidd_objective(torch.zeros(2, 3, 4), ids, ids, lam, mixing=mixing)
+        gidd_objective(torch.zeros(2, 3, 4), ids, ids, lam, mixing=process)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-5)])

@@ -86,7 +86,7 @@ def _drawn_again(folder):
     with open_trained(folder, platform="cpu") as trained:
         settings = Settings(max_new_tokens=trained.model.seq_length, max_denoising_steps=DENOISING)
         prompt = torch.empty(ROWS, 0, dtype=torch.int64)
-        ids = generate(trained.denoise, prompt, settings, trained.mixing, seed=SEED).sequences
+        ids = generate(trained.denoise, prompt, settings, trained.process, seed=SEED).sequences
         return [printable(trained.tokenizer.decode(row)) for row in ids.tolist()]
 
 

@@ -78,7 +78,7 @@ def test_prompted_rows_give_the_same_curve_on_every_layout_and_report_their_shar
     corpus: Path, tmp_path: Path
 ) -> None:
     def run(name: str, ranks: int, attention: str, **parallel: Any) -> list[dict[str, Any]]:
-        conditioning = {"preset": "as_described", "prompt": 0.5, "infill": 0.2, "prompt_attention": attention}
+        conditioning = {"preset": "as_described", "prompt": 0.5, "infilling": 0.2, "prompt_attention": attention}
         config = toy_config(
             corpus, tmp_path, name=name, conditioning=conditioning, parallel=parallel, data__valid=[], model__sink=True
         )

@@ -87,7 +87,7 @@ def _reference(folder: Path) -> list[float]:
             before, after = (model.tokenizer.encode(pair[key]) for key in ("prompt", "completion"))
             row = [model.tokenizer.bos_id, *before, *after]
             logits = model.answer(torch.tensor([row[:-1]]), torch.zeros(1, dtype=torch.int64))[0].double()
-            logits[:, model.mixing.mask_id] = -torch.inf
+            logits[:, model.process.mask_id] = -torch.inf
             log_p = logits.log_softmax(-1)
             found.append(-sum(float(log_p[i, row[i + 1]]) for i in range(len(before), len(row) - 1)))
         return found

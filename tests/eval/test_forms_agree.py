@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megadiff.config.section import Section
-from megadiff.diffusion.config import NoiseConfig
-from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.config import NoiseConfig, noise_config
+from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import evaluation_noise
-from megadiff.diffusion.snr import LinearRate, rate_from
+from megadiff.diffusion.schedules import LinearSchedule
 from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, wire_on_rank, write_corpus
@@ -32,18 +32,17 @@ def _bounds(config: Section, forms: dict[str, NoiseConfig]) -> dict[str, tuple[f
     train(run)
     found = {}
     for name, noise in forms.items():
-        mixing = mixing_from(noise, vocab_size=260, mask_id=3)
-        rate = rate_from(noise)
-        bound = diffusion_bound(mixing, rate=rate, topology=held_out.topology, noise_levels=16)
-        # Both over the levels the form itself draws from: the time form leaves out what is cleaner than t = 1e-4.
-        for kind, law in (("own", rate), ("linear", LinearRate(rate.min_log_snr, rate.max_log_snr))):
+        process = build_process(noise, vocab_size=260, mask_id=3)
+        own = process.schedule
+        bound = diffusion_bound(process, topology=held_out.topology, noise_levels=16)
+        # Both over the levels the process itself draws from: gidd_time leaves out what is cleaner than t = 1e-4.
+        for kind, schedule in (("own", own), ("linear", LinearSchedule(own.min_log_snr, own.max_log_snr))):
+            drawn = process.with_schedule(schedule)
 
-            def rows(clean, index, level, mixing=mixing, law=law):
-                return evaluation_noise(
-                    clean, seed=0, row_index=index, level=level, num_levels=16, mixing=mixing, rate=law
-                )
+            def rows(clean, index, level, drawn=drawn):
+                return evaluation_noise(clean, seed=0, row_index=index, level=level, num_levels=16, process=drawn)
 
-            held_out.measure = Measure(replace(bound.objective, rate=law), rows, 16)
+            held_out.measure = Measure(replace(bound.objective, process=drawn), rows, 16)
             result = held_out()
             found[f"{name}/{kind}"] = (result.elbo, result.stderr)
     return found
@@ -61,9 +60,9 @@ def test_the_log_snr_and_the_time_form_agree_on_the_same_trained_model(tmp_path:
         batch__micro_sequences=8,
     )
     forms = {
-        "snr": NoiseConfig(shift="masked"),
-        "time": NoiseConfig(form="time"),
-        "time with uniform tokens": NoiseConfig(form="time", p_uniform=0.2),
+        "snr": noise_config(shift="masked"),
+        "time": noise_config(process="gidd_time"),
+        "time with uniform tokens": noise_config(process="gidd_time", p_uniform=0.2),
     }
     found = on_ranks(1, _bounds, config, forms)[0]
     start = 5.557  # log N: the model must have learned for the comparison to mean something

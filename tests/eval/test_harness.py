@@ -169,7 +169,7 @@ def _by_hand(folder: Path, pairs: list[tuple[str, str]]) -> list[tuple[float, bo
             row, total, agrees = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)], 0.0, True
             for token in model.tokenizer.encode(completion):
                 logits = model.answer(torch.tensor([row]), torch.zeros(1, dtype=torch.int64))[0, -1].double()
-                logits[model.mixing.mask_id] = -torch.inf
+                logits[model.process.mask_id] = -torch.inf
                 total += float(logits.log_softmax(-1)[token])
                 agrees &= int(logits.argmax()) == token
                 row.append(token)
@@ -297,7 +297,7 @@ def _greedy_of(folder: Path) -> list[bool]:
         prompt = tuple(model.tokenizer.encode("abc"))
         settings = Settings(4, 4, sampler="adaptive", tokens_per_step=1, temperature=0.0)
         seed = seed_of(0, Item(prompt, ()))
-        written = generate(model.denoise, torch.tensor([prompt]), settings, model.mixing, seed=[seed]).sequences[0]
+        written = generate(model.denoise, torch.tensor([prompt]), settings, model.process, seed=[seed]).sequences[0]
         own = tuple(written[len(prompt) :].tolist())
         changed = (*own[:-1], own[-1] + 1)
         items = [Item(prompt, own), Item(prompt, changed), Item(prompt, ())]

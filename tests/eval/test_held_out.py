@@ -65,7 +65,7 @@ def blind(toy_corpus, tmp_path_factory):
             toy_corpus,
             tmp_path_factory.mktemp(noise),
             noise__shift=noise,
-            noise__rate="cosine" if noise == "balanced" else "linear",
+            noise__schedule="cosine" if noise == "balanced" else "linear",
             model__layers=1,
             model__head_init=0.0,
             eval__noise_levels=3,

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.mixing_base import Mixing
-from megadiff.diffusion.time_mixing import TimeMixing
-from megadiff.diffusion.time_process import TimeProcess
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.eval.level_integral import integrated_bound
 from tests.diffusion.dense import gauss
 
@@ -79,7 +78,7 @@ def test_every_vocabulary_and_length_is_integrated_to_nine_digits(noise, counts,
     if vocab == 2 and counts[2]:
         counts = (0, 1, 0)  # a vocabulary of one real token has none to change to
     wanted = brute_force(counts, vocab, *SHIFTS[noise], log_p=None)
-    found = integrated_bound(*copy_of(counts, vocab, None), mixing=HybridMixing(vocab, 0, *SHIFTS[noise]))
+    found = integrated_bound(*copy_of(counts, vocab, None), process=HybridMixing(vocab, 0, *SHIFTS[noise]))
     assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
 
@@ -90,11 +89,11 @@ def test_tokens_predicted_surely_or_hardly_at_all(noise, counts, log_p):
     """A hardly expected token's integrand is flat up to log-SNR = -log(N p): where an integral may end too early."""
     vocab = 260
     wanted = brute_force(counts, vocab, *SHIFTS[noise], log_p=log_p)
-    found = integrated_bound(*copy_of(counts, vocab, log_p), mixing=HybridMixing(vocab, 0, *SHIFTS[noise]))
+    found = integrated_bound(*copy_of(counts, vocab, log_p), process=HybridMixing(vocab, 0, *SHIFTS[noise]))
     assert found == pytest.approx(wanted, rel=2e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("process", [TimeProcess(0.2, 0.8), TimeProcess(0.3)])
+@pytest.mark.parametrize("process", [GiddTime(0.2, 0.8), GiddTime(0.3)])
 @pytest.mark.parametrize("noise", [None, *SHIFTS])
 def test_one_token_is_worth_minus_log_p_whatever_the_noise(noise, process):
     """For a prediction that depends on nothing, the mean over z and all levels telescopes: no quadrature at all.
@@ -103,17 +102,17 @@ def test_one_token_is_worth_minus_log_p_whatever_the_noise(noise, process):
     """
     vocab, mask = 9, 4
     if noise is None:
-        mixing: Mixing = TimeMixing(vocab, mask, process)
+        process: NoiseProcess = NoiseProcess(vocab, mask, process)
     else:
-        mixing = HybridMixing(vocab, mask, *SHIFTS[noise])
+        process = HybridMixing(vocab, mask, *SHIFTS[noise])
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)).double()
     log_p = logits.masked_fill(torch.arange(vocab) == mask, -torch.inf).log_softmax(-1)
     x = torch.tensor([6])
     nodes, weights = gauss(-40, 100, panels=300)
     law = weights * torch.sigmoid(nodes) * torch.sigmoid(-nodes)
-    q = law @ mixing.marginal(torch.eye(vocab).double()[x].expand(len(nodes), -1), nodes)  # [V]: law of z
+    q = law @ process.marginal(torch.eye(vocab).double()[x].expand(len(nodes), -1), nodes)  # [V]: law of z
     value = sum(
-        float(q[z]) * integrated_bound(logits[None], x, torch.tensor([z]), mixing=mixing)
+        float(q[z]) * integrated_bound(logits[None], x, torch.tensor([z]), process=process)
         for z in range(vocab)
         if q[z] > 0
     )

@@ -36,8 +36,8 @@ SEEDS = 100
 
 def denoiser(name: str, level: float):
     """The toy's posterior as if every copy were of one level: what a model that is not told the level may answer."""
-    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
-    return lambda ids, _prompts=None: leave_one_out(ids, level, mixing)
+    process = HybridMixing(VOCAB, MASK, NOISES[name])
+    return lambda ids, _prompts=None: leave_one_out(ids, level, process)
 
 
 def at_level(name: str) -> float:
@@ -48,35 +48,35 @@ def at_level(name: str) -> float:
 @cache
 def enumerated_bound(name: str) -> float:
     """The bound of TEXT by summing over all 5^4 copies and quadrature over all levels: no Monte Carlo."""
-    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
+    process = HybridMixing(VOCAB, MASK, NOISES[name])
     nodes, weights = gauss(-35, 35, panels=24)
     clean = torch.tensor(TEXT)
     copies = torch.tensor(list(itertools.product(range(VOCAB), repeat=4)))
     logits = denoiser(name, at_level(name))(copies)
     total = 0.0
     for node, weight in zip(nodes, weights, strict=True):
-        q_token = mixing.marginal(torch.eye(VOCAB).double()[clean], node.expand(4))  # [4, V]
+        q_token = process.marginal(torch.eye(VOCAB).double()[clean], node.expand(4))  # [4, V]
         q = q_token[torch.arange(4), copies].prod(-1)
         many, seen = node.expand(len(copies), 4), q > 0
-        terms = gidd_objective(logits[seen], clean.expand_as(copies)[seen], copies[seen], many[seen], mixing=mixing)
+        terms = gidd_objective(logits[seen], clean.expand_as(copies)[seen], copies[seen], many[seen], mixing=process)
         total += float(weight * (q[seen] * terms.loss.sum(-1)).sum())
     return total
 
 
 def estimates(name: str, item: Item, **settings) -> list[Likelihood]:
     """One estimate a seed. What a copy says is worked out once: there are 625 copies and many draws of them."""
-    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
+    process = HybridMixing(VOCAB, MASK, NOISES[name])
     answer, known = denoiser(name, at_level(name)), {}
 
-    def remembered(logits, clean, noised, log_snr, *, mixing):
+    def remembered(logits, clean, noised, log_snr, *, process):
         key = (*noised.tolist(), log_snr)
         if key not in known:
-            known[key] = copy_bounds(logits, clean, noised, log_snr, mixing=mixing)
+            known[key] = copy_bounds(logits, clean, noised, log_snr, process=process)
         return known[key]
 
     with mock.patch("megadiff.eval.likelihood.copy_bounds", remembered):
         return [
-            bounds([item], answer, mixing=mixing, settings=BoundSettings(seed=seed, batch_rows=256, **settings))[0]
+            bounds([item], answer, process=process, settings=BoundSettings(seed=seed, batch_rows=256, **settings))[0]
             for seed in range(SEEDS)
         ]
 
@@ -120,7 +120,7 @@ def test_a_completion_is_measured_given_its_clean_prompt():
     conditional = JOINT[index[0], index[1]] / JOINT[index[0], index[1]].sum()
     truth = -math.log(float(conditional[index[2], index[3]]))
     seen: list[Tensor] = []
-    mixing, answer = HybridMixing(VOCAB, MASK, NOISES["masked"]), denoiser("masked", 30.0)
+    process, answer = HybridMixing(VOCAB, MASK, NOISES["masked"]), denoiser("masked", 30.0)
 
     def watch(ids: Tensor, prompts: Tensor) -> Tensor:
         seen.append(ids)
@@ -128,7 +128,7 @@ def test_a_completion_is_measured_given_its_clean_prompt():
         return answer(ids)
 
     settings = BoundSettings(draws=400, batch_rows=100)
-    found = bounds([Item(TEXT[:2], TEXT[2:])], watch, mixing=mixing, settings=settings)[0]
+    found = bounds([Item(TEXT[:2], TEXT[2:])], watch, process=process, settings=settings)[0]
     assert abs(found.nll - truth) <= 2 * found.stderr
     assert found.tokens == 2
     rows = torch.cat(seen)
@@ -139,11 +139,11 @@ def test_a_completion_is_measured_given_its_clean_prompt():
 @pytest.mark.parametrize("length", [1, 5, 50])
 def test_masked_completions_of_any_length_show_no_bias_of_n_over_n_plus_1(length):
     """A model that always pays 1 nat a token is worth n nats, to the last digit: n^2 / (n + 1) is the biased answer."""
-    mixing = HybridMixing(VOCAB, MASK, -1000.0)
+    process = HybridMixing(VOCAB, MASK, -1000.0)
     one_nat = torch.full((VOCAB,), math.log((1 - math.exp(-1)) / 3), dtype=torch.float64)
     one_nat[0] = -1.0
     item, settings = Item((), (0,) * length), BoundSettings(draws=16)
-    found = bounds([item], lambda ids, _: one_nat.expand(*ids.shape, VOCAB), mixing=mixing, settings=settings)[0]
+    found = bounds([item], lambda ids, _: one_nat.expand(*ids.shape, VOCAB), process=process, settings=settings)[0]
     assert found.nll == pytest.approx(length, rel=1e-12)
     assert found.stderr == pytest.approx(0, abs=1e-12)
 
@@ -152,7 +152,7 @@ def test_masked_completions_of_any_length_show_no_bias_of_n_over_n_plus_1(length
 @pytest.mark.parametrize("length", [1, 5, 50])
 def test_completions_with_uniform_noise_of_any_length_show_no_bias_either(name, length):
     """With a prediction that depends on nothing the bound is -log p a token, whatever the noise (it telescopes)."""
-    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
+    process = HybridMixing(VOCAB, MASK, NOISES[name])
     logits = torch.tensor([0.8, -0.4, 0.0, 0.3, -1.1]).double()
     probs = logits.masked_fill(torch.arange(VOCAB) == MASK, -torch.inf).softmax(-1)
     draw = np.random.default_rng(0)
@@ -161,7 +161,7 @@ def test_completions_with_uniform_noise_of_any_length_show_no_bias_either(name, 
         item = Item((), tuple(REAL[draw.integers(0, 4, size=length)].tolist()))
         truth = -float(probs[list(item.completion)].log().sum())
         found = bounds(
-            [item], lambda ids, _: logits.expand(*ids.shape, VOCAB), mixing=mixing,
+            [item], lambda ids, _: logits.expand(*ids.shape, VOCAB), process=process,
             settings=BoundSettings(draws=16 if length < 50 else 32, seed=seed),
         )[0]  # fmt: skip
         ratios.append(found.nll - truth)
@@ -173,7 +173,7 @@ def test_completions_with_uniform_noise_of_any_length_show_no_bias_either(name, 
 
 @pytest.mark.parametrize("name", ["hybrid", "uniform"])
 def test_integrating_the_level_out_agrees_with_dense_quadrature(name):
-    mixing, length = HybridMixing(9, 4, NOISES[name]), 40
+    process, length = HybridMixing(9, 4, NOISES[name]), 40
     draw = torch.Generator().manual_seed(3)
     clean = torch.randint(0, 4, (length,), generator=draw)
     logits = torch.randn(length, 9, generator=draw).double()
@@ -184,15 +184,19 @@ def test_integrating_the_level_out_agrees_with_dense_quadrature(name):
         if name == "hybrid":
             noised = torch.where(torch.arange(length) < share * length / 2, 4, noised)
         noised = torch.where((noised == 4) & (name == "uniform"), 5, noised)
-        q = mixing.marginal(eye.expand(len(nodes), length, 9), nodes[:, None].expand(-1, length))
+        q = process.marginal(eye.expand(len(nodes), length, 9), nodes[:, None].expand(-1, length))
         q = q.gather(-1, noised.expand(len(nodes), length).unsqueeze(-1)).squeeze(-1).log().sum(-1)
         like = weights * torch.exp(q - q.max())
         many = len(nodes), length
         terms = gidd_objective(
-            logits.expand(*many, 9), clean.expand(many), noised.expand(many), nodes[:, None].expand(many), mixing=mixing
+            logits.expand(*many, 9),
+            clean.expand(many),
+            noised.expand(many),
+            nodes[:, None].expand(many),
+            mixing=process,
         )
         want = float((like * terms.loss.sum(-1)).sum() / (like * torch.sigmoid(nodes) * torch.sigmoid(-nodes)).sum())
-        assert copy_bounds(logits, clean, noised, None, mixing=mixing) == pytest.approx(want, rel=1e-9), share
+        assert copy_bounds(logits, clean, noised, None, process=process) == pytest.approx(want, rel=1e-9), share
 
 
 ITEMS = [Item((1, 2), (3, 5, 6)), Item((), (7,)), Item((8,), (1, 1, 1, 1)), Item((3,), ()), Item((2, 2, 2), (5, 6))]
@@ -206,11 +210,11 @@ def bigram(ids: Tensor, _prompts: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", NOISES)
 @pytest.mark.parametrize("context", [None, 12])
 def test_an_item_does_not_depend_on_its_batch_or_place(name, context):
-    mixing = HybridMixing(9, 4, NOISES[name])
+    process = HybridMixing(9, 4, NOISES[name])
 
     def measured(items, batch_rows):
         settings = BoundSettings(draws=8, batch_rows=batch_rows, context_length=context)
-        return bounds(items, bigram, mixing=mixing, settings=settings)
+        return bounds(items, bigram, process=process, settings=settings)
 
     together = measured(ITEMS, 7)
     assert together == measured(ITEMS, 1)
@@ -227,13 +231,13 @@ def test_a_filled_context_is_pure_noise_behind_the_completion():
         return bigram(ids, _prompts)
 
     settings = BoundSettings(draws=4, context_length=300)
-    bounds([ITEMS[0]], watch, mixing=HybridMixing(9, 4, NOISES["uniform"]), settings=settings)
+    bounds([ITEMS[0]], watch, process=HybridMixing(9, 4, NOISES["uniform"]), settings=settings)
     tail = seen[0][:, 5:]
     assert tail.shape[1] == 295
     assert not bool((tail == 4).any())
     assert np.bincount(tail[0].numpy(), minlength=9)[[0, 1, 2, 3, 5, 6, 7, 8]].min() > 15
     with pytest.raises(ValueError, match="an item has 5 tokens, more than the context of 4"):
-        bounds(ITEMS, bigram, mixing=HybridMixing(9, 4, 0.0), settings=BoundSettings(draws=4, context_length=4))
+        bounds(ITEMS, bigram, process=HybridMixing(9, 4, 0.0), settings=BoundSettings(draws=4, context_length=4))
 
 
 def test_an_autoregressive_model_is_measured_exactly():
@@ -287,8 +291,8 @@ def test_equal_items_are_measured_once_and_their_errors_add_as_one():
         return bigram(ids, _prompts)
 
     items = [ITEMS[0], ITEMS[1], ITEMS[0], ITEMS[0], ITEMS[3]]
-    mixing, settings = HybridMixing(9, 4, -1000.0), BoundSettings(draws=16, batch_rows=5)
-    found = bounds(items, watch, mixing=mixing, settings=settings, progress=read.append)
+    process, settings = HybridMixing(9, 4, -1000.0), BoundSettings(draws=16, batch_rows=5)
+    found = bounds(items, watch, process=process, settings=settings, progress=read.append)
     assert sum(len(ids) for ids in seen) == 2 * 16 == sum(read) == sequences_read(items, draws=16)
     assert found[0] == found[2] == found[3] != found[1]
     total = summed(items, dict(zip(items, found, strict=True)))
@@ -312,14 +316,14 @@ SPREAD = torch.tensor([0.8, -0.4, 9.0, 0.3, -1.1, 1.5, -2.0]).double()
 @cache
 def coverage(name: str, seeds: int, draws: int) -> dict[str, float]:
     """Return how often 1.96 standard errors hold the truth: of eight texts, one twenty times over, and a mixture."""
-    mixing, real = HybridMixing(7, 2, NOISES[name]), np.array([0, 1, 3, 4, 5, 6])
+    process, real = HybridMixing(7, 2, NOISES[name]), np.array([0, 1, 3, 4, 5, 6])
     log_p = SPREAD.masked_fill(torch.arange(7) == 2, -torch.inf).log_softmax(-1).numpy()
     hits = dict.fromkeys(WHICH, 0)
     for seed in range(seeds):
         draw = np.random.default_rng(seed)
         items = [Item((), tuple(real[draw.integers(0, 6, size=12)].tolist())) for _ in range(8)]
         settings = BoundSettings(draws=draws, seed=seed, batch_rows=1024)
-        measured = bounds(items, lambda ids, _: SPREAD.expand(*ids.shape, 7), mixing=mixing, settings=settings)
+        measured = bounds(items, lambda ids, _: SPREAD.expand(*ids.shape, 7), process=process, settings=settings)
         found = dict(zip(items, measured, strict=True))
         for kind, places in WHICH.items():
             total = summed([items[place] for place in places], found)

@@ -145,7 +145,11 @@ def test_the_presets_say_what_was_trained():
     config = load_config(PRESETS / "gidd.yaml", [*RUN, "optimizer.lr=0.3"], RunConfig)
     assert config.model.resid_factor == 4 / 18
     assert config.model.head_factor == 512 / 3072
-    assert (config.conditioning.independent, config.conditioning.prompt, config.conditioning.empty) == (0.2, 0.2, 0.0)
+    assert (config.conditioning.per_token_noise, config.conditioning.prompt, config.conditioning.pad_insertion) == (
+        0.2,
+        0.2,
+        0.0,
+    )
     assert (config.objective.reduction, config.objective.weighting) == ("sum", "surrogate")
     assert (config.optimizer.name, config.optimizer.clip_grad, config.optimizer.eps) == ("laprop", 0, 1e-8)
     assert config.precision.master_weights

@@ -51,5 +51,5 @@ def _logits(folder: Path, rows: list[tuple[int, torch.Tensor]]) -> list[Any]:
         for prompt, ids in rows:
             length = ids.shape[1] if model.is_autoregressive else prompt
             logits = model.chunks[0](ids, prompt_code(torch.full((len(ids),), length), is_causal=is_causal))
-            found.append(logits.transpose(0, 1)[..., : model.mixing.vocab_size].contiguous().numpy())
+            found.append(logits.transpose(0, 1)[..., : model.process.vocab_size].contiguous().numpy())
         return found

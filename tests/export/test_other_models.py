@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from megadiff.diffusion.time_mixing import TimeMixing
-from megadiff.diffusion.time_process import TimeProcess
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.export.export import export
 from tests.export.runs import rows_with_prompts, trained, trainer_logits
 
@@ -17,7 +17,7 @@ MODELS = {
     "plain block, causal prompts, time noise": {
         **{f"model__{key}": value for key, value in PLAIN.items()},
         "conditioning__prompt_attention": "causal",
-        "noise": {"form": "time", "p_uniform": 0.2},
+        "noise": {"process": "gidd_time", "p_uniform": 0.2},
     },
     "no norms of queries, sink without cap": {
         "model__qk_norm": "none",
@@ -70,7 +70,7 @@ def test_time_noise_is_found_again_from_its_levels(p_uniform, gamma):
     pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
     from megadiff.export.huggingface.generation_gidd import TimeNoise
 
-    ours, shipped = TimeMixing(260, 3, TimeProcess(p_uniform, gamma)), TimeNoise(260, 3, p_uniform, gamma)
+    ours, shipped = NoiseProcess(260, 3, GiddTime(p_uniform, gamma)), TimeNoise(260, 3, p_uniform, gamma)
     levels = torch.linspace(-12, 12, 49, dtype=torch.float64)
-    torch.testing.assert_close(shipped.u(levels), ours.u(levels), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(shipped.mask_share(levels), ours.mask_share(levels), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(shipped.uniform_prob(levels), ours.uniform_prob(levels), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(shipped.mask_prob(levels), ours.mask_prob(levels), rtol=1e-9, atol=1e-12)

@@ -17,10 +17,10 @@ import numpy as np
 
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows, evaluation_noise, noise_rows
-from megadiff.diffusion.snr import RATES, TimeRate
-from megadiff.diffusion.time_mixing import TimeMixing
-from megadiff.diffusion.time_process import TimeProcess
+from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
+from megadiff.diffusion.schedules import SCHEDULES
 
 FILE = Path(__file__).with_name("noise_hashes.json")
 TIME_FILE = Path(__file__).with_name("time_noise_hashes.json")
@@ -30,7 +30,14 @@ CONDITIONINGS = {
     "none": {},
     "as_released": {"preset": "as_released"},
     "as_described": {"preset": "as_described"},
-    "everything": {"independent": 0.3, "linear": 0.3, "prompt": 0.5, "infill": 0.5, "empty": 0.3, "max_fraction": 0.9},
+    "everything": {
+        "per_token_noise": 0.3,
+        "linear_noise": 0.3,
+        "prompt": 0.5,
+        "infilling": 0.5,
+        "pad_insertion": 0.3,
+        "max_fraction": 0.9,
+    },
 }
 
 
@@ -53,26 +60,25 @@ def make() -> dict[str, dict[str, str]]:
     for seed, first in ((0, 0), (1234, 5_000_000_000)):
         rows = np.arange(first, first + 16)
         for shift in SHIFTS:
-            mixing = HybridMixing(VOCAB, MASK, shift)
+            process = HybridMixing(VOCAB, MASK, shift)
             for name, settings in CONDITIONINGS.items():
                 noised = noise_rows(
                     clean_rows(rows),
                     seed=seed,
                     sample_index=rows,
-                    mixing=mixing,
+                    process=process,
                     conditioning=ConditioningConfig.model_validate(settings),
                     global_batch=24,
                     pad_id=PAD,
                 )
                 hashes[f"seed {seed}, rows {first}+16, shift {shift:g}, conditioning {name}"] = digest(noised)
     rows = np.arange(16)
-    mixing = HybridMixing(VOCAB, MASK, 0.0, 0.5)
-    for name, rate in RATES.items():
-        noised = noise_rows(clean_rows(rows), seed=0, sample_index=rows, mixing=mixing, rate=rate(), stratified=False)
+    process = HybridMixing(VOCAB, MASK, 0.0, 0.5)
+    for name, schedule in SCHEDULES.items():
+        drawn = process.with_schedule(schedule())
+        noised = noise_rows(clean_rows(rows), seed=0, sample_index=rows, process=drawn, stratified=False)
         hashes[f"scale 0.5, rate {name}, not stratified"] = digest(noised)
-        noised = evaluation_noise(
-            clean_rows(rows), seed=0, row_index=rows, level=3, num_levels=8, mixing=mixing, rate=rate()
-        )
+        noised = evaluation_noise(clean_rows(rows), seed=0, row_index=rows, level=3, num_levels=8, process=drawn)
         hashes[f"scale 0.5, rate {name}, evaluation level 3 of 8"] = digest(noised)
     return hashes
 
@@ -81,14 +87,13 @@ def make_time() -> dict[str, dict[str, str]]:
     """The same for the time form."""
     hashes, rows = {}, np.arange(16)
     for p_uniform, gamma in ((0.0, 1.0), (0.2, 1.0), (0.2, 0.5)):
-        process = TimeProcess(p_uniform, gamma)
+        law = GiddTime(p_uniform, gamma)
         for name, settings in CONDITIONINGS.items():
             noised = noise_rows(
                 clean_rows(rows),
                 seed=0,
                 sample_index=rows,
-                mixing=TimeMixing(VOCAB, MASK, process),
-                rate=TimeRate(process),
+                process=NoiseProcess(VOCAB, MASK, law, TimeSchedule(law)),
                 conditioning=ConditioningConfig.model_validate(settings),
                 global_batch=24,
                 pad_id=PAD,

@@ -31,8 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"reduction": "sum"},
         "conditioning": {
             "preset": "as_described",
-            "linear": 0.2,
-            "infill": 0.3,
+            "linear_noise": 0.2,
+            "infilling": 0.3,
             "prompt": 0.5,
             "prompt_attention": "causal",
             "max_fraction": 0.7,
@@ -50,14 +50,14 @@ CASES: dict[str, dict[str, Any]] = {
     "other": {
         "seed": 4,
         "model": {**SMALL, "qk_norm": "head"},
-        "noise": {"shift": 1.0, "rate": "cosine", "min_log_snr": -7, "max_log_snr": 6},
-        "objective": {"weighting": "elbo", "is_weight": 0.25, "stratified": False},
+        "noise": {"shift": 1.0, "schedule": "cosine", "min_log_snr": -7, "max_log_snr": 6},
+        "objective": {"weighting": "elbo", "itakura_saito_weight": 0.25, "stratified": False},
         "batch": {"global_sequences": 8, "micro_sequences": 4},
         "optimizer": {"name": "adamw", "lr": 0.003, "clip_grad": 0.05, "weight_decay": 0.1},
     },
     "time": {
         "model": SMALL,
-        "noise": {"form": "time", "p_uniform": 0.2, "gamma": 0.8},
+        "noise": {"process": "gidd_time", "p_uniform": 0.2, "gamma": 0.8},
         "objective": {"weighting": "dynamic"},
         "batch": {"global_sequences": 8, "micro_sequences": 4},
         "optimizer": {"name": "adamw", "lr": 0.003},

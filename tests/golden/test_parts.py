@@ -121,8 +121,8 @@ def likelihoods() -> dict[str, list[float]]:
     for noise, shift in SHIFTS.items():
         for estimator in ("counts", "levels"):
             settings = BoundSettings(draws=8, estimator=estimator, seed=3)
-            mixing = HybridMixing(VOCAB, MASK, shift)
-            result = bounds(items, lambda ids, _: table(ids), mixing=mixing, settings=settings)
+            process = HybridMixing(VOCAB, MASK, shift)
+            result = bounds(items, lambda ids, _: table(ids), process=process, settings=settings)
             found[f"{noise} {estimator}"] = [value for one in result for value in (one.nll, one.stderr)]
     return found
 
@@ -131,11 +131,11 @@ def likelihoods_in_context() -> dict[str, list[float]]:
     """Return estimates with the context filled with noise, and of texts with fewer sets of tokens than copies."""
     found = {}
     for noise, shift in SHIFTS.items():
-        mixing = HybridMixing(VOCAB, MASK, shift)
+        process = HybridMixing(VOCAB, MASK, shift)
         for what, draws, length in (("filled", 8, 12), ("short", 64, None)):
             items = [Item((4, 5), (6, 7, 8)), Item((), (9, 10, 2))]
             settings = BoundSettings(draws=draws, seed=3, context_length=length)
-            result = bounds(items, lambda ids, _: table(ids), mixing=mixing, settings=settings)
+            result = bounds(items, lambda ids, _: table(ids), process=process, settings=settings)
             found[f"{noise} {what}"] = [value for one in result for value in (one.nll, one.stderr)]
     return found
 

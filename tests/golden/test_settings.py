@@ -36,7 +36,13 @@ BASE: dict[str, Any] = {
         "vocab_multiple": 8,
     },
     "noise": {},
-    "conditioning": {"independent": 0.25, "linear": 0.25, "prompt": 0.4, "infill": 0.4, "empty": 0.2},
+    "conditioning": {
+        "per_token_noise": 0.25,
+        "linear_noise": 0.25,
+        "prompt": 0.4,
+        "infilling": 0.4,
+        "pad_insertion": 0.2,
+    },
     "batch": {"global_sequences": 8, "micro_sequences": 8},
     "optimizer": {"name": "adamw", "lr": 0.01, "eps": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5},
     "schedule": {"steps": 4, "warmup_steps": 1, "cooldown": 3},
@@ -65,23 +71,23 @@ SETTINGS: tuple[str, ...] = (
     "noise.scale=0.5",
     "noise.min_log_snr=-11",
     "noise.max_log_snr=10",
-    "noise.rate=cosine",
-    "noise.rate=uniform",
-    "noise.form=time noise.p_uniform=0.2",
-    "noise.form=time noise.p_uniform=0.2 noise.gamma=0.5",
-    "noise.form=time noise.p_uniform=0.2 noise.time_eps=0.01",
+    "noise.schedule=cosine",
+    "noise.schedule=uniform",
+    "noise.process=gidd_time noise.p_uniform=0.2",
+    "noise.process=gidd_time noise.p_uniform=0.2 noise.gamma=0.5",
+    "noise.process=gidd_time noise.p_uniform=0.2 noise.time_eps=0.01",
     "objective.name=ar",
     "objective.weighting=elbo",
-    "objective.is_weight=0.25",
+    "objective.itakura_saito_weight=0.25",
     "objective.reduction=sum",
     "objective.stratified=false",
-    "conditioning.independent=0.5",
-    "conditioning.linear=0.75",
+    "conditioning.per_token_noise=0.5",
+    "conditioning.linear_noise=0.75",
     "conditioning.prompt=0.9",
-    "conditioning.infill=0.9",
+    "conditioning.infilling=0.9",
     "conditioning.max_fraction=0.5",
-    "conditioning.empty=0.4",
-    "conditioning.empty_law=released",
+    "conditioning.pad_insertion=0.4",
+    "conditioning.pad_insertion_law=released",
     "conditioning.prompt_attention=causal",
     "batch.global_sequences=16",
     "batch.global_sequences=24 batch.ramp.start=8 batch.ramp.increment=8 batch.ramp.every_steps=1",
@@ -129,7 +135,7 @@ def base_tree(folder: Path) -> dict[str, Any]:
 
 def is_evaluated(setting: str) -> bool:
     """Whether a run measures a held-out bound; only those do whose bound says more than their training lines."""
-    return setting == "" or setting.startswith(("eval.", "noise.m", "noise.form", "objective.name"))
+    return setting == "" or setting.startswith(("eval.", "noise.m", "noise.process", "objective.name"))
 
 
 def described(tree: dict[str, Any], setting: str, folder: Path, number: int) -> RunConfig:

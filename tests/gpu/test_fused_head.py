@@ -62,7 +62,7 @@ def test_every_branch_of_the_objective_equals_the_plain_head(mix, dtype, kernels
 def large(mixing_name: str, dtype: torch.dtype, tokens: int = 96) -> tuple[Case, Formula]:
     from megadiff.diffusion.mixing import HybridMixing
 
-    mixing = HybridMixing(LARGE_VOCAB, MASK, {"masked": -1000.0, "balanced": 0.0, "uniform": 1000.0}[mixing_name])
+    process = HybridMixing(LARGE_VOCAB, MASK, {"masked": -1000.0, "balanced": 0.0, "uniform": 1000.0}[mixing_name])
     g = torch.Generator("cuda").manual_seed(4)
     hidden = torch.randn(tokens, WIDTH, generator=g, device="cuda").to(dtype)
     weight = (torch.randn(LARGE_VOCAB, WIDTH, generator=g, device="cuda") * 2 * WIDTH**-0.5).to(dtype)
@@ -71,13 +71,13 @@ def large(mixing_name: str, dtype: torch.dtype, tokens: int = 96) -> tuple[Case,
     noised[::2] = clean.flip(0)[::2] if mixing_name == "uniform" else MASK
     noised[1::4] = clean.flip(0)[1::4] if mixing_name != "masked" else MASK
     log_snr = torch.linspace(-8, 8, tokens, device="cuda")
-    return Case(hidden, weight, HeadTokens(clean, noised, log_snr)), Formula(mixing)
+    return Case(hidden, weight, HeadTokens(clean, noised, log_snr)), Formula(process)
 
 
 def answered(head, question: Case, formula: Formula, **kwargs) -> tuple[HeadLoss, torch.Tensor, torch.Tensor]:
     hidden, weight = question.hidden.detach().requires_grad_(), question.weight.detach().requires_grad_()
     tokens = question.tokens
-    if formula.mixing.is_masked_limit:
+    if formula.process.is_masked_limit:
         tokens = replace(tokens, computed=(tokens.noised == MASK).nonzero().squeeze(-1))
     answer = head(hidden, weight, tokens, formula, **kwargs)
     answer.loss.backward()

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megadiff.diffusion.config import WEIGHTINGS, objective_config
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.snr import TimeRate, UniformRate
-from megadiff.diffusion.time_process import TimeProcess
+from megadiff.diffusion.objective import build_weighting
+from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
+from megadiff.diffusion.schedules import UniformSchedule
 from megadiff.errors import ConfigError
 from megadiff.kernels.chunk_passes import TorchPasses
 from megadiff.kernels.fused_head import fused_objective
@@ -74,11 +76,11 @@ def test_a_vocabulary_cut_over_ranks_changes_neither_value_nor_gradient(head, ra
     for index, (mix, dtype, _) in enumerate(SHARDED):
         answers = [results[index] for results in by_rank]
         for other in answers[1:]:
-            assert all((a == b).all() for a, b in zip(answers[0][:6], other[:6], strict=True)), "ranks disagree"
+            assert all((a == b).all() for a, b in zip(answers[0][:7], other[:7], strict=True)), "ranks disagree"
         want = asked(plain_objective, mix, case(mix, dtype, width))
-        loss, *terms = (torch.from_numpy(np.asarray(value)) for value in answers[0][:6])
-        hidden = torch.from_numpy(sum(answer[6] for answer in answers))
-        weight = torch.from_numpy(np.concatenate([answer[7] for answer in answers]))
+        loss, *terms = (torch.from_numpy(np.asarray(value)) for value in answers[0][:7])
+        hidden = torch.from_numpy(sum(answer[7] for answer in answers))
+        weight = torch.from_numpy(np.concatenate([answer[8] for answer in answers]))
         got = HeadLoss(loss, type(want[0].terms)(*terms))
         expected = HeadLoss(want[0].loss.double(), type(want[0].terms)(*(term.double() for term in want[0].terms)))
         close((got, hidden, weight), (expected, want[1].double(), want[2].double()), dtype)
@@ -98,7 +100,7 @@ def test_any_noise_any_level_any_sharpness(shift, scale, size, log_snr, seed):
     drawn = case("shift 0", torch.float64, seed=seed)
     hidden = drawn.hidden / drawn.hidden.norm(dim=-1, keepdim=True) * size
     tokens = replace(drawn.tokens, log_snr=torch.full_like(drawn.tokens.log_snr, log_snr))
-    if formula.mixing.is_uniform_limit:
+    if formula.process.is_uniform_limit:
         tokens = replace(tokens, noised=torch.where(tokens.noised == MASK, tokens.clean, tokens.noised))
     single = Case(hidden.float(), drawn.weight.float(), tokens)
     double = Case(single.hidden.double(), single.weight.double(), tokens)
@@ -135,10 +137,13 @@ def test_a_batch_without_a_masked_token_gives_zero_and_zero_gradients(head):
     assert all(float(part.abs().sum()) == 0 for part in (*answer.terms, hidden, weight))
 
 
-@pytest.mark.parametrize("weighting", ["elbo", "dynamic"])
-@pytest.mark.parametrize("mix", ["time", "masked time"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS.names())
+@pytest.mark.parametrize("mix", ["time", "masked time", "shift 0"])
 def test_every_weighting_is_optimised_as_in_the_reference(mix, weighting):
-    formula = Formula(MIXES[mix], rate=TimeRate(TimeProcess(0.3)), weighting=weighting)
+    if weighting == "dynamic" and "time" not in mix:
+        pytest.skip("dynamic weights are those of gidd_time alone")
+    process = MIXES[mix].with_schedule(TimeSchedule(GiddTime(0.3)))
+    formula = Formula(process, build_weighting(objective_config(weighting=weighting)))
     question = case(mix, torch.float64)
     got = asked(fused_objective, mix, question, formula=formula, chunk_tokens=7)
     want = asked(plain_objective, mix, question, formula=formula)
@@ -147,22 +152,19 @@ def test_every_weighting_is_optimised_as_in_the_reference(mix, weighting):
         torch.testing.assert_close(made, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_rate_and_is_weight_reach_their_terms():
-    formula = Formula(MIXES["shift 0"], rate=UniformRate(-9, 9), is_weight=0.3)
+def test_schedule_and_itakura_saito_weight_reach_their_terms():
+    weighting = build_weighting(objective_config(itakura_saito_weight=0.3))
+    formula = Formula(MIXES["shift 0"].with_schedule(UniformSchedule(-9, 9)), weighting)
     question = case("shift 0", torch.float64)
     got, want = (asked(head, "shift 0", question, formula=formula) for head in (fused_objective, plain_objective))
     for a, b in zip(got[0].terms, want[0].terms, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
-def test_a_weighting_that_is_not_is_refused():
-    question = case("shift 0", torch.float32)
-    for weighting, error, text in (
-        ("dynamic", ConfigError, "dynamic is defined by the time form alone"),
-        ("none", ValueError, "weighting must be one of surrogate, elbo, dynamic, got 'none'"),
-    ):
-        with pytest.raises((error, KeyError), match=text):
-            fused_objective(*question, Formula(MIXES["shift 0"], weighting=weighting))  # type: ignore[arg-type]
+def test_a_weighting_that_the_noise_does_not_have_is_refused():
+    question, dynamic = case("shift 0", torch.float32), build_weighting(objective_config(weighting="dynamic"))
+    with pytest.raises(ConfigError, match=r"dynamic, which is defined by the process gidd_time alone .* is GiddSnr"):
+        fused_objective(*question, Formula(MIXES["shift 0"], dynamic))
 
 
 def test_leading_axes_in_any_order_are_kept():
@@ -222,7 +224,7 @@ def test_wrong_shapes_and_chunks_are_refused():
 def test_only_tokens_that_can_have_a_loss_are_worth_computing():
     noised, is_noisy = torch.tensor([[5, 1], [5, 5]]), torch.tensor([[True, True], [False, True]])
     masked, hybrid = MIXES["shift -1000"], MIXES["shift 0"]
-    found = [worth_computing(noised, is_noisy, mixing) for mixing in (masked, hybrid)]
+    found = [worth_computing(noised, is_noisy, process) for process in (masked, hybrid)]
     assert [None if places is None else places.tolist() for places in found] == [[0, 3], [0, 1, 3]]
     assert worth_computing(noised, torch.ones_like(is_noisy), hybrid) is None
 
@@ -248,12 +250,12 @@ def test_memory_grows_with_the_chunk_and_not_with_the_logits(shift):
     tokens, width, chunk = 512, 256, 16
     hidden, weight = torch.randn(tokens, 8, requires_grad=True), torch.randn(width, 8, requires_grad=True)
     ids = torch.randint(4, width, (tokens,))
-    mixing = HybridMixing(width, 3, shift)
+    process = HybridMixing(width, 3, shift)
     noised = torch.where(torch.rand(tokens) < 0.5, 3, ids)
-    computed = worth_computing(noised, torch.ones(tokens, dtype=torch.bool), mixing)
+    computed = worth_computing(noised, torch.ones(tokens, dtype=torch.bool), process)
     question = HeadTokens(ids, noised, torch.zeros(tokens), computed)
     with Shapes() as seen:
-        fused_objective(hidden, weight, question, Formula(mixing), chunk_tokens=chunk).loss.backward()
+        fused_objective(hidden, weight, question, Formula(process), chunk_tokens=chunk).loss.backward()
     assert max(np.prod(shape) for shape in seen.made) <= max(chunk * width, tokens * 8, width * 8)
 
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
-from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.config import ConditioningConfig, noise_config
+from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import noise_rows
-from megadiff.diffusion.snr import rate_from
 from megadiff.parallel.config import Layout
 from megadiff.parallel.row_report import metrics_of
 from megadiff.platform.quiet import quiet
@@ -28,13 +27,17 @@ LOGITS = torch.linspace(-1.0, 1.0, VOCAB, dtype=torch.float64)
 ENDS = {"min_log_snr": -4.0, "max_log_snr": 4.0}
 """Near ends: the mass that a schedule loses beyond them is 4 % (linear) and 17 % (cosine), and weights stay small."""
 NOISES: dict[str, dict] = {
-    "linear": {"rate": "linear", **ENDS},
-    "cosine": {"rate": "cosine", **ENDS},
-    "uniform in log-SNR": {"rate": "uniform", **ENDS},
-    "lopsided cosine": {"rate": "cosine", "min_log_snr": -4.0, "max_log_snr": 2.0},
-    "time": {"form": "time", "p_uniform": 0.3, "time_eps": 0.02},
+    "linear": {"schedule": "linear", **ENDS},
+    "cosine": {"schedule": "cosine", **ENDS},
+    "uniform in log-SNR": {"schedule": "uniform", **ENDS},
+    "lopsided cosine": {"schedule": "cosine", "min_log_snr": -4.0, "max_log_snr": 2.0},
+    "time": {"process": "gidd_time", "p_uniform": 0.3, "time_eps": 0.02},
 }
-CONDITIONINGS: dict[str, dict] = {"isotropic": {}, "independent": {"independent": 1.0}, "rising": {"linear": 1.0}}
+CONDITIONINGS: dict[str, dict] = {
+    "isotropic": {},
+    "independent": {"per_token_noise": 1.0},
+    "rising": {"linear_noise": 1.0},
+}
 CASES = [
     *((noise, "isotropic") for noise in NOISES),
     *((noise, "independent") for noise in ("cosine", "uniform in log-SNR")),
@@ -49,14 +52,13 @@ def _printed(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[dict]]:
     hidden, weight = torch.ones(LENGTH, BATCH, 1), LOGITS.float()[:, None]
     found = {}
     for noise, conditioning in cases:
-        config = NoiseConfig.model_validate(NOISES[noise])
-        mixing, rate = mixing_from(config, vocab_size=VOCAB, mask_id=MASK), rate_from(config)
-        objective = DiffusionObjective(mixing, topology, rate, ObjectiveConfig())
+        process = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
+        objective = DiffusionObjective(process, topology)
         lines = []
         for batch in range(BATCHES):  # independent ones
             first = batch * BATCH
             rows = noise_rows(
-                clean, seed=7, sample_index=np.arange(first, first + BATCH), mixing=mixing, rate=rate,
+                clean, seed=7, sample_index=np.arange(first, first + BATCH), process=process,
                 conditioning=ConditioningConfig.model_validate(CONDITIONINGS[conditioning]), global_batch=BATCH,
             )  # fmt: skip
             placed = objective.place(rows, torch.device("cpu"))
@@ -74,17 +76,17 @@ def printed():
 @cache
 def by_quadrature(noise: str) -> float:
     """The integral over the schedule's own interval, divided by the linear schedule's mass on it; float64."""
-    config = NoiseConfig.model_validate(NOISES[noise])
-    mixing, rate = mixing_from(config, vocab_size=VOCAB, mask_id=MASK), rate_from(config)
-    nodes, weights = gauss(rate.min_log_snr, rate.max_log_snr)
+    process = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
+    schedule = process.schedule
+    nodes, weights = gauss(schedule.min_log_snr, schedule.max_log_snr)
     clean = np.random.default_rng(0).choice(np.delete(np.arange(VOCAB), MASK), size=(BATCH, LENGTH))
     share = np.bincount(clean.ravel(), minlength=VOCAB) / clean.size
     total = 0.0
     for x in range(VOCAB):
         if x != MASK:
-            terms, q = over_z(LOGITS, x, nodes, mixing)
+            terms, q = over_z(LOGITS, x, nodes, process)
             total += share[x] * float((weights * (q * terms.loss).sum(-1)).sum())
-    ends = [1.0 / (1.0 + math.exp(-end)) for end in (rate.min_log_snr, rate.max_log_snr)]
+    ends = [1.0 / (1.0 + math.exp(-end)) for end in (schedule.min_log_snr, schedule.max_log_snr)]
     return total / (ends[1] - ends[0])
 
 
@@ -108,4 +110,4 @@ def test_schedules_on_one_interval_agree():
 def test_what_is_minimised_does_not_depend_on_how_the_elbo_is_reported(printed, conditioning):
     """`loss` is w (KL + IS) itself: for the linear schedule its mean is an integral against alpha beta."""
     line = printed["linear", conditioning][0]
-    assert line["loss"] == pytest.approx(line["kl"] + line["is"], rel=1e-6)
+    assert line["loss"] == pytest.approx(line["kl"] + line["itakura_saito"], rel=1e-6)

@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from megadiff.diffusion.conditioning import Levels
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig
-from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.conditioning import NoisePattern
+from megadiff.diffusion.config import ConditioningConfig, noise_config
+from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.objective import Terms
-from megadiff.diffusion.snr import LINEAR
 from megadiff.parallel.row_report import BIN_EDGES, SIZE, has_finite_loss, mean_loss, metrics_of, report_sums
 
 ROWS, LENGTH = 24, 40
-CONDITIONING = ConditioningConfig(independent=0.3, linear=0.2, prompt=0.3, infill=0.3, empty=0.4)
+CONDITIONING = ConditioningConfig(per_token_noise=0.3, linear_noise=0.2, prompt=0.3, infilling=0.3, pad_insertion=0.4)
 
 
 def noised(conditioning: ConditioningConfig) -> NoisedRows:
@@ -25,8 +24,7 @@ def noised(conditioning: ConditioningConfig) -> NoisedRows:
         np.random.default_rng(0).integers(4, 260, (ROWS, LENGTH)),
         seed=1,
         sample_index=np.arange(ROWS),
-        mixing=mixing_from(NoiseConfig(shift="balanced"), vocab_size=260, mask_id=3),
-        rate=LINEAR,
+        process=build_process(noise_config(shift="balanced"), vocab_size=260, mask_id=3),
         conditioning=conditioning,
         stratified=True,
         global_batch=ROWS,
@@ -37,33 +35,43 @@ def noised(conditioning: ConditioningConfig) -> NoisedRows:
 
 def drawn_terms(rows: NoisedRows) -> Terms:
     draw = torch.Generator().manual_seed(2)
-    return Terms(*(torch.rand(LENGTH, ROWS, generator=draw) * rows.is_noisy.t() for _ in range(5)))
+    return Terms(*(torch.rand(LENGTH, ROWS, generator=draw) * rows.is_noisy.t() for _ in Terms._fields))
 
 
 def one_by_one(terms: Terms, rows: NoisedRows) -> dict[str, float]:
     """Sums by name, in Python's own floats."""
-    names = [*("loss", "elbo", "kl", "is", "mean_weight"), *("isotropic", "anisotropic", "conditioned"), "noisy"]
+    names = [
+        *("loss", "elbo", "kl", "itakura_saito", "mean_weight"),
+        *("isotropic", "anisotropic", "conditioned"),
+        "noisy",
+    ]
     sums = dict.fromkeys([*names, "isotropic/tokens", "anisotropic/tokens", "conditioned/tokens"], 0.0)
     sums |= {f"share_{name}": 0.0 for name in ("independent", "linear", "prompted", "infilled", "empty")}
     sums |= {f"bin{i}{what}": 0.0 for i in range(len(BIN_EDGES) - 1) for what in ("", "/tokens")}
     for b in range(ROWS):
         is_kept, is_prompted = not bool(rows.is_noisy[b].all()), int(rows.prompt_length[b]) > 0
-        kind = "isotropic" if int(rows.levels[b]) == Levels.ISOTROPIC else "anisotropic"
+        kind = "isotropic" if int(rows.levels[b]) == NoisePattern.ISOTROPIC else "anisotropic"
         kind = "conditioned" if is_kept else kind
-        sums["share_independent"] += int(rows.levels[b]) == Levels.INDEPENDENT
-        sums["share_linear"] += int(rows.levels[b]) == Levels.LINEAR
+        sums["share_independent"] += int(rows.levels[b]) == NoisePattern.PER_TOKEN
+        sums["share_linear"] += int(rows.levels[b]) == NoisePattern.LINEAR
         sums["share_prompted"] += is_prompted
         sums["share_infilled"] += is_kept and not is_prompted
         for t in range(LENGTH):
             sums["share_empty"] += t > 0 and int(rows.source[b, t]) == int(rows.source[b, t - 1])
             if not bool(rows.is_noisy[b, t]):
                 continue
-            loss, elbo, kl, is_div, weight = (float(term[t, b]) for term in terms)
-            values = {"loss": loss, "elbo": elbo, "kl": weight * kl, "is": weight * is_div, "mean_weight": weight}
+            loss, elbo, kl, divergence, weight, _ = (float(term[t, b]) for term in terms)
+            values = {
+                "loss": loss,
+                "elbo": elbo,
+                "kl": weight * kl,
+                "itakura_saito": weight * divergence,
+                "mean_weight": weight,
+            }
             level = float(rows.log_snr[b, t])
             index = sum(level >= edge for edge in BIN_EDGES[1:-1])
             values |= {kind: elbo, f"{kind}/tokens": 1, "noisy": 1}
-            values |= {f"bin{index}": weight * (kl + is_div), f"bin{index}/tokens": 1}
+            values |= {f"bin{index}": weight * (kl + divergence), f"bin{index}/tokens": 1}
             for name, value in values.items():
                 sums[name] += value
     return sums
@@ -74,7 +82,7 @@ def test_metrics_are_those_of_tokens_summed_one_by_one(conditioning):
     rows = noised(conditioning)
     terms = drawn_terms(rows)
     sums, found = one_by_one(terms, rows), metrics_of(report_sums(terms, rows).tolist())
-    for name in ("loss", "elbo", "kl", "is", "mean_weight"):
+    for name in ("loss", "elbo", "kl", "itakura_saito", "mean_weight"):
         assert found[name] == pytest.approx(sums[name] / sums["noisy"], rel=1e-6)
     assert found["noisy_tokens"] == sums["noisy"]
     bins = [
@@ -110,7 +118,7 @@ def test_reports_of_two_halves_add_up_to_that_of_the_whole():
 
 def test_a_level_on_an_edge_belongs_to_the_bin_above():
     rows = noised(ConditioningConfig())
-    terms = Terms(*(torch.ones(LENGTH, ROWS) for _ in range(5)))
+    terms = Terms(*(torch.ones(LENGTH, ROWS) for _ in Terms._fields))
     for level, low in ((-6.0, -6.0), (-6.0001, -9.0), (0.0, 0.0), (8.9, 6.0), (12.0, 6.0), (-20.0, -9.0)):
         moved = rows._replace(log_snr=torch.full_like(rows.log_snr, level))
         assert [entry[0] for entry in metrics_of(report_sums(terms, moved).tolist())["loss_by_log_snr"]] == [low]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megadiff.diffusion import snr
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.sampling.ancestral import level_grid, prior, reverse_posterior, reverse_step, sample
 from megadiff.sampling.prediction import Prediction, predict
 from tests.diffusion.dense import LOGITS, bounds, f64, integral
@@ -34,9 +35,9 @@ def test_golden_reverse_steps(b, z, want):
 @given(b=st.floats(-12, 12), a=st.floats(0.05, 1), t=st.floats(-9, 9), gap=st.floats(0.01, 6))
 def test_a_reverse_step_undoes_the_forward_one(b, a, t, gap):
     """Sum over z_t of q_t(p)[z_t] p(z_s | z_t) is q_s(p): with the hybrid scale in its place too."""
-    mixing, s = HybridMixing(5, 3, b, a), t + gap
-    at_t, at_s = mixing.marginal(P[None], f64(t))[0], mixing.marginal(P[None], f64(s))[0]
-    back = reverse_posterior(P.expand(5, 5), torch.arange(5), t, s, mixing=mixing)
+    process, s = HybridMixing(5, 3, b, a), t + gap
+    at_t, at_s = process.marginal(P[None], f64(t))[0], process.marginal(P[None], f64(s))[0]
+    back = reverse_posterior(P.expand(5, 5), torch.arange(5), t, s, mixing=process)
     torch.testing.assert_close(at_t @ back, at_s, rtol=1e-9, atol=1e-12)
 
 
@@ -53,28 +54,28 @@ def test_the_discrete_bound_converges_to_the_integral_of_the_objective(row):
     from tests.diffusion.dense import gauss, over_z
 
     b, a, *sums, limit = row
-    mixing, x = HybridMixing(5, 3, b, a), torch.eye(5).double()[2]
+    process, x = HybridMixing(5, 3, b, a), torch.eye(5).double()[2]
     for count, want in zip((200, 2000, 20000), sums, strict=True):
         levels = torch.linspace(-9, 9, count + 1, dtype=torch.float64)
         at_t, at_s = levels[:-1], levels[1:]
         p = moving_prediction(at_t).masked_fill(torch.arange(5) == 3, -torch.inf).softmax(-1)
         z = torch.arange(5).expand(count, 5)
         t, s = at_t[:, None].expand(count, 5), at_s[:, None].expand(count, 5)
-        true = reverse_posterior(x.expand(count, 5, 5), z, t, s, mixing=mixing)
-        model = reverse_posterior(p, z, t, s, mixing=mixing)
+        true = reverse_posterior(x.expand(count, 5, 5), z, t, s, mixing=process)
+        model = reverse_posterior(p, z, t, s, mixing=process)
         ratio = torch.where(true > 0, true.clamp(min=1e-300) / model.clamp(min=1e-300), 1.0)
         kl = (true * torch.log(ratio)).sum(-1)
-        q = mixing.marginal(x.expand(count, 5), at_t)
+        q = process.marginal(x.expand(count, 5), at_t)
         assert float((q * kl).sum()) == pytest.approx(want, abs=5.1e-8), count
     nodes, weights = gauss(-9, 9)
-    terms, q = over_z(moving_prediction(nodes), 2, nodes, mixing)
+    terms, q = over_z(moving_prediction(nodes), 2, nodes, process)
     assert float((weights * (q * terms.loss).sum(-1)).sum()) == pytest.approx(limit, abs=5.1e-8)
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_draws_follow_the_posterior(shift):
     """The mixture a step draws from is the posterior, for every z_t."""
-    mixing, count = HybridMixing(5, 3, shift), 40000
+    process, count = HybridMixing(5, 3, shift), 40000
     g = torch.Generator().manual_seed(0)
     for z in range(5):
         if shift == 1000 and z == 3:
@@ -82,8 +83,8 @@ def test_draws_follow_the_posterior(shift):
         ids = torch.full((1, count), z)
         prediction = Prediction(P.expand(1, count, 5))
         uniforms = torch.rand(3, 1, count, generator=g, dtype=torch.float64)
-        drawn = reverse_step(prediction, ids, -1.0, 1.0, uniforms, mixing=mixing)
-        want = reverse_posterior(P[None], torch.tensor([z]), -1.0, 1.0, mixing=mixing)[0].numpy() * count
+        drawn = reverse_step(prediction, ids, -1.0, 1.0, uniforms, process=process)
+        want = reverse_posterior(P[None], torch.tensor([z]), -1.0, 1.0, mixing=process)[0].numpy() * count
         seen = np.bincount(drawn[0].numpy(), minlength=5)
         assert (seen[want == 0] == 0).all()
         if (want > 0).sum() > 1:
@@ -93,14 +94,14 @@ def test_draws_follow_the_posterior(shift):
 class TwoTokens:
     """The exact denoiser of two correlated tokens: P(x_i | z of the other), at the level `sample` says it is at."""
 
-    def __init__(self, mixing: HybridMixing) -> None:
-        self.mixing, self.log_snr = mixing, f64(0.0)
+    def __init__(self, process: NoiseProcess) -> None:
+        self.process, self.log_snr = process, f64(0.0)
 
     def on_step(self, _step: int, log_snr: float, _ids: Tensor) -> None:
         self.log_snr = torch.tensor(log_snr, dtype=torch.float64)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        noise = snr.beta(self.log_snr) * self.mixing.pi_at(self.log_snr, ids)
+        noise = snr.beta(self.log_snr) * self.process.pi_at(self.log_snr, ids)
         like = noise.unsqueeze(-1) + snr.alpha(self.log_snr) * (ids.unsqueeze(-1) == torch.arange(3))
         logits = torch.stack([like[:, 1] @ JOINT.T, like[:, 0] @ JOINT], dim=1).log()
         return torch.nn.functional.pad(logits, (0, 1))
@@ -108,10 +109,10 @@ class TwoTokens:
 
 @pytest.mark.parametrize(("shift", "grid"), [(-1000.0, "cosine"), (0.0, "cosine"), (1000.0, "linear")])
 def test_with_an_exact_denoiser_the_samples_have_the_true_joint(shift, grid):
-    mixing, rows = HybridMixing(4, 3, shift), 5000
-    toy = TwoTokens(mixing)
+    process, rows = HybridMixing(4, 3, shift), 5000
+    toy = TwoTokens(process)
     kwargs = {"rows": rows, "length": 2, "steps": 300, "grid": grid, "seed": 1, "reuse_logits": False}
-    ids = sample(toy, mixing=mixing, on_step=toy.on_step, **kwargs)
+    ids = sample(toy, process=process, on_step=toy.on_step, **kwargs)
     seen = np.bincount((ids[:, 0] * 3 + ids[:, 1]).numpy(), minlength=9)
     assert stats.chisquare(seen, JOINT.numpy().ravel() * rows).pvalue > 1e-3
 
@@ -125,8 +126,8 @@ def bigram(ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.3, "temperature": 0.7}])
 def test_a_row_does_not_depend_on_its_batch(shift, options):
-    mixing = HybridMixing(9, 4, shift)
-    kwargs = {"length": 12, "steps": 10, "mixing": mixing, "seed": 3, **options}
+    process = HybridMixing(9, 4, shift)
+    kwargs = {"length": 12, "steps": 10, "process": process, "seed": 3, **options}
     whole = sample(bigram, rows=6, **kwargs)
     assert torch.equal(whole, sample(bigram, rows=6, **kwargs))
     order = torch.tensor([4, 1, 5])
@@ -139,10 +140,10 @@ def test_a_row_does_not_depend_on_its_batch(shift, options):
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_prompts_stay_and_holes_are_filled(shift):
-    mixing = HybridMixing(9, 4, shift)
+    process = HybridMixing(9, 4, shift)
     prompt = torch.tensor([[1, 2, 3, -1, 5], [8, -1, -1, 7, 6]])
     states: list[Tensor] = []
-    kwargs = {"rows": 2, "length": 8, "steps": 6, "mixing": mixing, "seed": 0, "prompt": prompt}
+    kwargs = {"rows": 2, "length": 8, "steps": 6, "process": process, "seed": 0, "prompt": prompt}
     ids = sample(bigram, on_step=lambda _k, _lam, z: states.append(z.clone()), **kwargs)
     given_ids = prompt >= 0
     for state in states:
@@ -160,31 +161,31 @@ def test_the_model_is_called_once_a_step_and_not_where_nothing_changed():
         return bigram(ids)
 
     masked = HybridMixing(9, 4, -1000.0)
-    sample(count, rows=1, length=2, steps=200, mixing=masked, seed=0)
+    sample(count, rows=1, length=2, steps=200, process=masked, seed=0)
     assert len(calls) <= 4  # at the start, and after each of two tokens appears
     calls.clear()
-    sample(count, rows=1, length=2, steps=20, mixing=masked, seed=0, reuse_logits=False)
+    sample(count, rows=1, length=2, steps=20, process=masked, seed=0, reuse_logits=False)
     assert len(calls) in (20, 21)
 
 
 def test_a_revealed_token_that_is_truncated_away_stays_and_gives_no_nan():
     """The released sampler divides 0 by 0 here: temperature 0 puts nothing on the token already there."""
-    mixing = HybridMixing(5, 3, -1000.0)
+    process = HybridMixing(5, 3, -1000.0)
     sure = torch.eye(5).double()[1].expand(1, 5, 5)
-    back = reverse_posterior(sure, torch.arange(5)[None], -1.0, 1.0, mixing=mixing)
+    back = reverse_posterior(sure, torch.arange(5)[None], -1.0, 1.0, mixing=process)
     assert bool(back.isfinite().all())
     torch.testing.assert_close(back.sum(-1), torch.ones(1, 5).double())
     assert back[0].argmax(-1).tolist()[:3] == [0, 1, 2]
-    drawn = reverse_step(Prediction(sure), torch.arange(5)[None], -1.0, 1.0, torch.rand(3, 1, 5), mixing=mixing)
+    drawn = reverse_step(Prediction(sure), torch.arange(5)[None], -1.0, 1.0, torch.rand(3, 1, 5), process=process)
     assert drawn[0, [0, 1, 2, 4]].tolist() == [0, 1, 2, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_posteriors_are_distributions_at_both_ends_of_the_levels(shift, dtype):
-    mixing = HybridMixing(5, 3, shift)
+    process = HybridMixing(5, 3, shift)
     for t, s in ((-9.0, -9.0), (-9.0, 9.0), (8.99, 9.0), (-9.0, -8.99)):
-        back = reverse_posterior(P.to(dtype).expand(5, 5), torch.arange(5), t, s, mixing=mixing)
+        back = reverse_posterior(P.to(dtype).expand(5, 5), torch.arange(5), t, s, mixing=process)
         assert back.dtype == dtype
         assert bool((back >= 0).all())
         torch.testing.assert_close(back.sum(-1), torch.ones(5, dtype=dtype))
@@ -192,12 +193,12 @@ def test_posteriors_are_distributions_at_both_ends_of_the_levels(shift, dtype):
 
 def test_the_prior_is_real_tokens_alone_under_uniform_noise_and_masks_alone_under_masked():
     rows = torch.arange(50)
-    uniform = prior(rows, 400, -9.0, mixing=HybridMixing(9, 4, 1000), seed=0)
+    uniform = prior(rows, 400, -9.0, process=HybridMixing(9, 4, 1000), seed=0)
     counts = np.bincount(uniform.numpy().ravel(), minlength=9)
     assert counts[4] == 0
     assert stats.chisquare(np.delete(counts, 4)).pvalue > 1e-3
-    assert bool((prior(rows, 400, -9.0, mixing=HybridMixing(9, 4, -1000), seed=0) == 4).all())
-    half = prior(rows, 400, 0.0, mixing=HybridMixing(9, 4, 0), seed=0)
+    assert bool((prior(rows, 400, -9.0, process=HybridMixing(9, 4, -1000), seed=0) == 4).all())
+    half = prior(rows, 400, 0.0, process=HybridMixing(9, 4, 0), seed=0)
     assert float((half == 4).float().mean()) == pytest.approx(0.5, abs=0.02)
 
 
@@ -216,13 +217,13 @@ def test_the_grid_runs_from_end_to_end_without_losing_a_step(grid):
 def test_no_global_generator_is_touched():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    sample(bigram, rows=1, length=3, steps=2, mixing=HybridMixing(9, 4, 0.0), seed=0)
+    sample(bigram, rows=1, length=3, steps=2, process=HybridMixing(9, 4, 0.0), seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_arguments_that_do_not_fit_are_refused():
-    mixing = HybridMixing(9, 4, 0.0)
-    kwargs = {"rows": 2, "length": 3, "steps": 2, "mixing": mixing, "seed": 0}
+    process = HybridMixing(9, 4, 0.0)
+    kwargs = {"rows": 2, "length": 3, "steps": 2, "process": process, "seed": 0}
     with pytest.raises(ValueError, match="steps must be at least 1"):
         sample(bigram, **{**kwargs, "steps": 0})
     with pytest.raises(ValueError, match=r"prompt must have shape \(2, at most 3\)"):
@@ -239,13 +240,13 @@ def test_arguments_that_do_not_fit_are_refused():
 
 def test_the_bound_and_the_sampler_speak_of_one_process():
     """The integral of the objective over a level range is the sum of KLs of many reverse steps over it."""
-    mixing = HybridMixing(5, 3, 0.5, 0.7)
+    process = HybridMixing(5, 3, 0.5, 0.7)
     levels = torch.linspace(-2, 3, 20001, dtype=torch.float64)
     x, count = torch.eye(5).double()[2], 20000
     z = torch.arange(5).expand(count, 5)
     t, s = (part[:, None].expand(count, 5) for part in (levels[:-1], levels[1:]))
-    true = reverse_posterior(x.expand(count, 5, 5), z, t, s, mixing=mixing)
-    model = reverse_posterior(predict(LOGITS.expand(count, 5, 5), mixing).probs, z, t, s, mixing=mixing)
+    true = reverse_posterior(x.expand(count, 5, 5), z, t, s, mixing=process)
+    model = reverse_posterior(predict(LOGITS.expand(count, 5, 5), process).probs, z, t, s, mixing=process)
     kl = (true * torch.log(true / model)).sum(-1)
-    discrete = float((mixing.marginal(x.expand(count, 5), levels[:-1]) * kl).sum())
-    assert discrete == pytest.approx(integral(LOGITS, 2, mixing, -2, 3), rel=2e-4)
+    discrete = float((process.marginal(x.expand(count, 5), levels[:-1]) * kl).sum())
+    assert discrete == pytest.approx(integral(LOGITS, 2, process, -2, 3), rel=2e-4)

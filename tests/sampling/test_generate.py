@@ -27,10 +27,10 @@ def bigram(ids: Tensor, _prefix: int = 0) -> Tensor:
 
 
 def toy_rows(name: str, steps: int, **settings: Any) -> Tensor:
-    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
-    exact = ExactDenoiser(mixing)
+    process = HybridMixing(VOCAB, MASK, NOISES[name])
+    exact = ExactDenoiser(process)
     chosen = Settings(max_new_tokens=LENGTH, max_denoising_steps=steps, reuse_logits=False, **settings)
-    return generate(exact, EMPTY, chosen, mixing, seed=1, on_step=exact.on_step).sequences
+    return generate(exact, EMPTY, chosen, process, seed=1, on_step=exact.on_step).sequences
 
 
 @pytest.mark.parametrize("name", NOISES)
@@ -43,10 +43,10 @@ def test_ancestral_samples_approach_the_data_as_steps_grow(name):
 
 def test_blocks_one_after_the_other_give_the_same_distribution():
     """Two blocks of two positions; the noise of the second is seen by the first and says nothing."""
-    mixing = HybridMixing(VOCAB, MASK, NOISES["masked"])
-    exact = ExactDenoiser(mixing)
+    process = HybridMixing(VOCAB, MASK, NOISES["masked"])
+    exact = ExactDenoiser(process)
     settings = Settings(max_new_tokens=4, block_length=2, max_denoising_steps=128)
-    found = generate(exact, EMPTY, settings, mixing, seed=2, on_step=exact.on_step)
+    found = generate(exact, EMPTY, settings, process, seed=2, on_step=exact.on_step)
     assert chi_square(found.sequences)[1] > 1e-3
 
 
@@ -58,14 +58,14 @@ def test_adaptive_sampling_of_masked_noise_one_token_at_a_time_is_exact():
 
 @pytest.mark.parametrize("name", NOISES)
 def test_adaptive_sampling_at_temperature_0_climbs_to_texts_no_single_change_improves(name):
-    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
-    exact = ExactDenoiser(mixing)
+    process = HybridMixing(VOCAB, MASK, NOISES[name])
+    exact = ExactDenoiser(process)
     settings = Settings(max_new_tokens=4, max_denoising_steps=40, sampler="adaptive", temperature=0, tokens_per_step=1)
-    rows = generate(exact, EMPTY[:50], settings, mixing, on_step=exact.on_step).sequences
+    rows = generate(exact, EMPTY[:50], settings, process, on_step=exact.on_step).sequences
     if name == "masked":  # never revises: greedy, the same for all
         assert len(rows.unique(dim=0)) == 1
         return
-    best = leave_one_out(rows, 9.0, mixing).argmax(-1)
+    best = leave_one_out(rows, 9.0, process).argmax(-1)
     assert float((best == rows).all(dim=1).double().mean()) > 0.9
 
 
@@ -76,15 +76,15 @@ HARD = [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.1}, {"top_p": 0.1, "top_
 @pytest.mark.parametrize("sampler", ["ancestral", "adaptive"])
 @pytest.mark.parametrize("options", HARD, ids=str)
 def test_truncation_gives_no_nan_no_mask_and_no_unknown_token(name, sampler, options):
-    mixing = HybridMixing(VOCAB, MASK, NOISES[name])
-    exact, sure = ExactDenoiser(mixing), []
+    process = HybridMixing(VOCAB, MASK, NOISES[name])
+    exact, sure = ExactDenoiser(process), []
 
     def watch(step: Step) -> None:
         exact.on_step(step)
         sure.append(step.confidence())
 
     settings = Settings(max_new_tokens=4, max_denoising_steps=7, sampler=sampler, **options)
-    rows = generate(exact, EMPTY[:200], settings, mixing, on_step=watch).sequences
+    rows = generate(exact, EMPTY[:200], settings, process, on_step=watch).sequences
     assert bool(torch.isin(rows, REAL).all())
     assert all(bool(part.isfinite().all()) for part in sure)
 
@@ -232,8 +232,8 @@ def test_draws_are_the_project_s_philox_streams():
 def test_the_shipped_noise_is_the_project_s(shift, scale):
     levels = torch.linspace(-9, 9, 50, dtype=torch.float64)
     ours, shipped = HybridMixing(9, 4, shift, scale), HybridNoise(9, 4, shift, scale)
-    assert torch.equal(ours.u(levels), shipped.u(levels))
-    assert torch.equal(ours.mask_share(levels), shipped.mask_share(levels))
+    assert torch.equal(ours.uniform_prob(levels), shipped.uniform_prob(levels))
+    assert torch.equal(ours.mask_prob(levels), shipped.mask_prob(levels))
     prompt, settings = torch.tensor([[1, 2]]), Settings(max_new_tokens=6, max_denoising_steps=9)
     one, other = (generate(bigram, prompt, settings, noise).sequences for noise in (ours, shipped))
     assert torch.equal(one, other)

@@ -74,13 +74,13 @@ class PromptTransformer(torch.nn.Module):
 @pytest.mark.parametrize("sampler", ["ancestral", "adaptive"])
 @pytest.mark.parametrize("see_tail", [True, False], ids=["tail", "no tail"])
 def test_cached_blocks_equal_uncached_ones_token_for_token(is_causal, name, sampler, see_tail):
-    model, mixing = PromptTransformer(is_causal=is_causal), HybridMixing(VOCAB, MASK, NOISES[name])
+    model, process = PromptTransformer(is_causal=is_causal), HybridMixing(VOCAB, MASK, NOISES[name])
     prompt = torch.randint(4, VOCAB, (3, 5), generator=torch.Generator().manual_seed(1))
     settings = Settings(
         max_new_tokens=16, block_length=4, max_denoising_steps=5, sampler=sampler, see_tail=see_tail, eos_token_id=1
     )
-    plain = generate(model.denoise, prompt, settings, mixing, seed=2)
-    cached = generate(model.denoise, prompt, settings, mixing, seed=2, cache=model)
+    plain = generate(model.denoise, prompt, settings, process, seed=2)
+    cached = generate(model.denoise, prompt, settings, process, seed=2, cache=model)
     assert torch.equal(plain.sequences, cached.sequences)
     assert plain.forwards == cached.forwards
     assert len(plain.sequences[:, 5:].unique()) > 6
@@ -88,23 +88,23 @@ def test_cached_blocks_equal_uncached_ones_token_for_token(is_causal, name, samp
 
 def test_a_model_whose_prefix_sees_the_noise_would_not_pass():
     """The control: with attention both ways over everything, kept keys and values are not what they would be."""
-    model, mixing = PromptTransformer(is_causal=False), HybridMixing(VOCAB, MASK, 0.0)
+    model, process = PromptTransformer(is_causal=False), HybridMixing(VOCAB, MASK, 0.0)
     prompt = torch.randint(4, VOCAB, (8, 5), generator=torch.Generator().manual_seed(1))
     settings = Settings(max_new_tokens=16, block_length=4, max_denoising_steps=5)
-    both_ways = generate(lambda ids, _: model.denoise(ids, 0), prompt, settings, mixing, seed=2)
-    cached = generate(model.denoise, prompt, settings, mixing, seed=2, cache=model)
+    both_ways = generate(lambda ids, _: model.denoise(ids, 0), prompt, settings, process, seed=2)
+    cached = generate(model.denoise, prompt, settings, process, seed=2, cache=model)
     assert not torch.equal(both_ways.sequences, cached.sequences)
 
 
 def test_four_cached_blocks_take_less_work_and_less_time():
     """A prompt of 64 tokens and four blocks of 64: known work, and so less time."""
-    model, mixing = PromptTransformer(is_causal=True, width=128), HybridMixing(VOCAB, MASK, 1000.0)
+    model, process = PromptTransformer(is_causal=True, width=128), HybridMixing(VOCAB, MASK, 1000.0)
     prompt = torch.randint(4, VOCAB, (2, 64), generator=torch.Generator().manual_seed(1))
     settings = Settings(max_new_tokens=256, block_length=64, max_denoising_steps=12, see_tail=False, reuse_logits=False)
     taken, work, texts = {}, {}, {}
     for name, cache in (("plain", None), ("cached", model)):
         model.positions_done, begin = 0, time.process_time()
-        texts[name] = generate(model.denoise, prompt, settings, mixing, cache=cache).sequences
+        texts[name] = generate(model.denoise, prompt, settings, process, cache=cache).sequences
         taken[name], work[name] = time.process_time() - begin, model.positions_done
     assert torch.equal(texts["plain"], texts["cached"])
     assert work["plain"] == 2 * 12 * (128 + 192 + 256 + 320)

@@ -27,14 +27,14 @@ TEXT = TOKENS.encode('Prompt: </script><script>alert(1)</script> & "quotes"\nand
 
 def spelled(shift: float, *, given: int = 8, block: int | None = 20, sampler: str = "ancestral") -> Trace:
     """A denoising that ends in TEXT."""
-    mixing = HybridMixing(TOKENS.vocab_size, TOKENS.mask_id, shift)
+    process = HybridMixing(TOKENS.vocab_size, TOKENS.mask_id, shift)
     wanted = torch.tensor(TEXT)
     prompt = wanted[None, :given]
     trace = Trace(prompt[0].tolist(), TOKENS.mask_id)
     settings = Settings(max_new_tokens=len(TEXT) - given, max_denoising_steps=8, block_length=block, sampler=sampler)
     generate(
         lambda ids, _: 12.0 * torch.nn.functional.one_hot(wanted[: ids.shape[1]], 260).float()[None], prompt,
-        settings, mixing, on_step=trace,
+        settings, process, on_step=trace,
     )  # fmt: skip
     return trace
 
@@ -62,11 +62,11 @@ def test_frames_tell_what_became_of_every_position(shift):
 def test_a_trace_changes_nothing():
     table = torch.randn(260, 260, generator=torch.Generator().manual_seed(0))
     for sampler in ("ancestral", "adaptive"):
-        mixing, texts = HybridMixing(260, 3, 0.0), []
+        process, texts = HybridMixing(260, 3, 0.0), []
         for trace in (None, Trace([5], 3)):
             settings = Settings(max_new_tokens=9, max_denoising_steps=4, sampler=sampler)
             texts.append(
-                generate(lambda ids, _: table[ids], torch.tensor([[5]]), settings, mixing, on_step=trace).sequences
+                generate(lambda ids, _: table[ids], torch.tensor([[5]]), settings, process, on_step=trace).sequences
             )
         assert torch.equal(*texts)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.mixing_base import Mixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.sampling.standalone import Step
 
 VOCAB, MASK, LENGTH = 5, 2, 4
@@ -35,10 +35,10 @@ def probability(row: list[int]) -> float:
     return float(JOINT[tuple(places[token] for token in row)])
 
 
-def leave_one_out(ids: Tensor, log_snr: float, mixing: Mixing) -> Tensor:
+def leave_one_out(ids: Tensor, log_snr: float, process: NoiseProcess) -> Tensor:
     """log P(x_i | z of the other positions) at a level, as logits [B, 4, V]; -inf at the mask."""
     level = torch.tensor(log_snr, dtype=torch.float64)
-    noise = torch.sigmoid(-level) * mixing.pi_at(level, ids)
+    noise = torch.sigmoid(-level) * process.pi_at(level, ids)
     like = noise.unsqueeze(-1) + torch.sigmoid(level) * (ids.unsqueeze(-1) == REAL)  # [B, 4, 4]
     left, right = (torch.einsum("na,nb->nab", like[:, i], like[:, i + 1]).flatten(1) for i in (0, 2))
     pairs = JOINT.reshape(16, 16)
@@ -57,15 +57,15 @@ def leave_one_out(ids: Tensor, log_snr: float, mixing: Mixing) -> Tensor:
 class ExactDenoiser:
     """The leave-one-out posterior at the level the sampler is at, which it learns as an observer of the steps."""
 
-    def __init__(self, mixing: Mixing) -> None:
-        self.mixing, self.log_snr, self.calls = mixing, -9.0, 0
+    def __init__(self, process: NoiseProcess) -> None:
+        self.process, self.log_snr, self.calls = process, -9.0, 0
 
     def on_step(self, step: Step) -> None:
         self.log_snr = step.log_snr
 
     def __call__(self, ids: Tensor, _prefix_length: int) -> Tensor:
         self.calls += 1
-        return leave_one_out(ids, self.log_snr, self.mixing)
+        return leave_one_out(ids, self.log_snr, self.process)
 
 
 def counts(ids: Tensor) -> np.ndarray:

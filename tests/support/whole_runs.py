@@ -20,7 +20,7 @@ from megadiff.run_config import RunConfig
 from megadiff.supervision.launch import Launch, heartbeat_path
 from tests.support.runs import read_metrics
 
-COMPARED = ("step", "tokens", "loss", "elbo", "kl", "is", "mean_weight", "grad_norm", "lr")
+COMPARED = ("step", "tokens", "loss", "elbo", "kl", "itakura_saito", "mean_weight", "grad_norm", "lr")
 
 
 class Ranks:

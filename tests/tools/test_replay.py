@@ -30,7 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "parallel__pipeline": 2,
         "parallel__virtual_pipeline": 2,
         "conditioning__prompt": 0.3,
-        "conditioning__independent": 0.2,
+        "conditioning__per_token_noise": 0.2,
     },
 }
 
@@ -187,9 +187,9 @@ def replayed_with_one_broken_row(run: Path, step: int, sample: int, what: str):
             terms = answer.terms._replace(loss=answer.terms.loss.masked_fill(here[None, :], float("inf")))
             return answer._replace(loss=answer.loss + (float("inf") if here.any() else 0.0), terms=terms)
 
-    def row_objective(prepared, mixing, topology, platform):
+    def row_objective(prepared, process, topology, platform):
         clean = torch.from_numpy(prepared.data.train.rows([sample])[0])
-        return Broken(mixing, topology, honest(prepared, mixing, topology, platform), clean)
+        return Broken(process, topology, honest(prepared, process, topology, platform), clean)
 
     replay.row_objective = row_objective
     return replayed(run, step)

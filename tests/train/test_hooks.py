@@ -51,7 +51,8 @@ def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_
         hook(result(step, seconds=0.25))
     line = read_metrics(tmp_path / "m.jsonl")[1]
     promised = (
-        "step tokens loss elbo kl is mean_weight lr grad_norm tokens_per_s tflops_per_device mfu peak_bytes elapsed_s"
+        "step tokens loss elbo kl itakura_saito mean_weight lr grad_norm tokens_per_s tflops_per_device mfu peak_bytes "
+        "elapsed_s"
     )
     assert set(promised.split()) <= set(line)
     assert line["loss"] == pytest.approx(1.0 / 6.0)
@@ -97,7 +98,7 @@ def test_tensorboard_gets_these_curves_and_no_others(tmp_path):
     goodput = Goodput(None, GoodputConfig(), save_every=5)
     Evaluate(1, 1, Found, MetricsFile(tmp_path / "e.jsonl", after_step=0), goodput, board)(result(1))
     (line,) = read_metrics(tmp_path / "m.jsonl")
-    curves = ("loss", "elbo", "kl", "is", "mean_weight", "lr", "grad_norm", "tokens_per_s")
+    curves = ("loss", "elbo", "kl", "itakura_saito", "mean_weight", "lr", "grad_norm", "tokens_per_s")
     wanted = {(f"train/{key}", 1): line[key] for key in curves}
     assert board.values == wanted | {("epochs/a", 1): 0.5, ("epochs/b", 1): 0.25, ("eval/elbo", 1): 3.0}
 

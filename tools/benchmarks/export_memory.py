@@ -26,7 +26,7 @@ from megadiff.checkpoint.manifest import FORMAT, Manifest, read_manifest
 from megadiff.checkpoint.safe_metadata import read_index
 from megadiff.config.command_line import CommandParser
 from megadiff.data.tokenizers.byte import ByteTokenizer
-from megadiff.diffusion.config import ConditioningConfig, NoiseConfig
+from megadiff.diffusion.config import ConditioningConfig, noise_config
 from megadiff.errors import run_command
 from megadiff.export.export import export
 from megadiff.export.training_checkpoint import write_training_checkpoint
@@ -108,7 +108,7 @@ def _write(folder: Path, model: ModelConfig, vocab_size: int) -> None:
         tokens=0,
         config={
             "model": model.model_dump(mode="json"),
-            "noise": NoiseConfig().model_dump(mode="json"),
+            "noise": noise_config().model_dump(mode="json"),
             "conditioning": ConditioningConfig().model_dump(mode="json"),
             "objective": {"name": "gidd"},
             "data": {"tokenizer": "byte"},

@@ -112,18 +112,13 @@ def _question(tokens: int, vocab_size: int, width: int) -> Question:
 
 
 def _head_row(name: str, noise: str, shift: float, question: Question) -> Row:
-    """Return a row for the head on noised tokens.
-
-    Masked noise: half of them are masks. Balanced noise: half of them are clean, a quarter are masks. Uniform noise:
-    half
-    of them are clean.
-    """
-    mixing = HybridMixing(question.weight.shape[0], MASK, shift)
+    """Half masks under masked noise; half x, a quarter masks under balanced; half x under uniform."""
+    process = HybridMixing(question.weight.shape[0], MASK, shift)
     noised = question.clean.cpu()
     noised[::2] = MASK if noise == "masked" else noised.flip(0)[::2]
     if noise == "balanced":
         noised[::4] = MASK
-    computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), mixing)
+    computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), process)
     log_snr = torch.linspace(-7, 7, len(noised), device="cuda")
     places = None if computed is None else computed.cuda()
     tokens = HeadTokens(question.clean, noised.cuda(), log_snr, places)
@@ -132,7 +127,7 @@ def _head_row(name: str, noise: str, shift: float, question: Question) -> Row:
     def run() -> None:
         _, head = choose_head(name, is_cpu=False)  # type: ignore[arg-type]
         question.hidden.grad = question.weight.grad = None
-        head(question.hidden, question.weight, tokens, Formula(mixing)).loss.backward()
+        head(question.hidden, question.weight, tokens, Formula(process)).loss.backward()
 
     return Row(f"{name}, {noise}", count, run, question)
 

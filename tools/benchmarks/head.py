@@ -101,11 +101,11 @@ def _question(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _fused(name: str) -> Callable[..., float]:
     def run(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> float:
-        mixing = HybridMixing(weight.shape[0], MASK, SHIFTS[name])
+        process = HybridMixing(weight.shape[0], MASK, SHIFTS[name])
         noised = _noised(clean, name)
-        computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), mixing)
+        computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), process)
         tokens = HeadTokens(clean, noised, log_snr, computed)
-        loss = fused_objective(hidden, weight, tokens, Formula(mixing), chunk_tokens=CHUNK).loss
+        loss = fused_objective(hidden, weight, tokens, Formula(process), chunk_tokens=CHUNK).loss
         loss.backward()
         return loss.item()
 

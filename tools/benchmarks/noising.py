@@ -22,10 +22,12 @@ from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.rows import ValidationRows
 from megadiff.data.tokenizers.byte import ByteTokenizer
-from megadiff.diffusion.config import SHIFTS, ConditioningConfig
+from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import noise_rows
 from megadiff.diffusion.philox import Stream, Words, philox4x32
+from megadiff.diffusion.processes.gidd_snr import SHIFTS
 from megadiff.errors import run_command
 
 _EPILOG = """example:
@@ -74,8 +76,8 @@ def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -
 
     for preset in _PRESETS:
         for kind in _KINDS:
-            mixing = HybridMixing(arguments.vocab_size, _MASK, SHIFTS[kind])
-            noise = _noising(clean, mixing, ConditioningConfig(preset=preset))
+            process = HybridMixing(arguments.vocab_size, _MASK, SHIFTS[kind])
+            noise = _noising(clean, process, ConditioningConfig(preset=preset))
             found: list[tuple[float, float, float]] = []
             for number in range(arguments.repeats + 1):
                 this, reading = _cpu_s(noise, calls) / million, _cpu_s(read, calls) / million
@@ -90,7 +92,7 @@ def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -
 
 
 def _noising(
-    clean: npt.NDArray[np.int64], mixing: HybridMixing, conditioning: ConditioningConfig
+    clean: npt.NDArray[np.int64], process: NoiseProcess, conditioning: ConditioningConfig
 ) -> Callable[[int], object]:
     """Return a function that noises the rows as those of the n-th microbatch of a run."""
     rows = len(clean)
@@ -100,7 +102,7 @@ def _noising(
             clean,
             seed=0,
             sample_index=range(call * rows, (call + 1) * rows),
-            mixing=mixing,
+            process=process,
             conditioning=conditioning,
             global_batch=256,
             pad_id=_PAD,

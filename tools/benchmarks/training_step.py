@@ -22,8 +22,8 @@ from made_up import describe_made_up, prepare_made_up
 from torch import Tensor, nn
 
 from megadiff.config.command_line import CommandParser
-from megadiff.diffusion.config import NoiseConfig, ObjectiveConfig, ShiftName
-from megadiff.diffusion.mixing import mixing_from
+from megadiff.diffusion.config import noise_config, objective_config
+from megadiff.diffusion.processes.gidd_snr import ShiftName
 from megadiff.errors import run_command
 from megadiff.parallel.row_report import metrics_of
 from megadiff.platform.machine import detect
@@ -289,15 +289,15 @@ class Wired:
         if objective == "ar":
             return MegadiffTraining(self.run.step, self.run.rows, self.run.microbatches_of(0))
         own = self.prepared.config
-        changes = {"objective": ObjectiveConfig(name=objective), "noise": NoiseConfig(shift=noise)}
+        changes = {"objective": objective_config(name=objective), "noise": noise_config(shift=noise)}
         config = own.model_copy(update=changes)
         prepared = replace(self.prepared, config=config)
-        step, tokenizer = self.run.step, prepared.tokenizer
-        mixing = mixing_from(config.noise, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id)
-        loader = build.row_loader(prepared, mixing, step.topology, 0)
+        step = self.run.step
+        process = prepared.process
+        loader = build.row_loader(prepared, process, step.topology, 0)
         self.opened.append(loader)
         other = build.training_step(
-            prepared, step.chunks, step.optimizer, mixing, step.topology, detect("cpu"), judge=step.judge
+            prepared, step.chunks, step.optimizer, process, step.topology, detect("cpu"), judge=step.judge
         )
         return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
 

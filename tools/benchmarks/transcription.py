@@ -28,8 +28,8 @@ def transcribed_loss(
     log_q = ((1 - alpha) * noise).scatter_add_(-1, clean[:, None], alpha).log().clamp_min(-1e6)
     kl = (log_q.exp() * (log_q - log_q_hat)).sum(dim=-1)
     log_ratio = (log_q.gather(-1, at) - log_q_hat.gather(-1, at)).squeeze(-1)
-    is_div = log_ratio.exp() - log_ratio - 1
+    itakura_saito = log_ratio.exp() - log_ratio - 1
     slope = torch.where(at == mask_id, (1 - uniform) * (1 + uniform), uniform.square() / (vocab_size - 1))
     odds = torch.where(noised == clean, torch.exp(log_snr), torch.zeros_like(log_snr))
     w = slope.squeeze(-1) / (noise.gather(-1, at).squeeze(-1) + odds)
-    return (w * (kl + is_div)).sum()
+    return (w * (kl + itakura_saito)).sum()

@@ -36,13 +36,16 @@ class GiddConfig(PretrainedConfig):
         noise_type: shift b of the uniform share sigmoid(noise_scale * log_snr + b): -1000 masked, 1000 uniform.
         noise_scale: (not in released files) the share's scale a.
         noise_p_uniform, noise_gamma: (not in released files) parameters of noise in the time form of arXiv:2503.04482;
-            if `noise_p_uniform` is given, `noise_type` and `noise_scale` are ignored.
-        min_log_snr, max_log_snr: range of noise levels (nats) in training.
-        prompt_attention: (not in released files) attention of clean prompt positions: `block`, to the prompt alone;
-            `causal`, to preceding positions alone; `full`, like every other position.
-        prepended_bos: (not in released files) whether the documents of the training data began with bos; if so, the
-            tokenizer beside this file puts it before a prompt, and `generate` without a prompt begins with it. If
-            unknown, `generate` without a prompt begins with bos.
+            when `noise_p_uniform` is given, `noise_type` and `noise_scale` have no meaning.
+        noise_table: (not in released files) any other noise: `logit_u`, the log odds of its uniform share, and
+            `dlogit_u`, their derivative, at equal steps of log_snr from `min_log_snr` to `max_log_snr`; when it is
+            given, the other keys of the noise have no meaning.
+        min_log_snr, max_log_snr: noise levels (nats) that were trained.
+        prompt_attention: (not in released files) how clean prompt positions attend: `block`, the prompt alone;
+            `causal`, what comes before alone; `full`, as every other position.
+        prepended_bos: (not in released files) whether the documents of the training data began with bos; the tokenizer
+            beside this file puts it before a prompt then, and `generate` without a prompt begins with it. Where it is
+            not known, `generate` without a prompt begins with bos.
         mask_token_id: the mask's id.
     """
 
@@ -78,6 +81,7 @@ class GiddConfig(PretrainedConfig):
         noise_scale: float = 1.0,
         noise_p_uniform: float | None = None,
         noise_gamma: float = 1.0,
+        noise_table: dict[str, Any] | None = None,
         min_log_snr: float = -9.0,
         max_log_snr: float = 9.0,
         prompt_attention: str = "block",
@@ -113,6 +117,9 @@ class GiddConfig(PretrainedConfig):
         self.noise_scale = noise_scale
         self.noise_p_uniform = noise_p_uniform
         self.noise_gamma = noise_gamma
+        if noise_table is not None:  # a folder of other noise need not name it
+            self._check_table(noise_table)
+        self.noise_table = noise_table
         self.min_log_snr = min_log_snr
         self.max_log_snr = max_log_snr
         self.prompt_attention = prompt_attention
@@ -123,6 +130,17 @@ class GiddConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
         self._refuse_what_is_not_built(rope_scaling)
+
+    def _check_table(self, table: Any) -> None:
+        keys = ("dlogit_u", "logit_u", "max_log_snr", "min_log_snr")
+        if not isinstance(table, dict) or sorted(table) != list(keys):
+            raise ValueError(f"noise_table must have the keys {', '.join(keys)}, got {table!r:.80}")
+        counts = len(table["logit_u"]), len(table["dlogit_u"])
+        if counts[0] != counts[1] or counts[0] < 2 or not table["min_log_snr"] < table["max_log_snr"]:
+            raise ValueError(
+                "noise_table must have two or more numbers in each of logit_u and dlogit_u, equally many, and "
+                f"min_log_snr below max_log_snr; got {counts[0]} and {counts[1]} numbers"
+            )
 
     def _refuse_what_is_not_built(self, rope_scaling: Any) -> None:
         rope = rope_scaling or {}

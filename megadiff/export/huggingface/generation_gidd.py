@@ -83,13 +83,13 @@ class TimeNoise:
     p_uniform: float
     gamma: float
 
-    def u(self, log_snr: Tensor) -> Tensor:
-        """Return the uniform share of the noise; t is found by bisection."""
+    def uniform_prob(self, log_snr: Tensor) -> Tensor:
+        """Uniform share of the noise, with t found by bisection."""
         c_over_t = self._c_over_t(self._logit_t(log_snr.double()))
         return (c_over_t / (1 + c_over_t)).to(log_snr.dtype)
 
-    def mask_share(self, log_snr: Tensor) -> Tensor:
-        """Return 1 - u."""
+    def mask_prob(self, log_snr: Tensor) -> Tensor:
+        """1 - u."""
         return (1 / (1 + self._c_over_t(self._logit_t(log_snr.double())))).to(log_snr.dtype)
 
     def _logit_t(self, log_snr: Tensor) -> Tensor:
@@ -104,6 +104,41 @@ class TimeNoise:
         log_t, log_rest = torch.nn.functional.logsigmoid(logit_t), torch.nn.functional.logsigmoid(-logit_t)
         b = 2.0**self.gamma * self.p_uniform / (1 - self.p_uniform)
         return b * torch.exp((log_t + log_rest) * self.gamma / 2 - log_t)
+
+
+@dataclass(frozen=True)
+class TableNoise:
+    """Noise given by a table of logit u and its slope at equal steps of log-SNR, interpolated by cubic polynomials.
+
+    Beyond the ends of the table the value at the end holds.
+    """
+
+    vocab_size: int
+    mask_id: int
+    min_log_snr: float
+    max_log_snr: float
+    logit_u: Sequence[float]
+    dlogit_u: Sequence[float]
+
+    def uniform_prob(self, log_snr: Tensor) -> Tensor:
+        """Uniform share of the noise."""
+        return torch.sigmoid(self._logit_u(log_snr))
+
+    def mask_prob(self, log_snr: Tensor) -> Tensor:
+        """1 - u."""
+        return torch.sigmoid(-self._logit_u(log_snr))
+
+    def _logit_u(self, log_snr: Tensor) -> Tensor:
+        count = len(self.logit_u) - 1
+        step = (self.max_log_snr - self.min_log_snr) / count
+        place = ((log_snr.double() - self.min_log_snr) / step).clamp(0, count)
+        left = place.long().clamp(max=count - 1)
+        x = place - left
+        logit = torch.tensor(self.logit_u, dtype=torch.float64, device=log_snr.device)
+        slope = torch.tensor(self.dlogit_u, dtype=torch.float64, device=log_snr.device) * step
+        y0, y1, d0, d1 = logit[left], logit[left + 1], slope[left], slope[left + 1]
+        value = (1 + 2 * x) * (1 - x) ** 2 * y0 + x**2 * (3 - 2 * x) * y1 + x * (1 - x) ** 2 * d0 - x**2 * (1 - x) * d1
+        return value.to(log_snr.dtype)
 
 
 class _PrefixCache:
@@ -243,6 +278,8 @@ class GiddGeneration:
 
     def _noise(self) -> Noise:
         config = self.config
+        if config.noise_table is not None:
+            return TableNoise(config.vocab_size, config.mask_token_id, **config.noise_table)
         if config.noise_p_uniform is not None and config.noise_p_uniform > 0:
             return TimeNoise(config.vocab_size, config.mask_token_id, config.noise_p_uniform, config.noise_gamma)
         shift = config.noise_type if config.noise_p_uniform is None else -1000.0
