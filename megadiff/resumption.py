@@ -73,6 +73,8 @@ class Origin:
 
     step: int = 0
     health: dict[str, Any] = field(default_factory=dict)
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """State of hooks of the list `hooks`, by name."""
     changes: list[Change] = field(default_factory=list)
 
 
@@ -112,7 +114,7 @@ def resume(
         log.info(line)
     for doubt in accepted.doubts() if topology.is_main else []:
         log.warning(doubt)
-    return Origin(saved.step, saved.health, [*saved.changes, *accepted.changes]), accepted.prepared
+    return Origin(saved.step, saved.health, saved.hooks, [*saved.changes, *accepted.changes]), accepted.prepared
 
 
 def foresee_resumption(prepared: Prepared, resumption: Resumption) -> tuple[Prepared, int, list[str]]:
@@ -243,8 +245,23 @@ def _mixture_of_format_2(prepared: Prepared, saved: Manifest, folder: Path) -> M
     return data.mixture_at(saved.samples)
 
 
-def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[str, Any] | None = None) -> Manifest:
-    """What a checkpoint after `step` steps says of this run, but for its files."""
+def manifest_of(
+    prepared: Prepared,
+    origin: Origin,
+    step: int,
+    *,
+    health: dict[str, Any] | None = None,
+    hooks: dict[str, Any] | None = None,
+) -> Manifest:
+    """Return the manifest of a checkpoint after `step` steps of this run, without its files.
+
+    Args:
+        prepared: the run.
+        origin: where it resumed from.
+        step: number of steps taken.
+        health: state of the health checks.
+        hooks: state of hooks of the list `hooks`, by name.
+    """
     config, layout = prepared.config, prepared.layout
     samples = config.sizes.samples_before(step)
     return Manifest(
@@ -271,5 +288,6 @@ def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[s
         },
         mixture=prepared.data.mixture_at(samples).model_dump(mode="json"),
         health=health or {},
+        hooks=hooks or {},
         changes=origin.changes,
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.config.section import Section
@@ -28,7 +28,7 @@ from megadiff.optim.rules import Scale
 from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
 from megadiff.supervision.config import StopConfig, WatchdogConfig
-from megadiff.train.config import GoodputConfig, HealthConfig, LogConfig
+from megadiff.train.config import HOOKS, GoodputConfig, HealthConfig, HookConfig, LogConfig
 
 _LONGEST_NAME = 200
 """Bytes of a run's name; file systems take 255, of which temporary and scheduler's files need some."""
@@ -61,6 +61,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    hooks: Annotated[tuple[Annotated[HookConfig, HOOKS], ...], BeforeValidator(lambda entries: entries)] = ()
+    """Hooks and metric sinks that the run has besides its own, called in this order."""
     health: HealthConfig = HealthConfig()
     stop: StopConfig = StopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -105,6 +105,8 @@ class Manifest(BaseModel):
     """Positions of the training data's sources (`data.mixture.Mixture`); empty in format 2 and for imported weights."""
     health: dict[str, float | list[float]] = {}
     """What the run's health checks remember: skipped steps in a row, running statistics."""
+    hooks: dict[str, Any] = {}
+    """State of hooks of the run's list `hooks`, by name."""
     has_optimizer: bool = True
     """False where weights came from elsewhere: a run that begins with them has its optimizer and steps before it."""
     changes: list[Change] = []

@@ -38,15 +38,15 @@ log = logging.getLogger("megadiff")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveResult:
     """How one save ended."""
 
     step: int
     folder: Path
     error: str | None
-    """Why there is no such checkpoint, in one sentence; None if there is one."""
+    """Reason why there is no such checkpoint, in one sentence; None if there is one."""
     stall_s: float
-    """Seconds that training stood still for it on this rank."""
+    """Seconds for which training on this rank paused for it."""
     seconds: float
     """Seconds from its start until it was complete."""
 
@@ -81,8 +81,8 @@ class _Underway:
     stall_s: float
 
 
-class Saver:
-    """Writes the checkpoints of one run, one at a time. Every method is collective over the world."""
+class AsyncCheckpointer:
+    """Writer of the checkpoints of one run, one at a time. Every method is collective over the world."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Saver:
         self._underway: _Underway | None = None
         self._pruning: threading.Thread | None = None
 
-    def start(self, manifest: Manifest, *, first: Callable[[], None] = lambda: None) -> Outcome | None:
+    def start(self, manifest: Manifest, *, first: Callable[[], None] = lambda: None) -> SaveResult | None:
         """Copy the state to host memory and begin to write it as `checkpoints/step_XXXXXXXX`.
 
         No save may be under way. Returns how it ended if it failed at once, such as on a disk without space.
@@ -142,14 +142,14 @@ class Saver:
         error = every_rank_reports(error, self._topology)
         if error is not None or snapshot is None:
             stall = time.monotonic() - began
-            return Outcome(manifest.step, final, error, stall, stall)
+            return SaveResult(manifest.step, final, error, stall, stall)
         self._is_checked = True
         writing = _Write(snapshot)
         writing.start()
         self._underway = _Underway(manifest, final, snapshot, writing, began, time.monotonic() - began)
         return None
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> SaveResult | None:
         """Complete the save under way once every rank has written its part; None before that, or without one."""
         if self._underway is None:
             return None
@@ -158,7 +158,7 @@ class Saver:
         self._underway.stall_s += time.monotonic() - began
         return None if is_waiting else self.finish()
 
-    def finish(self) -> Outcome | None:
+    def finish(self) -> SaveResult | None:
         """Wait for the save under way and complete it; None if there is none."""
         if self._underway is None:
             return None
@@ -177,7 +177,7 @@ class Saver:
             if self._topology.is_main:
                 shutil.rmtree(staging_folder(save.final), ignore_errors=True)
         now = time.monotonic()
-        return Outcome(save.manifest.step, save.final, error, save.stall_s + now - began, now - save.started)
+        return SaveResult(save.manifest.step, save.final, error, save.stall_s + now - began, now - save.started)
 
     def _refuse_link(self, final: Path) -> None:
         """Refuse to replace what lies elsewhere; before anything is written."""

@@ -16,7 +16,7 @@ from megadiff.report.metric_lines import MetricLines, read_metric_lines
 from megadiff.report.settings import read_settings
 from megadiff.report.unusual_steps import UnusualStep, unusual_steps
 from megadiff.supervision.status import Status, read_status
-from megadiff.train.attempts import Attempt
+from megadiff.train.goodput import Attempt
 from megadiff.untrusted_files import UnreadableFileError, open_plain, read_bytes
 
 _ATTEMPTS = TypeAdapter(list[Attempt])
@@ -117,7 +117,7 @@ def _labels(folders: list[Path]) -> list[str]:
 
 
 def _read_attempts(path: Path) -> list[Attempt] | None:
-    """As `megadiff.train.attempts.read_attempts`, but a damaged file stays where it is."""
+    """As `megadiff.train.goodput.read_attempts`, but a damaged file stays where it is."""
     try:
         return _ATTEMPTS.validate_json(read_bytes(path, max_bytes=_MAX_BYTES))
     except (OSError, UnreadableFileError, ValidationError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from megadiff.train.board import Board
+from megadiff.train.hooks.tensorboard import TensorBoard
 
 
 def _points(folder):
@@ -16,9 +16,9 @@ def _points(folder):
 
 
 def _written(folder, steps, *, after_step=0):
-    board = Board(folder, after_step=after_step)
+    board = TensorBoard(folder, after_step=after_step)
     for step in steps:
-        board.add_scalar("train/loss", step / 4, step)
+        board.write({"step": step, "loss": step / 4}, step)
     return board
 
 
@@ -49,9 +49,9 @@ def test_points_that_a_full_disk_refuses_come_when_there_is_room(tmp_path, monke
 
     monkeypatch.setattr(os, "write", refuse)
     caplog.set_level("WARNING", logger="megadiff")
-    board.add_scalar("train/loss", 0.5, 2)
+    board.write({"step": 2, "loss": 0.5}, 2)
     monkeypatch.undo()
-    board.add_scalar("train/loss", 0.75, 3)
+    board.write({"step": 3, "loss": 0.75}, 3)
     board.close()
     assert [step for step, _ in _points(folder)] == [1, 2, 3]
     assert len(caplog.messages) == 1

@@ -1,0 +1,80 @@
+"""Real training at toy size: a small corpus, a run description, and the wiring of `megadiff.build` on this rank."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_writer import IndexedWriter
+from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.platform.quiet import quiet
+from megadiff.run_config import RunConfig
+
+with quiet():
+    from megadiff import build
+    from megadiff.platform.machine import Platform, detect
+    from megadiff.train.loop import Trainer
+
+
+def write_corpus(prefix: Path, *, tokens: int = 6000, seed: int = 0, vocab_size: int = 260) -> Path:
+    """Write documents of the byte tokenizer in which each byte depends on the one before, and return their prefix."""
+    draw = np.random.default_rng(seed)
+    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
+        while writer.num_tokens < tokens:
+            steps = draw.integers(1, 4, size=draw.integers(5, 60))
+            writer.add_document(4 + np.cumsum(steps) % 50)
+        writer.finish(tokenizer=tokenizer_facts(ByteTokenizer()), source_bytes=writer.num_tokens)
+    return prefix
+
+
+def toy_tree(corpus: Path, output: Path, **dotted: Any) -> dict[str, Any]:
+    """Return the tree of a toy run; `dotted` sets keys such as `model__layers`."""
+    tree: dict[str, Any] = {
+        "name": "toy",
+        "output_dir": str(output),
+        "seed": 3,
+        "platform": "cpu",
+        "model": {"layers": 4, "hidden": 32, "heads": 4, "seq_length": 16, "head_init": 0.02},
+        "noise": {"shift": "balanced"},
+        "data": {"train": [str(corpus)], "valid": [str(corpus)], "tokenizer": "byte"},
+        "batch": {"global_sequences": 8, "micro_sequences": 2},
+        "parallel": {},
+        "precision": {"compute": "fp32"},
+        "optimizer": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.1, "clip_grad": 1.0},
+        "schedule": {"steps": 10, "warmup_steps": 2, "cooldown": 0.3},
+        "checkpoint": {"every": 1000},
+        "eval": {"every": 0, "rows": 7, "noise_levels": 2},
+        "log": {"every": 1, "tensorboard": False},
+    }
+    for key, value in dotted.items():
+        *sections, last = key.split("__")
+        part = tree
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[last] = value
+    return tree
+
+
+def toy_config(corpus: Path, output: Path, **dotted: Any) -> RunConfig:
+    """Return `toy_tree` as a checked configuration."""
+    return RunConfig.model_validate(toy_tree(corpus, output, **dotted))
+
+
+@cache
+def platform_on_rank() -> Platform:
+    """Return the CPU with megatron-core made ready; for forked ranks, so that their parent stays unchanged."""
+    platform = detect("cpu")
+    platform.prepare_megatron()
+    return platform
+
+
+def wire_on_rank(config: RunConfig, world_size: int, resumption: build.Resumption | None = None) -> Trainer:
+    """Return the trainer as the training command builds it, on this rank."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    platform = platform_on_rank()
+    with quiet():
+        return build.build_trainer(build.prepare(config, world_size=world_size), platform, resumption)
