@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.config.section import Section
@@ -61,7 +61,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
-    hooks: Annotated[tuple[Annotated[HookConfig, HOOKS], ...], BeforeValidator(lambda entries: entries)] = ()
+    hooks: tuple[Annotated[HookConfig, HOOKS], ...] = ()
     """Hooks and metric sinks that the run has besides its own, called in this order."""
     health: HealthConfig = HealthConfig()
     stop: StopConfig = StopConfig()

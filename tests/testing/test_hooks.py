@@ -1,0 +1,53 @@
+"""The contract of hooks and sinks: the package's members keep it, and what breaks it is found."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from megadiff.config import registry
+from megadiff.platform.quiet import quiet
+from megadiff.train.config import HOOKS
+
+with quiet():
+    from megadiff.testing.hooks import LAYOUTS, check_hook, check_sink
+
+pytestmark = pytest.mark.timeout(300)
+
+ENTRIES = {
+    "parameter_rms": {"name": "parameter_rms", "every": 2},
+    "wandb": {"name": "wandb", "project": "test", "mode": "offline"},
+}
+"""Members that a run description can list."""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A function that writes a module outside the package and returns its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+    written = []
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        written.append(name)
+        return f"{name}"
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+def test_every_member_that_can_be_listed_is_under_contract():
+    can_be_listed = [name for name in HOOKS.names() if hasattr(registry.member(HOOKS.package, name), "build")]
+    assert can_be_listed == sorted(ENTRIES)
+
+
+def test_a_hook_with_collectives_keeps_the_contract_on_every_layout():
+    check_hook(ENTRIES["parameter_rms"])
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)")
+def test_the_wandb_sink_keeps_the_contract():
+    check_sink(ENTRIES["wandb"], layouts={name: LAYOUTS[name] for name in ("data parallel",)})
