@@ -11,11 +11,11 @@ checkpoint; steps that are taken again are then in the history twice, told apart
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import re
 import secrets
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _is_installed(self) -> Settings:
-        if importlib.util.find_spec("wandb") is None:
+        if find_spec("wandb") is None:
             raise ValueError(
                 "`wandb` is not installed; run `pip install wandb`, or take the entry out of `hooks` "
                 "(tensorboard and metrics.jsonl need no account)"

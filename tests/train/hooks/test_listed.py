@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -151,14 +152,17 @@ def test_a_hook_that_raises_on_one_rank_ends_the_run_with_its_name(module, tmp_p
     ranks = Ranks(config, 2)
     codes = ranks.end(within_s=120)
     sentence = (
-        "hook `outside.raises` failed after step 3: ZeroDivisionError: division by zero (raises.py, line 8); correct it "
-        "or take it out of `hooks`, then run the same command again"
+        "hook `outside.raises` failed after step 3: ZeroDivisionError: division by zero (raises.py, line 8); correct "
+        "it or take it out of `hooks`, then run the same command again"
     )
     assert codes[1] == 2, ranks.said(1)
     assert f"error: {sentence}" in ranks.said(1)
     assert "Traceback" not in ranks.said(1)
     assert codes[0] not in (0, None)
-    assert "hook `outside.raises` failed after step 3" in status(config.folder)["reason"], status(config.folder)
+    end = time.monotonic() + 30
+    while (found := status(config.folder))["state"] == "running" and time.monotonic() < end:
+        time.sleep(0.05)  # the watcher of a rank writes it
+    assert "hook `outside.raises` failed after step 3" in found["reason"], found
 
 
 BREAKERS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -21,19 +22,25 @@ ENTRY = {"name": "wandb", "project": "a-project", "mode": "offline", "tags": ["a
 
 def records(folder):
     """[the records of every offline run, in the order of their starts], each a list of protobuf messages."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        found.append([])
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            found[-1].append(record)
-    return found
+    paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    return [[Record.FromString(data) for data in chunks(path.read_bytes())] for path in paths]
+
+
+def chunks(content):
+    """The payloads of LevelDB's log format, in blocks of 32 KiB, behind W&B's header of 7 bytes."""
+    place, parts = 7, []
+    while place < len(content):
+        if (left := 2**15 - place % 2**15) < 7:  # too short for a header
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        parts.append(content[place + 7 : place + 7 + size])
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+            parts = []
 
 
 def history(run):
@@ -96,7 +103,7 @@ def test_a_damaged_id_begins_a_new_wandb_run(tmp_path, caplog):
 
 
 def test_without_wandb_the_description_is_refused_with_what_to_do(toy_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(member.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(member, "find_spec", lambda name: None)
     path = tmp_path / "run.json"
     path.write_text(json.dumps({**toy_tree(toy_corpus, tmp_path), "hooks": [ENTRY]}))
     with pytest.raises(ConfigError, match=r"hooks\.0.*`wandb` is not installed; run `pip install wandb`"):
