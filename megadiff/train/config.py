@@ -7,9 +7,6 @@ from pydantic import Field, model_validator
 from megadiff.config.registry import Family
 from megadiff.config.section import Section
 
-HOOKS = Family("megadiff.train.hooks")
-"""Hooks and metric sinks that the list `hooks` can name."""
-
 _SECTION_OF_MEMBER = {
     "checkpoint": "checkpoint",
     "console": "log",
@@ -22,6 +19,17 @@ _SECTION_OF_MEMBER = {
     "validation": "eval",
 }
 """Members that every run has, and the section that configures each."""
+
+
+class HookFamily(Family):
+    """The hooks and metric sinks that the list `hooks` can name: members without those that every run has."""
+
+    def names(self) -> list[str]:
+        """Return the names of the members that can be listed."""
+        return [name for name in super().names() if name not in _SECTION_OF_MEMBER]
+
+
+HOOKS = HookFamily("megadiff.train.hooks")
 
 
 class LogConfig(Section):
