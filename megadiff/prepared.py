@@ -52,11 +52,14 @@ class Prepared:
         """The model's size for closed-form costs."""
         return self.config.shape(vocab_size=self.tokenizer.vocab_size)
 
-    @property
-    def log_snr_range(self) -> list[float] | None:
-        """Noise levels that the ELBO of a training line covers; None where it is an exact likelihood."""
+    def log_snr_metrics(self) -> dict[str, list[float] | None]:
+        """Return the range of noise levels that a training line's ELBO covers; None if it is an exact likelihood."""
         rate = rate_from(self.config.noise)
-        return None if self.config.is_autoregressive else [rate.min_log_snr, rate.max_log_snr]
+        return {"log_snr_range": None if self.config.is_autoregressive else [rate.min_log_snr, rate.max_log_snr]}
+
+    def epochs_after(self, step: int) -> dict[str, float]:
+        """Return the number of passes through each training source in the first `step` steps."""
+        return self.data.epochs_at(self.config.sizes.samples_before(step))
 
     def executed_flops(self, sums: list[float]) -> float:
         """Return the FLOPs that were computed, over all ranks, from a step's or several steps' sums (`row_report`)."""

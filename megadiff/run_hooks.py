@@ -111,8 +111,8 @@ def _log_hook(prepared: Prepared, context: HookContext, goodput: Goodput) -> Log
         world_size=prepared.layout.world_size,
         platform=context.platform,
         sinks=context.sinks,
-        extras=[goodput.record, lambda: {"log_snr_range": prepared.log_snr_range}],
-        epochs=lambda step: prepared.data.epochs_at(config.sizes.samples_before(step)),
+        extras=[goodput.record, prepared.log_snr_metrics],
+        epochs=prepared.epochs_after,
     )
 
 
