@@ -1,4 +1,4 @@
-"""From a run description to a trainer: the only place that constructs and connects the parts."""
+"""Assembly of a trainer from a run description: the only place that constructs and connects the parts."""
 
 from __future__ import annotations
 

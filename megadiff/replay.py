@@ -77,7 +77,7 @@ class Replayed:
 
     step: int
     start: str
-    """Where the weights came from."""
+    """Source of the weights."""
     steps_between: int
     """Steps taken in memory before it."""
     rows: list[ReplayedRow]
@@ -91,12 +91,12 @@ class Replayed:
     logged: dict[str, Any] | None
     """The run's own line of this step in `metrics.jsonl`, if it has one."""
     skip: str | None
-    """Why the run makes no update in this step; None where it does."""
+    """Reason why the run makes no update in this step; None if it does."""
     broken_row: int | None
     """Sample of the first row whose loss, or else whose gradient, is not finite."""
 
     def differences(self) -> dict[str, float | None]:
-        """Relative difference from the logged figures; None where either is missing or not finite."""
+        """Return relative differences from the logged figures; None where either is missing or not finite."""
         found: dict[str, float | None] = {}
         for key in _COMPARED:
             here, there = self.figures[key], (self.logged or {}).get(key)
@@ -138,7 +138,7 @@ def replay(run_folder: Path, step: int, overrides: Sequence[str] = ()) -> Replay
 
 
 def _settings(run_folder: Path, overrides: Sequence[str]) -> RunConfig:
-    """The run's own, laid out for one process."""
+    """Return the run's own settings, laid out for one process."""
     path = run_folder / "config.yaml"
     if not path.is_file():
         what = "it has no config.yaml" if run_folder.is_dir() else "there is no such folder"
@@ -239,7 +239,7 @@ class _Opened:
         )
 
     def _first_broken_gradient(self, batch: NoisedRows, samples: Sequence[int]) -> int | None:
-        """The first row that alone gives a gradient that is not finite; the weights are still those of the step."""
+        """Return the first row whose gradient alone is not finite; the weights are still those of the step."""
         alone = replace(self.train_step, micro_sequences=1, check=lambda loss, norm: StepDecision("spike"))  # no update
         for place, sample in enumerate(samples):
             row = NoisedRows(*(column[place : place + 1] for column in batch))
@@ -249,7 +249,7 @@ class _Opened:
 
 
 def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -> _Opened:
-    """The run as it stood after its newest sound checkpoint before `step`, or at its beginning."""
+    """Return the run after its newest sound checkpoint before `step`, or at its beginning."""
     config, text = prepared.config, prepared.tokenizer
     topology = open_topology(prepared.layout)
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
@@ -332,7 +332,7 @@ def _trained_with(folder: Path, what: str, then: str | None, now: str) -> Checkp
 
 
 def _nearest_checkpoint(run_folder: Path, step: int, config: RunConfig, topology: Topology) -> Path | None:
-    """The newest sound checkpoint of fewer than `step` steps, the one the run branched from included."""
+    """Return the newest sound checkpoint of fewer than `step` steps, the one the run branched from included."""
     own = [folder for folder in step_folders(run_folder) if step_of(folder) < step and is_complete(folder)]
     origin = config.checkpoint.start_from
     for folder in [*own, *([Path(origin)] if origin is not None else [])]:

@@ -104,7 +104,7 @@ class Manifest(BaseModel):
     mixture: dict[str, Any] = {}
     """Positions of the training data's sources (`data.mixture.Mixture`); empty in format 2 and for imported weights."""
     health: dict[str, float | list[float]] = {}
-    """What the run's health checks remember: skipped steps in a row, running statistics."""
+    """State of the run's health checks: skipped steps in a row, running statistics."""
     hooks: dict[str, Any] = {}
     """State of hooks of the run's list `hooks`, by name."""
     has_optimizer: bool = True

@@ -39,7 +39,7 @@ log = logging.getLogger("megadiff")
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How one save ended."""
+    """The end of one save."""
 
     step: int
     folder: Path
@@ -198,7 +198,7 @@ class AsyncCheckpointer:
             log.warning(f"older checkpoints of {self._run_folder} stay: {error}")
 
     def _complete(self, save: _Underway, parts: list[tuple[Written | None, str | None]]) -> None:
-        """On the main rank: index, manifest, rename, each made durable; then older ones go."""
+        """Write index and manifest and rename, each made durable, then delete older ones; called on the main rank."""
         for rank, (_, error) in enumerate(parts):
             if error is not None:
                 raise CheckpointError(f"writing {save.final} failed on rank {rank}: {error}")

@@ -184,7 +184,7 @@ def _recorded(seen: _Seen) -> Iterator[None]:
 
 
 def _refuse_collectives(hook: Hook) -> None:
-    """Let every collective of torch raise while this hook, which declares none, is called."""
+    """Make every collective of torch raise while this hook, which declares none, is called."""
     original = type(hook).__call__
 
     def call(self: Hook, info: Any) -> None:

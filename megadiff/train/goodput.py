@@ -62,7 +62,7 @@ class Attempt(BaseModel):
     save_s: _Seconds = 0.0
     """Seconds from beginning to completion, summed over checkpoints; training pauses for `save_stall` of them."""
     ended: AttemptEnd | None = None
-    """How the attempt ended; None while it runs, and afterwards if it was killed."""
+    """End of the attempt; None while it runs, and afterwards if it was killed."""
 
     @property
     def has_failed(self) -> bool:

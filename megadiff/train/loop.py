@@ -24,7 +24,7 @@ log = logging.getLogger("megadiff")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended."""
+    """The end of training."""
 
     step: int
     """Number of steps taken."""

@@ -100,7 +100,7 @@ class Hook:
         """Prepare for the run; called on every rank before the first step of this process."""
 
     def __call__(self, info: StepInfo) -> None:
-        """React to the step just taken."""
+        """Use the step just taken; called after each."""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps for the hook, as JSON with finite numbers.

@@ -95,7 +95,7 @@ class CheckpointHook(Hook):
         self._report(result if self._in_background or result is not None else self.checkpointer.finish())
 
     def _report(self, result: SaveResult | None) -> None:
-        """Account for a save that has ended, and log it on the main rank.
+        """Count a save that has ended, and log it on the main rank.
 
         Raises:
             StorageError: too many saves in a row have failed.

@@ -99,7 +99,7 @@ def _set_aside(path: Path, lines: list[bytes]) -> None:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line is complete and has a step; a killed machine can leave a torn last one."""
+    """Return whether a line is complete and has a step; a killed machine can leave a torn last one."""
     return line.endswith(b"\n") and _step_of(line) >= 0
 
 

@@ -6,7 +6,7 @@
 Every finite number of a line becomes a curve under the same name as in TensorBoard. A run that resumes continues the
 same W&B run, whose id is kept in the run folder as `wandb.json`. W&B's own counter cannot go back, so the horizontal
 axis of every curve is `step`, the number of optimizer steps, which is right also after a resume from an older
-checkpoint; steps that are taken again are then in the history twice, told apart by `train/attempts`.
+checkpoint; steps that are taken again are then in the history twice, with different `train/attempts`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class WandbSink(MetricSink):
         self._run.log({"step": step, **curves(line)})
 
     def close(self) -> None:
-        """Hand over what is left; online, wait for the upload."""
+        """Write what is left; online, wait for the upload."""
         if self._run is not None:
             run, self._run = self._run, None
             run.finish()
