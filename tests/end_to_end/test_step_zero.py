@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.platform.quiet import quiet
 from tests.support.closed_forms import blind_model
 from tests.support.ranks import on_ranks
-from tests.support.runs import build, platform_on_rank, read_metrics, toy_config
+from tests.support.runs import platform_on_rank, read_metrics, toy_config
+
+with quiet():
+    from megadiff import build
 
 STEPS = 12
 SHIFTS = (-1000.0, 0.0, 1000.0)
