@@ -27,7 +27,8 @@ Such a module is one file. It provides `build`, and `Settings` if it has keys of
     def build(settings, context):
         return WeightNorms(settings, context)
 
-`build` runs on every rank and returns a `Hook`, a `MetricSink`, or an object that is both.
+`build` runs on every rank and returns a `Hook`, a `MetricSink`, or an object that is both, whose `open` and `close` are
+called once and must not communicate between ranks.
 `megadiff.testing.check_hook` and `check_sink` are the contract test of this family.
 """
 

@@ -66,6 +66,7 @@ class _Caller:
     def __init__(self, name: str, file: str, every: int, context: HookContext) -> None:
         self.name, self.file, self.every, self.context = name, file, every, context
         self._last_step = context.config.steps
+        self._is_open = self._is_closed = False
 
     def is_due(self, step: int) -> bool:
         """Return whether the entry is called after this step."""
@@ -95,8 +96,18 @@ class _Caller:
                 "then run the same command again"
             ) from error
 
+    def open(self, part: Hook | MetricSink) -> None:
+        """Open the entry, once: as a sink, if it is both a hook and a sink."""
+        if not self._is_open:
+            self._is_open = True
+            with self.naming("could not be opened"):
+                part.open()
+
     def close(self, part: Hook | MetricSink) -> None:
-        """Close one of the entry's parts; a failure is logged, since the run is over."""
+        """Close the entry, once; a failure is logged, since the run is over."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         try:
             part.close()
         except Exception as error:
@@ -119,8 +130,7 @@ class ListedHook(Hook):
 
     def open(self) -> None:
         """Open the hook."""
-        with self._caller.naming("could not be opened"):
-            self.hook.open()
+        self._caller.open(self.hook)
 
     def __call__(self, info: Any) -> None:
         """Call the hook if it is due.
@@ -171,8 +181,7 @@ class ListedSink(MetricSink):
 
     def open(self) -> None:
         """Open the sink."""
-        with self._caller.naming("could not be opened"):
-            self.sink.open()
+        self._caller.open(self.sink)
 
     def write(self, line: dict[str, Any], step: int) -> None:
         """Give the sink a line if it is due."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from megadiff.config.load import load_config
 from megadiff.errors import ConfigError
 from megadiff.platform.quiet import quiet
 from megadiff.run_config import RunConfig
+from megadiff.train.config import HOOKS, HookConfig
+from megadiff.train.hooks import HookContext, MetricSinks
+from megadiff.train.hooks._listed import build_listed
 from megadiff.train.metrics import read_metrics
 from tests.support.runs import toy_config, toy_tree
 from tests.support.whole_runs import Ranks, status
@@ -139,6 +143,50 @@ def test_a_sink_from_outside_gets_the_lines_that_are_due_of_the_real_program(mod
     }
 
 
+BOTH = '''
+from megadiff.train.hooks import Hook, MetricSink
+
+class Both(Hook, MetricSink):
+    """Counts its calls and ends with an error if they are not what they must be."""
+
+    def __init__(self):
+        self.calls = []
+
+    def open(self):
+        self.calls.append("open")
+
+    def __call__(self, info):
+        self.calls.append(info.step)
+
+    def write(self, line, step):
+        self.calls.append(f"line {step}")
+
+    def close(self):
+        self.calls.append("close")
+
+def build(settings, context):
+    global made
+    made = Both()
+    return made
+'''
+
+
+def test_an_object_that_is_hook_and_sink_is_opened_and_closed_once(module):
+    """Called as `Trainer` and `MetricSinks` call: the sink is opened first, a validation line precedes the hooks."""
+    module("both", BOTH)
+    config = SimpleNamespace(steps=3)
+    context = HookContext(config, *[None] * 2, SimpleNamespace(is_main=True), *[None] * 2, (), (), MetricSinks())
+    (hook,) = build_listed([HOOKS.build(HookConfig, name="outside.both", every=2)], context)
+    context.write({"own": 1.0}, 0)
+    hook.open()
+    for step in (1, 2, 3):
+        context.write({"own": 1.0}, step)
+        hook(SimpleNamespace(step=step))
+    hook.close()
+    context.sinks.close()
+    assert sys.modules["outside.both"].made.calls == ["open", "line 0", "line 2", 2, "line 3", 3, "close"]
+
+
 def test_a_sink_from_outside_keeps_the_contract(module, tmp_path):
     module("lines", SINK)
     entry = {"name": "outside.lines", "path": str(tmp_path / "mine.jsonl")}
@@ -199,7 +247,7 @@ def test_the_contract_finds_what_breaks_it(module, kind):
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
-        ("{name: wanb, project: x}", "unknown name `wanb` in megadiff.train.hooks; did you mean `wandb`"),
+        ("{name: wanb, project: x}", "`hooks.0.name`: unknown name `wanb`; did you mean `wandb`"),
         ("{name: log}", "`log` is part of every run, with its settings under `log`; leave it out here"),
         ("{name: outside.empty}", "the module `outside.empty` has no function `build(settings, context)`"),
         ("{name: outside.gone}", "the module `outside.gone` cannot be found"),
