@@ -35,7 +35,7 @@ def read_metric_lines(path: Path) -> MetricLines:
             if line is not None:
                 if "eval_elbo" in line:
                     evaluations[line["step"]] = line
-                elif "loss" in line:  # else: a line of the user's own hook
+                elif "loss" in line or "tokens" in line:  # else: a line of a hook of the list
                     training[line["step"]] = line
             elif raw is None or (raw.endswith(b"\n") and raw.strip()):  # else: being written, or cut short by a kill
                 unreadable += 1

@@ -294,7 +294,7 @@ class Wired:
         loader = build.row_loader(prepared, mixing, step.topology, 0)
         self.opened.append(loader)
         other = build.training_step(
-            prepared, step.chunks, step.optimizer, mixing, step.topology, detect("cpu"), judge=step.judge
+            prepared, step.chunks, step.optimizer, mixing, step.topology, detect("cpu"), check=step.check
         )
         return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
 

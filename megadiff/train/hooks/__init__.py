@@ -211,13 +211,13 @@ class HookContext:
 
         Args:
             figures: names and values. Names with a `/`, such as `rms/embedding`, become curves of their own; the keys
-                by which lines are recognised (`step`, `loss`, `eval_elbo`) are not for hooks.
+                by which lines are recognised (`step`, `tokens`, `loss`, `eval_elbo`) are not for hooks.
             step: number of steps taken.
 
         Raises:
             ValueError: the figures have one of these keys.
         """
-        if reserved := sorted({"step", "loss", "eval_elbo"} & set(figures)):
+        if reserved := sorted({"step", "tokens", "loss", "eval_elbo"} & set(figures)):
             raise ValueError(f"figures of a hook cannot be called {', '.join(reserved)}; put a prefix before the name")
         if self.sinks:
             self.sinks.write({"step": step, **figures}, step)

@@ -126,7 +126,8 @@ class ListedHook(Hook):
     def __init__(self, hook: Hook, caller: _Caller) -> None:
         self.hook, self._caller = hook, caller
         self.name = caller.name
-        self.section, self.collectives = hook.section, hook.collectives
+        self.section = hook.section  # pyright: ignore[reportAttributeAccessIssue]  that of the hook inside
+        self.collectives = hook.collectives  # pyright: ignore[reportAttributeAccessIssue]
 
     def open(self) -> None:
         """Open the hook."""

@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import secrets
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +84,7 @@ class WandbSink(MetricSink):
         Raises:
             PlatformError: W&B refuses, for example without a login or a connection.
         """
-        import wandb
-
+        wandb: Any = import_module("wandb")
         settings, config = self._settings, self._context.config
         try:
             self._run = wandb.init(
