@@ -35,6 +35,7 @@ setup(
         "eval": ["lm-eval>=0.4.9"],
         "parquet": ["pyarrow>=15"],
         "plot": ["matplotlib>=3.7"],
+        "wandb": ["wandb>=0.19"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megadiff.checkpoint.save import Saver
+from megadiff.checkpoint.save import AsyncCheckpointer
 from megadiff.config.load import dump_config
-from megadiff.data.baselines import Baselines
 from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
 from megadiff.derived import describe, lay_out_run, ranks_to_check
@@ -22,9 +21,7 @@ from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.objective import build_weighting
 from megadiff.errors import ConfigError, DataError
-from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
 from megadiff.kernels.choice import choose_head
-from megadiff.model import cost
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.initialisation import initialise, role_of
 from megadiff.model.kernels import describe_kernels, open_tensor_overlap
@@ -41,7 +38,6 @@ from megadiff.parallel.topology import (
     world_size_from_environment,
 )
 from megadiff.platform.machine import Platform
-from megadiff.platform.stopwatch import stopwatch
 from megadiff.prepared import (
     Prepared,
     baselines_of,
@@ -52,24 +48,20 @@ from megadiff.prepared import (
     machine_for,
     prepare,
 )
-from megadiff.resumption import Resumption, foresee_resumption, manifest_of, resume
+from megadiff.resumption import Origin, Resumption, foresee_resumption, manifest_of, resume
 from megadiff.run_config import RunConfig
-from megadiff.run_files import RunFiles
 from megadiff.run_folder import Standing, Supervision, goodput_of, log_to_console, run_folder, write_config, write_facts
-from megadiff.sampled import sample_hooks
+from megadiff.run_hooks import build_hooks, hook_context
 from megadiff.supervision.launch import Launch
 from megadiff.supervision.launcher import end_with_launcher
 from megadiff.supervision.stopping import StopRequest
 from megadiff.supervision.watchdog import Watchdog
-from megadiff.train import hooks
-from megadiff.train.goodput import Goodput
-from megadiff.train.health import Health, Verdict
-from megadiff.train.loop import Run, train
-from megadiff.train.replicas import CheckReplicas
-from megadiff.train.saving import Saves
-from megadiff.train.step import Step
-from megadiff.train.stopping import AgreedStop
-from megadiff.train.stragglers import Stragglers, shared_cores, time_computation
+from megadiff.train.health import Health, StepDecision
+from megadiff.train.hooks._listed import restore, states
+from megadiff.train.hooks.checkpoint import CheckpointHook
+from megadiff.train.hooks.console import LOG_FIELDS
+from megadiff.train.loop import AgreedStop, Trainer
+from megadiff.train.step import TrainStep
 
 log = logging.getLogger("megadiff")
 
@@ -137,9 +129,9 @@ def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: fl
             with watchdog.section("setup"), supervision.goodput.during("setup"):
                 opened.enter_context(process_group(platform, timeout_s=config.watchdog.longest_s + _PATIENCE_S))
                 platform.prepare_megatron()
-                wired = wire(prepared, platform, resumption, supervision)
-            standing.running(wired.first_step)
-            standing.ended(train(wired))
+                trainer = build_trainer(prepared, platform, resumption, supervision)
+            standing.running(trainer.first_step)
+            standing.ended(trainer.train())
         except BaseException as error:
             failing(error)  # reported before leaving the process group, which may hang
             if (shortage := prepared.shortage(error)) is not None:
@@ -148,120 +140,109 @@ def run(config: RunConfig, resumption: Resumption | None = None, *, before_s: fl
 
 
 _PATIENCE_S = 60.0
-"""Seconds that collectives wait beyond the watchdog's timeout, so that the watchdog's better report comes first."""
+"""Seconds for which a collective waits longer than the watchdog, whose report is the more precise one."""
 
 
-def wire(
+def build_trainer(
     prepared: Prepared,
     platform: Platform,
     resumption: Resumption | None = None,
     supervision: Supervision | None = None,
-) -> Run:
-    """Build every part on this rank and connect them. Collective over the world; needs the default group to be open."""
-    resumption = resumption or Resumption()
+) -> Trainer:
+    """Build every part of the run on this rank and connect them. Collective over the world; the default group is open.
+
+    Args:
+        prepared: the run with its tokenizer, data and layout.
+        platform: this rank's machine.
+        resumption: what the user allows if the run is resumed.
+        supervision: the parts that look after the run; without them another program does.
+    """
     config = prepared.config
     supervision = supervision or Supervision.none(config)
-    goodput = supervision.goodput
-    head, _ = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     topology = open_topology(prepared.layout, timeout_s=config.watchdog.longest_s + _PATIENCE_S)
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
-    kernels = f"kernels           {describe_kernels(config.parallel, config.precision, platform)}"
-    derived = describe(config, prepared.layout, prepared.shape)
-    for line in [platform.describe(), kernels, *derived]:
-        log.info(line)
-    log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
-    log.info(f"head              {head}")
-    log.info(f"log line          {hooks.LOG_FIELDS}")
-    origin, prepared = resume(prepared, resumption, chunks, optimizer, topology=topology, platform=platform)
+    _log_parts(prepared, platform, optimizer)
+    origin, prepared = resume(
+        prepared, resumption or Resumption(), chunks, optimizer, topology=topology, platform=platform
+    )
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
+    _log_and_write_data(prepared, origin, topology)
     process = prepared.process
-    for line in describe_data(prepared, step=origin.step):
-        log.info(line)
-    if topology.is_main:
-        write_config(config)
-        doubts = data_advice(prepared)
-        for doubt in doubts:
-            log.warning(doubt)
-        write_facts(config, data_facts(prepared, step=origin.step, advice=doubts))
-    files = RunFiles.open(config, origin.step, is_main=topology.is_main)
+    context = hook_context(
+        prepared, first_step=origin.step, chunks=chunks, wrapped=wrapped, topology=topology, platform=platform
+    )
     loader = row_loader(prepared, process, topology, origin.step)
     baselines = baselines_of(prepared) if topology.is_main else None
     for line in describe_baselines(baselines):
         log.info(line)
-    evaluate = _evaluation(prepared, process, wrapped, topology, platform, files, goodput, baselines)
-    sample = sample_hooks(prepared, process, wrapped, topology, platform, goodput)
-    saves = Saves(
-        _saver(config, chunks, optimizer, topology, platform),
-        lambda step: manifest_of(prepared, origin, step, health=health.state()),
+    hooks = build_hooks(prepared, process, context, supervision.goodput, baselines)
+    restore(hooks, origin.hooks)
+    checkpoint = CheckpointHook(
+        AsyncCheckpointer(
+            config.folder,
+            chunks,
+            optimizer,
+            keep=config.checkpoint.keep,
+            before_cooldown=config.lr_schedule().cooldown_start,
+            topology=topology,
+            platform=platform,
+        ),
+        lambda step: manifest_of(prepared, origin, step, health=health.state(), hooks=states(hooks)),
         every=config.checkpoint.every,
         steps=config.steps,
         in_background=config.checkpoint.in_background,
         gathered=partial(gathered_weights, wrapped),
-        metrics=files.metrics,
-        goodput=goodput,
+        sinks=context.sinks,
+        goodput=supervision.goodput,
         completed=supervision.saved,
     )
-    return Run(
-        step=training_step(prepared, wrapped, optimizer, process, topology, platform, judge=health.judge),
+    return Trainer(
+        step=training_step(prepared, wrapped, optimizer, process, topology, platform, check=health.check),
         health=health,
         first_step=origin.step,
         steps=config.steps,
         sizes=config.sizes,
-        rows_at_once=config.batch.micro_sequences * prepared.layout.data,
+        sequences_at_once=config.batch.micro_sequences * prepared.layout.data,
         schedule=config.lr_schedule(),
         peak_lr=config.optimizer.lr,
-        rows=(microbatch.content for microbatch in loader),
-        hooks=[
-            _log_hook(prepared, platform, files, goodput),
-            *_watchers(config, chunks, wrapped, topology, platform),
-            *evaluate,
-            *sample,
-            saves,
-        ],
-        saves=saves,
+        microbatches=(microbatch.content for microbatch in loader),
+        hooks=[*hooks, checkpoint],
+        checkpoint=checkpoint,
         stop=AgreedStop(supervision.stop, topology),
         watchdog=supervision.watchdog,
-        goodput=goodput,
-        before=[partial(hook.run, 0) for hook in (*evaluate, *sample) if origin.step == 0],
-        ends=[loader.close, files.close],
+        goodput=supervision.goodput,
+        closing=[loader.close, context.sinks.close],
         failing=supervision.failing,
     )
 
 
-def _saver(
-    config: RunConfig, chunks: Sequence[Denoiser], optimizer: Optimizer, topology: Topology, platform: Platform
-) -> Saver:
-    return Saver(
-        config.folder,
-        chunks,
-        optimizer,
-        keep=config.checkpoint.keep,
-        before_cooldown=config.lr_schedule().cooldown_start,
-        topology=topology,
-        platform=platform,
-    )
-
-
-def _log_hook(prepared: Prepared, platform: Platform, files: RunFiles, goodput: Goodput) -> hooks.Log:
+def _log_parts(prepared: Prepared, platform: Platform, optimizer: Optimizer) -> None:
+    """Log the machine, the numbers that follow from the configuration, and which implementations were chosen."""
     config = prepared.config
-    return hooks.Log(
-        every=config.log.every,
-        steps=config.steps,
-        tokens_before=config.tokens_before,
-        flops_per_token=cost.training_flops_per_token(prepared.shape),
-        executed_flops=prepared.executed_flops,
-        world_size=prepared.layout.world_size,
-        platform=platform,
-        metrics=files.metrics,
-        tensorboard=files.tensorboard,
-        extras=[goodput.record, lambda: {"log_snr_range": prepared.log_snr_range}],
-        epochs=lambda step: prepared.data.epochs_at(config.sizes.samples_before(step)),
-    )
+    head, _ = choose_head(config.objective.head, is_cpu=platform.is_cpu)
+    kernels = f"kernels           {describe_kernels(config.parallel, config.precision, platform)}"
+    for line in [platform.describe(), kernels, *describe(config, prepared.layout, prepared.shape)]:
+        log.info(line)
+    log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
+    log.info(f"head              {head}")
+    log.info(f"log line          {LOG_FIELDS}")
+
+
+def _log_and_write_data(prepared: Prepared, origin: Origin, topology: Topology) -> None:
+    """Log the data at the position reached; the main rank also warns of likely mistakes and writes the run folder."""
+    for line in describe_data(prepared, step=origin.step):
+        log.info(line)
+    if topology.is_main:
+        write_config(prepared.config)
+        doubts = data_advice(prepared)
+        for doubt in doubts:
+            log.warning(doubt)
+        write_facts(prepared.config, data_facts(prepared, step=origin.step, advice=doubts))
 
 
 def row_objective(prepared: Prepared, process: NoiseProcess, topology: Topology, platform: Platform) -> RowObjective:
-    """What is minimised, on this rank's part of the vocabulary."""
+    """Return the objective that is minimised, on this rank's part of the vocabulary."""
     config = prepared.config
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     if config.is_autoregressive:
@@ -277,11 +258,11 @@ def training_step(
     topology: Topology,
     platform: Platform,
     *,
-    judge: Callable[[float, float], Verdict],
-) -> Step:
-    """Return the training step of this run; `judge` decides whether to apply its update (`train.step.Step`)."""
+    check: Callable[[float, float], StepDecision],
+) -> TrainStep:
+    """Return the optimizer step of this run; `check` decides on its update (`train.step.TrainStep`)."""
     config = prepared.config
-    return Step(
+    return TrainStep(
         chunks=wrapped,
         optimizer=optimizer,
         objective=row_objective(prepared, process, topology, platform),
@@ -289,32 +270,15 @@ def training_step(
         device=platform.device,
         seq_length=config.model.seq_length,
         micro_sequences=config.batch.micro_sequences,
-        judge=judge,
+        check=check,
         is_causal_prompt=config.is_causal_prompt,
     )
-
-
-def _watchers(
-    config: RunConfig, chunks: Sequence[Denoiser], wrapped: Sequence[Any], topology: Topology, platform: Platform
-) -> list[hooks.Hook]:
-    """Return the hooks that compare ranks; none for a single rank."""
-    if topology.layout.world_size == 1:
-        return []
-    watch = stopwatch(platform)
-    replicas = CheckReplicas(config.health.check_replicas_every, chunks, wrapped, topology)
-    found = topology.gather_to_main(shared_cores(platform, world_size=topology.layout.world_size))
-    shared = topology.from_main(next((reason for reason in found or () if reason is not None), None))
-    if shared is not None:  # decided once for all ranks, since the search for stragglers is collective
-        log.info(f"stragglers        not looked for: {shared}")
-        return [replicas]
-    time_computation(wrapped, watch)
-    return [Stragglers(config.log.every, config.health.straggler_ratio, watch, topology, platform), replicas]
 
 
 def build_trainables(
     prepared: Prepared, platform: Platform, topology: Topology
 ) -> tuple[list[Denoiser], list[Any], Optimizer]:
-    """Build the model chunks with initial weights, their data-parallel wrappers, and the optimizer."""
+    """Return model chunks with their first weights, their data-parallel wrappers, and the optimizer."""
     config = prepared.config
     open_tensor_overlap(config.model, config.parallel, config.precision, micro_sequences=config.batch.micro_sequences)
     chunks = build_chunks(
@@ -343,7 +307,7 @@ def build_trainables(
 
 
 def row_loader(prepared: Prepared, process: NoiseProcess, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
-    """This data-parallel rank's noised microbatches from `first_step` on."""
+    """Return this data-parallel rank's noised microbatches from `first_step` on."""
     config = prepared.config
     batch = config.batch
 
@@ -369,35 +333,3 @@ def row_loader(prepared: Prepared, process: NoiseProcess, topology: Topology, fi
         share=Share(batch.micro_sequences, dp_rank=topology.data_rank, dp_size=topology.layout.data),
         first_step=first_step,
     )
-
-
-def _evaluation(
-    prepared: Prepared,
-    process: NoiseProcess,
-    chunks: Sequence[Any],
-    topology: Topology,
-    platform: Platform,
-    files: RunFiles,
-    goodput: Goodput,
-    baselines: Baselines | None,
-) -> list[hooks.Evaluate]:
-    """Return the hook that evaluates the validation data; none without validation data."""
-    config = prepared.config
-    if not prepared.data.valid:
-        return []
-    _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
-    measure = next_token_likelihood(process, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
-    if not config.is_autoregressive:
-        measure = diffusion_bound(process, topology=topology, noise_levels=config.eval.noise_levels, head=head)
-    held_out = HeldOut(
-        sources=prepared.data.valid,
-        measure=measure,
-        chunks=chunks,
-        topology=topology,
-        device=platform.device,
-        micro_sequences=config.batch.micro_sequences,
-    )
-    figures = baselines.as_metrics() if baselines is not None else {}
-    return [
-        hooks.Evaluate(config.eval.every, config.steps, held_out, files.metrics, goodput, files.tensorboard, figures)
-    ]

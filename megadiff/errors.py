@@ -72,6 +72,10 @@ class TrainingError(MegadiffError):
     exit_code = 5
 
 
+class HookError(MegadiffError):
+    """A hook or metric sink of the list `hooks` that failed, or that does what hooks must not do."""
+
+
 def shown(value: Any, limit: int = 60) -> str:
     """Return a value found in a file as messages quote it, in about `limit` characters at most."""
     if isinstance(value, dict):

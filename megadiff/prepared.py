@@ -58,11 +58,15 @@ class Prepared:
         """Noise process over the tokenizer's vocabulary."""
         return build_process(self.config.noise, vocab_size=self.tokenizer.vocab_size, mask_id=self.tokenizer.mask_id)
 
-    @property
-    def log_snr_range(self) -> list[float] | None:
-        """Noise levels that the ELBO of a training line covers; None where it is an exact likelihood."""
+    def log_snr_metrics(self) -> dict[str, list[float] | None]:
+        """Return the range of noise levels that a training line's ELBO covers; None if it is an exact likelihood."""
         schedule = self.process.schedule
-        return None if self.config.is_autoregressive else [schedule.min_log_snr, schedule.max_log_snr]
+        covered = None if self.config.is_autoregressive else [schedule.min_log_snr, schedule.max_log_snr]
+        return {"log_snr_range": covered}
+
+    def epochs_after(self, step: int) -> dict[str, float]:
+        """Return the number of passes through each training source in the first `step` steps."""
+        return self.data.epochs_at(self.config.sizes.samples_before(step))
 
     def executed_flops(self, sums: list[float]) -> float:
         """Return the FLOPs executed over all ranks, from the sums of one or several steps (`row_report`)."""

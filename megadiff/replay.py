@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from megadiff.config.load import load_config
 from megadiff.data.facts import read_data_facts
 from megadiff.data.loader import Microbatch
 from megadiff.data.mixture import next_mixture
+from megadiff.data.rows import Origin
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.diffusion.objective import Terms
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
@@ -36,12 +39,78 @@ from megadiff.platform.machine import Platform, detect
 from megadiff.prepared import Prepared, prepare
 from megadiff.resumption import saved_mixture
 from megadiff.run_config import RunConfig
-from megadiff.train.health import Health, Verdict
+from megadiff.train.health import Health, StepDecision
 from megadiff.train.metrics import read_metrics
-from megadiff.train.replayed import Replayed, ReplayedRow
-from megadiff.train.step import Step, Taken
+from megadiff.train.step import StepOutput, TrainStep
 
 log = logging.getLogger("megadiff")
+
+
+_COMPARED = ("loss", "elbo", "grad_norm")
+"""Figures that are compared with those of the run's own line."""
+
+
+@dataclass(frozen=True)
+class ReplayedRow:
+    """One row of the step's batch."""
+
+    sample: int
+    """Global sample index."""
+    origin: Origin
+    log_snr: tuple[float, float]
+    """Lowest and highest over the noisy tokens; NaN where there are none."""
+    noisy_tokens: int
+    loss: float
+    """Mean per noisy token, nats; 0 where there are none."""
+    elbo: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both figures are."""
+        return math.isfinite(self.loss) and math.isfinite(self.elbo)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step taken again."""
+
+    step: int
+    start: str
+    """Source of the weights."""
+    steps_between: int
+    """Steps taken in memory before it."""
+    rows: list[ReplayedRow]
+    batch: NoisedRows
+    """All rows of the step in the order of their samples, on the CPU."""
+    loss_of_tokens: Tensor
+    """[B, L] float32, nats; 0 at noise-free positions."""
+    elbo_of_tokens: Tensor
+    figures: dict[str, float]
+    """`loss`, `elbo` and `grad_norm` of the whole batch."""
+    logged: dict[str, Any] | None
+    """The run's own line of this step in `metrics.jsonl`, if it has one."""
+    skip: str | None
+    """Reason why the run makes no update in this step; None if it does."""
+    broken_row: int | None
+    """Sample of the first row whose loss, or else whose gradient, is not finite."""
+
+    def differences(self) -> dict[str, float | None]:
+        """Return relative differences from the logged figures; None where either is missing or not finite."""
+        found: dict[str, float | None] = {}
+        for key in _COMPARED:
+            here, there = self.figures[key], (self.logged or {}).get(key)
+            if there is None or not math.isfinite(here):
+                found[key] = None
+            else:
+                found[key] = abs(here - there) / max(abs(there), 1e-30)
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the batch and its per-token figures as a compressed `.npz`."""
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in self.batch._asdict().items()}
+        arrays |= {"loss": self.loss_of_tokens.numpy(), "elbo": self.elbo_of_tokens.numpy()}
+        with path.open("wb") as file:
+            np.savez_compressed(file, samples=np.array([row.sample for row in self.rows]), **arrays)
 
 
 def replay(run_folder: Path, step: int, overrides: Sequence[str] = ()) -> Replayed:
@@ -74,7 +143,7 @@ def _settings(run_folder: Path, overrides: Sequence[str]) -> RunConfig:
     if not path.is_file():
         what = "it has no config.yaml" if run_folder.is_dir() else "there is no such folder"
         raise ConfigError(f"--run {run_folder}: {what}; give the folder of a run that was started, such as runs/NAME")
-    config = load_config(path, overrides, RunConfig)
+    config = load_config(path, [*overrides, "hooks=[]"], RunConfig)  # nothing is called between steps
     alone = ParallelConfig(distributed_optimizer=config.parallel.distributed_optimizer)
     train_only = config.data.model_copy(update={"valid": ()})
     bf16 = config.precision.model_copy(update={"fp8": "none", "fp8_first_last_bf16": 0})
@@ -105,7 +174,7 @@ class _Opened:
     run_folder: Path
     prepared: Prepared
     topology: Topology
-    train_step: Step
+    train_step: TrainStep
     recorded: _Recorded
     done: int
     """Number of steps taken so far."""
@@ -116,9 +185,9 @@ class _Opened:
         loader = row_loader(self.prepared, self.recorded.process, self.topology, self.done)
         with loader:
             for number in range(self.done + 1, step):
-                taken = self._take(number, self._rows_of(number, loader))
-                figures = _figures(taken)
-                skipped = f", no update: {taken.verdict.skip}" if taken.verdict.skip else ""
+                output = self._take(number, self._rows_of(number, loader))
+                figures = _figures(output)
+                skipped = f", no update: {output.decision.skip}" if output.decision.skip else ""
                 log.info(f"step {number}: loss {figures['loss']:.4f}, grad norm {figures['grad_norm']:.4f}{skipped}")
             microbatches = self._rows_of(step, loader)
         return self._described(step, microbatches, self._take(step, microbatches))
@@ -127,19 +196,19 @@ class _Opened:
         config = self.prepared.config
         return list(islice(loader, config.sizes.sequences(step - 1) // config.batch.micro_sequences))
 
-    def _take(self, step: int, microbatches: Sequence[Microbatch[NoisedRows]]) -> Taken:
+    def _take(self, step: int, microbatches: Sequence[Microbatch[NoisedRows]]) -> StepOutput:
         config = self.prepared.config
         self.recorded.found.clear()
         lr = config.optimizer.lr * config.lr_schedule().factor(step - 1)
         return self.train_step([microbatch.content for microbatch in microbatches], lr)
 
-    def _described(self, step: int, microbatches: Sequence[Microbatch[NoisedRows]], taken: Taken) -> Replayed:
+    def _described(self, step: int, microbatches: Sequence[Microbatch[NoisedRows]], output: StepOutput) -> Replayed:
         batch = NoisedRows(*(torch.cat(column) for column in zip(*(m.content for m in microbatches), strict=True)))
         loss, elbo = (torch.cat([getattr(terms, name) for terms in self.recorded.found]) for name in ("loss", "elbo"))
         samples = [sample for microbatch in microbatches for sample in microbatch.samples]
         rows = [self._row(place, sample, batch, loss, elbo) for place, sample in enumerate(samples)]
         broken = next((row.sample for row in rows if not row.is_finite), None)
-        if broken is None and taken.verdict.skip == "non_finite":
+        if broken is None and output.decision.skip == "non_finite":
             broken = self._first_broken_gradient(batch, samples)
         lines = read_metrics(self.run_folder / "metrics.jsonl")
         return Replayed(
@@ -150,9 +219,9 @@ class _Opened:
             batch=batch,
             loss_of_tokens=loss,
             elbo_of_tokens=elbo,
-            figures=_figures(taken),
+            figures=_figures(output),
             logged=next((line for line in lines if line["step"] == step and "loss" in line), None),
-            skip=taken.verdict.skip,
+            skip=output.decision.skip,
             broken_row=broken,
         )
 
@@ -171,7 +240,7 @@ class _Opened:
 
     def _first_broken_gradient(self, batch: NoisedRows, samples: Sequence[int]) -> int | None:
         """Return the first row whose gradient alone is not finite; the weights are still those of the step."""
-        alone = replace(self.train_step, micro_sequences=1, judge=lambda loss, norm: Verdict("spike"))  # no update
+        alone = replace(self.train_step, micro_sequences=1, check=lambda loss, norm: StepDecision("spike"))  # no update
         for place, sample in enumerate(samples):
             row = NoisedRows(*(column[place : place + 1] for column in batch))
             if not math.isfinite(alone([row], 0.0).grad_norm):
@@ -180,7 +249,7 @@ class _Opened:
 
 
 def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -> _Opened:
-    """Return the run as of its newest sound checkpoint before `step`, or at its start."""
+    """Return the run after its newest sound checkpoint before `step`, or at its beginning."""
     config, text = prepared.config, prepared.tokenizer
     topology = open_topology(prepared.layout)
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
@@ -196,7 +265,7 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         done = saved.step
     process = prepared.process
     recorded = _Recorded(process, topology, inner=row_objective(prepared, process, topology, platform))
-    train_step = training_step(prepared, wrapped, optimizer, process, topology, platform, judge=health.judge)
+    train_step = training_step(prepared, wrapped, optimizer, process, topology, platform, check=health.check)
     return _Opened(
         run_folder=run_folder,
         prepared=prepared,
@@ -263,7 +332,7 @@ def _trained_with(folder: Path, what: str, then: str | None, now: str) -> Checkp
 
 
 def _nearest_checkpoint(run_folder: Path, step: int, config: RunConfig, topology: Topology) -> Path | None:
-    """Return the newest sound checkpoint of fewer than `step` steps, possibly the one that the run branched from."""
+    """Return the newest sound checkpoint of fewer than `step` steps, the one the run branched from included."""
     own = [folder for folder in step_folders(run_folder) if step_of(folder) < step and is_complete(folder)]
     origin = config.checkpoint.start_from
     for folder in [*own, *([Path(origin)] if origin is not None else [])]:
@@ -279,6 +348,6 @@ def _nearest_checkpoint(run_folder: Path, step: int, config: RunConfig, topology
     return None
 
 
-def _figures(taken: Taken) -> dict[str, float]:
-    found = metrics_of(taken.total.tolist())
-    return {"loss": found["loss"], "elbo": found["elbo"], "grad_norm": taken.grad_norm}
+def _figures(output: StepOutput) -> dict[str, float]:
+    found = metrics_of(output.sums.tolist())
+    return {"loss": found["loss"], "elbo": found["elbo"], "grad_norm": output.grad_norm}

@@ -72,6 +72,8 @@ class Origin:
 
     step: int = 0
     health: dict[str, Any] = field(default_factory=dict)
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """State of hooks of the list `hooks`, by name."""
     changes: list[Change] = field(default_factory=list)
 
 
@@ -111,7 +113,7 @@ def resume(
         log.info(line)
     for doubt in accepted.doubts() if topology.is_main else []:
         log.warning(doubt)
-    return Origin(saved.step, saved.health, [*saved.changes, *accepted.changes]), accepted.prepared
+    return Origin(saved.step, saved.health, saved.hooks, [*saved.changes, *accepted.changes]), accepted.prepared
 
 
 def foresee_resumption(prepared: Prepared, resumption: Resumption) -> tuple[Prepared, int, list[str]]:
@@ -204,8 +206,23 @@ def saved_mixture(prepared: Prepared, saved: Manifest, folder: Path) -> Mixture:
     return mixture
 
 
-def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[str, Any] | None = None) -> Manifest:
-    """Return the manifest of a checkpoint after `step` steps, except for its list of files."""
+def manifest_of(
+    prepared: Prepared,
+    origin: Origin,
+    step: int,
+    *,
+    health: dict[str, Any] | None = None,
+    hooks: dict[str, Any] | None = None,
+) -> Manifest:
+    """Return the manifest of a checkpoint after `step` steps of this run, without its files.
+
+    Args:
+        prepared: the run.
+        origin: where it resumed from.
+        step: number of steps taken.
+        health: state of the health checks.
+        hooks: state of hooks of the list `hooks`, by name.
+    """
     config, layout = prepared.config, prepared.layout
     samples = config.sizes.samples_before(step)
     return Manifest(
@@ -232,5 +249,6 @@ def manifest_of(prepared: Prepared, origin: Origin, step: int, *, health: dict[s
         },
         mixture=prepared.data.mixture_at(samples).model_dump(mode="json"),
         health=health or {},
+        hooks=hooks or {},
         changes=origin.changes,
     )

@@ -30,7 +30,7 @@ from megadiff.optim.rules import Scale
 from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
 from megadiff.supervision.config import StopConfig, WatchdogConfig
-from megadiff.train.config import GoodputConfig, HealthConfig, LogConfig
+from megadiff.train.config import HOOKS, GoodputConfig, HealthConfig, HookConfig, LogConfig
 
 _LONGEST_NAME = 200
 """Maximal length of a run's name, in bytes; file systems allow 255, some of which temporary files and the scheduler's
@@ -66,6 +66,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    hooks: tuple[Annotated[HookConfig, HOOKS], ...] = ()
+    """Hooks and metric sinks that the run has besides its own, called in this order."""
     health: HealthConfig = HealthConfig()
     stop: StopConfig = StopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -41,7 +41,7 @@ from megadiff.supervision.status import (
 from megadiff.supervision.stopping import StopRequest
 from megadiff.supervision.watchdog import Watchdog
 from megadiff.train.goodput import Goodput
-from megadiff.train.loop import Ending
+from megadiff.train.loop import TrainResult
 
 log = logging.getLogger("megadiff")
 
@@ -204,10 +204,10 @@ class Standing:
         self._step = self._saved_step = step
         self._write(RUNNING)
 
-    def ended(self, ending: Ending) -> None:
-        """Record that the run ended normally or by a stop request."""
-        self._step, self._has_ended = ending.step, True
-        self._write(FINISHED if ending.stopped is None else STOPPED, reason=ending.stopped or "", exit_code=0)
+    def ended(self, result: TrainResult) -> None:
+        """Write that the run finished, or stopped on request."""
+        self._step, self._has_ended = result.step, True
+        self._write(FINISHED if result.stopped is None else STOPPED, reason=result.stopped or "", exit_code=0)
 
     def failing(self, error: BaseException, step: int | None = None) -> None:
         """Record that the run ends with this error, after `step` steps. Only the first error counts.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megadiff.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
-    from megadiff.train.replayed import Replayed, ReplayedRow
+    from megadiff.replay import Replayed, ReplayedRow
 
 _EPILOG = """examples:
   python tools/replay.py --run runs/demo --step 120

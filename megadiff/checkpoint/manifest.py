@@ -104,6 +104,8 @@ class Manifest(BaseModel):
     """Positions of the training data's sources (`data.mixture.Mixture`); empty for imported weights."""
     health: dict[str, float | list[float]] = {}
     """State of the run's health checks: the number of consecutive skipped steps, and running statistics."""
+    hooks: dict[str, Any] = {}
+    """State of hooks of the run's list `hooks`, by name."""
     has_optimizer: bool = True
     """Whether an optimizer state is included. It is not if the weights came from elsewhere; a run that begins with them
     has a new optimizer and begins at step 0."""

@@ -40,15 +40,15 @@ log = logging.getLogger("megadiff")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The result of one save."""
+class SaveResult:
+    """The end of one save."""
 
     step: int
     folder: Path
     error: str | None
-    """Reason, in one sentence, why there is no such checkpoint; None if there is one."""
+    """Reason why there is no such checkpoint, in one sentence; None if there is one."""
     stall_s: float
-    """Seconds for which training was paused on this rank."""
+    """Seconds for which training on this rank paused for it."""
     seconds: float
     """Seconds from the start of the save until it was complete."""
 
@@ -83,8 +83,8 @@ class _Underway:
     stall_s: float
 
 
-class Saver:
-    """The writer of one run's checkpoints, one at a time. Every method is collective over the world."""
+class AsyncCheckpointer:
+    """Writer of the checkpoints of one run, one at a time. Every method is collective over the world."""
 
     def __init__(
         self,
@@ -112,8 +112,8 @@ class Saver:
         self._underway: _Underway | None = None
         self._pruning: threading.Thread | None = None
 
-    def start(self, manifest: Manifest, *, first: Callable[[], None] = lambda: None) -> Outcome | None:
-        """Copy the state to host memory and start writing it as `checkpoints/step_XXXXXXXX`.
+    def start(self, manifest: Manifest, *, first: Callable[[], None] = lambda: None) -> SaveResult | None:
+        """Copy the state to host memory and begin to write it as `checkpoints/step_XXXXXXXX`.
 
         No other save may be running. The outcome is returned only if the save fails at once, for example on a full
         disk.
@@ -151,16 +151,15 @@ class Saver:
         error = every_rank_reports(error, self._topology)
         if error is not None or snapshot is None:
             stall = time.monotonic() - began
-            return Outcome(manifest.step, final, error, stall, stall)
+            return SaveResult(manifest.step, final, error, stall, stall)
         self._is_checked = True
         writing = _Write(snapshot)
         writing.start()
         self._underway = _Underway(manifest, final, snapshot, writing, began, time.monotonic() - began)
         return None
 
-    def poll(self) -> Outcome | None:
-        """Complete the running save once every rank has written its part; return None before that, or if there
-        is none."""
+    def poll(self) -> SaveResult | None:
+        """Complete the save under way once every rank has written its part; None before that, or without one."""
         if self._underway is None:
             return None
         began = time.monotonic()
@@ -168,8 +167,8 @@ class Saver:
         self._underway.stall_s += time.monotonic() - began
         return None if is_waiting else self.finish()
 
-    def finish(self) -> Outcome | None:
-        """Wait for the running save and complete it; return None if there is none."""
+    def finish(self) -> SaveResult | None:
+        """Wait for the save under way and complete it; None if there is none."""
         if self._underway is None:
             return None
         save, self._underway = self._underway, None
@@ -187,7 +186,7 @@ class Saver:
             if self._topology.is_main:
                 shutil.rmtree(staging_folder(save.final), ignore_errors=True)
         now = time.monotonic()
-        return Outcome(save.manifest.step, save.final, error, save.stall_s + now - began, now - save.started)
+        return SaveResult(save.manifest.step, save.final, error, save.stall_s + now - began, now - save.started)
 
     def _refuse_link(self, final: Path) -> None:
         """Refuse to replace a folder that is stored elsewhere; called before anything is written."""
@@ -208,10 +207,7 @@ class Saver:
             log.warning(f"older checkpoints of {self._run_folder} were not deleted: {error}")
 
     def _complete(self, save: _Underway, parts: list[tuple[Written | None, str | None]]) -> None:
-        """Write index and manifest and rename the folder, each made durable, then delete older checkpoints.
-
-        Runs on the main rank only.
-        """
+        """Write index and manifest and rename, each made durable, then delete older ones; called on the main rank."""
         for rank, (_, error) in enumerate(parts):
             if error is not None:
                 raise CheckpointError(f"writing {save.final} failed on rank {rank}: {error}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadiff.errors import DataError
-from megadiff.train.metric_lines import MAX_LINE_BYTES, Line, finite, parsed
+from megadiff.train.metrics import MAX_LINE_BYTES, Line, finite, parsed
 from megadiff.untrusted_files import UnreadableFileError, lines, why
 
 
@@ -34,10 +34,11 @@ def read_metric_lines(path: Path) -> MetricLines:
         for raw in lines(path, max_bytes=MAX_LINE_BYTES):
             line = parsed(raw)
             if line is not None:
-                (evaluations if "eval_elbo" in line else training)[line["step"]] = line
-            elif raw is None or (
-                raw.endswith(b"\n") and raw.strip()
-            ):  # otherwise it is being written, or was cut short by a kill
+                if "eval_elbo" in line:
+                    evaluations[line["step"]] = line
+                elif "loss" in line or "tokens" in line:  # else: a line of a hook of the list
+                    training[line["step"]] = line
+            elif raw is None or (raw.endswith(b"\n") and raw.strip()):  # else: being written, or cut short by a kill
                 unreadable += 1
     except (OSError, UnreadableFileError) as error:
         raise DataError(f"{path} {why(error)}; give a run folder") from None

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from megadiff.train.metric_lines import Line, number
+from megadiff.train.metrics import Line, number
 
 Axis = Literal["tokens", "steps"]
 _MOST_TOKENS = 1e30

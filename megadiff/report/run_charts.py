@@ -10,7 +10,7 @@ from megadiff.report.line_chart import Chart, Curve
 from megadiff.report.metric_lines import levels
 from megadiff.report.progress import AXIS_LABELS, Axis, position_of
 from megadiff.report.run_record import RunRecord
-from megadiff.train.metric_lines import Line, number
+from megadiff.train.metrics import Line, number
 
 _NOISY = "nats per noisy token"
 _BIN = "w (KL + IS), nats per token"

@@ -16,7 +16,7 @@ from megadiff.report.metric_lines import MetricLines, read_metric_lines
 from megadiff.report.settings import read_settings
 from megadiff.report.unusual_steps import UnusualStep, unusual_steps
 from megadiff.supervision.status import Status, read_status
-from megadiff.train.attempts import Attempt
+from megadiff.train.goodput import Attempt
 from megadiff.untrusted_files import UnreadableFileError, open_plain, read_bytes
 
 _ATTEMPTS = TypeAdapter(list[Attempt])

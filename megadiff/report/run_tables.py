@@ -11,7 +11,7 @@ from megadiff.report.markup import escaped, paragraph, table
 from megadiff.report.run_record import RunRecord
 from megadiff.report.settings import differences
 from megadiff.report.wall_time import wall_time
-from megadiff.train.metric_lines import finite, number
+from megadiff.train.metrics import finite, number
 
 _NONE = "\u2013"
 _UNUSUAL_SHOWN = 100

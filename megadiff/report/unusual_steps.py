@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadiff.train.metric_lines import Line
+from megadiff.train.metrics import Line
 from megadiff.untrusted_files import UnreadableFileError, open_plain
 
 _SPIKE = re.compile(r" WARNING step (\d{1,18}): spike: (.{1,400})")

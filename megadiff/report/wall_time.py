@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megadiff.report.figures import duration, percent
 from megadiff.report.markup import escaped, paragraph, table
 from megadiff.report.run_record import RunRecord
-from megadiff.train.attempts import PHASES, Attempt
+from megadiff.train.goodput import PHASES, Attempt
 
 # The order is that of drawing.
 _NAMES = {

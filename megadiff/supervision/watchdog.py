@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megadiff.errors import MegadiffError
+from megadiff.errors import HookError, MegadiffError
 from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.ending import STACKS_SIGNAL
 from megadiff.supervision.first_cause import Records
@@ -95,7 +95,8 @@ class Watchdog:
         self._is_failing = True
         if self._raised[0] == id(error):
             self._beat.write(*self._raised[1])
-        is_told = isinstance(error, MegadiffError | SystemExit | KeyboardInterrupt)
+        # A hook may fail on one rank alone, whose sentence nobody reads among many: it is reported as first cause too.
+        is_told = isinstance(error, MegadiffError | SystemExit | KeyboardInterrupt) and not isinstance(error, HookError)
         self.fail(f"{type(error).__name__}: {error}", is_told=is_told)
 
     def section(self, kind: str, *, step: int = NO_STEP, limit_s: float | None = None) -> Section:

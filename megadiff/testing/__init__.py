@@ -1,9 +1,9 @@
 """Contract tests: what a member of a family must satisfy, for members in this package and for the user's own.
 
 One module a family: `check_optimizer` in `optimizers.py`, `check_tokenizer` in `tokenizers.py`, `check_process` in
-`processes.py`, `check_weighting` in `weightings.py`. A check takes a member's name or dotted path, raises an
-AssertionError or a sentence of `megadiff.errors` at the first thing that is wrong, and needs no pytest. `ranks.py` and
-`toy_run.py` are the real training at toy size that checks run.
+`processes.py`, `check_weighting` in `weightings.py`, `check_hook` and `check_sink` in `hooks.py`. A check takes a
+member's name or dotted path, raises an AssertionError or a sentence of `megadiff.errors` at the first thing that is
+wrong, and needs no pytest. `ranks.py` and `toy_run.py` are the real training at toy size that checks run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "check_hook": "hooks",
     "check_optimizer": "optimizers",
     "check_process": "processes",
+    "check_sink": "hooks",
     "check_tokenizer": "tokenizers",
     "check_weighting": "weightings",
 }

@@ -20,7 +20,6 @@ from megadiff.platform.quiet import quiet
 from megadiff.run_config import RunConfig
 from megadiff.testing.ranks import on_ranks
 from megadiff.testing.toy_run import toy_config, wire_on_rank, write_corpus
-from megadiff.train.loop import train
 from megadiff.train.metrics import read_metrics
 
 SAVED, STEPS = 2, 4
@@ -132,14 +131,14 @@ def _cases(name: str, settings: dict[str, Any], kinds: Sequence[str]) -> list[_C
 
 def _train(configs: Sequence[RunConfig]) -> None:
     for config in configs:
-        train(wire_on_rank(config, 1))
+        wire_on_rank(config, 1).train()
 
 
 def _save_at_once(configs: Sequence[RunConfig]) -> None:
     for config in configs:
         run = wire_on_rank(config, _AWAY_RANKS)
         assert run.first_step == SAVED, f"{config.name}: the checkpoint of step {SAVED} was not loaded"
-        run.saves.save_now(SAVED)
+        run.checkpoint.save_now(SAVED)
         run.close()
 
 

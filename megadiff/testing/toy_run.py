@@ -17,7 +17,7 @@ from megadiff.run_config import RunConfig
 with quiet():
     from megadiff import build
     from megadiff.platform.machine import Platform, detect
-    from megadiff.train.loop import Run
+    from megadiff.train.loop import Trainer
 
 
 def write_corpus(prefix: Path, *, tokens: int = 6000, seed: int = 0, vocab_size: int = 260) -> Path:
@@ -72,9 +72,9 @@ def platform_on_rank() -> Platform:
     return platform
 
 
-def wire_on_rank(config: RunConfig, world_size: int, resumption: build.Resumption | None = None) -> Run:
-    """Return the run as the training command builds it, on this rank."""
+def wire_on_rank(config: RunConfig, world_size: int, resumption: build.Resumption | None = None) -> Trainer:
+    """Return the trainer as the training command builds it, on this rank."""
     config.folder.mkdir(parents=True, exist_ok=True)
     platform = platform_on_rank()
     with quiet():
-        return build.wire(build.prepare(config, world_size=world_size), platform, resumption)
+        return build.build_trainer(build.prepare(config, world_size=world_size), platform, resumption)

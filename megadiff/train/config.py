@@ -1,10 +1,35 @@
-"""What a run tells while it trains, and when it is to worry."""
+"""Settings of what happens beside training: the log, hooks, health checks, and the goodput."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from megadiff.config.registry import Family
 from megadiff.config.section import Section
+
+_SECTION_OF_MEMBER = {
+    "checkpoint": "checkpoint",
+    "console": "log",
+    "log": "log",
+    "metrics_file": "log",
+    "replicas": "health",
+    "samples": "eval",
+    "stragglers": "health",
+    "tensorboard": "log",
+    "validation": "eval",
+}
+"""Members that every run has, and the section that configures each."""
+
+
+class HookFamily(Family):
+    """The hooks and metric sinks that the list `hooks` can name: members without those that every run has."""
+
+    def names(self) -> list[str]:
+        """Return the names of the members that can be listed."""
+        return [name for name in super().names() if name not in _SECTION_OF_MEMBER]
+
+
+HOOKS = HookFamily("megadiff.train.hooks")
 
 
 class LogConfig(Section):
@@ -14,6 +39,25 @@ class LogConfig(Section):
     """Steps between lines; step 1, the last step and every skipped step always have one."""
     tensorboard: bool = True
     """Also write `tensorboard/` in the run folder."""
+
+
+class HookConfig(Section):
+    """`hooks:` one hook or metric sink of the list; the module that it names declares its other keys."""
+
+    name: str = Field(min_length=1)
+    """Name of a hook or sink of the package, or the dotted path of a module of your own."""
+    every: int = Field(default=1, gt=0)
+    """Steps between calls of a hook, or between steps whose lines a sink gets; the last step is always included."""
+
+    @model_validator(mode="after")
+    def _can_be_listed(self) -> HookConfig:
+        if (section := _SECTION_OF_MEMBER.get(self.name)) is not None:
+            raise ValueError(
+                f"`{self.name}` is part of every run, with its settings under `{section}`; leave it out here"
+            )
+        if not callable(getattr(HOOKS.member(self.name), "build", None)):
+            raise ValueError(f"the module `{self.name}` has no function `build(settings, context)`")
+        return self
 
 
 class HealthConfig(Section):

@@ -1,42 +1,76 @@
-"""Whether a step's update is made, and when a run must end: decided from globally reduced numbers alone.
+"""Health of the numbers: whether a step's update is made, when a run must end, and where something was not finite.
 
-Every rank judges the same two numbers with the same state, so all decide alike without asking each other. The state is
-a function of the run's steps and is saved with it: a resumed run judges as the uninterrupted one would.
+Every rank checks the same two globally reduced numbers with the same state, so all decide alike without communication.
+The state is a function of the run's steps and is saved with it: a resumed run decides as the uninterrupted one would.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import re
+import socket
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from megadiff.data.batch_sizes import BatchSizes
+from megadiff.data.loader import microbatch_samples
 from megadiff.errors import TrainingError
+from megadiff.parallel.row_report import has_finite_loss
+from megadiff.parallel.topology import Topology
 from megadiff.train.config import HealthConfig
-from megadiff.train.culprits import Culprit
-from megadiff.train.spikes import RollingFigure
 
 log = logging.getLogger("megadiff")
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was made of a step."""
+class StepDecision:
+    """The decision about one step's update."""
 
     skip: Literal["non_finite", "spike"] | None = None
-    """Why no update is made; None where it is."""
+    """Reason why no update is made; None if it is made."""
     spikes: tuple[str, ...] = ()
-    """Figures that stand out, in words."""
+    """Descriptions of figures that stand out."""
+
+
+@dataclass(frozen=True)
+class NonFiniteSource:
+    """Samples or tensors of one rank that are not finite."""
+
+    rank: int
+    host: str
+    stage: int
+    samples: tuple[int, ...]
+    """Samples of microbatches whose loss is not finite, counted from the step's first sample; empty on most ranks."""
+    tensors: tuple[str, ...]
+    """Parameters whose gradient is not finite, in the order of the model."""
+
+    @property
+    def described_place(self) -> str:
+        """The rank and its machine."""
+        return f"rank {self.rank} ({self.host})"
+
+    def describe(self, first_sample: int) -> str:
+        """Return a description; `first_sample` is the step's first global sample index."""
+        if self.samples:
+            named = ", ".join(str(first_sample + sample) for sample in self.samples)
+            return f"loss of a microbatch on {self.described_place}, samples {named}"
+        count = f"{len(self.tensors)} tensor(s), nearest the output {self.tensors[-1]}"
+        return f"gradient on {self.described_place}, stage {self.stage}: {count}"
 
 
 class Health:
-    """Judges every step of a run and remembers what it must.
+    """The run's health checks: one decision a step, from the figures of the steps so far.
 
     Args:
-        config: the run's.
-        sizes: which samples a step took, for messages.
+        config: the section `health`.
+        sizes: batch sizes of the run, which tell the samples of a step for messages.
     """
 
     def __init__(self, config: HealthConfig, *, sizes: BatchSizes) -> None:
@@ -48,49 +82,50 @@ class Health:
 
     @property
     def skipped(self) -> int:
-        """Steps of the whole run that made no update."""
+        """Number of steps of the whole run that made no update."""
         return self._skipped
 
-    def judge(self, loss: float, grad_norm: float) -> Verdict:
-        """Whether the step with these figures may update the weights; remembers them. Once a step.
+    def check(self, loss: float, grad_norm: float) -> StepDecision:
+        """Return the decision about the step with these figures and remember them. Called once a step.
 
         Args:
             loss: mean over the step's whole batch.
-            grad_norm: of the whole model, before clipping.
+            grad_norm: norm of the whole model's gradient before clipping.
         """
         figures = {"loss": loss, "grad_norm": grad_norm}
         if not all(math.isfinite(value) for value in figures.values()):
             self._in_a_row += 1
             self._skipped += 1
-            return Verdict("non_finite")
+            return StepDecision("non_finite")
         self._in_a_row = 0
         found = {name: self._figures[name].spike(value) for name, value in figures.items()}
         for name, value in figures.items():
             self._figures[name].add(value)
         spikes = tuple(f"{name} {why}" for name, why in found.items() if why is not None)
         if not spikes or not self._config.skip_spikes:
-            return Verdict(None, spikes)
+            return StepDecision(None, spikes)
         self._skipped += 1
-        return Verdict("spike", spikes)
+        return StepDecision("spike", spikes)
 
-    def follow(self, step: int, verdict: Verdict, culprits: Sequence[Culprit] = ()) -> None:
-        """Say what stood out in the step just taken, and end the run where it must.
+    def report(self, step: int, decision: StepDecision, sources: Sequence[NonFiniteSource] = ()) -> None:
+        """Log what stood out in the step just taken, and end the run if it must end.
 
         Args:
-            step: steps taken, this one included.
-            culprits: where something was not finite.
+            step: number of steps taken, this one included.
+            decision: the decision about the step.
+            sources: where something was not finite.
 
         Raises:
             TrainingError: `non_finite_limit` steps in a row were not finite.
         """
         first, end = self._sizes.samples_before(step - 1), self._sizes.samples_before(step)
-        made = "no update was made" if verdict.skip else "the update was made"
-        for spike in verdict.spikes:
+        made = "no update was made" if decision.skip else "the update was made"
+        for spike in decision.spikes:
             log.warning(f"step {step}: spike: {spike}; {made}; samples {first} to {end - 1}")
-        if verdict.skip != "non_finite":
+        if decision.skip != "non_finite":
             return
         limit = self._config.non_finite_limit
-        where = "; ".join(culprit.describe(first) for culprit in culprits) or "where is not known"
+        where = "; ".join(source.describe(first) for source in sources) or "where is not known"
         log.warning(
             f"step {step}: loss or gradient not finite, no update was made ({self._in_a_row} in a row, the run ends at "
             f"{limit}); samples {first} to {end - 1}: {where}"
@@ -105,18 +140,106 @@ class Health:
             f"step {step}: loss or gradient not finite {self._in_a_row} steps in a row (health.non_finite_limit is "
             f"{self._config.non_finite_limit}); the weights are those before them. Their samples are {first} to "
             f"{last}; in the last step: {where}. Look at a step with tools/replay.py, lower optimizer.lr or set "
-            "optimizer.clip_grad, and go on from an earlier checkpoint"
+            "optimizer.clip_grad, and resume from an earlier checkpoint"
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: JSON of finite numbers, a few kilobytes."""
+        """Return what a checkpoint keeps: JSON of finite numbers, a few kilobytes."""
         figures = {name: figure.values for name, figure in self._figures.items()}
         return {"non_finite_in_a_row": self._in_a_row, "skipped": self._skipped, **figures}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave; of an empty dict, a fresh start."""
+        """Take over what `state` returned; an empty dict is a fresh start."""
         self._in_a_row = int(state.get("non_finite_in_a_row", 0))
         self._skipped = int(state.get("skipped", 0))
         for name, figure in self._figures.items():
             kept = state.get(name)
             figure.refill(kept if isinstance(kept, list) else ())
+
+
+class RollingFigure:
+    """The last `window` values of a figure, against which the next one is compared.
+
+    Spiking values join the window too: a figure that moves to a new level for good widens the deviation and counts as
+    normal within a few steps, so a rule that skips updates cannot skip without end.
+
+    Args:
+        window: number of values kept; comparison begins once half of them are there.
+        sigma: number of deviations above the mean from which a value is a spike.
+    """
+
+    def __init__(self, *, window: int, sigma: float) -> None:
+        self._values: deque[float] = deque(maxlen=window)
+        self._least = max(2, window // 2)
+        self._sigma = sigma
+
+    @property
+    def values(self) -> list[float]:
+        """The values kept, oldest first: the whole state."""
+        return list(self._values)
+
+    def refill(self, values: Iterable[float]) -> None:
+        """Take over the state of another figure; of more values than the window holds, the last."""
+        self._values.clear()
+        self._values.extend(values)
+
+    def add(self, value: float) -> None:
+        """Remember a finite value."""
+        self._values.append(value)
+
+    def spike(self, value: float) -> str | None:
+        """Return why `value` is a spike beside the values so far; None if it is none."""
+        count = len(self._values)
+        if count < self._least:
+            return None
+        mean = math.fsum(self._values) / count
+        deviation = math.sqrt(math.fsum((kept - mean) ** 2 for kept in self._values) / (count - 1))
+        if value <= mean + self._sigma * deviation:
+            return None
+        return f"{value:.5g} against {mean:.5g} +- {deviation:.2g} over the {count} steps before"
+
+
+def non_finite_sources(
+    reports: Tensor, chunks: Sequence[Any], topology: Topology, *, micro_sequences: int
+) -> tuple[NonFiniteSource, ...]:
+    """Return where something is not finite, once it is known that something is. Collective over the world.
+
+    If a loss is not finite, its rank and samples are returned (the lowest of the tensor-parallel ranks that share it).
+    If all losses are finite, gradients are examined. They are reduced over replicas by now, so the lowest of the ranks
+    that share a part of the model is named for all, and only the stage nearest the output: what is not finite there
+    spreads to every stage before it.
+
+    Args:
+        reports: [M, SIZE] of this rank's microbatches; empty except on the last stage.
+        chunks: data-parallel wrapped model chunks.
+        topology: this rank's place in the layout.
+        micro_sequences: sequences of a microbatch.
+    """
+    found: list[Any] = [None] * topology.layout.world_size
+    dist.all_gather_object(found, _own_source(reports, chunks, topology, micro_sequences), group=topology.host_group)
+    by_loss = {source.samples: source for source in reversed(found) if source.samples}
+    if by_loss:
+        return tuple(sorted(by_loss.values(), key=lambda source: source.rank))
+    by_gradient = [source for source in found if source.tensors]
+    last = max((source.stage for source in by_gradient), default=0)
+    return tuple(source for source in by_gradient if source.stage == last)[:1]
+
+
+def _own_source(reports: Tensor, chunks: Sequence[Any], topology: Topology, micro_sequences: int) -> NonFiniteSource:
+    samples: list[int] = []
+    if topology.is_last_stage:
+        for microbatch in (~has_finite_loss(reports)).nonzero().flatten().tolist():
+            samples += microbatch_samples(
+                0,
+                micro_sequences=micro_sequences,
+                dp_rank=topology.data_rank,
+                dp_size=topology.layout.data,
+                microbatch=microbatch,
+            )
+    tensors = [
+        re.sub(r"^(module\.)+", "", name)  # the wrappers' own
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if not bool(torch.isfinite(parameter.main_grad).all())
+    ]
+    return NonFiniteSource(topology.rank, socket.gethostname(), topology.stage, tuple(samples), tuple(tensors))

@@ -10,129 +10,184 @@ from dataclasses import dataclass
 from megadiff.data.batch_sizes import BatchSizes
 from megadiff.diffusion.noising import NoisedRows
 from megadiff.optim.schedule import WarmupStableDecay
+from megadiff.parallel.topology import Topology
+from megadiff.supervision.stopping import STOP_FILE, StopRequest
 from megadiff.supervision.watchdog import Watchdog
 from megadiff.train.goodput import Goodput
 from megadiff.train.health import Health
-from megadiff.train.hooks import Hook, StepResult
-from megadiff.train.saving import Saves
-from megadiff.train.step import Step
-from megadiff.train.stopping import AgreedStop
+from megadiff.train.hooks import Hook, StepInfo
+from megadiff.train.hooks.checkpoint import CheckpointHook
+from megadiff.train.step import TrainStep
 
 log = logging.getLogger("megadiff")
 
 
-@dataclass
-class Run:
-    """A wired run: what `build` makes and `train` works through."""
-
-    step: Step
-    health: Health
-    """Follows every step; what it remembers is saved with a checkpoint."""
-    first_step: int
-    """Steps taken before this process started."""
-    steps: int
-    sizes: BatchSizes
-    """Rows of every step."""
-    rows_at_once: int
-    """Rows that all replicas together take through the model at once: microbatch times data-parallel ranks."""
-    schedule: WarmupStableDecay
-    peak_lr: float
-    rows: Iterator[NoisedRows]
-    """This data-parallel rank's microbatches from `first_step` on."""
-    hooks: Sequence[Hook]
-    saves: Saves
-    """Also one of the hooks, if the run saves at all."""
-    stop: AgreedStop
-    watchdog: Watchdog
-    goodput: Goodput
-    before: Sequence[Callable[[], None]]
-    """Called once before the first step."""
-    ends: Sequence[Callable[[], None]]
-    """End the loader and close files."""
-    failing: Callable[[BaseException, int], None] = lambda error, step: None
-    """Told of what ends the run after so many steps, before anything is closed: closing may take long, or hang."""
-
-    def close(self) -> None:
-        """End what the run has opened; no collective."""
-        for end in self.ends:
-            end()
-
-    def microbatches_of(self, step: int) -> int:
-        """Microbatches each replica runs in the step after `step` steps."""
-        return self.sizes.sequences(step) // self.rows_at_once
-
-
 @dataclass(frozen=True)
-class Ending:
-    """How training came to its end."""
+class TrainResult:
+    """The end of training."""
 
     step: int
-    """Steps taken."""
+    """Number of steps taken."""
     stopped: str | None
-    """Who asked the run to stop before its last step; None if it is finished."""
+    """Reason why the run was asked to stop before its last step; None if it is finished."""
 
 
-def train(run: Run) -> Ending:
-    """Take optimizer steps until `run.steps`, or until the run is asked to stop and has saved itself.
+class AgreedStop:
+    """A stop that all ranks make after the same step, whichever of them was asked.
 
-    A step whose update is skipped counts: data and schedule go on.
-
-    Raises:
-        TrainingError: too many steps in a row were not finite (the weights are those before them), or a hook found the
-            run beyond repair.
-        StorageError: it cannot save itself.
+    Args:
+        request: this rank's request; without one the run cannot be stopped and ranks do not communicate.
+        topology: this rank's place in the layout.
     """
-    done = run.first_step
-    try:
-        with run.watchdog.section("eval", step=run.first_step):
-            for prepare in run.before:
-                prepare()
-        stopped = None
-        for done in range(run.first_step, run.steps):
-            # The first step compiles kernels and opens communicators: it may take as long as setting up.
-            with run.watchdog.section("setup" if done == run.first_step else "step", step=done + 1):
-                result = _take_step(run, done)
-                for hook in run.hooks:
-                    with run.watchdog.section(hook.section, step=done + 1):
-                        hook(result)
-                run.watchdog.at("agreement")
-                stopped = run.stop.reason()
-            if stopped is not None:
-                break
-        ending = _end(run, run.steps if stopped is None else done + 1, stopped)
-    except BaseException as error:
-        run.failing(error, done)
-        run.goodput.close("failed")
-        raise
-    finally:
-        run.close()
-    return ending
+
+    def __init__(self, request: StopRequest | None, topology: Topology) -> None:
+        self._request, self._topology = request, topology
+        self._is_by_file = False
+
+    def reason(self) -> str | None:
+        """Return why the run stops now, by the first rank that was asked; None to go on. Called once a step.
+
+        Collective over the world: one integer over the host's network, which waits for no device.
+        """
+        if self._request is None:
+            return None
+        own = self._request.reason()
+        ranks = self._topology.layout.world_size
+        first = self._topology.largest(ranks - self._topology.rank if own is not None else 0)
+        if not first:
+            return None
+        reasons = self._topology.from_main(self._topology.gather_to_main(own))
+        self._is_by_file = any(reason is not None and reason.startswith(STOP_FILE) for reason in reasons)
+        return reasons[ranks - first]
+
+    def honoured(self) -> None:
+        """Remove a stop file that was seen, once the run has saved itself; a later file stops the next launch."""
+        if self._request is not None and self._is_by_file:
+            self._request.honoured()
 
 
-def _take_step(run: Run, done: int) -> StepResult:
-    """The step after `done` steps."""
-    start = time.monotonic()
-    lr = run.peak_lr * run.schedule.factor(done)
-    run.watchdog.at("data")
-    microbatches = [next(run.rows) for _ in range(run.microbatches_of(done))]
-    waited = time.monotonic() - start
-    taken = run.step(microbatches, lr, mark=run.watchdog.at)
-    run.health.follow(done + 1, taken.verdict, taken.culprits)
-    seconds = time.monotonic() - start
-    run.goodput.step_taken(done + 1, seconds, waited_s=waited)
-    return StepResult(done + 1, taken.total, lr, taken.grad_norm, seconds, taken.verdict.skip)
+@dataclass
+class Trainer:
+    """A run ready to train, made by `build.build_trainer`.
+
+    The parts are public and may be replaced before `train`, as tests and benchmarks do.
+    """
+
+    step: TrainStep
+    """The optimizer step."""
+    health: Health
+    """The run's health checks, whose state is saved with a checkpoint."""
+    first_step: int
+    """Number of steps taken before this process started."""
+    steps: int
+    """Number of steps of the whole run."""
+    sizes: BatchSizes
+    """Sequences of every step."""
+    sequences_at_once: int
+    """Sequences that all replicas together process at once: micro-batch size times data-parallel ranks."""
+    schedule: WarmupStableDecay
+    """Course of the learning rate, as a factor of `peak_lr`."""
+    peak_lr: float
+    """The setting `optimizer.lr`."""
+    microbatches: Iterator[NoisedRows]
+    """This data-parallel rank's microbatches from `first_step` on."""
+    hooks: Sequence[Hook]
+    """Hooks, called after every step in this order."""
+    checkpoint: CheckpointHook
+    """The hook that saves a run which is asked to stop; also one of `hooks`, if the run saves at all."""
+    stop: AgreedStop
+    """Requests to stop."""
+    watchdog: Watchdog
+    """Time limits of the parts of a run."""
+    goodput: Goodput
+    """Account of where the run's time goes."""
+    closing: Sequence[Callable[[], None]] = ()
+    """Functions that end the loader and close files, called after the hooks are closed."""
+    failing: Callable[[BaseException, int], None] = lambda error, step: None
+    """Function called with an error that ends the run and the steps taken, before anything is closed: closing may take
+    long, or hang."""
+
+    def train(self) -> TrainResult:
+        """Take optimizer steps until `steps`, or until the run is asked to stop and has saved itself.
+
+        A step whose update is skipped counts: data and schedule go on.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite (the weights are those before them), or a hook found
+                that the run cannot go on.
+            HookError: a hook of the user's list failed.
+            StorageError: the run cannot save itself.
+        """
+        done, stopped = self.first_step, None
+        try:
+            self._open_hooks()
+            for done in range(self.first_step, self.steps):
+                # The first step compiles kernels and opens communicators: it may take as long as setting up.
+                with self.watchdog.section("setup" if done == self.first_step else "step", step=done + 1):
+                    info = self._take_step(done)
+                    for hook in self.hooks:
+                        with self.watchdog.section(hook.section, step=done + 1):
+                            self.watchdog.at(_mark(hook))
+                            hook(info)
+                    self.watchdog.at("agreement")
+                    stopped = self.stop.reason()
+                if stopped is not None:
+                    break
+            result = self._finish(self.steps if stopped is None else done + 1, stopped)
+        except BaseException as error:
+            self.failing(error, done)
+            self.goodput.close("failed")
+            raise
+        finally:
+            self.close()
+        return result
+
+    def close(self) -> None:
+        """Close the hooks and everything that the run has opened; no collective."""
+        for hook in self.hooks:
+            hook.close()
+        for close in self.closing:
+            close()
+
+    def microbatches_of(self, step: int) -> int:
+        """Return the number of microbatches that each replica runs in the step after `step` steps."""
+        return self.sizes.sequences(step) // self.sequences_at_once
+
+    def _open_hooks(self) -> None:
+        for hook in self.hooks:
+            part = "setup" if hook.section == "step" else hook.section
+            with self.watchdog.section(part, step=self.first_step):
+                self.watchdog.at(_mark(hook))
+                hook.open()
+
+    def _take_step(self, done: int) -> StepInfo:
+        """Take the step after `done` steps."""
+        start = time.monotonic()
+        lr = self.peak_lr * self.schedule.factor(done)
+        self.watchdog.at("data")
+        microbatches = [next(self.microbatches) for _ in range(self.microbatches_of(done))]
+        waited = time.monotonic() - start
+        output = self.step(microbatches, lr, mark=self.watchdog.at)
+        self.health.report(done + 1, output.decision, output.sources)
+        seconds = time.monotonic() - start
+        self.goodput.step_taken(done + 1, seconds, waited_s=waited)
+        return StepInfo(done + 1, output.sums, lr, output.grad_norm, seconds, output.decision.skip)
+
+    def _finish(self, step: int, stopped: str | None) -> TrainResult:
+        """Save a run that was asked to stop, remove the stop file, and close the accounts."""
+        if stopped is not None and step == self.steps:
+            stopped = None  # asked during the last step: it is finished
+        if stopped is not None:
+            with self.watchdog.section("save", step=step):
+                self.checkpoint.save_now(step)
+        self.stop.honoured()
+        self.goodput.close("finished" if stopped is None else "stopped")
+        log.info(self.goodput.describe())
+        if stopped is not None:
+            log.info(f"stopped after step {step} of {self.steps} ({stopped}); run the same command again to go on")
+        return TrainResult(step, stopped)
 
 
-def _end(run: Run, step: int, stopped: str | None) -> Ending:
-    """Save what is not saved, clear what asked for the stop, and settle the accounts."""
-    if stopped is not None and step == run.steps:
-        stopped = None  # asked during the last step: it is finished
-    if stopped is not None:
-        with run.watchdog.section("save", step=step):
-            run.saves.save_now(step)
-    run.stop.honoured()
-    run.goodput.close("finished" if stopped is None else "stopped")
-    log.info(run.goodput.describe())
-    if stopped is not None:
-        log.info(f"stopped after step {step} of {run.steps} ({stopped}); run the same command again to go on")
-    return Ending(step, stopped)
+def _mark(hook: Hook) -> str:
+    """Return the name of a hook in the watchdog's report: of the list's name, or of its class."""
+    return f"hook {getattr(hook, 'name', type(hook).__name__)}"

@@ -1,118 +1,37 @@
-"""`metrics.jsonl`: a JSON object a line, one training line and at most one evaluation line a step."""
+"""Reading of `metrics.jsonl`, whose lines may be cut short by a kill, damaged, or written by another program."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import logging
 import math
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from megadiff.errors import StorageError
-from megadiff.files import AppendedFile, sync, write_atomically
-from megadiff.train.metric_lines import read_lines
-from megadiff.untrusted_files import UnreadableFileError, open_plain, parse_json, why
+from megadiff.untrusted_files import MAX_DEPTH, UnreadableFileError, is_deeper, lines, why
 
-log = logging.getLogger("megadiff")
+Line = dict[str, Any]
 
+MAX_LINE_BYTES = 2**20
+"""Longest line that is read; a training step writes some hundred bytes."""
 
-class MetricsFile:
-    """A file that lines are appended to; opened for a run that resumes after `step`, it holds no later ones.
-
-    The run repeats the steps after its last checkpoint and writes their lines again. The earlier lines of these steps
-    are not destroyed: they move to `metrics.superseded.jsonl` beside it, with everything else that is not kept.
-    """
-
-    def __init__(self, path: Path, *, after_step: int) -> None:
-        """Sort what is there, and open the file.
-
-        Raises:
-            OSError: the disk refuses; nothing is lost.
-        """
-        self._path = path
-        lines = _content(path).splitlines(keepends=True)
-        is_kept = [after_step > 0 and _is_whole(line) and _step_of(line) <= after_step for line in lines]
-        _set_aside(superseded_path(path), [line for line, keep in zip(lines, is_kept, strict=True) if not keep])
-        write_atomically(path, b"".join(line for line, keep in zip(lines, is_kept, strict=True) if keep))
-        self._file = AppendedFile(path)
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line and hand it to the operating system, so that a killed process loses nothing.
-
-        A number that is not finite, for which JSON has no token, is written as null. Lines that a full disk refuses are
-        kept and written with the next one that it takes.
-        """
-        was_waiting = self._file.is_waiting
-        error = self._file.append(json.dumps(_finite(line), allow_nan=False).encode() + b"\n")
-        if error is not None and not was_waiting:
-            log.warning(f"{self._path} cannot be written ({error.strerror or error}); lines wait for space")
-
-    def sync(self) -> None:
-        """Make the lines so far durable; called before a checkpoint relies on them.
-
-        Raises:
-            OSError: the disk refuses; the lines wait.
-        """
-        self._file.sync()
-
-    def close(self) -> None:
-        """Close the file."""
-        if not self._file.close():
-            log.warning(f"{self._path}: the last lines could not be written")
+_MAX_STEP = 10**15
 
 
-def superseded_path(path: Path) -> Path:
-    """Return the file beside a `metrics.jsonl` that keeps the lines which a resumed run has written again."""
-    return path.with_name(f"{path.stem}.superseded{path.suffix}")
-
-
-def _set_aside(path: Path, lines: list[bytes]) -> None:
-    """Append lines durably.
+def read_lines(path: Path) -> Iterator[Line]:
+    """Yield the lines that are objects with a step, in the order of the file.
 
     Raises:
-        OSError: the disk refuses, or a link lies there.
+        FileNotFoundError: there is nothing at the path.
+        UnreadableFileError: it is no plain file.
+        OSError: it cannot be read.
     """
-    if not lines:
-        return
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    if not lines[-1].endswith(b"\n"):
-        lines = [*lines, b"\n"]
-    size = path.stat().st_size if path.exists() else 0
-    file = AppendedFile(path)
-    file.append(b"".join(lines))
-    try:
-        file.sync()
-    except OSError:  # a part that was written would run into the lines of the next attempt
-        with contextlib.suppress(OSError):
-            os.truncate(path, size)
-        raise
-    finally:
-        file.close()
-    sync(path.parent)
-
-
-def _is_whole(line: bytes) -> bool:
-    """Whether a line ends as it should and says which step it is of; a killed machine can leave a torn last one."""
-    return line.endswith(b"\n") and _step_of(line) >= 0
-
-
-def _content(path: Path) -> bytes:
-    """Return what is in a file; nothing where there is none.
-
-    Raises:
-        OSError: it cannot be read, or is no plain file.
-    """
-    try:
-        with open_plain(path) as file:
-            return file.read()
-    except FileNotFoundError:
-        return b""
-    except UnreadableFileError as error:
-        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    for raw in lines(path, max_bytes=MAX_LINE_BYTES):
+        line = parsed(raw)
+        if line is not None:
+            yield line
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -129,19 +48,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise StorageError(f"{path} {why(error)}") from None
 
 
-def _finite(value: Any) -> Any:
-    """The same tree with None for every float that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: bytes) -> int:
+def parsed(raw: bytes | None) -> Line | None:
+    """Return a line as an object with a step; None for anything else, such as a line too long to be one."""
     try:
-        parsed = parse_json(line)
-    except UnreadableFileError:
-        return -1
-    step = parsed.get("step", -1) if isinstance(parsed, dict) else -1
-    return step if isinstance(step, int) else -1
+        line = None if raw is None else orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    is_step = isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] <= _MAX_STEP
+    return line if is_step and not is_deeper(line, MAX_DEPTH) else None
+
+
+def number(line: Line, key: str) -> float | None:
+    """Return a finite number of a line; None for what is missing, null or something else."""
+    return finite(line.get(key))
+
+
+def finite(value: Any) -> float | None:
+    """Return the value as a float if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None

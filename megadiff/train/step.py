@@ -1,4 +1,4 @@
-"""One optimizer step: noised microbatches in; sums of per-token terms, the gradient norm and what was decided out."""
+"""One optimizer step, from noised microbatches to sums of per-token terms, the gradient norm and the decision."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from megadiff.parallel.pipeline import DataParallelChunk, ModelChunk, run_microb
 from megadiff.parallel.row_objective import PlacedRows, RowObjective
 from megadiff.parallel.row_report import SIZE, mean_loss
 from megadiff.parallel.topology import Topology
-from megadiff.train.culprits import Culprit, find_culprits
-from megadiff.train.health import Verdict
+from megadiff.train.health import NonFiniteSource, StepDecision, non_finite_sources
 
 
-class Taken(NamedTuple):
-    """What a step tells."""
+class StepOutput(NamedTuple):
+    """The result of one optimizer step."""
 
-    total: Tensor
+    sums: Tensor
     """Sums over the tokens of the whole batch (`row_report`), [SIZE] float64 on the device, the same on every rank."""
     grad_norm: float
-    """Of the whole model, before clipping."""
-    verdict: Verdict
-    culprits: tuple[Culprit, ...] = ()
-    """Where something was not finite."""
+    """Norm of the whole model's gradient before clipping."""
+    decision: StepDecision
+    """Decision about the update; the same on every rank."""
+    sources: tuple[NonFiniteSource, ...] = ()
+    """Ranks, samples and tensors that were not finite."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """Everything one optimizer step needs, wired once."""
+class TrainStep:
+    """The parts of an optimizer step; a call takes one."""
 
     chunks: Sequence[DataParallelChunk]
     """Data-parallel wrapped model chunks of this rank."""
@@ -45,20 +45,21 @@ class Step:
     device: torch.device
     seq_length: int
     micro_sequences: int
-    judge: Callable[[float, float], Verdict]
-    """(loss, gradient norm), both of the whole batch -> whether the update is made; the same answer on every rank."""
+    check: Callable[[float, float], StepDecision]
+    """Function from loss and gradient norm, both of the whole batch, to the decision about the update, which must be
+    the same on every rank."""
     is_causal_prompt: bool = False
-    """Whether clean prompts attend causally (a whole row is one under the autoregressive control)."""
+    """Whether clean prompts attend causally (a whole sequence is one under the autoregressive control)."""
 
     def __call__(
         self, microbatches: Sequence[NoisedRows], lr: float, *, mark: Callable[[str], None] = lambda _: None
-    ) -> Taken:
-        """Forward, backward, reduce, judge, update.
+    ) -> StepOutput:
+        """Run forward and backward, reduce, check the figures, and update the weights.
 
         Args:
-            microbatches: this data-parallel rank's, the same on its tensor and pipeline ranks.
-            lr: learning rate now.
-            mark: told each part of the step as it begins, in the same order on every rank.
+            microbatches: this data-parallel rank's microbatches, the same on its tensor and pipeline ranks.
+            lr: learning rate of the step.
+            mark: called with the name of each part of the step as it begins, in the same order on every rank.
         """
         mark("forward and backward")
         for chunk in self.chunks:
@@ -74,16 +75,16 @@ class Step:
         )
         mark("update")
         reports = torch.stack(found) if found else torch.zeros(0, SIZE, dtype=torch.float64, device=self.device)
-        total = self.topology.sum_over_run(reports.sum(0))
-        # The one time in a step that the host waits for the device.
-        loss, grad_norm = torch.stack((mean_loss(total), self.optimizer.gradient_norm())).tolist()
-        verdict = self.judge(loss, grad_norm)
-        culprits: tuple[Culprit, ...] = ()
-        if verdict.skip is None:
+        sums = self.topology.sum_over_run(reports.sum(0))
+        # The host waits for the device only here.
+        loss, grad_norm = torch.stack((mean_loss(sums), self.optimizer.gradient_norm())).tolist()
+        decision = self.check(loss, grad_norm)
+        sources: tuple[NonFiniteSource, ...] = ()
+        if decision.skip is None:
             self.optimizer.step(lr, norm=grad_norm)
-        elif verdict.skip == "non_finite":
-            culprits = find_culprits(reports, self.chunks, self.topology, micro_sequences=self.micro_sequences)
-        return Taken(total, grad_norm, verdict, culprits)
+        elif decision.skip == "non_finite":
+            sources = non_finite_sources(reports, self.chunks, self.topology, micro_sequences=self.micro_sequences)
+        return StepOutput(sums, grad_norm, decision, sources)
 
     def _forward(self, chunk: ModelChunk, placed: PlacedRows) -> Any:
         rows = placed.rows
@@ -94,11 +95,10 @@ class Step:
         )
 
     def _gated_loss(self, answer: HeadLoss, placed: PlacedRows) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss with its gradient times 1 where it is finite and times NaN where not.
+        """Return the loss with its gradient multiplied by 1 if the loss is finite and by NaN if not.
 
-        Of tensor-parallel ranks only the first one's report is counted. So that a loss that went wrong on another is
-        not missed, it makes the gradient norm not finite, on every rank and without asking the host, even where its
-        own derivative came out finite.
+        Only the first tensor-parallel rank's report is counted. A loss that is not finite on another one makes the
+        gradient norm not finite on every rank, without a host sync, even if its own derivative is finite.
         """
         loss, tokens, report = self.objective.loss(answer, placed)
         return loss * (1.0 + 0.0 * loss.detach()), tokens, report

@@ -190,9 +190,8 @@ def test_a_save_does_not_replace_a_link_that_has_its_name(run, tmp_path):
 
         wired = wire_on_rank(config, 1)
         (config.folder / "checkpoints/step_00000008").symlink_to(precious)
-        from megadiff.train.loop import train
 
-        train(wired)
+        wired.train()
 
     on_ranks(1, put_link, resumed)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megadiff.checkpoint.folder import newest_complete, verify_files
-from megadiff.train.saving import Saves
+from megadiff.train.hooks.checkpoint import CheckpointHook
 from tests.support.disk import watched_disk
 from tests.support.ranks import on_ranks
 from tests.support.runs import read_metrics, toy_config, train_on_rank, wire_on_rank
@@ -24,13 +24,13 @@ def _config(corpus, output, **changes):
 
 
 def _saves_of(run):
-    return next(hook for hook in run.hooks if isinstance(hook, Saves))
+    return next(hook for hook in run.hooks if isinstance(hook, CheckpointHook))
 
 
 def _step_and_save(run, saves, step):
     """One real step, then its checkpoint."""
-    run.step([next(run.rows) for _ in range(run.microbatches_of(step - 1))], 1e-3)
-    saver = saves.saver
+    run.step([next(run.microbatches) for _ in range(run.microbatches_of(step - 1))], 1e-3)
+    saver = saves.checkpointer
     outcome = saver.start(saves.manifest(step))
     return outcome if outcome is not None else saver.finish()
 
@@ -41,7 +41,7 @@ def _states_of_a_save(config, world_size, states):
     saves = _saves_of(run)
     for step in (1, 2):
         assert _step_and_save(run, saves, step).error is None
-    saves.saver._wait_for_pruning()
+    saves.checkpointer._wait_for_pruning()
     lock, number = threading.Lock(), [0]
     rank = run.step.topology.rank
     original_rename = os.rename
@@ -62,7 +62,7 @@ def _states_of_a_save(config, world_size, states):
 
     with watched_disk(keep_state):
         outcome = _step_and_save(run, saves, 3)
-        saves.saver._wait_for_pruning()
+        saves.checkpointer._wait_for_pruning()
     assert outcome.error is None, outcome.error
     run.close()
     return number[0]
@@ -166,7 +166,7 @@ def _saves_on_a_full_disk(config):
     changes = []
     with watched_disk(changes.append):
         new = _step_and_save(run, saves, 3)
-        saves.saver._wait_for_pruning()
+        saves.checkpointer._wait_for_pruning()
     said = {}
     for k in _chosen(changes):
         shutil.rmtree(new.folder, ignore_errors=True)
@@ -192,7 +192,7 @@ def _save_with_full_disk_from(k, run, saves):
 
     with watched_disk(fail):
         outcome = _step_and_save(run, saves, 3)
-        saves.saver._wait_for_pruning()
+        saves.checkpointer._wait_for_pruning()
     return outcome.error
 
 
@@ -212,7 +212,7 @@ def _train_with_failing_saves(config, failing):
     """Train for real; the saves of these steps fail."""
 
     def change(run):
-        saver = _saves_of(run).saver
+        saver = _saves_of(run).checkpointer
         start = saver.start
 
         def start_and_maybe_fail(manifest, **settings):

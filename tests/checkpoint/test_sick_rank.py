@@ -145,7 +145,7 @@ def test_a_run_that_is_no_longer_finite_stays_down_however_long_closing_takes(to
     def slow(self):
         time.sleep(3.5 if os.environ["RANK"] == "0" else 0.0)
 
-    with patch("megadiff.train.loop.Run.close", slow):
+    with patch("megadiff.train.loop.Trainer.close", slow):
         launched = Ranks(config, 2)
         assert 5 in launched.end(within_s=120), launched.said(0)
     said = status(config.folder)

@@ -13,7 +13,6 @@ from megadiff.build import Resumption
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture
-from megadiff.train.loop import train
 from megadiff.train.metrics import read_metrics
 from tests.data.corpora import write_indexed
 from tests.support.commands import write_yaml
@@ -134,8 +133,8 @@ def drawn_on_rank(config: Any, world_size: int, allow_data: bool) -> list[bytes]
             found.extend(np.ascontiguousarray(sequence).tobytes() for sequence in batch.clean.numpy())
             yield batch
 
-    run.rows = noted(run.rows)
-    train(run)
+    run.microbatches = noted(run.microbatches)
+    run.train()
     # The loader is ahead of the steps, but only what a step took has passed here.
     return found
 

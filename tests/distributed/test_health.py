@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from megadiff.train import stragglers
+from megadiff.train.hooks import stragglers
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, wire_on_rank
 
@@ -69,11 +69,10 @@ def fingerprint(step) -> str:
 def take(config, sabotage, change=None) -> dict[str, Any]:
     """Train on this rank with `sabotage(run, step number)` before every step; what happened."""
     from megadiff.errors import TrainingError
-    from megadiff.train.loop import train
-    from megadiff.train.saving import Saves
+    from megadiff.train.hooks.checkpoint import CheckpointHook
 
     run = wire_on_rank(config, torch.distributed.get_world_size())
-    run.hooks = [hook for hook in run.hooks if not isinstance(hook, Saves)]
+    run.hooks = [hook for hook in run.hooks if not isinstance(hook, CheckpointHook)]
     honest, done = run.step, iter(range(1, 1000))
     heard, prints, skips = Heard(), [fingerprint(honest)], []
     logging.getLogger("megadiff").addHandler(heard)
@@ -81,7 +80,7 @@ def take(config, sabotage, change=None) -> dict[str, Any]:
     def step(microbatches, lr, **options):
         taken = sabotage(honest, next(done), run)(microbatches, lr, **options)
         prints.append(fingerprint(honest))
-        skips.append(taken.verdict.skip)
+        skips.append(taken.decision.skip)
         return taken
 
     run.step = step
@@ -89,7 +88,7 @@ def take(config, sabotage, change=None) -> dict[str, Any]:
         change(run, honest)
     ended = None
     try:
-        train(run)
+        run.train()
     except TrainingError as error:
         ended = f"{error.exit_code} {error}"
     logging.getLogger("megadiff").removeHandler(heard)
@@ -222,15 +221,15 @@ def test_too_many_in_a_row_end_the_run_on_every_rank_with_the_samples_of_all(toy
 
 def counted(run, step):
     """After step 4, the state of a run that was resumed from a checkpoint with two skipped steps in a row behind it."""
-    follow = run.health.follow
+    report = run.health.report
 
-    def after(number, verdict, culprits=()):
-        follow(number, verdict, culprits)
+    def after(number, decision, sources=()):
+        report(number, decision, sources)
         if number == 4:
             saved = json.loads(json.dumps(run.health.state()))
             run.health.restore({**saved, "non_finite_in_a_row": 2})
 
-    run.health.follow = after
+    run.health.report = after
 
 
 def louder(value, reported):
@@ -266,19 +265,21 @@ def test_a_spike_on_one_rank_is_skipped_by_all_where_asked_and_only_logged_other
 
 def flip_one_bit(name, rank, run, step, *, at=2):
     """Before the comparison of step `at`, on one rank: the lowest bit of one element."""
-    from megadiff.train.replicas import CheckReplicas
+    from megadiff.train.hooks import Hook
+    from megadiff.train.hooks.replicas import ReplicaCheck
 
-    def flip(result):
-        """A hook like any other."""
-        if result.step == at and torch.distributed.get_rank() == rank:
-            weights = {n: p for chunk in step.chunks for n, p in chunk.named_parameters()}
-            (tensor,) = (p for n, p in weights.items() if n.endswith(name))
-            with torch.no_grad():
-                tensor.data.view(-1).view(torch.int16)[4] ^= 1
+    class Flip(Hook):
+        """A hook that does what none may do."""
 
-    flip.section = "step"
-    place = next(i for i, hook in enumerate(run.hooks) if isinstance(hook, CheckReplicas))
-    run.hooks = [*run.hooks[:place], flip, *run.hooks[place:]]
+        def __call__(self, info):
+            if info.step == at and torch.distributed.get_rank() == rank:
+                weights = {n: p for chunk in step.chunks for n, p in chunk.named_parameters()}
+                (tensor,) = (p for n, p in weights.items() if n.endswith(name))
+                with torch.no_grad():
+                    tensor.data.view(-1).view(torch.int16)[4] ^= 1
+
+    place = next(i for i, hook in enumerate(run.hooks) if isinstance(hook, ReplicaCheck))
+    run.hooks = [*run.hooks[:place], Flip(), *run.hooks[place:]]
 
 
 def untouched(step, number, run):

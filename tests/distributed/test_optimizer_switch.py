@@ -91,7 +91,8 @@ def _save_what_was_loaded(configs: list[Any]) -> None:
         dist.barrier()
         run = wire_on_rank(elsewhere, dist.get_world_size())
         assert run.first_step == LEFT
-        outcome = run.saves.saver.start(run.saves.manifest(LEFT + 1)) or run.saves.saver.finish()
+        checkpointer = run.checkpoint.checkpointer
+        outcome = checkpointer.start(run.checkpoint.manifest(LEFT + 1)) or checkpointer.finish()
         assert outcome is not None
         assert outcome.error is None
         run.close()

@@ -77,7 +77,7 @@ def _train(config, world_size):
     run = wire_on_rank(config, world_size)
     curve, kept = [], None
     for done in range(config.steps):
-        rows = [next(run.rows) for _ in range(run.microbatches_of(done))]
+        rows = [next(run.microbatches) for _ in range(run.microbatches_of(done))]
         if world_size == 1 and kept is None:
             kept = _kept_bytes(run.step.chunks[0], rows[0].noised)
         taken = run.step(rows, run.peak_lr)

@@ -39,7 +39,7 @@ def _counted(configs: dict[str, Any]) -> dict[str, tuple[int, float, float, floa
     found = {}
     for name, config in configs.items():
         run = wire_on_rank(config, 1)
-        rows = [next(run.rows) for _ in range(run.microbatches_of(0))]
+        rows = [next(run.microbatches) for _ in range(run.microbatches_of(0))]
         with FlopCounterMode(display=False) as counter:
             total = run.step(rows, 0.0).total.tolist()
         run.close()

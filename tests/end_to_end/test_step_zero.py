@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.platform.quiet import quiet
 from tests.support.closed_forms import blind_model
 from tests.support.ranks import on_ranks
-from tests.support.runs import build, platform_on_rank, read_metrics, toy_config, train
+from tests.support.runs import platform_on_rank, read_metrics, toy_config
+
+with quiet():
+    from megadiff import build
 
 STEPS = 12
 SHIFTS = (-1000.0, 0.0, 1000.0)
@@ -40,9 +44,9 @@ def _print_before_learning(configs: dict[Any, Any]) -> dict[Any, list[dict[str, 
     for (_, vocab_size), config in configs.items():
         config.folder.mkdir(parents=True)
         prepared = build.prepare(config, world_size=1)
-        run = build.wire(replace(prepared, tokenizer=byte_tokenizer_of(vocab_size)), platform)
+        run = build.build_trainer(replace(prepared, tokenizer=byte_tokenizer_of(vocab_size)), platform)
         run.hooks = run.hooks[:-1]
-        train(run)
+        run.train()
     return {case: read_metrics(config.folder / "metrics.jsonl") for case, config in configs.items()}
 
 

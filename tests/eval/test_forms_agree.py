@@ -18,18 +18,17 @@ from tests.support.runs import toy_config, wire_on_rank, write_corpus
 
 with quiet():
     from megadiff.eval.held_out import HeldOut, Measure, diffusion_bound
-    from megadiff.train.hooks import Evaluate
-    from megadiff.train.loop import train
-    from megadiff.train.saving import Saves
+    from megadiff.train.hooks.checkpoint import CheckpointHook
+    from megadiff.train.hooks.validation import ValidationHook
 
 
 def _bounds(config: Section, forms: dict[str, NoiseConfig]) -> dict[str, tuple[float, float]]:
     """Train, then measure the same weights under each form: the bound and its standard error."""
     run = wire_on_rank(config, 1)  # type: ignore[arg-type]
-    held_out = next(hook.measure for hook in run.hooks if isinstance(hook, Evaluate))
+    held_out = next(hook.evaluate for hook in run.hooks if isinstance(hook, ValidationHook))
     assert isinstance(held_out, HeldOut)
-    run.hooks = [hook for hook in run.hooks if not isinstance(hook, Saves | Evaluate)]
-    train(run)
+    run.hooks = [hook for hook in run.hooks if not isinstance(hook, CheckpointHook | ValidationHook)]
+    run.train()
     found = {}
     for name, noise in forms.items():
         process = build_process(noise, vocab_size=260, mask_id=3)

@@ -117,7 +117,7 @@ def _state(run):
 def _measure_twice(config):
     """Results of two measurements around two training steps' worth of gradients, and whether anything moved."""
     run = wire_on_rank(config, 1)
-    run.step([next(run.rows) for _ in range(run.microbatches_of(0))], 0.0)
+    run.step([next(run.microbatches) for _ in range(run.microbatches_of(0))], 0.0)
     measure = measure_of(run)
     before = _state(run)
     found = [measure().as_metrics() for _ in range(2)]

@@ -67,10 +67,10 @@ def test_a_step_waits_for_the_device_once_and_where_it_must(toy_corpus, tmp_path
     with nullcontext() if dist.is_initialized() else process_group(platform, alone=True):
         platform.prepare_megatron()
         with quiet():
-            run = build.wire(build.prepare(config, world_size=1), platform)
+            run = build.build_trainer(build.prepare(config, world_size=1), platform)
         try:
             assert run.microbatches_of(0) == MICROBATCHES
-            batches = [[next(run.rows) for _ in range(MICROBATCHES)] for _ in range(3)]
+            batches = [[next(run.microbatches) for _ in range(MICROBATCHES)] for _ in range(3)]
             for rows in batches[:2]:
                 run.step(rows, 1e-3)
             platform.synchronize()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megadiff.optim.gradient_norm import clip_grad_norm_, gradient_norm
-from megadiff.train.health import Verdict
+from megadiff.train.health import StepDecision
 from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank, toy_config, wire_on_rank
 
@@ -31,8 +31,8 @@ def _both_ways(configs):
 def _ours_and_theirs(config):
     """(our norm, megatron-core's, largest relative gap of the gradients clipped) for the first step of a run."""
     run = wire_on_rank(config, 2)
-    step = replace(run.step, judge=lambda loss, norm: Verdict("spike"))  # gradients stay as they are
-    norm = step([next(run.rows) for _ in range(run.microbatches_of(0))], 1e-3).grad_norm
+    step = replace(run.step, check=lambda loss, norm: StepDecision("spike"))  # gradients stay as they are
+    norm = step([next(run.microbatches) for _ in range(run.microbatches_of(0))], 1e-3).grad_norm
     wrapped = step.optimizer._wrapped
     gradients = [p.grad for p in wrapped.get_parameters() if p.grad is not None]
     ours = [gradient.clone() for gradient in gradients]

@@ -11,7 +11,7 @@ import torch
 
 from megadiff.errors import TrainingError
 from tests.support.ranks import on_ranks
-from tests.support.runs import toy_config, train, wire_on_rank
+from tests.support.runs import toy_config, wire_on_rank
 
 CLIP = 0.05
 DECAY = 0.5
@@ -35,7 +35,7 @@ def _follow(config):
     norms, clipped, gap = [], [], 0.0
     for step in range(5):
         lr = 1e-2 * (step + 1)
-        _, norm, *_ = run.step([next(run.rows) for _ in range(run.microbatches_of(0))], lr)
+        _, norm, *_ = run.step([next(run.microbatches) for _ in range(run.microbatches_of(0))], lr)
         for group in reference.param_groups:
             group["lr"] = lr
         for copy, (_, parameter) in zip(copies, named, strict=True):
@@ -83,7 +83,7 @@ def _poisoned(config):
     before = [p.detach().clone() for p in parameters]
     run.step = replace(run.step, objective=SimpleNamespace(place=good.place, lm_head_loss=good.lm_head_loss, loss=loss))
     try:
-        train(run)
+        run.train()
     except TrainingError as error:
         return str(error), all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     return None, False

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megadiff.train.health import Verdict
+from megadiff.train.health import StepDecision
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, wire_on_rank
 
@@ -31,8 +31,8 @@ def _gradients(config, *, by_megatron):
     if by_megatron:
         for chunk in run.step.chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
-    step = replace(run.step, judge=lambda loss, norm: Verdict("spike"))
-    step([next(run.rows) for _ in range(run.microbatches_of(0))], 1e-3)
+    step = replace(run.step, check=lambda loss, norm: StepDecision("spike"))
+    step([next(run.microbatches) for _ in range(run.microbatches_of(0))], 1e-3)
     run.close()
     return [p.main_grad.clone() for chunk in run.step.chunks for p in chunk.parameters()]
 

@@ -15,7 +15,7 @@ from megadiff.report.downsample import Point
 from megadiff.report.line_chart import Chart, Curve
 from megadiff.report.page import report_page
 from megadiff.report.run_record import read_runs
-from megadiff.train.attempts import Attempt, write_attempts
+from megadiff.train.goodput import Attempt, write_attempts
 from tests.report.folders import evaluation_line, training_line, write_run
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)

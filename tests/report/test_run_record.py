@@ -13,7 +13,7 @@ from megadiff.report.settings import differences, read_settings
 from megadiff.report.unusual_steps import UnusualStep
 from megadiff.report.wall_time import wall_time
 from megadiff.supervision.status import RUNNING, Status, write_status
-from megadiff.train.attempts import Attempt, write_attempts
+from megadiff.train.goodput import Attempt, write_attempts
 from tests.report.folders import evaluation_line, training_line, write_run
 
 

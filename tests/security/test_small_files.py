@@ -19,7 +19,7 @@ from megadiff.errors import CheckpointError, ConfigError, DataError, MegadiffErr
 from megadiff.report.scale import scale_of
 from megadiff.run_config import RunConfig
 from megadiff.supervision.status import RUNNING, Status, read_status, write_status
-from megadiff.train.attempts import read_attempts
+from megadiff.train.goodput import read_attempts
 from megadiff.train.metrics import read_metrics
 from megadiff.untrusted_files import UnreadableFileError, lines, parse_json, read_bytes, read_json_object
 from tests.checkpoint.test_manifest import manifest

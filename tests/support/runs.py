@@ -15,8 +15,10 @@ from megadiff.train.metrics import read_metrics
 
 with quiet():
     from megadiff.testing.toy_run import platform_on_rank, toy_config, toy_tree, wire_on_rank, write_corpus
-    from megadiff.train.loop import Run, train
-    from megadiff.train.saving import Saves
+    from megadiff.train.hooks.checkpoint import CheckpointHook
+    from megadiff.train.loop import Trainer
+
+__all__ = ["platform_on_rank", "toy_config", "toy_tree", "wire_on_rank", "write_corpus"]
 
 __all__ = ["platform_on_rank", "toy_config", "toy_tree", "wire_on_rank", "write_corpus"]
 
@@ -48,7 +50,7 @@ class Trained:
 
 
 def train_on_rank(
-    config: RunConfig, world_size: int, *, save: bool = False, change: Callable[[Run], None] | None = None
+    config: RunConfig, world_size: int, *, save: bool = False, change: Callable[[Trainer], None] | None = None
 ) -> Trained:
     """Train on this rank as `pretrain_dlm.py` would.
 
@@ -58,12 +60,12 @@ def train_on_rank(
     """
     run = wire_on_rank(config, world_size)
     hashes: dict[int, str] = {}
-    run.rows = _hashed(run.rows, run, config.batch.micro_sequences, hashes)
+    run.microbatches = _hashed(run.microbatches, run, config.batch.micro_sequences, hashes)
     if not save:
-        run.hooks = [hook for hook in run.hooks if not isinstance(hook, Saves)]
+        run.hooks = [hook for hook in run.hooks if not isinstance(hook, CheckpointHook)]
     if change is not None:
         change(run)
-    train(run)
+    run.train()
     lines = read_metrics(config.folder / "metrics.jsonl")
     return Trained([line for line in lines if "loss" in line], [line for line in lines if "eval_elbo" in line], hashes)
 
@@ -89,7 +91,7 @@ def largest_relative_difference(one: Sequence[float], other: Sequence[float]) ->
 
 
 def _hashed(
-    source: Iterator[NoisedRows], run: Run, micro_sequences: int, hashes: dict[int, str]
+    source: Iterator[NoisedRows], run: Trainer, micro_sequences: int, hashes: dict[int, str]
 ) -> Iterator[NoisedRows]:
     """Hash every row on its way from the loader to the step."""
     topology = run.step.topology

@@ -45,9 +45,8 @@ def config(toy_corpus, tmp_path):
 def _sweep_on_rank(config):
     """Two rates trained for real; then the first again, which must not train."""
     from megadiff import build
-    from megadiff.train.loop import train
 
-    build.run = lambda described: train(wire_on_rank(described, 1))
+    build.run = lambda described: wire_on_rank(described, 1).train()
     first, second = (sweep.run(config, "completep", (32, 2), rate) for rate in (0.1, 0.4))
 
     def refuse(described):

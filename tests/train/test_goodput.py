@@ -16,10 +16,8 @@ import pytest
 
 from megadiff.config.load import load_config
 from megadiff.supervision import process
-from megadiff.train import save_interval
-from megadiff.train.attempts import read_attempts
 from megadiff.train.config import GoodputConfig
-from megadiff.train.goodput import Goodput
+from megadiff.train.goodput import Goodput, best_interval, daly, expected_loss, read_attempts, young
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config
 
@@ -160,8 +158,8 @@ def test_the_example_of_the_documentation(start, clock):
 
 @pytest.mark.parametrize(("stall_s", "restart_s", "loss"), [(5, 180, 0.025), (1, 60, 0.01)])
 def test_the_goodput_promised_for_eight_hours_between_failures(stall_s, restart_s, loss):
-    interval = save_interval.young(stall_s, 8 * HOUR)
-    found = save_interval.expected_loss(interval, stall_s, 8 * HOUR, restart_s=restart_s)
+    interval = young(stall_s, 8 * HOUR)
+    found = expected_loss(interval, stall_s, 8 * HOUR, restart_s=restart_s)
     assert found == pytest.approx(loss, abs=5e-4)
 
 
@@ -271,7 +269,7 @@ def share_of_useful_time(interval, *, cost, mtbf, restart, work, seed):
 @pytest.mark.parametrize("cost", [5.0, 300.0, 3000.0], ids="save {:.0f} s".format)
 def test_with_random_failures_the_suggestion_is_the_best_of_a_grid(cost):
     mtbf, restart = 8 * HOUR, 180.0
-    suggested = save_interval.best_interval(cost, mtbf)
+    suggested = best_interval(cost, mtbf)
     factors = [1 / 4, 1 / 2, 1 / 1.5, 1, 1.5, 2, 4]
     shares = [
         sum(
@@ -287,7 +285,7 @@ def test_with_random_failures_the_suggestion_is_the_best_of_a_grid(cost):
     assert shares[3] > best - 0.002
     assert shares[3] > shares[0] + 0.002
     assert shares[3] > shares[-1] + 0.002
-    said = 1 - save_interval.expected_loss(suggested, cost, mtbf, restart_s=restart)
+    said = 1 - expected_loss(suggested, cost, mtbf, restart_s=restart)
     assert shares[3] == pytest.approx(said, abs=0.01)
 
 
@@ -316,10 +314,10 @@ def test_a_meter_that_lives_through_failures_measures_what_the_simulation_says(s
 
 
 def test_dalys_form_meets_youngs_where_saves_are_cheap_and_stays_positive_where_they_are_not():
-    assert save_interval.daly(5, 8 * HOUR) == pytest.approx(save_interval.young(5, 8 * HOUR), rel=0.01)
-    assert save_interval.daly(100, 50) == 50
-    assert save_interval.daly(100, 60.0) < save_interval.young(100, 60)
-    assert save_interval.expected_loss(1e9, 1, 60) == 1.0
+    assert daly(5, 8 * HOUR) == pytest.approx(young(5, 8 * HOUR), rel=0.01)
+    assert daly(100, 50) == 50
+    assert daly(100, 60.0) < young(100, 60)
+    assert expected_loss(1e9, 1, 60) == 1.0
 
 
 class CrashError(Exception):
@@ -330,25 +328,23 @@ def _attempt(config, *, crash_after=None):
     """A real run, its time taken by the meter that `build` and the loop hand around."""
     from megadiff import build
     from megadiff.run_folder import Supervision
-    from megadiff.train.loop import train
+    from megadiff.train.hooks import Hook
     from tests.support.runs import platform_on_rank
 
     config.folder.mkdir(parents=True, exist_ok=True)
     meter = Goodput(config.folder / "goodput.json", GoodputConfig(mtbf_hours=8), save_every=config.checkpoint.every)
     with meter.during("setup"):
         supervision = dataclasses.replace(Supervision.none(config), goodput=meter)
-        run = build.wire(build.prepare(config, world_size=1), platform_on_rank(), None, supervision)
+        run = build.build_trainer(build.prepare(config, world_size=1), platform_on_rank(), None, supervision)
 
-    class Crashes:
-        section = "step"
-
-        def __call__(self, result):
-            if result.step == crash_after:
+    class Crashes(Hook):
+        def __call__(self, info):
+            if info.step == crash_after:
                 raise CrashError
 
     run.hooks = [*run.hooks, Crashes()]
     try:
-        train(run)
+        run.train()
     except CrashError:
         return None
     return {**meter.as_metrics(), "steps_s": meter.total("step"), "wall_s": meter.wall_s, "said": meter.describe()}

@@ -8,8 +8,7 @@ import pytest
 from megadiff.data.batch_sizes import BatchSizes
 from megadiff.errors import TrainingError
 from megadiff.train.config import HealthConfig
-from megadiff.train.culprits import Culprit
-from megadiff.train.health import Health, Verdict
+from megadiff.train.health import Health, NonFiniteSource, StepDecision
 
 NAN, INF = math.nan, math.inf
 
@@ -26,20 +25,20 @@ def figures(count, *, seed=0):
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (INF, 1.0), (3.0, NAN), (3.0, INF), (-INF, NAN)])
 def test_no_update_is_made_where_loss_or_norm_is_not_finite(loss, norm):
     health = health_of()
-    assert health.judge(3.0, 1.0) == Verdict()
-    assert health.judge(loss, norm) == Verdict("non_finite")
+    assert health.check(3.0, 1.0) == StepDecision()
+    assert health.check(loss, norm) == StepDecision("non_finite")
     assert (health.state()["non_finite_in_a_row"], health.skipped) == (1, 1)
     assert health.state()["loss"] == [3.0], "what is not finite never joins the running figures"
-    health.judge(3.0, 1.0)
+    health.check(3.0, 1.0)
     assert (health.state()["non_finite_in_a_row"], health.skipped) == (0, 1)
 
 
 def test_the_run_ends_after_the_limit_in_a_row_with_the_samples_of_all_of_them(caplog):
-    health, culprit = health_of(non_finite_limit=2), Culprit(5, "node3", 1, (2, 3), ())
+    health, source = health_of(non_finite_limit=2), NonFiniteSource(5, "node3", 1, (2, 3), ())
     for step, norm in ((1, 1.0), (2, NAN), (3, 1.0), (4, NAN)):
-        health.follow(step, health.judge(3.0, norm), (culprit,))
+        health.report(step, health.check(3.0, norm), (source,))
     with pytest.raises(TrainingError) as raised:
-        health.follow(5, health.judge(3.0, NAN), (culprit,))
+        health.report(5, health.check(3.0, NAN), (source,))
     said = str(raised.value)
     assert said.startswith("step 5: loss or gradient not finite 2 steps in a row (health.non_finite_limit is 2); ")
     assert (
@@ -50,8 +49,8 @@ def test_the_run_ends_after_the_limit_in_a_row_with_the_samples_of_all_of_them(c
 
 
 def test_a_culprit_by_gradient_is_told_by_rank_stage_and_the_tensor_nearest_the_output():
-    culprit = Culprit(2, "node1", 1, (), ("a.weight", "b.weight"))
-    assert culprit.describe(80) == "gradient on rank 2 (node1), stage 1: 2 tensor(s), nearest the output b.weight"
+    source = NonFiniteSource(2, "node1", 1, (), ("a.weight", "b.weight"))
+    assert source.describe(80) == "gradient on rank 2 (node1), stage 1: 2 tensor(s), nearest the output b.weight"
 
 
 @pytest.mark.parametrize("which", ["loss", "grad_norm"])
@@ -59,17 +58,17 @@ def test_a_culprit_by_gradient_is_told_by_rank_stage_and_the_tensor_nearest_the_
 def test_a_spike_is_named_and_skipped_only_where_asked(which, skips):
     health = health_of(spike_window=16, spike_sigma=6.0, skip_spikes=skips)
     for loss, norm in figures(20):
-        assert health.judge(loss, norm) == Verdict()
-    verdict = health.judge(30.0 if which == "loss" else 3.0, 10.0 if which == "grad_norm" else 1.0)
-    assert verdict.skip == ("spike" if skips else None)
-    (told,) = verdict.spikes
+        assert health.check(loss, norm) == StepDecision()
+    decision = health.check(30.0 if which == "loss" else 3.0, 10.0 if which == "grad_norm" else 1.0)
+    assert decision.skip == ("spike" if skips else None)
+    (told,) = decision.spikes
     assert told.startswith(f"{which} {'30' if which == 'loss' else '10'} against ")
     assert told.endswith(" over the 16 steps before")
     assert health.skipped == int(skips)
 
 
 def test_a_spike_is_logged_with_the_samples_of_its_step(caplog):
-    health_of().follow(11, Verdict("spike", ("loss 9 against 3 +- 0.1 over the 128 steps before",)))
+    health_of().report(11, StepDecision("spike", ("loss 9 against 3 +- 0.1 over the 128 steps before",)))
     (line,) = caplog.messages
     assert line.startswith("step 11: spike: loss 9 against 3 +- 0.1")
     assert line.endswith("; no update was made; samples 80 to 87")
@@ -78,19 +77,19 @@ def test_a_spike_is_logged_with_the_samples_of_its_step(caplog):
 def test_a_fall_is_no_spike_and_nothing_is_judged_before_half_the_window_is_full():
     health = health_of(spike_window=16, skip_spikes=True)
     for loss, norm in figures(7):
-        health.judge(loss, norm)
-    assert health.judge(1e6, 1e6) == Verdict(), "seven values are fewer than half of sixteen"
+        health.check(loss, norm)
+    assert health.check(1e6, 1e6) == StepDecision(), "seven values are fewer than half of sixteen"
     health = health_of(spike_window=16, skip_spikes=True)
     for loss, norm in figures(20):
-        health.judge(loss, norm)
-    assert health.judge(0.0, 0.0) == Verdict()
+        health.check(loss, norm)
+    assert health.check(0.0, 0.0) == StepDecision()
 
 
 def test_a_new_level_is_taken_for_normal_after_a_few_steps():
     health = health_of(spike_window=16, skip_spikes=True)
     for loss, norm in figures(16):
-        health.judge(loss, norm)
-    skipped = [health.judge(loss + 5, norm).skip for loss, norm in figures(16)]
+        health.check(loss, norm)
+    skipped = [health.check(loss + 5, norm).skip for loss, norm in figures(16)]
     assert skipped[0] == "spike"
     assert skipped.count("spike") < 4
     assert skipped[-1] is None
@@ -102,14 +101,14 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(cut):
     course = [*figures(40), (9.0, 1.0), *figures(8, seed=3), (3.0, NAN), (INF, 1.0), *figures(20, seed=5), (3.0, 2.0)]
     settings = {"spike_window": 32, "skip_spikes": True}
     whole = health_of(**settings)
-    expected = [whole.judge(*step) for step in course]
-    assert sorted({verdict.skip for verdict in expected}, key=str) == [None, "non_finite", "spike"]
+    expected = [whole.check(*step) for step in course]
+    assert sorted({decision.skip for decision in expected}, key=str) == [None, "non_finite", "spike"]
     before = health_of(**settings)
     for step in course[:cut]:
-        before.judge(*step)
+        before.check(*step)
     after = health_of(**settings)
     after.restore(json.loads(json.dumps(before.state(), allow_nan=False)))
-    assert [after.judge(*step) for step in course[cut:]] == expected[cut:]
+    assert [after.check(*step) for step in course[cut:]] == expected[cut:]
     assert after.state() == whole.state()
 
 

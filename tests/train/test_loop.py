@@ -16,26 +16,30 @@ from megadiff.supervision.watchdog import Watchdog
 from megadiff.train.config import HealthConfig
 from megadiff.train.goodput import Goodput, GoodputConfig
 from megadiff.train.health import Health
-from megadiff.train.loop import Ending, Run, train
-from megadiff.train.saving import Saves
-from megadiff.train.step import Taken
-from megadiff.train.stopping import AgreedStop
+from megadiff.train.hooks import Hook
+from megadiff.train.hooks.checkpoint import CheckpointHook
+from megadiff.train.loop import AgreedStop, Trainer, TrainResult
+from megadiff.train.step import StepOutput
 
 
-class Hook:
-    """Keeps what it is told."""
-
-    section = "step"
+class Recorder(Hook):
+    """Keeps its calls."""
 
     def __init__(self, happened):
         self.happened = happened
 
-    def __call__(self, result):
-        self.happened.append((result.step, result.skip))
+    def open(self):
+        self.happened.append("open")
+
+    def __call__(self, info):
+        self.happened.append((info.step, info.skipped))
+
+    def close(self):
+        self.happened.append("close")
 
 
-def run_of(norms, *, first_step=0):
-    """A run that nobody asks to stop, whose steps answer with these gradient norms; (run, what happened)."""
+def trainer_of(norms, *, first_step=0):
+    """A run without requests to stop whose steps have these gradient norms; (trainer, what happened)."""
     happened = []
     answers = iter(norms)
     health = Health(HealthConfig(), sizes=BatchSizes(8))
@@ -43,44 +47,43 @@ def run_of(norms, *, first_step=0):
     def step(microbatches, lr, mark):
         happened.append((microbatches, lr))
         norm = next(answers)
-        return Taken(torch.zeros(1), norm, health.judge(1.0, norm))
+        return StepOutput(torch.zeros(1), norm, health.check(1.0, norm))
 
-    return Run(
+    return Trainer(
         step=step,
         health=health,
         first_step=first_step,
         steps=first_step + len(norms),
         sizes=BatchSizes(8),
-        rows_at_once=4,
+        sequences_at_once=4,
         schedule=WarmupStableDecay(steps=10, warmup_steps=4, cooldown_steps=0, shape="sqrt"),
         peak_lr=1.0,
-        rows=iter(range(100)),
-        hooks=[Hook(happened)],
-        saves=cast(Saves, None),
+        microbatches=iter(range(100)),
+        hooks=[Recorder(happened)],
+        checkpoint=cast(CheckpointHook, None),
         stop=AgreedStop(None, cast(Topology, None)),
         watchdog=Watchdog(WatchdogConfig(enabled=False), Launch.of(Path("unused"), rank=0, world_size=1)),
         goodput=Goodput(None, GoodputConfig(), save_every=100),
-        before=[lambda: happened.append("before")],
-        ends=[lambda: happened.append("close")],
+        closing=[lambda: happened.append("closed")],
     ), happened
 
 
 def test_a_step_takes_its_microbatches_its_rate_and_then_the_hooks():
-    run, happened = run_of([1.0, 1.0], first_step=2)
-    assert train(run) == Ending(4, None)
-    assert happened == ["before", ([0, 1], 0.5), (3, None), ([2, 3], 0.75), (4, None), "close"]
+    trainer, happened = trainer_of([1.0, 1.0], first_step=2)
+    assert trainer.train() == TrainResult(4, None)
+    assert happened == ["open", ([0, 1], 0.5), (3, None), ([2, 3], 0.75), (4, None), "close", "closed"]
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_a_skipped_step_counts_data_and_schedule_go_on_and_hooks_learn_of_it(norm):
-    run, happened = run_of([1.0, norm, 1.0])
-    train(run)
+    trainer, happened = trainer_of([1.0, norm, 1.0])
+    trainer.train()
     steps = [([0, 1], 0.0), (1, None), ([2, 3], 0.25), (2, "non_finite"), ([4, 5], 0.5), (3, None)]
-    assert happened == ["before", *steps, "close"]
+    assert happened == ["open", *steps, "close", "closed"]
 
 
 def test_a_run_that_health_ends_closes_its_files_and_calls_no_more_hooks():
-    run, happened = run_of([1.0, *[float("nan")] * 3, 1.0])
+    trainer, happened = trainer_of([1.0, *[float("nan")] * 3, 1.0])
     with pytest.raises(TrainingError, match=r"step 4: .* 3 steps in a row .* Their samples are 8 to 31;"):
-        train(run)
-    assert happened[-3:] == [(3, "non_finite"), ([6, 7], 0.75), "close"]
+        trainer.train()
+    assert happened[-4:] == [(3, "non_finite"), ([6, 7], 0.75), "close", "closed"]

@@ -51,16 +51,16 @@ def _measure(folder: Path, *, saves: int) -> None:
     with quiet():
         from megadiff import build
     from megadiff.parallel.topology import process_group
-    from megadiff.train.saving import Saves
+    from megadiff.train.hooks.checkpoint import CheckpointHook
 
     config = describe_made_up(folder, _DESCRIPTION, vocab_size=260)
     platform = detect("cpu")
     with process_group(platform, alone=True):
         platform.prepare_megatron()
         with quiet():
-            run = build.wire(prepare_made_up(config, vocab_size=260), platform)
-        hook = next(hook for hook in run.hooks if isinstance(hook, Saves))
-        saver, manifest = hook.saver, hook.manifest
+            run = build.build_trainer(prepare_made_up(config, vocab_size=260), platform)
+        hook = next(hook for hook in run.hooks if isinstance(hook, CheckpointHook))
+        saver, manifest = hook.checkpointer, hook.manifest
         stood: dict[str, list[float]] = {"background": [], "foreground": []}
         alone: list[float] = []
         beside: list[float] = []
@@ -69,7 +69,7 @@ def _measure(folder: Path, *, saves: int) -> None:
         def step() -> float:
             nonlocal done
             began = time.monotonic()
-            run.step([next(run.rows)], 1e-4)
+            run.step([next(run.microbatches)], 1e-4)
             done += 1
             return time.monotonic() - began
 

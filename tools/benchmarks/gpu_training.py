@@ -167,7 +167,7 @@ def _measured(model: Model, precision: str, micro: int, arguments: argparse.Name
         with process_group(platform, alone=True):
             platform.prepare_megatron()
             with quiet():
-                run = build.wire(prepare_made_up(config, vocab_size=model.vocab_size), platform)
+                run = build.build_trainer(prepare_made_up(config, vocab_size=model.vocab_size), platform)
             try:
                 found = _timed(run, config, model, platform, arguments.steps, clock)
             finally:
@@ -200,14 +200,14 @@ def _timed(run: Any, config: RunConfig, model: Model, platform: Platform, steps:
             if len(seconds) >= min(3, steps):
                 break
             raise LateError(f"the time was over after {number} of {steps + _UNTIMED} steps")
-        rows = [next(run.rows) for _ in range(count)]
+        rows = [next(run.microbatches) for _ in range(count)]
         platform.synchronize()
         began = time.perf_counter()
-        taken = run.step(rows, config.optimizer.lr)
+        output = run.step(rows, config.optimizer.lr)
         platform.synchronize()
         if number >= _UNTIMED:
             seconds.append(time.perf_counter() - began)
-        loss = metrics_of(taken.total.tolist())["loss"]
+        loss = metrics_of(output.sums.tolist())["loss"]
     tokens = config.tokens_per_step / statistics.median(seconds)
     flops = _flops_per_token(config, model)
     return {

@@ -33,8 +33,8 @@ with quiet():
     from megadiff import build
     from megadiff.parallel.topology import process_group
     from megadiff.prepared import Prepared
-    from megadiff.train.loop import Run
-    from megadiff.train.step import Step
+    from megadiff.train.loop import Trainer
+    from megadiff.train.step import TrainStep
 
 _EPILOG = """examples:
   OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py
@@ -129,7 +129,7 @@ def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, fl
 class MegadiffTraining:
     """megadiff's own step on rows from its own loader."""
 
-    def __init__(self, step: Step, rows: Iterator[Any], microbatches: int) -> None:
+    def __init__(self, step: TrainStep, rows: Iterator[Any], microbatches: int) -> None:
         self._step, self._rows, self._microbatches = step, rows, microbatches
         self.waited_s = 0.0
         """Wall time that the last step waited for its rows."""
@@ -139,7 +139,7 @@ class MegadiffTraining:
         began = time.perf_counter()
         rows = [next(self._rows) for _ in range(self._microbatches)]
         self.waited_s = time.perf_counter() - began
-        return metrics_of(self._step(rows, _LR).total.tolist())["loss"]
+        return metrics_of(self._step(rows, _LR).sums.tolist())["loss"]
 
 
 class PlainTraining:
@@ -269,7 +269,7 @@ class Wired:
 
     prepared: Prepared
     """Prepared description of the next-token run."""
-    run: Run
+    run: Trainer
     opened: list[Any]
     """Loaders that have to be closed."""
 
@@ -282,12 +282,12 @@ class Wired:
         config = describe_made_up(folder, _description(size), vocab_size=size.vocab_size)
         prepared = prepare_made_up(config, vocab_size=size.vocab_size)
         with quiet():
-            return cls(prepared, build.wire(prepared, platform), [])
+            return cls(prepared, build.build_trainer(prepared, platform), [])
 
     def side(self, objective: Literal["ar", "gidd"], noise: ShiftName = "balanced") -> MegadiffTraining:
         """Return the step of the same model with another objective."""
         if objective == "ar":
-            return MegadiffTraining(self.run.step, self.run.rows, self.run.microbatches_of(0))
+            return MegadiffTraining(self.run.step, self.run.microbatches, self.run.microbatches_of(0))
         own = self.prepared.config
         changes = {"objective": objective_config(name=objective), "noise": noise_config(shift=noise)}
         config = own.model_copy(update=changes)
@@ -297,7 +297,7 @@ class Wired:
         loader = build.row_loader(prepared, process, step.topology, 0)
         self.opened.append(loader)
         other = build.training_step(
-            prepared, step.chunks, step.optimizer, process, step.topology, detect("cpu"), judge=step.judge
+            prepared, step.chunks, step.optimizer, process, step.topology, detect("cpu"), check=step.check
         )
         return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megadiff.train import replicas
-from megadiff.train.replicas import bit_hash
+from megadiff.train.hooks import replicas
+from megadiff.train.hooks.replicas import bit_hash
 
 
 def flipped(weights, place, bit):

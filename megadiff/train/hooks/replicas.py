@@ -1,7 +1,7 @@
-"""Whether the ranks that should hold the same weights do, bit for bit.
+"""Replica check: ranks that should hold the same weights are compared bit for bit.
 
-Memory or arithmetic that fails in silence makes one replica drift from the others; nothing else would show it. Weights
-stay on their device: each rank sums up its own into one number a tensor, and only these are compared.
+Memory or arithmetic that fails silently makes one replica drift from the others, and nothing else would show it.
+Weights stay on their device: each rank reduces its own to one hash a tensor, and only the hashes are compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megadiff.errors import TrainingError
 from megadiff.model.denoiser import gathered_weights
 from megadiff.parallel.pipeline import DataParallelChunk, ModelChunk
 from megadiff.parallel.topology import Topology
-from megadiff.train.hooks import Part, StepResult
+from megadiff.train.hooks import Hook, Part, StepInfo, named_weights
 
 log = logging.getLogger("megadiff")
 
@@ -31,10 +31,11 @@ _STRIDE = 0x5DEECE66D
 
 
 def bit_hash(weights: Tensor) -> Tensor:
-    """A number of a tensor's exact bits and their places, int64 scalar on its device.
+    """Return a hash of a tensor's exact bits and their positions, an int64 scalar on its device.
 
-    The sum over i of (bits of element i) x (an odd number made of i) mod 2^64. As the factors are odd, a change of one
-    element always changes it; sums of integers do not depend on their order, so equal bits give equal hashes anywhere.
+    It is the sum over i of (bits of element i) x (an odd number made of i) mod 2^64. As the factors are odd, a change
+    of one element always changes it; sums of integers do not depend on their order, so equal bits give equal hashes
+    anywhere.
     """
     bits = weights.detach().contiguous().view(-1).view(_BITS[weights.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
@@ -47,15 +48,16 @@ def bit_hash(weights: Tensor) -> Tensor:
     return total
 
 
-class CheckReplicas:
-    """Compares replicated weights every `every` steps (0: never).
+class ReplicaCheck(Hook):
+    """Comparison of replicated weights every `every` steps (0: never).
 
     Whole tensors are compared over the data-parallel ranks; those that every tensor-parallel rank holds (norms, biases)
-    over these as well. The distributed optimizer hands out every tensor anew in each step, from the one rank that
-    updates it: a difference then is younger than that, and what goes wrong in the owner's copy is no difference.
+    over these as well. With the distributed optimizer every step distributes each tensor from the one rank that updates
+    it: a difference is then younger than the step, and an error in the owner's copy makes no difference.
     """
 
     section: ClassVar[Part] = "step"
+    collectives: ClassVar[bool] = True
 
     def __init__(
         self, every: int, chunks: Sequence[ModelChunk], wrapped: Sequence[DataParallelChunk], topology: Topology
@@ -63,44 +65,42 @@ class CheckReplicas:
         """Wire the check.
 
         Args:
+            every: number of steps between comparisons.
             chunks: this rank's bare model chunks.
             wrapped: their data-parallel wrappers, whose weights may have to be gathered first.
+            topology: this rank's place in the layout.
         """
         self._every, self._wrapped = every, wrapped
-        self._weights = {
-            f"chunk {index} {name}" if len(chunks) > 1 else name: parameter
-            for index, chunk in enumerate(chunks)
-            for name, parameter in chunk.named_parameters()
-        }
+        self._weights = named_weights(chunks)
         self._topology = topology
         self._last_equal = "they have not been compared before"
 
-    def __call__(self, result: StepResult) -> None:
+    def __call__(self, info: StepInfo) -> None:
         """Compare if due. Collective over the world.
 
         Raises:
             TrainingError: some rank's weights differ; on every rank, naming ranks and tensors.
         """
-        if not self._every or result.step % self._every:
+        if not self._every or info.step % self._every:
             return
         with gathered_weights(self._wrapped):
             odd = self._odd_tensors()
         found: list[Any] = [None] * self._topology.layout.world_size
         dist.all_gather_object(found, (socket.gethostname(), odd), group=self._topology.host_group)
         if not any(names for _, names in found):
-            self._last_equal = f"they were equal after step {result.step}"
+            self._last_equal = f"they were equal after step {info.step}"
             return
         where = "; ".join(
             f"rank {rank} ({host}) in {_listed(names)}" for rank, (host, names) in enumerate(found) if names
         )
         raise TrainingError(
-            f"step {result.step}: ranks that should hold the same weights differ: {where} ({self._last_equal}). Of two "
-            "ranks both are named, of more those against the majority. Take the machine out and go on from a "
+            f"step {info.step}: ranks that should hold the same weights differ: {where} ({self._last_equal}). Of two "
+            "ranks both are named, of more those against the majority. Take the machine out and resume from a "
             "checkpoint of a step at which they were equal"
         )
 
     def _odd_tensors(self) -> list[str]:
-        """Names of tensors in which this rank is not with the majority of those that should hold the same."""
+        """Return the names of tensors in which this rank differs from the majority of its replicas."""
         names = list(self._weights)
         hashes = torch.stack([bit_hash(self._weights[name]) for name in names])
         odd = _against_majority(hashes, self._topology.data_group)
@@ -110,7 +110,7 @@ class CheckReplicas:
 
 
 def _against_majority(hashes: Tensor, group: ProcessGroup) -> set[int]:
-    """Places [P] at which more than half of the group's ranks do not agree with this one."""
+    """Return the positions in `hashes`, [P], at which at least half of the group's ranks differ from this one."""
     ranks = dist.get_world_size(group)
     if ranks == 1 or not hashes.numel():
         return set()

@@ -1,54 +1,64 @@
+"""The training line, and the console's line that is made from it."""
+
 from __future__ import annotations
 
 import json
 import math
 import re
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from megadiff.parallel.row_report import SIZE
 from megadiff.platform.machine import detect
-from megadiff.train.config import GoodputConfig
-from megadiff.train.goodput import Goodput
-from megadiff.train.hooks import Evaluate, Log, StepResult
-from megadiff.train.metrics import MetricsFile, read_metrics
+from megadiff.train.hooks import MetricSinks, StepInfo
+from megadiff.train.hooks.console import Console
+from megadiff.train.hooks.log import LogHook
+from megadiff.train.hooks.metrics_file import MetricsFile
+from megadiff.train.metrics import read_metrics
 
 
-def result(step, seconds=0.5, skip=None, **changes):
-    total = torch.arange(1.0, SIZE + 1, dtype=torch.float64)
+def info(step, seconds=0.5, skipped=None, **changes):
+    sums = torch.arange(1.0, SIZE + 1, dtype=torch.float64)
     for place, value in changes.items():
-        total[int(place.removeprefix("at_"))] = value
-    return StepResult(step, total, 1e-3, 2.0, seconds, skip)
+        sums[int(place.removeprefix("at_"))] = value
+    return StepInfo(step, sums, 1e-3, 2.0, seconds, skipped)
 
 
-def log_hook(path, every, steps, **options):
-    return Log(
+def log_hooks(path, every, steps, *, tokens_before=lambda step: 100 * step, **options):
+    """Console and log, called in this order as in a run; a function of a step's info."""
+    console = Console(steps, tokens_before)
+    log = LogHook(
         every=every,
         steps=steps,
-        tokens_before=lambda step: 100 * step,
+        tokens_before=tokens_before,
         flops_per_token=1e6,
         executed_flops=lambda sums: 1e5 * sums[5],
         world_size=2,
         platform=detect("cpu"),
-        metrics=MetricsFile(path, after_step=0),
+        sinks=MetricSinks([MetricsFile(path, after_step=0), console]),
         **options,
     )
 
+    def call(info):
+        console(info)
+        log(info)
+
+    return call
+
 
 @pytest.mark.parametrize(("every", "steps", "due"), [(3, 7, [1, 3, 6, 7]), (1, 3, [1, 2, 3]), (10, 4, [1, 4])])
-def test_the_log_speaks_at_the_first_step_every_few_and_the_last(tmp_path, every, steps, due):
-    hook = log_hook(tmp_path / "m.jsonl", every, steps)
+def test_a_line_is_written_at_the_first_step_every_few_and_the_last(tmp_path, every, steps, due):
+    hook = log_hooks(tmp_path / "m.jsonl", every, steps)
     for step in range(1, steps + 1):
-        hook(result(step))
+        hook(info(step))
     assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == due
 
 
 def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_last_line(tmp_path):
-    hook = log_hook(tmp_path / "m.jsonl", 2, 4)
+    hook = log_hooks(tmp_path / "m.jsonl", 2, 4)
     for step in range(1, 5):
-        hook(result(step, seconds=0.25))
+        hook(info(step, seconds=0.25))
     line = read_metrics(tmp_path / "m.jsonl")[1]
     promised = (
         "step tokens loss elbo kl itakura_saito mean_weight lr grad_norm tokens_per_s tflops_per_device mfu peak_bytes "
@@ -69,10 +79,9 @@ def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_
 
 def test_speed_is_that_of_all_steps_since_the_line_before(tmp_path):
     """Steps 4 to 6 take 1, 2 and 3 seconds for 40, 50 and 60 tokens: 25 a second, and none of the steps before."""
-    hook = log_hook(tmp_path / "m.jsonl", 3, 6)
-    hook.tokens_before = lambda step: 5 * step * (step + 1)  # 10 tokens in the first step, 20 in the second, ...
+    hook = log_hooks(tmp_path / "m.jsonl", 3, 6, tokens_before=lambda step: 5 * step * (step + 1))  # 10, 20, 30, ...
     for step in range(1, 7):
-        hook(result(step, seconds=10.0 if step < 4 else step - 3.0))
+        hook(info(step, seconds=10.0 if step < 4 else step - 3.0))
     lines = read_metrics(tmp_path / "m.jsonl")
     assert [line["step"] for line in lines] == [1, 3, 6]
     assert [line["tokens_per_s"] for line in lines] == pytest.approx([10 / 10, 50 / 20, 150 / 6])
@@ -83,84 +92,39 @@ def test_speed_is_that_of_all_steps_since_the_line_before(tmp_path):
 
 def test_the_console_says_how_long_the_rest_will_take(tmp_path, caplog):
     """At the speed of the line: 200 tokens a second, then 50; 100 tokens a step."""
-    hook = log_hook(tmp_path / "m.jsonl", 2, 10_001)
+    hook = log_hooks(tmp_path / "m.jsonl", 2, 10_001)
     with caplog.at_level("INFO", logger="megadiff"):
         for step, seconds in ((1, 0.5), (2, 2.0)):
-            hook(result(step, seconds=seconds))
+            hook(info(step, seconds=seconds))
     assert [re.search(r"ETA (\S+)", message)[1] for message in caplog.messages] == ["1:23:20", "5:33:18"]
     assert "200 tokens/s" in caplog.messages[0]
 
 
-def test_tensorboard_gets_these_curves_and_no_others(tmp_path):
-    board = Board()
-    hook = log_hook(tmp_path / "m.jsonl", 1, 1, tensorboard=board, epochs=lambda step: {"a": 0.5, "b": 0.25})
-    hook(result(1))
-    goodput = Goodput(None, GoodputConfig(), save_every=5)
-    Evaluate(1, 1, Found, MetricsFile(tmp_path / "e.jsonl", after_step=0), goodput, board)(result(1))
-    (line,) = read_metrics(tmp_path / "m.jsonl")
-    curves = ("loss", "elbo", "kl", "itakura_saito", "mean_weight", "lr", "grad_norm", "tokens_per_s")
-    wanted = {(f"train/{key}", 1): line[key] for key in curves}
-    assert board.values == wanted | {("epochs/a", 1): 0.5, ("epochs/b", 1): 0.25, ("eval/elbo", 1): 3.0}
-
-
 def test_the_console_shows_means_over_the_tokens_of_all_steps_since_its_last_line(tmp_path, caplog):
     """Loss sums 3 + 5 + 100 over 1 + 3 + 4 noisy tokens; the skipped step between has a line of its own."""
-    hook = log_hook(tmp_path / "m.jsonl", 4, 4)
+    hook = log_hooks(tmp_path / "m.jsonl", 4, 4)
     steps = [(1, 7.0, 2.0, None), (2, 3.0, 1.0, None), (3, math.nan, 1.0, "non_finite"), (4, 105.0, 7.0, None)]
     with caplog.at_level("INFO", logger="megadiff"):
         for step, loss, tokens, skip in steps:
-            hook(result(step, skip=skip, at_0=loss, at_5=tokens))
+            hook(info(step, skipped=skip, at_0=loss, at_5=tokens))
     assert [re.search(r"loss (\S+)", message)[1] for message in caplog.messages] == ["3.5000", "nan", "13.5000"]
     assert [line["loss"] for line in read_metrics(tmp_path / "m.jsonl")] == [3.5, None, 15.0]
 
 
-@dataclass
-class Found:
-    elbo: float = 3.0
-
-    def as_metrics(self):
-        return {"eval_elbo": self.elbo}
-
-    def describe(self):
-        return "held-out"
-
-
-@pytest.mark.parametrize(("every", "due"), [(0, [5]), (2, [2, 4, 5]), (5, [5])])
-def test_evaluation_is_due_every_few_steps_and_at_the_last(tmp_path, every, due):
-    goodput = Goodput(None, GoodputConfig(), save_every=5)
-    hook = Evaluate(every, 5, Found, MetricsFile(tmp_path / "m.jsonl", after_step=0), goodput)
-    for step in range(1, 6):
-        hook(result(step))
-    assert read_metrics(tmp_path / "m.jsonl") == [{"step": step, "eval_elbo": 3.0} for step in due]
-
-
-class Board:
-    """Keeps what a TensorBoard writer is given."""
-
-    def __init__(self):
-        self.values = {}
-
-    def add_scalar(self, key, value, step):
-        self.values[key, step] = value
-
-
 def test_a_skipped_step_always_has_a_line_that_says_why_and_null_for_what_is_not_finite(tmp_path, caplog):
-    board = Board()
-    hook = log_hook(tmp_path / "m.jsonl", 10, 10, tensorboard=board)
+    hook = log_hooks(tmp_path / "m.jsonl", 10, 10)
     with caplog.at_level("INFO", logger="megadiff"):
         for step in (1, 2, 3, 4):
-            hook(result(step, skip="non_finite", at_0=math.nan, at_1=math.inf) if step == 3 else result(step))
+            hook(info(step, skipped="non_finite", at_0=math.nan, at_1=math.inf) if step == 3 else info(step))
     text = (tmp_path / "m.jsonl").read_text()
     first, third = (json.loads(line, parse_constant=pytest.fail) for line in text.splitlines())
     assert (third["step"], third["skipped"], third["loss"], third["elbo"]) == (3, "non_finite", None, None)
     assert "skipped" not in first
-    assert ("train/loss", 3) not in board.values
-    assert board.values["train/kl", 3] == pytest.approx(3 / 6)
     assert [message.endswith("| skipped: non_finite") for message in caplog.messages] == [False, True]
 
 
 def test_other_parts_can_add_keys_to_a_line(tmp_path):
-    hook = log_hook(tmp_path / "m.jsonl", 1, 1, extras=[lambda: {"goodput": 0.9}, lambda: {"lost_s": 3}])
-    hook(result(1))
+    hook = log_hooks(tmp_path / "m.jsonl", 1, 1, extras=[lambda: {"goodput": 0.9}, lambda: {"lost_s": 3}])
+    hook(info(1))
     (line,) = read_metrics(tmp_path / "m.jsonl")
     assert (line["goodput"], line["lost_s"]) == (0.9, 3)

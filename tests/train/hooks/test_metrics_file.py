@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from megadiff.train.metrics import MetricsFile, read_metrics
+from megadiff.train.hooks.metrics_file import MetricsFile
+from megadiff.train.metrics import read_metrics
 
 
 def lines(*steps):
@@ -16,7 +17,7 @@ def lines(*steps):
 
 def test_a_float_keeps_every_digit(tmp_path):
     file = MetricsFile(tmp_path / "m.jsonl", after_step=0)
-    file.write({"step": 1, "loss": 0.1 + 0.2})
+    file.write({"step": 1, "loss": 0.1 + 0.2}, 1)
     file.close()
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1, "loss": 0.30000000000000004}]
 
@@ -24,7 +25,7 @@ def test_a_float_keeps_every_digit(tmp_path):
 def test_what_is_not_finite_is_null_at_any_depth_for_json_has_no_token_for_it(tmp_path):
     file = MetricsFile(tmp_path / "m.jsonl", after_step=0)
     bins = [[-9.0, -6.0, math.nan], (1, True, math.inf)]
-    file.write({"step": 1, "loss": -math.inf, "bins": bins, "of": {"x": math.nan, "y": "NaN"}})
+    file.write({"step": 1, "loss": -math.inf, "bins": bins, "of": {"x": math.nan, "y": "NaN"}}, 1)
     file.close()
     line = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail)
     wanted = {"step": 1, "loss": None, "bins": [[-9.0, -6.0, None], [1, True, None]], "of": {"x": None, "y": "NaN"}}
@@ -33,7 +34,7 @@ def test_what_is_not_finite_is_null_at_any_depth_for_json_has_no_token_for_it(tm
 
 def test_a_line_is_there_before_the_file_is_closed(tmp_path):
     file = MetricsFile(tmp_path / "m.jsonl", after_step=0)
-    file.write({"step": 1})
+    file.write({"step": 1}, 1)
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}]
     file.sync()
     file.close()
@@ -43,7 +44,7 @@ def test_a_resumed_run_forgets_the_lines_it_will_write_again(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text(lines(1, 2, 3, 4))
     file = MetricsFile(path, after_step=2)
-    file.write({"step": 3, "loss": 0.0})
+    file.write({"step": 3, "loss": 0.0}, 3)
     file.close()
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
     assert path.read_text().startswith(lines(1, 2))
@@ -105,15 +106,15 @@ def test_lines_that_a_full_disk_refuses_come_later_whole_and_once(tmp_path, monk
     path = tmp_path / "metrics.jsonl"
     disk = Disk(monkeypatch)
     file = MetricsFile(path, after_step=0)
-    file.write({"step": 1})
+    file.write({"step": 1}, 1)
     disk.is_full = True
-    file.write({"step": 2})
-    file.write({"step": 3})
+    file.write({"step": 2}, 2)
+    file.write({"step": 3}, 3)
     assert [line["step"] for line in read_metrics(path)] == [1]
     with pytest.raises(OSError, match="No space left on device"):
         file.sync()
     disk.is_full = False
-    file.write({"step": 4})
+    file.write({"step": 4}, 4)
     file.close()
     assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
 
@@ -123,15 +124,15 @@ def test_lines_that_a_disk_may_have_dropped_are_written_again(tmp_path, monkeypa
     path = tmp_path / "metrics.jsonl"
     disk = Disk(monkeypatch)
     file = MetricsFile(path, after_step=0)
-    file.write({"step": 1})
+    file.write({"step": 1}, 1)
     file.sync()
-    file.write({"step": 2})
+    file.write({"step": 2}, 2)
     disk.drops_on_sync = True
     with pytest.raises(OSError, match="Input/output error"):
         file.sync()
     disk.drops_on_sync = False
     path.write_text('{"step": 1}\n\0\0\0\0')  # what a disk leaves that has dropped a page
-    file.write({"step": 3})
+    file.write({"step": 3}, 3)
     file.sync()
     file.close()
     assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))

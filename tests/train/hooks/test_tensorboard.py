@@ -5,7 +5,13 @@ from __future__ import annotations
 import errno
 import os
 
-from megadiff.train.board import Board
+import torch
+
+from megadiff.parallel.row_report import SIZE
+from megadiff.platform.machine import detect
+from megadiff.train.hooks import MetricSinks, StepInfo
+from megadiff.train.hooks.log import LogHook
+from megadiff.train.hooks.tensorboard import TensorBoard
 
 
 def _points(folder):
@@ -16,9 +22,9 @@ def _points(folder):
 
 
 def _written(folder, steps, *, after_step=0):
-    board = Board(folder, after_step=after_step)
+    board = TensorBoard(folder, after_step=after_step)
     for step in steps:
-        board.add_scalar("train/loss", step / 4, step)
+        board.write({"step": step, "loss": step / 4}, step)
     return board
 
 
@@ -37,6 +43,29 @@ def test_steps_that_a_resumed_run_repeats_are_shown_once_and_no_earlier_file_is_
     assert earlier.read_bytes() == before
 
 
+def test_a_run_draws_these_curves_and_no_others(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path, after_step=0)
+    info = StepInfo(1, torch.arange(1.0, SIZE + 1, dtype=torch.float64), 1e-3, 2.0, 0.5, None)
+    LogHook(
+        every=1,
+        steps=1,
+        tokens_before=lambda step: 100 * step,
+        flops_per_token=1e6,
+        executed_flops=lambda sums: 1e5,
+        world_size=1,
+        platform=detect("cpu"),
+        sinks=MetricSinks([board]),
+        epochs=lambda step: {"a": 0.5, "b": 0.25},
+    )(info)
+    board.write({"step": 1, "eval_elbo": 3.0}, 1)
+    board.close()
+    tags = set(EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"])
+    training = ("loss", "elbo", "kl", "itakura_saito", "mean_weight", "lr", "grad_norm", "tokens_per_s")
+    assert tags == {*(f"train/{key}" for key in training), "epochs/a", "epochs/b", "eval/elbo"}
+
+
 def test_points_that_a_full_disk_refuses_come_when_there_is_room(tmp_path, monkeypatch, caplog):
     folder = tmp_path / "tensorboard"
     board = _written(folder, [1])
@@ -49,9 +78,9 @@ def test_points_that_a_full_disk_refuses_come_when_there_is_room(tmp_path, monke
 
     monkeypatch.setattr(os, "write", refuse)
     caplog.set_level("WARNING", logger="megadiff")
-    board.add_scalar("train/loss", 0.5, 2)
+    board.write({"step": 2, "loss": 0.5}, 2)
     monkeypatch.undo()
-    board.add_scalar("train/loss", 0.75, 3)
+    board.write({"step": 3, "loss": 0.75}, 3)
     board.close()
     assert [step for step, _ in _points(folder)] == [1, 2, 3]
     assert len(caplog.messages) == 1

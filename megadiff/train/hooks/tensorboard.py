@@ -1,4 +1,4 @@
-"""TensorBoard's curves, as long as the disk takes them."""
+"""TensorBoard's event file, as long as the disk takes it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.files import AppendedFile
+from megadiff.train.hooks import MetricSink, curves
 
 log = logging.getLogger("megadiff")
 
 _numbers = count()
-"""Tells the files of one process from one another."""
+"""Numbers that distinguish the files of one process."""
 
 
-class Board:
-    """TensorBoard's event file, written record by record, so that what a full disk refuses comes when there is room.
+class TensorBoard(MetricSink):
+    """An event file with a curve for every number of a line, written record by record.
 
-    torch's `SummaryWriter` writes in a thread that dies of the first refusal with a stack trace.
+    Records that a full disk refuses wait until there is room. torch's `SummaryWriter` writes in a thread that ends with
+    a stack trace at the first refusal.
     """
 
     def __init__(self, folder: Path, *, after_step: int) -> None:
-        """Begin a file of its own in `folder`; earlier attempts' files stay, their later steps hidden.
+        """Begin a new file in `folder`; the files of earlier attempts stay, their later steps hidden.
 
         Args:
             after_step: the step the run resumes after; TensorBoard does not show earlier points beyond it.
@@ -42,11 +44,12 @@ class Board:
         start = self._proto.SessionLog(status=self._proto.SessionLog.START)
         self._write(step=after_step + 1, session_log=start)
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Add one point of a curve."""
+    def write(self, line: dict[str, Any], step: int) -> None:
+        """Add a point to the curve of every finite number of the line."""
         from torch.utils.tensorboard.summary import scalar
 
-        self._write(step=step, summary=scalar(tag, value))
+        for tag, value in curves(line).items():
+            self._write(step=step, summary=scalar(tag, value))
 
     def close(self) -> None:
         """Write what is left."""

@@ -1,9 +1,9 @@
-"""Which rank computes more slowly than its peers.
+"""Straggler detection: ranks that compute more slowly than their peers are named.
 
-What is timed is the forward and the backward computation of every microbatch, between megatron-core's own marks. Inside
-them a rank waits for nobody but its tensor-parallel peers; waiting for the previous or next stage, for the reduction of
-gradients and for data lies outside. So a slow rank is told from the others of its pipeline stage, with tensor
-parallelism together with the peers that wait for it; ranks of different stages do different work and are not compared.
+The forward and the backward computation of every microbatch is timed, between megatron-core's own marks. Inside them a
+rank waits only for its tensor-parallel peers; waiting for the previous or next stage, for the reduction of gradients
+and for data lies outside. So a slow rank stands out among the ranks of its pipeline stage, with tensor parallelism
+together with the peers that wait for it; ranks of different stages do different work and are not compared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import Stopwatch
-from megadiff.train.hooks import Part, StepResult
+from megadiff.train.hooks import Hook, Part, StepInfo
 
 log = logging.getLogger("megadiff")
 
@@ -53,18 +53,18 @@ def has_contended_cores(platform: Platform) -> bool:
 
 
 class ComputeTimers:
-    """What megatron-core calls `timers`: starts and stops one stopwatch around computation, ignores the rest."""
+    """Implementation of megatron-core's `timers` that runs one stopwatch around computation and ignores the rest."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self._computing, self._ignored = _Training(stopwatch), _Ignored()
 
     def __call__(self, name: str, log_level: int = 0) -> Any:
-        """The timer of this name."""
+        """Return the timer of this name."""
         return self._computing if name in _COMPUTATION else self._ignored
 
 
 class _Training:
-    """Evaluation runs without gradients and is not timed: its rows need not be dealt out evenly."""
+    """Timer of training alone. Evaluation runs without gradients and is not timed: its share may differ by rank."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self._stopwatch = stopwatch
@@ -90,14 +90,15 @@ def time_computation(chunks: Sequence[DataParallelChunk], stopwatch: Stopwatch) 
         chunk.config.timers = ComputeTimers(stopwatch)
 
 
-class Stragglers:
-    """Names ranks whose computation took `ratio` times the median of their stage, every `every` steps.
+class StragglerHook(Hook):
+    """A warning, every `every` steps, about ranks whose computation took `ratio` times the median of their stage.
 
     The first step of a process, which also warms up, is not counted, and a CPU rank whose node is busy with other
-    programs is not named. Collective over the world where due.
+    programs is not named.
     """
 
     section: ClassVar[Part] = "step"
+    collectives: ClassVar[bool] = True
 
     def __init__(self, every: int, ratio: float, stopwatch: Stopwatch, topology: Topology, platform: Platform) -> None:
         self._every, self._ratio, self._platform = every, ratio, platform
@@ -106,7 +107,7 @@ class Stragglers:
         self._steps = 0
         self._is_warm = False
 
-    def __call__(self, result: StepResult) -> None:
+    def __call__(self, info: StepInfo) -> None:
         """Count this step; compare if due."""
         seconds = self._stopwatch.read()
         if not self._is_warm:
@@ -114,7 +115,7 @@ class Stragglers:
             return
         self._seconds += seconds
         self._steps += 1
-        if result.step % self._every:
+        if info.step % self._every:
             return
         mine = self._seconds / self._steps
         self._seconds, self._steps = 0.0, 0
@@ -125,16 +126,17 @@ class Stragglers:
             if is_contended:
                 continue
             log.warning(
-                f"step {result.step}: rank {rank} ({host}) is {seconds / median:.1f} times slower than the median of "
+                f"step {info.step}: rank {rank} ({host}) is {seconds / median:.1f} times slower than the median of "
                 f"its stage: {1e3 * seconds:.1f} ms of forward and backward a step, not {1e3 * median:.1f} ms"
             )
 
 
 def slow_ranks(times: Sequence[tuple[int, float]], *, ratio: float) -> list[tuple[int, float, float]]:
-    """(rank, its seconds, the median of its stage) of the ranks that take `ratio` times that median or more.
+    """Return (rank, its seconds, the median of its stage) for ranks that take `ratio` times that median or more.
 
     Args:
-        times: (stage, seconds) by rank. Of two ranks of a stage the median is the faster one's.
+        times: (stage, seconds) by rank. The median of two ranks is the faster one's.
+        ratio: number of medians from which a rank is slow.
     """
     by_stage: dict[int, list[float]] = {}
     for stage, seconds in times:

@@ -9,7 +9,7 @@ import torch
 
 from megadiff.platform.machine import detect
 from megadiff.platform.stopwatch import stopwatch
-from megadiff.train.stragglers import ComputeTimers, Stragglers, has_contended_cores, shared_cores, slow_ranks
+from megadiff.train.hooks.stragglers import ComputeTimers, StragglerHook, has_contended_cores, shared_cores, slow_ranks
 
 
 def test_a_rank_is_compared_with_the_median_of_its_stage():
@@ -52,7 +52,7 @@ def test_a_slow_rank_of_a_busy_node_is_not_named(monkeypatch, caplog, load, warn
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(Marks, "read", lambda self: 1.0)
     topology = SimpleNamespace(stage=0, gather_to_main=lambda mine: [mine, mine, (0, 2 * mine[1], *mine[2:])])
-    hook = Stragglers(2, 1.5, Marks(), topology, detect("cpu"))
+    hook = StragglerHook(2, 1.5, Marks(), topology, detect("cpu"))
     with caplog.at_level("WARNING", logger="megadiff"):
         for step in (1, 2):
             hook(SimpleNamespace(step=step))

@@ -1,0 +1,266 @@
+"""Hooks and metric sinks: what happens between optimizer steps, and where figures are written; a module each.
+
+A *hook* is called after every step on every rank, in the order of the run's list. A *metric sink* gets every line of
+figures on the main rank. Lines come from hooks: `log` makes the training line, `validation` the evaluation line, and a
+hook of your own writes lines with `context.write`. The modules of this package that a run always has (`log`, `console`,
+`metrics_file`, `tensorboard`, `stragglers`, `replicas`, `validation`, `samples`, `checkpoint`) are configured by the
+sections of their own; the others, and modules of your own by dotted path, are listed in the YAML:
+
+    hooks:
+      - {name: wandb, project: my-project, mode: offline}
+      - {name: my_package.weight_norms, every: 100, prefix: rms}
+
+Such a module is one file. It provides `build`, and `Settings` if it has keys of its own beside `name` and `every`:
+
+    class Settings(Section):
+        prefix: str = "rms"
+        '''Beginning of the names of the curves.'''
+
+    class WeightNorms(Hook):
+        def __init__(self, settings, context):
+            self._settings, self._context = settings, context
+
+        def __call__(self, info):
+            ...
+            self._context.write({f"{self._settings.prefix}/{name}": rms}, info.step)
+
+    def build(settings, context):
+        return WeightNorms(settings, context)
+
+`build` runs on every rank and returns a `Hook`, a `MetricSink`, or an object that is both, whose `open` and `close` are
+called once and must not communicate between ranks.
+`megadiff.testing.check_hook` and `check_sink` are the contract test of this family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:  # a run description is checked without torch
+    from torch import Tensor
+
+    from megadiff.data.tokenizers import Tokenizer
+    from megadiff.parallel.pipeline import ModelChunk
+    from megadiff.parallel.topology import Topology
+    from megadiff.platform.machine import Platform
+    from megadiff.run_config import RunConfig
+
+Part = Literal["step", "eval", "save"]
+"""Parts of a run that have a time limit of their own (section `watchdog`)."""
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """The step just taken; the same on every rank, except for `seconds`."""
+
+    step: int
+    """Number of steps taken so far, this one included."""
+    sums: Tensor
+    """Sums over the tokens of the whole batch (`parallel.row_report`), [SIZE] float64 on the device."""
+    lr: float
+    """Learning rate of the step, as `optimizer.lr` times the schedule."""
+    grad_norm: float
+    """Norm of the whole model's gradient before clipping."""
+    seconds: float
+    """Wall time of the step on this rank in seconds, its batch included, hooks not included."""
+    skipped: str | None = None
+    """Reason why the step made no update (`non_finite`, `spike`); None if it made one."""
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Figures of the step as in its line of `metrics.jsonl`: `loss`, `elbo`, ... in nats per noisy token.
+
+        Reading them waits for the device, so a hook on a GPU should do so only when it needs them.
+        """
+        from megadiff.parallel.row_report import metrics_of
+
+        return metrics_of(self.sums.tolist())
+
+
+class Hook:
+    """Base class of everything that is called between steps.
+
+    Every rank calls every hook after every step, so that a hook may run collectives. A hook of the YAML's list is
+    called only at multiples of its `every` and at the last step. It reads the run and never changes it: weights,
+    optimizer and data belong to the run, and noise does not depend on any random state that a hook could disturb.
+
+    An exception that a hook of the list raises on any rank ends the run with one sentence that names the hook.
+    """
+
+    section: ClassVar[Part] = "step"
+    """Part of the run whose time limit (section `watchdog`) bounds one call."""
+    collectives: ClassVar[bool] = False
+    """Whether a call communicates between ranks. If so, no rank may leave a call early for a reason of its own."""
+
+    def open(self) -> None:
+        """Prepare for the run; called on every rank before the first step of this process."""
+
+    def __call__(self, info: StepInfo) -> None:
+        """Use the step just taken; called after each."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps for the hook, as JSON with finite numbers.
+
+        Every rank calls it when a checkpoint begins; the main rank's value is stored, and a resumed run gives it to
+        `restore` on every rank.
+        """
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned; called before `open`, and only if the checkpoint holds something."""
+
+    def close(self) -> None:
+        """Release what the hook holds; also called when the run fails, so it must not communicate between ranks."""
+
+
+class MetricSink:
+    """Base class of everything that keeps lines of figures. Only the main rank opens, writes and closes sinks.
+
+    A sink of the YAML's list gets the lines of steps that are multiples of its `every`, and of the last step.
+    """
+
+    def open(self) -> None:
+        """Prepare for the run; called once, before the first line."""
+
+    def write(self, line: dict[str, Any], step: int) -> None:
+        """Keep one line of figures.
+
+        Args:
+            line: keys and values as in `metrics.jsonl`, `step` included. A training line has the key `loss`, an
+                evaluation line `eval_elbo`. A number may be NaN or infinite.
+            step: number of steps taken when the line was made. After a resume from an older checkpoint the steps
+                behind it come again.
+        """
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Make the lines so far durable; called before a checkpoint relies on them.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+
+    def close(self) -> None:
+        """Write what is left and release what the sink holds; also called when the run fails."""
+
+
+class MetricSinks:
+    """All sinks of a run behind one `write`; empty, and false, on ranks other than the main one."""
+
+    def __init__(self, sinks: Sequence[MetricSink] = ()) -> None:
+        self._sinks = list(sinks)
+
+    def __bool__(self) -> bool:
+        return bool(self._sinks)
+
+    def add(self, sink: MetricSink) -> None:
+        """Open a sink and give it the lines from now on."""
+        sink.open()
+        self._sinks.append(sink)
+
+    def write(self, line: dict[str, Any], step: int) -> None:
+        """Give one line to every sink."""
+        for sink in self._sinks:
+            sink.write(line, step)
+
+    def sync(self) -> None:
+        """Make the lines so far durable.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        for sink in self._sinks:
+            sink.sync()
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+@dataclass(frozen=True)
+class HookContext:
+    """Everything of a run that a hook or a sink may use, on this rank. To be read, not changed."""
+
+    config: RunConfig
+    """The resolved run description."""
+    folder: Path
+    """The run folder, shared by all ranks; only the main rank should write there."""
+    first_step: int
+    """Number of steps taken before this process began: 0, or the step of the checkpoint it resumed from."""
+    topology: Topology
+    """This rank's place in the layout, and the collectives over the run (`is_main`, `gather_to_main`, ...)."""
+    platform: Platform
+    """The machine: its device, its peak FLOP/s, its memory in use."""
+    tokenizer: Tokenizer
+    """The run's tokenizer."""
+    chunks: Sequence[ModelChunk]
+    """This rank's model chunks, without their data-parallel wrappers."""
+    wrapped: Sequence[Any]
+    """The data-parallel wrappers of `chunks`."""
+    sinks: MetricSinks
+    """All metric sinks of the run; `write` is the way to use them."""
+
+    def write(self, figures: Mapping[str, Any], step: int) -> None:
+        """Write a line with these figures to every sink; does nothing on ranks other than the main one.
+
+        Args:
+            figures: names and values. Names with a `/`, such as `rms/embedding`, become curves of their own; the keys
+                by which lines are recognised (`step`, `tokens`, `loss`, `eval_elbo`) are not for hooks.
+            step: number of steps taken.
+
+        Raises:
+            ValueError: the figures have one of these keys.
+        """
+        if reserved := sorted({"step", "tokens", "loss", "eval_elbo"} & set(figures)):
+            raise ValueError(f"figures of a hook cannot be called {', '.join(reserved)}; put a prefix before the name")
+        if self.sinks:
+            self.sinks.write({"step": step, **figures}, step)
+
+    @contextmanager
+    def weights(self) -> Iterator[dict[str, Tensor]]:
+        """Yield this rank's parameters by name as of the last update, each the rank's own shard, detached.
+
+        Collective over the data-parallel ranks where the run gathers parameters while it computes. The names of
+        several chunks of a rank (virtual pipeline) begin with `chunk N `.
+        """
+        from megadiff.model.denoiser import gathered_weights
+
+        with gathered_weights(self.wrapped):
+            yield {name: parameter.detach() for name, parameter in named_weights(self.chunks).items()}
+
+
+def named_weights(chunks: Sequence[ModelChunk]) -> dict[str, Tensor]:
+    """Return the parameters of a rank's chunks by name; with several chunks a name begins with `chunk N `."""
+    return {
+        f"chunk {index} {name}" if len(chunks) > 1 else name: parameter
+        for index, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def curves(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of a line by the name of their curve, for sinks that draw curves.
+
+    The names are `train/KEY`, `epochs/SOURCE`, `eval/KEY` without `eval_`, and the key itself for lines of other hooks.
+    """
+    begin = "train/" if "loss" in line else "eval/" if "eval_elbo" in line else ""
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if key == "step":
+            continue
+        if isinstance(value, Mapping):
+            found |= {f"{key}/{part}": number for part, number in value.items()}
+        else:
+            found[begin + (key.removeprefix("eval_") if begin == "eval/" else key)] = value
+    return {name: float(value) for name, value in found.items() if _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and float("-inf") < value < float("inf")

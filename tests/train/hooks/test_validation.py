@@ -1,0 +1,40 @@
+"""When the bound is measured, and the line it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from megadiff.train.config import GoodputConfig
+from megadiff.train.goodput import Goodput
+from megadiff.train.hooks import MetricSinks
+from megadiff.train.hooks.metrics_file import MetricsFile
+from megadiff.train.hooks.validation import ValidationHook
+from megadiff.train.metrics import read_metrics
+
+
+@dataclass
+class Found:
+    elbo: float = 3.0
+
+    def as_metrics(self):
+        return {"eval_elbo": self.elbo}
+
+    def describe(self):
+        return "held-out"
+
+
+@pytest.mark.parametrize(
+    ("every", "first_step", "due"), [(0, 0, [0, 5]), (2, 0, [0, 2, 4, 5]), (5, 0, [0, 5]), (2, 3, [4, 5])]
+)
+def test_the_bound_is_measured_before_the_first_step_every_few_and_after_the_last(tmp_path, every, first_step, due):
+    sinks = MetricSinks([MetricsFile(tmp_path / "m.jsonl", after_step=0)])
+    goodput = Goodput(None, GoodputConfig(), save_every=5)
+    hook = ValidationHook(every, 5, first_step, Found, sinks, goodput, {"eval_unigram": 4.0})
+    hook.open()
+    for step in range(first_step + 1, 6):
+        hook(SimpleNamespace(step=step))
+    wanted = [{"step": step, "eval_elbo": 3.0, "eval_unigram": 4.0} for step in due]
+    assert read_metrics(tmp_path / "m.jsonl") == wanted
