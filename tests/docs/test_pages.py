@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from megadiff.config.load import load_config
+from megadiff.config.other_names import key_elsewhere
 from megadiff.config.section import Section
 from megadiff.run_config import RunConfig
 from tests.docs.pages import REASONS, REPOSITORY, Block, blocks, name_of, pages, prose, start_of
@@ -41,6 +42,7 @@ done
 PAGES = {name_of(page): page for page in pages()}
 ALL = [block for page in PAGES.values() for block in blocks(page)]
 CODE = ("bash", "python")
+LANGUAGES = {*CODE, "yaml", "json", "text"}
 _SPAN = re.compile(r"`([^`\n]+)`")
 _PATH = re.compile(r"(?:megadiff|tools|tests|examples|slurm|docs|requirements)/[\w./-]+\.(?:py|yaml|md|sh|txt|sbatch)")
 _KEY = re.compile(r"([a-z_]+(?:\.[a-z_0-9]+)+)(?:=\S*)?(?:: .*)?")
@@ -89,6 +91,11 @@ def test_the_pages_are_found():
     assert sum(block.is_run for block in ALL) > 20
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_names_its_language(name):
+    assert {block.language for block in blocks(PAGES[name])} <= LANGUAGES
+
+
 @pytest.mark.parametrize("block", [block for block in ALL if block.language in CODE], ids=lambda block: block.place)
 def test_a_block_of_code_is_run_or_states_why_not(block):
     if block.test is not None:
@@ -110,10 +117,9 @@ def test_the_commands_of_a_page_work(name, shell, beginnings, tmp_path):
             (work / block.file).write_text(block.text, encoding="utf-8")
         if not block.is_run:
             continue
-        text = block.text if block.language == "bash" else f"python - <<'END_OF_BLOCK'\n{block.text}END_OF_BLOCK\n"
+        text = block.text
         if block.language == "python":
-            script = work / "block.py"
-            script.write_text(block.text, encoding="utf-8")
+            (work / "block.py").write_text(block.text, encoding="utf-8")
             text = "python block.py"
         done = shell.run(text, cwd=work, cuts=block.cuts)
         assert done.returncode == block.exit_code, f"{block.place} ended with {done.returncode}:\n{done.stdout}"
@@ -126,6 +132,7 @@ def test_a_run_description_loads(block, tmp_path):
         assert block.reason in REASONS
         return
     (tmp_path / "my.yaml").write_text(file_of("my.yaml"), encoding="utf-8")
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     is_whole = "name" in yaml.safe_load(block.text)
     (tmp_path / "page.yaml").write_text(block.text if is_whole else f"base: my.yaml\n{block.text}", encoding="utf-8")
     load_config(tmp_path / "page.yaml", [], RunConfig)
@@ -178,3 +185,13 @@ def test_options_of_commands_that_are_not_run_exist(block):
             for word in own:
                 if word.startswith("--"):
                     assert word.partition("=")[0] in source, f"{block.place}: {script} has no {word}"
+
+
+def test_the_names_of_other_trainers_are_those_that_refusals_know():
+    """Each name of the table is answered with the key of its row."""
+    rows = re.findall(r"^\| `([^`|]+)` \|(.*)\|$", PAGES["docs/coming-from.md"].read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 40
+    for key, names in rows:
+        for name in _SPAN.findall(names):
+            found = key_elsewhere(name)
+            assert found == key or name in (key, key.rpartition(".")[2]), f"{name}: {found}, not {key}"
