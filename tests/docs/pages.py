@@ -20,7 +20,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REASONS = ("needs a GPU", "needs a cluster", "needs the network", "installs packages", "takes minutes", "an outline")
-"""Why a block may be shown and not run."""
+"""Reasons for which a block may be shown and not run."""
 
 _FENCE = re.compile(r"^```([\w-]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"<!-- ((?:(?!-->).)*) -->\n\Z", re.DOTALL)

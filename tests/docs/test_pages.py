@@ -1,7 +1,7 @@
-"""What the pages show is what works: commands are run, run descriptions are loaded, names exist.
+"""The pages hold what works: their commands are run, run descriptions are loaded, names are looked up.
 
-Every page is worked through in its order in a folder of its own, which looks like a checkout: the repository's files are
-links. A page that starts with `corpus` finds text in `corpus/`, `my.yaml` (the file that the page on first training
+Every page is worked through in its order in a folder of its own, which looks like a checkout: the repository's files
+are links. A page that starts with `corpus` finds text in `corpus/`, `my.yaml` (the file that the page on first training
 shows) and nothing else; one that starts with `a trained run` also finds what the commands of that page leave behind: a
 tokenizer, data, `runs/my`, and beside it `runs/masked` and `runs/uniform`.
 """
@@ -21,7 +21,7 @@ from megadiff.config.load import load_config
 from megadiff.config.other_names import key_elsewhere
 from megadiff.config.section import Section
 from megadiff.run_config import RunConfig
-from tests.docs.pages import REASONS, REPOSITORY, Block, blocks, name_of, pages, prose, start_of
+from tests.docs.pages import REASONS, REPOSITORY, blocks, name_of, pages, prose, start_of
 from tests.support.forked_shell import ForkedShell
 
 LINKED = ("examples", "megadiff", "pretrain_dlm.py", "slurm", "tests", "tools", "docs", "CHANGELOG.md", "README.md")
@@ -56,7 +56,7 @@ def shell():
 
 @pytest.fixture(scope="module")
 def beginnings(tmp_path_factory, shell) -> dict[str, Path]:
-    """Folders that pages start with, by name; they are copied, never worked in."""
+    """Make the folders that pages start with, by name; they are copied, never worked in."""
     folder = tmp_path_factory.mktemp("corpus")
     for name in LINKED:
         (folder / name).symlink_to(REPOSITORY / name)
@@ -127,7 +127,7 @@ def test_the_commands_of_a_page_work(name, shell, beginnings, tmp_path):
 
 @pytest.mark.parametrize("block", [block for block in ALL if block.language == "yaml"], ids=lambda block: block.place)
 def test_a_run_description_loads(block, tmp_path):
-    """One without a name is laid over my.yaml, as a file with `base: my.yaml` would be."""
+    """Read a whole description as it is, and one without a name with `base: my.yaml`."""
     if block.reason is not None:
         assert block.reason in REASONS
         return
@@ -150,7 +150,7 @@ def test_files_that_a_page_names_exist(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_keys_that_a_page_names_exist(name):
-    """Code spans such as `schedule.steps` or `noise.shift=masked`, where the first word is a section."""
+    """Look up code spans such as `schedule.steps` or `noise.shift=masked`, whose first word is a section."""
     for span in _SPAN.findall(prose(PAGES[name])):
         for word in span.split():
             match = _KEY.fullmatch(word.rstrip(":,"))
@@ -159,7 +159,7 @@ def test_keys_that_a_page_names_exist(name):
 
 
 def has_key(key: str) -> bool:
-    """Whether a dotted key is one of a run description."""
+    """Return whether a dotted key is one of a run description."""
     model = RunConfig
     for part in key.split("."):
         if not (isinstance(model, type) and issubclass(model, Section)):
@@ -173,7 +173,7 @@ def has_key(key: str) -> bool:
 
 @pytest.mark.parametrize("block", [block for block in ALL if block.reason is not None], ids=lambda block: block.place)
 def test_options_of_commands_that_are_not_run_exist(block):
-    """A command that needs a cluster is at least spelled as its program is written."""
+    """Look up the options of commands that need a cluster or the network in their programs."""
     for line in block.text.replace("\\\n", " ").splitlines():
         command = line.partition("#")[0].split()
         scripts = [word for word in command if (REPOSITORY / word).is_file()]
@@ -188,8 +188,10 @@ def test_options_of_commands_that_are_not_run_exist(block):
 
 
 def test_the_names_of_other_trainers_are_those_that_refusals_know():
-    """Each name of the table is answered with the key of its row."""
-    rows = re.findall(r"^\| `([^`|]+)` \|(.*)\|$", PAGES["docs/coming-from.md"].read_text(encoding="utf-8"), re.MULTILINE)
+    """Compare the table with the names that a refusal answers with a key."""
+    rows = re.findall(
+        r"^\| `([^`|]+)` \|(.*)\|$", PAGES["docs/coming-from.md"].read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert len(rows) > 40
     for key, names in rows:
         for name in _SPAN.findall(names):

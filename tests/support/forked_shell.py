@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.support.forked_command import REPOSITORY
+import tests.support.forked_command  # noqa: F401  imports what the commands need, before the fork
 
 _SHIM = """#!{python} -IS
 import json, os, socket, sys
@@ -42,10 +42,13 @@ CUTS = "MEGADIFF_TEST_CUTS"
 
 
 class ForkedShell:
-    """Runs shell text in a folder. Open it with `with`."""
+    """A shell to be opened with `with`.
+
+    Args:
+        folder: an empty folder for the shims and the socket; its path must be short (a socket's limit).
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Keep the shims and the socket in `folder`, whose path must be short (a socket's limit)."""
         self._folder = folder
 
     def __enter__(self) -> ForkedShell:
@@ -137,7 +140,7 @@ def run_script(words: Sequence[str]) -> int:
     cuts = json.loads(os.environ.get(CUTS, "{}"))
     script = Path(words[0])
     sys.argv = [*words, *cuts.get(script.name, [])]
-    sys.path.insert(0, str(script.resolve().parent))
+    sys.path[:0] = [str(script.resolve().parent), *map(os.path.abspath, filter(None, _python_path()))]
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
@@ -149,6 +152,10 @@ def run_script(words: Sequence[str]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
+
+
+def _python_path() -> list[str]:
+    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
 def _torchrun(words: Sequence[str]) -> int:
@@ -176,6 +183,3 @@ def _torchrun(words: Sequence[str]) -> int:
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return int(any(codes))
-
-
-__all__ = ["CUTS", "REPOSITORY", "ForkedShell", "run_script"]
