@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import yaml
 from megadiff.config.load import load_config
 from megadiff.config.other_names import key_elsewhere
 from megadiff.run_config import RunConfig
-from tests.docs.pages import REASONS, REPOSITORY, blocks, name_of, pages, prose, start_of
+from tests.docs.pages import REASONS, REPOSITORY, Block, blocks, name_of, pages, prose, start_of
 from tests.support.forked_shell import ForkedShell
 
 LINKED = ("examples", "megadiff", "pretrain_dlm.py", "slurm", "tests", "tools", "docs", "CHANGELOG.md", "README.md")
@@ -87,6 +88,14 @@ def file_of(name: str) -> str:
     return found
 
 
+def write_files(found: list[Block], folder: Path) -> None:
+    """Write the blocks that are the text of a file."""
+    for block in found:
+        if block.file is not None:
+            (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.file).write_text(block.text, encoding="utf-8")
+
+
 def test_the_pages_are_found():
     assert {"README.md", "docs/index.md", "docs/first-training.md", "docs/failures.md"} <= set(PAGES)
     assert sum(block.is_run for block in ALL) > 20
@@ -113,9 +122,7 @@ def test_the_commands_of_a_page_work(name, shell, beginnings, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(beginnings[start], work, symlinks=True)
     for block in blocks(PAGES[name]):
-        if block.file is not None:
-            (work / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (work / block.file).write_text(block.text, encoding="utf-8")
+        write_files([block], work)
         if not block.is_run:
             continue
         text = block.text
@@ -127,13 +134,17 @@ def test_the_commands_of_a_page_work(name, shell, beginnings, tmp_path):
 
 
 @pytest.mark.parametrize("block", [block for block in ALL if block.language == "yaml"], ids=lambda block: block.place)
-def test_a_run_description_loads(block, tmp_path):
-    """Read a whole description as it is, and a part of one with `base: my.yaml`."""
+def test_a_run_description_loads(block, tmp_path, monkeypatch):
+    """Read a whole description as it is, and a part of one with `base: my.yaml`; modules of the page can be named."""
     if block.reason is not None:
         assert block.reason in REASONS
         return
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "mypkg"]:  # of another page
+        monkeypatch.delitem(sys.modules, name)
     (tmp_path / "my.yaml").write_text(file_of("my.yaml"), encoding="utf-8")
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    write_files(blocks(REPOSITORY / block.page), tmp_path)
     is_whole = not {"name", "base"}.isdisjoint(yaml.safe_load(block.text))
     (tmp_path / "page.yaml").write_text(block.text if is_whole else f"base: my.yaml\n{block.text}", encoding="utf-8")
     load_config(tmp_path / "page.yaml", [], RunConfig)
