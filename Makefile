@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check docs bench clean help
 
 help:
 	@echo "make demo   real text -> tokenizer -> training on 8 CPU ranks, resumed on 2 -> held-out ELBO -> samples ->"
 	@echo "            Hugging Face"
 	@echo "make test   the test suite"
 	@echo "make check  ruff, pyright, import rules"
+	@echo "make docs   the pages of docs/ as a site in site/; a broken link is an error"
 	@echo "make bench  what a CPU can measure: noising, the output head, a training step, a save's stall, the cache of"
 	@echo "            finished blocks, memory of a 10B export (half an hour, 11 GB of memory, 20 GB of disk)"
 	@echo "pip heeds its own variables: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
@@ -35,6 +36,16 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# An environment of its own: the pages need nothing of what trains.
+DOCS := .venv-docs
+$(DOCS)/.installed: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict --quiet
+
 bench: $(STAMP)
 	$(BIN)/python tools/benchmarks/noising.py --rows 1 4 16 --repeats 3 --tokens 262144
 	$(BIN)/python tools/benchmarks/head.py
@@ -44,4 +55,4 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmarks/export_memory.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(DOCS) site build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

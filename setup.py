@@ -4,11 +4,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).resolve().parent
+
 setup(
     name="megadiff",
     version="0.1.0",
     description="Pretraining of discrete diffusion language models on Megatron-Core",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
@@ -36,6 +38,7 @@ setup(
         "parquet": ["pyarrow>=15"],
         "plot": ["matplotlib>=3.7"],
         "wandb": ["wandb>=0.19"],
+        "docs": (ROOT / "requirements/docs.txt").read_text(encoding="utf-8").split(),
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",

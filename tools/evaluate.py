@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     texts.add_argument("--text-key", help="score whole documents under this key instead, window by window")
     texts.add_argument("--context", type=int, default=0, help="tokens of context before each window (default 0)")
     texts.add_argument("--draws", type=_draws, default=128, help="noised copies of each text; even (default 128)")
-    texts.add_argument("--estimator", choices=["counts", "levels"], default="counts", help="see the README")
+    texts.add_argument("--estimator", choices=["counts", "levels"], default="counts", help="see docs/evaluation.md")
     texts.add_argument(
         "--prepend-bos",
         action=argparse.BooleanOptionalAction,

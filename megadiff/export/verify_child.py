@@ -41,7 +41,7 @@ def main(words: str) -> None:
 
 
 def _replace_by_ids(file: Path, folder: str) -> None:
-    """Encode texts as the README and the model card do."""
+    """Encode texts as the model card does."""
     texts = json.loads(file.read_text(encoding="utf-8"))
     found: list[list[int]] = []
     if texts:

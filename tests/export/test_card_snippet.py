@@ -1,4 +1,4 @@
-"""The card's snippet is Python whatever the folder is called, and says what the README says."""
+"""The card's snippet is Python whatever the folder is called, and loads the folder as the page on Hugging Face does."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_a_name_is_one_printable_line_in_both_languages(name):
         assert text.isprintable()
 
 
-def test_the_snippet_loads_as_the_readme_does(checkpoints):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    theirs, ours = readme, card(checkpoints["tp1"], "demo-hf")
+def test_the_snippet_loads_as_the_page_does(checkpoints):
+    page = (Path(__file__).parents[2] / "docs/hugging-face.md").read_text(encoding="utf-8")
+    theirs, ours = page, card(checkpoints["tp1"], "demo-hf")
     for line in (
         "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast",
         'ids = tokenizer("A list is", return_tensors="pt").input_ids',
