@@ -60,20 +60,24 @@ def run_of(folder: Path) -> Path:
     return folder / "shown"
 
 
+CLOCKED = re.compile(r"_per_s$|elapsed_s|tflops|mfu|hfu|peak_bytes|goodput|_seconds$")
+"""Curves whose values depend on the machine."""
+
+
 def curves(folder: Path) -> dict[str, list[list[float]]]:
     """Return TensorBoard's curves, points of what a clock measured without their value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder)).Reload()
     found = {tag: [[e.step, e.value] for e in reader.Scalars(tag)] for tag in sorted(reader.Tags()["scalars"])}
-    return {tag: [point[:1] if tag.endswith("_per_s") else point for point in points] for tag, points in found.items()}
+    return {tag: [point[:1] if CLOCKED.search(tag) else point for point in points] for tag, points in found.items()}
 
 
 def steps_said(run: Path) -> list[str]:
     """Return the console's lines of steps without what a clock measured."""
     lines = [line for line in (run / "log.txt").read_text().splitlines() if " step " in line]
     lines = [line[line.index("step ") :].replace(str(run), "RUN") for line in lines]
-    kept = [re.sub(r"\|[^|]*tokens/s.*| in [\d.]+ s, training stood.*", "", line) for line in lines]
+    kept = [re.sub(r"\|[^|]*tokens/s.*| in [\d.]+ s, training paused.*", "", line) for line in lines]
     return [re.sub(r"(\.\d{3})\d+", r"\1", line) for line in kept]
 
 
