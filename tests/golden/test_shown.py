@@ -60,7 +60,7 @@ def run_of(folder: Path) -> Path:
     return folder / "shown"
 
 
-CLOCKED = re.compile(r"_per_s$|elapsed_s|tflops|mfu|hfu|peak_bytes|goodput|_seconds$")
+CLOCKED = re.compile(r"_s$|_seconds$|tflops|mfu|hfu|peak_bytes|goodput")
 """Curves whose values depend on the machine."""
 
 
