@@ -44,7 +44,7 @@ def run_of(folder: Path) -> Path:
         "platform": "cpu",
         "seed": 6,
         "model": {**SMALL, "seq_length": 24},
-        "noise": {"shift": "high_uniform", "min_log_snr": -7},
+        "noise": {"shift": "high_uniform", "min_log_snr": -2, "max_log_snr": 12},
         "precision": {"compute": "fp32"},
         "data": {"train": [str(folder / "a"), str(folder / "b")], "valid": [str(folder / "b")], "tokenizer": "byte"},
         "batch": {"global_sequences": 8, "micro_sequences": 4, "ramp": {"start": 4, "increment": 4, "every_steps": 2}},
