@@ -75,6 +75,8 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     prepare(folder)
     shutil.copytree(OLD, folder / "runs/toy")
     found = trained(folder)
+    last = folder / "runs/toy/checkpoints/step_00000005/manifest.json"
+    found["health"] = json.loads(last.read_text())["health"]
     assert f"step_{SAVED_STEP:08d} after step {SAVED_STEP} of 5" in (folder / "runs/toy/log.txt").read_text()
     return found
 
@@ -126,6 +128,15 @@ def test_an_old_checkpoint_resumes_to_the_recorded_metrics(resumed: dict[str, An
     for found, wanted in zip(resumed["metrics"], RECORDED["metrics"], strict=True):
         shared = {key: found.get(key) for key in wanted}  # keys that came later are no concern of this file
         assert same(shared, wanted, f"step {wanted['step']}") == []
+
+
+def test_a_resumed_run_remembers_what_its_health_was_judged_by(resumed: dict[str, Any]) -> None:
+    """Losses and gradient norms of the steps before the resume and after it, as in the metrics."""
+    lines = [line for line in map(json.loads, (OLD / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+    lines += [line for line in resumed["metrics"] if "loss" in line]
+    assert len(lines) == 5
+    for key in ("loss", "grad_norm"):
+        assert resumed["health"][key] == pytest.approx([line[key] for line in lines], rel=2e-5)
 
 
 def test_an_old_checkpoint_exports_the_recorded_weights(resumed: dict[str, Any]) -> None:

@@ -217,8 +217,11 @@ def test_branches_start_under_the_launcher_that_is_given(toy_corpus: Path, tmp_p
 
 
 def test_a_topic_corpus_has_the_sizes_that_are_asked_for(tmp_path: Path) -> None:
+    entropies = {}
+
     def written(name: str, *options: str) -> list[str]:
-        said("tools/topic_corpus.py", "--output", tmp_path / name, *options)
+        out = said("tools/topic_corpus.py", "--output", tmp_path / name, *options)
+        entropies[name] = out.splitlines()[-1]
         lines = (tmp_path / name / "train.jsonl").read_text().splitlines()
         return [json.loads(line)["text"] for line in lines]
 
@@ -227,6 +230,7 @@ def test_a_topic_corpus_has_the_sizes_that_are_asked_for(tmp_path: Path) -> None
     assert (len(texts), {len(text) for text in texts}) == (40, {30})
     assert len((tmp_path / "a/valid.jsonl").read_text().splitlines()) == 2
     assert texts == written("b", *sizes, "--seed", "0") != written("c", *sizes, "--seed", "1")
+    assert entropies["a"] == entropies["b"] != entropies["c"], "topics are drawn by the seed too"
     assert texts != written("d", "--topics", "3", *sizes[2:])
 
 

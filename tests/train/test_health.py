@@ -9,6 +9,8 @@ from megadiff.data.batch_sizes import BatchSizes
 from megadiff.errors import TrainingError
 from megadiff.train.config import HealthConfig
 from megadiff.train.health import Health, NonFiniteSource, StepDecision
+from tests.support.ranks import on_ranks
+from tests.support.runs import toy_config, wire_on_rank
 
 NAN, INF = math.nan, math.inf
 
@@ -118,3 +120,26 @@ def test_an_older_checkpoint_without_state_and_a_smaller_window_are_taken():
     assert health.state() == {"non_finite_in_a_row": 0, "skipped": 0, "loss": [], "grad_norm": []}
     health.restore({"loss": list(range(100)), "grad_norm": list(range(100))})
     assert health.state()["loss"] == [92, 93, 94, 95, 96, 97, 98, 99]
+
+
+def _judged_on_rank(configs):
+    """What wired runs decide on steady losses and gradient norms, and then on a high one."""
+    found = []
+    for config in configs:
+        run = wire_on_rank(config, 1)
+        steady = [run.step.check(1.0 + 0.01 * (step % 3), 1.0).skip for step in range(8)]
+        found.append((steady, run.step.check(1.1, 1.0).skip))
+        run.close()
+    return found
+
+
+def test_a_wired_run_is_judged_by_its_own_settings(toy_corpus, tmp_path):
+    """Eight steps fill no window of 128, and a rise of ten percent is a spike where they do."""
+    strict = {"spike_window": 8, "spike_sigma": 3.0, "skip_spikes": True}
+    configs = [
+        toy_config(toy_corpus, tmp_path, name=f"run{number}", data__valid=[], health=health)
+        for number, health in enumerate(({}, strict, {**strict, "spike_sigma": 100.0}))
+    ]
+    usual, judged, lenient = on_ranks(1, _judged_on_rank, configs)[0]
+    assert judged == ([None] * 8, "spike")
+    assert usual == lenient == ([None] * 8, None)
