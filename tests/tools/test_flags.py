@@ -263,7 +263,7 @@ def test_a_sweep_trains_each_rate_and_seed_at_each_size(toy_corpus: Path, tmp_pa
             "--first",
             "0.01",
             "--count",
-            "3",
+            "2",
         ),
         *("--seeds", "2", "--parametrisations", "standard"),
     )
