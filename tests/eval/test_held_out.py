@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megadiff.train.hooks.validation import ValidationHook
 from tests.support.closed_forms import blind_model
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, NOISES, toy_config, wire_on_rank
@@ -34,7 +35,7 @@ class RandomRows:
 
 
 def measure_of(run):
-    return next(hook for hook in run.hooks if hasattr(hook, "measure")).measure
+    return next(hook for hook in run.hooks if isinstance(hook, ValidationHook)).evaluate
 
 
 def _blind(configs):
