@@ -120,7 +120,7 @@ def _order_of_a_save(config):
 
     with watched_disk(note):
         outcome = _step_and_save(run, saves, 1)
-        saves.saver._wait_for_pruning()
+        saves.checkpointer._wait_for_pruning()
     run.close()
     return outcome.error, done
 

@@ -44,7 +44,7 @@ def _resume_where_one_rank_cannot_read(config, what):
     return "went on", ""
 
 
-@pytest.mark.parametrize(("what", "said"), [("error", "reading failed"), ("other bytes", "as it was written")])
+@pytest.mark.parametrize(("what", "said"), [("error", "reading failed"), ("other bytes", "since it was written")])
 def test_a_rank_that_cannot_read_gives_no_checkpoint_up(toy_corpus, tmp_path, what, said):
     config = _config(toy_corpus, tmp_path)
     on_ranks(2, _train, config)

@@ -81,7 +81,7 @@ def _train(config, world_size):
         if world_size == 1 and kept is None:
             kept = _kept_bytes(run.step.chunks[0], rows[0].noised)
         taken = run.step(rows, run.peak_lr)
-        curve.append([*taken.total.tolist(), taken.grad_norm])
+        curve.append([*taken.sums.tolist(), taken.grad_norm])
     weights = [parameter.detach().numpy() for chunk in run.step.chunks for parameter in chunk.parameters()]
     run.close()
     return curve, weights, kept

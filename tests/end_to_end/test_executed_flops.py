@@ -41,7 +41,7 @@ def _counted(configs: dict[str, Any]) -> dict[str, tuple[int, float, float, floa
         run = wire_on_rank(config, 1)
         rows = [next(run.microbatches) for _ in range(run.microbatches_of(0))]
         with FlopCounterMode(display=False) as counter:
-            total = run.step(rows, 0.0).total.tolist()
+            total = run.step(rows, 0.0).sums.tolist()
         run.close()
         work = work_of(total, seq_length=16, is_causal_prompt=config.is_causal_prompt)
         said = executed_flops(config, config.shape(vocab_size=260), work._replace(pairs=0.0))

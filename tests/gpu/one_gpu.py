@@ -23,7 +23,7 @@ with quiet():
     from megadiff.model.config import ModelConfig, PrecisionConfig
     from megadiff.model.denoiser import build_chunks, wrap_data_parallel
     from megadiff.model.initialisation import initialise, role_of
-    from megadiff.optim.config import OptimizerConfig
+    from megadiff.optim.config import OPTIMIZERS, OptimizerConfig
     from megadiff.optim.optimizer import Optimizer, build_optimizer
     from megadiff.optim.rules import Scale
     from megadiff.parallel.config import Layout, ParallelConfig
@@ -148,7 +148,7 @@ def trainee(
     built = build_optimizer(
         wrapped,
         [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],
-        OptimizerConfig.model_validate({"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0, **(optimizer or {})}),
+        OPTIMIZERS.build(OptimizerConfig, **{"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 1.0, **(optimizer or {})}),
         scale=Scale(hidden=shape.hidden, layers=shape.layers, tokens_per_step=1, reduction="mean"),
         is_bf16=numbers.compute == "bf16",
         master_weights=numbers.master_weights,

@@ -31,7 +31,8 @@ class Numbers:
     bos_id: int | None = 0
     eos_id: int | None = None
     pad_id: int | None = None
-    definition: str | None = None
+    special_names: tuple[str, ...] = ()
+    export_limits: str | None = None
 
     @property
     def mask_id(self) -> int:
