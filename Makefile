@@ -35,6 +35,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/prose.py
 
 # An environment of its own: the pages need nothing of what trains.
 DOCS := .venv-docs

@@ -27,7 +27,7 @@ _TEXT = ("string_type", "literal_error", "model_type")
 
 
 class Reading(NamedTuple):
-    """How a value is read instead of as what it looks like."""
+    """Reading of a value other than the one its looks suggest."""
 
     kind: str
     """Pydantic's error that called for it."""

@@ -1,4 +1,4 @@
-"""How a row is conditioned before it is noised: empty tokens, noise-free positions, the pattern of its noise levels.
+"""Conditioning of a row before it is noised: empty tokens, noise-free positions, the pattern of its noise levels.
 
 All draws come from counter streams keyed by (seed, row), so a row's conditioning is a function of its global index.
 The order is the reference's: empty tokens first, then prompts and infilling, then levels (arXiv:2512.10858, 4.1).
@@ -36,7 +36,7 @@ class NoisePattern(IntEnum):
 
 @dataclass(frozen=True)
 class RowDraws:
-    """What a row's coins say, before any token is touched; arrays of [B]."""
+    """Outcomes of the rows' coins, before any token is touched; arrays of [B]."""
 
     levels: npt.NDArray[np.int8]
     """Members of `NoisePattern`."""
@@ -48,14 +48,14 @@ class RowDraws:
     """Drawn share of empty tokens."""
 
     def of(self, which: IntArray) -> RowDraws:
-        """Those of some rows."""
+        """Select some rows."""
         return RowDraws(
             self.levels[which], self.prompt_fraction[which], self.infill_fraction[which], self.empty_fraction[which]
         )
 
 
 def draw_rows(stream: Stream, rows: IntArray, config: ConditioningConfig) -> RowDraws:
-    """The row-level coins of `conditioning`, one counter block each at positions 0 to 5 of the row."""
+    """Draw the row-level coins of `conditioning`, one counter block each at positions 0 to 5 of the row."""
     if not any((config.per_token_noise, config.linear_noise, config.prompt, config.infilling, config.pad_insertion)):
         nothing = np.zeros(len(rows))
         return RowDraws(np.full(len(rows), NoisePattern.ISOTROPIC, dtype=np.int8), nothing - 1.0, nothing, nothing)
@@ -74,7 +74,8 @@ def arccos_law(r: npt.ArrayLike) -> FloatArray:
 
 
 def prompt_lengths(fraction: FloatArray, length: int) -> IntArray:
-    """Tokens i with i <= f (L - 1): at least 1 for a drawn prompt, 0 for a row without one (fraction below 0)."""
+    """Return the number of tokens i with i <= f (L - 1): at least 1 for a drawn prompt, 0 for a row without one
+    (fraction below 0)."""
     whole = np.floor(fraction * (length - 1)).astype(np.int64) + 1
     return np.where(fraction < 0, 0, whole)
 
@@ -89,7 +90,7 @@ def linear_log_snr(length: int, schedule: NoiseSchedule) -> FloatArray:
 
 
 def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:
-    """How many empty tokens a row of `length` gets, [B].
+    """Return the number of empty tokens of each row of `length`, [B].
 
     share: f L rounded, so that a share f of the visible row is empty, as the paper says.
     released: ceil(L f / (1 - f)), as the released code has it: f / (1 - f) of the visible row, up to 25 % for 20 %.
@@ -100,7 +101,7 @@ def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:
 
 
 def empty_positions(stream: Stream, rows: IntArray, counts: IntArray, length: int) -> BoolArray:
-    """Where a row's `counts` empty tokens stand, uniformly among all places: [B, L] bool, `counts` trues a row."""
+    """Draw the places of a row's `counts` empty tokens, uniformly among all: [B, L] bool, `counts` trues a row."""
     is_empty = np.zeros((len(rows), length), dtype=np.bool_)
     some = np.flatnonzero(counts)
     if len(some):
@@ -128,7 +129,7 @@ def insert_empties(clean: IntArray, is_empty: BoolArray, pad_id: int) -> tuple[I
 
 
 def noisy_positions(draws: RowDraws, length: int, rows: IntArray, infill: Stream) -> tuple[BoolArray, IntArray]:
-    """Which positions may be noised, [B, L] bool, and the prompt's length of each row, [B]."""
+    """Return the positions that may be noised, [B, L] bool, and the prompt's length of each row, [B]."""
     prompt = prompt_lengths(draws.prompt_fraction, length)
     is_noisy = np.arange(length) >= prompt[:, None]
     some = np.flatnonzero(draws.infill_fraction > 0)

@@ -18,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 _LN2_HI, _LN2_LO = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _LOG2_E = 1.44269504088896338700e00
 _SQRT_HALF = 0.70710678118654752440
-# Coefficients are arrays, since numpy would convert a number anew in every call.
+# Coefficients are arrays, since numpy would convert a number in every call.
 _EXP = [np.array(1.0 / math.factorial(k)) for k in range(14)]
 _ATANH = [np.array(1.0 / (2 * k + 1)) for k in range(13)]
 _ATAN = [np.array((-1.0) ** k / (2 * k + 1)) for k in range(14)]
@@ -45,7 +45,7 @@ def log(x: npt.ArrayLike) -> FloatArray:
 
 
 def sqrt(x: npt.ArrayLike) -> FloatArray:
-    """Square root of x >= 0, which IEEE 754 rounds correctly."""
+    """Return the square root of x >= 0, which IEEE 754 rounds correctly."""
     return np.sqrt(np.asarray(x, dtype=np.float64))
 
 
@@ -55,7 +55,7 @@ def sigmoid(x: npt.ArrayLike) -> FloatArray:
 
 
 def atan(y: npt.ArrayLike) -> FloatArray:
-    """Arc tangent of y >= 0 in [0, pi/2]: three halvings of the angle, then its series."""
+    """Return the arc tangent of y >= 0 in [0, pi/2]: three halvings of the angle, then its series."""
     y = np.asarray(y, dtype=np.float64)
     for _ in range(3):
         y = y / (1.0 + np.sqrt(1.0 + y * y))
@@ -73,7 +73,7 @@ def log_tan_half_pi(t: npt.ArrayLike) -> FloatArray:
 
 
 def _polynomial(coefficients: list[FloatArray], x: FloatArray) -> FloatArray:
-    """The polynomial with these coefficients, lowest first, by Horner's rule."""
+    """Evaluate the polynomial with these coefficients, lowest first, by Horner's rule."""
     total = np.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         total *= x

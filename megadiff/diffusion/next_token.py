@@ -25,7 +25,7 @@ class SpecialIds(Protocol):
 
 
 def start_id(tokenizer: SpecialIds) -> int:
-    """What stands before a row: bos, or eos where there is none, or the mask, which no text contains."""
+    """Return the token before a row: bos, else eos, else the mask, which no text contains."""
     return next(i for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) if i is not None)
 
 

@@ -147,7 +147,7 @@ def evaluation_noise(
     process: NoiseProcess,
     prefix: str = "eval",
 ) -> NoisedRows:
-    """Fixed noise for held-out rows: level k of K, one lambda a row, nothing conditioned, every token noisy.
+    """Draw the fixed noise of held-out rows: level k of K, one lambda a row, nothing conditioned, every token noisy.
 
     Row j takes u = (k + offset_j) / K with an offset of its own, so that over k = 0..K-1 its K levels are stratified
     and the mean of `elbo` over them is an unbiased estimate of the row's bound (for the density as documented at
@@ -196,19 +196,19 @@ class _Level(NamedTuple):
     """None where noise is masks alone or random tokens alone, and takes no coin."""
 
     def of(self, which: IntArray) -> _Level:
-        """Those of some rows."""
+        """Select some rows."""
         return _Level(self.log_snr[which], self.keep[which], None if self.uniform is None else self.uniform[which])
 
 
 @lru_cache(typed=True)
 def _streams(seed: int, prefix: str) -> dict[str, Stream]:
-    """The streams of the module's table; kept, since a stream hashes its key when it is first used."""
+    """Return the streams of the module's table, cached since a stream hashes its key when it is first used."""
     names = ("row", "empty", "infill", "log_snr", "batch", "noise")
     return {name: Stream(seed, f"{prefix}/{name}") for name in names}
 
 
 def _blocks(varies: BoolArray, length: int) -> Iterator[IntArray]:
-    """Indices of rows to noise together: first those of one level, then those whose level varies."""
+    """Yield the indices of rows to noise together: first those of one level, then those whose level varies."""
     step = max(1, _BLOCK_TOKENS // max(1, length))
     for group in (np.flatnonzero(~varies), np.flatnonzero(varies)):
         for start in range(0, len(group), step):
@@ -218,7 +218,7 @@ def _blocks(varies: BoolArray, length: int) -> Iterator[IntArray]:
 def _insert_empties(
     clean: IntArray, rows: IntArray, counts: IntArray, stream: Stream, pad_id: int
 ) -> tuple[IntArray, IntArray]:
-    """Rows with their `counts` empty tokens, and the source of each token (see `conditioning.insert_empties`)."""
+    """Return rows with their `counts` empty tokens, and each token's source (see `conditioning.insert_empties`)."""
     filled, source = np.empty_like(clean), np.empty_like(clean)
     for which in _blocks(np.zeros(len(rows), dtype=np.bool_), clean.shape[1]):
         is_empty = conditions.empty_positions(stream, rows[which], counts[which], clean.shape[1])
@@ -234,7 +234,7 @@ def _noise_part(
     streams: dict[str, Stream],
     process: NoiseProcess,
 ) -> tuple[IntArray, npt.NDArray[np.float32], BoolArray, IntArray]:
-    """Noised tokens, lambda, is_noisy and the prompt's length of a few rows of one level each, or of varying ones."""
+    """Noise a few rows of one level each, or of varying ones; return tokens, lambda, is_noisy and prompt length."""
     length = clean.shape[1]
     if draws.levels[0] != NoisePattern.ISOTROPIC:
         level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], process.schedule), process)
@@ -247,7 +247,7 @@ def _noise_part(
 
 
 def _level(log_snr: npt.NDArray[np.float32], process: NoiseProcess) -> _Level:
-    """NoisePattern with the thresholds of their coins."""
+    """Return noise levels with the thresholds of their coins."""
     is_pure = process.is_masked_limit or process.is_uniform_limit
     uniform = None if is_pure else threshold(process.exact_uniform_prob(log_snr))
     return _Level(log_snr, threshold(exact.sigmoid(log_snr)), uniform)
@@ -256,7 +256,7 @@ def _level(log_snr: npt.NDArray[np.float32], process: NoiseProcess) -> _Level:
 def _varying_log_snr(
     levels: npt.NDArray[np.int8], rows: IntArray, length: int, stream: Stream, schedule: NoiseSchedule
 ) -> npt.NDArray[np.float32]:
-    """Lambda of every token of rows whose level varies, [B, L] float32."""
+    """Return lambda of every token of rows whose level varies, [B, L] float32."""
     log_snr = np.empty((len(rows), length), dtype=np.float32)
     is_linear = levels == NoisePattern.LINEAR
     if is_linear.any():
@@ -287,7 +287,7 @@ def _corrupt(
 def _token_rows(
     clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, process: NoiseProcess
 ) -> tuple[IntArray, IntArray]:
-    """Ids as int64 [B, L] and indices as int64 [B], checked."""
+    """Return ids as int64 [B, L] and indices as int64 [B], checked."""
     tokens = np.require(clean.numpy() if isinstance(clean, Tensor) else clean, dtype=np.int64, requirements=["C", "W"])
     index = sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index
     rows = np.asarray(index).astype(np.int64)
@@ -310,14 +310,14 @@ def _token_rows(
 
 @lru_cache
 def _batch_offset(key: tuple[int, int], first: int, global_batch: int) -> int:
-    """The offset of the stratification of the global batch that begins with a sample, in [0, global_batch)."""
+    """Return the offset of the stratification of the global batch that begins with a sample, in [0, global_batch)."""
     high, low, *_ = philox4x32((0, 0, first & 0xFFFFFFFF, (first >> 32) & 0xFFFFFFFF), key)
     return ((high << 32 | low) * global_batch) >> 64
 
 
 @lru_cache
 def _stride(global_batch: int) -> int:
-    """The step nearest 0.618 G that is coprime with G; one is never more than a few dozen away."""
+    """Return the step nearest 0.618 G that is coprime with G; one is never more than a few dozen away."""
     target = global_batch * _GOLDEN_RATIO
     near = range(max(1, int(target) - 64), min(global_batch, int(target) + 64) + 1)
     return min((step for step in near if math.gcd(step, global_batch) == 1), key=lambda step: abs(step - target))

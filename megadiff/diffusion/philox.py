@@ -23,7 +23,7 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 _LOW = 0xFFFFFFFF
 
-# The same as arrays: numpy converts a scalar anew in every call, which costs as much as the work on 1000 numbers.
+# The same as arrays: numpy converts a scalar in every call, which costs as much as the work on 1000 numbers.
 _M0, _M1, _LOW_WORD, _32 = (np.array(value, dtype=np.uint64) for value in (*_MULTIPLIERS, _LOW, 32))
 
 
@@ -32,7 +32,7 @@ def philox4x32(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...
 @overload
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words: ...
 def philox4x32(counter: tuple[Any, ...], key: tuple[int, int]) -> tuple[Any, ...]:
-    """Four random 32-bit words for each counter: the definition, to which `Stream.words` is held.
+    """Return four random 32-bit words for each counter: the definition, to which `Stream.words` is held.
 
     Args:
         counter: four uint64 arrays that broadcast together, or four integers, each value below 2^32.
@@ -68,7 +68,7 @@ class Stream:
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
     def words(self, rows: npt.NDArray[np.int64], positions: int, *, draw: int = 0, count: int = 4) -> Words:
-        """The first `count` words (1 to 4) of each of `positions` positions of each row: [B, positions] each.
+        """Return the first `count` words (1 to 4) of each of `positions` positions of each row: [B, positions] each.
 
         They are `philox4x32` of the counters (position, draw, row low, row high), to the bit and at a fraction of its
         cost. Words 0-1 and words 2-3 travel as two 64-bit numbers, the first of two on top; the first two rounds stay
@@ -97,17 +97,17 @@ class Stream:
         return [(np.array(k0, dtype=np.uint64), np.array(k1, dtype=np.uint64)) for k0, k1 in _round_keys(self.key)]
 
     def uniforms(self, rows: npt.NDArray[np.int64], positions: int, *, draw: int = 0) -> npt.NDArray[np.float64]:
-        """Uniform numbers on [0, 1) with 53 bits, [B, positions]."""
+        """Return uniform numbers on [0, 1) with 53 bits, [B, positions]."""
         return unit_interval(self.words(rows, positions, draw=draw, count=2))
 
 
 def unit_interval(words: Words) -> npt.NDArray[np.float64]:
-    """A number k / 2^53 in [0, 1) from the first two words."""
+    """Return a number k / 2^53 in [0, 1) from the first two words."""
     return ((words[0] << np.uint64(21)) | (words[1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
 
 
 def below(high: UintArray, low: UintArray, bound: int) -> UintArray:
-    """An integer in [0, bound), bound < 2^32, from the 64 bits of two words: the high part of their product with it.
+    """Return an integer in [0, bound), bound < 2^32: the high part of the product of bound with 64 random bits.
 
     Multiply-shift: of the 2^64 inputs every value gets as many as any other but for one, a bias below bound / 2^64.
     """
@@ -116,17 +116,17 @@ def below(high: UintArray, low: UintArray, bound: int) -> UintArray:
 
 
 def threshold(probability: npt.NDArray[np.float64]) -> UintArray:
-    """T such that a 32-bit word is below T with this probability, to within 2^-33; an exact 0 or 1 stays exact."""
+    """Return T such that a 32-bit word is below T with this probability, to 2^-33; an exact 0 or 1 stays exact."""
     return np.rint(probability * 2.0**32).astype(np.uint64)
 
 
 def _round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
-    """The two key words of each round."""
+    """Return the two key words of each round."""
     return [((key[0] + step * _WEYL[0]) & _LOW, (key[1] + step * _WEYL[1]) & _LOW) for step in range(_ROUNDS)]
 
 
 def _half(multiplied: UintArray, kept: UintArray, multiplier: UintArray, key: UintArray) -> UintArray:
-    """Half a block after a round: upper word (product >> 32) ^ kept ^ key, lower word that of the product.
+    """Return half a block after a round: upper word (product >> 32) ^ kept ^ key, lower word that of the product.
 
     Of `kept` the lower word alone counts.
     """

@@ -51,7 +51,7 @@ class Copies:
 
 
 def copies_by_count(clean: IntArray, count: int, *, process: NoiseProcess, seed: int, key: int) -> Copies:
-    """Copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
+    """Draw copies whose number of noised tokens is stratified over 0..n; over 1..n for masked noise.
 
     Args:
         clean: [n] ids, n >= 1.
@@ -75,7 +75,8 @@ def copies_by_count(clean: IntArray, count: int, *, process: NoiseProcess, seed:
 
 
 def copies_by_level(clean: IntArray, count: int, *, process: NoiseProcess, seed: int, key: int) -> Copies:
-    """Copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (arguments as above)."""
+    """Draw copies at levels stratified over the linear schedule on [-9, 9]: the plain estimator (arguments as
+    above)."""
     log_snr = LINEAR.log_snr(_strata(count, seed, key))
     words = _draws(seed, "noise", key, count, len(clean), tuple)
     keep = words[0] < threshold(1.0 / (1.0 + np.exp(-log_snr)))[:, None]
@@ -86,7 +87,7 @@ def copies_by_level(clean: IntArray, count: int, *, process: NoiseProcess, seed:
 def copy_bounds(
     logits: Tensor, clean: Tensor, noised: Tensor, log_snr: float | None, *, process: NoiseProcess
 ) -> float:
-    """What one copy says of the bound, in nats over all n tokens.
+    """Return the bound as each copy estimates it, in nats over all n tokens.
 
     Args:
         logits: [n, V or more] the model's output for the copy.
@@ -148,7 +149,7 @@ def _draws(seed: int, name: str, key: int, count: int, length: int, read: Callab
 
 
 def _replacements(words: Words, log_snr: FloatArray, process: NoiseProcess) -> IntArray:
-    """What each token is replaced with if it is noised at its copy's level ([K, 1]), [K, n]."""
+    """Draw each token's replacement if it is noised at its copy's level ([K, 1]), [K, n]."""
     token = below(words[2], words[3], process.num_real).astype(np.int64)
     token += token >= process.mask_id
     share = process.exact_uniform_prob(np.clip(log_snr, -_LEVELS, _LEVELS))

@@ -242,7 +242,7 @@ class _Row:
 
 
 def _batches(items: Sequence[Item], settings: BoundSettings, process: NoiseProcess) -> Iterator[list[_Row]]:
-    """Rows of one length, at most `batch_rows` of them at a time."""
+    """Yield rows of one length, at most `batch_rows` of them at a time."""
     longest = max((len(item.ids) for item in items), default=0)
     if settings.context_length is not None and longest > settings.context_length:
         raise ValueError(f"an item has {longest} tokens, more than the context of {settings.context_length}")
@@ -271,7 +271,8 @@ def _copies(item: Item, settings: BoundSettings, process: NoiseProcess) -> Copie
 
 
 def _row_ids(items: Sequence[Item], rows: Sequence[_Row], settings: BoundSettings, process: NoiseProcess) -> Tensor:
-    """What the model reads, [B, L]: clean prompt, noised completion and, if asked for, pure noise up to the context."""
+    """Return the ids that the model reads, [B, L]: clean prompt, noised completion and, if asked for, pure noise up to
+    the context."""
     own = [[*items[row.item].prompt, *row.noised.tolist()] for row in rows]
     if settings.context_length is None:
         return torch.tensor(own)

@@ -116,7 +116,7 @@ class Verified:
 
 
 def noised_cases(process: NoiseProcess, *, length: int, knows_prompts: bool, seed: int = 0) -> list[Case]:
-    """A row at each level of `LEVELS`, and one with a clean prompt where the model knows prompts."""
+    """Return a row at each level of `LEVELS`, and one with a clean prompt where the model knows prompts."""
     draw = torch.Generator().manual_seed(seed)
 
     def real() -> Tensor:

@@ -77,7 +77,7 @@ class HeadTokens:
 
 
 def worth_computing(noised: Tensor, is_noisy: Tensor, process: NoiseProcess) -> Tensor | None:
-    """Places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
+    """Return the places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
 
     Only noisy tokens do, and under masked noise only masks: any other has weight 0. Call this with tensors on the CPU,
     since the host has to know their number.

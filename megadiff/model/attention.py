@@ -20,7 +20,7 @@ from megadiff.model.cost import SCORE_BYTES
 
 
 class BidirectionalAttention(MegatronModule):
-    """Stands in for megatron-core's `DotProductAttention`, which materialises all scores and asks for a mask.
+    """Substitute for megatron-core's `DotProductAttention`, which materialises all scores and needs a mask.
 
     Without `softcap` it is `scaled_dot_product_attention` (memory linear in S). A `sink` is one more key and value per
     head, learned, neither normalised nor rotated, seen by every query: it is put before the keys, so the fused kernel
@@ -81,7 +81,7 @@ class BidirectionalAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _with_prompts(self, q: Tensor, k: Tensor, v: Tensor, codes: list[int]) -> Tensor:
-        """Rows one by one, or all at once where every row has the same prompt; k and v hold the sink, if any."""
+        """Attend row by row, or all at once if every row has the same prompt; k and v hold the sink, if any."""
         if len(set(codes)) > 1:
             rows = [(q[i : i + 1], k[i : i + 1], v[i : i + 1], [code]) for i, code in enumerate(codes)]
             return torch.cat([self._with_prompts(*row) for row in rows])
@@ -108,7 +108,7 @@ class BidirectionalAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The sink is cut over tensor ranks by heads."""
+        """Return the state, with the sink cut over tensor ranks by heads."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), sharded_offsets)
 
@@ -131,7 +131,7 @@ def prompt_code(prompt_length: Tensor, *, is_causal: bool) -> Tensor | None:
 def capped_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float, is_causal: bool = False
 ) -> Tensor:
-    """Soft-capped attention, scores formed for a chunk of queries at a time and recomputed backward.
+    """Compute soft-capped attention, with scores of a chunk of queries at a time, recomputed in the backward pass.
 
     The product q.k is rounded to q's dtype, as by any matrix product; cap and softmax are in float32.
 

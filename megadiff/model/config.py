@@ -1,4 +1,4 @@
-"""What the denoiser looks like and what numbers it computes in."""
+"""Shape of the denoiser, and the precision it computes in."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ModelConfig(Section):
         return 512.0 / self.hidden if self.head_scale == "completep" else float(self.head_scale)
 
     def padded_vocab_size(self, vocab_size: int) -> int:
-        """Rows of the embedding and the head for `vocab_size` real ids."""
+        """Return the number of entries of the embedding and the head for `vocab_size` real ids."""
         return cost.padded_vocab_size(vocab_size, multiple=self.vocab_multiple)
 
 
@@ -98,7 +98,7 @@ class PrecisionConfig(Section):
     largest values of past steps (`delayed`), of each tensor (`tensorwise`), or of blocks of 128 (`blockwise`). Weights,
     attention, norms, the embedding, the head and held-out evaluation stay in bf16."""
     fp8_first_last_bf16: int = Field(default=0, ge=0)
-    """So many blocks at either end compute in bf16 all the same; not with `delayed`."""
+    """Number of blocks at either end that compute in bf16 all the same; not with `delayed`."""
 
     @model_validator(mode="after")
     def _fp8_fits(self) -> PrecisionConfig:

@@ -1,4 +1,4 @@
-"""What a model costs, in closed form: parameters, training FLOPs per token, bytes per rank. No torch.
+"""The cost of a model in closed form: parameters, training FLOPs per token, bytes per rank. No torch.
 
 Symbols: L layers, d hidden width, f MLP multiple, V vocabulary entries with the mask, S tokens per row.
 """
@@ -74,12 +74,12 @@ class Parameters:
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int = 128) -> int:
-    """Rows of the embedding and the head, dead ones included; the same on every layout."""
+    """Return the number of rows of the embedding and the head, dead ones included; the same on every layout."""
     return -(-vocab_size // multiple) * multiple
 
 
 def parameters(shape: Shape, *, vocab_rows: int | None = None) -> Parameters:
-    """Parameters by role; `vocab_rows` counts padded rows too (default: the true vocabulary)."""
+    """Return the parameters by role; `vocab_rows` counts padded rows too (default: the true vocabulary)."""
     d, rows = shape.hidden, vocab_rows if vocab_rows is not None else shape.vocab_size
     gains = {"full": 2 * d, "head": 2 * shape.head_dim, "none": 0}[shape.qk_norm]
     return Parameters(
@@ -93,7 +93,7 @@ def parameters(shape: Shape, *, vocab_rows: int | None = None) -> Parameters:
 
 
 def paper_parameters(shape: Shape) -> int:
-    """Non-embedding parameters as the paper's notebooks count them: MLP biases twice, sinks not at all."""
+    """Return the non-embedding parameters as the paper's notebooks count them: MLP biases twice, sinks not at all."""
     counted = parameters(shape)
     return counted.bulk + counted.norms + 2 * counted.biases
 
@@ -146,7 +146,8 @@ def executed_flops(
 
 
 def paper_flops_per_token(shape: Shape, method: Literal["deepseek", "chinchilla"] = "deepseek") -> float:
-    """The paper's M, without embedding and head: 6 P + 12 L d S (`deepseek`, its main one) or 6 P (`chinchilla`)."""
+    """Return the paper's M without embedding and head: 6 P + 12 L d S (`deepseek`, its main one) or 6 P
+    (`chinchilla`)."""
     return 6.0 * paper_parameters(shape) + (_attention_flops(shape) if method == "deepseek" else 0.0)
 
 
@@ -156,7 +157,7 @@ def _attention_flops(shape: Shape) -> float:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is split, as far as memory goes."""
+    """Split of a run over ranks, as far as memory goes."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -194,14 +195,14 @@ class Precision:
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on the fullest rank."""
+    """Return the estimated bytes on the fullest rank."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations_per_microbatch: int
     activations: int
-    """Of all microbatches in flight at once in the one-forward-one-backward schedule."""
+    """Bytes of all microbatches in flight at once in the one-forward-one-backward schedule."""
     logits: int
 
     @property
@@ -211,7 +212,7 @@ class Memory:
 
 
 def bytes_per_rank(shape: Shape, layout: Layout, precision: Precision, *, vocab_rows: int | None = None) -> Memory:
-    """Estimated bytes on the fullest pipeline stage's ranks.
+    """Return the estimated bytes on the fullest pipeline stage's ranks.
 
     The distributed optimizer splits the optimizer's moments and the master copy over the data and context ranks. Not
     counted: the CUDA context, collective buffers, workspaces, fragmentation, and the working set of the layer that is
@@ -257,7 +258,7 @@ def stage_memory(
 
 
 def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidden: int) -> int:
-    """Bytes of a microbatch's logits and what is made of them."""
+    """Return the bytes of a microbatch's logits and of the tensors made from them."""
     size, elements = _size(precision.compute), tokens * columns
     if layout.fused_loss:  # a chunk of them, and the head's gradient until it joins the others
         return min(elements, chunk_size.LOGITS[precision.compute]) * size + 4 * columns * hidden
@@ -265,7 +266,7 @@ def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidde
 
 
 def _layer_parameters(shape: Shape, tensor: int) -> int:
-    """Parameters of one layer on one rank; norm gains and the bias of `down` are whole on every rank."""
+    """Return the parameters of one layer on one rank; norm gains and the bias of `down` are whole on every rank."""
     d, middle = shape.hidden, shape.ffn_hidden
     split = (
         4 * d * d + 2 * d * middle + middle * shape.mlp_bias + 2 * d * shape.sink + 2 * d * (shape.qk_norm == "full")
@@ -348,7 +349,7 @@ def _final_norm_bytes(shape: Shape, layout: Layout, precision: Precision) -> flo
 
 
 def _stream(shape: Shape, layout: Layout) -> float:
-    """Elements of the residual stream on one rank, per token."""
+    """Return the elements of the residual stream on one rank, per token."""
     return shape.hidden / (layout.tensor if layout.sequence else 1)
 
 

@@ -13,7 +13,7 @@ _AMAX_HISTORY = 1024
 
 
 def megatron_settings(precision: PrecisionConfig) -> dict[str, Any]:
-    """Arguments of megatron-core's `TransformerConfig`; none without FP8.
+    """Return the arguments of megatron-core's `TransformerConfig`; none without FP8.
 
     Forward E4M3, gradients E5M2 (`hybrid`), except with `blockwise`, whose scales follow the values closely enough for
     E4M3 everywhere (Transformer Engine's default for it).

@@ -31,7 +31,7 @@ _KEPT = ("scale", "amax_history")
 
 
 class _Linear:
-    """What both kinds of Transformer Engine's linears do otherwise here; mixed in before megatron-core's class."""
+    """Behaviour that both kinds of Transformer Engine's linears change here; mixed in before megatron-core's class."""
 
     fp8_meta: dict[str, Any]
     config: TransformerConfig
@@ -48,7 +48,7 @@ class _Linear:
             return super().forward(x)  # type: ignore[misc]
 
     def get_extra_state(self) -> dict[str, Tensor] | None:
-        """The scales of `delayed` and the history they come from, on the CPU; None for every other recipe."""
+        """Return the scales of `delayed` and the history they come from, on the CPU; None for every other recipe."""
         recipe = self.fp8_meta.get("recipe")
         if recipe is None or not recipe.delayed() or any(key not in self.fp8_meta for key in _DIRECTIONS):
             return None
@@ -60,7 +60,7 @@ class _Linear:
 
     @torch.no_grad()
     def set_extra_state(self, state: Any) -> None:
-        """Go on with the saved scales under `delayed`; without any, from a checkpoint without FP8, begin anew."""
+        """Restore the saved scales under `delayed`; start afresh from a checkpoint that has none."""
         recipe = get_fp8_recipe(self.config) if self.config.fp8 is not None else None
         if recipe is None or not recipe.delayed() or not isinstance(state, dict):
             return
@@ -113,7 +113,7 @@ class FusedRMSNorm(engine.RMSNorm):
 
 
 def fused_parts() -> LayerParts:
-    """Transformer Engine's parts. Their parameter names are the ones checkpoints use."""
+    """Return Transformer Engine's modules, whose parameter names are the ones checkpoints use."""
     return LayerParts(
         branch_norm=IdentityOp,
         qkv=UnbiasedNormedColumnLinear,

@@ -27,7 +27,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 def role_of(name: str) -> Role:
-    """What a parameter is for, by its name; decides its initialisation and its optimizer group.
+    """Return the role of a parameter by its name; it decides its initialisation and its optimizer group.
 
     The order follows arXiv:2512.10858's released code: norms first, then embedding, biases (the attention sink's key
     and value among them), head, and what is left are the blocks' matrices.
@@ -72,7 +72,7 @@ def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, *, seed: i
 
 
 def _threads() -> int:
-    """This rank's share of the node's cores: a core draws some 70 million numbers a second, a large model has more."""
+    """Return this rank's share of the node's cores: one draws some 70 million numbers a second, a model has more."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

@@ -1,4 +1,4 @@
-"""Which fast parts a run uses on a machine: decided once, refused before any process group, said in the log."""
+"""Choice of the fast modules of a run: made once, refused before any process group exists, and logged."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from megadiff.platform.machine import Layers, Platform
 
 
 def layers_for(precision: PrecisionConfig, platform: Platform) -> Layers:
-    """Whose layers the model is built of: the platform's in bf16, the local ones in float32."""
+    """Return the implementation of the layers: the platform's in bf16, the local one in float32."""
     return platform.layers if precision.compute == "bf16" else "local"
 
 
 def parts_for(precision: PrecisionConfig, platform: Platform) -> LayerParts:
-    """The parts of a block on this machine."""
+    """Return the modules of a block on this machine."""
     if layers_for(precision, platform) == "local":
         return local_parts()
     return import_module("megadiff.model.fused_layers").fused_parts()
 
 
 def fuses_weight_gradients(parallel: ParallelConfig, precision: PrecisionConfig, platform: Platform) -> bool:
-    """Whether weight gradients are added up inside their matrix products."""
+    """Return whether weight gradients are accumulated inside their matrix products."""
     return (
         parallel.gradient_accumulation_fusion is not False
         and platform.weight_gradients is not None
@@ -75,7 +75,7 @@ def open_tensor_overlap(
 
 
 def describe_kernels(parallel: ParallelConfig, precision: PrecisionConfig, platform: Platform) -> str:
-    """A line for the log: which way each choice fell."""
+    """Return the line of the log that names each choice."""
     has_engine = layers_for(precision, platform) == "transformer_engine"
     said = ["Transformer Engine's layers" if has_engine else "local layers"]
     if precision.fp8 != "none":

@@ -1,4 +1,4 @@
-"""What a block is made of, whoever's layers it is made from: one composition, and a set of parts per machine."""
+"""The Transformer block: one composition, with local or Transformer Engine modules."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class UnbiasedRowLinear(RowParallelLinear):
 
 
 def local_parts() -> LayerParts:
-    """The parts every machine has."""
+    """Return the modules that run on every machine."""
     return LayerParts(
         branch_norm=RMSNorm,
         qkv=UnbiasedColumnLinear,

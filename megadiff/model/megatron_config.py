@@ -88,5 +88,5 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def keep(weight: Tensor) -> Tensor:
-    """Initialisation happens once, by name, after construction; this keeps megatron-core from drawing its own."""
+    """Leave a weight as it is: initialisation happens once, by name, after construction (`initialise`)."""
     return weight

@@ -69,6 +69,6 @@ class AllHeadsRMSNorm(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The weight is cut over tensor ranks along its only dimension."""
+        """Return the state, with the weight cut over tensor ranks along its only dimension."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)

@@ -1,4 +1,4 @@
-"""How weights are updated and how the learning rate moves."""
+"""Settings of the optimizer and of the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ class ScheduleConfig(Section):
         return self
 
     def wanted_tokens(self, flops_per_token: float) -> float | None:
-        """Tokens the run is to see; None where its length is given in steps."""
+        """Return the number of tokens to train on; None if the length is given in steps."""
         return self.tokens if self.flops is None else self.flops / flops_per_token

@@ -16,7 +16,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups, the same list of groups on every rank even where a group is empty.
 
-    Groups are told apart by (lr_mult, wd_mult), which is how megatron-core matches them to a checkpoint
+    Groups are distinguished by (lr_mult, wd_mult), which is how megatron-core matches them to a checkpoint
     (`param_group_identifier_keys` in optimizer/optimizer.py): roles with equal rules share a group. A group has an
     `eps` if the optimizer has such a setting.
 

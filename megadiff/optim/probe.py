@@ -157,6 +157,6 @@ def _equal(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
 
 
 def _agree(whole: torch.optim.Optimizer, cut: torch.optim.Optimizer) -> bool:
-    """Whether weights that were updated whole and in pieces agree up to rounding."""
+    """Return whether weights that were updated whole and in pieces agree up to rounding."""
     ours, theirs = (torch.cat([p.detach().view(-1) for p in _parameters(o)]) for o in (whole, cut))
     return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6, equal_nan=True)

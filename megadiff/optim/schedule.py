@@ -49,7 +49,7 @@ class WarmupStableDecay:
         return self.steps - self.cooldown_steps if self.cooldown_steps else None
 
     def factor(self, step: int) -> float:
-        """The share of the peak rate, in [0, 1], for the update that makes `step` into `step` + 1.
+        """Return the fraction of the peak rate, in [0, 1], for the update that makes `step` into `step` + 1.
 
         At and after `steps` it is 0 with a cooldown and 1 without one.
         """
@@ -69,7 +69,8 @@ class WarmupStableDecay:
 
 
 def resolve_cooldown(cooldown: float, steps: int) -> int:
-    """Cooldown in steps: a value below 1 is a fraction of `steps` (rounded to the nearest step), else a whole count.
+    """Return the cooldown in steps: a value below 1 is a fraction of `steps` (rounded to the nearest step), else a
+    whole count.
 
     Raises:
         ConfigError: negative, not finite, or above 1 and not whole.

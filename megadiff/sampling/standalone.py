@@ -50,7 +50,7 @@ class Noise(Protocol):
         ...
 
     def uniform_prob(self, log_snr: Tensor) -> Tensor:
-        """Uniform share of the noise."""
+        """Return the uniform share of the noise."""
         ...
 
     def mask_prob(self, log_snr: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class HybridNoise:
     scale: float = 1.0
 
     def uniform_prob(self, log_snr: Tensor) -> Tensor:
-        """Uniform share of the noise."""
+        """Return the uniform share of the noise."""
         return torch.sigmoid(self.scale * log_snr + self.shift)
 
     def mask_prob(self, log_snr: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _question(tokens: int, vocab_size: int, width: int) -> Question:
 
 
 def _head_row(name: str, noise: str, shift: float, question: Question) -> Row:
-    """Half masks under masked noise; half x, a quarter masks under balanced; half x under uniform."""
+    """Measure one head: half masks under masked noise; half x, a quarter masks under balanced; half x under uniform."""
     process = HybridMixing(question.weight.shape[0], MASK, shift)
     noised = question.clean.cpu()
     noised[::2] = MASK if noise == "masked" else noised.flip(0)[::2]

@@ -84,7 +84,7 @@ class TimeNoise:
     gamma: float
 
     def uniform_prob(self, log_snr: Tensor) -> Tensor:
-        """Uniform share of the noise, with t found by bisection."""
+        """Return the uniform share of the noise, with t found by bisection."""
         c_over_t = self._c_over_t(self._logit_t(log_snr.double()))
         return (c_over_t / (1 + c_over_t)).to(log_snr.dtype)
 
@@ -121,7 +121,7 @@ class TableNoise:
     dlogit_u: Sequence[float]
 
     def uniform_prob(self, log_snr: Tensor) -> Tensor:
-        """Uniform share of the noise."""
+        """Return the uniform share of the noise."""
         return torch.sigmoid(self._logit_u(log_snr))
 
     def mask_prob(self, log_snr: Tensor) -> Tensor:

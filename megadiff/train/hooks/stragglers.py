@@ -85,7 +85,7 @@ class _Ignored:
 
 
 def time_computation(chunks: Sequence[DataParallelChunk], stopwatch: Stopwatch) -> None:
-    """Let the stopwatch run while these chunks (data-parallel wrappers) compute in training."""
+    """Run the stopwatch while these chunks (data-parallel wrappers) compute in training."""
     for chunk in chunks:
         chunk.config.timers = ComputeTimers(stopwatch)
 
