@@ -156,7 +156,7 @@ def _words(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     patterns = [(re.compile(rf"\b({word})\b", re.IGNORECASE), better) for word, better in WORDS.items()]
     for number, line in lines:
         for pattern, better in patterns:
-            if found := pattern.search(_QUOTED.sub("", line)):
+            if found := pattern.search(_QUOTED.sub("", line.replace('"""', " "))):
                 yield number, f"{found[0]!r}: write {better}"
 
 

@@ -17,7 +17,6 @@ from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import RowLoader, Share
 from megadiff.derived import describe, lay_out_run, ranks_to_check
 from megadiff.diffusion.next_token import next_token_rows, start_id
-from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedRows, noise_rows
 from megadiff.diffusion.objective import build_weighting
 from megadiff.errors import ConfigError, DataError
@@ -168,15 +167,14 @@ def build_trainer(
     health = Health(config.health, sizes=config.sizes)
     health.restore(origin.health)
     _log_and_write_data(prepared, origin, topology)
-    process = prepared.process
     context = hook_context(
         prepared, first_step=origin.step, chunks=chunks, wrapped=wrapped, topology=topology, platform=platform
     )
-    loader = row_loader(prepared, process, topology, origin.step)
+    loader = row_loader(prepared, topology, origin.step)
     baselines = baselines_of(prepared) if topology.is_main else None
     for line in describe_baselines(baselines):
         log.info(line)
-    hooks = build_hooks(prepared, process, context, supervision.goodput, baselines)
+    hooks = build_hooks(prepared, context, supervision.goodput, baselines)
     restore(hooks, origin.hooks)
     checkpoint = CheckpointHook(
         AsyncCheckpointer(
@@ -198,7 +196,7 @@ def build_trainer(
         completed=supervision.saved,
     )
     return Trainer(
-        step=training_step(prepared, wrapped, optimizer, process, topology, platform, check=health.check),
+        step=training_step(prepared, wrapped, optimizer, topology, platform, check=health.check),
         health=health,
         first_step=origin.step,
         steps=config.steps,
@@ -241,20 +239,19 @@ def _log_and_write_data(prepared: Prepared, origin: Origin, topology: Topology) 
         write_facts(prepared.config, data_facts(prepared, step=origin.step, advice=doubts))
 
 
-def row_objective(prepared: Prepared, process: NoiseProcess, topology: Topology, platform: Platform) -> RowObjective:
+def row_objective(prepared: Prepared, topology: Topology, platform: Platform) -> RowObjective:
     """Return the objective that is minimised, on this rank's part of the vocabulary."""
     config = prepared.config
     _, head = choose_head(config.objective.head, is_cpu=platform.is_cpu)
     if config.is_autoregressive:
-        return NextTokenObjective(process, topology, head)
-    return DiffusionObjective(process, topology, build_weighting(config.objective), head)
+        return NextTokenObjective(prepared.process, topology, head)
+    return DiffusionObjective(prepared.process, topology, build_weighting(config.objective), head)
 
 
 def training_step(
     prepared: Prepared,
     wrapped: Sequence[Any],
     optimizer: Optimizer,
-    process: NoiseProcess,
     topology: Topology,
     platform: Platform,
     *,
@@ -265,7 +262,7 @@ def training_step(
     return TrainStep(
         chunks=wrapped,
         optimizer=optimizer,
-        objective=row_objective(prepared, process, topology, platform),
+        objective=row_objective(prepared, topology, platform),
         topology=topology,
         device=platform.device,
         seq_length=config.model.seq_length,
@@ -306,7 +303,7 @@ def build_trainables(
     return chunks, wrapped, optimizer
 
 
-def row_loader(prepared: Prepared, process: NoiseProcess, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
+def row_loader(prepared: Prepared, topology: Topology, first_step: int) -> RowLoader[NoisedRows]:
     """Return this data-parallel rank's noised microbatches from `first_step` on."""
     config = prepared.config
     batch = config.batch
@@ -318,7 +315,7 @@ def row_loader(prepared: Prepared, process: NoiseProcess, topology: Topology, fi
             clean,
             seed=config.seed,
             sample_index=samples,
-            process=process,
+            process=prepared.process,
             conditioning=config.conditioning,
             stratified=config.objective.stratified,
             global_batch=step_batch.sequences,

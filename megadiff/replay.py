@@ -182,7 +182,7 @@ class _Opened:
 
     def take(self, step: int) -> Replayed:
         """Take every step up to this one."""
-        loader = row_loader(self.prepared, self.recorded.process, self.topology, self.done)
+        loader = row_loader(self.prepared, self.topology, self.done)
         with loader:
             for number in range(self.done + 1, step):
                 output = self._take(number, self._rows_of(number, loader))
@@ -263,9 +263,8 @@ def _open(run_folder: Path, step: int, prepared: Prepared, platform: Platform) -
         load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
         health.restore(saved.health)
         done = saved.step
-    process = prepared.process
-    recorded = _Recorded(process, topology, inner=row_objective(prepared, process, topology, platform))
-    train_step = training_step(prepared, wrapped, optimizer, process, topology, platform, check=health.check)
+    recorded = _Recorded(prepared.process, topology, inner=row_objective(prepared, topology, platform))
+    train_step = training_step(prepared, wrapped, optimizer, topology, platform, check=health.check)
     return _Opened(
         run_folder=run_folder,
         prepared=prepared,

@@ -8,7 +8,6 @@ from typing import Any
 
 from megadiff.data.baselines import Baselines
 from megadiff.diffusion.next_token import start_id
-from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.errors import StorageError
 from megadiff.eval.drawn_text import DrawnText
 from megadiff.eval.held_out import HeldOut, diffusion_bound, next_token_likelihood
@@ -72,14 +71,11 @@ def hook_context(
     )
 
 
-def build_hooks(
-    prepared: Prepared, process: NoiseProcess, context: HookContext, goodput: Goodput, baselines: Baselines | None
-) -> list[Hook]:
+def build_hooks(prepared: Prepared, context: HookContext, goodput: Goodput, baselines: Baselines | None) -> list[Hook]:
     """Return the run's hooks in the order of their calls, without the one that saves. Collective over the world.
 
     Args:
         prepared: the run.
-        process: its noise.
         context: what hooks may use; sinks of the list and the console are added to its sinks.
         goodput: account of where the run's time goes.
         baselines: what evaluation lines have for comparison; None without validation data and on other ranks.
@@ -93,8 +89,8 @@ def build_hooks(
         console,
         _log_hook(prepared, context, goodput),
         *_rank_checks(context),
-        *_validation(prepared, process, context, goodput, baselines),
-        *_samples(prepared, process, context, goodput),
+        *_validation(prepared, context, goodput, baselines),
+        *_samples(prepared, context, goodput),
         *listed,
     ]
 
@@ -132,17 +128,17 @@ def _rank_checks(context: HookContext) -> list[Hook]:
     return [StragglerHook(context.config.log.every, health.straggler_ratio, watch, topology, platform), replicas]
 
 
-def _validation(
-    prepared: Prepared, process: NoiseProcess, context: HookContext, goodput: Goodput, baselines: Baselines | None
-) -> list[Hook]:
+def _validation(prepared: Prepared, context: HookContext, goodput: Goodput, baselines: Baselines | None) -> list[Hook]:
     """Return the hook that evaluates; none without validation data."""
     config, topology = prepared.config, context.topology
     if not prepared.data.valid:
         return []
     _, head = choose_head(config.objective.head, is_cpu=context.platform.is_cpu)
-    measure = next_token_likelihood(process, start_id=start_id(prepared.tokenizer), topology=topology, head=head)
+    measure = next_token_likelihood(
+        prepared.process, start_id=start_id(prepared.tokenizer), topology=topology, head=head
+    )
     if not config.is_autoregressive:
-        measure = diffusion_bound(process, topology=topology, noise_levels=config.eval.noise_levels, head=head)
+        measure = diffusion_bound(prepared.process, topology=topology, noise_levels=config.eval.noise_levels, head=head)
     held_out = HeldOut(
         sources=prepared.data.valid,
         measure=measure,
@@ -163,7 +159,7 @@ def _validation(
     return [hook]
 
 
-def _samples(prepared: Prepared, process: NoiseProcess, context: HookContext, goodput: Goodput) -> list[Hook]:
+def _samples(prepared: Prepared, context: HookContext, goodput: Goodput) -> list[Hook]:
     """Return the hook that samples text; none unless `eval.samples` is set."""
     config, bos = prepared.config, prepared.tokenizer.bos_id
     if not config.eval.samples:
@@ -172,7 +168,7 @@ def _samples(prepared: Prepared, process: NoiseProcess, context: HookContext, go
         rows=config.eval.samples,
         steps=config.eval.sample_steps,
         seq_length=config.model.seq_length,
-        process=process,
+        process=prepared.process,
         tokenizer=prepared.tokenizer,
         start=[bos] if prepared.data.prepended_bos and bos is not None else [],
         chunks=context.wrapped,

@@ -24,6 +24,7 @@ SPEC.loader.exec_module(prose)
         ('"""Where files are."""\n', "a docstring starts with 'Where'"),
         ('a: int = 0\n"""Whether it is there."""\n', "for booleans alone"),
         ("# mend the file\n", "'mend': write fix"),
+        ('def f():\n    """Return a key drawn anew."""\n', "'anew': write again"),
         ('def f():\n    """Return a key.\n\n    It is drawn anew.\n    """\n', "'anew': write again"),
     ],
 )

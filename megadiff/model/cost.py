@@ -169,7 +169,7 @@ class Layout:
     micro_sequences: int = 1
     distributed_optimizer: bool = False
     recompute_layers: int = 0
-    """Full recomputation: of so many layers of each chunk only the input is kept."""
+    """Number of layers of each chunk whose input alone is kept, under full recomputation."""
     recompute_modules: tuple[str, ...] = ()
     """Selective recomputation: `mlp`, `layernorm`; `core_attn` changes nothing here, no scores being counted."""
     fused_loss: bool = False

@@ -42,7 +42,7 @@ class LayerParts:
     norm: Any
     """The last norm, and that of queries and keys per head."""
     checkpoint_names: dict[str, str] = field(default_factory=dict)
-    """Prefixes of parameter names in a layer, and what stands for them in a checkpoint."""
+    """Prefixes of parameter names in a layer, and the prefixes that replace them in a checkpoint."""
 
 
 def block_spec(model: ModelConfig, parts: LayerParts, *, layers: int) -> Any:

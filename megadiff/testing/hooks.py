@@ -123,9 +123,7 @@ def _check(
             wanted = _figures(plain)
             assert _figures(whole) == wanted, f"{name}: the figures of the run differ with the hook"
             assert _figures(resumed) == wanted, f"{name}: the figures of the resumed run differ with the hook"
-            states = [
-                read_manifest(config.folder / f"checkpoints/step_{STEPS:08d}").hooks for config in (whole, resumed)
-            ]
+            states = [_last_state(config) for config in (whole, resumed)]
             assert states[0] == states[1], f"{name}: the state after a resume is {states[1]}, without one {states[0]}"
             yield name, seen
 

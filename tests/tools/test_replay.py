@@ -187,9 +187,9 @@ def replayed_with_one_broken_row(run: Path, step: int, sample: int, what: str):
             terms = answer.terms._replace(loss=answer.terms.loss.masked_fill(here[None, :], float("inf")))
             return answer._replace(loss=answer.loss + (float("inf") if here.any() else 0.0), terms=terms)
 
-    def row_objective(prepared, process, topology, platform):
+    def row_objective(prepared, topology, platform):
         clean = torch.from_numpy(prepared.data.train.rows([sample])[0])
-        return Broken(process, topology, honest(prepared, process, topology, platform), clean)
+        return Broken(prepared.process, topology, honest(prepared, topology, platform), clean)
 
     replay.row_objective = row_objective
     return replayed(run, step)

@@ -293,11 +293,10 @@ class Wired:
         config = own.model_copy(update=changes)
         prepared = replace(self.prepared, config=config)
         step = self.run.step
-        process = prepared.process
-        loader = build.row_loader(prepared, process, step.topology, 0)
+        loader = build.row_loader(prepared, step.topology, 0)
         self.opened.append(loader)
         other = build.training_step(
-            prepared, step.chunks, step.optimizer, process, step.topology, detect("cpu"), check=step.check
+            prepared, step.chunks, step.optimizer, step.topology, detect("cpu"), check=step.check
         )
         return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
 

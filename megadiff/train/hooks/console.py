@@ -35,7 +35,7 @@ class Console(Hook, MetricSink):
     steps: int
     """Number of steps of the whole run."""
     tokens_before: Callable[[int], int]
-    """Function from a number of steps to the tokens of the run's first so many steps."""
+    """Function that returns the number of tokens in the first n steps of the run, given n."""
     _since_line: Tensor | None = field(default=None, init=False)
     """Sums over the steps since the last line, skipped ones excluded."""
     _skipped: Tensor | None = field(default=None, init=False)

@@ -27,7 +27,7 @@ class LogHook(Hook):
     steps: int
     """Number of steps of the whole run."""
     tokens_before: Callable[[int], int]
-    """Function from a number of steps to the tokens of the run's first so many steps."""
+    """Function that returns the number of tokens in the first n steps of the run, given n."""
     flops_per_token: float
     """Model FLOPs of a token, by the convention `full` (`cost.training_flops_per_token`)."""
     executed_flops: Callable[[list[float]], float]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
-from megadiff.train.goodput import Goodput
-from megadiff.train.hooks import Hook, MetricSinks, Part, StepInfo
+from megadiff.train.hooks import MetricSinks
+from megadiff.train.hooks._periodic import PeriodicHook
 
 log = logging.getLogger("megadiff")
 
@@ -30,38 +30,19 @@ class Measurement(Protocol):
         ...
 
 
-@dataclass
-class ValidationHook(Hook):
+@dataclass(kw_only=True)
+class ValidationHook(PeriodicHook):
     """The held-out bound before the first step, every `every` steps (0: never between), and after the last."""
 
-    section: ClassVar[Part] = "eval"
-    collectives: ClassVar[bool] = True
-    every: int
-    """Number of steps between evaluations; 0 for the first and the last alone."""
-    steps: int
-    """Number of steps of the whole run."""
-    first_step: int
-    """Number of steps taken before this process began."""
     evaluate: Callable[[], Measurement]
     """Function that measures the bound; collective over the run."""
     sinks: MetricSinks
     """Sinks of the lines; empty on ranks other than the main one."""
-    goodput: Goodput
-    """Account of where the run's time goes."""
     baselines: Mapping[str, float] = field(default_factory=dict)
     """Keys and values that every evaluation line has beside the measurement's: figures to compare it with."""
 
-    def open(self) -> None:
-        """Measure the first weights, unless the run resumes."""
-        if self.first_step == 0:
-            self._run(0)
-
-    def __call__(self, info: StepInfo) -> None:
-        """Measure if due."""
-        if (self.every and info.step % self.every == 0) or info.step == self.steps:
-            self._run(info.step)
-
-    def _run(self, step: int) -> None:
+    def run(self, step: int) -> None:
+        """Measure, and write the line of this step."""
         with self.goodput.during("evaluate"):
             found = self.evaluate()
         if self.sinks:

@@ -32,7 +32,15 @@ class Found:
 def test_the_bound_is_measured_before_the_first_step_every_few_and_after_the_last(tmp_path, every, first_step, due):
     sinks = MetricSinks([MetricsFile(tmp_path / "m.jsonl", after_step=0)])
     goodput = Goodput(None, GoodputConfig(), save_every=5)
-    hook = ValidationHook(every, 5, first_step, Found, sinks, goodput, {"eval_unigram": 4.0})
+    hook = ValidationHook(
+        every=every,
+        steps=5,
+        first_step=first_step,
+        evaluate=Found,
+        sinks=sinks,
+        goodput=goodput,
+        baselines={"eval_unigram": 4.0},
+    )
     hook.open()
     for step in range(first_step + 1, 6):
         hook(SimpleNamespace(step=step))
