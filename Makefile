@@ -48,7 +48,7 @@ docs: $(DOCS)/.installed
 	$(DOCS)/bin/mkdocs build --strict --quiet
 
 bench: $(STAMP)
-	$(BIN)/python tools/benchmarks/noising.py --rows 1 4 16 --repeats 3 --tokens 262144
+	$(BIN)/python tools/benchmarks/noising.py --sequences 1 4 16 --repeats 3 --tokens 262144
 	$(BIN)/python tools/benchmarks/head.py
 	$(BIN)/python tools/benchmarks/training_step.py --rounds 7
 	$(BIN)/python tools/benchmarks/checkpoint_stall.py --saves 7

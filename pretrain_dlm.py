@@ -24,7 +24,7 @@ class _PrintKeys(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, _: Any, prefix: Any, __: str | None = None) -> None:
         from megadiff.config.reference import plain_text
-        from megadiff.run_config import RunConfig
+        from megadiff.run.config import RunConfig
 
         print(plain_text(RunConfig, prefix))  # noqa: T201  this was asked for
         parser.exit()
@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_with_settings()
 
     from megadiff.config.load import load_config
-    from megadiff.run_config import RunConfig
+    from megadiff.run.config import RunConfig
 
     refuse_unknown(arguments, RunConfig)
     config = load_config(arguments.config, arguments.overrides, RunConfig)
@@ -69,15 +69,15 @@ def main() -> None:
     from megadiff.platform.quiet import quiet
 
     with quiet():
-        from megadiff import build
-        from megadiff.derived import NoLayoutError
         from megadiff.parallel.topology import is_main_process
+        from megadiff.run import build
+        from megadiff.run.summary import NoLayoutError
     from megadiff.supervision.process import age_s
 
-    resumption = build.Resumption(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
+    resume_options = build.ResumeOptions(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
     if arguments.check:
         try:
-            text = build.check(config, ranks=arguments.ranks, resumption=resumption)
+            text = build.check(config, ranks=arguments.ranks, resume_options=resume_options)
         except NoLayoutError as error:
             if is_main_process():
                 print("\n".join(error.sizes))  # noqa: T201
@@ -85,7 +85,7 @@ def main() -> None:
         if is_main_process():
             print(text)  # noqa: T201  this was asked for
     else:
-        build.run(config, resumption, before_s=age_s(os.getpid()))
+        build.run(config, resume_options, before_s=age_s(os.getpid()))
 
 
 if __name__ == "__main__":

@@ -63,11 +63,11 @@ VERBS = frozenset(
     Preprocess Print Probe Process Produce Propose Prune Publish Push Put Raise Read Rebuild Recompute Record Reduce
     Refer Refuse Register Release Reload Remember Remove Rename Render Reorder Repeat Replace Replay Report Request
     Require Reserve Reset Reshape Resize Resolve Restart Restore Restrict Resume Return Rewrite Root Rotate Round Run
-    Sample Save Scale Scan Scatter Search See Select Send Separate Serialise Set Share Shift Shorten Show Shuffle Shut
-    Silence Simulate Sit Skip Sleep Smooth Solve Sort Split Spread Stack Stage Start Stop Store Stream Strip Subtract
-    Suggest Sum Summarise Suppress Switch Synchronise Take Test Time Tokenize Trace Train Transform Translate Transpose
-    Trim Truncate Try Turn Undo Unite Unpack Update Use Validate Verify Visit Wait Walk Warn Watch Widen Wire Wrap
-    Write Yield Zero
+    Sample Save Scale Scan Scatter Search See Select Send Separate Serialise Set Share Shift Shorten Show Shuffle
+    Shut Silence Simulate Sit Skip Sleep Smooth Solve Sort Split Spread Stack Stage Start Stop Store Stream Strip
+    Subtract Suggest Sum Summarise Suppress Switch Synchronise Take Test Time Tokenize Trace Train Transform Translate
+    Transpose Trim Truncate Try Turn Undo Unite Unpack Update Use Validate Verify Visit Wait Walk Warn Watch Widen Wire
+    Wrap Write Yield Zero
     """.split()
 )
 """Verbs that open the docstring of a function; a new one is added here."""

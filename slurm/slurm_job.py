@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 MAX_LEAD_S = 65_535
 """Largest lead in seconds: Slurm stores it in 16 bits."""
@@ -91,45 +91,45 @@ def seconds_of(text: str) -> int:
     return limit
 
 
-def build_job(asked: argparse.Namespace, *, home: Path) -> Job:
+def build_job(requested: argparse.Namespace, *, home: Path) -> Job:
     """Check the arguments and build the submission.
 
     Raises:
         ConfigError: a number, a time or a file is not valid.
     """
-    _check_numbers(asked)
-    limit = seconds_of(asked.time)
-    if asked.job in ("pretrain", "sweep") and asked.lead >= limit:
-        raise ConfigError(f"--lead {asked.lead}: the time limit is {limit} s, so a lead below that is wanted")
+    _check_numbers(requested)
+    limit = seconds_of(requested.time)
+    if requested.job in ("pretrain", "sweep") and requested.lead >= limit:
+        raise ConfigError(f"--lead {requested.lead}: the time limit is {limit} s, so a lead below that is wanted")
     build = {"pretrain": _pretrain, "sweep": _sweep, "preprocess": _preprocess, "evaluate": _evaluate}
-    return build.get(asked.job, _convert)(asked, home)
+    return build.get(requested.job, _convert)(requested, home)
 
 
-def _check_numbers(asked: argparse.Namespace) -> None:
+def _check_numbers(requested: argparse.Namespace) -> None:
     limits = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "lead": 1, "max_restarts": 0, "at_once": 1}
     for key, least in limits.items():
-        value = getattr(asked, key, None)
+        value = getattr(requested, key, None)
         if value is not None and value < least:
             raise ConfigError(f"--{key.replace('_', '-')} {value}: a number of at least {least} is wanted")
-    if getattr(asked, "lead", 0) > MAX_LEAD_S:
-        raise ConfigError(f"--lead {asked.lead}: Slurm takes at most {MAX_LEAD_S} seconds")
-    if asked.dependency is not None and not _DEPENDENCY.fullmatch(asked.dependency):
-        raise ConfigError(f"--dependency {asked.dependency}: a list such as afterok:123:124,afterany:125 is wanted")
+    if getattr(requested, "lead", 0) > MAX_LEAD_S:
+        raise ConfigError(f"--lead {requested.lead}: Slurm takes at most {MAX_LEAD_S} seconds")
+    if requested.dependency is not None and not _DEPENDENCY.fullmatch(requested.dependency):
+        raise ConfigError(f"--dependency {requested.dependency}: a list such as afterok:123:124,afterany:125 is wanted")
 
 
-def _options(asked: argparse.Namespace, home: Path) -> list[str]:
+def _options(requested: argparse.Namespace, home: Path) -> list[str]:
     site = site_defaults(home / "slurm/site.env")
     values = {
-        "nodes": getattr(asked, "nodes", None),
-        "gpus-per-node": asked.gpus_per_node or None,
-        "cpus-per-task": asked.cpus_per_task,
-        "time": asked.time,
-        "partition": asked.partition or site.get("MEGADIFF_PARTITION"),
-        "account": asked.account or site.get("MEGADIFF_ACCOUNT"),
-        "dependency": asked.dependency,
-        "signal": f"USR2@{asked.lead}" if hasattr(asked, "lead") else None,
+        "nodes": getattr(requested, "nodes", None),
+        "gpus-per-node": requested.gpus_per_node or None,
+        "cpus-per-task": requested.cpus_per_task,
+        "time": requested.time,
+        "partition": requested.partition or site.get("MEGADIFF_PARTITION"),
+        "account": requested.account or site.get("MEGADIFF_ACCOUNT"),
+        "dependency": requested.dependency,
+        "signal": f"USR2@{requested.lead}" if hasattr(requested, "lead") else None,
     }
-    return [f"--{name}={value}" for name, value in values.items() if value] + asked.sbatch
+    return [f"--{name}={value}" for name, value in values.items() if value] + requested.sbatch
 
 
 def site_defaults(path: Path) -> dict[str, str]:
@@ -143,29 +143,31 @@ def site_defaults(path: Path) -> dict[str, str]:
     return found
 
 
-def _pretrain(asked: argparse.Namespace, home: Path) -> Job:
-    run = _run_folder(asked, asked.more)
-    arguments = [str(run), str(asked.max_restarts), *_pretrain_arguments(asked.config, asked.more)]
-    return Job(home, "pretrain", _name(asked, run.name), _logs(asked, run), _options(asked, home), arguments)
+def _pretrain(requested: argparse.Namespace, home: Path) -> Job:
+    run = _run_folder(requested, requested.more)
+    arguments = [str(run), str(requested.max_restarts), *_pretrain_arguments(requested.config, requested.more)]
+    return Job(
+        home, "pretrain", _name(requested, run.name), _logs(requested, run), _options(requested, home), arguments
+    )
 
 
-def _sweep(asked: argparse.Namespace, home: Path) -> Job:
+def _sweep(requested: argparse.Namespace, home: Path) -> Job:
     runs: dict[Path, int] = {}
     tasks = []
-    for number, row in read_rows(Path(asked.rows)):
-        overrides = [*asked.more, *row]
-        run = _run_folder(asked, overrides)
+    for number, row in read_rows(Path(requested.rows)):
+        overrides = [*requested.more, *row]
+        run = _run_folder(requested, overrides)
         if run in runs:
             raise ConfigError(
-                f"{asked.rows}:{number}: the run folder {run} is that of line {runs[run]} too; "
+                f"{requested.rows}:{number}: the run folder {run} is that of line {runs[run]} too; "
                 "give each row its own name=..."
             )
         runs[run] = number
-        tasks.append([str(run), *_pretrain_arguments(asked.config, overrides)])
-    name = _name(asked, f"sweep-{Path(asked.rows).stem}")
-    logs = _logs(asked, next(iter(runs)).parent / name)
-    options = [*_options(asked, home), _array(tasks, asked)]
-    return Job(home, "sweep", name, logs, options, [str(logs), str(asked.max_restarts)], tasks)
+        tasks.append([str(run), *_pretrain_arguments(requested.config, overrides)])
+    name = _name(requested, f"sweep-{Path(requested.rows).stem}")
+    logs = _logs(requested, next(iter(runs)).parent / name)
+    options = [*_options(requested, home), _array(tasks, requested)]
+    return Job(home, "sweep", name, logs, options, [str(logs), str(requested.max_restarts)], tasks)
 
 
 def read_rows(path: Path) -> list[tuple[int, list[str]]]:
@@ -185,41 +187,41 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _preprocess(asked: argparse.Namespace, home: Path) -> Job:
-    prefix = Path(asked.output_prefix).absolute()
+def _preprocess(requested: argparse.Namespace, home: Path) -> Job:
+    prefix = Path(requested.output_prefix).absolute()
     tasks = []
-    for number, shard in enumerate(asked.input):
+    for number, shard in enumerate(requested.input):
         if not Path(shard).is_file():
             raise ConfigError(f"--input {shard}: there is no such file")
         own = f"{prefix}-{number:05d}"
-        fixed = ["--input", os.path.abspath(shard), f"--output-prefix={own}", f"--tokenizer={asked.tokenizer}"]
-        tasks.append([own, *fixed, *asked.more])
-    logs = _logs(asked, prefix.parent)
-    options = [*_options(asked, home), _array(tasks, asked)]
-    return Job(home, "preprocess", _name(asked, f"preprocess-{prefix.name}"), logs, options, [str(logs)], tasks)
+        fixed = ["--input", os.path.abspath(shard), f"--output-prefix={own}", f"--tokenizer={requested.tokenizer}"]
+        tasks.append([own, *fixed, *requested.more])
+    logs = _logs(requested, prefix.parent)
+    options = [*_options(requested, home), _array(tasks, requested)]
+    return Job(home, "preprocess", _name(requested, f"preprocess-{prefix.name}"), logs, options, [str(logs)], tasks)
 
 
-def _evaluate(asked: argparse.Namespace, home: Path) -> Job:
-    model = _folder(asked.model, "--model")
-    arguments = ["elbo", f"--model={model}", f"--data={asked.data}", *asked.more]
-    name = _name(asked, f"evaluate-{model.name}")
-    return Job(home, "evaluate", name, _logs(asked, model), _options(asked, home), arguments)
+def _evaluate(requested: argparse.Namespace, home: Path) -> Job:
+    model = _folder(requested.model, "--model")
+    arguments = ["elbo", f"--model={model}", f"--data={requested.data}", *requested.more]
+    name = _name(requested, f"evaluate-{model.name}")
+    return Job(home, "evaluate", name, _logs(requested, model), _options(requested, home), arguments)
 
 
-def _convert(asked: argparse.Namespace, home: Path) -> Job:
-    checkpoint, output = _folder(asked.checkpoint, "--checkpoint"), Path(asked.output).absolute()
-    arguments = ["export", f"--checkpoint={checkpoint}", f"--output={output}", *asked.more]
-    name = _name(asked, f"convert-{checkpoint.name}")
-    return Job(home, "convert", name, _logs(asked, output.parent), _options(asked, home), arguments)
+def _convert(requested: argparse.Namespace, home: Path) -> Job:
+    checkpoint, output = _folder(requested.checkpoint, "--checkpoint"), Path(requested.output).absolute()
+    arguments = ["export", f"--checkpoint={checkpoint}", f"--output={output}", *requested.more]
+    name = _name(requested, f"convert-{checkpoint.name}")
+    return Job(home, "convert", name, _logs(requested, output.parent), _options(requested, home), arguments)
 
 
-def _run_folder(asked: argparse.Namespace, overrides: Sequence[str]) -> Path:
-    config = load_config(asked.config, overrides, RunConfig)
-    limit = seconds_of(asked.time)
-    if config.stop.lead_s >= limit:
+def _run_folder(requested: argparse.Namespace, overrides: Sequence[str]) -> Path:
+    config = load_config(requested.config, overrides, RunConfig)
+    limit = seconds_of(requested.time)
+    if config.stop.grace_period_s >= limit:
         raise ConfigError(
-            f"stop.lead_s is {config.stop.lead_s:g}, and the time limit {limit} s: the run would stop before its first "
-            "step; give a longer --time or a smaller stop.lead_s"
+            f"stop.grace_period_s is {config.stop.grace_period_s:g}, and the time limit {limit} s: the run would "
+            "stop before its first step; give a longer --time or a smaller stop.grace_period_s"
         )
     return config.folder.absolute()
 
@@ -235,16 +237,16 @@ def _folder(text: str, option: str) -> Path:
     return path
 
 
-def _name(asked: argparse.Namespace, default: str) -> str:
-    return asked.job_name or default
+def _name(requested: argparse.Namespace, default: str) -> str:
+    return requested.job_name or default
 
 
-def _logs(asked: argparse.Namespace, beside: Path) -> Path:
-    return Path(asked.logs).absolute() if asked.logs else beside / "slurm"
+def _logs(requested: argparse.Namespace, beside: Path) -> Path:
+    return Path(requested.logs).absolute() if requested.logs else beside / "slurm"
 
 
-def _array(tasks: Sequence[object], asked: argparse.Namespace) -> str:
-    return f"--array=0-{len(tasks) - 1}" + (f"%{asked.at_once}" if asked.at_once else "")
+def _array(tasks: Sequence[object], requested: argparse.Namespace) -> str:
+    return f"--array=0-{len(tasks) - 1}" + (f"%{requested.at_once}" if requested.at_once else "")
 
 
 def _environment() -> dict[str, str]:

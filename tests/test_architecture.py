@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megadiff.config.load import load_config
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "megadiff").rglob("*.py"))
@@ -60,7 +60,11 @@ def cuda_words(path: Path) -> list[str]:
     return found
 
 
-WORDS_OF_THE_CONFIGURATION = {"megadiff/run_config.py": 1, "megadiff/trained.py": 1, "megadiff/export/opened.py": 1}
+WORDS_OF_THE_CONFIGURATION = {
+    "megadiff/run/config.py": 1,
+    "megadiff/run/load_model.py": 1,
+    "megadiff/export/opened.py": 1,
+}
 """The names of the choices themselves: `platform: Literal["auto", "cpu", "cuda"]`."""
 
 
@@ -96,7 +100,7 @@ def test_files_and_functions_stay_readable(path):
 
 
 def test_reading_a_run_description_imports_neither_torch_nor_megatron():
-    code = "import sys, megadiff.run_config; print(*{'torch', 'megatron', 'numpy'} & set(sys.modules))"
+    code = "import sys, megadiff.run.config; print(*{'torch', 'megatron', 'numpy'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
 
@@ -104,7 +108,7 @@ def test_reading_a_run_description_imports_neither_torch_nor_megatron():
 def test_importing_megadiff_does_nothing_to_torch():
     code = (
         "import torch; zeros, state = torch.zeros, torch.get_rng_state();"
-        "import megadiff.build, megadiff.trained;"
+        "import megadiff.run.build, megadiff.run.load_model;"
         "assert torch.zeros is zeros and torch.equal(state, torch.get_rng_state());"
         "assert not torch.distributed.is_initialized()"
     )

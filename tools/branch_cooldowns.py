@@ -122,7 +122,7 @@ def _stable_stretch(manifest: Manifest) -> tuple[int, int]:
     """
     from pydantic import ValidationError
 
-    from megadiff.run_config import RunConfig
+    from megadiff.run.config import RunConfig
 
     try:
         schedule = RunConfig.model_validate(manifest.config).lr_schedule()
@@ -131,7 +131,7 @@ def _stable_stretch(manifest: Manifest) -> tuple[int, int]:
             f"the trunk's settings are not of this version ({str(error).splitlines()[0]}); branch with the version "
             "that trained it"
         ) from None
-    return schedule.warmup_steps, schedule.steps - schedule.cooldown_steps
+    return schedule.warmup_steps, schedule.steps - schedule.decay_steps
 
 
 def _what_there_is(run_folder: Path, branchable: list[Path]) -> str:
@@ -154,12 +154,12 @@ def _write_settings(settings: dict[str, Any], trunk: Path, step: int, overrides:
 
     from megadiff.config.load import dump_config, load_config
     from megadiff.files import write_atomically
-    from megadiff.run_config import RunConfig
+    from megadiff.run.config import RunConfig
 
     tree = dict(settings)
     tree["name"] = f"{tree['name']}-cooldown-{length}"
     tree["checkpoint"] = {**tree["checkpoint"], "start_from": str(trunk.absolute())}
-    steps = {"steps": step + length, "cooldown": length, "tokens": None, "flops": None}
+    steps = {"steps": step + length, "decay_steps": length, "tokens": None, "flops": None}
     tree["schedule"] = {**tree["schedule"], **steps}
     with TemporaryDirectory() as place:
         before = Path(place) / "trunk.yaml"
@@ -183,7 +183,7 @@ def _compared(config: Path, manifest: Manifest, *, takes_data: bool) -> dict[str
     """
     from megadiff.checkpoint.manifest import differences
     from megadiff.config.load import load_config
-    from megadiff.run_config import RunConfig
+    from megadiff.run.config import RunConfig
 
     wanted = load_config(config, [], RunConfig).model_dump(mode="json", by_alias=True)
     for change in differences(manifest, wanted):

@@ -75,8 +75,8 @@ def _table(scans: list[Scan]) -> Table:
         table.add_column(name, justify="left" if name in ("dtype", "hashes") else "right")
     for found in scans:
         counts = (found.documents, found.empty_documents, found.tokens, found.padding_tokens)
-        row = [f"{count:,}" for count in counts]
-        table.add_row(found.prefix, *row, found.dtype, f"{found.bytes:,}", found.hashes, f"{found.errors:,}")
+        sequence = [f"{count:,}" for count in counts]
+        table.add_row(found.prefix, *sequence, found.dtype, f"{found.bytes:,}", found.hashes, f"{found.errors:,}")
     return table
 
 

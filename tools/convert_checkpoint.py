@@ -36,7 +36,7 @@ def main() -> None:
     back = commands.add_parser("import", help="a Hugging Face folder as a checkpoint to train from")
     back.add_argument("--input", type=Path, required=True, help="GIDD folder, or an autoregressive one that fits")
     back.add_argument("--output", type=Path, required=True, help="checkpoint folder to create")
-    back.add_argument("--seq-length", type=_positive, help="row length to train with (default: the folder's)")
+    back.add_argument("--seq-length", type=_positive, help="sequence length to train with (default: the folder's)")
     for command in (out, back):
         command.add_argument(
             "--tokenizer", help="tokenizer path, if it is not the one recorded in the run or the folder"
@@ -81,11 +81,11 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
 
     with quiet():
         from megadiff.model.attention import prompt_code
-        from megadiff.trained import open_trained
+        from megadiff.run.load_model import load_model
 
     @contextmanager
     def open_trainer(compute: str) -> Iterator[verify.Trainer]:
-        with open_trained(checkpoint, platform="cpu", compute=compute, tokenizer=arguments.tokenizer) as trained:  # type: ignore[arg-type]
+        with load_model(checkpoint, platform="cpu", compute=compute, tokenizer=arguments.tokenizer) as trained:  # type: ignore[arg-type]
             chunk = trained.chunks[0]
             for weight in chunk.parameters() if arguments.dtype else ():
                 weight.data.copy_(weight.data.to(DTYPES[arguments.dtype]))

@@ -1,10 +1,10 @@
 """Check that a parametrisation keeps activations and updates of equal size over widths and depths (CompleteP).
 
     python tools/coordinate_check.py --output examples/coordinate_check/completep.txt
-    python tools/coordinate_check.py --widths 128 256 512 --depths 2 4 8 --grid cross --without bulk_lr   # exits with 1
+    python tools/coordinate_check.py --widths 128 256 512 --depths 2 4 8 --grid cross --without hidden_lr   # exits 1
 
-Models of every size take a few optimizer steps on the same rows. One table shows the measured sizes, a second one the
-log-log slopes over width and depth with the band that each must stay in. If one does not, the exit code is 1 and a
+Models of every size take a few optimizer steps on the same sequences. One table shows the measured sizes, a second one
+the log-log slopes over width and depth with the band that each must stay in. If one does not, the exit code is 1 and a
 sentence explains it.
 
 `--without RULE` keeps one rule at its value for the smallest width and depth instead of scaling it. These are the rules
@@ -13,15 +13,16 @@ and the signs by which their absence is noticed:
     residual    4 / L on the branches. Stream and its change grow with depth.
     head        512 / d on the logits. Logits after the first step grow with width; later the loss is so low that
                 gradients vanish, and the slope with them.
-    bulk_init   0.4 / sqrt(d). The stream at the start grows with width.
-    embed_init  0.02, free of d; without: 1 / sqrt(d), as the bulk. The embedding at the start shrinks with width;
+    hidden_init   0.4 / sqrt(d). The stream at the start grows with width.
+    embed_init  0.02, free of d; without: 1 / sqrt(d), as hidden matrices. The embedding at the start shrinks with
+    width;
                 nothing behind it shows that, because the first norm divides it out.
     zero_head   0. Logits before the first step are not 0.
-    bulk_lr     eta / d. The change of the stream grows with width.
+    hidden_lr     eta / d. The change of the stream grows with width.
     embed_lr, head_lr, gain_lr, bias_lr
-                0.02 eta, free of d; without: eta / d, as the bulk. The change of the embedding, of the logits, of the
-                norms' gains, of the biases shrinks with width. Gains and biases are measured in the parameters alone:
-                a few steps of them hardly change the activations.
+                0.02 eta, free of d; without: eta / d, as hidden matrices. The change of the embedding, of the logits,
+                of the norms' gains, of the biases shrinks with width. Gains and biases are measured in the parameters
+                alone: a few steps of them hardly change the activations.
     eps         1e-8 / (d L). eps over the root mean square of the bulk's gradients grows with both. At the preset's eps
                 the ratio is 1e-10, so that no activation can show it.
     decay       weight decay times d. The relative decay of the bulk matrices in the first step, in which their
@@ -50,14 +51,14 @@ from torch import Tensor
 from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
-from megadiff.diffusion.noising import NoisedRows, noise_rows
+from megadiff.diffusion.noising import NoisedBatch, noise_batch
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.errors import run_command
 from megadiff.optim.groups import parameter_groups
 from megadiff.optim.member import load_member
 from megadiff.optim.rules import Scale
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.scaling.slopes import Band, Size, Verdict, judge
 
 with quiet():
@@ -70,8 +71,8 @@ with quiet():
 PRESET = Path(__file__).resolve().parent.parent / "examples" / "presets" / "gidd.yaml"
 VOCAB, MASK, HEAD_DIM, ROWS, LENGTH, STEPS = 260, 3, 32, 8, 32, 4
 SETTINGS = (
-    "name=coordinates", "data.train=[rows-made-here]", "data.tokenizer=byte", f"model.seq_length={LENGTH}",
-    f"batch.global_sequences={ROWS}", f"batch.micro_sequences={ROWS}", "schedule.steps=100000",
+    "name=coordinates", "data.train=[sequences-made-here]", "data.tokenizer=byte", f"model.seq_length={LENGTH}",
+    f"batch.global_batch_size={ROWS}", f"batch.micro_batch_size={ROWS}", "schedule.steps=100000",
     "precision.compute=fp32", "optimizer.lr=0.1", "optimizer.weight_decay=0.1",
 )  # fmt: skip
 """Settings common to all models of the check, applied before the overrides of the command line."""
@@ -93,7 +94,7 @@ BANDS = (
     Band("change of embedding", "width", -0.25, 0.25, "the embedding learns at a rate free of the width"),
     Band("change of gains", "width", -0.25, 0.25, "the norms' gains learn at a rate free of the width"),
     Band("change of biases", "width", -0.25, 0.25, "the biases learn at a rate free of the width"),
-    Band("decay of bulk", "width", -0.1, 0.1, "rate x decay is free of the width"),
+    Band("decay of hidden matrices", "width", -0.1, 0.1, "rate x decay is free of the width"),
     Band("eps / gradient", "width", -0.5, 0.5, "eps keeps to the gradients, which go with 1 / width"),
     Band("eps / gradient", "depth", -0.5, 0.5, "and with 1 / depth"),
 )
@@ -121,20 +122,20 @@ def _eps_without_size(group: dict[str, Any], config: RunConfig, base: Size) -> N
 OVERRIDES: dict[str, Callable[[int, Size], str]] = {
     "residual": lambda width, base: f"model.resid_scale={4 / base[1]}",
     "head": lambda width, base: f"model.head_scale={512 / base[0]}",
-    "bulk_init": lambda width, base: f"model.init_scale={0.4 * (width / base[0]) ** 0.5}",
+    "hidden_init": lambda width, base: f"model.init_scale={0.4 * (width / base[0]) ** 0.5}",
     "embed_init": lambda width, base: f"model.embed_init={0.02 * (base[0] / width) ** 0.5}",
     "zero_head": lambda width, base: "model.head_init=0.02",
 }
 """Rules that a setting removes, given the width and the smallest size."""
 
 EDITS: dict[str, tuple[tuple[Role, ...], Edit]] = {
-    "bulk_lr": (("bulk",), _lr_without_width),
+    "hidden_lr": (("hidden",), _lr_without_width),
     "embed_lr": (("embedding",), _lr_as_bulk),
     "head_lr": (("head",), _lr_as_bulk),
     "gain_lr": (("norm",), _lr_as_bulk),
     "bias_lr": (("bias",), _lr_as_bulk),
-    "eps": (("bulk", "embedding", "head", "norm", "bias"), _eps_without_size),
-    "decay": (("bulk",), _decay_without_width),
+    "eps": (("hidden", "embedding", "head", "norm", "bias"), _eps_without_size),
+    "decay": (("hidden",), _decay_without_width),
 }
 """Rules that are removed by changing the optimizer groups of some roles."""
 
@@ -153,7 +154,8 @@ def sizes(widths: Sequence[int], depths: Sequence[int], grid: str) -> list[Size]
 def check(
     grid: Sequence[Size], *, without: str | None = None, config: Path = PRESET, overrides: Sequence[str] = ()
 ) -> tuple[dict[Size, dict[str, float]], list[str]]:
-    """Measure every size in one open process group; return the statistics and a sentence for each violated property."""
+    """Measure every size in one open process group; return the statistics and a sentence for each violated
+    property."""
     base = (min(width for width, _ in grid), min(depth for _, depth in grid))
     platform = detect("cpu")
     topology = open_topology(Layout(1, 1, 1, 1, 1))
@@ -208,7 +210,7 @@ def _groups(model: Denoiser, config: RunConfig) -> dict[Role, dict[str, Any]]:
 def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunConfig) -> dict[str, float]:
     """`STEPS` optimizer steps on one batch, and what they did."""
     process = build_process(config.noise, vocab_size=VOCAB, mask_id=MASK)
-    rows = noise_rows(
+    sequences = noise_batch(
         _walks(), seed=0, sample_index=np.arange(ROWS), process=process, stratified=True, global_batch=ROWS
     )
     optimizer = load_member(config.optimizer.name).build(list(groups.values()), config.optimizer)
@@ -217,16 +219,18 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
     start: dict[str, list[Tensor]] = {}
     for step in range(STEPS + 1):
         with _watched(model) as seen:
-            logits = model(rows.noised)[..., :VOCAB]
+            logits = model(sequences.noised)[..., :VOCAB]
         seen["logits"] = [logits.detach().clone()]
         if step == 0:
             start = dict(seen)
             found.update({f"{name}, start": _size(value) for name, value in seen.items()})
         if step == 1:
             found["logits, step 1"] = _size(seen["logits"])
-            found["decay of bulk"] = _size(_moved(groups["bulk"]["params"], begin["bulk"])) / _size(begin["bulk"])
+            found["decay of hidden matrices"] = _size(_moved(groups["hidden"]["params"], begin["hidden"])) / _size(
+                begin["hidden"]
+            )
         optimizer.zero_grad()
-        _loss(logits, rows, process).backward()
+        _loss(logits, sequences, process).backward()
         if step < STEPS:
             optimizer.step()
     found.update({f"{name}, end": _size(value) for name, value in seen.items()})
@@ -234,20 +238,20 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
     seen_roles: dict[str, Role] = {"embedding": "embedding", "gains": "norm", "biases": "bias"}
     for name, role in seen_roles.items():
         found[f"change of {name}"] = _size(_moved(groups[role]["params"], begin[role]))
-    gradients = [p.grad for p in groups["bulk"]["params"] if p.grad is not None]
-    found["eps / gradient"] = groups["bulk"]["eps"] / _size(gradients)
+    gradients = [p.grad for p in groups["hidden"]["params"] if p.grad is not None]
+    found["eps / gradient"] = groups["hidden"]["eps"] / _size(gradients)
     return found
 
 
 def _walks() -> np.ndarray:
-    """Return clean rows in which a token depends on the previous one: they can be learned, and gradients agree."""
+    """Return clean sequences in which a token depends on the previous one: they can be learned, and gradients agree."""
     draw = np.random.default_rng(0)
     first, steps = draw.integers(0, 50, size=(ROWS, 1)), draw.integers(1, 4, size=(ROWS, LENGTH))
     return 4 + (first + np.cumsum(steps, axis=1)) % 50
 
 
-def _loss(logits: Tensor, rows: NoisedRows, process: NoiseProcess) -> Tensor:
-    terms = gidd_objective(logits.transpose(0, 1), rows.clean, rows.noised, rows.log_snr, mixing=process)
+def _loss(logits: Tensor, sequences: NoisedBatch, process: NoiseProcess) -> Tensor:
+    terms = gidd_objective(logits.transpose(0, 1), sequences.clean, sequences.noised, sequences.log_snr, mixing=process)
     return terms.loss.sum()
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from megadiff.config.command_line import CommandParser
 from megadiff.config.load import load_config
 from megadiff.errors import MegadiffError, run_command
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +71,9 @@ def main() -> None:
     _train(RANKS)
     _stage("4/7  evaluation", "the same checkpoint in one process")
     _run(
-        "tools/evaluate.py", "elbo", "--model", config.folder, "--data", DATA / "valid", "--rows", config.eval.rows,
-        "--noise-levels", config.eval.noise_levels, "--output", config.folder / "elbo.json",
+        "tools/evaluate.py", "elbo", "--model", config.folder, "--data", DATA / "valid",
+        "--sequences", config.eval.sequences, "--noise-levels", config.eval.num_noise_levels,
+        "--output", config.folder / "elbo.json",
     )  # fmt: skip
     _stage("5/7  samples", f"{SAMPLES} sequences of {SAMPLE_TOKENS} tokens, denoised from masks")
     texts = _run(
@@ -168,7 +169,7 @@ def _close(config: RunConfig, words: float, elapsed_s: float) -> None:
         return f"{nats:.3f} nats per token, {nats * bits:.3f} bits per byte"
 
     table = Table(title=f"results, after {elapsed_s / 60:.1f} minutes", show_header=False)
-    for row in (
+    for sequence in (
         ("text", f"{DATA}/corpus/", "train.jsonl, valid.jsonl, LICENSE.txt"),
         ("tokenizer", config.data.tokenizer, f"{VOCAB_SIZE:,} entries: 4 special ones, bytes, pieces of words"),
         ("data", f"{DATA}/train.bin, .idx, .json", "Megatron's format and a manifest"),
@@ -182,7 +183,7 @@ def _close(config: RunConfig, words: float, elapsed_s: float) -> None:
         ("report", f"{config.folder}/report.html", "curves, noise levels, throughput: open it in a browser"),
         ("exported", f"{EXPORTED}/", "safetensors, config.json, tokenizer, model card, code for transformers"),
     ):  # fmt: skip
-        table.add_row(*row)
+        table.add_row(*sequence)
     console.print(table)
     console.print(
         "try next\n"

@@ -37,7 +37,7 @@ def main() -> None:
     from megadiff.doctor import report
     from megadiff.doctor.examination import examine
     from megadiff.doctor.subject import Subject
-    from megadiff.run_config import RunConfig
+    from megadiff.run.config import RunConfig
 
     refuse_unknown(arguments, RunConfig)
     config, problem = None, None

@@ -11,7 +11,7 @@ from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError, run_command
 
 _EPILOG = """examples:
-  python tools/evaluate.py elbo --model runs/demo --data data/valid --rows 128 --noise-levels 8 --output elbo.json
+  python tools/evaluate.py elbo --model runs/demo --data data/valid --sequences 128 --noise-levels 8 --output elbo.json
   python tools/evaluate.py likelihood --model runs/demo --data pairs.jsonl --prompt-key question --completion-key answer
   python tools/evaluate.py likelihood --model runs/demo --data texts.jsonl --text-key text --output rolling.json
 """
@@ -42,9 +42,9 @@ def _elbo(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     found = trained.held_out_elbo(
         arguments.data,
         key="--data",
-        rows=arguments.rows,
-        noise_levels=arguments.noise_levels,
-        micro_sequences=arguments.micro_sequences,
+        sequences=arguments.sequences,
+        num_noise_levels=arguments.noise_levels,
+        micro_batch_size=arguments.micro_batch_size,
     )
     from megadiff.data.baselines import unigram_entropy
     from megadiff.data.indexed_reader import IndexedReader
@@ -59,16 +59,16 @@ def _elbo(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     from megadiff.eval.likelihood import BoundSettings
-    from megadiff.eval.texts_likelihood import Framing, pairs_likelihood, rolling_likelihood
+    from megadiff.eval.texts_likelihood import SpecialTokens, pairs_likelihood, rolling_likelihood
 
     settings = BoundSettings(
         draws=arguments.draws,
         estimator=arguments.estimator,
         seed=arguments.seed,
-        batch_rows=arguments.micro_sequences,
+        batch_size=arguments.micro_batch_size,
         context_length=trained.model.seq_length if arguments.fill_context else None,
     )
-    framing = Framing.like_the_data(trained, prepend_bos=arguments.prepend_bos, score_eos=arguments.score_eos)
+    framing = SpecialTokens.like_the_data(trained, prepend_bos=arguments.prepend_bos, score_eos=arguments.score_eos)
     data = Path(arguments.data)
     if arguments.text_key:
         found = rolling_likelihood(
@@ -90,13 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"
     )
     parser.add_argument("--data", required=True, help="elbo: prefix of indexed data; likelihood: a .jsonl file")
-    parser.add_argument("--micro-sequences", type=_positive, default=8, help="rows per forward pass (default 8)")
+    parser.add_argument("--micro-batch-size", type=_positive, default=8, help="sequences per forward pass (default 8)")
     parser.add_argument("--tokenizer", help="tokenizer path, if the run's own was moved")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--output", type=Path, help="also write the result here as JSON")
     elbo = parser.add_argument_group("elbo")
-    elbo.add_argument("--rows", type=_at_least_two, default=256, help="held-out rows (default 256)")
-    elbo.add_argument("--noise-levels", type=_positive, default=8, help="noise levels per row (default 8)")
+    elbo.add_argument("--sequences", type=_at_least_two, default=256, help="held-out sequences (default 256)")
+    elbo.add_argument("--noise-levels", type=_positive, default=8, help="noise levels per sequence (default 8)")
     texts = parser.add_argument_group("likelihood")
     texts.add_argument("--prompt-key", default="prompt", help="key of the given text (default prompt)")
     texts.add_argument("--completion-key", default="completion", help="key of the scored text (default completion)")
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         help="put bos before each prompt or document (default: as in the training data)",
     )
     texts.add_argument("--score-eos", action="store_true", help="put eos after each completion or document")
-    texts.add_argument("--fill-context", action="store_true", help="fill the model's row up with pure noise")
+    texts.add_argument("--fill-context", action="store_true", help="fill the model's sequence up with pure noise")
     texts.add_argument("--seed", type=int, default=0)
     return parser
 

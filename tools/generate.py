@@ -11,8 +11,8 @@ from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
+    from megadiff.run.load_model import InferenceModel
     from megadiff.sampling.standalone import Generated, Settings
-    from megadiff.trained import TrainedModel
 
 _EPILOG = """examples:
   python tools/generate.py --model runs/demo --num-tokens 64 --steps 64 --count 4
@@ -56,11 +56,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--top-p must lie in (0, 1], got {arguments.top_p}")
 
 
-def _given(arguments: argparse.Namespace, trained: TrainedModel) -> tuple[list[int], int]:
+def _given(arguments: argparse.Namespace, trained: InferenceModel) -> tuple[list[int], int]:
     """Return the prompt, with holes (-1) before the suffix if there is one, and the number of new tokens."""
-    from megadiff.eval.texts_likelihood import Framing
+    from megadiff.eval.texts_likelihood import SpecialTokens
 
-    start, _ = Framing.like_the_data(trained, prepend_bos=arguments.prepend_bos).ids(trained.tokenizer)
+    start, _ = SpecialTokens.like_the_data(trained, prepend_bos=arguments.prepend_bos).ids(trained.tokenizer)
     before, after = (trained.tokenizer.encode(text) for text in (arguments.prompt, arguments.suffix))
     before = [*start, *before]
     taken, holds = len(before) + len(after), trained.model.seq_length
@@ -81,7 +81,7 @@ def _given(arguments: argparse.Namespace, trained: TrainedModel) -> tuple[list[i
     return (before + [-1] * new + after, new) if after else (before, new)
 
 
-def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments: argparse.Namespace) -> None:
+def _sample(trained: InferenceModel, ids: list[int], settings: Settings, arguments: argparse.Namespace) -> None:
     import torch
 
     from megadiff.sampling.live import LiveDenoising
@@ -101,8 +101,8 @@ def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments
             seed=arguments.seed,
             on_step=trace if arguments.trace or live.is_drawn else None,
         )
-    for number, row in enumerate(found.sequences.tolist(), start=1):
-        text = printable(trained.tokenizer.decode(row))
+    for number, sequence in enumerate(found.sequences.tolist(), start=1):
+        text = printable(trained.tokenizer.decode(sequence))
         print(text if arguments.count == 1 else f"[{number}] {' '.join(text.split())}")
     if arguments.trace:
         about = (
@@ -114,11 +114,11 @@ def _sample(trained: TrainedModel, ids: list[int], settings: Settings, arguments
 
 
 def _new_tokens(found: Generated, ids: list[int]) -> int:
-    """Count the new tokens of the first row: those after the prompt and those in its holes."""
+    """Count the new tokens of the first sequence: those after the prompt and those in its holes."""
     return int(found.new_tokens[0]) + ids.count(-1)
 
 
-def _settings(arguments: argparse.Namespace, trained: TrainedModel, ids: list[int], new: int) -> Settings:
+def _settings(arguments: argparse.Namespace, trained: InferenceModel, ids: list[int], new: int) -> Settings:
     from megadiff.sampling.standalone import Settings
 
     behind = 0 if -1 in ids else new
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"
     )
-    parser.add_argument("--prompt", default="", help="text at the start of the row; it is never changed")
+    parser.add_argument("--prompt", default="", help="text at the start of the sequence; it is never changed")
     parser.add_argument("--suffix", default="", help="text after the new tokens, which fill the gap")
     parser.add_argument(
         "--prepend-bos",
@@ -162,15 +162,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=128, help="denoising steps of a block (default 128)")
     parser.add_argument("--block-length", type=int, help="number of tokens denoised at a time (default: all)")
     parser.add_argument("--tokens-per-step", type=int, help="adaptive: tokens written in a step (default: as needed)")
-    parser.add_argument("--num-tokens", type=int, help="new tokens (default: fill the model's row)")
-    parser.add_argument("--count", type=int, default=1, help="rows of text (default 1)")
+    parser.add_argument("--num-tokens", type=int, help="new tokens (default: fill the model's sequence)")
+    parser.add_argument("--count", type=int, default=1, help="sequences of text (default 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
     parser.add_argument("--top-k", type=int, help="keep only the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="keep only the fewest tokens that together reach p")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="above 1: follow the prompt more closely")
-    parser.add_argument("--stop-at-end", action="store_true", help="end a row at its first end-of-text token")
+    parser.add_argument("--stop-at-end", action="store_true", help="end a sequence at its first end-of-text token")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trace", type=Path, help="also write the denoising of the first row as one HTML page")
+    parser.add_argument("--trace", type=Path, help="also write the denoising of the first sequence as one HTML page")
     parser.add_argument("--tokenizer", help="tokenizer path, if the run's own was moved")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     return parser

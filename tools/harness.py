@@ -14,7 +14,7 @@ from megadiff.errors import ConfigError, DataError, PlatformError, run_command
 
 if TYPE_CHECKING:
     from megadiff.eval.harness import HarnessModel, HarnessSettings
-    from megadiff.trained import TrainedModel
+    from megadiff.run.load_model import InferenceModel
 
 _KEPT = ("results", "groups", "n-samples", "n-shot", "versions", "higher_is_better", "config", "lm_eval_version")
 
@@ -111,7 +111,7 @@ class _Tasks:
             print(make_table(results, "groups"))
 
 
-def _report(trained: TrainedModel, model: HarnessModel, results: dict[str, Any]) -> dict[str, Any]:
+def _report(trained: InferenceModel, model: HarnessModel, results: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": trained.manifest.step,
         **{key: results[key] for key in _KEPT if key in results},
@@ -122,14 +122,14 @@ def _report(trained: TrainedModel, model: HarnessModel, results: dict[str, Any])
 
 
 def _settings(arguments: argparse.Namespace) -> HarnessSettings:
-    from megadiff.eval.continuation import Manner
+    from megadiff.eval.continuation import GenerationConfig
     from megadiff.eval.harness import HarnessSettings
     from megadiff.eval.likelihood import BoundSettings
 
-    rows, seed = arguments.batch_size, arguments.seed
+    sequences, seed = arguments.batch_size, arguments.seed
     return HarnessSettings(
-        bound=BoundSettings(draws=arguments.noise_levels, seed=seed, batch_rows=rows),
-        manner=Manner(arguments.steps, arguments.block_length, arguments.sampler, seed, rows),
+        bound=BoundSettings(draws=arguments.noise_levels, seed=seed, batch_size=sequences),
+        config=GenerationConfig(arguments.steps, arguments.block_length, arguments.sampler, seed, sequences),
         context=arguments.context,
         prepend_bos=arguments.prepend_bos,
         check_greedy=not arguments.skip_greedy,
@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tasks", required=True, help="names of tasks or groups, comma-separated")
     parser.add_argument("--include-path", type=Path, help="a folder with task files of your own")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows for each forward pass (default 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences for each forward pass (default 8)")
     parser.add_argument("--limit", type=int, help="number of documents used of each task, from the first")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's own)")
     parser.add_argument("--output", type=Path, help="also write scores, likelihoods and texts here as JSON")

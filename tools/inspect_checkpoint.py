@@ -66,7 +66,7 @@ def _described(
     weights = {name: entry for name, entry in tensors.items() if not name.startswith("optimizer.")}
     lines = [
         f"{folder}: whole, {checked}",
-        f"step {manifest.step:,}, {manifest.samples:,} rows, {manifest.tokens:,} tokens",
+        f"step {manifest.step:,}, {manifest.samples:,} sequences, {manifest.tokens:,} tokens",
         f"model     {model.get('layers')} layers, hidden {model.get('hidden')}, heads {model.get('heads')}; "
         f"vocabulary {manifest.vocab_size:,} (mask id {manifest.mask_id}), noise shift {noise.get('shift')}",
         f"files     {len(manifest.files)}, {written:,} bytes; {len(weights)} weights of {len(tensors)} tensors",

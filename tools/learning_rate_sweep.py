@@ -4,7 +4,7 @@
 
 Under CompleteP the best rate should be the same at every size; under the standard parametrisation it should not. Runs
 are ordinary run folders and are trained one after the other in this process; finished runs are not repeated. They are
-compared by the held-out ELBO after the last step, on the same rows and noise for all, averaged over `--seeds`.
+compared by the held-out ELBO after the last step, on the same sequences and noise for all, averaged over `--seeds`.
 
 Source: the learning-rate transfer of arXiv:2512.10858, section 3.
 """
@@ -27,7 +27,7 @@ from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError, TrainingError, run_command
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.scaling.optimum import Optimum, grid_steps_apart, optimum
 from megadiff.train.metrics import read_metrics
 
@@ -72,7 +72,7 @@ def run(
         raise ConfigError(f"{config}: data.valid is empty; the sweep compares held-out bounds")
     if (found := _last_bound(described)) is None:
         with quiet():
-            from megadiff import build
+            from megadiff.run import build
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(TrainingError):
             build.run(described)
         found = _last_bound(described)
@@ -85,7 +85,7 @@ def _last_bound(config: RunConfig) -> float | None:
 
 
 def table(title: str, losses: Mapping[Size, Mapping[float, float]], best: Mapping[Size, Optimum]) -> Table:
-    """Return a table with a row per size: the bound at every rate, and the optimum."""
+    """Return a table with a sequence per size: the bound at every rate, and the optimum."""
     made = Table(title=title)
     grid = sorted({rate for found in losses.values() for rate in found})
     for name in ("width x depth", *(f"{rate:g}" for rate in grid), "best", "parabola"):

@@ -1,7 +1,8 @@
 """Compare the runs of an experiment by one of their settings: a table, and a figure drawn from their `metrics.jsonl`.
 
     python tools/plot_experiment.py runs/noise_interpolation/* --by noise.shift --output figure.png
-    python tools/plot_experiment.py runs/batch_size_sweep/* --by batch.global_sequences --targets 3.4 3.2 --output f.png
+    python tools/plot_experiment.py runs/batch_size_sweep/* --by batch.global_batch_size --targets 3.4 3.2 --output
+    f.png
 
 The left half shows the held-out bound against tokens, with its standard error, a line per run. The right half shows the
 last bound by the setting or, with `--targets`, the tokens that each run needed to reach a bound, by the setting (the
@@ -89,7 +90,7 @@ def ordered(curves: Sequence[Curve]) -> list[Curve]:
 
 
 def summary(curves: Sequence[Curve], setting: str, targets: Sequence[float]) -> Table:
-    """Return a table with a row per run."""
+    """Return a table with a sequence per run."""
     table = Table(title="held-out bound, nats per token")
     for name in ("run", setting, "tokens", "bound", "standard error", *(f"tokens to {target:g}" for target in targets)):
         table.add_column(name, justify="left" if name in ("run", setting) else "right")

@@ -44,7 +44,7 @@ def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> Table:
-    """Return a table with a row per run: its progress, and its last and best values."""
+    """Return a table with a sequence per run: its progress, and its last and best values."""
     table = Table(title="runs (nats per noisy token)")
     for name in ("run", "step", "tokens", "loss", "elbo", "held-out elbo", "best held-out", "tokens/s"):
         table.add_column(name, justify="left" if name == "run" else "right")

@@ -6,7 +6,7 @@ import sys
 
 from megadiff.config.command_line import CommandParser
 from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
-from megadiff.data.preprocess import Framing, preprocess
+from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.errors import run_command
 
 _EXAMPLE = """example:
@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
 
     corpus = corpus_from(args)
-    framing = Framing(prepend_bos=args.prepend_bos, append_eod=args.append_eod)
+    framing = DocumentMarkers(prepend_bos=args.prepend_bos, append_eod=args.append_eod)
     done = preprocess(
         corpus, args.output_prefix, args.tokenizer, framing=framing, workers=args.workers, overwrite=args.overwrite
     )

@@ -3,7 +3,7 @@
     python tools/topic_corpus.py --output runs/topics
 
 A topic is a distribution over 26 letters; a document draws all its letters from one topic. The loss of a model that has
-learned only letter frequencies is the entropy of the mixture; that of a model that infers a row's topic from its
+learned only letter frequencies is the entropy of the mixture; that of a model that infers a sequence's topic from its
 visible letters is nearly the entropy within a topic. Both are printed. No words, no order and no long training are
 needed, so that on a CPU different learning rates end at different losses (on real text all of them end at the letter
 frequencies). The files are train.jsonl and valid.jsonl; both have the same topics.

@@ -15,7 +15,7 @@ from megadiff.checkpoint.path_kinds import MANIFEST_NAME, no_checkpoint
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, StorageError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
-FORMAT = 4
+FORMAT = 5
 """Version of the manifest; a change of meaning raises it. 2: the manifest has a checksum of its own. 3: it has the
 positions of the data's sources, which a program that does not know them would lose. 4: the configuration inside names
 the noise process and the settings of families by new keys. No other version is read.
@@ -34,8 +34,8 @@ MUST_MATCH = (
     "noise",
     "objective",
     "conditioning",
-    "batch.global_sequences",
-    "batch.ramp",
+    "batch.global_batch_size",
+    "batch.rampup",
     "optimizer.name",
     "optimizer.parametrisation",
     "precision.compute",
@@ -43,7 +43,7 @@ MUST_MATCH = (
 )
 """Settings that define the run: they must not change on resuming; all others may."""
 
-_NEVER_MATTERS = ("objective.head",)
+_NEVER_MATTERS = ("objective.loss_kernel",)
 """Settings among those that affect only the way of computing, not the result."""
 
 MAY_BE_ALLOWED = ("seed", "noise", "objective", "conditioning")
@@ -88,7 +88,7 @@ class Manifest(BaseModel):
     format: int = Field(ge=0, le=2**31)
     step: int = Field(ge=0, le=2**62)
     samples: int = Field(ge=0, le=2**62)
-    """Number of rows the run has trained on."""
+    """Number of sequences the run has trained on."""
     tokens: int = Field(ge=0, le=2**62)
     config: dict[str, Any]
     """The resolved configuration tree."""
@@ -207,7 +207,7 @@ def check_allowed(allowed: Sequence[str]) -> None:
             raise ConfigError(
                 f"--allow-change {key}: {inside}{'it' if inside else 'this'} cannot change inside a run; "
                 f"--allow-change is for {', '.join(MAY_BE_ALLOWED)}; settings that do not define a run (such as "
-                "batch.micro_sequences or optimizer.lr) may always change"
+                "batch.micro_batch_size or optimizer.lr) may always change"
             )
 
 

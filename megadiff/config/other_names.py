@@ -37,6 +37,7 @@ _NAMES_BY_KEY: dict[str, str] = {
     "conditioning.pad_insertion": "conditioning.empty",
     "conditioning.pad_insertion_law": "conditioning.empty_law",
     "objective.name": "objective_type loss_type",
+    "objective.loss_kernel": "objective.head head",
     "objective.itakura_saito_weight": "objective.is_weight is_weight beta_is_div",
     "objective.weighting": "loss_weighting loss_weight weighting_scheme",
     "data.train": (
@@ -49,14 +50,16 @@ _NAMES_BY_KEY: dict[str, str] = {
     ),
     "data.tokenizer": "tokenizer_type tokenizer_model tokenizer_path tokenizer_name tokenizer_name_or_path vocab_file",
     "data.vocab_size": "vocabulary_size n_vocab padded_vocab_size",
-    "batch.global_sequences": (
-        "global_batch_size global_batch total_batch_size train_batch_size training.batch_size global_bs"
+    "batch.global_batch_size": (
+        "batch.global_sequences global_batch_size global_batch "
+        "total_batch_size train_batch_size training.batch_size global_bs"
     ),
-    "batch.micro_sequences": (
-        "micro_batch_size local_batch_size per_device_train_batch_size per_device_batch_size micro_batch mbs "
+    "batch.micro_batch_size": (
+        "batch.micro_sequences micro_batch_size local_batch_size "
+        " per_device_train_batch_size per_device_batch_size micro_batch mbs "
         "train_micro_batch_size_per_gpu device_batch_size per_gpu_batch_size"
     ),
-    "batch.ramp": "rampup_batch_size batch_size_rampup",
+    "batch.rampup": "batch.ramp rampup_batch_size batch_size_rampup",
     "parallel.tensor": (
         "tensor_model_parallel_size tensor_parallel_degree tensor_parallel_size tensor_parallel tp tp_size tp_degree "
         "model_parallel_size"
@@ -79,7 +82,7 @@ _NAMES_BY_KEY: dict[str, str] = {
         "gradient_checkpointing activation_checkpoint.mode recompute_method"
     ),
     "parallel.recompute_layers": "recompute_num_layers",
-    "parallel.tensor_overlap": "tp_comm_overlap enable_async_tensor_parallel",
+    "parallel.tp_comm_overlap": "parallel.tensor_overlap tp_comm_overlap enable_async_tensor_parallel",
     "precision.compute": "dtype torch_dtype mixed_precision mixed_precision_param param_dtype params_dtype",
     "precision.compute=bf16": "bf16 fp16 use_bf16 half_precision",
     "precision.fp8": "fp8_format fp8_recipe enable_fp8 use_fp8 float8",
@@ -100,11 +103,13 @@ _NAMES_BY_KEY: dict[str, str] = {
         "lr_warmup_iters warmup warmup_iters lr_warmup_steps num_warmup_steps warm_up lr_warmup lr_warmup_fraction "
         "warmup_ratio"
     ),
-    "schedule.cooldown": (
-        "lr_wsd_decay_iters decay_steps lr_decay_iters cooldown_steps decay_ratio lr_decay_steps decay_iters "
-        "lr_cooldown"
+    "schedule.decay_steps": (
+        "schedule.cooldown cooldown lr_wsd_decay_iters lr_decay_iters cooldown_steps decay_ratio lr_decay_steps "
+        "decay_iters lr_cooldown"
     ),
-    "schedule.shape": "lr_decay_style lr_scheduler_type lr_wsd_decay_style decay_type lr_schedule lr_scheduler",
+    "schedule.decay_shape": (
+        "schedule.shape lr_decay_style lr_scheduler_type lr_wsd_decay_style decay_type lr_schedule lr_scheduler"
+    ),
     "checkpoint.every": (
         "save_interval save_steps checkpoint_interval save_every ckpt_interval checkpoint.interval save_freq "
         "checkpoint_every save_frequency"
@@ -116,15 +121,16 @@ _NAMES_BY_KEY: dict[str, str] = {
     ),
     "checkpoint.async": "async_save async_mode async_checkpoint",
     "eval.every": "eval_interval eval_steps eval_freq validation_freq eval_every val_interval validation.freq",
-    "eval.rows": "eval_iters eval_batches eval_iters_per_eval max_eval_samples eval_samples",
-    "eval.noise_levels": "num_noise_levels eval_noise_levels",
+    "eval.sequences": "eval.rows eval_iters eval_batches eval_iters_per_eval max_eval_samples eval_samples",
+    "eval.num_noise_levels": "eval.noise_levels noise_levels eval_noise_levels",
     "log.every": "log_interval logging_steps log_freq metrics.log_freq log_every log_steps logging_interval",
     "log.tensorboard": "tensorboard_dir enable_tensorboard report_to use_tensorboard",
     "name": "run_name exp_name experiment_name experiment job_name",
+    "stop.grace_period_s": "stop.lead_s grace_period",
     "output_dir": "save out_dir dump_folder output save_dir checkpoint_dir output_path output_folder save_path run_dir",
     "seed": "random_seed data_seed manual_seed",
     "platform": "device backend distributed_backend accelerator",
-    "kernels": "transformer_impl",
+    "transformer_impl": "kernels",
 }
 """Names used elsewhere, separated by spaces, by the key of a run description (`key=value` where one value is meant)."""
 
@@ -141,10 +147,10 @@ _NAMES_BY_ANSWER: dict[str, str] = {
     "the number of ranks is given to the launcher (`torchrun --nproc-per-node N`)": (
         "nproc_per_node nnodes num_gpus gpus num_nodes world_size n_gpus num_processes nodes ranks devices"
     ),
-    "gradients are accumulated as batch.global_sequences and batch.micro_sequences require": (
+    "gradients are accumulated as batch.global_batch_size and batch.micro_batch_size require": (
         "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches"
     ),
-    "the batch of a step is batch.global_sequences, and what a rank takes at once is batch.micro_sequences": (
+    "the batch of a step is batch.global_batch_size, and what a rank takes at once is batch.micro_batch_size": (
         "batch_size bs batchsize"
     ),
     "a run's length is schedule.steps, schedule.tokens or schedule.flops; `--check` prints the epochs": (

@@ -24,7 +24,7 @@ from megadiff.config.section import Section
 from megadiff.config.suggestions import did_you_mean
 from megadiff.errors import ConfigError
 
-RUN = "megadiff.run_config.RunConfig"
+RUN = "megadiff.run.config.RunConfig"
 """Configuration that is described unless another is given."""
 
 _BOUNDS = {

@@ -1,6 +1,6 @@
-"""The data pipeline, from corpus files to batches of clean token rows.
+"""The data pipeline, from corpus files to batches of clean token sequences.
 
-Corpora are tokenized into indexed files (`preprocess`, `indexed_writer`), which `open` checks and `rows` packs into
-rows of fixed length. Blends (`blend`, `mixture`) decide which source each sample comes from, and `loader` serves the
-rows of each step to a data-parallel rank.
+Corpora are tokenized into indexed files (`preprocess`, `indexed_writer`), which `open` checks and `sequences` packs
+into sequences of fixed length. Blends (`blend`, `mixture`) decide which source each sample comes from, and `loader`
+serves the sequences of each step to a data-parallel rank.
 """

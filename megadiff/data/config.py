@@ -16,8 +16,8 @@ class SourceConfig(Section):
     """Prefix P of `P.bin` and `P.idx`, made by tools/preprocess_data.py or by Megatron."""
 
     weight: float | None = Field(default=None, gt=0)
-    """Share of the samples, relative to the other sources; any unit, above 0. If no source has a weight, sources share
-    by size, so that all finish an epoch together; a source without a weight beside others with one counts as 1.
+    """Share of the samples, relative to the other sources; any unit, above 0. If no source has a weight, sources
+    share by size, so that all finish an epoch together; a source without a weight beside others with one counts as 1.
     """
 
     @model_validator(mode="before")
@@ -43,16 +43,16 @@ class DataConfig(Section):
 
 
 class RampConfig(Section):
-    """A ramp of the batch size, as in `batch.ramp: {start: 64, increment: 64, every_steps: 500}`.
+    """A rampup of the batch size, as in `batch.rampup: {start: 64, increment: 64, every_steps: 500}`.
 
-    The size of every stage must be a multiple of micro_sequences x data-parallel ranks.
+    The size of every stage must be a multiple of micro_batch_size x data-parallel ranks.
     """
 
     start: int = Field(gt=0)
-    """Number of sequences in the first steps, at most global_sequences."""
+    """Number of sequences in the first steps, at most global_batch_size."""
 
     increment: int = Field(gt=0)
-    """Number of sequences added in each stage, up to global_sequences."""
+    """Number of sequences added in each stage, up to global_batch_size."""
 
     every_steps: int = Field(gt=0)
     """Number of steps in a stage."""
@@ -61,20 +61,20 @@ class RampConfig(Section):
 class BatchConfig(Section):
     """The number of sequences in a step, and in a microbatch."""
 
-    global_sequences: int = Field(gt=0)
-    """Number of sequences in a step over all ranks; a multiple of micro_sequences x data-parallel ranks."""
+    global_batch_size: int = Field(gt=0)
+    """Number of sequences in a step over all ranks; a multiple of micro_batch_size x data-parallel ranks."""
 
-    ramp: RampConfig | None = None
-    """Growth of the global batch to global_sequences; unset for a constant size."""
+    rampup: RampConfig | None = None
+    """Growth of the global batch to global_batch_size; unset for a constant size."""
 
-    micro_sequences: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0)
     """Number of sequences per rank in one forward-backward pass."""
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> BatchConfig:
-        if self.ramp is not None and self.ramp.start > self.global_sequences:
+        if self.rampup is not None and self.rampup.start > self.global_batch_size:
             raise ValueError(
-                f"batch.ramp.start is {self.ramp.start}, above batch.global_sequences = {self.global_sequences}, where "
-                "the ramp ends; lower it, or leave the ramp out"
+                f"batch.rampup.start is {self.rampup.start}, above batch.global_batch_size = "
+                f"{self.global_batch_size}, where the rampup ends; lower it, or leave the rampup out"
             )
         return self

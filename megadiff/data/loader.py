@@ -1,8 +1,8 @@
 """Loader of this data-parallel rank's microbatches, prepared one step ahead in a thread.
 
 The global batch of a step is the samples first .. first + sequences - 1 (`batch_sizes`). Microbatch m of rank r takes
-the `micro_sequences` samples from first + (m * dp_size + r) * micro_sequences on: the set of samples in a step depends
-on neither `dp_size` nor `micro_sequences`. The only resumable state is the number of steps taken so far.
+the `micro_batch_size` samples from first + (m * dp_size + r) * micro_batch_size on: the set of samples in a step
+depends on neither `dp_size` nor `micro_batch_size`. The only resumable state is the number of steps taken so far.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from megadiff.data.batch_sizes import BatchSizes, StepBatch
-from megadiff.data.rows import TrainingRows
+from megadiff.data.sequences import TrainingSequences
 
 T = TypeVar("T")
 
 RowTransform = Callable[[np.ndarray, list[int], StepBatch], T]
-"""Transform of (clean rows [b, L], their global sample indices, the global batch they belong to) to content."""
+"""Transform of (clean sequences [b, L], their global sample indices, the global batch they belong to) to content."""
 
 _STOP_CHECK_S = 0.1
 
 
 def microbatch_samples(
-    step_first_sample: int, *, micro_sequences: int, dp_rank: int, dp_size: int, microbatch: int
+    step_first_sample: int, *, micro_batch_size: int, dp_rank: int, dp_size: int, microbatch: int
 ) -> list[int]:
-    """Return the global sample indices of one microbatch of one data-parallel rank: [micro_sequences]."""
-    first = step_first_sample + (microbatch * dp_size + dp_rank) * micro_sequences
-    return list(range(first, first + micro_sequences))
+    """Return the global sample indices of one microbatch of one data-parallel rank: [micro_batch_size]."""
+    first = step_first_sample + (microbatch * dp_size + dp_rank) * micro_batch_size
+    return list(range(first, first + micro_batch_size))
 
 
-class Share(NamedTuple):
+class DataShard(NamedTuple):
     """The part of each step's sequences that this rank gets."""
 
-    micro_sequences: int
+    micro_batch_size: int
     """Number of sequences in one microbatch of one rank."""
 
     dp_rank: int = 0
@@ -58,21 +58,21 @@ class Microbatch(NamedTuple, Generic[T]):
     """Global sample indices, [b]."""
 
     content: T
-    """Clean rows [b, L] int64, or the output of the row transform."""
+    """Clean sequences [b, L] int64, or the output of the sequence transform."""
 
 
-class RowLoader(Generic[T]):
+class SequenceLoader(Generic[T]):
     """An endless iterator of this rank's microbatches, `microbatches_in(step)` of them for each step.
 
-    Rows are read and transformed by one background thread; an error there is raised by the `next` that would have
+    Sequences are read and transformed by one background thread; an error there is raised by the `next` that would have
     returned its microbatch. Close the loader (or use it in a `with`) to end the thread.
 
     Args:
-        rows: the run's rows by global sample index.
-        row_transform: maps clean rows [b, L], their samples and the global batch of these to content; a pure function.
-            `clean_rows` returns the rows unchanged.
+        sequences: the run's sequences by global sample index.
+        sequence_transform: maps clean sequences [b, L], their samples and the global batch of these to content; a pure
+            function. `clean_sequences` returns the sequences unchanged.
         sizes: number of sequences in every step.
-        share: this rank's part of each.
+        shard: this rank's part of each.
         first_step: number of steps taken before.
         prefetch: number of microbatches kept ready; by default those of a step (of the largest, and at least two),
             since a step takes all of its own at once.
@@ -83,33 +83,33 @@ class RowLoader(Generic[T]):
 
     def __init__(
         self,
-        rows: TrainingRows,
-        row_transform: RowTransform[T],
+        sequences: TrainingSequences,
+        sequence_transform: RowTransform[T],
         *,
         sizes: BatchSizes,
-        share: Share,
+        shard: DataShard,
         first_step: int = 0,
         prefetch: int | None = None,
     ) -> None:
-        sizes.check(micro_sequences=share.micro_sequences, dp_size=share.dp_size)
-        self._sizes, self._share = sizes, share
+        sizes.check(micro_batch_size=shard.micro_batch_size, dp_size=shard.dp_size)
+        self._sizes, self._shard = sizes, shard
         self._steps_taken, self._left_in_step = first_step, self.microbatches_in(first_step)
         if prefetch is None:
-            prefetch = max(2, sizes.global_sequences // (share.micro_sequences * share.dp_size))
+            prefetch = max(2, sizes.global_batch_size // (shard.micro_batch_size * shard.dp_size))
         self._failure: BaseException | None = None
         self._ready: queue.Queue[Microbatch[T] | _Failed] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
-        order = _sample_order(sizes, share, first_step)
+        order = _sample_order(sizes, shard, first_step)
         # The thread must not reference the loader, or a loader dropped without `close` would never end it.
-        arguments = (rows, row_transform, order, self._ready, self._stop)
-        self._thread = threading.Thread(target=_prefetch, args=arguments, name="megadiff-row-loader", daemon=True)
+        arguments = (sequences, sequence_transform, order, self._ready, self._stop)
+        self._thread = threading.Thread(target=_prefetch, args=arguments, name="megadiff-sequence-loader", daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         self._thread.start()
 
     def microbatches_in(self, step: int) -> int:
         """Return the number of this rank's microbatches in a step."""
-        share = self._share
-        return self._sizes.num_microbatches(step, micro_sequences=share.micro_sequences, dp_size=share.dp_size)
+        shard = self._shard
+        return self._sizes.num_microbatches(step, micro_batch_size=shard.micro_batch_size, dp_size=shard.dp_size)
 
     @property
     def steps_taken(self) -> int:
@@ -144,7 +144,7 @@ class RowLoader(Generic[T]):
         self._stop.set()
         self._thread.join()
 
-    def __enter__(self) -> RowLoader[T]:
+    def __enter__(self) -> SequenceLoader[T]:
         return self
 
     def __exit__(
@@ -153,8 +153,8 @@ class RowLoader(Generic[T]):
         self.close()
 
 
-def clean_rows(clean: np.ndarray, samples: list[int], batch: StepBatch) -> np.ndarray:
-    """Return the rows unchanged."""
+def clean_sequences(clean: np.ndarray, samples: list[int], batch: StepBatch) -> np.ndarray:
+    """Return the sequences unchanged."""
     del samples, batch
     return clean
 
@@ -163,32 +163,32 @@ class _Failed(NamedTuple):
     error: BaseException
 
 
-def _sample_order(sizes: BatchSizes, share: Share, step: int) -> Iterator[tuple[StepBatch, list[int]]]:
+def _sample_order(sizes: BatchSizes, shard: DataShard, step: int) -> Iterator[tuple[StepBatch, list[int]]]:
     """Yield the global batch and the samples of each of this rank's microbatches, from `step` on."""
-    micro, rank, ranks = share
+    micro, rank, ranks = shard
     while True:
         batch = sizes.batch_of(step)
-        for microbatch in range(sizes.num_microbatches(step, micro_sequences=micro, dp_size=ranks)):
+        for microbatch in range(sizes.num_microbatches(step, micro_batch_size=micro, dp_size=ranks)):
             yield (
                 batch,
                 microbatch_samples(
-                    batch.first_sample, micro_sequences=micro, dp_rank=rank, dp_size=ranks, microbatch=microbatch
+                    batch.first_sample, micro_batch_size=micro, dp_rank=rank, dp_size=ranks, microbatch=microbatch
                 ),
             )
         step += 1
 
 
 def _prefetch(
-    rows: TrainingRows,
-    row_transform: RowTransform[T],
+    sequences: TrainingSequences,
+    sequence_transform: RowTransform[T],
     order: Iterator[tuple[StepBatch, list[int]]],
     ready: queue.Queue[Microbatch[T] | _Failed],
     stop: threading.Event,
 ) -> None:
     for batch, samples in order:
         try:
-            made = Microbatch(batch, samples, row_transform(rows.rows(samples), samples, batch))
-        except BaseException as error:  # any exception is raised again in the thread that consumes the rows
+            made = Microbatch(batch, samples, sequence_transform(sequences.sequences(samples), samples, batch))
+        except BaseException as error:  # any exception is raised again in the thread that consumes the sequences
             made = _Failed(error)
         while not stop.is_set():
             try:

@@ -11,7 +11,13 @@ from megadiff.data.config import DataConfig, SourceConfig
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture, Position, Source, first_mixture
 from megadiff.data.overlap import opening_fingerprint
-from megadiff.data.rows import GrownRows, PackedRows, TrainingRows, ValidationRows, sequences_in
+from megadiff.data.sequences import (
+    GrownSequences,
+    PackedSequences,
+    TrainingSequences,
+    ValidationSequences,
+    sequences_in,
+)
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, DataError
 
@@ -35,10 +41,10 @@ class TrainingSource:
 class OpenData:
     """A run's data, opened and checked."""
 
-    train: TrainingRows
+    train: TrainingSequences
     """Sequences by global sample index."""
 
-    valid: tuple[ValidationRows, ...]
+    valid: tuple[ValidationSequences, ...]
     """Validation data, one per source of `data.valid`, in that order."""
 
     fingerprint: str
@@ -69,7 +75,7 @@ class OpenData:
         """
         if [position.content for position in mixture.sources] != self.contents:
             raise ValueError("a mixture of other sources")
-        train = _training_rows(self.sources, self.weights, mixture, self.train.seq_length, self.seed)
+        train = _training_sequences(self.sources, self.weights, mixture, self.train.seq_length, self.seed)
         return replace(self, train=train, mixture=mixture)
 
     def mixture_at(self, sample: int) -> Mixture:
@@ -93,7 +99,13 @@ class OpenData:
 
 
 def open_data(
-    config: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, valid_rows: int, full_scan: bool = False
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seq_length: int,
+    seed: int,
+    valid_sequences: int,
+    full_scan: bool = False,
 ) -> OpenData:
     """Open all sources of a new run; `OpenData.continued` moves them to the positions of a resumed run.
 
@@ -105,7 +117,7 @@ def open_data(
         tokenizer: the run's tokenizer.
         seq_length: L.
         seed: seed of the run; determines the order of the sequences.
-        valid_rows: maximal number of sequences per validation source.
+        valid_sequences: maximal number of sequences per validation source.
         full_scan: check every token id now instead of some 300 spans per source; the rest is checked when it is read.
 
     Raises:
@@ -117,9 +129,11 @@ def open_data(
     sources, weights = _distinct(config.train, readers, seq_length)
     mixture = first_mixture(_identities(sources, seq_length))
     return OpenData(
-        train=_training_rows(sources, weights, mixture, seq_length, seed),
+        train=_training_sequences(sources, weights, mixture, seq_length, seed),
         valid=tuple(
-            ValidationRows(reader, seq_length, num_rows=valid_rows, name=reader.prefix.rpartition("/")[2])
+            ValidationSequences(
+                reader, seq_length, num_sequences=valid_sequences, name=reader.prefix.rpartition("/")[2]
+            )
             for reader in valid
         ),
         fingerprint=_fingerprint(sources, weights),
@@ -159,15 +173,15 @@ def _distinct(
     return sources, tuple(sum(given[place] for place in found) for found in places.values())
 
 
-def _training_rows(
+def _training_sequences(
     sources: Sequence[TrainingSource],
     weights: Sequence[float] | None,
     mixture: Mixture,
     seq_length: int,
     seed: int,
-) -> TrainingRows:
+) -> TrainingSequences:
     positions = zip(sources, mixture.sources, strict=True)
-    return TrainingRows(
+    return TrainingSequences(
         [_stream(source.reader, seq_length, position, seed) for source, position in positions],
         weights,
         seed=seed,
@@ -178,10 +192,10 @@ def _training_rows(
     )
 
 
-def _stream(reader: IndexedReader, seq_length: int, position: Position, seed: int) -> PackedRows | GrownRows:
+def _stream(reader: IndexedReader, seq_length: int, position: Position, seed: int) -> PackedSequences | GrownSequences:
     if position.parts:
-        return GrownRows(reader, seq_length, seed=seed, position=position)
-    return PackedRows(reader, seq_length, seed=seed, name=position.name)
+        return GrownSequences(reader, seq_length, seed=seed, position=position)
+    return PackedSequences(reader, seq_length, seed=seed, name=position.name)
 
 
 def _identities(sources: Sequence[TrainingSource], seq_length: int) -> list[Source]:
@@ -207,14 +221,16 @@ def _common(values: Sequence[bool]) -> bool | None:
     return values[0] if len(set(values)) == 1 else None
 
 
-def open_validation(prefix: str, tokenizer: Tokenizer, *, seq_length: int, rows: int, key: str) -> ValidationRows:
+def open_validation(
+    prefix: str, tokenizer: Tokenizer, *, seq_length: int, sequences: int, key: str
+) -> ValidationSequences:
     """Open one validation source, for a command without a run's configuration.
 
     Args:
         prefix: P of `P.bin` and `P.idx`.
         tokenizer: the model's tokenizer.
         seq_length: L.
-        rows: maximal number of sequences.
+        sequences: maximal number of sequences.
         key: name of the option that gave the prefix, for messages.
 
     Raises:
@@ -222,7 +238,7 @@ def open_validation(prefix: str, tokenizer: Tokenizer, *, seq_length: int, rows:
     """
     remedy = "give data made with the model's tokenizer"
     reader = _checked(key, prefix, tokenizer, full_scan=False, owner="the model's", remedy=remedy)
-    return ValidationRows(reader, seq_length, num_rows=rows, name=reader.prefix.rpartition("/")[2])
+    return ValidationSequences(reader, seq_length, num_sequences=sequences, name=reader.prefix.rpartition("/")[2])
 
 
 def _checked(

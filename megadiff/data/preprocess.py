@@ -40,7 +40,7 @@ _MOST_DOCUMENT_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Framing:
+class DocumentMarkers:
     """Special tokens put around each document's tokens."""
 
     prepend_bos: bool = False
@@ -73,7 +73,7 @@ def preprocess(
     prefix: str | Path,
     tokenizer_path: str | Path,
     *,
-    framing: Framing | None = None,
+    framing: DocumentMarkers | None = None,
     workers: int = 1,
     overwrite: bool = False,
 ) -> PreprocessSummary:
@@ -94,7 +94,7 @@ def preprocess(
     """
     if workers < 1:
         raise DataError(f"--workers must be at least 1, found {workers}")
-    framing = framing or Framing()
+    framing = framing or DocumentMarkers()
     tokenizer = load_tokenizer(tokenizer_path)
     _refuse_framing(tokenizer, framing)
     started_s = time.monotonic()
@@ -121,7 +121,7 @@ def preprocess(
     return PreprocessSummary(manifest, report, time.monotonic() - started_s)
 
 
-def _refuse_framing(tokenizer: Tokenizer, framing: Framing) -> None:
+def _refuse_framing(tokenizer: Tokenizer, framing: DocumentMarkers) -> None:
     for flag, asked, token_id, what in (
         ("--append-eod", framing.append_eod, tokenizer.eos_id, "an end-of-text token"),
         ("--prepend-bos", framing.prepend_bos, tokenizer.bos_id, "a begin-of-text token"),
@@ -131,7 +131,7 @@ def _refuse_framing(tokenizer: Tokenizer, framing: Framing) -> None:
 
 
 def _tokenized(
-    corpus: Corpus, tokenizer_path: str, tokenizer: Tokenizer, framing: Framing, workers: int
+    corpus: Corpus, tokenizer_path: str, tokenizer: Tokenizer, framing: DocumentMarkers, workers: int
 ) -> Iterator[_Tokenized]:
     """Yield tokenized batches in order; count faulty documents as bad lines of the corpus."""
     batches = _batches(corpus.located_documents())
@@ -211,7 +211,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _tokenize(tokenizer: Tokenizer, framing: Framing, texts: Sequence[str]) -> _Tokenized:
+def _tokenize(tokenizer: Tokenizer, framing: DocumentMarkers, texts: Sequence[str]) -> _Tokenized:
     """Tokenize a batch; a document whose text yields no token (all of it normalised away) is left out."""
     ids = _Ids(tokenizer, framing)
     faults: list[tuple[int, str]] = []
@@ -242,7 +242,7 @@ def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Iterable[li
 class _Ids:
     """Token ids of documents, one after another, in their stored type."""
 
-    def __init__(self, tokenizer: Tokenizer, framing: Framing) -> None:
+    def __init__(self, tokenizer: Tokenizer, framing: DocumentMarkers) -> None:
         self._vocab_size, self._mask_id = tokenizer.vocab_size, tokenizer.mask_id
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._before = [tokenizer.bos_id] if framing.prepend_bos else []
@@ -289,10 +289,10 @@ class _Ids:
         self._ids.frombytes(found.astype(self._dtype).tobytes())
 
 
-_worker_setup: tuple[Tokenizer, Framing] | None = None
+_worker_setup: tuple[Tokenizer, DocumentMarkers] | None = None
 
 
-def _start_worker(tokenizer_path: str, framing: Framing) -> None:
+def _start_worker(tokenizer_path: str, framing: DocumentMarkers) -> None:
     global _worker_setup
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are already parallel
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -138,8 +138,8 @@ def _seen(position: Position) -> str:
 
 def _repeated(data: OpenData, place: int, end: int) -> int:
     """Return the number of sequences still to come from a source that will have been seen before."""
-    rows, start, in_all = data.train.sources[place], data.train.starts[place], data.train.drawn_before(end)[place]
-    return in_all - start - (rows.unseen(start) - rows.unseen(in_all))
+    sequences, start, in_all = data.train.sources[place], data.train.starts[place], data.train.drawn_before(end)[place]
+    return in_all - start - (sequences.unseen(start) - sequences.unseen(in_all))
 
 
 def change_advice(before: Mixture, data: OpenData, *, end: int) -> list[Advice]:
@@ -168,7 +168,7 @@ def change_advice(before: Mixture, data: OpenData, *, end: int) -> list[Advice]:
     return found
 
 
-def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_rows: int) -> list[Advice]:
+def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_sequences: int) -> list[Advice]:
     """Return likely mistakes in a run's data.
 
     A source is repeated too often if it goes through more than `MOST_EPOCHS` epochs, or through more than one and more
@@ -179,12 +179,12 @@ def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_ro
         config: the `data` section.
         end: number of samples of the whole run.
         length: setting that determines the length of the run, with its value.
-        eval_rows: number of sequences requested from each validation source.
+        eval_sequences: number of sequences requested from each validation source.
     """
     return [
         *_weights_advice(data, config),
         *_repeats_advice(data, end, length),
-        *_validation_advice(data, config, eval_rows),
+        *_validation_advice(data, config, eval_sequences),
     ]
 
 
@@ -240,7 +240,7 @@ def _uneven(source: TrainingSource, times: float, least: TrainingSource, least_t
     )
 
 
-def _validation_advice(data: OpenData, config: DataConfig, eval_rows: int) -> list[Advice]:
+def _validation_advice(data: OpenData, config: DataConfig, eval_sequences: int) -> list[Advice]:
     if not data.valid:
         return [
             Advice("data.valid is empty: no held-out bound will be measured", "preprocess a part of the corpus for it")
@@ -254,12 +254,12 @@ def _validation_advice(data: OpenData, config: DataConfig, eval_rows: int) -> li
                     "keep text apart for validation",
                 )
             )
-        if eval_rows > source.available:
+        if eval_sequences > source.available:
             found.append(
                 Advice(
-                    f"eval.rows is {eval_rows:,}, but data.valid[{place}] ({source.name}) has {source.available:,} "
-                    "sequences: all of them are measured, and no more",
-                    "give more validation text or lower eval.rows",
+                    f"eval.sequences is {eval_sequences:,}, but data.valid[{place}] ({source.name}) has "
+                    f"{source.available:,} sequences: all of them are measured, and no more",
+                    "give more validation text or lower eval.sequences",
                 )
             )
     held = sum(source.num_tokens for source in data.valid)

@@ -1,7 +1,8 @@
-"""Conditioning of a row before it is noised: empty tokens, noise-free positions, the pattern of its noise levels.
+"""Conditioning of a sequence before it is noised: empty tokens, noise-free positions, the pattern of its noise levels.
 
-All draws come from counter streams keyed by (seed, row), so a row's conditioning is a function of its global index.
-The order is the reference's: empty tokens first, then prompts and infilling, then levels (arXiv:2512.10858, 4.1).
+All draws come from counter streams keyed by (seed, sequence), so a sequence's conditioning is a function of its global
+index. The order is the reference's: empty tokens first, then prompts and infilling, then levels (arXiv:2512.10858,
+4.1).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 class NoisePattern(IntEnum):
-    """The pattern of noise levels along a row."""
+    """The pattern of noise levels along a sequence."""
 
     ISOTROPIC = 0
     """One level throughout."""
@@ -35,36 +36,38 @@ class NoisePattern(IntEnum):
 
 
 @dataclass(frozen=True)
-class RowDraws:
-    """Outcomes of the rows' coins, before any token is touched; arrays of [B]."""
+class SequenceDraws:
+    """Outcomes of the sequences' coins, before any token is touched; arrays of [B]."""
 
-    levels: npt.NDArray[np.int8]
+    pattern: npt.NDArray[np.int8]
     """Members of `NoisePattern`."""
     prompt_fraction: FloatArray
-    """Fraction f of the row that is prompt; below 0 without a prompt."""
+    """Fraction f of the sequence that is prompt; below 0 without a prompt."""
     infill_fraction: FloatArray
     """Probability that a token is kept for infilling; 0 without infilling."""
     empty_fraction: FloatArray
     """Drawn share of empty tokens."""
 
-    def of(self, which: IntArray) -> RowDraws:
-        """Select some rows."""
-        return RowDraws(
-            self.levels[which], self.prompt_fraction[which], self.infill_fraction[which], self.empty_fraction[which]
+    def of(self, which: IntArray) -> SequenceDraws:
+        """Select some sequences."""
+        return SequenceDraws(
+            self.pattern[which], self.prompt_fraction[which], self.infill_fraction[which], self.empty_fraction[which]
         )
 
 
-def draw_rows(stream: Stream, rows: IntArray, config: ConditioningConfig) -> RowDraws:
-    """Draw the row-level coins of `conditioning`, one counter block each at positions 0 to 5 of the row."""
+def draw_sequences(stream: Stream, sequences: IntArray, config: ConditioningConfig) -> SequenceDraws:
+    """Draw the sequence-level coins of `conditioning`, one counter block each at positions 0 to 5 of the sequence."""
     if not any((config.per_token_noise, config.linear_noise, config.prompt, config.infilling, config.pad_insertion)):
-        nothing = np.zeros(len(rows))
-        return RowDraws(np.full(len(rows), NoisePattern.ISOTROPIC, dtype=np.int8), nothing - 1.0, nothing, nothing)
-    kind, prompt_coin, prompt_r, infill_coin, infill_r, empty_r = stream.uniforms(rows, 6).T
-    levels = np.where(kind < config.per_token_noise + config.linear_noise, NoisePattern.LINEAR, NoisePattern.ISOTROPIC)
-    levels = np.where(kind < config.per_token_noise, NoisePattern.PER_TOKEN, levels).astype(np.int8)
+        nothing = np.zeros(len(sequences))
+        return SequenceDraws(
+            np.full(len(sequences), NoisePattern.ISOTROPIC, dtype=np.int8), nothing - 1.0, nothing, nothing
+        )
+    kind, prompt_coin, prompt_r, infill_coin, infill_r, empty_r = stream.uniforms(sequences, 6).T
+    pattern = np.where(kind < config.per_token_noise + config.linear_noise, NoisePattern.LINEAR, NoisePattern.ISOTROPIC)
+    pattern = np.where(kind < config.per_token_noise, NoisePattern.PER_TOKEN, pattern).astype(np.int8)
     prompt = np.where(prompt_coin < config.prompt, config.max_fraction * arccos_law(prompt_r), -1.0)
     infill = np.where(infill_coin < config.infilling, config.max_fraction * arccos_law(infill_r), 0.0)
-    return RowDraws(levels, prompt, infill, config.pad_insertion * empty_r)
+    return SequenceDraws(pattern, prompt, infill, config.pad_insertion * empty_r)
 
 
 def arccos_law(r: npt.ArrayLike) -> FloatArray:
@@ -74,14 +77,14 @@ def arccos_law(r: npt.ArrayLike) -> FloatArray:
 
 
 def prompt_lengths(fraction: FloatArray, length: int) -> IntArray:
-    """Return the number of tokens i with i <= f (L - 1): at least 1 for a drawn prompt, 0 for a row without one
+    """Return the number of tokens i with i <= f (L - 1): at least 1 for a drawn prompt, 0 for a sequence without one
     (fraction below 0)."""
     whole = np.floor(fraction * (length - 1)).astype(np.int64) + 1
     return np.where(fraction < 0, 0, whole)
 
 
 def linear_log_snr(length: int, schedule: NoiseSchedule) -> FloatArray:
-    """Return the levels [L] of a linear row: alpha = 1 - i / (L + 1) for i = 1..L, whatever the schedule.
+    """Return the levels [L] of a linear sequence: alpha = 1 - i / (L + 1) for i = 1..L, whatever the schedule.
 
     They are clipped to the schedule's interval.
     """
@@ -90,34 +93,36 @@ def linear_log_snr(length: int, schedule: NoiseSchedule) -> FloatArray:
 
 
 def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:
-    """Return the number of empty tokens of each row of `length`, [B].
+    """Return the number of empty tokens of each sequence of `length`, [B].
 
-    share: f L rounded, so that a share f of the visible row is empty, as the paper says.
-    released: ceil(L f / (1 - f)), as the released code has it: f / (1 - f) of the visible row, up to 25 % for 20 %.
+    share: f L rounded, so that a share f of the visible sequence is empty, as the paper says.
+    released: ceil(L f / (1 - f)), as the released code has it: f / (1 - f) of the visible sequence, up to 25 % for 20
+        %.
     """
     if law == "released":
         return np.minimum(np.ceil(length * fraction / (1.0 - fraction)).astype(np.int64), length)
     return np.floor(length * fraction + 0.5).astype(np.int64)
 
 
-def empty_positions(stream: Stream, rows: IntArray, counts: IntArray, length: int) -> BoolArray:
-    """Draw the places of a row's `counts` empty tokens, uniformly among all: [B, L] bool, `counts` trues a row."""
-    is_empty = np.zeros((len(rows), length), dtype=np.bool_)
+def empty_positions(stream: Stream, sequences: IntArray, counts: IntArray, length: int) -> BoolArray:
+    """Draw the places of a sequence's `counts` empty tokens, uniformly among all: [B, L] bool, `counts` trues a
+    sequence."""
+    is_empty = np.zeros((len(sequences), length), dtype=np.bool_)
     some = np.flatnonzero(counts)
     if len(some):
         # The position in the low bits makes keys differ, so the smallest `count` of them are exactly that many.
-        keys = (stream.words(rows[some], length, count=1)[0] << np.uint64(32)) | np.arange(length, dtype=np.uint64)
+        keys = (stream.words(sequences[some], length, count=1)[0] << np.uint64(32)) | np.arange(length, dtype=np.uint64)
         last = np.take_along_axis(np.sort(keys, axis=1), counts[some, None] - 1, axis=1)
         is_empty[some] = keys <= last
     return is_empty
 
 
 def insert_empties(clean: IntArray, is_empty: BoolArray, pad_id: int) -> tuple[IntArray, IntArray]:
-    """Push pad tokens into rows at `is_empty`; real tokens keep their order and the last ones fall off the end.
+    """Push pad tokens into sequences at `is_empty`; real tokens keep their order and the last ones fall off the end.
 
     Returns:
-        (rows, source), [B, L]: `source` is the original position of each token, and for an empty one that of the next
-        real token, so that what belongs to positions (documents, say) can follow: `documents[row, source]`.
+        (sequences, source), [B, L]: `source` is the original position of each token, and for an empty one that of the
+        next real token, so that what belongs to positions (documents, say) can follow: `documents[sequence, source]`.
     """
     length = clean.shape[1]
     is_real = ~is_empty
@@ -128,12 +133,14 @@ def insert_empties(clean: IntArray, is_empty: BoolArray, pad_id: int) -> tuple[I
     return np.where(is_empty, pad_id, moved), source
 
 
-def noisy_positions(draws: RowDraws, length: int, rows: IntArray, infill: Stream) -> tuple[BoolArray, IntArray]:
-    """Return the positions that may be noised, [B, L] bool, and the prompt's length of each row, [B]."""
+def noisy_positions(
+    draws: SequenceDraws, length: int, sequences: IntArray, infill: Stream
+) -> tuple[BoolArray, IntArray]:
+    """Return the positions that may be noised, [B, L] bool, and the prompt's length of each sequence, [B]."""
     prompt = prompt_lengths(draws.prompt_fraction, length)
     is_noisy = np.arange(length) >= prompt[:, None]
     some = np.flatnonzero(draws.infill_fraction > 0)
     if len(some):
-        kept = infill.words(rows[some], length, count=1)[0] < threshold(draws.infill_fraction[some])[:, None]
+        kept = infill.words(sequences[some], length, count=1)[0] < threshold(draws.infill_fraction[some])[:, None]
         is_noisy[some] &= ~kept
     return is_noisy, prompt

@@ -81,7 +81,7 @@ class ObjectiveConfig(Section):
     reduction: Literal["sum", "mean"] = "mean"
     """mean: over the noisy tokens of the global batch; sum: over them, as the released code."""
 
-    head: Literal["auto", "plain", "chunked", "triton"] = "auto"
+    loss_kernel: Literal["auto", "plain", "chunked", "triton"] = "auto"
     """Computation of output layer and objective: chunk by chunk, in plain torch (chunked) or in Triton kernels
     (triton; auto takes them on GPUs where installed); plain makes whole logits, to compare with. The numbers are the
     same up to rounding."""
@@ -129,13 +129,13 @@ value meant for empty tokens is passed as the share of independent noise and no 
 
 
 class ConditioningConfig(Section):
-    """`conditioning: {preset: none}`: which positions stay clean and how noise levels vary along a row.
+    """`conditioning: {preset: none}`: which positions stay clean and how noise levels vary along a sequence.
 
     A preset fills the fields that are not given; an explicit field always wins.
     """
 
     preset: Literal["none", "as_released", "as_described"] = "none"
-    """none: every row noised at one level throughout; the others reproduce the paper's code or its text."""
+    """none: every sequence noised at one level throughout; the others reproduce the paper's code or its text."""
 
     per_token_noise: float = Field(default=0.0, ge=0, le=1)
     """Probability that a sequence gets a noise level of its own at every token (diffusion forcing)."""
@@ -145,19 +145,19 @@ class ConditioningConfig(Section):
     `per_token_noise`)."""
 
     prompt: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a row keeps a noise-free prompt, of fraction arccos(1 - 2r) / pi with r uniform."""
+    """Probability that a sequence keeps a noise-free prompt, of fraction arccos(1 - 2r) / pi with r uniform."""
 
     infilling: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a row keeps each token noise-free with a probability drawn by the prompt's law."""
+    """Probability that a sequence keeps each token noise-free with a probability drawn by the prompt's law."""
 
     max_fraction: float = Field(default=1.0, ge=0, le=1)
     """Factor of the prompt's and the infilling's fraction."""
 
     pad_insertion: float = Field(default=0.0, ge=0, lt=0.5)
-    """Largest share f of empty (pad) tokens inserted in a row; each row draws its own from U(0, f)."""
+    """Largest share f of empty (pad) tokens inserted in a sequence; each sequence draws its own from U(0, f)."""
 
     pad_insertion_law: Literal["share", "released"] = "share"
-    """share: a drawn f makes f of the row empty; released: the released code's ceil(S f / (1 - f)) of S tokens."""
+    """share: a drawn f makes f of the sequence empty; released: the released code's ceil(S f / (1 - f)) of S tokens."""
 
     prompt_attention: Literal["block", "causal"] = "block"
     """Attention between prompt positions: over all of the prompt, or over what comes before."""

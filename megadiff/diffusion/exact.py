@@ -1,8 +1,8 @@
 """Elementary functions of float64 arrays made of IEEE-exact operations alone.
 
 `numpy.log` and friends call the machine's mathematical library or vector unit, whose last bit differs between
-machines; a noised row must not. Every step below is an addition, multiplication, division, square root, rounding or
-exponent shift, which IEEE 754 fixes to the bit. All are accurate to a few units in the last place.
+machines; a noised sequence must not. Every step below is an addition, multiplication, division, square root, rounding
+or exponent shift, which IEEE 754 fixes to the bit. All are accurate to a few units in the last place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rows for next-token prediction, the autoregressive control: the same tokens, seen from the left.
+"""Sequences for next-token prediction, the autoregressive control: the same tokens, seen from the left.
 
-A row x_1 .. x_L is read as start, x_1 .. x_{L-1} and predicts x_1 .. x_L, so exactly the L tokens a diffusion model is
-measured on are measured, and bits per byte compare.
+A sequence x_1 .. x_L is read as start, x_1 .. x_{L-1} and predicts x_1 .. x_L, so exactly the L tokens a diffusion
+model is measured on are measured, and bits per byte compare.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 
 from megadiff.diffusion.conditioning import NoisePattern
-from megadiff.diffusion.noising import NoisedRows
+from megadiff.diffusion.noising import NoisedBatch
 
 
 class SpecialIds(Protocol):
-    """A tokenizer, as far as a row's start goes."""
+    """A tokenizer, as far as a sequence's start goes."""
 
     bos_id: int | None
     eos_id: int | None
@@ -25,16 +25,16 @@ class SpecialIds(Protocol):
 
 
 def start_id(tokenizer: SpecialIds) -> int:
-    """Return the token before a row: bos, else eos, else the mask, which no text contains."""
+    """Return the token before a sequence: bos, else eos, else the mask, which no text contains."""
     return next(i for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) if i is not None)
 
 
-def next_token_rows(clean: npt.NDArray[np.integer], *, start_id: int) -> NoisedRows:
-    """Shift rows right behind `start_id`; no noise, and the whole row is a causal prompt.
+def next_token_batch(clean: npt.NDArray[np.integer], *, start_id: int) -> NoisedBatch:
+    """Shift sequences right behind `start_id`; no noise, and the whole sequence is a causal prompt.
 
     Args:
         clean: [B, L] ids.
-        start_id: what stands before a row (bos, or another special token).
+        start_id: what stands before a sequence (bos, or another special token).
 
     Returns:
         `noised` is the input, `clean` the targets; every position counts, `log_snr` is 0 and without meaning.
@@ -42,12 +42,12 @@ def next_token_rows(clean: npt.NDArray[np.integer], *, start_id: int) -> NoisedR
     targets = torch.from_numpy(np.asarray(clean).astype(np.int64))
     count, length = targets.shape
     inputs = torch.cat([torch.full((count, 1), start_id), targets[:, :-1]], dim=1)
-    return NoisedRows(
+    return NoisedBatch(
         noised=inputs,
         clean=targets,
         log_snr=torch.zeros(count, length),
         is_noisy=torch.ones(count, length, dtype=torch.bool),
         prompt_length=torch.full((count,), length),
-        levels=torch.full((count,), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
+        pattern=torch.full((count,), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
         source=torch.arange(length).repeat(count, 1),
     )

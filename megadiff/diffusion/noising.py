@@ -1,17 +1,21 @@
-"""Clean rows to noised rows: the noise contract.
+"""Clean sequences to noised sequences: the noise contract.
 
-A row's noise is a pure function of (seed, global sample index, position): no generator has a state, so the same row
-gets the same bits on any layout, after any resume and on any machine. Two things make the bits the same everywhere:
-integer arithmetic (Philox, see `philox`) and probabilities worked out from IEEE-exact operations alone (see `exact`).
+A sequence's noise is a pure function of (seed, global sample index, position): no generator has a state, so the same
+sequence gets the same bits on any layout, after any resume and on any machine. Two things make the bits the same
+everywhere: integer arithmetic (Philox, see `philox`) and probabilities worked out from IEEE-exact operations alone (see
+`exact`).
 
-Streams, each keyed by (seed, prefix/name) and counted by (row, position), a block of four 32-bit words each:
+Streams, each keyed by (seed, prefix/name) and counted by (sequence, position), a block of four 32-bit words each:
 
-    prefix/row       position 0..5: level pattern, prompt coin and fraction, infilling coin and fraction, empty fraction
+    prefix/row       position 0..5: level pattern, prompt coin and fraction, infilling coin and fraction,
+                     empty fraction
     prefix/empty     word 0: ordering key of the position
     prefix/infill    word 0: whether the position is kept
-    prefix/log_snr   words 0-1: the position's level (position 0 for a row with one level)
-    prefix/batch     words 0-1: offset of the stratification, row = first sample of the global batch
+    prefix/log_snr   words 0-1: the position's level (position 0 for a sequence with one level)
+    prefix/batch     words 0-1: offset of the stratification, counted by the first sample of the global batch
     prefix/noise     word 0: keep coin, word 1: uniform-or-mask coin, words 2-3: replacement token
+
+The streams' names are part of the contract: another name gives other bits.
 
 A coin of probability P is word < rint(P 2^32), so P is met to within 2^-33. `prefix` is `train` for training.
 """
@@ -30,21 +34,22 @@ from torch import Tensor
 
 from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import exact
-from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, NoisePattern, RowDraws
+from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, NoisePattern, SequenceDraws
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.philox import Stream, UintArray, below, philox4x32, threshold
 from megadiff.diffusion.schedules import NoiseSchedule
 from megadiff.errors import ConfigError, DataError
 
-# Rows are noised this many tokens at a time: a few temporaries of 64 KiB stay in the cache, and in the memory that the
-# allocator keeps (it gives arrays of 128 KiB and more back, and getting fresh pages costs more than the arithmetic).
+# Sequences are noised this many tokens at a time: a few temporaries of 64 KiB stay in the cache, and in the memory that
+# the allocator keeps (it gives arrays of 128 KiB and more back, and getting fresh pages costs more than the
+# arithmetic).
 _BLOCK_TOKENS = 8192
 _GOLDEN_RATIO = 0.6180339887498949
 
 
-class NoisedRows(NamedTuple):
-    """Rows ready for the model, torch tensors on the CPU."""
+class NoisedBatch(NamedTuple):
+    """Sequences ready for the model, torch tensors on the CPU."""
 
     noised: Tensor
     """[B, L] int64: the model's input z."""
@@ -56,13 +61,13 @@ class NoisedRows(NamedTuple):
     """[B, L] bool: positions that carry loss; the rest are prompt or context and equal the clean token."""
     prompt_length: Tensor
     """[B] int64: how many leading tokens are a noise-free prompt."""
-    levels: Tensor
-    """[B] int8: `conditioning.NoisePattern` of each row."""
+    pattern: Tensor
+    """[B] int8: `conditioning.NoisePattern` of each sequence."""
     source: Tensor
     """[B, L] int64: original position of each token (see `conditioning.insert_empties`); to be read, not written."""
 
 
-def noise_rows(
+def noise_batch(
     clean: npt.NDArray[np.integer] | Tensor,
     *,
     seed: int,
@@ -74,8 +79,8 @@ def noise_rows(
     batch_origin: int = 0,
     pad_id: int | None = None,
     prefix: str = "train",
-) -> NoisedRows:
-    """Condition and noise rows, each by its own global sample index alone.
+) -> NoisedBatch:
+    """Condition and noise sequences, each by its own global sample index alone.
 
     Args:
         clean: [B, L] integer ids, numpy or torch, none of them the mask.
@@ -96,33 +101,33 @@ def noise_rows(
         DataError: a clean token that is the mask or lies outside the vocabulary.
         ConfigError: empty tokens without a pad id.
     """
-    tokens, rows = _token_rows(clean, sample_index, process)
+    tokens, sequences = _token_sequences(clean, sample_index, process)
     conditioning = conditioning or ConditioningConfig()
     if conditioning.pad_insertion > 0 and pad_id is None:
         raise ConfigError("conditioning.pad_insertion inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
     streams = _streams(seed, prefix)
-    quantiles = streams["log_snr"].uniforms(rows, 1)[:, 0]
+    quantiles = streams["log_snr"].uniforms(sequences, 1)[:, 0]
     if stratified and global_batch is not None:
-        quantiles = stratified_quantiles(streams["batch"], rows, quantiles, global_batch, batch_origin)
-    draws = conditions.draw_rows(streams["row"], rows, conditioning)
+        quantiles = stratified_quantiles(streams["batch"], sequences, quantiles, global_batch, batch_origin)
+    draws = conditions.draw_sequences(streams["row"], sequences, conditioning)
     level = _level(process.schedule.log_snr(quantiles).astype(np.float32)[:, None], process)
     length = tokens.shape[1]
     source = torch.arange(length).expand(tokens.shape)
     if conditioning.pad_insertion > 0 and pad_id is not None:
         counts = conditions.empty_counts(draws.empty_fraction, length, conditioning.pad_insertion_law)
-        tokens, moved = _insert_empties(tokens, rows, counts, streams["empty"], pad_id)
+        tokens, moved = _insert_empties(tokens, sequences, counts, streams["empty"], pad_id)
         source = torch.from_numpy(moved)
     noised, log_snr = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.float32)
-    is_noisy, prompt = np.empty(tokens.shape, dtype=np.bool_), np.empty(len(rows), dtype=np.int64)
-    for which in _blocks(draws.levels != NoisePattern.ISOTROPIC, length):
-        part = _noise_part(tokens[which], rows[which], draws.of(which), level.of(which), streams, process)
+    is_noisy, prompt = np.empty(tokens.shape, dtype=np.bool_), np.empty(len(sequences), dtype=np.int64)
+    for which in _blocks(draws.pattern != NoisePattern.ISOTROPIC, length):
+        part = _noise_part(tokens[which], sequences[which], draws.of(which), level.of(which), streams, process)
         noised[which], log_snr[which], is_noisy[which], prompt[which] = part
-    arrays = noised, tokens, log_snr, is_noisy, prompt, draws.levels
-    return NoisedRows(*(torch.from_numpy(array) for array in arrays), source=source)
+    arrays = noised, tokens, log_snr, is_noisy, prompt, draws.pattern
+    return NoisedBatch(*(torch.from_numpy(array) for array in arrays), source=source)
 
 
 def stratified_quantiles(
-    stream: Stream, rows: IntArray, jitter: FloatArray, global_batch: int, origin: int = 0
+    stream: Stream, sequences: IntArray, jitter: FloatArray, global_batch: int, origin: int = 0
 ) -> FloatArray:
     """Shares u = (k + jitter) / G of the schedule that cover [0, 1] once per global batch, [B].
 
@@ -131,8 +136,8 @@ def stratified_quantiles(
     """
     if global_batch < 1:
         raise ValueError(f"global_batch must be at least 1, got {global_batch}")
-    slot = (rows - origin) % global_batch
-    offset = [_batch_offset(stream.key, first, global_batch) for first in (rows - slot).tolist()]
+    slot = (sequences - origin) % global_batch
+    offset = [_batch_offset(stream.key, first, global_batch) for first in (sequences - slot).tolist()]
     stratum = (np.array(offset, dtype=np.int64) + slot * _stride(global_batch)) % global_batch
     return (stratum + jitter) / global_batch
 
@@ -141,63 +146,66 @@ def evaluation_noise(
     clean: npt.NDArray[np.integer] | Tensor,
     *,
     seed: int,
-    row_index: npt.ArrayLike | Tensor,
+    sequence_index: npt.ArrayLike | Tensor,
     level: int,
     num_levels: int,
     process: NoiseProcess,
     prefix: str = "eval",
-) -> NoisedRows:
-    """Draw the fixed noise of held-out rows: level k of K, one lambda a row, nothing conditioned, every token noisy.
+) -> NoisedBatch:
+    """Draw the fixed noise of held-out sequences: level k of K, one lambda a sequence, nothing conditioned, every token
+    noisy.
 
-    Row j takes u = (k + offset_j) / K with an offset of its own, so that over k = 0..K-1 its K levels are stratified
-    and the mean of `elbo` over them is an unbiased estimate of the row's bound (for the density as documented at
-    `NoiseSchedule.density`). Rows are independent, so the standard deviation of the row means over sqrt(R) is a
-    standard error.
+    Sequence j takes u = (k + offset_j) / K with an offset of its own, so that over k = 0..K-1 its K levels are
+    stratified and the mean of `elbo` over them is an unbiased estimate of the sequence's bound (for the density as
+    documented at `NoiseSchedule.density`). Sequences are independent, so the standard deviation of the sequence means
+    over sqrt(R) is a standard error.
 
     Args:
         clean: [B, L] ids.
         seed: the evaluation's seed; the same one compares models on the same noise.
-        row_index: [B] indices of the rows within the held-out set.
+        sequence_index: [B] indices of the sequences within the held-out set.
         level: k, in [0, num_levels).
         num_levels: K.
-        process, prefix: as for `noise_rows`.
+        process, prefix: as for `noise_batch`.
     """
     if not 0 <= level < num_levels:
         raise ValueError(f"level must lie in [0, {num_levels}), got {level}")
-    tokens, rows = _token_rows(clean, row_index, process)
-    quantiles = evaluation_quantiles(seed, rows, num_levels, prefix=prefix)[:, level]
+    tokens, sequences = _token_sequences(clean, sequence_index, process)
+    quantiles = evaluation_quantiles(seed, sequences, num_levels, prefix=prefix)[:, level]
     log_snr = process.schedule.log_snr(quantiles).astype(np.float32)[:, None]
-    row_level, stream, noised = _level(log_snr, process), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
-    for which in _blocks(np.zeros(len(rows), dtype=np.bool_), tokens.shape[1]):
-        noised[which] = _corrupt(tokens[which], rows[which], row_level.of(which), stream, process, draw=level)
-    return NoisedRows(
+    sequence_level, stream, noised = _level(log_snr, process), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
+    for which in _blocks(np.zeros(len(sequences), dtype=np.bool_), tokens.shape[1]):
+        noised[which] = _corrupt(tokens[which], sequences[which], sequence_level.of(which), stream, process, draw=level)
+    return NoisedBatch(
         noised=torch.from_numpy(noised),
         clean=torch.from_numpy(tokens),
         log_snr=torch.from_numpy(np.repeat(log_snr, tokens.shape[1], axis=1)),
         is_noisy=torch.ones(tokens.shape, dtype=torch.bool),
-        prompt_length=torch.zeros(len(rows), dtype=torch.int64),
-        levels=torch.full((len(rows),), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
+        prompt_length=torch.zeros(len(sequences), dtype=torch.int64),
+        pattern=torch.full((len(sequences),), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
         source=torch.arange(tokens.shape[1]).expand(tokens.shape),
     )
 
 
-def evaluation_quantiles(seed: int, rows: IntArray, num_levels: int, *, prefix: str = "eval") -> FloatArray:
-    """Shares u = (k + offset_j) / K of the schedule for every row j and level k, [R, K]."""
-    offset = Stream(seed, f"{prefix}/log_snr").uniforms(rows, 1)
+def evaluation_quantiles(seed: int, sequences: IntArray, num_levels: int, *, prefix: str = "eval") -> FloatArray:
+    """Shares u = (k + offset_j) / K of the schedule for every sequence j and level k, [R, K]."""
+    offset = Stream(seed, f"{prefix}/log_snr").uniforms(sequences, 1)
     return (np.arange(num_levels) + offset) / num_levels
 
 
-class _Level(NamedTuple):
-    """Lambda and the thresholds of its two coins, [B, 1] for rows of one level or [B, L]."""
+class _KeepThresholds(NamedTuple):
+    """Lambda and the thresholds of its two coins, [B, 1] for sequences of one level or [B, L]."""
 
     log_snr: npt.NDArray[np.float32]
     keep: UintArray
     uniform: UintArray | None
     """None where noise is masks alone or random tokens alone, and takes no coin."""
 
-    def of(self, which: IntArray) -> _Level:
-        """Select some rows."""
-        return _Level(self.log_snr[which], self.keep[which], None if self.uniform is None else self.uniform[which])
+    def of(self, which: IntArray) -> _KeepThresholds:
+        """Select some sequences."""
+        return _KeepThresholds(
+            self.log_snr[which], self.keep[which], None if self.uniform is None else self.uniform[which]
+        )
 
 
 @lru_cache(typed=True)
@@ -208,7 +216,7 @@ def _streams(seed: int, prefix: str) -> dict[str, Stream]:
 
 
 def _blocks(varies: BoolArray, length: int) -> Iterator[IntArray]:
-    """Yield the indices of rows to noise together: first those of one level, then those whose level varies."""
+    """Yield the indices of sequences to noise together: first those of one level, then those whose level varies."""
     step = max(1, _BLOCK_TOKENS // max(1, length))
     for group in (np.flatnonzero(~varies), np.flatnonzero(varies)):
         for start in range(0, len(group), step):
@@ -216,64 +224,74 @@ def _blocks(varies: BoolArray, length: int) -> Iterator[IntArray]:
 
 
 def _insert_empties(
-    clean: IntArray, rows: IntArray, counts: IntArray, stream: Stream, pad_id: int
+    clean: IntArray, sequences: IntArray, counts: IntArray, stream: Stream, pad_id: int
 ) -> tuple[IntArray, IntArray]:
-    """Return rows with their `counts` empty tokens, and each token's source (see `conditioning.insert_empties`)."""
+    """Return sequences with their `counts` empty tokens, and each token's source (see
+    `conditioning.insert_empties`)."""
     filled, source = np.empty_like(clean), np.empty_like(clean)
-    for which in _blocks(np.zeros(len(rows), dtype=np.bool_), clean.shape[1]):
-        is_empty = conditions.empty_positions(stream, rows[which], counts[which], clean.shape[1])
+    for which in _blocks(np.zeros(len(sequences), dtype=np.bool_), clean.shape[1]):
+        is_empty = conditions.empty_positions(stream, sequences[which], counts[which], clean.shape[1])
         filled[which], source[which] = conditions.insert_empties(clean[which], is_empty, pad_id)
     return filled, source
 
 
 def _noise_part(
     clean: IntArray,
-    rows: IntArray,
-    draws: RowDraws,
-    level: _Level,
+    sequences: IntArray,
+    draws: SequenceDraws,
+    level: _KeepThresholds,
     streams: dict[str, Stream],
     process: NoiseProcess,
 ) -> tuple[IntArray, npt.NDArray[np.float32], BoolArray, IntArray]:
-    """Noise a few rows of one level each, or of varying ones; return tokens, lambda, is_noisy and prompt length."""
+    """Noise a few sequences of one level each, or of varying ones; return tokens, lambda, is_noisy and prompt
+    length."""
     length = clean.shape[1]
-    if draws.levels[0] != NoisePattern.ISOTROPIC:
-        level = _level(_varying_log_snr(draws.levels, rows, length, streams["log_snr"], process.schedule), process)
-    is_noisy, prompt = conditions.noisy_positions(draws, length, rows, streams["infill"])
-    noised, log_snr = _corrupt(clean, rows, level, streams["noise"], process), level.log_snr
+    if draws.pattern[0] != NoisePattern.ISOTROPIC:
+        level = _level(
+            _varying_log_snr(draws.pattern, sequences, length, streams["log_snr"], process.schedule), process
+        )
+    is_noisy, prompt = conditions.noisy_positions(draws, length, sequences, streams["infill"])
+    noised, log_snr = _corrupt(clean, sequences, level, streams["noise"], process), level.log_snr
     if not is_noisy.all():
         noised = np.where(is_noisy, noised, clean)
         log_snr = np.where(is_noisy, log_snr, np.float32(process.schedule.max_log_snr))
     return noised, log_snr, is_noisy, prompt
 
 
-def _level(log_snr: npt.NDArray[np.float32], process: NoiseProcess) -> _Level:
+def _level(log_snr: npt.NDArray[np.float32], process: NoiseProcess) -> _KeepThresholds:
     """Return noise levels with the thresholds of their coins."""
     is_pure = process.is_masked_limit or process.is_uniform_limit
     uniform = None if is_pure else threshold(process.exact_uniform_prob(log_snr))
-    return _Level(log_snr, threshold(exact.sigmoid(log_snr)), uniform)
+    return _KeepThresholds(log_snr, threshold(exact.sigmoid(log_snr)), uniform)
 
 
 def _varying_log_snr(
-    levels: npt.NDArray[np.int8], rows: IntArray, length: int, stream: Stream, schedule: NoiseSchedule
+    pattern: npt.NDArray[np.int8], sequences: IntArray, length: int, stream: Stream, schedule: NoiseSchedule
 ) -> npt.NDArray[np.float32]:
-    """Return lambda of every token of rows whose level varies, [B, L] float32."""
-    log_snr = np.empty((len(rows), length), dtype=np.float32)
-    is_linear = levels == NoisePattern.LINEAR
+    """Return lambda of every token of sequences whose level varies, [B, L] float32."""
+    log_snr = np.empty((len(sequences), length), dtype=np.float32)
+    is_linear = pattern == NoisePattern.LINEAR
     if is_linear.any():
         log_snr[is_linear] = conditions.linear_log_snr(length, schedule)
     if not is_linear.all():
-        log_snr[~is_linear] = schedule.log_snr(stream.uniforms(rows[~is_linear], length))
+        log_snr[~is_linear] = schedule.log_snr(stream.uniforms(sequences[~is_linear], length))
     return log_snr
 
 
 def _corrupt(
-    clean: IntArray, rows: IntArray, level: _Level, stream: Stream, process: NoiseProcess, *, draw: int = 0
+    clean: IntArray,
+    sequences: IntArray,
+    level: _KeepThresholds,
+    stream: Stream,
+    process: NoiseProcess,
+    *,
+    draw: int = 0,
 ) -> IntArray:
     """Draw z ~ q_lambda(. | x): keep x with probability alpha, else a uniform real token or the mask.
 
     The uniform token is any of the N real ones, x among them; the mask and padding never come up.
     """
-    words = stream.words(rows, clean.shape[1], draw=draw, count=1 if process.is_masked_limit else 4)
+    words = stream.words(sequences, clean.shape[1], draw=draw, count=1 if process.is_masked_limit else 4)
     keep = words[0] < level.keep
     if process.is_masked_limit:
         return np.where(keep, clean, process.mask_id)
@@ -284,17 +302,17 @@ def _corrupt(
     return np.where(keep, clean, token)
 
 
-def _token_rows(
+def _token_sequences(
     clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, process: NoiseProcess
 ) -> tuple[IntArray, IntArray]:
     """Return ids as int64 [B, L] and indices as int64 [B], checked."""
     tokens = np.require(clean.numpy() if isinstance(clean, Tensor) else clean, dtype=np.int64, requirements=["C", "W"])
     index = sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index
-    rows = np.asarray(index).astype(np.int64)
-    if tokens.ndim != 2 or rows.shape != tokens.shape[:1]:
-        raise ValueError(f"clean must be [B, L] and sample_index [B], got {tokens.shape} and {rows.shape}")
-    if rows.size and rows.min() < 0:
-        raise ValueError(f"sample_index counts from 0, got {rows.min()}")
+    sequences = np.asarray(index).astype(np.int64)
+    if tokens.ndim != 2 or sequences.shape != tokens.shape[:1]:
+        raise ValueError(f"clean must be [B, L] and sample_index [B], got {tokens.shape} and {sequences.shape}")
+    if sequences.size and sequences.min() < 0:
+        raise ValueError(f"sample_index counts from 0, got {sequences.min()}")
     # As an unsigned number, a negative id is a large one: one look finds both.
     if tokens.size and tokens.view(np.uint64).max() >= process.vocab_size:
         raise DataError(
@@ -305,7 +323,7 @@ def _token_rows(
         raise DataError(
             f"the data contain the mask token (id {process.mask_id}): they were made with another tokenizer"
         )
-    return tokens, rows
+    return tokens, sequences
 
 
 @lru_cache

@@ -1,8 +1,9 @@
-"""Counter-based random numbers: a pure function of (seed, stream name, row, position), with no state to save.
+"""Counter-based random numbers: a pure function of (seed, stream name, sequence, position), with no state to save.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011): ten rounds turn a
 128-bit counter and a 64-bit key into 128 random bits. Here the key is a hash of the seed and the stream's name, and
-the counter is (position, draw, row low, row high), so that every position of every row of the run has its own block.
+the counter is (position, draw, sequence low, sequence high), so that every position of every sequence of the run has
+its own block.
 """
 
 from __future__ import annotations
@@ -67,17 +68,18 @@ class Stream:
         digest = hashlib.sha256(f"{self.seed}/{self.name}".encode()).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
-    def words(self, rows: npt.NDArray[np.int64], positions: int, *, draw: int = 0, count: int = 4) -> Words:
-        """Return the first `count` words (1 to 4) of each of `positions` positions of each row: [B, positions] each.
+    def words(self, sequences: npt.NDArray[np.int64], positions: int, *, draw: int = 0, count: int = 4) -> Words:
+        """Return the first `count` words (1 to 4) of each of `positions` positions of each sequence: [B, positions]
+        each.
 
-        They are `philox4x32` of the counters (position, draw, row low, row high), to the bit and at a fraction of its
-        cost. Words 0-1 and words 2-3 travel as two 64-bit numbers, the first of two on top; the first two rounds stay
-        as small as their counters allow, the others work in place; a half that nobody reads is not made. Cheapest for
-        some thousand blocks at a time, which stay in the cache.
+        They are `philox4x32` of the counters (position, draw, sequence low, sequence high), to the bit and at a
+        fraction of its cost. Words 0-1 and words 2-3 travel as two 64-bit numbers, the first of two on top; the first
+        two rounds stay as small as their counters allow, the others work in place; a half that nobody reads is not
+        made. Cheapest for some thousand blocks at a time, which stay in the cache.
         """
-        position, index = np.arange(positions, dtype=np.uint64)[None, :], rows.astype(np.uint64)[:, None]
+        position, index = np.arange(positions, dtype=np.uint64)[None, :], sequences.astype(np.uint64)[:, None]
         low, high = index & _LOW_WORD, index >> _32
-        if (high == high[:1]).all():  # as for all rows below 2^32
+        if (high == high[:1]).all():  # as for all sequences below 2^32
             high = high[:1]
         (k0, k1), key, *middle, last = self._round_keys
         first = _half(low, np.array(draw, dtype=np.uint64), _M1, k0)  # [B, 1]
@@ -96,9 +98,9 @@ class Stream:
     def _round_keys(self) -> list[tuple[UintArray, UintArray]]:
         return [(np.array(k0, dtype=np.uint64), np.array(k1, dtype=np.uint64)) for k0, k1 in _round_keys(self.key)]
 
-    def uniforms(self, rows: npt.NDArray[np.int64], positions: int, *, draw: int = 0) -> npt.NDArray[np.float64]:
+    def uniforms(self, sequences: npt.NDArray[np.int64], positions: int, *, draw: int = 0) -> npt.NDArray[np.float64]:
         """Return uniform numbers on [0, 1) with 53 bits, [B, positions]."""
-        return unit_interval(self.words(rows, positions, draw=draw, count=2))
+        return unit_interval(self.words(sequences, positions, draw=draw, count=2))
 
 
 def unit_interval(words: Words) -> npt.NDArray[np.float64]:

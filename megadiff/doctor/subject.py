@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 if TYPE_CHECKING:  # a broken torch must hurt only the checks that need it
     from megadiff.data.tokenizers import Tokenizer
@@ -56,7 +56,7 @@ class Subject:
 
         if self.config is None:
             return detect(layers="auto")
-        return detect(self.config.platform, layers=self.config.wanted_layers)
+        return detect(self.config.platform, layers=self.config.wanted_transformer_impl)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

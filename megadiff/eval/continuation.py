@@ -20,7 +20,7 @@ _DEFAULT_LENGTH = 256
 
 
 @dataclass(frozen=True)
-class Wish:
+class GenerationRequest:
     """The generation settings of one request."""
 
     until: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Wish:
     """Names of settings that this model does not support."""
 
     @classmethod
-    def from_names(cls, names: Mapping[str, Any]) -> Wish:
+    def from_names(cls, names: Mapping[str, Any]) -> GenerationRequest:
         """Return the settings for a task's `generation_kwargs`.
 
         `do_sample: false`, or neither it nor a temperature, is temperature 0; `do_sample: true` alone is 1.
@@ -48,7 +48,7 @@ class Wish:
             temperature = 1.0 if samples else 0.0
         length = next((names[name] for name in _LENGTH_NAMES if names.get(name) is not None), _DEFAULT_LENGTH)
         try:
-            wish = cls(
+            request = cls(
                 until=(until,) if isinstance(until, str) else tuple(until),
                 max_new_tokens=int(length),
                 temperature=0.0 if samples is False else float(temperature),
@@ -56,14 +56,19 @@ class Wish:
                 top_p=None if names.get("top_p") is None else float(names["top_p"]),
                 unknown=tuple(sorted(set(names) - _KNOWN)),
             )
-            if not all(isinstance(word, str) for word in wish.until):
+            if not all(isinstance(word, str) for word in request.until):
                 raise ValueError(f"until must hold strings, got {until}")
-            Settings(max(wish.max_new_tokens, 0), temperature=wish.temperature, top_k=wish.top_k, top_p=wish.top_p)
-            if wish.max_new_tokens < 1:
-                raise ValueError(f"the number of new tokens must be at least 1, got {wish.max_new_tokens}")
+            Settings(
+                max(request.max_new_tokens, 0),
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+            )
+            if request.max_new_tokens < 1:
+                raise ValueError(f"the number of new tokens must be at least 1, got {request.max_new_tokens}")
         except (TypeError, ValueError) as error:
             raise ConfigError(f"a task's generation_kwargs cannot be met ({error}): {dict(names)}") from error
-        return wish
+        return request
 
     def cut(self, text: str) -> str:
         """Return the text before the first stop string."""
@@ -73,7 +78,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Manner:
+class GenerationConfig:
     """Sampler settings that apply to all requests."""
 
     steps: int = 128
@@ -81,13 +86,14 @@ class Manner:
     block_length: int | None = None
     sampler: str = "adaptive"
     seed: int = 0
-    batch_rows: int = 8
+    batch_size: int = 8
 
 
 def room(prompt_length: int, wanted: int, *, length: int) -> tuple[int, int]:
-    """Return (prompt tokens kept, new tokens) for a row; new tokens may take half of it, or all that the prompt leaves.
+    """Return (prompt tokens kept, new tokens) for a sequence; new tokens may take half of it, or all that the prompt
+    leaves.
 
-    A long prompt thus loses its first tokens before a request of up to half a row is cut short.
+    A long prompt thus loses its first tokens before a request of up to half a sequence is cut short.
     """
     new = min(wanted, max(length - prompt_length, length // 2))
     return min(prompt_length, length - new), new
@@ -95,8 +101,8 @@ def room(prompt_length: int, wanted: int, *, length: int) -> tuple[int, int]:
 
 def continuations(
     model: Sampled,
-    requests: Sequence[tuple[str, Wish]],
-    manner: Manner,
+    requests: Sequence[tuple[str, GenerationRequest]],
+    config: GenerationConfig,
     *,
     start: Sequence[int] = (),
     progress: Callable[[int], None],
@@ -110,10 +116,10 @@ def continuations(
     Args:
         model: the model to sample from.
         requests: contexts with their generation settings.
-        manner: settings of the sampler.
+        config: settings of the sampler.
         start: tokens before every context (bos), never cut off.
         progress: called with the number of requests that have just been finished.
-        say: called with a message for each context or continuation that is cut to fit the row.
+        say: called with a message for each context or continuation that is cut to fit the sequence.
 
     Raises:
         ConfigError: the model is autoregressive.
@@ -123,13 +129,13 @@ def continuations(
             "this model is an autoregressive control, which is measured here but not sampled; leave out the tasks "
             "whose output_type is generate_until"
         )
-    plans = _plans(model, requests, manner, tuple(start), say)
+    plans = _plans(model, requests, config, tuple(start), say)
     numbers = {plan.settings: number for number, plan in enumerate(plans)}
     found = [""] * len(requests)
     for taken in batches(
-        range(len(plans)), lambda i: (len(plans[i].prompt.prompt), numbers[plans[i].settings]), manner.batch_rows
+        range(len(plans)), lambda i: (len(plans[i].prompt.prompt), numbers[plans[i].settings]), config.batch_size
     ):
-        for i, text in zip(taken, _written(model, [plans[i] for i in taken], manner.seed), strict=True):
+        for i, text in zip(taken, _written(model, [plans[i] for i in taken], config.seed), strict=True):
             found[i] = requests[i][1].cut(text)
         progress(len(taken))
     return found
@@ -148,21 +154,21 @@ class _Plan:
 
 def _plans(
     model: Sampled,
-    requests: Sequence[tuple[str, Wish]],
-    manner: Manner,
+    requests: Sequence[tuple[str, GenerationRequest]],
+    config: GenerationConfig,
     start: tuple[int, ...],
     say: Callable[[str], None],
 ) -> list[_Plan]:
     plans, seen = [], Counter()
     length = model.model.seq_length - len(start)
-    for context, wish in requests:
+    for context, request in requests:
         ids = model.tokenizer.encode(context)
-        kept, new = room(len(ids), wish.max_new_tokens, length=length)
-        if new < wish.max_new_tokens:
-            say(f"the model's row holds {model.model.seq_length} tokens; continuations end where it ends")
+        kept, new = room(len(ids), request.max_new_tokens, length=length)
+        if new < request.max_new_tokens:
+            say(f"the model's sequence holds {model.model.seq_length} tokens; continuations end where it ends")
         if kept < len(ids):
-            say(f"the model's row holds {model.model.seq_length} tokens; long contexts lose their first tokens")
-        prompt, settings = Item((*start, *ids[len(ids) - kept :]), ()), _settings(model, wish, new, manner)
+            say(f"the model's sequence holds {model.model.seq_length} tokens; long contexts lose their first tokens")
+        prompt, settings = Item((*start, *ids[len(ids) - kept :]), ()), _settings(model, request, new, config)
         plans.append(_Plan(prompt, settings, seen[prompt, settings]))
         seen[prompt, settings] += 1
     return plans
@@ -178,22 +184,22 @@ def _written(model: Sampled, plans: Sequence[_Plan], seed: int) -> list[str]:
         plans[0].settings,
         model.process,
         seed=[seed_of(seed, plan.prompt) for plan in plans],
-        rows=torch.tensor([plan.occurrence for plan in plans]),
+        sequences=torch.tensor([plan.occurrence for plan in plans]),
     )
-    rows = zip(written.sequences.tolist(), written.new_tokens.tolist(), strict=True)
-    return [_behind(model, row[: length + new], length) for row, new in rows]
+    sequences = zip(written.sequences.tolist(), written.new_tokens.tolist(), strict=True)
+    return [_behind(model, sequence[: length + new], length) for sequence, new in sequences]
 
 
-def _settings(model: Sampled, wish: Wish, new: int, manner: Manner) -> Settings:
+def _settings(model: Sampled, request: GenerationRequest, new: int, config: GenerationConfig) -> Settings:
     low, high = model.process.sampling_range
     return Settings(
         max_new_tokens=new,
-        max_denoising_steps=manner.steps,
-        block_length=manner.block_length,
-        sampler=manner.sampler,
-        temperature=wish.temperature,
-        top_k=wish.top_k,
-        top_p=wish.top_p,
+        max_denoising_steps=config.steps,
+        block_length=config.block_length,
+        sampler=config.sampler,
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
         eos_token_id=model.tokenizer.eos_id,
         pad_token_id=model.tokenizer.pad_id,
         min_log_snr=low,
@@ -201,7 +207,7 @@ def _settings(model: Sampled, wish: Wish, new: int, manner: Manner) -> Settings:
     )
 
 
-def _behind(model: Sampled, row: list[int], prompt_length: int) -> str:
+def _behind(model: Sampled, sequence: list[int], prompt_length: int) -> str:
     """Return the text of the new tokens as it follows the prompt's, including the space between them."""
-    before, whole = model.tokenizer.decode(row[:prompt_length]), model.tokenizer.decode(row)
-    return whole[len(before) :] if whole.startswith(before) else model.tokenizer.decode(row[prompt_length:])
+    before, whole = model.tokenizer.decode(sequence[:prompt_length]), model.tokenizer.decode(sequence)
+    return whole[len(before) :] if whole.startswith(before) else model.tokenizer.decode(sequence[prompt_length:])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.parallel.asked_model import AskedModel
+from megadiff.parallel.distributed_forward import DistributedForward
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.sampling.standalone import Settings, generate
@@ -25,14 +25,14 @@ class DrawnText:
 
     Args:
         start: tokens that each sequence begins with (bos, if the training data have it).
-        rows, steps: number of rows, and number of denoising steps.
+        sequences, steps: number of sequences, and number of denoising steps.
         chunks: this rank's model chunks.
     """
 
     def __init__(
         self,
         *,
-        rows: int,
+        sequences: int,
         steps: int,
         seq_length: int,
         process: NoiseProcess,
@@ -42,9 +42,9 @@ class DrawnText:
         topology: Topology,
         device: torch.device,
     ) -> None:
-        self._rows, self._process, self._tokenizer, self._device = rows, process, tokenizer, device
-        self._model = AskedModel(
-            chunks, topology=topology, device=device, shape=(rows, seq_length), vocab_size=process.vocab_size
+        self._sequences, self._process, self._tokenizer, self._device = sequences, process, tokenizer, device
+        self._model = DistributedForward(
+            chunks, topology=topology, device=device, shape=(sequences, seq_length), vocab_size=process.vocab_size
         )
         self._start = list(start)
         low, high = process.sampling_range
@@ -56,12 +56,12 @@ class DrawnText:
         )
 
     def __call__(self) -> str:
-        """Draw the samples. Collective over the world; every rank returns the text, rows numbered."""
+        """Draw the samples. Collective over the world; every rank returns the text, sequences numbered."""
         ids = self._model.run(lambda ask: self._drawn(lambda ids, _: ask(ids)))
-        texts = [printable(self._tokenizer.decode(row)) for row in ids.tolist()]
+        texts = [printable(self._tokenizer.decode(sequence)) for sequence in ids.tolist()]
         return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)) + "\n"
 
     def _drawn(self, denoise: Any) -> Tensor:
-        prompt = torch.tensor([self._start] * self._rows, dtype=torch.int64, device=self._device)
-        prompt = prompt.reshape(self._rows, len(self._start))
+        prompt = torch.tensor([self._start] * self._sequences, dtype=torch.int64, device=self._device)
+        prompt = prompt.reshape(self._sequences, len(self._start))
         return generate(denoise, prompt, self._settings, self._process, seed=SEED).sequences.cpu()

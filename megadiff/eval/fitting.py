@@ -1,4 +1,4 @@
-"""Fitting of texts longer than a model's row, so that every completion token is still scored exactly once."""
+"""Fitting of texts longer than a model's sequence, so that every completion token is still scored exactly once."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from megadiff.eval.likelihood import Item
 from megadiff.eval.rolling import rolling_items
 
 
-def fitted(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
-    """Return the item in pieces that fit into a row, each a factor of its likelihood; one piece if possible.
+def split_to_fit(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
+    """Return the item in pieces that fit into a sequence, each a factor of its likelihood; one piece if possible.
 
-    A prompt that is too long loses its first tokens. A completion that fills a row by itself is scored window after
-    window: the first after the last half row of the prompt, each later one after the half row before it.
+    A prompt that is too long loses its first tokens. A completion that fills a sequence by itself is scored window
+    after
+    window: the first after the last half sequence of the prompt, each later one after the half sequence before it.
 
     Args:
         item: prompt and completion, without the tokens before every prompt.
-        length: tokens of a row, at least 2 more than `start`.
+        length: tokens of a sequence, at least 2 more than `start`.
         start: tokens before every prompt (bos); they are never cut off.
     """
     start, room = tuple(start), length - len(start)
@@ -28,7 +29,7 @@ def fitted(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
 
 
 def is_cut(item: Item, *, length: int, start: Sequence[int] = ()) -> bool:
-    """Return whether `fitted` drops tokens or cuts the item into pieces."""
+    """Return whether `split_to_fit` drops tokens or cuts the item into pieces."""
     return len(start) + len(item.ids) > length
 
 

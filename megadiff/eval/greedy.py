@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.next_token import next_token_rows, start_id
+from megadiff.diffusion.next_token import next_token_batch, start_id
 from megadiff.eval.likelihood import Item
 from megadiff.eval.texts_likelihood import Measured
 from megadiff.sampling.standalone import Settings, generate
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Sampled(Measured, Protocol):
-    """A model that can be evaluated and, if it is a diffusion model, sampled; such as `trained.TrainedModel`."""
+    """A model that can be evaluated and, if it is a diffusion model, sampled; such as `load_model.InferenceModel`."""
 
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
         """Map ids [B, L], whose first `prompt_length` tokens are clean, to logits [B, L, V]."""
@@ -26,7 +26,7 @@ class Sampled(Measured, Protocol):
 
 
 def greedy(
-    model: Sampled, items: Sequence[Item], *, batch_rows: int = 32, seed: int = 0, progress: Callable[[int], None]
+    model: Sampled, items: Sequence[Item], *, batch_size: int = 32, seed: int = 0, progress: Callable[[int], None]
 ) -> list[bool]:
     """Return whether each completion is the greedy one, in order; an empty completion is greedy.
 
@@ -38,7 +38,7 @@ def greedy(
     found = [not item.completion for item in items]
     judge = _next_tokens_agree if model.is_autoregressive else _writes_the_same
     open_items = (i for i, item in enumerate(items) if item.completion)
-    for taken in batches(open_items, lambda i: (len(items[i].prompt), len(items[i].completion)), batch_rows):
+    for taken in batches(open_items, lambda i: (len(items[i].prompt), len(items[i].completion)), batch_size):
         for i, answer in zip(taken, judge(model, [items[i] for i in taken], seed), strict=True):
             found[i] = answer
         progress(len(taken))
@@ -72,7 +72,7 @@ def _writes_the_same(model: Sampled, items: Sequence[Item], seed: int) -> list[b
     prompts = torch.tensor([item.prompt for item in items], dtype=torch.int64).reshape(len(items), -1)
     seeds = [seed_of(seed, Item(item.prompt, ())) for item in items]
     written = generate(model.denoise, prompts.to(model.platform.device), settings, model.process, seed=seeds).sequences
-    return [tuple(row) == item.ids for row, item in zip(written.tolist(), items, strict=True)]
+    return [tuple(sequence) == item.ids for sequence, item in zip(written.tolist(), items, strict=True)]
 
 
 def seed_of(seed: int, item: Item) -> int:
@@ -83,9 +83,9 @@ def seed_of(seed: int, item: Item) -> int:
 def _next_tokens_agree(model: Sampled, items: Sequence[Item], seed: int) -> list[bool]:
     del seed  # nothing is random
     clean = np.array([item.ids for item in items], dtype=np.int64)
-    rows = next_token_rows(clean, start_id=start_id(model.tokenizer))
-    logits = model.answer(rows.noised.to(model.platform.device), rows.prompt_length)
+    sequences = next_token_batch(clean, start_id=start_id(model.tokenizer))
+    logits = model.logits(sequences.noised.to(model.platform.device), sequences.prompt_length)
     logits = logits[:, len(items[0].prompt) :, : model.process.vocab_size].float()
     logits[..., model.process.mask_id] = -torch.inf
-    agrees = logits.argmax(dim=-1).cpu() == rows.clean[:, len(items[0].prompt) :]
+    agrees = logits.argmax(dim=-1).cpu() == sequences.clean[:, len(items[0].prompt) :]
     return agrees.all(dim=1).tolist()

@@ -20,13 +20,13 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from megadiff.errors import ConfigError
-from megadiff.eval.continuation import Manner, Wish, continuations
-from megadiff.eval.fitting import fitted, is_cut
+from megadiff.eval.continuation import GenerationConfig, GenerationRequest, continuations
+from megadiff.eval.fitting import is_cut, split_to_fit
 from megadiff.eval.greedy import Sampled, greedy
 from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, summed
 from megadiff.eval.rolling import rolling_items
 from megadiff.eval.texts import item_of
-from megadiff.eval.texts_likelihood import Framing, likelihoods
+from megadiff.eval.texts_likelihood import SpecialTokens, likelihoods
 
 log = logging.getLogger("megadiff")
 
@@ -36,8 +36,8 @@ class HarnessSettings:
     """Settings of the evaluation."""
 
     bound: BoundSettings = field(default_factory=BoundSettings)
-    """Estimator of a diffusion model's likelihoods; its `batch_rows` applies to autoregressive models too."""
-    manner: Manner = field(default_factory=Manner)
+    """Estimator of a diffusion model's likelihoods; its `batch_size` applies to autoregressive models too."""
+    config: GenerationConfig = field(default_factory=GenerationConfig)
     """Sampler settings of continuations."""
     context: int = 0
     """Maximal number of tokens given before each window of a rolling likelihood."""
@@ -86,7 +86,7 @@ class HarnessModel(LM):
     Args:
         model: an opened model (`export.opened.open_model`).
         settings: settings of the evaluation.
-        batch_size: rows per forward pass, overriding the settings; the harness passes its option by this name.
+        batch_size: sequences per forward pass, overriding the settings; the harness passes its option by this name.
         say: called once with each message about something that is cut or left out.
 
     Raises:
@@ -110,9 +110,9 @@ class HarnessModel(LM):
         self._model, self._settings = model, settings or HarnessSettings()
         if batch_size is not None:
             self._settings = _batched(self._settings, int(batch_size))
-        framing = Framing.like_the_data(model, prepend_bos=self._settings.prepend_bos)
+        framing = SpecialTokens.like_the_data(model, prepend_bos=self._settings.prepend_bos)
         has_bos = framing.prepend_bos and not model.is_autoregressive
-        self._start, _ = Framing(prepend_bos=has_bos).ids(model.tokenizer)
+        self._start, _ = SpecialTokens(prepend_bos=has_bos).ids(model.tokenizer)
         self._speak, self._said = say, set[str]()
         self.answers: list[Answer] = []
         """Likelihoods returned so far, in the order of the requests."""
@@ -124,18 +124,18 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, is_greedy) of the continuation of each request's context.
 
-        A context too long for a row loses its first tokens. For a diffusion model, `is_greedy` is whether the adaptive
-        sampler generates exactly this continuation at temperature 0, one token per step, for as many positions as it
-        has tokens (`greedy`); False for all if the settings disable it.
+        A context too long for a sequence loses its first tokens. For a diffusion model, `is_greedy` is whether the
+        adaptive sampler generates exactly this continuation at temperature 0, one token per step, for as many positions
+        as it has tokens (`greedy`); False for all if the settings disable it.
         """
         items = [self._item(*request.args) for request in requests]
         length = self._model.model.seq_length
         if any(is_cut(item, length=length, start=self._start) for item in items):
             self._say(
-                f"the model's row holds {length} tokens; long contexts lose their first ones, and completions "
-                "that fill a row are scored in pieces"
+                f"the model's sequence holds {length} tokens; long contexts lose their first ones, and completions "
+                "that fill a sequence are scored in pieces"
             )
-        pieces = [fitted(item, length=length, start=self._start) for item in items]
+        pieces = [split_to_fit(item, length=length, start=self._start) for item in items]
         found = self._measured(pieces, "loglikelihood", disable_tqdm)
         agrees = self._greedy(pieces, disable_tqdm)
         self._remember(requests, "loglikelihood", pieces, agrees)
@@ -160,17 +160,18 @@ class HarnessModel(LM):
         return [-one.nll for one in found]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the model's continuation of each context, up to the first stop string of the request (see `Wish`).
+        """Return the model's continuation of each context, up to the first stop string of the request (see
+        `GenerationRequest`).
 
         Raises:
             ConfigError: the model is autoregressive, or a request has invalid settings.
         """
-        wishes = [(request.args[0], Wish.from_names(request.args[1])) for request in requests]
-        for name in sorted({name for _, wish in wishes for name in wish.unknown}):
+        asked = [(request.args[0], GenerationRequest.from_names(request.args[1])) for request in requests]
+        for name in sorted({name for _, wanted in asked for name in wanted.unknown}):
             self._say(f"generation_kwargs: {name} is not supported by this model and is ignored")
         with _bar(len(requests), "generate_until", disable_tqdm) as progress:
             texts = continuations(
-                self._model, wishes, self._settings.manner, start=self._start, progress=progress, say=self._say
+                self._model, asked, self._settings.config, start=self._start, progress=progress, say=self._say
             )
         answered = zip(requests, texts, strict=True)
         self.continued += [Continued(request.task_name, request.doc_id, text) for request, text in answered]
@@ -210,7 +211,7 @@ class HarnessModel(LM):
         """Return each request's likelihood; equal pieces are evaluated once."""
         new = dict.fromkeys(item for own in pieces for item in own if item not in self._likelihoods)
         items = sorted(new, key=lambda item: len(item.ids))
-        count = 8 * self._settings.bound.batch_rows  # items between two updates of the progress bar
+        count = 8 * self._settings.bound.batch_size  # items between two updates of the progress bar
         with _bar(len(items), kind, is_silent) as progress:
             for first in range(0, len(items), count):
                 taken = items[first : first + count]
@@ -226,7 +227,7 @@ class HarnessModel(LM):
         items = list(dict.fromkeys(item for own in pieces for item in own))
         bound = self._settings.bound
         with _bar(len(items), "greedy", is_silent) as progress:
-            same = greedy(self._model, items, batch_rows=bound.batch_rows, seed=bound.seed, progress=progress)
+            same = greedy(self._model, items, batch_size=bound.batch_size, seed=bound.seed, progress=progress)
         agrees = dict(zip(items, same, strict=True))
         return [all(agrees[item] for item in own) for own in pieces]
 
@@ -247,13 +248,13 @@ class HarnessModel(LM):
             self._speak(sentence)
 
 
-def _batched(settings: HarnessSettings, rows: int) -> HarnessSettings:
-    if rows < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {rows}")
+def _batched(settings: HarnessSettings, sequences: int) -> HarnessSettings:
+    if sequences < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {sequences}")
     return replace(
         settings,
-        bound=replace(settings.bound, batch_rows=rows),
-        manner=replace(settings.manner, batch_rows=rows),
+        bound=replace(settings.bound, batch_size=sequences),
+        config=replace(settings.config, batch_size=sequences),
     )
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.next_token import next_token_rows
+from megadiff.diffusion.next_token import next_token_batch
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.schedules import LINEAR
 from megadiff.eval.effective_count import Copies, copies_by_count, copies_by_level, copy_bounds
-from megadiff.sampling.standalone import Draws
+from megadiff.sampling.standalone import CounterRNG
 
 Answer = Callable[[Tensor, Tensor], Tensor]
 """A model: (ids [B, L] int64, prompt lengths [B] int64 on the CPU) -> logits [B, L, V or more]."""
@@ -74,15 +74,16 @@ class BoundSettings:
     """
 
     draws: int = 128
-    """Number of noised copies of each item, each a row for the model; even."""
+    """Number of noised copies of each item, each a sequence for the model; even."""
     estimator: Literal["counts", "levels"] = "counts"
     """Kind of estimator. counts: by the number of noised tokens, over all noise levels (`effective_count`); levels: by
     stratified levels on [-9, 9], the integral over which omits the bound's part beyond.
     """
     seed: int = 0
-    batch_rows: int = 32
+    batch_size: int = 32
     context_length: int | None = None
-    """Length to which rows are filled with pure noise after the completion, as in the released code; None for none."""
+    """Length to which sequences are filled with pure noise after the completion, as in the released code; None for
+    none."""
 
     def __post_init__(self) -> None:
         if self.draws < 4 or self.draws % 2:
@@ -137,18 +138,24 @@ def bounds(
     asked, items = items, list(dict.fromkeys(items))
     settings = settings or BoundSettings()
     found = {item: Likelihood(0.0, 0.0, 0) for item in items}
-    for rows in _batches(items, settings, process):
-        logits = denoise(_row_ids(items, rows, settings, process).to(device), _prompt_lengths(items, rows))
-        for row, answer in zip(rows, logits, strict=True):
-            item = items[row.item]
+    for sequences in _batches(items, settings, process):
+        logits = denoise(
+            _sequence_ids(items, sequences, settings, process).to(device), _prompt_lengths(items, sequences)
+        )
+        for sequence, answer in zip(sequences, logits, strict=True):
+            item = items[sequence.item]
             start, stop = len(item.prompt), len(item.ids)
-            clean, noised = (torch.tensor(ids, device=answer.device) for ids in (item.completion, row.noised.tolist()))
-            row.values[row.draw] = copy_bounds(answer[start:stop], clean, noised, row.log_snr, process=process)
-            if row.draw == settings.draws - 1:
-                mean, error, degrees = mean_and_error(row.values)
-                found[item] = Likelihood(mean * row.factor, error * row.factor, len(item.completion), degrees)
+            clean, noised = (
+                torch.tensor(ids, device=answer.device) for ids in (item.completion, sequence.noised.tolist())
+            )
+            sequence.values[sequence.draw] = copy_bounds(
+                answer[start:stop], clean, noised, sequence.log_snr, process=process
+            )
+            if sequence.draw == settings.draws - 1:
+                mean, error, degrees = mean_and_error(sequence.values)
+                found[item] = Likelihood(mean * sequence.factor, error * sequence.factor, len(item.completion), degrees)
         if progress is not None:
-            progress(len(rows))
+            progress(len(sequences))
     return [found[item] for item in asked]
 
 
@@ -159,7 +166,7 @@ def exact(
     start_id: int,
     mask_id: int,
     vocab_size: int,
-    batch_rows: int = 32,
+    batch_size: int = 32,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[Likelihood]:
@@ -167,28 +174,28 @@ def exact(
 
     Args:
         items: completions given prompts.
-        next_token: the model; causal, so rows are padded after their text to share a batch.
+        next_token: the model; causal, so sequences are padded after their text to share a batch.
         start_id: token before the first one (see `diffusion.next_token`).
         mask_id, vocab_size: the mask and padding are not tokens, so the softmax excludes them.
-        batch_rows: maximal number of rows per batch.
+        batch_size: maximal number of sequences per batch.
         device: device of the model.
         progress: called after each batch.
     """
     asked, items = items, list(dict.fromkeys(items))
     found = {item: Likelihood(0.0, 0.0, 0) for item in items}
     order = sorted((i for i, item in enumerate(items) if item.completion), key=lambda i: (len(items[i].ids), i))
-    for first in range(0, len(order), batch_rows):
-        taken = order[first : first + batch_rows]
+    for first in range(0, len(order), batch_size):
+        taken = order[first : first + batch_size]
         length = len(items[taken[-1]].ids)
         clean = np.array([items[i].ids + (start_id,) * (length - len(items[i].ids)) for i in taken], dtype=np.int64)
-        shifted = next_token_rows(clean, start_id=start_id)
+        shifted = next_token_batch(clean, start_id=start_id)
         logits = next_token(shifted.noised.to(device), shifted.prompt_length)[..., :vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         logits[..., mask_id] = -torch.inf
         nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), shifted.clean.to(device), reduction="none")
-        for i, row in zip(taken, nll.double(), strict=True):
+        for i, sequence in zip(taken, nll.double(), strict=True):
             start, stop = len(items[i].prompt), len(items[i].ids)
-            found[items[i]] = Likelihood(float(row[start:stop].sum()), 0.0, stop - start)
+            found[items[i]] = Likelihood(float(sequence[start:stop].sum()), 0.0, stop - start)
         if progress is not None:
             progress(len(taken))
     return [found[item] for item in asked]
@@ -231,7 +238,7 @@ def _widening(degrees: float) -> float:
 
 @dataclass
 class _Row:
-    """One noised copy of one item as a row of the model's input; the rows of an item share `values`."""
+    """One noised copy of one item as a sequence of the model's input; the sequences of an item share `values`."""
 
     item: int
     draw: int
@@ -242,7 +249,7 @@ class _Row:
 
 
 def _batches(items: Sequence[Item], settings: BoundSettings, process: NoiseProcess) -> Iterator[list[_Row]]:
-    """Yield rows of one length, at most `batch_rows` of them at a time."""
+    """Yield sequences of one length, at most `batch_size` of them at a time."""
     longest = max((len(item.ids) for item in items), default=0)
     if settings.context_length is not None and longest > settings.context_length:
         raise ValueError(f"an item has {longest} tokens, more than the context of {settings.context_length}")
@@ -257,7 +264,7 @@ def _batches(items: Sequence[Item], settings: BoundSettings, process: NoiseProce
         for draw, noised in enumerate(copies.noised):
             level = None if copies.log_snr is None else float(copies.log_snr[draw])
             waiting.append(_Row(index, draw, noised, level, copies.factor, values))
-            if len(waiting) == settings.batch_rows:
+            if len(waiting) == settings.batch_size:
                 yield waiting
                 waiting = []
     if waiting:
@@ -270,18 +277,20 @@ def _copies(item: Item, settings: BoundSettings, process: NoiseProcess) -> Copie
     return draw(clean, settings.draws, process=process, seed=settings.seed, key=item.key)
 
 
-def _row_ids(items: Sequence[Item], rows: Sequence[_Row], settings: BoundSettings, process: NoiseProcess) -> Tensor:
+def _sequence_ids(
+    items: Sequence[Item], sequences: Sequence[_Row], settings: BoundSettings, process: NoiseProcess
+) -> Tensor:
     """Return the ids that the model reads, [B, L]: clean prompt, noised completion and, if asked for, pure noise up to
     the context."""
-    own = [[*items[row.item].prompt, *row.noised.tolist()] for row in rows]
+    own = [[*items[sequence.item].prompt, *sequence.noised.tolist()] for sequence in sequences]
     if settings.context_length is None:
         return torch.tensor(own)
-    keys = torch.tensor([items[row.item].key for row in rows])
-    tail = Draws(settings.seed, keys, "cpu").noise(settings.context_length, -9.0, process, name="likelihood/tail")
+    keys = torch.tensor([items[sequence.item].key for sequence in sequences])
+    tail = CounterRNG(settings.seed, keys, "cpu").noise(settings.context_length, -9.0, process, name="likelihood/tail")
     for place, ids in enumerate(own):
         tail[place, : len(ids)] = torch.tensor(ids)
     return tail
 
 
-def _prompt_lengths(items: Sequence[Item], rows: Sequence[_Row]) -> Tensor:
-    return torch.tensor([len(items[row.item].prompt) for row in rows], dtype=torch.int64)
+def _prompt_lengths(items: Sequence[Item], sequences: Sequence[_Row]) -> Tensor:
+    return torch.tensor([len(items[sequence.item].prompt) for sequence in sequences], dtype=torch.int64)

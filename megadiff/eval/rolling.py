@@ -1,4 +1,5 @@
-"""Rolling likelihood of whole documents, longer than a model's row, as word and byte perplexity and bits per byte."""
+"""Rolling likelihood of whole documents, longer than a model's sequence, as word and byte perplexity and bits per
+byte."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def rolling_items(ids: Sequence[int], *, length: int, context: int, start: Seque
 
     Args:
         ids: the document's tokens, with its end token if that is to be scored.
-        length: tokens of a row, prompt and completion together.
+        length: tokens of a sequence, prompt and completion together.
         context: maximal number of preceding tokens given as a window's clean prompt; 0 evaluates windows independently.
         start: tokens before the first one (bos), given and not scored.
 
@@ -68,7 +69,7 @@ def rolling_items(ids: Sequence[int], *, length: int, context: int, start: Seque
         ValueError: the context leaves no room for a completion.
     """
     if not 0 <= max(context, len(start)) < length:
-        raise ValueError(f"the context ({context} tokens) must be shorter than a row ({length})")
+        raise ValueError(f"the context ({context} tokens) must be shorter than a sequence ({length})")
     items, place = [], 0
     while place < len(ids):
         prompt = tuple(start) if place == 0 else tuple(ids[max(0, place - context) : place])

@@ -45,12 +45,12 @@ class RowLength(Protocol):
 
     @property
     def seq_length(self) -> int:
-        """Number of tokens in a row."""
+        """Number of tokens in a sequence."""
         ...
 
 
 class Measured(Protocol):
-    """A model that can be evaluated, such as `trained.TrainedModel`."""
+    """A model that can be evaluated, such as `load_model.InferenceModel`."""
 
     @property
     def is_autoregressive(self) -> bool:
@@ -82,13 +82,13 @@ class Measured(Protocol):
         """The machine that the model runs on."""
         ...
 
-    def answer(self, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Map ids [B, L] and lengths [B] of clean prompts to logits [B, L, V]."""
         ...
 
 
 @dataclass(frozen=True)
-class Framing:
+class SpecialTokens:
     """Special tokens around a text."""
 
     prepend_bos: bool = False
@@ -97,7 +97,9 @@ class Framing:
     """Whether eos comes after the completion or document: scored, and counted as no byte."""
 
     @classmethod
-    def like_the_data(cls, model: Measured, *, prepend_bos: bool | None = None, score_eos: bool = False) -> Framing:
+    def like_the_data(
+        cls, model: Measured, *, prepend_bos: bool | None = None, score_eos: bool = False
+    ) -> SpecialTokens:
         """Return the requested framing, by default that of the model's training data.
 
         Args:
@@ -133,26 +135,26 @@ def likelihoods(
     """Return every item's likelihood: a bound for a diffusion model, exact for an autoregressive one."""
     device = model.platform.device
     if not model.is_autoregressive:
-        return bounds(items, model.answer, process=model.process, settings=settings, device=device, progress=progress)
+        return bounds(items, model.logits, process=model.process, settings=settings, device=device, progress=progress)
     return exact(
         items,
-        model.answer,
+        model.logits,
         start_id=start_id(model.tokenizer),
         mask_id=model.process.mask_id,
         vocab_size=model.process.vocab_size,
-        batch_rows=settings.batch_rows,
+        batch_size=settings.batch_size,
         device=device,
         progress=progress,
     )
 
 
 def pairs_likelihood(
-    model: Measured, path: Path, *, keys: tuple[str, str], settings: BoundSettings, framing: Framing
+    model: Measured, path: Path, *, keys: tuple[str, str], settings: BoundSettings, framing: SpecialTokens
 ) -> dict[str, Any]:
     """Evaluate completions given prompts, one pair per line.
 
     Raises:
-        DataError: a line has the wrong format, or a text is longer than the model's row.
+        DataError: a line has the wrong format, or a text is longer than the model's sequence.
     """
     start, end = framing.ids(model.tokenizer)
     items = []
@@ -160,8 +162,8 @@ def pairs_likelihood(
         item = item_of(prompt, completion, model.tokenizer, start=start, end=end)
         if len(item.ids) > model.model.seq_length:
             raise DataError(
-                f"{path}: text {number} has {len(item.ids)} tokens, the model's row holds {model.model.seq_length}; "
-                "shorten the prompt, or measure documents with --text-key"
+                f"{path}: text {number} has {len(item.ids)} tokens, the model's sequence holds "
+                f"{model.model.seq_length}; shorten the prompt, or measure documents with --text-key"
             )
         items.append(item)
     found = _measured(model, items, settings)
@@ -181,9 +183,9 @@ def pairs_likelihood(
 
 
 def rolling_likelihood(
-    model: Measured, path: Path, *, text_key: str, context: int, settings: BoundSettings, framing: Framing
+    model: Measured, path: Path, *, text_key: str, context: int, settings: BoundSettings, framing: SpecialTokens
 ) -> dict[str, Any]:
-    """Evaluate whole documents, one per line, cut into windows of the model's row.
+    """Evaluate whole documents, one per line, cut into windows of the model's sequence.
 
     Raises:
         DataError: a line has the wrong format.

@@ -125,7 +125,7 @@ def _facts(manifest: Manifest, parameters: int, dtype: str) -> dict[str, Any]:
     facts = {
         "parameters": f"{parameters:,} ({dtype})",
         "blocks, width, heads": f"{model.layers}, {model.hidden}, {model.heads}",
-        "tokens in a row": model.seq_length,
+        "tokens in a sequence": model.seq_length,
         "vocabulary": f"{manifest.vocab_size:,} ids, the mask is {manifest.mask_id}",
         "trained for": f"{manifest.step:,} steps, {manifest.tokens:,} tokens",
         "data": ", ".join(sources),

@@ -11,7 +11,7 @@ from typing import Literal
 
 from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.export.importing import import_folder
-from megadiff.trained import TrainedModel, open_trained
+from megadiff.run.load_model import InferenceModel, load_model
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def open_model(
     *,
     platform: Literal["auto", "cpu", "cuda"] = "auto",
     tokenizer: str | None = None,
-) -> Iterator[TrainedModel]:
+) -> Iterator[InferenceModel]:
     """Open a run folder, one of its step folders, or a Hugging Face folder (this package's, or a released `gidd` one).
 
     A Hugging Face folder is first converted to a checkpoint in the system's temporary folder, which exists while the
@@ -37,10 +37,10 @@ def open_model(
     """
     folder = Path(path)
     if what_it_is(folder) != "a Hugging Face folder":
-        with open_trained(folder, platform=platform, tokenizer=tokenizer) as trained:
+        with load_model(folder, platform=platform, tokenizer=tokenizer) as trained:
             yield trained
         return
     with tempfile.TemporaryDirectory(prefix="megadiff-") as work:
         imported = import_folder(folder, Path(work) / "checkpoint", tokenizer=tokenizer)
-        with open_trained(imported.folder, platform=platform, tokenizer=tokenizer) as trained:
+        with load_model(imported.folder, platform=platform, tokenizer=tokenizer) as trained:
             yield replace(trained, folder=folder)

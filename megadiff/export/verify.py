@@ -35,7 +35,7 @@ rounding is up to 0.4 %, and two programs round in different places, block after
 """
 
 LEVELS = (-6.0, -2.0, 0.0, 2.0, 6.0)
-"""Log signal-to-noise ratios of the rows that are compared."""
+"""Log signal-to-noise ratios of the sequences that are compared."""
 
 _MAX_NAMES = 64
 _CHILD = Path(__file__).with_name("verify_child.py")
@@ -59,7 +59,7 @@ SAMPLE_TEXTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A row of tokens at one noise level."""
+    """A sequence of tokens at one noise level."""
 
     log_snr: float
     ids: Tensor
@@ -116,14 +116,14 @@ class Verified:
 
 
 def noised_cases(process: NoiseProcess, *, length: int, knows_prompts: bool, seed: int = 0) -> list[Case]:
-    """Return a row at each level of `LEVELS`, and one with a clean prompt where the model knows prompts."""
+    """Return a sequence at each level of `LEVELS`, and one with a clean prompt where the model knows prompts."""
     draw = torch.Generator().manual_seed(seed)
 
     def real() -> Tensor:
         ids = torch.randint(process.num_real, (1, length), generator=draw)
         return ids + (ids >= process.mask_id).long()
 
-    def row(log_snr: float, prompt_length: int) -> Case:
+    def sequence(log_snr: float, prompt_length: int) -> Case:
         clean, replaced = real(), real()
         level = torch.tensor(log_snr, dtype=torch.float64)
         is_mask = torch.rand(1, length, generator=draw) >= process.uniform_prob(level)
@@ -131,8 +131,8 @@ def noised_cases(process: NoiseProcess, *, length: int, knows_prompts: bool, see
         keeps |= torch.arange(length) < prompt_length
         return Case(log_snr, torch.where(keeps, clean, torch.where(is_mask, process.mask_id, replaced)), prompt_length)
 
-    rows = [row(log_snr, 0) for log_snr in LEVELS]
-    return rows + ([row(0.0, length // 3)] if knows_prompts else [])
+    sequences = [sequence(log_snr, 0) for log_snr in LEVELS]
+    return sequences + ([sequence(0.0, length // 3)] if knows_prompts else [])
 
 
 def sample_ids(tokenizer: Tokenizer, *, prepend_bos: bool) -> dict[str, list[int]]:

@@ -1,4 +1,5 @@
-"""Script that `verify` runs as a separate process, isolated from megadiff: a folder's logits of rows and ids of texts.
+"""Script that `verify` runs as a separate process, isolated from megadiff: a folder's logits of sequences and ids of
+texts.
 
 It imports the folder's modeling file as a package, as a person who has read it would, instead of letting transformers
 do it with `trust_remote_code`.

@@ -26,9 +26,9 @@ class BidirectionalAttention(MegatronModule):
     head, learned, neither normalised nor rotated, seen by every query: it is put before the keys, so the fused kernel
     still applies.
 
-    A row whose first P tokens are a clean prompt takes two calls instead of one with an [S, S] mask: the prompt's
+    A sequence whose first P tokens are a clean prompt takes two calls instead of one with an [S, S] mask: the prompt's
     queries over the prompt alone (all of it, or causally), the rest over everything. Causal attention over the whole
-    row is the case P = S.
+    sequence is the case P = S.
 
     Source: arXiv:2512.10858's model; s = D^-1/2 q.k, then softcap * tanh(s / softcap), then softmax.
     """
@@ -81,10 +81,11 @@ class BidirectionalAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _with_prompts(self, q: Tensor, k: Tensor, v: Tensor, codes: list[int]) -> Tensor:
-        """Attend row by row, or all at once if every row has the same prompt; k and v hold the sink, if any."""
+        """Attend sequence by sequence, or all at once if every sequence has the same prompt; k and v hold the sink, if
+        any."""
         if len(set(codes)) > 1:
-            rows = [(q[i : i + 1], k[i : i + 1], v[i : i + 1], [code]) for i, code in enumerate(codes)]
-            return torch.cat([self._with_prompts(*row) for row in rows])
+            sequences = [(q[i : i + 1], k[i : i + 1], v[i : i + 1], [code]) for i, code in enumerate(codes)]
+            return torch.cat([self._with_prompts(*sequence) for sequence in sequences])
         length, is_causal = abs(codes[0]), codes[0] < 0
         if length == 0:
             return self._attend(q, k, v)
@@ -121,7 +122,7 @@ def _with_sink(x: Tensor, sink: Tensor) -> Tensor:
 def prompt_code(prompt_length: Tensor, *, is_causal: bool) -> Tensor | None:
     """Pack prompt lengths [B] for `BidirectionalAttention`: negative where the prompt attends causally.
 
-    None where no row has a prompt.
+    None where no sequence has a prompt.
     """
     if not bool(prompt_length.any()):
         return None
@@ -145,13 +146,13 @@ def capped_attention(
     Returns:
         [B, H, Q, D] in q's dtype.
     """
-    rows = max(1, SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+    sequences = max(1, SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
     first = k.shape[2] - q.shape[2] if is_causal else None
-    if rows >= q.shape[2]:
+    if sequences >= q.shape[2]:
         return _capped_chunk(q, k, v, scale, softcap, first)
     chunks = []
-    for start in range(0, q.shape[2], rows):
-        part = q[:, :, start : start + rows]
+    for start in range(0, q.shape[2], sequences):
+        part = q[:, :, start : start + sequences]
         seen = None if first is None else first + start
         chunks.append(checkpoint(_capped_chunk, part, k, v, scale, softcap, seen, use_reentrant=False))
     return torch.cat(chunks, dim=2)

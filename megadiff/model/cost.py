@@ -1,6 +1,6 @@
 """The cost of a model in closed form: parameters, training FLOPs per token, bytes per rank. No torch.
 
-Symbols: L layers, d hidden width, f MLP multiple, V vocabulary entries with the mask, S tokens per row.
+Symbols: L layers, d hidden width, f MLP multiple, V vocabulary entries with the mask, S tokens per sequence.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megadiff.errors import ConfigError
-from megadiff.kernels import chunk_size
+from megadiff.loss import chunk_size
 
 QkNorm = Literal["full", "head", "none"]
 
@@ -54,7 +54,7 @@ class Parameters:
 
     embedding: int
     head: int
-    bulk: int
+    hidden_matrices: int
     """The matrices of the layers: q, k, v, o, up, down."""
     norms: int
     """Gains: two a layer and the final one, and those of q and k."""
@@ -65,7 +65,7 @@ class Parameters:
     @property
     def non_embedding(self) -> int:
         """All but the embedding and the output head."""
-        return self.bulk + self.norms + self.biases + self.sink
+        return self.hidden_matrices + self.norms + self.biases + self.sink
 
     @property
     def total(self) -> int:
@@ -74,18 +74,18 @@ class Parameters:
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int = 128) -> int:
-    """Return the number of rows of the embedding and the head, dead ones included; the same on every layout."""
+    """Return the number of sequences of the embedding and the head, dead ones included; the same on every layout."""
     return -(-vocab_size // multiple) * multiple
 
 
-def parameters(shape: Shape, *, vocab_rows: int | None = None) -> Parameters:
-    """Return the parameters by role; `vocab_rows` counts padded rows too (default: the true vocabulary)."""
-    d, rows = shape.hidden, vocab_rows if vocab_rows is not None else shape.vocab_size
+def parameters(shape: Shape, *, vocab_entries: int | None = None) -> Parameters:
+    """Return the parameters by role; `vocab_entries` counts padded sequences too (default: the true vocabulary)."""
+    d, sequences = shape.hidden, vocab_entries if vocab_entries is not None else shape.vocab_size
     gains = {"full": 2 * d, "head": 2 * shape.head_dim, "none": 0}[shape.qk_norm]
     return Parameters(
-        embedding=rows * d,
-        head=rows * d,
-        bulk=shape.layers * (4 * d * d + 2 * d * shape.ffn_hidden),
+        embedding=sequences * d,
+        head=sequences * d,
+        hidden_matrices=shape.layers * (4 * d * d + 2 * d * shape.ffn_hidden),
         norms=shape.layers * (2 * d + gains) + d,
         biases=shape.layers * (shape.ffn_hidden + d) if shape.mlp_bias else 0,
         sink=shape.layers * 2 * d if shape.sink else 0,
@@ -95,18 +95,18 @@ def parameters(shape: Shape, *, vocab_rows: int | None = None) -> Parameters:
 def paper_parameters(shape: Shape) -> int:
     """Return the non-embedding parameters as the paper's notebooks count them: MLP biases twice, sinks not at all."""
     counted = parameters(shape)
-    return counted.bulk + counted.norms + 2 * counted.biases
+    return counted.hidden_matrices + counted.norms + 2 * counted.biases
 
 
 def training_flops_per_token(shape: Shape) -> float:
     """Return the model FLOPs of a token by the convention called `full`: 6 (P + V d) + 12 L d S.
 
     Forward and backward: 6 per matrix entry, the head's V d at every token included, and 12 L d S of attention.
-    Attention is bidirectional, so each token meets all S of its row and nothing is halved. Recomputation, norms,
+    Attention is bidirectional, so each token meets all S of its sequence and nothing is halved. Recomputation, norms,
     the softmax and the embedding look-up are not counted, as usual for model FLOPs. What a step really computed is
     `executed_flops`.
     """
-    matrices = parameters(shape).bulk + shape.vocab_size * shape.hidden
+    matrices = parameters(shape).hidden_matrices + shape.vocab_size * shape.hidden
     return 6.0 * matrices + _attention_flops(shape)
 
 
@@ -116,7 +116,7 @@ def executed_flops(
     tokens: float,
     head_tokens: float,
     pairs: float,
-    vocab_rows: int,
+    vocab_entries: int,
     recompute_layers: int = 0,
     recompute_modules: tuple[str, ...] = (),
 ) -> float:
@@ -130,11 +130,11 @@ def executed_flops(
         tokens: tokens that passed the layers.
         head_tokens: tokens whose logits were computed.
         pairs: (query, key) pairs that were scored in one layer, a sink's left out.
-        vocab_rows: columns of the logits, padding included.
+        vocab_entries: columns of the logits, padding included.
         recompute_layers: layers of the whole model that are recomputed in full.
         recompute_modules: what is recomputed in every layer (`Layout.recompute_modules`).
     """
-    d, matrices = shape.hidden, parameters(shape).bulk / shape.layers
+    d, matrices = shape.hidden, parameters(shape).hidden_matrices / shape.layers
     scores = 4.0 * d * (pairs + tokens * shape.sink)  # forward, one layer: q k^T and the weighted sum of values
     layer = 2.0 * matrices * tokens + scores
     again = recompute_layers * layer
@@ -142,7 +142,7 @@ def executed_flops(
         again += shape.layers * 4.0 * d * shape.ffn_hidden * tokens
     if "core_attn" in recompute_modules:
         again += shape.layers * scores
-    return 3.0 * shape.layers * layer + 6.0 * vocab_rows * d * head_tokens + again
+    return 3.0 * shape.layers * layer + 6.0 * vocab_entries * d * head_tokens + again
 
 
 def paper_flops_per_token(shape: Shape, method: Literal["deepseek", "chinchilla"] = "deepseek") -> float:
@@ -166,14 +166,14 @@ class Layout:
     data: int = 1
     sequence: bool = False
     """Sequence parallelism: the residual stream is split over the tensor group too."""
-    micro_sequences: int = 1
+    micro_batch_size: int = 1
     distributed_optimizer: bool = False
     recompute_layers: int = 0
     """Number of layers of each chunk whose input alone is kept, under full recomputation."""
     recompute_modules: tuple[str, ...] = ()
     """Selective recomputation: `mlp`, `layernorm`; `core_attn` changes nothing here, no scores being counted."""
     fused_loss: bool = False
-    """The logits of a microbatch never exist as a whole (`kernels.fused_head`)."""
+    """The logits of a microbatch never exist as a whole (`loss.fused_lm_head`)."""
     fused_layers: bool = False
     """Whether the layers are Transformer Engine's; otherwise they are megatron-core's own on torch kernels."""
 
@@ -211,7 +211,7 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def bytes_per_rank(shape: Shape, layout: Layout, precision: Precision, *, vocab_rows: int | None = None) -> Memory:
+def bytes_per_rank(shape: Shape, layout: Layout, precision: Precision, *, vocab_entries: int | None = None) -> Memory:
     """Return the estimated bytes on the fullest pipeline stage's ranks.
 
     The distributed optimizer splits the optimizer's moments and the master copy over the data and context ranks. Not
@@ -219,28 +219,29 @@ def bytes_per_rank(shape: Shape, layout: Layout, precision: Precision, *, vocab_
     being recomputed.
     """
     stages = (
-        stage_memory(shape, layout, precision, stage=stage, vocab_rows=vocab_rows) for stage in range(layout.pipeline)
+        stage_memory(shape, layout, precision, stage=stage, vocab_entries=vocab_entries)
+        for stage in range(layout.pipeline)
     )
     return max(stages, key=lambda memory: memory.total)
 
 
 def stage_memory(
-    shape: Shape, layout: Layout, precision: Precision, *, stage: int, vocab_rows: int | None = None
+    shape: Shape, layout: Layout, precision: Precision, *, stage: int, vocab_entries: int | None = None
 ) -> Memory:
     """Return the estimated bytes on one pipeline stage's ranks; see `bytes_per_rank`."""
-    rows = vocab_rows if vocab_rows is not None else padded_vocab_size(shape.vocab_size)
+    sequences = vocab_entries if vocab_entries is not None else padded_vocab_size(shape.vocab_size)
     first, last = stage == 0, stage == layout.pipeline - 1
     layers = -(-shape.layers // layout.pipeline)
     held = layers * _layer_parameters(shape, layout.tensor)
-    held += (first + last) * rows * shape.hidden // layout.tensor + last * shape.hidden
+    held += (first + last) * sequences * shape.hidden // layout.tensor + last * shape.hidden
     replicas = layout.data * layout.context if layout.distributed_optimizer else 1
     state_bytes = 4 * precision.moments + 4 * (precision.master_weights and precision.params == "bf16")
-    tokens = layout.micro_sequences * shape.seq_length // layout.context
+    tokens = layout.micro_batch_size * shape.seq_length // layout.context
     inputs_only = layout.recompute_layers * layout.virtual_pipeline
     per_token = (layers - inputs_only) * _layer_bytes(shape, layout, precision)
     per_token += inputs_only * _stream(shape, layout) * _size(precision.compute)
     if inputs_only:  # the angles of the rotary embedding, an input of every recomputed layer
-        per_token += 4 * shape.head_dim / layout.micro_sequences
+        per_token += 4 * shape.head_dim / layout.micro_batch_size
     per_token += last * _final_norm_bytes(shape, layout, precision)
     kept = tokens * per_token
     fp8_copies = 2 * layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.ffn_hidden) // layout.tensor
@@ -253,7 +254,7 @@ def stage_memory(
         optimizer=-(-held * state_bytes // replicas),
         activations_per_microbatch=round(kept),
         activations=round(kept * in_flight),
-        logits=_head(layout, precision, tokens, rows // layout.tensor, shape.hidden) if last else 0,
+        logits=_head(layout, precision, tokens, sequences // layout.tensor, shape.hidden) if last else 0,
     )
 
 
@@ -316,7 +317,7 @@ def _attention_bytes(shape: Shape, layout: Layout, precision: Precision) -> floa
     out = size + (1 if is_fused and precision.fp8 else 0)
     small = 4.0 * shape.heads  # the log of each softmax's sum
     small += {"none": 0, "head": 8 * shape.heads, "full": 8 * layout.tensor}[shape.qk_norm]
-    small += 0 if is_fused else 4.0 * shape.head_dim * size * layout.tensor / layout.micro_sequences
+    small += 0 if is_fused else 4.0 * shape.head_dim * size * layout.tensor / layout.micro_batch_size
     return d * (packed + rotated + values + norm + out) + small + _score_bytes(shape, layout, precision)
 
 
@@ -328,7 +329,7 @@ def _score_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
     if not shape.softcap or "core_attn" in layout.recompute_modules:
         return 0.0
     keys = shape.seq_length + shape.sink
-    whole = 4 * layout.micro_sequences * shape.heads // layout.tensor * keys * shape.seq_length
+    whole = 4 * layout.micro_batch_size * shape.heads // layout.tensor * keys * shape.seq_length
     if whole > SCORE_BYTES:
         return 0.0
     return shape.heads * keys * (8.0 + (2 if precision.compute == "bf16" else 0))

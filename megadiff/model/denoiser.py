@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.kernels import parts_for
+from megadiff.model.implementation import modules_for
 from megadiff.model.layer_spec import block_spec
 from megadiff.model.megatron_config import keep, transformer_config
 from megadiff.parallel.config import ParallelConfig
@@ -205,7 +205,7 @@ def build_chunks(
     """
     with quiet():
         config = transformer_config(model, parallel=parallel, precision=precision, platform=platform)
-        parts = parts_for(precision, platform)
+        parts = modules_for(precision, platform)
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # nothing draws from it; the embedding asks that it exists
     virtual = topology.layout.virtual_pipeline
     chunks = []

@@ -33,7 +33,7 @@ def megatron_settings(precision: PrecisionConfig) -> dict[str, Any]:
 
 
 def check_shapes(
-    precision: PrecisionConfig, model: ModelConfig, parallel: ParallelConfig, *, micro_sequences: int
+    precision: PrecisionConfig, model: ModelConfig, parallel: ParallelConfig, *, micro_batch_size: int
 ) -> None:
     """Check that every FP8 matrix product of a rank has a shape the hardware takes.
 
@@ -49,12 +49,12 @@ def check_shapes(
         return
     multiple = 128 if precision.fp8 == "blockwise" and parallel.sequence else 16
     tensor = parallel.tensor
-    tokens, parts = micro_sequences * model.seq_length, tensor if parallel.sequence else 1
+    tokens, parts = micro_batch_size * model.seq_length, tensor if parallel.sequence else 1
     sides = {
         "model.hidden": (model.hidden, multiple),
         "model.hidden / parallel.tensor": (model.hidden // tensor, 16),
         "the MLP width / parallel.tensor": (model.ffn_hidden // tensor, 16),
-        "batch.micro_sequences x model.seq_length" + (" / parallel.tensor" if parts > 1 else ""): (
+        "batch.micro_batch_size x model.seq_length" + (" / parallel.tensor" if parts > 1 else ""): (
             tokens // parts,
             multiple,
         ),

@@ -24,7 +24,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megadiff.model.layer_spec import LayerParts
+from megadiff.model.layer_spec import LayerModules
 
 _DIRECTIONS = ("scaling_fwd", "scaling_bwd")
 _KEPT = ("scale", "amax_history")
@@ -112,10 +112,10 @@ class FusedRMSNorm(engine.RMSNorm):
         )
 
 
-def fused_parts() -> LayerParts:
+def fused_parts() -> LayerModules:
     """Return Transformer Engine's modules, whose parameter names are the ones checkpoints use."""
-    return LayerParts(
-        branch_norm=IdentityOp,
+    return LayerModules(
+        input_layernorm=IdentityOp,
         qkv=UnbiasedNormedColumnLinear,
         proj=UnbiasedRowLinear,
         up=NormedColumnLinear,

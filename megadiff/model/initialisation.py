@@ -20,7 +20,7 @@ from torch import Tensor
 from megadiff.model.config import ModelConfig
 from megadiff.parallel.topology import Topology
 
-Role = Literal["embedding", "head", "bulk", "norm", "bias"]
+Role = Literal["embedding", "head", "hidden", "norm", "bias"]
 
 _ROWS_PER_BLOCK = 256
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -38,7 +38,7 @@ def role_of(name: str) -> Role:
         return "embedding"
     if name.endswith("bias") or "sink_" in name:
         return "bias"
-    return "head" if "output_layer" in name else "bulk"
+    return "head" if "output_layer" in name else "hidden"
 
 
 def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -56,7 +56,7 @@ def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, *, seed: i
     `head_init`; not truncated. Source: arXiv:2512.10858, CompleteP table.
     """
     std = {
-        "bulk": model.init_scale / model.hidden**0.5,
+        "hidden": model.init_scale / model.hidden**0.5,
         "embedding": model.embed_init,
         "head": model.head_init,
         "norm": 0.0,

@@ -23,13 +23,13 @@ from megadiff.model.norms import AllHeadsRMSNorm
 
 
 @dataclass(frozen=True)
-class LayerParts:
+class LayerModules:
     """Classes with megatron-core's constructor arguments, by their place in a block.
 
     Whatever the parts, parameters have the same shapes, and the same names in a checkpoint.
     """
 
-    branch_norm: Any
+    input_layernorm: Any
     """Before attention and before the MLP; `IdentityOp` where `qkv` and `up` normalise themselves."""
     qkv: Any
     """Column-parallel, never with a bias."""
@@ -45,19 +45,19 @@ class LayerParts:
     """Prefixes of parameter names in a layer, and the prefixes that replace them in a checkpoint."""
 
 
-def block_spec(model: ModelConfig, parts: LayerParts, *, layers: int) -> Any:
+def block_spec(model: ModelConfig, parts: LayerModules, *, layers: int) -> Any:
     """megatron-core's description of a chunk of `layers` blocks and, on the last stage, the norm after them."""
     return TransformerBlockSubmodules(layer_specs=[_layer_spec(model, parts)] * layers, layer_norm=parts.norm)
 
 
-def _layer_spec(model: ModelConfig, parts: LayerParts) -> ModuleSpec:
+def _layer_spec(model: ModelConfig, parts: LayerModules) -> ModuleSpec:
     qk_norm = {"full": AllHeadsRMSNorm, "head": parts.norm, "none": IdentityOp}[model.qk_norm]
     residual: Any = _scaled_residual(model.resid_factor)
     attention: Any = partial(BidirectionalAttention, sink=model.sink, softcap=model.softcap)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.branch_norm,
+            input_layernorm=parts.input_layernorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
@@ -70,7 +70,7 @@ def _layer_spec(model: ModelConfig, parts: LayerParts) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=residual,
-            pre_mlp_layernorm=parts.branch_norm,
+            pre_mlp_layernorm=parts.input_layernorm,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=parts.up, linear_fc2=parts.down)),
             mlp_bda=residual,
             sharded_state_dict_keys_map=parts.checkpoint_names,

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megadiff.model.layer_spec import LayerParts
+from megadiff.model.layer_spec import LayerModules
 from megadiff.model.norms import RMSNorm
 
 
@@ -35,10 +35,10 @@ class UnbiasedRowLinear(RowParallelLinear):
         super().__init__(*args, bias=False, **kwargs)
 
 
-def local_parts() -> LayerParts:
+def local_parts() -> LayerModules:
     """Return the modules that run on every machine."""
-    return LayerParts(
-        branch_norm=RMSNorm,
+    return LayerModules(
+        input_layernorm=RMSNorm,
         qkv=UnbiasedColumnLinear,
         proj=UnbiasedRowLinear,
         up=ColumnParallelLinear,

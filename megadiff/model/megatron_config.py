@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megadiff.model import fp8
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.kernels import fuses_weight_gradients, layers_for
+from megadiff.model.implementation import fuses_weight_gradients, layers_for
 from megadiff.parallel.config import ParallelConfig
 from megadiff.platform.machine import Platform
 
@@ -62,7 +62,7 @@ def transformer_config(
         batch_p2p_comm=not platform.is_cpu and not interleaved,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=not platform.is_cpu,
-        tp_comm_overlap=parallel.tensor_overlap,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         apply_rope_fusion=layers_for(precision, platform) == "transformer_engine",
         **_recomputation(parallel, chunk_layers=model.layers // (parallel.pipeline * parallel.virtual_pipeline)),
         **fp8.megatron_settings(precision),

@@ -54,9 +54,9 @@ class ScheduleConfig(Section):
     """Training FLOPs of the whole run without embedding and head (6P + 12LdS a token), rounded up to whole steps."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Steps over which the rate rises linearly from 0."""
-    cooldown: float = Field(default=0.0, ge=0)
+    decay_steps: float = Field(default=0.0, ge=0)
     """Steps of the final fall to 0; below 1 it is a fraction of the run."""
-    shape: Literal["sqrt", "linear", "cosine"] = "sqrt"
+    decay_shape: Literal["sqrt", "linear", "cosine"] = "sqrt"
     """Form of the fall; `sqrt` is 1 - sqrt(s / C)."""
 
     @model_validator(mode="after")

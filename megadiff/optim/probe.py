@@ -22,7 +22,7 @@ from megadiff.optim.rules import Scale
 STEPS, SAVED_AFTER = 4, 2
 """Number of steps that are taken, and after how many of them the state is carried into a second optimizer."""
 
-_ROLES = ("bulk", "norm")
+_ROLES = ("hidden", "norm")
 _SHAPES = ((4, 6), (7,))
 
 

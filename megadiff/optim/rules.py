@@ -19,14 +19,20 @@ class Rule:
 def rules(settings: OptimizerConfig, *, hidden: int) -> dict[str, Rule]:
     """Return the rule of each role.
 
-    Source of `completep`: arXiv:2512.10858, CompleteP table (bulk eta / d, decay x d so that lr x decay is free of
-    the width; every other role 0.02 eta and no decay).
+    Source of `completep`: arXiv:2512.10858, CompleteP table (hidden matrices: eta / d, decay x d so that lr x decay is
+    free of the width; every other role 0.02 eta and no decay).
     """
     if settings.parametrisation == "completep":
         side = Rule(0.02, 0.0)
-        return {"bulk": Rule(1.0 / hidden, float(hidden)), "embedding": side, "head": side, "norm": side, "bias": side}
+        return {
+            "hidden": Rule(1.0 / hidden, float(hidden)),
+            "embedding": side,
+            "head": side,
+            "norm": side,
+            "bias": side,
+        }
     matrix, vector = Rule(1.0, 1.0), Rule(1.0, 0.0)
-    return {"bulk": matrix, "embedding": matrix, "head": matrix, "norm": vector, "bias": vector}
+    return {"hidden": matrix, "embedding": matrix, "head": matrix, "norm": vector, "bias": vector}
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Literal
 
 from megadiff.errors import ConfigError
 
-Shape = Literal["sqrt", "linear", "cosine"]
+DecayShape = Literal["sqrt", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class WarmupStableDecay:
-    """Rises linearly over `warmup_steps`, stays at 1, and falls over the last `cooldown_steps` of `steps`.
+    """Rises linearly over `warmup_steps`, stays at 1, and falls over the last `decay_steps` of `steps`.
 
-    With s = steps into the cooldown and C = `cooldown_steps`, the fall is 1 - sqrt(s / C) (arXiv:2512.10858; `sqrt`),
+    With s = steps into the cooldown and C = `decay_steps`, the fall is 1 - sqrt(s / C) (arXiv:2512.10858; `sqrt`),
     1 - s / C (`linear`) or (1 + cos(pi s / C)) / 2 (`cosine`). Either part may be 0 steps long.
 
     Raises:
@@ -28,25 +28,25 @@ class WarmupStableDecay:
 
     steps: int
     warmup_steps: int = 0
-    cooldown_steps: int = 0
-    shape: Shape = "sqrt"
+    decay_steps: int = 0
+    decay_shape: DecayShape = "sqrt"
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.warmup_steps, self.cooldown_steps) < 0:
+        if min(self.steps, self.warmup_steps, self.decay_steps) < 0:
             raise ConfigError(
                 f"a schedule counts steps from 0, found steps {self.steps}, warmup_steps {self.warmup_steps}, "
-                f"cooldown_steps {self.cooldown_steps}"
+                f"decay_steps {self.decay_steps}"
             )
-        if self.warmup_steps + self.cooldown_steps > self.steps:
+        if self.warmup_steps + self.decay_steps > self.steps:
             raise ConfigError(
-                f"warm-up ({self.warmup_steps} steps) and cooldown ({self.cooldown_steps} steps) do not fit into a run "
+                f"warm-up ({self.warmup_steps} steps) and cooldown ({self.decay_steps} steps) do not fit into a run "
                 f"of {self.steps} steps; shorten one of them or train longer"
             )
 
     @property
-    def cooldown_start(self) -> int | None:
+    def decay_start(self) -> int | None:
         """Number of steps after which the rate begins to fall, from which other cooldowns can branch; None without."""
-        return self.steps - self.cooldown_steps if self.cooldown_steps else None
+        return self.steps - self.decay_steps if self.decay_steps else None
 
     def factor(self, step: int) -> float:
         """Return the fraction of the peak rate, in [0, 1], for the update that makes `step` into `step` + 1.
@@ -57,18 +57,18 @@ class WarmupStableDecay:
             raise ValueError(f"steps are counted from 0, got {step}")
         if step < self.warmup_steps:
             return step / self.warmup_steps
-        into = step - (self.steps - self.cooldown_steps)
-        if self.cooldown_steps == 0 or into <= 0:
+        into = step - (self.steps - self.decay_steps)
+        if self.decay_steps == 0 or into <= 0:
             return 1.0
-        share = min(into / self.cooldown_steps, 1.0)
-        if self.shape == "sqrt":
+        share = min(into / self.decay_steps, 1.0)
+        if self.decay_shape == "sqrt":
             return 1.0 - math.sqrt(share)
-        if self.shape == "linear":
+        if self.decay_shape == "linear":
             return 1.0 - share
         return (1.0 + math.cos(math.pi * share)) / 2
 
 
-def resolve_cooldown(cooldown: float, steps: int) -> int:
+def resolve_decay_steps(cooldown: float, steps: int) -> int:
     """Return the cooldown in steps: a value below 1 is a fraction of `steps` (rounded to the nearest step), else a
     whole count.
 

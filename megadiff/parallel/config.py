@@ -28,7 +28,7 @@ class ParallelConfig(Section):
     """Whether to reduce gradients while the backward pass is still running."""
     overlap_param_gather: bool = False
     """Whether to gather updated weights during the next forward pass; needs both options above."""
-    tensor_overlap: bool = False
+    tp_comm_overlap: bool = False
     """Whether to overlap tensor-parallel communication with the matrix products it belongs to, through Transformer
     Engine's buffers; needs `sequence`, a GPU, and tensor groups that do not span nodes.
     """
@@ -95,8 +95,8 @@ def lay_out(
     ffn_hidden: int,
     padded_vocab_size: int,
     seq_length: int,
-    global_sequences: int,
-    micro_sequences: int,
+    global_batch_size: int,
+    micro_batch_size: int,
 ) -> Layout:
     """Check that everything divides, before any process group exists.
 
@@ -120,12 +120,12 @@ def lay_out(
     _must_divide("the padded vocabulary", padded_vocab_size, "parallel.tensor", tensor)
     _must_divide("model.layers", layers, "parallel.pipeline x parallel.virtual_pipeline", pipeline * virtual)
     _must_divide(
-        "batch.global_sequences",
-        global_sequences,
-        "batch.micro_sequences x data-parallel ranks",
-        micro_sequences * data,
+        "batch.global_batch_size",
+        global_batch_size,
+        "batch.micro_batch_size x data-parallel ranks",
+        micro_batch_size * data,
     )
-    num_microbatches = global_sequences // (micro_sequences * data)
+    num_microbatches = global_batch_size // (micro_batch_size * data)
     _check_virtual_pipeline(pipeline, virtual, num_microbatches)
     _check_flags(parallel, seq_length)
     chunk_layers = layers // (pipeline * virtual)
@@ -154,13 +154,15 @@ def _check_virtual_pipeline(pipeline: int, virtual: int, num_microbatches: int) 
     if num_microbatches % pipeline:
         raise ConfigError(
             f"the interleaved schedule needs the microbatches per step ({num_microbatches}) to be a multiple of "
-            f"parallel.pipeline = {pipeline}; change batch.global_sequences or batch.micro_sequences"
+            f"parallel.pipeline = {pipeline}; change batch.global_batch_size or batch.micro_batch_size"
         )
 
 
 def _check_flags(parallel: ParallelConfig, seq_length: int) -> None:
-    if parallel.tensor_overlap and not parallel.sequence:
-        raise ConfigError("parallel.tensor_overlap is true but parallel.sequence is not; it needs sequence parallelism")
+    if parallel.tp_comm_overlap and not parallel.sequence:
+        raise ConfigError(
+            "parallel.tp_comm_overlap is true but parallel.sequence is not; it needs sequence parallelism"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence is true but parallel.tensor is 1; sequence parallelism needs tensor > 1")
     if parallel.sequence:

@@ -71,7 +71,7 @@ def run_microbatches(
     forward: Callable[[Any, Any], Any],
     loss: Callable[[Any, Any], Loss],
     seq_length: int,
-    micro_sequences: int,
+    micro_batch_size: int,
     forward_only: bool = False,
 ) -> list[Any]:
     """Run every microbatch through the pipeline: 1F1B, interleaved, or without stages.
@@ -82,8 +82,8 @@ def run_microbatches(
         forward: (chunk, microbatch) -> that chunk's output; a tensor, except on the last stage, where it is the input
             of `loss`.
         loss: (last stage's output, microbatch) -> `Loss`. Gradients of the summed losses are divided by the number of
-            counted tokens over all microbatches and replicas, or not at all, as set by `configure_reduction`.
-        seq_length, micro_sequences: shape of a microbatch.
+            counted tokens over all microbatches and replicas, or not at all, as set by `set_loss_reduction`.
+        seq_length, micro_batch_size: shape of a microbatch.
         forward_only: compute no gradients.
 
     Returns:
@@ -102,12 +102,12 @@ def run_microbatches(
         model=list(chunks) if interleaved else chunks[0],  # type: ignore[arg-type]
         num_microbatches=len(microbatches),
         seq_length=seq_length,
-        micro_batch_size=micro_sequences,
+        micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
 
 
-def configure_reduction(chunks: Sequence[ModelChunk], topology: Topology, *, mean: bool) -> None:
+def set_loss_reduction(chunks: Sequence[ModelChunk], topology: Topology, *, mean: bool) -> None:
     """Choose the divisor of the summed gradients: the global number of tokens (`mean`), or none (sum)."""
 
     def finalize(model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:

@@ -72,7 +72,7 @@ class Platform:
             megatron_on_cpu.install()
         elif self.weight_gradients is not None:
             weight_gradients.install()
-        recompute_default.mend()
+        recompute_default.fix()
 
     def scope(self) -> AbstractContextManager[None]:
         """Return a context for building megatron-core's optimizer and for its checkpoint calls; it does nothing on
@@ -127,7 +127,7 @@ def detect(
     if wanted == "cpu" or not has_cuda:
         if layers == "transformer_engine":
             raise PlatformError(
-                "kernels is `transformer_engine`, which needs a GPU, but the run is on CPU; set `kernels=auto`"
+                "kernels is `transformer_engine`, which needs a GPU, but the run is on CPU; set `transformer_impl=auto`"
             )
         return Platform("cpu", torch.device("cpu"), "gloo", f"CPU ({os.cpu_count()} cores)", None, False, False)
     return _cuda_platform(layers)
@@ -148,7 +148,7 @@ def _cuda_platform(layers: Literal["auto", "local", "transformer_engine"]) -> Pl
     if layers == "transformer_engine" and found.version is None:
         raise PlatformError(
             f"kernels is `transformer_engine`, but {found.problem}; install `transformer-engine[pytorch]>=2.9,<2.12` "
-            "for this torch, or set `kernels=auto`"
+            "for this torch, or set `transformer_impl=auto`"
         )
     adds_up, problem = weight_gradients.kernel(device)
     return Platform(

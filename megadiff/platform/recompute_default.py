@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 
-def mend() -> None:
+def fix() -> None:
     """Make `CheckpointWithoutOutput()` mean "without FP8", as its callers intend. It is safe to call this again.
 
     Its default is `fp8=False`, but it tests `fp8 is not None` (tensor_parallel/random.py:637), so every recomputed norm

@@ -50,18 +50,20 @@ def fp8_problem(recipe: str) -> str | None:
     return None if is_there else str(reason)
 
 
-def open_overlap_buffers(*, rows: int, hidden: int, tensor_ranks: int, with_fp8: bool, with_bf16: bool) -> None:
+def open_overlap_buffers(*, sequences: int, hidden: int, tensor_ranks: int, with_fp8: bool, with_bf16: bool) -> None:
     """Allocate the buffers through which tensor-parallel matrix products overlap with their communication.
 
     To be called once per process, before the layers are built. It is a collective call of all ranks, because
     Transformer Engine opens a process group of its own.
 
     Args:
-        rows: number of tokens in a microbatch, of all tensor ranks together; every forward pass must have exactly as
-            many.
+        sequences: number of tokens in a microbatch, of all tensor ranks together; every forward pass must have exactly
+            as many.
         with_fp8, with_bf16: kinds of layers in the model; both if some layers stay in bf16.
     """
     base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
     modes = base.UserBufferQuantizationMode
     wanted = [mode for mode, is_wanted in ((modes.FP8, with_fp8), (modes.NONE, with_bf16)) if is_wanted]
-    base.initialize_ub(shape=[rows, hidden], tp_size=tensor_ranks, quantization_modes=wanted, bootstrap_backend="nccl")
+    base.initialize_ub(
+        shape=[sequences, hidden], tp_size=tensor_ranks, quantization_modes=wanted, bootstrap_backend="nccl"
+    )

@@ -18,9 +18,17 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.sampling.standalone import Draws, Settings, Step, generate, level_grid, reverse_kernel, reverse_step
+from megadiff.sampling.standalone import (
+    CounterRNG,
+    Settings,
+    Step,
+    generate,
+    log_snr_steps,
+    reverse_kernel,
+    reverse_step,
+)
 
-__all__ = ["Denoise", "OnStep", "level_grid", "prior", "reverse_posterior", "reverse_step", "sample"]
+__all__ = ["Denoise", "OnStep", "log_snr_steps", "prior", "reverse_posterior", "reverse_step", "sample"]
 
 Denoise = Callable[[Tensor], Tensor]
 """Model from token ids [B, L] int64 to logits [B, L, V or more]; the mask's logit and padding columns are ignored."""
@@ -34,8 +42,8 @@ def reverse_posterior(
 ) -> Tensor:
     """Return p(z_s | z_t) for the predicted clean distribution.
 
-    Rows that p makes impossible (a revealed token of probability 0, as temperature 0 gives under masked noise) keep
-    z_t; rounding below 0 is clamped and rows are normalised, so the result is never NaN.
+    Sequences that p makes impossible (a revealed token of probability 0, as temperature 0 gives under masked noise)
+    keep z_t; rounding below 0 is clamped and sequences are normalised, so the result is never NaN.
 
     Args:
         probs: [..., V] predicted clean distribution, 0 at the mask.
@@ -66,7 +74,7 @@ def reverse_posterior(
 def sample(
     denoise: Denoise,
     *,
-    rows: int,
+    sequences: int,
     length: int,
     steps: int,
     process: NoiseProcess,
@@ -78,42 +86,44 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     prompt: Tensor | None = None,
-    row_index: Tensor | None = None,
+    sequence_index: Tensor | None = None,
     reuse_logits: bool = True,
     on_step: OnStep | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw whole rows of text at once, starting from noise at min_log_snr and ending without masks.
+    """Draw whole sequences of text at once, starting from noise at min_log_snr and ending without masks.
 
     This is the plain case of `standalone.generate`: one block, no end token.
 
     Args:
         denoise: the model; its input is the tokens without the noise level.
-        rows, length: shape [rows, length] of the result.
+        sequences, length: shape [sequences, length] of the result.
         steps: reverse steps, at least 1; `denoise` is called at most steps + 1 times.
         process, seed: the noise the model was trained on; any integer.
-        grid, min_log_snr, max_log_snr: the levels visited (see `level_grid`).
+        grid, min_log_snr, max_log_snr: the levels visited (see `log_snr_steps`).
         temperature: temperature of the prediction's softmax; 0 takes the most probable token.
         top_k, top_p: keep only the k most probable tokens, or the fewest that together reach p.
-        prompt: [rows, P] ids, P <= length, never changed; -1 marks a position to be generated (infilling).
-        row_index: [rows] int64 that key each row's draws; default 0..rows-1.
+        prompt: [sequences, P] ids, P <= length, never changed; -1 marks a position to be generated (infilling).
+        sequence_index: [sequences] int64 that key each sequence's draws; default 0..sequences-1.
         reuse_logits: skip the model if a step changed no token (its output would be the same).
         on_step: called as on_step(k, lambda_k, ids) before the step from level k and, with k = 0, at the end.
         device: device of the ids.
 
     Returns:
-        [rows, length] int64 ids without any mask.
+        [sequences, length] int64 ids without any mask.
 
     Raises:
         ValueError: arguments that do not fit together.
     """
-    if steps < 1 or rows < 0 or length < 0:
-        raise ValueError(f"steps must be at least 1, rows and length at least 0, got {steps}, {rows}, {length}")
-    if row_index is not None and row_index.shape != (rows,):
-        raise ValueError(f"row_index must have shape ({rows},), got {tuple(row_index.shape)}")
-    given = torch.empty(rows, 0, dtype=torch.int64) if prompt is None else prompt
-    if given.ndim != 2 or given.shape[0] != rows or given.shape[1] > length:
-        raise ValueError(f"prompt must have shape ({rows}, at most {length}), got {tuple(given.shape)}")
+    if steps < 1 or sequences < 0 or length < 0:
+        raise ValueError(
+            f"steps must be at least 1, sequences and length at least 0, got {steps}, {sequences}, {length}"
+        )
+    if sequence_index is not None and sequence_index.shape != (sequences,):
+        raise ValueError(f"sequence_index must have shape ({sequences},), got {tuple(sequence_index.shape)}")
+    given = torch.empty(sequences, 0, dtype=torch.int64) if prompt is None else prompt
+    if given.ndim != 2 or given.shape[0] != sequences or given.shape[1] > length:
+        raise ValueError(f"prompt must have shape ({sequences}, at most {length}), got {tuple(given.shape)}")
     settings = Settings(
         max_new_tokens=length - given.shape[1],
         max_denoising_steps=steps,
@@ -136,13 +146,14 @@ def sample(
         settings,
         process,
         seed=seed,
-        rows=row_index,
+        sequences=sequence_index,
         prefix_length=0,
         on_step=observe,
     )
     return found.sequences
 
 
-def prior(rows: Tensor, length: int, log_snr: float, *, process: NoiseProcess, seed: int) -> Tensor:
-    """Noise to start from, [B, length]: masks or uniform real tokens by pi at this level; `rows` [B] keys the draws."""
-    return Draws(seed, rows, rows.device).noise(length, log_snr, process)
+def prior(sequences: Tensor, length: int, log_snr: float, *, process: NoiseProcess, seed: int) -> Tensor:
+    """Noise to start from, [B, length]: masks or uniform real tokens by pi at this level; `sequences` [B] keys the
+    draws."""
+    return CounterRNG(seed, sequences, sequences.device).noise(length, log_snr, process)

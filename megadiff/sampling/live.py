@@ -16,7 +16,7 @@ _STYLES = {Fate.GIVEN: "dim", Fate.KEPT: "green", Fate.REVISED: "bold yellow", F
 
 
 class LiveDenoising:
-    """A live picture of one row, updated with every frame; a context manager, and an observer of a `Trace`.
+    """A live picture of one sequence, updated with every frame; a context manager, and an observer of a `Trace`.
 
     Args:
         token_text: returns the text of an id; control characters never reach the terminal.

@@ -4,8 +4,8 @@ This file is copied beside an exported model, so it imports nothing of this proj
 builds on it. A step of the *ancestral* sampler undoes a step of the forward process at every position; a step of the
 *adaptive* one rewrites the few positions where the model disagrees most surely with the present token
 (arXiv:2512.10858, section 2.2 and appendix A.1). `generate` applies either to one block or to one after another, for
-masked, uniform and hybrid noise. Axes: B rows, L positions of a row, W positions of the window being denoised, V
-vocabulary, mask included.
+masked, uniform and hybrid noise. Axes: B sequences, L positions of a sequence, W positions of the window being
+denoised, V vocabulary, mask included.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Settings:
     min_new_tokens: int = 0
     """Minimal number of new tokens before an end."""
     see_tail: bool = True
-    """Whether the model sees the noise of later blocks, as in training, rather than a row cut after the window."""
+    """Whether the model sees the noise of later blocks, as in training, rather than a sequence cut after the window."""
     reuse_logits: bool = True
     """Whether to skip the model if a step changed no token."""
 
@@ -126,7 +126,7 @@ class Settings:
         _check_truncation(self.temperature, self.top_k, self.top_p)
         if self.sampler not in ("ancestral", "adaptive"):
             raise ValueError(f"sampler must be ancestral or adaptive, got {self.sampler!r}")
-        level_grid(1, grid=self.grid)
+        log_snr_steps(1, grid=self.grid)
         self.check_reach(min(self.max_new_tokens, self.block_length or self.max_new_tokens))
 
     @property
@@ -180,27 +180,27 @@ class Settings:
         return [known.name for known in fields(cls)] + list(_RELEASED_NAMES)
 
 
-class Draws:
-    """Random numbers as a function of (seed, row, draw, position): Philox4x32-10, without state.
+class CounterRNG:
+    """Random numbers as a function of (seed, sequence, draw, position): Philox4x32-10, without state.
 
     Args:
-        seed: one for all rows, or one per row.
-        rows: [B] int64 that number the rows under a seed.
+        seed: one for all sequences, or one per sequence.
+        sequences: [B] int64 that number the sequences under a seed.
         device: device on which the numbers are made.
     """
 
-    def __init__(self, seed: int | Sequence[int], rows: Tensor, device: torch.device | str) -> None:
-        self._seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
-        if len(self._seeds) != len(rows):
-            raise ValueError(f"wanted one seed or one for each of {len(rows)} rows, got {len(self._seeds)}")
-        self._rows, self._device = rows.to(device).unsqueeze(-1), device
+    def __init__(self, seed: int | Sequence[int], sequences: Tensor, device: torch.device | str) -> None:
+        self._seeds = [seed] * len(sequences) if isinstance(seed, int) else list(seed)
+        if len(self._seeds) != len(sequences):
+            raise ValueError(f"wanted one seed or one for each of {len(sequences)} sequences, got {len(self._seeds)}")
+        self._sequences, self._device = sequences.to(device).unsqueeze(-1), device
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
 
     def words(self, name: str, start: int, stop: int, *, draw: int = 0) -> tuple[Tensor, ...]:
-        """Return four 32-bit words for positions start to stop of each row, [B, stop - start] int64 each."""
+        """Return four 32-bit words for positions start to stop of each sequence, [B, stop - start] int64 each."""
         position = torch.arange(start, stop, device=self._device).expand(len(self._seeds), -1)
         c0, c1 = position, torch.full_like(position, draw)
-        c2, c3 = (self._rows & _WORD).expand_as(c0), (self._rows >> 32 & _WORD).expand_as(c0)
+        c2, c3 = (self._sequences & _WORD).expand_as(c0), (self._sequences >> 32 & _WORD).expand_as(c0)
         key_0, key_1 = self._key(name)
         for step in range(10):
             k0, k1 = (key_0 + step * 0x9E3779B9) & _WORD, (key_1 + step * 0xBB67AE85) & _WORD
@@ -232,7 +232,9 @@ class Draws:
         return self._keys[name]
 
 
-def level_grid(steps: int, *, grid: str = "cosine", min_log_snr: float = -9.0, max_log_snr: float = 9.0) -> list[float]:
+def log_snr_steps(
+    steps: int, *, grid: str = "cosine", min_log_snr: float = -9.0, max_log_snr: float = 9.0
+) -> list[float]:
     """Return the levels, from lambda_0 = max_log_snr down to lambda_steps = min_log_snr.
 
     alpha_k = sigmoid(min) + (sigmoid(max) - sigmoid(min)) share_k, lambda_k = log(alpha_k / beta_k), with beta_k made
@@ -259,7 +261,7 @@ def level_grid(steps: int, *, grid: str = "cosine", min_log_snr: float = -9.0, m
 class Prediction:
     """The predicted clean distribution of every position.
 
-    `probs` is [B, W, V], float32 or float64, 0 at the mask, each row summing to 1.
+    `probs` is [B, W, V], float32 or float64, 0 at the mask, each sequence summing to 1.
     """
 
     probs: Tensor
@@ -346,7 +348,7 @@ def reverse_step(
     alpha_{t|s} q_s(p)[z_t] and is redrawn from q_s(p) with weight (beta pi)_{t|s}[z_t]. The first number chooses a
     token, of the vocabulary or of the noise, the second chooses between keeping and redrawing, the third between signal
     and noise. If p makes both weights 0 (a revealed token whose probability truncation set to 0), the token stays: no
-    row is ever empty.
+    sequence is ever empty.
     """
     at_t = torch.full(ids.shape, log_snr_t, dtype=torch.float64, device=ids.device)
     at_s = torch.full(ids.shape, log_snr_s, dtype=torch.float64, device=ids.device)
@@ -366,7 +368,7 @@ def reverse_step(
 
 
 def adaptive_candidates(plain: Prediction, ids: Tensor, log_snr: float, *, noise: Noise, count: int) -> Tensor:
-    """Return the positions, at most `count` per row, that the adaptive sampler rewrites: [B, W] bool.
+    """Return the positions, at most `count` per sequence, that the adaptive sampler rewrites: [B, W] bool.
 
     score = (max_v p(v) - p(z)) pi(z) with pi the noise's probability of the present token at the current level: under
     masked noise the surest masks, under uniform noise the tokens that the model would most like to replace. Positions
@@ -377,7 +379,7 @@ def adaptive_candidates(plain: Prediction, ids: Tensor, log_snr: float, *, noise
         ids: [B, W] present tokens.
         log_snr: the current level.
         noise: the noise process.
-        count: maximal number of positions per row.
+        count: maximal number of positions per sequence.
     """
     level = torch.tensor(log_snr, dtype=torch.float64, device=ids.device)
     gain = (plain.probs.max(dim=-1).values - plain.at(ids)).double()
@@ -396,8 +398,8 @@ class PrefixCache(Protocol):
 
         Args:
             ids: the prefix.
-            previous: the result for a shorter prefix of the same rows, or None. If a prefix attends causally, only the
-                new part needs to be computed; if it attends in both directions, all of it does.
+            previous: the result for a shorter prefix of the same sequences, or None. If a prefix attends causally, only
+                the new part needs to be computed; if it attends in both directions, all of it does.
         """
         ...
 
@@ -412,7 +414,7 @@ class Step(NamedTuple):
     steps_left: int
     log_snr: float
     ids: Tensor
-    """Complete rows, [B, L]."""
+    """Complete sequences, [B, L]."""
     start: int
     stop: int
     """End of the window being denoised, which begins at `start`."""
@@ -423,7 +425,7 @@ class Step(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """Finished rows."""
+    """Finished sequences."""
 
     sequences: Tensor
     """Prompt, text, and padding after the end token, without masks: [B, P + max_new_tokens]."""
@@ -446,7 +448,7 @@ def generate(
     noise: Noise,
     *,
     seed: int | Sequence[int] = 0,
-    rows: Tensor | None = None,
+    sequences: Tensor | None = None,
     prefix_length: int | None = None,
     cache: PrefixCache | None = None,
     streamer: Any = None,
@@ -454,17 +456,18 @@ def generate(
 ) -> Generated:
     """Generate text after prompts, or in their gaps.
 
-    Every draw is a function of (seed, row, step, position): a row does not depend on the rest of its batch (as far as
-    the model itself does not).
+    Every draw is a function of (seed, sequence, step, position): a sequence does not depend on the rest of its batch
+    (as far as the model itself does not).
 
     Args:
         denoise: the model; its only input about the noise is the number of leading clean tokens.
         prompt: [B, P] ids, never changed; -1 marks a position to fill in.
         settings, noise: settings of the sampler, and the noise that the model was trained with.
-        seed: one for all rows or one per row.
-        rows: [B] int64 that number the rows under one seed; default 0..B-1, or 0 for each if each has its own seed.
+        seed: one for all sequences or one per sequence.
+        sequences: [B] int64 that number the sequences under one seed; default 0..B-1, or 0 for each if each has its own
+            seed.
         prefix_length: start of the first block; by default the number of leading given tokens, which must be the same
-            in every row (a row's blocks must not depend on its neighbours: batch prompts by length).
+            in every sequence (a sequence's blocks must not depend on its neighbours: batch prompts by length).
         cache: the model's prefix cache; used for all passes except guidance without the prompt.
         streamer: gets `put(ids)` for the prompt and each finished block, `put_draft(ids)` after each step, `end()`.
         on_step: observer.
@@ -472,7 +475,7 @@ def generate(
     Raises:
         ValueError: arguments that do not fit together.
     """
-    walk = _Walk(denoise, prompt, settings, noise, seed, rows, prefix_length, cache)
+    walk = _Walk(denoise, prompt, settings, noise, seed, sequences, prefix_length, cache)
     put, put_draft = getattr(streamer, "put", None), getattr(streamer, "put_draft", None)
     if put is not None:
         put(prompt)
@@ -496,7 +499,7 @@ def generate(
 
 
 class _Walk:
-    """State of the rows between noise and text."""
+    """State of the sequences between noise and text."""
 
     def __init__(
         self,
@@ -505,21 +508,21 @@ class _Walk:
         settings: Settings,
         noise: Noise,
         seed: int | Sequence[int],
-        rows: Tensor | None,
+        sequences: Tensor | None,
         prefix_length: int | None,
         cache: PrefixCache | None,
     ) -> None:
         self.denoise, self.settings, self.noise, self.cache = denoise, settings, noise, cache
         count, self.prompt_length = prompt.shape
         numbers = torch.arange(count) if isinstance(seed, int) else torch.zeros(count, dtype=torch.int64)
-        self.draws = Draws(seed, numbers if rows is None else rows, prompt.device)
+        self.draws = CounterRNG(seed, numbers if sequences is None else sequences, prompt.device)
         length = self.prompt_length + settings.max_new_tokens
         prior = self.draws.noise(length, settings.min_log_snr, noise)
         given = torch.nn.functional.pad(prompt, (0, settings.max_new_tokens), value=-1)
         self.given = given >= 0
         self.fixed = self.given.clone()
         self.ids = torch.where(self.given, given, prior)
-        self.levels = level_grid(
+        self.levels = log_snr_steps(
             settings.max_denoising_steps,
             grid=settings.grid,
             min_log_snr=settings.min_log_snr,
@@ -555,7 +558,8 @@ class _Walk:
         yield self._seen(0)
 
     def close_block(self) -> Tensor:
-        """End rows whose finished blocks contain an end token after the prompt; return which rows have ended, [B]."""
+        """End sequences whose finished blocks contain an end token after the prompt; return which sequences have ended,
+        [B]."""
         if not self.settings.end_ids:
             return self.finished
         place = torch.arange(self.ids.shape[1], device=self.ids.device)
@@ -571,7 +575,7 @@ class _Walk:
         return self.finished
 
     def result(self) -> Generated:
-        """Return the rows in their present state."""
+        """Return the sequences in their present state."""
         return Generated(self.ids, self.new_tokens, self.forwards)
 
     def _window(self) -> Tensor:
@@ -651,11 +655,11 @@ class _Walk:
 
 
 def _leading(given: Tensor) -> int:
-    """Return the number of leading given tokens, which must be the same in every row."""
+    """Return the number of leading given tokens, which must be the same in every sequence."""
     counts = given.long().cumprod(dim=1).sum(dim=1)
     if len(counts) and not bool((counts == counts[0]).all()):
         raise ValueError(
-            f"the rows of a batch must start with prompts of one length, got {counts.unique().tolist()}; "
+            f"the sequences of a batch must start with prompts of one length, got {counts.unique().tolist()}; "
             "batch them by length, or set prefix_length"
         )
     return int(counts[0]) if len(counts) else given.shape[1]

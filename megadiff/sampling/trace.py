@@ -28,7 +28,7 @@ class Fate(IntEnum):
 
 @dataclass(frozen=True)
 class Frame:
-    """State of a row between two steps."""
+    """State of a sequence between two steps."""
 
     steps_left: int
     block: int
@@ -41,18 +41,18 @@ class Frame:
 
 @dataclass
 class Trace:
-    """Observer (`generate(on_step=...)`) that records one row's frames.
+    """Observer (`generate(on_step=...)`) that records one sequence's frames.
 
     Args:
         given: the prompt, [P] ids, -1 for a position to fill in.
         mask_id: id of the mask.
-        row: index of the row in the batch.
+        sequence: index of the sequence in the batch.
         on_frame: called with each frame when it is made.
     """
 
     given: list[int]
     mask_id: int
-    row: int = 0
+    sequence: int = 0
     on_frame: Callable[[Frame], None] | None = None
     frames: list[Frame] = field(default_factory=list)
     _blocks: list[int] = field(default_factory=list)
@@ -61,9 +61,9 @@ class Trace:
         """Record this step's frame."""
         if step.start not in self._blocks:
             self._blocks.append(step.start)
-        ids = step.ids[self.row].tolist()
+        ids = step.ids[self.sequence].tolist()
         sure: list[float | None] = [None] * len(ids)
-        sure[step.start : step.stop] = [float(value) for value in _row(step.confidence(), self.row)]
+        sure[step.start : step.stop] = [float(value) for value in _sequence(step.confidence(), self.sequence)]
         frame = Frame(
             step.steps_left,
             len(self._blocks),
@@ -110,5 +110,5 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def _row(values: Tensor, row: int) -> list[float]:
-    return values[row].tolist()
+def _sequence(values: Tensor, sequence: int) -> list[float]:
+    return values[sequence].tolist()

@@ -37,7 +37,7 @@ _SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const text = document.getElementById("text"), slider = document.getElementById("step");
-const said = document.getElementById("said"), play = document.getElementById("play");
+const caption = document.getElementById("caption"), play = document.getElementById("play");
 const names = ["given", "kept", "revised", "noisy"];
 let timer = null;
 function show(n) {
@@ -57,7 +57,7 @@ function show(n) {
     return span;
   }));
   slider.value = n;
-  said.textContent = "step " + n + " of " + (data.frames.length - 1) + ", block " + frame.block +
+  caption.textContent = "step " + n + " of " + (data.frames.length - 1) + ", block " + frame.block +
     ", log-SNR " + frame.level.toFixed(2);
 }
 function stop() { clearInterval(timer); timer = null; play.textContent = "Play"; }
@@ -115,7 +115,7 @@ def trace_page(frames: Sequence[Frame], *, token_text: Callable[[int], str], abo
 <p id="about">{html.escape(about)}</p>
 <p id="key">{key}<span>underline: confidence, red 0 to green 1</span></p>
 <div id="bar"><button id="play" type="button">Play</button>
-<input id="step" type="range" min="0" value="0" aria-label="step"><span id="said"></span></div>
+<input id="step" type="range" min="0" value="0" aria-label="step"><span id="caption"></span></div>
 <div id="text" role="textbox" aria-readonly="true"></div>
 <script type="application/json" id="data">{_embedded(data)}</script>
 <script>{_SCRIPT}</script>

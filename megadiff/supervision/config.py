@@ -15,7 +15,7 @@ class StopConfig(Section):
 
     file: str = Field(default="STOP", min_length=1)
     """Path, relative to the run folder, of a file whose appearance stops the run."""
-    lead_s: float = Field(default=120.0, ge=0)
+    grace_period_s: float = Field(default=120.0, ge=0)
     """Seconds before the end of the SLURM job (`SLURM_JOB_END_TIME`) at which the run stops: enough for one step and
     one save, and a margin."""
 

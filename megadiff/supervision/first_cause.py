@@ -19,7 +19,7 @@ VERDICT = "first_cause.txt"
 
 
 @dataclass(frozen=True)
-class Account:
+class RankReport:
     """Position of one rank when its watcher looked at it."""
 
     rank: int
@@ -35,7 +35,7 @@ class Account:
     """The kernel's letter for the state of the process; T means stopped."""
 
     @classmethod
-    def of(cls, beat: Heartbeat, host: str, now: float) -> Account:
+    def of(cls, beat: Heartbeat, host: str, now: float) -> RankReport:
         """Return the account of a rank of this node at the time `now`."""
         place = beat.place()
         return cls(
@@ -64,7 +64,7 @@ class Account:
         )
 
 
-def name_culprit(accounts: Iterable[Account], world_size: int) -> str:
+def find_root_cause(accounts: Iterable[RankReport], world_size: int) -> str:
     """Describe which rank keeps the others waiting.
 
     A stopped rank is named first, otherwise the least advanced one, since all ranks pass the same places in the same
@@ -88,7 +88,7 @@ def name_culprit(accounts: Iterable[Account], world_size: int) -> str:
     )
 
 
-def _states(known: list[Account]) -> str:
+def _states(known: list[RankReport]) -> str:
     """Return for example `state R (running) of rank 3, S (sleeping) of ranks 0, 1, 2`, the rarest state first."""
     ranks: dict[str, list[int]] = {}
     for account in known:
@@ -139,7 +139,7 @@ class Records:
                 path.unlink(missing_ok=True)
         (self._folder / VERDICT).unlink(missing_ok=True)
 
-    def write_account(self, account: Account) -> None:
+    def write_account(self, account: RankReport) -> None:
         """Write this rank's account.
 
         Raises:
@@ -149,12 +149,12 @@ class Records:
         path = self._folder / f"rank-{account.rank:05d}.json"
         write_atomically(path, json.dumps(asdict(account)), is_durable=False)
 
-    def accounts(self) -> list[Account]:
+    def accounts(self) -> list[RankReport]:
         """Return all complete accounts in the folder."""
         found = []
         for path in self._folder.glob("rank-?????.json"):
             try:
-                found.append(Account(**json.loads(path.read_text(encoding="utf-8"))))
+                found.append(RankReport(**json.loads(path.read_text(encoding="utf-8"))))
             except (OSError, ValueError, TypeError):
                 continue
         return found

@@ -136,7 +136,7 @@ class Heartbeat:
         life, is_told, since = _LIFE.unpack_from(self._memory, _AT_LIFE)
         return life, _text(_TEXT.unpack_from(self._memory, _AT_REASON)[0]), bool(is_told), since
 
-    def condemn(self, cause: str) -> None:
+    def set_cause(self, cause: str) -> None:
         """Record the root cause before the watcher kills this rank, so that the kill is not reported as the failure."""
         _TEXT.pack_into(self._memory, _AT_VERDICT, _bytes(cause))
 

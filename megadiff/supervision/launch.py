@@ -41,7 +41,7 @@ class Launch:
     """Identity of the launch, sixteen hexadecimal digits."""
 
     @classmethod
-    def of(
+    def from_env(
         cls,
         run_folder: Path,
         *,

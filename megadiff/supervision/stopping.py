@@ -64,7 +64,7 @@ class StopRequest:
             raise ConfigError(
                 f"the stop file {self._file} would stop this run before its first step; remove it and start again"
             )
-        self._lead_s = config.lead_s
+        self._lead_s = config.grace_period_s
         self._end = _job_end(environ.get("SLURM_JOB_END_TIME"))
         self._reason: str | None = None
         self._settling = threading.Lock()

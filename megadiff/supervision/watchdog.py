@@ -22,7 +22,7 @@ from megadiff.supervision.first_cause import Records
 from megadiff.supervision.heartbeat import ENDED, FAILED, NO_STEP, Heartbeat
 from megadiff.supervision.launch import Launch, heartbeat_path
 from megadiff.supervision.launcher import launcher_of_this_process
-from megadiff.supervision.siblings import leave_node
+from megadiff.supervision.local_ranks import leave_node
 from megadiff.supervision.watcher import BOOTSTRAP
 
 log = logging.getLogger("megadiff")
@@ -111,14 +111,14 @@ class Watchdog:
         """
         return Section(self, kind.encode(), step, self._limits[kind] if limit_s is None else limit_s)
 
-    def at(self, mark: str) -> None:
+    def mark(self, name: str) -> None:
         """Mark a position within the section, without restarting its limit. Costs a microsecond.
 
         Ranks that pass the same marks in the same order can be compared.
         """
         if self._open:
             self._index += 1
-            self._open[-1].mark = mark.encode()
+            self._open[-1].mark = name.encode()
             self._open[-1].write(self._beat, self._index)
 
     def beat(self) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from megadiff.supervision import process
 from megadiff.supervision.ending import kill, read_stacks, take_stacks, within
-from megadiff.supervision.first_cause import Account, Records, name_culprit
+from megadiff.supervision.first_cause import RankReport, Records, find_root_cause
 from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
 from megadiff.supervision.launch import Launch, heartbeat_path
 from megadiff.supervision.launcher import Launcher, describe_loss
-from megadiff.supervision.siblings import Event, Siblings, Watched, leave_node
+from megadiff.supervision.local_ranks import Event, LocalRanks, Watched, leave_node
 from megadiff.supervision.status import record_failure
 
 BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); from megadiff.supervision.watcher import main; main()"
@@ -61,7 +61,7 @@ class Watcher:
         self._host = socket.gethostname()
         self._records = Records(launch.records, folder)
         self._beat = Heartbeat.open(heartbeat_path(folder, launch.rank))
-        self._nodes = Siblings(folder, Watched.of(self._beat), self._host, _began(self._beat))
+        self._nodes = LocalRanks(folder, Watched.of(self._beat), self._host, _began(self._beat))
         self._ticked = self._fresh_from = time.monotonic()
         self._has_spoken = False
         self._looked_elsewhere = time.monotonic()
@@ -125,13 +125,13 @@ class Watcher:
         and kill the rank.
         """
         now = time.monotonic()
-        here = {beat.rank: Account.of(beat, self._host, now) for beat in self._nodes.beats()}
+        here = {beat.rank: RankReport.of(beat, self._host, now) for beat in self._nodes.beats()}
         within(0.5, lambda: self._records.write_account(here[self._launch.rank]))
         time.sleep(SETTLE_S)
-        reported: list[Account] = []
+        reported: list[RankReport] = []
         within(0.5, lambda: reported.extend(self._records.accounts()))
         known = {**here, **{account.rank: account for account in reported}}
-        cause = name_culprit(known.values(), self._launch.world_size)
+        cause = find_root_cause(known.values(), self._launch.world_size)
         self._speak(cause, EXIT_STALLED)
         stacks = take_stacks(self._beat.pid, self._dump)
         within(1.0, lambda: self._keep_stacks(stacks))
@@ -246,7 +246,7 @@ class Watcher:
         self._records.write_stacks(rank, f"{text}\n")
 
     def _end(self, cause: str) -> None:
-        self._beat.condemn(cause)
+        self._beat.set_cause(cause)
         kill(self._beat.pid, self._beat.ticks)
 
 

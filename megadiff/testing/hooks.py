@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 from megadiff.checkpoint.manifest import read_manifest
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.testing.ranks import on_ranks
 from megadiff.testing.toy_run import toy_config, wire_on_rank, write_corpus
 from megadiff.train.hooks import Hook
@@ -134,7 +134,7 @@ def _config(corpus: Path, root: Path, name: str, hooks: list[Any], settings: Map
         "schedule__steps": STEPS,
         "checkpoint__every": SAVED,
         "eval__every": SAVED,
-        "eval__rows": 4,
+        "eval__sequences": 4,
     }
     return toy_config(corpus, root, **{**shared, **settings, "name": name, "hooks": hooks})
 

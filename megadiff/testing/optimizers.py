@@ -17,7 +17,7 @@ from megadiff.optim.member import Member, load_member
 from megadiff.optim.probe import refuse_unsavable
 from megadiff.optim.rules import Scale
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.testing.ranks import on_ranks
 from megadiff.testing.toy_run import toy_config, wire_on_rank, write_corpus
 from megadiff.train.metrics import read_metrics

@@ -197,11 +197,13 @@ def _check_drawing(process: NoiseProcess) -> None:
     count, length = 8, 4096
     clean = np.full((count, length), _CLEAN)
     for level in (1, 4, 6):
-        rows = evaluation_noise(clean, seed=0, row_index=np.arange(count), level=level, num_levels=8, process=process)
+        sequences = evaluation_noise(
+            clean, seed=0, sequence_index=np.arange(count), level=level, num_levels=8, process=process
+        )
         q = process.marginal(
-            torch.eye(VOCAB_SIZE, dtype=torch.float64)[_CLEAN].expand(count, -1), rows.log_snr[:, 0].double()
+            torch.eye(VOCAB_SIZE, dtype=torch.float64)[_CLEAN].expand(count, -1), sequences.log_snr[:, 0].double()
         ).numpy()
-        seen = np.bincount(rows.noised.reshape(-1).numpy(), minlength=VOCAB_SIZE)
+        seen = np.bincount(sequences.noised.reshape(-1).numpy(), minlength=VOCAB_SIZE)
         error = np.sqrt((q * (1 - q)).sum(0) * length)
         far = np.abs(seen - q.sum(0) * length) > 5 * error + 1e-6
         assert not far.any(), f"tokens {np.flatnonzero(far)} are not drawn as often as the marginal has them"

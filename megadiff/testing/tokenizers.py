@@ -47,14 +47,14 @@ def check_tokenizer(path: str | Path, *, texts: Sequence[str] = (), is_lossless:
         AssertionError: another part of the contract does not hold; the sentence names the text.
     """
     tokenizer, again = load_tokenizer(path), load_tokenizer(path)
-    said = tokenizer.name
+    name = tokenizer.name
     assert re.fullmatch("[0-9a-f]{64}", tokenizer.fingerprint), (
-        f"{said}: `fingerprint` must be a SHA-256 in hexadecimal"
+        f"{name}: `fingerprint` must be a SHA-256 in hexadecimal"
     )
-    assert tokenizer.fingerprint == again.fingerprint, f"{said}: another fingerprint each time it is loaded"
+    assert tokenizer.fingerprint == again.fingerprint, f"{name}: another fingerprint each time it is loaded"
     specials = _specials(tokenizer)
-    assert all(0 <= i < tokenizer.vocab_size for i in specials), f"{said}: a special id is not below vocab_size"
-    assert tokenizer.mask_id not in specials[1:], f"{said}: the mask's id is another special token's as well"
+    assert all(0 <= i < tokenizer.vocab_size for i in specials), f"{name}: a special id is not below vocab_size"
+    assert tokenizer.mask_id not in specials[1:], f"{name}: the mask's id is another special token's as well"
     names = list(tokenizer.special_names)
     tried = dict.fromkeys([*TEXTS, *texts, *names, *(f"The {name} cat{name}{name} sat" for name in names)])
     ids = dict(_encoded(tokenizer, again, tried, is_lossless=is_lossless))

@@ -1,4 +1,4 @@
-"""Real training at toy size: a small corpus, a run description, and the wiring of `megadiff.build` on this rank."""
+"""Real training at toy size: a small corpus, a run description, and the wiring of `megadiff.run.build` on this rank."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megadiff.data.indexed_manifest import tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 with quiet():
-    from megadiff import build
     from megadiff.platform.machine import Platform, detect
+    from megadiff.run import build
     from megadiff.train.loop import Trainer
 
 
@@ -41,13 +41,13 @@ def toy_tree(corpus: Path, output: Path, **dotted: Any) -> dict[str, Any]:
         "model": {"layers": 4, "hidden": 32, "heads": 4, "seq_length": 16, "head_init": 0.02},
         "noise": {"shift": "balanced"},
         "data": {"train": [str(corpus)], "valid": [str(corpus)], "tokenizer": "byte"},
-        "batch": {"global_sequences": 8, "micro_sequences": 2},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 2},
         "parallel": {},
         "precision": {"compute": "fp32"},
         "optimizer": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.1, "clip_grad": 1.0},
-        "schedule": {"steps": 10, "warmup_steps": 2, "cooldown": 0.3},
+        "schedule": {"steps": 10, "warmup_steps": 2, "decay_steps": 0.3},
         "checkpoint": {"every": 1000},
-        "eval": {"every": 0, "rows": 7, "noise_levels": 2},
+        "eval": {"every": 0, "sequences": 7, "num_noise_levels": 2},
         "log": {"every": 1, "tensorboard": False},
     }
     for key, value in dotted.items():
@@ -72,9 +72,9 @@ def platform_on_rank() -> Platform:
     return platform
 
 
-def wire_on_rank(config: RunConfig, world_size: int, resumption: build.Resumption | None = None) -> Trainer:
+def wire_on_rank(config: RunConfig, world_size: int, resume_options: build.ResumeOptions | None = None) -> Trainer:
     """Return the trainer as the training command builds it, on this rank."""
     config.folder.mkdir(parents=True, exist_ok=True)
     platform = platform_on_rank()
     with quiet():
-        return build.build_trainer(build.prepare(config, world_size=world_size), platform, resumption)
+        return build.build_trainer(build.validate_run(config, world_size=world_size), platform, resume_options)

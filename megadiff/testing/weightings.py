@@ -12,9 +12,9 @@ from megadiff.diffusion.config import check_noise_and_objective, noise_config, o
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.objective import SURROGATE, Weighting, build_weighting, gidd_objective
 from megadiff.diffusion.weightings import TokenTerms
-from megadiff.kernels.fused_head import fused_objective
-from megadiff.kernels.head import Formula, HeadTokens
-from megadiff.kernels.vocab_shard import VocabShard
+from megadiff.loss.fused_lm_head import fused_objective
+from megadiff.loss.inputs import LossInputs, LossSpec
+from megadiff.loss.vocab_shard import VocabShard
 
 VOCAB_SIZE, MASK_ID, TOKENS, HIDDEN = 13, 5, 48, 6
 
@@ -51,7 +51,7 @@ def check_weighting(name: str, *, noise: Mapping[str, Any] | None = None, **sett
     return weighting
 
 
-def _tokens(process: NoiseProcess) -> tuple[Tensor, Tensor, HeadTokens]:
+def _tokens(process: NoiseProcess) -> tuple[Tensor, Tensor, LossInputs]:
     """Return hidden states, head and tokens: kept, masked and changed ones, as far as the noise makes them."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=draw, dtype=torch.float64)
@@ -65,11 +65,11 @@ def _tokens(process: NoiseProcess) -> tuple[Tensor, Tensor, HeadTokens]:
     noised = torch.where(kind == 0, clean, torch.where(kind == 1, masked, changed))
     low, high = process.schedule.min_log_snr, process.schedule.max_log_snr
     log_snr = low + (high - low) * torch.rand(TOKENS, generator=draw, dtype=torch.float64)
-    return hidden, weight, HeadTokens(clean, noised, log_snr)
+    return hidden, weight, LossInputs(clean, noised, log_snr)
 
 
 def _check_terms(
-    process: NoiseProcess, weighting: Weighting, hidden: Tensor, weight: Tensor, tokens: HeadTokens
+    process: NoiseProcess, weighting: Weighting, hidden: Tensor, weight: Tensor, tokens: LossInputs
 ) -> None:
     for dtype in (torch.float32, torch.float64):
         arguments = (hidden @ weight.t()).to(dtype), tokens.clean, tokens.noised, tokens.log_snr
@@ -86,7 +86,7 @@ def _check_terms(
 
 
 def _check_definition(
-    process: NoiseProcess, weighting: Weighting, hidden: Tensor, weight: Tensor, tokens: HeadTokens
+    process: NoiseProcess, weighting: Weighting, hidden: Tensor, weight: Tensor, tokens: LossInputs
 ) -> None:
     results = []
     for by_definition in (True, False):
@@ -107,7 +107,7 @@ def _check_definition(
     )
 
 
-def _dense_terms(logits: Tensor, tokens: HeadTokens, process: NoiseProcess) -> TokenTerms:
+def _dense_terms(logits: Tensor, tokens: LossInputs, process: NoiseProcess) -> TokenTerms:
     """Return the terms from their definitions, forming q and qhat over the vocabulary."""
     clean, noised, log_snr = tokens.clean, tokens.noised, tokens.log_snr
     log_p = logits.masked_fill(torch.arange(VOCAB_SIZE) == MASK_ID, -torch.inf).log_softmax(-1)
@@ -131,7 +131,7 @@ def _dense_terms(logits: Tensor, tokens: HeadTokens, process: NoiseProcess) -> T
 
 
 def _check_fused(
-    process: NoiseProcess, weighting: Weighting, hidden: Tensor, weight: Tensor, tokens: HeadTokens
+    process: NoiseProcess, weighting: Weighting, hidden: Tensor, weight: Tensor, tokens: LossInputs
 ) -> None:
     states, columns = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = states @ columns.t()
@@ -139,7 +139,7 @@ def _check_fused(
         logits, tokens.clean, tokens.noised, tokens.log_snr, mixing=process, weighting=weighting
     ).minimised.sum()
     wanted = [loss.detach(), *torch.autograd.grad(loss, (states, columns))]
-    formula = Formula(process, weighting)
+    formula = LossSpec(process, weighting)
     answer = fused_objective(states, columns, tokens, formula, shard=VocabShard.of(columns, process), chunk_tokens=7)
     found = [answer.loss.detach(), *torch.autograd.grad(answer.loss, (states, columns))]
     for value, other, what in zip(found, wanted, ("loss", "gradient in hidden", "gradient in weight"), strict=True):

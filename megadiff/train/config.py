@@ -64,7 +64,8 @@ class HealthConfig(Section):
     """`health:` what is watched while the numbers move."""
 
     non_finite_limit: int = Field(default=3, ge=1)
-    """Steps in a row with a loss or gradient that is not finite, each skipped, at which the run ends (exit code 5)."""
+    """Consecutive steps with a loss or gradient that is not finite, each skipped, at which the run ends (exit code
+    5)."""
     spike_window: int = Field(default=128, ge=8)
     """Last steps that the running mean and deviation of loss and gradient norm are of; judged once half of them are
     there."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from megadiff.data.batch_sizes import BatchSizes
 from megadiff.data.loader import microbatch_samples
 from megadiff.errors import TrainingError
-from megadiff.parallel.row_report import has_finite_loss
+from megadiff.parallel.step_metrics import has_finite_loss
 from megadiff.parallel.topology import Topology
 from megadiff.train.config import HealthConfig
 
@@ -75,7 +75,7 @@ class Health:
 
     def __init__(self, config: HealthConfig, *, sizes: BatchSizes) -> None:
         self._config, self._sizes = config, sizes
-        self._in_a_row = 0
+        self._consecutive = 0
         self._skipped = 0
         window = {"window": config.spike_window, "sigma": config.spike_sigma}
         self._figures = {name: RollingFigure(**window) for name in ("loss", "grad_norm")}
@@ -94,10 +94,10 @@ class Health:
         """
         figures = {"loss": loss, "grad_norm": grad_norm}
         if not all(math.isfinite(value) for value in figures.values()):
-            self._in_a_row += 1
+            self._consecutive += 1
             self._skipped += 1
             return StepDecision("non_finite")
-        self._in_a_row = 0
+        self._consecutive = 0
         found = {name: self._figures[name].spike(value) for name, value in figures.items()}
         for name, value in figures.items():
             self._figures[name].add(value)
@@ -116,7 +116,7 @@ class Health:
             sources: where something was not finite.
 
         Raises:
-            TrainingError: `non_finite_limit` steps in a row were not finite.
+            TrainingError: `non_finite_limit` consecutive steps were not finite.
         """
         first, end = self._sizes.samples_before(step - 1), self._sizes.samples_before(step)
         made = "no update was made" if decision.skip else "the update was made"
@@ -127,30 +127,30 @@ class Health:
         limit = self._config.non_finite_limit
         where = "; ".join(source.describe(first) for source in sources) or "where is not known"
         log.warning(
-            f"step {step}: loss or gradient not finite, no update was made ({self._in_a_row} in a row, the run ends at "
-            f"{limit}); samples {first} to {end - 1}: {where}"
+            f"step {step}: loss or gradient not finite, no update was made ("
+            f"{self._consecutive} consecutive, the run ends at {limit}); samples {first} to {end - 1}: {where}"
         )
-        if self._in_a_row >= limit:
+        if self._consecutive >= limit:
             raise TrainingError(self._end_of_run(step, where))
 
     def _end_of_run(self, step: int, where: str) -> str:
-        first = self._sizes.samples_before(max(0, step - self._in_a_row))
+        first = self._sizes.samples_before(max(0, step - self._consecutive))
         last = self._sizes.samples_before(step) - 1
         return (
-            f"step {step}: loss or gradient not finite {self._in_a_row} steps in a row (health.non_finite_limit is "
-            f"{self._config.non_finite_limit}); the weights are those before them. Their samples are {first} to "
-            f"{last}; in the last step: {where}. Look at a step with tools/replay.py, lower optimizer.lr or set "
-            "optimizer.clip_grad, and resume from an earlier checkpoint"
+            f"step {step}: loss or gradient not finite {self._consecutive} consecutive steps ("
+            f"health.non_finite_limit is {self._config.non_finite_limit}); the weights are those before them. Their "
+            f"samples are {first} to {last}; in the last step: {where}. Look at a step with tools/replay.py, "
+            "lower optimizer.lr or set optimizer.clip_grad, and resume from an earlier checkpoint"
         )
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: JSON of finite numbers, a few kilobytes."""
         figures = {name: figure.values for name, figure in self._figures.items()}
-        return {"non_finite_in_a_row": self._in_a_row, "skipped": self._skipped, **figures}
+        return {"non_finite_consecutive": self._consecutive, "skipped": self._skipped, **figures}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned; an empty dict is a fresh start."""
-        self._in_a_row = int(state.get("non_finite_in_a_row", 0))
+        self._consecutive = int(state.get("non_finite_consecutive", 0))
         self._skipped = int(state.get("skipped", 0))
         for name, figure in self._figures.items():
             kept = state.get(name)
@@ -200,7 +200,7 @@ class RollingFigure:
 
 
 def non_finite_sources(
-    reports: Tensor, chunks: Sequence[Any], topology: Topology, *, micro_sequences: int
+    reports: Tensor, chunks: Sequence[Any], topology: Topology, *, micro_batch_size: int
 ) -> tuple[NonFiniteSource, ...]:
     """Return where something is not finite, once it is known that something is. Collective over the world.
 
@@ -213,10 +213,10 @@ def non_finite_sources(
         reports: [M, SIZE] of this rank's microbatches; empty except on the last stage.
         chunks: data-parallel wrapped model chunks.
         topology: this rank's place in the layout.
-        micro_sequences: sequences of a microbatch.
+        micro_batch_size: sequences of a microbatch.
     """
     found: list[Any] = [None] * topology.layout.world_size
-    dist.all_gather_object(found, _own_source(reports, chunks, topology, micro_sequences), group=topology.host_group)
+    dist.all_gather_object(found, _own_source(reports, chunks, topology, micro_batch_size), group=topology.host_group)
     by_loss = {source.samples: source for source in reversed(found) if source.samples}
     if by_loss:
         return tuple(sorted(by_loss.values(), key=lambda source: source.rank))
@@ -225,13 +225,13 @@ def non_finite_sources(
     return tuple(source for source in by_gradient if source.stage == last)[:1]
 
 
-def _own_source(reports: Tensor, chunks: Sequence[Any], topology: Topology, micro_sequences: int) -> NonFiniteSource:
+def _own_source(reports: Tensor, chunks: Sequence[Any], topology: Topology, micro_batch_size: int) -> NonFiniteSource:
     samples: list[int] = []
     if topology.is_last_stage:
         for microbatch in (~has_finite_loss(reports)).nonzero().flatten().tolist():
             samples += microbatch_samples(
                 0,
-                micro_sequences=micro_sequences,
+                micro_batch_size=micro_batch_size,
                 dp_rank=topology.data_rank,
                 dp_size=topology.layout.data,
                 microbatch=microbatch,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megadiff.data.batch_sizes import BatchSizes
-from megadiff.diffusion.noising import NoisedRows
+from megadiff.diffusion.noising import NoisedBatch
 from megadiff.optim.schedule import WarmupStableDecay
 from megadiff.parallel.topology import Topology
 from megadiff.supervision.stopping import STOP_FILE, StopRequest
@@ -89,7 +89,7 @@ class Trainer:
     """Course of the learning rate, as a factor of `peak_lr`."""
     peak_lr: float
     """The setting `optimizer.lr`."""
-    microbatches: Iterator[NoisedRows]
+    microbatches: Iterator[NoisedBatch]
     """This data-parallel rank's microbatches from `first_step` on."""
     hooks: Sequence[Hook]
     """Hooks, called after every step in this order."""
@@ -100,7 +100,7 @@ class Trainer:
     watchdog: Watchdog
     """Time limits of the parts of a run."""
     goodput: Goodput
-    """Account of where the run's time goes."""
+    """RankReport of where the run's time goes."""
     closing: Sequence[Callable[[], None]] = ()
     """Functions that end the loader and close files, called after the hooks are closed."""
     failing: Callable[[BaseException, int], None] = lambda error, step: None
@@ -113,8 +113,8 @@ class Trainer:
         A step whose update is skipped counts: data and schedule go on.
 
         Raises:
-            TrainingError: too many steps in a row were not finite (the weights are those before them), or a hook found
-                that the run cannot go on.
+            TrainingError: too many consecutive steps were not finite (the weights are those before them), or a hook
+                found that the run cannot go on.
             HookError: a hook of the user's list failed.
             StorageError: the run cannot save itself.
         """
@@ -127,9 +127,9 @@ class Trainer:
                     info = self._take_step(done)
                     for hook in self.hooks:
                         with self.watchdog.section(hook.section, step=done + 1):
-                            self.watchdog.at(_mark(hook))
+                            self.watchdog.mark(_mark(hook))
                             hook(info)
-                    self.watchdog.at("agreement")
+                    self.watchdog.mark("agreement")
                     stopped = self.stop.reason()
                 if stopped is not None:
                     break
@@ -157,17 +157,17 @@ class Trainer:
         for hook in self.hooks:
             part = "setup" if hook.section == "step" else hook.section
             with self.watchdog.section(part, step=self.first_step):
-                self.watchdog.at(_mark(hook))
+                self.watchdog.mark(_mark(hook))
                 hook.open()
 
     def _take_step(self, done: int) -> StepInfo:
         """Take the step after `done` steps."""
         start = time.monotonic()
         lr = self.peak_lr * self.schedule.factor(done)
-        self.watchdog.at("data")
+        self.watchdog.mark("data")
         microbatches = [next(self.microbatches) for _ in range(self.microbatches_of(done))]
         waited = time.monotonic() - start
-        output = self.step(microbatches, lr, mark=self.watchdog.at)
+        output = self.step(microbatches, lr, mark=self.watchdog.mark)
         self.health.report(done + 1, output.decision, output.sources)
         seconds = time.monotonic() - start
         self.goodput.step_taken(done + 1, seconds, waited_s=waited)

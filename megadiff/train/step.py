@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.noising import NoisedRows
-from megadiff.kernels.head import HeadLoss
+from megadiff.diffusion.noising import NoisedBatch
+from megadiff.loss.inputs import LossOutput
 from megadiff.model.attention import prompt_code
 from megadiff.optim.optimizer import Optimizer
 from megadiff.parallel.pipeline import DataParallelChunk, ModelChunk, run_microbatches
-from megadiff.parallel.row_objective import PlacedRows, RowObjective
-from megadiff.parallel.row_report import SIZE, mean_loss
+from megadiff.parallel.sharded_objective import DeviceBatch, ShardedObjective
+from megadiff.parallel.step_metrics import SIZE, mean_loss
 from megadiff.parallel.topology import Topology
 from megadiff.train.health import NonFiniteSource, StepDecision, non_finite_sources
 
@@ -24,7 +24,8 @@ class StepOutput(NamedTuple):
     """The result of one optimizer step."""
 
     sums: Tensor
-    """Sums over the tokens of the whole batch (`row_report`), [SIZE] float64 on the device, the same on every rank."""
+    """Sums over the tokens of the whole batch (`step_metrics`), [SIZE] float64 on the device, the same on every
+    rank."""
     grad_norm: float
     """Norm of the whole model's gradient before clipping."""
     decision: StepDecision
@@ -40,11 +41,11 @@ class TrainStep:
     chunks: Sequence[DataParallelChunk]
     """Data-parallel wrapped model chunks of this rank."""
     optimizer: Optimizer
-    objective: RowObjective
+    objective: ShardedObjective
     topology: Topology
     device: torch.device
     seq_length: int
-    micro_sequences: int
+    micro_batch_size: int
     check: Callable[[float, float], StepDecision]
     """Function from loss and gradient norm, both of the whole batch, to the decision about the update, which must be
     the same on every rank."""
@@ -52,7 +53,7 @@ class TrainStep:
     """Whether clean prompts attend causally (a whole sequence is one under the autoregressive control)."""
 
     def __call__(
-        self, microbatches: Sequence[NoisedRows], lr: float, *, mark: Callable[[str], None] = lambda _: None
+        self, microbatches: Sequence[NoisedBatch], lr: float, *, mark: Callable[[str], None] = lambda _: None
     ) -> StepOutput:
         """Run forward and backward, reduce, check the figures, and update the weights.
 
@@ -67,11 +68,11 @@ class TrainStep:
         self.optimizer.zero_grad()
         found = run_microbatches(
             self.chunks,
-            [self.objective.place(rows, self.device) for rows in microbatches],
+            [self.objective.place(sequences, self.device) for sequences in microbatches],
             forward=self._forward,
             loss=self._gated_loss,
             seq_length=self.seq_length,
-            micro_sequences=self.micro_sequences,
+            micro_batch_size=self.micro_batch_size,
         )
         mark("update")
         reports = torch.stack(found) if found else torch.zeros(0, SIZE, dtype=torch.float64, device=self.device)
@@ -83,22 +84,22 @@ class TrainStep:
         if decision.skip is None:
             self.optimizer.step(lr, norm=grad_norm)
         elif decision.skip == "non_finite":
-            sources = non_finite_sources(reports, self.chunks, self.topology, micro_sequences=self.micro_sequences)
+            sources = non_finite_sources(reports, self.chunks, self.topology, micro_batch_size=self.micro_batch_size)
         return StepOutput(sums, grad_norm, decision, sources)
 
-    def _forward(self, chunk: ModelChunk, placed: PlacedRows) -> Any:
-        rows = placed.rows
+    def _forward(self, chunk: ModelChunk, placed: DeviceBatch) -> Any:
+        sequences = placed.sequences
         return chunk(
-            rows.noised,
-            prompt_code(rows.prompt_length, is_causal=self.is_causal_prompt),
+            sequences.noised,
+            prompt_code(sequences.prompt_length, is_causal=self.is_causal_prompt),
             loss_fn=lambda hidden, weight: self.objective.lm_head_loss(hidden, weight, placed),
         )
 
-    def _gated_loss(self, answer: HeadLoss, placed: PlacedRows) -> tuple[Tensor, Tensor, Tensor]:
+    def _gated_loss(self, output: LossOutput, placed: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss with its gradient multiplied by 1 if the loss is finite and by NaN if not.
 
         Only the first tensor-parallel rank's report is counted. A loss that is not finite on another one makes the
         gradient norm not finite on every rank, without a host sync, even if its own derivative is finite.
         """
-        loss, tokens, report = self.objective.loss(answer, placed)
+        loss, tokens, report = self.objective.loss(output, placed)
         return loss * (1.0 + 0.0 * loss.detach()), tokens, report

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_on_rank
 

@@ -33,19 +33,19 @@ def _save(config):
 
 def _load(config):
     """(whether each layer got its own state back, the step that layers without any go on from)."""
-    from megadiff.build import Resumption
+    from megadiff.run.build import ResumeOptions
 
     found: list[bool] = []
     with _keeping(found):
-        wire_on_rank(config, 1, Resumption()).close()
-    plain = wire_on_rank(config, 1, Resumption())
+        wire_on_rank(config, 1, ResumeOptions()).close()
+    plain = wire_on_rank(config, 1, ResumeOptions())
     plain.close()
     return found, plain.first_step
 
 
 def test_a_layers_state_is_saved_on_two_stages_and_comes_back_in_one_process(toy_corpus, tmp_path):
     """Under the loader that unpickles plain data only; local layers, which keep nothing, load the checkpoint too."""
-    keys = {"data__valid": [], "schedule__steps": 2, "schedule__warmup_steps": 0, "schedule__cooldown": 0}
+    keys = {"data__valid": [], "schedule__steps": 2, "schedule__warmup_steps": 0, "schedule__decay_steps": 0}
     on_ranks(2, _save, toy_config(toy_corpus, tmp_path, parallel__pipeline=2, **keys))
     found, first_step = on_ranks(1, _load, toy_config(toy_corpus, tmp_path, **keys))[0]
     assert found == [True] * 4

@@ -133,14 +133,14 @@ def test_ranks_share_the_reading_and_leave_nothing_out(run):
     assert sorted(says(share) for share in range(3)) == ["damaged", "whole", "whole"]
 
 
-def loads(configs, **resumption):
+def loads(configs, **resume_options):
     """What resuming says of each folder, one after the other: an error, or the step it goes on from."""
-    from megadiff.build import Resumption
+    from megadiff.run.build import ResumeOptions
 
     said = []
     for config in configs:
         try:
-            run = wire_on_rank(config, 1, Resumption(**resumption))
+            run = wire_on_rank(config, 1, ResumeOptions(**resume_options))
             said.append(run.first_step)
             run.close()
         except CheckpointError as error:
@@ -310,7 +310,7 @@ def test_a_manifest_of_the_first_format_is_refused_by_number(run):
     old = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
     (folder / "manifest.json").write_text(json.dumps(old))
     (folder / "manifest.sha256").unlink()
-    with pytest.raises(CheckpointError, match="has format 1, this version reads 4; use the megadiff version"):
+    with pytest.raises(CheckpointError, match="has format 1, this version reads 5; use the megadiff version"):
         read_manifest(Path(folder))
 
 
@@ -323,11 +323,13 @@ def test_every_file_is_listed_with_what_is_read_back(run):
 
 def test_check_says_what_the_run_would_go_on_from_or_that_it_would_be_refused(run):
     """So that a scheduler's first look finds it, before a thousand ranks are started."""
-    from megadiff import build
+    from megadiff.run import build
 
     said = build.check(run, ranks=1)
     assert f"resumes from      {checkpoint(run, 6)} after step 6 of 6" in said
     with pytest.raises(CheckpointError, match=r"seed: 3 -> 4.*--allow-change seed"):
         build.check(run.model_copy(update={"seed": 4}), ranks=1)
-    allowed = build.check(run.model_copy(update={"seed": 4}), ranks=1, resumption=build.Resumption(allowed=["seed"]))
+    allowed = build.check(
+        run.model_copy(update={"seed": 4}), ranks=1, resume_options=build.ResumeOptions(allowed=["seed"])
+    )
     assert "changed since     seed: 3 -> 4" in allowed

@@ -42,7 +42,7 @@ def _longer(run, steps: int, **settings):
     """The same run with more steps and a checkpoint every second one."""
     return run.model_copy(
         update={
-            "schedule": run.schedule.model_copy(update={"steps": steps, "cooldown": 0.0}),
+            "schedule": run.schedule.model_copy(update={"steps": steps, "decay_steps": 0.0}),
             "checkpoint": run.checkpoint.model_copy(update={"keep": 2, **settings}),
         }
     )

@@ -13,7 +13,7 @@ CONFIG = {
     "seed": 0,
     "model": {"layers": 2, "hidden": 32},
     "noise": {"shift": "balanced"},
-    "batch": {"global_sequences": 8, "micro_sequences": 2},
+    "batch": {"global_batch_size": 8, "micro_batch_size": 2},
     "optimizer": {"name": "adamw", "lr": 1e-3},
     "parallel": {"tensor": 2, "distributed_optimizer": False},
     "precision": {"compute": "fp32"},
@@ -67,13 +67,13 @@ def test_every_difference_that_matters_is_listed(tmp_path):
         **CONFIG,
         "seed": 1,
         "model": {"layers": 4, "hidden": 32, "sink": True},
-        "batch": {"global_sequences": 16, "micro_sequences": 2},
+        "batch": {"global_batch_size": 16, "micro_batch_size": 2},
     }
     with pytest.raises(CheckpointError) as caught:
         check_same_run(manifest(), manifest(config=other, data_fingerprint="e"), tmp_path)
     text = str(caught.value)
     assert (
-        "batch.global_sequences: 8 -> 16; model.layers: 2 -> 4; model.sink: null -> true; seed: 0 -> 1; "
+        "batch.global_batch_size: 8 -> 16; model.layers: 2 -> 4; model.sink: null -> true; seed: 0 -> 1; "
         'data_fingerprint: "d" -> "e". Give the run another `name`'
     ) in text
 
@@ -83,7 +83,7 @@ def test_every_difference_that_matters_is_listed(tmp_path):
     [
         {"parallel": {"tensor": 1, "distributed_optimizer": False}},
         {"optimizer": {"name": "adamw", "lr": 5e-4}},
-        {"batch": {"global_sequences": 8, "micro_sequences": 4}},
+        {"batch": {"global_batch_size": 8, "micro_batch_size": 4}},
     ],
 )
 def test_layout_rate_and_microbatch_may_change(tmp_path, change):
@@ -91,20 +91,20 @@ def test_layout_rate_and_microbatch_may_change(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "key", ["batch.micro_sequences", "parallel.tensor", "optimizer.lr", "log", "seed", "noise.shift"]
+    "key", ["batch.micro_batch_size", "parallel.tensor", "optimizer.lr", "log", "seed", "noise.shift"]
 )
 def test_a_key_that_may_change_is_accepted_whether_or_not_it_is_allowed(tmp_path, key):
-    other = {**CONFIG, "batch": {"global_sequences": 8, "micro_sequences": 4}}
+    other = {**CONFIG, "batch": {"global_batch_size": 8, "micro_batch_size": 4}}
     changes = check_same_run(manifest(), manifest(config=other), tmp_path, allowed=[key])
-    assert [change.key for change in changes] == ["batch.micro_sequences"]
+    assert [change.key for change in changes] == ["batch.micro_batch_size"]
 
 
 @pytest.mark.parametrize(
     ("key", "named"),
     [
         ("model.layers", "model.layers: this cannot"),
-        ("batch.global_sequences", "batch.global_sequences: this cannot"),
-        ("batch", "batch: batch.global_sequences, batch.ramp in it cannot"),
+        ("batch.global_batch_size", "batch.global_batch_size: this cannot"),
+        ("batch", "batch: batch.global_batch_size, batch.rampup in it cannot"),
         ("optimizer", "optimizer: optimizer.name, optimizer.parametrisation in it cannot"),
     ],
 )

@@ -234,13 +234,13 @@ def _no_space(what):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_training_goes_on_through_a_failed_save_and_ends_after_three_in_a_row(toy_corpus, tmp_path):
+def test_training_goes_on_through_a_failed_save_and_ends_after_three_in_a_sequence(toy_corpus, tmp_path):
     few = _config(toy_corpus, tmp_path, name="few", schedule__steps=12, checkpoint__every=2)
     many = _config(toy_corpus, tmp_path, name="many", schedule__steps=12, checkpoint__every=2)
     assert on_ranks(1, _train_with_failing_saves, few, {2, 4, 8})[0] == "trained"
     said = on_ranks(1, _train_with_failing_saves, many, {4, 6, 8})[0]
     assert said.startswith("StorageError: ")
-    assert said.endswith("No space left on device; that is 3 saves in a row, so the run ends")
+    assert said.endswith("No space left on device; that is 3 consecutive saves, so the run ends")
     assert [line["step"] for line in read_metrics(few.folder / "metrics.jsonl")] == list(range(1, 13))
     assert newest_complete(few.folder).name == "step_00000012"
     assert newest_complete(many.folder).name == "step_00000002"

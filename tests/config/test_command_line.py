@@ -8,7 +8,7 @@ from megadiff.config import other_names
 from megadiff.config.command_line import SettingsParser, refuse_unknown, setting_without_equals, similar_key
 from megadiff.config.schema import dotted_keys
 from megadiff.errors import ConfigError
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 KEYS = set(dotted_keys(RunConfig))
 
@@ -44,8 +44,8 @@ def test_a_name_used_elsewhere_has_one_meaning_and_is_no_key_here():
         ("hidden_size", "model.hidden"),
         ("num_layers", "model.layers"),
         ("n_layer", "model.layers"),
-        ("micro_batch_size", "batch.micro_sequences"),
-        ("per_device_train_batch_size", "batch.micro_sequences"),
+        ("micro_batch_size", "batch.micro_batch_size"),
+        ("per_device_train_batch_size", "batch.micro_batch_size"),
         ("lr", "optimizer.lr"),
         ("training.steps", "schedule.steps"),
         ("train_iters", "schedule.steps"),

@@ -12,7 +12,7 @@ from pydantic import Field
 from megadiff.config import reference, registry, schema
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.support.forked_command import call_forked
 
 PAGE = Path(__file__).parents[2] / "docs/configuration.md"
@@ -54,12 +54,12 @@ class Run(Section):
     """Some mode."""
 
 
-def test_a_row_has_type_default_bounds_and_meaning():
-    rows = {key.name: key for key in reference.keys(Run)}
-    assert list(rows) == ["async", "limits", "limits.low", "limits.words"]
-    assert rows["async"] == reference.Key("async", "one of on, x or null", "required", "", "Some mode.")
-    assert rows["limits.low"] == reference.Key("limits.low", "a number", "0.25", "> 0, <= 1", "Lower | limit.")
-    assert rows["limits.words"].default == '[a, "no"]'
+def test_a_sequence_has_type_default_bounds_and_meaning():
+    sequences = {key.name: key for key in reference.keys(Run)}
+    assert list(sequences) == ["async", "limits", "limits.low", "limits.words"]
+    assert sequences["async"] == reference.Key("async", "one of on, x or null", "required", "", "Some mode.")
+    assert sequences["limits.low"] == reference.Key("limits.low", "a number", "0.25", "> 0, <= 1", "Lower | limit.")
+    assert sequences["limits.words"].default == '[a, "no"]'
     assert "| `limits.low` | a number | `0.25` | > 0, <= 1 | Lower \\| limit. |" in reference.markdown(Run)
 
 
@@ -83,10 +83,15 @@ def with_family(tmp_path, monkeypatch):
 
 
 def test_members_and_their_own_keys_are_listed(with_family):
-    rows = list(reference.keys(with_family))
-    assert [row.name for row in rows] == ["noise", "noise.process", "noise.process: tuned", "noise.shift"]
-    assert rows[1].takes == "text: plain, tuned, or a dotted path"
-    assert rows[2].meaning == "A tuned noise."
+    sequences = list(reference.keys(with_family))
+    assert [sequence.name for sequence in sequences] == [
+        "noise",
+        "noise.process",
+        "noise.process: tuned",
+        "noise.shift",
+    ]
+    assert sequences[1].takes == "text: plain, tuned, or a dotted path"
+    assert sequences[2].meaning == "A tuned noise."
     assert reference.plain_text(with_family, "noise.shift").splitlines() == [
         "noise.shift: a number, default 0.5",
         "    How far it is shifted.",

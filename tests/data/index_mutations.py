@@ -41,7 +41,7 @@ def truth_of(prefix: Path) -> Truth:
     """What is on disk, and what an undamaged reader gives."""
     reader = IndexedReader(prefix)
     content = {suffix: Path(f"{prefix}{suffix}").read_bytes() for suffix in (".idx", ".bin", ".json")}
-    return Truth(content, *_rows(reader))
+    return Truth(content, *_sequences(reader))
 
 
 def bit_flip(raw: bytearray, draw: np.random.Generator, other: bytes) -> None:
@@ -135,7 +135,7 @@ def outcome(prefix: Path, truth: Truth) -> str:
     """`refused`, `same` (every token and document), `found` by the scan, or what is wrong, in words."""
     try:
         reader = IndexedReader(prefix)
-        tokens, documents = _rows(reader)
+        tokens, documents = _sequences(reader)
     except DataError as error:
         return "refused" if len(str(error).splitlines()) == 1 else f"WRONG: not one sentence: {error}"
     except BaseException as error:  # a MemoryError as well
@@ -180,6 +180,6 @@ def _put(prefix: Path, content: Content, on_disk: Content) -> None:
     on_disk.update(content)
 
 
-def _rows(reader: IndexedReader) -> tuple[bytes, list[bytes]]:
+def _sequences(reader: IndexedReader) -> tuple[bytes, list[bytes]]:
     tokens = reader.tokens(0, reader.num_tokens).tobytes()
     return tokens, [reader.document(number).tobytes() for number in range(reader.num_documents)]

@@ -25,12 +25,12 @@ def any_sizes(draw: st.DrawFn) -> BatchSizes:
 def test_the_closed_forms_are_what_counting_gives(sizes):
     first, origins = 0, []
     for step in range(sizes.final_step_of_ramp + 3):
-        ramp = sizes.ramp
-        want = sizes.global_sequences
-        if ramp is not None:
-            want = min(want, ramp.start + step // ramp.every_steps * ramp.increment)
+        rampup = sizes.rampup
+        want = sizes.global_batch_size
+        if rampup is not None:
+            want = min(want, rampup.start + step // rampup.every_steps * rampup.increment)
         assert sizes.sequences(step) == want
-        assert (want == sizes.global_sequences) == (step >= sizes.final_step_of_ramp)
+        assert (want == sizes.global_batch_size) == (step >= sizes.final_step_of_ramp)
         assert sizes.samples_before(step) == first
         assert sizes.batch_of(step) == StepBatch(step, first, want)
         assert want in sizes.distinct
@@ -56,7 +56,7 @@ def test_a_ramp_by_hand():
     assert sizes.samples_before(1500) == 500 * (64 + 128 + 192)
     assert sizes.samples_before(1502) == 500 * (64 + 128 + 192) + 400
     assert sizes.steps_for_samples(500 * 64 + 1) == 501
-    assert sizes.num_microbatches(500, micro_sequences=4, dp_size=8) == 4
+    assert sizes.num_microbatches(500, micro_batch_size=4, dp_size=8) == 4
 
 
 def test_without_a_ramp_there_is_one_size():
@@ -75,41 +75,44 @@ def test_a_ramp_that_starts_at_its_end_is_none():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (BatchSizes(12), r"= 4 x 2, found batch\.global_sequences = 12; use 8 or 16, or change batch\.micro_sequences"),
-        (BatchSizes(3), r"found batch\.global_sequences = 3; use 8, or"),
-        (ramped(64, 12, 8, 10), r"found batch\.ramp\.start = 12; use 8 or 16"),
+        (
+            BatchSizes(12),
+            r"= 4 x 2, found batch\.global_batch_size = 12; use 8 or 16, or change batch\.micro_batch_size",
+        ),
+        (BatchSizes(3), r"found batch\.global_batch_size = 3; use 8, or"),
+        (ramped(64, 12, 8, 10), r"found batch\.rampup\.start = 12; use 8 or 16"),
         (ramped(64, 8, 8, 10), None),
-        (ramped(64, 8, 12, 10), r"found 20 from step 10 on \(batch\.ramp\.increment = 12\); use 16 or 24"),
-        (ramped(60, 8, 8, 10), r"found batch\.global_sequences = 60; use 56 or 64"),
+        (ramped(64, 8, 12, 10), r"found 20 from step 10 on \(batch\.rampup\.increment = 12\); use 16 or 24"),
+        (ramped(60, 8, 8, 10), r"found batch\.global_batch_size = 60; use 56 or 64"),
         (ramped(64, 8, 60, 10), None),
     ],
 )
 def test_a_size_that_does_not_divide_is_named(sizes, message):
     if message is None:
-        sizes.check(micro_sequences=4, dp_size=2)
+        sizes.check(micro_batch_size=4, dp_size=2)
         return
     with pytest.raises(ConfigError, match=message):
-        sizes.check(micro_sequences=4, dp_size=2)
+        sizes.check(micro_batch_size=4, dp_size=2)
 
 
 def test_a_run_description_gives_a_ramp():
-    ramp = {"start": 4, "increment": 4, "every_steps": 2}
-    batch = BatchConfig.model_validate({"global_sequences": 16, "micro_sequences": 2, "ramp": ramp})
-    assert BatchSizes(batch.global_sequences, batch.ramp).distinct == [4, 8, 12, 16]
-    assert BatchConfig(global_sequences=16, micro_sequences=2).ramp is None
+    rampup = {"start": 4, "increment": 4, "every_steps": 2}
+    batch = BatchConfig.model_validate({"global_batch_size": 16, "micro_batch_size": 2, "rampup": rampup})
+    assert BatchSizes(batch.global_batch_size, batch.rampup).distinct == [4, 8, 12, 16]
+    assert BatchConfig(global_batch_size=16, micro_batch_size=2).rampup is None
     assert all(field.description for field in RampConfig.model_fields.values())
 
 
 @pytest.mark.parametrize(
-    ("ramp", "message"),
+    ("rampup", "message"),
     [
-        ({"start": 32, "increment": 4, "every_steps": 2}, r"ramp\.start is 32, above batch\.global_sequences = 16"),
+        ({"start": 32, "increment": 4, "every_steps": 2}, r"rampup\.start is 32, above batch\.global_batch_size = 16"),
         ({"start": 0, "increment": 4, "every_steps": 2}, "start"),
         ({"start": 4, "increment": 0, "every_steps": 2}, "increment"),
         ({"start": 4, "increment": 4}, "every_steps"),
         ({"start": 4, "increment": 4, "every_step": 2}, "every_step"),
     ],
 )
-def test_a_ramp_that_cannot_be_is_refused(ramp, message):
+def test_a_ramp_that_cannot_be_is_refused(rampup, message):
     with pytest.raises(ValidationError, match=message):
-        BatchConfig.model_validate({"global_sequences": 16, "micro_sequences": 2, "ramp": ramp})
+        BatchConfig.model_validate({"global_batch_size": 16, "micro_batch_size": 2, "rampup": rampup})

@@ -23,7 +23,7 @@ from tests.support.runs import toy_tree, write_corpus
 
 def fingerprint(prefix):
     tree = DataConfig.model_validate({"train": [str(prefix)], "tokenizer": "byte"})
-    return open_data(tree, ByteTokenizer(), seq_length=16, seed=1, valid_rows=4).fingerprint
+    return open_data(tree, ByteTokenizer(), seq_length=16, seed=1, valid_sequences=4).fingerprint
 
 
 def test_the_fingerprint_of_a_run_s_data_changes_with_any_token(tmp_path):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megadiff.build import Resumption
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture
+from megadiff.run.build import ResumeOptions
 from megadiff.train.metrics import read_metrics
 from tests.data.corpora import write_indexed
 from tests.support.commands import write_yaml
@@ -59,7 +59,7 @@ def tree(paths: dict[str, str], output: Path, train_on: list[Any], steps: int, *
         "checkpoint__every": 4,
         "checkpoint__keep": 0,
     }
-    options |= {"schedule__steps": steps, "schedule__warmup_steps": 1, "schedule__cooldown": 0, **dotted}
+    options |= {"schedule__steps": steps, "schedule__warmup_steps": 1, "schedule__decay_steps": 0, **dotted}
     return toy_tree(Path(paths["a"]), output, data__train=entries, **options)
 
 
@@ -125,11 +125,11 @@ def test_what_will_repeat_after_a_change_is_a_warning(paths, tmp_path):
 
 def drawn_on_rank(config: Any, world_size: int, allow_data: bool) -> list[bytes]:
     """The clean sequences that this rank trains on, in its order."""
-    run = wire_on_rank(config, world_size, Resumption(allow_data=allow_data))
+    run = wire_on_rank(config, world_size, ResumeOptions(allow_data=allow_data))
     found: list[bytes] = []
 
-    def noted(rows):
-        for batch in rows:
+    def noted(sequences):
+        for batch in sequences:
             found.extend(np.ascontiguousarray(sequence).tobytes() for sequence in batch.clean.numpy())
             yield batch
 
@@ -147,7 +147,7 @@ def test_no_sequence_of_an_unfinished_epoch_is_seen_twice_on_any_layout(paths, w
     seen: list[tuple[str, int]] = []
     for train_on, steps, layout in stages:
         ranks, options = layouts[layout]
-        dotted = {"schedule__steps": steps, "schedule__warmup_steps": 1, "schedule__cooldown": 0, **options}
+        dotted = {"schedule__steps": steps, "schedule__warmup_steps": 1, "schedule__decay_steps": 0, **options}
         described = tree(paths, tmp_path, train_on, steps)["data"]["train"]
         config = toy_config(
             Path(paths["a"]), tmp_path, data__train=described, data__valid=[], checkpoint__keep=0, **dotted

@@ -27,7 +27,7 @@ def test_what_cannot_be_is_refused(given):
         DataConfig.model_validate(given)
 
 
-@pytest.mark.parametrize("given", [{"global_sequences": 0, "micro_sequences": 1}, {"global_sequences": 8}])
+@pytest.mark.parametrize("given", [{"global_batch_size": 0, "micro_batch_size": 1}, {"global_batch_size": 8}])
 def test_a_batch_needs_two_positive_numbers(given):
     with pytest.raises(ValidationError):
         BatchConfig.model_validate(given)

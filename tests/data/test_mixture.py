@@ -44,11 +44,11 @@ def paths(tmp_path_factory) -> dict[str, str]:
 def opened(paths: dict[str, str], entries: list[tuple[str, float | None]]) -> OpenData:
     train = [{"path": paths[name], "weight": weight} for name, weight in entries]
     config = DataConfig.model_validate({"train": train, "tokenizer": "byte"})
-    return open_data(config, ByteTokenizer(), seq_length=L, seed=6, valid_rows=1)
+    return open_data(config, ByteTokenizer(), seq_length=L, seed=6, valid_sequences=1)
 
 
-def named(rows) -> list[tuple[int, int]]:
-    return [(int(row[0]) - 4, 200 * (int(row[1]) - 4) + int(row[2]) - 4) for row in rows]
+def named(sequences) -> list[tuple[int, int]]:
+    return [(int(sequence[0]) - 4, 200 * (int(sequence[1]) - 4) + int(sequence[2]) - 4) for sequence in sequences]
 
 
 class Run:
@@ -64,7 +64,7 @@ class Run:
         if self.mixture is not None:
             before = Mixture.model_validate_json(self.mixture)
             data = data.continued(next_mixture(before, data.identities, first_sample=self.samples))
-        self.seen += named(data.train.rows(range(self.samples, self.samples + samples))) if samples else []
+        self.seen += named(data.train.sequences(range(self.samples, self.samples + samples))) if samples else []
         self.samples += samples
         reached = data.mixture_at(self.samples)
         assert sum(p.drawn for p in (*reached.sources, *reached.removed)) == self.samples
@@ -117,9 +117,9 @@ def test_a_grown_file_first_gives_what_its_epoch_lacked_and_what_it_gained(paths
             counts.setdefault((0, index), max(0, most - 1))
         done, known = len(run.seen), set(run.seen)
         data = run.go([(name, None), *((one, None) for one in other)], number)
-        rows, start = data.train.sources[0], data.train.starts[0]
+        sequences, start = data.train.sources[0], data.train.starts[0]
         drawn = [index for source, index in run.seen[done:] if source == 0]
-        assert rows.unseen(start) - rows.unseen(start + len(drawn)) == len({(0, i) for i in drawn} - known)
+        assert sequences.unseen(start) - sequences.unseen(start + len(drawn)) == len({(0, i) for i in drawn} - known)
         for source, index in run.seen[done:]:
             if source == 0:
                 assert counts[0, index] == min(counts[0, i] for i in range(size))
@@ -129,10 +129,10 @@ def test_a_grown_file_first_gives_what_its_epoch_lacked_and_what_it_gained(paths
 @pytest.mark.parametrize("entries", [[("a", None)], [("b", None), ("c", None)], [("a", 1.0), ("small", 2.0)]])
 def test_an_unchanged_mixture_is_the_same_whenever_it_is_resumed(paths, entries):
     whole = opened(paths, entries)
-    wanted = whole.train.rows(range(200)).tolist()
+    wanted = whole.train.sequences(range(200)).tolist()
     for sample in (0, 1, 63, 150):
         resumed = opened(paths, entries).continued(whole.mixture_at(sample))
-        assert resumed.train.rows(range(sample, 200)).tolist() == wanted[sample:]
+        assert resumed.train.sequences(range(sample, 200)).tolist() == wanted[sample:]
 
 
 def test_the_usual_second_stage_a_goes_on_and_b_begins(paths):
@@ -143,7 +143,7 @@ def test_the_usual_second_stage_a_goes_on_and_b_begins(paths):
     assert [position.name for position in data.mixture.sources] == ["train.0", "train.1"]
     assert data.train.first_sample == 20
     with pytest.raises(IndexError, match="sample 19 lies before sample 20, where this mixture begins"):
-        data.train.rows([19])
+        data.train.sequences([19])
 
 
 def test_a_source_that_was_left_out_keeps_its_position_and_returns_to_it(paths):
@@ -193,7 +193,7 @@ def test_content_listed_twice_is_one_source_with_one_order(paths):
     twice = opened(paths, [("b", None), ("b", None), ("c", None)])
     assert [source.keys for source in twice.sources] == [("data.train[0]", "data.train[1]"), ("data.train[2]",)]
     assert twice.train.blend.shares == pytest.approx([14 / 37, 23 / 37])
-    drawn = named(twice.train.rows(range(37)))
+    drawn = named(twice.train.sequences(range(37)))
     assert Counter(source for source, _ in drawn) == {1: 14, 2: 23}
     assert set(Counter(one for one in drawn if one[0] == 1).values()) == {2}
     weighted = opened(paths, [("b", 1.0), ("c", 1.0), ("b", 2.0)])

@@ -14,7 +14,7 @@ def config(train, valid=()):
 
 
 def opened(found, **changes):
-    options = {"seq_length": 16, "seed": 1, "valid_rows": 4, **changes}
+    options = {"seq_length": 16, "seed": 1, "valid_sequences": 4, **changes}
     return open_data(found, TOKENIZER, **options)
 
 
@@ -23,9 +23,9 @@ def corpus(tmp_path):
     return str(write_indexed(tmp_path / "a", random_documents(60)))
 
 
-def test_sources_open_with_their_rows_and_counts(corpus):
+def test_sources_open_with_their_sequences_and_counts(corpus):
     data = opened(config([corpus], [corpus]))
-    assert data.train.rows([0, 1]).shape == (2, 16)
+    assert data.train.sequences([0, 1]).shape == (2, 16)
     assert [(v.name, len(v)) for v in data.valid] == [("a", 4)]
     assert data.train_tokens == data.train.sources[0].reader.num_tokens
 
@@ -42,16 +42,18 @@ def test_the_fingerprint_follows_content_and_weights_but_not_the_place(corpus, t
     assert opened(weighted).fingerprint != opened(config([corpus, other])).fingerprint
 
 
-def test_moved_data_give_the_same_rows(corpus, tmp_path):
+def test_moved_data_give_the_same_sequences(corpus, tmp_path):
     moved = str(write_indexed(tmp_path / "moved", random_documents(60)))
-    assert (opened(config([corpus])).train.rows(range(9)) == opened(config([moved])).train.rows(range(9))).all()
+    assert (
+        opened(config([corpus])).train.sequences(range(9)) == opened(config([moved])).train.sequences(range(9))
+    ).all()
 
 
 def test_data_of_another_tokenizer_are_refused_with_both_hashes(corpus):
     other = ByteTokenizer()
     other.name, other.fingerprint = "hf_json:mine", "f" * 64
     with pytest.raises(DataError) as caught:
-        open_data(config([corpus]), other, seq_length=16, seed=1, valid_rows=4)
+        open_data(config([corpus]), other, seq_length=16, seed=1, valid_sequences=4)
     text = str(caught.value)
     assert "data.train[0]: " in text
     assert "wrong vocabulary for the data: made with tokenizer byte" in text
@@ -75,11 +77,11 @@ def test_missing_data_are_named_with_their_key(tmp_path, corpus):
 def test_data_to_be_measured_are_named_as_the_command_names_them(corpus, tmp_path):
     """No key of a run description, no remedy that only a run has."""
     with pytest.raises(DataError, match=r"^--data: .*x: no indexed data"):
-        open_validation(f"{tmp_path}/x", TOKENIZER, seq_length=16, rows=4, key="--data")
+        open_validation(f"{tmp_path}/x", TOKENIZER, seq_length=16, sequences=4, key="--data")
     other = ByteTokenizer()
     other.fingerprint = "f" * 64
     with pytest.raises(DataError, match=r"the model's is byte \(f{12}\); give data made with the model's tokenizer$"):
-        open_validation(str(corpus), other, seq_length=16, rows=4, key="--data")
-    found = open_validation(str(corpus), TOKENIZER, seq_length=16, rows=4, key="--data")
-    wanted = open_data(config([corpus], valid=[corpus]), TOKENIZER, seq_length=16, seed=1, valid_rows=4).valid[0]
-    assert (found.rows(range(4)) == wanted.rows(range(4))).all()
+        open_validation(str(corpus), other, seq_length=16, sequences=4, key="--data")
+    found = open_validation(str(corpus), TOKENIZER, seq_length=16, sequences=4, key="--data")
+    wanted = open_data(config([corpus], valid=[corpus]), TOKENIZER, seq_length=16, seed=1, valid_sequences=4).valid[0]
+    assert (found.sequences(range(4)) == wanted.sequences(range(4))).all()

@@ -32,7 +32,7 @@ def test_the_order_looks_uniform():
     permutation = Permutation(size, key=5)
     for i in range(size):
         cells[i // 1000][permutation[i] // 1000] += 1
-    chi_squared = sum((count - 100) ** 2 / 100 for row in cells for count in row)
+    chi_squared = sum((count - 100) ** 2 / 100 for sequence in cells for count in sequence)
     assert 40 < chi_squared < 130
 
 

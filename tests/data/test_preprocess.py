@@ -16,7 +16,7 @@ from megadiff.data import corpus_lines, documents, indexed_writer
 from megadiff.data import preprocess as module
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.preprocess import Framing, preprocess
+from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
 from megadiff.data.tokenizers import _pipeline, _windows, byte
@@ -57,7 +57,9 @@ def test_documents_come_back_as_they_were_with_their_facts(tmp_path, corpus_file
 
 
 def test_framing_puts_bos_before_and_eos_after_each_document(tmp_path, corpus_file):
-    done = preprocess(Corpus([corpus_file]), tmp_path / "p", "byte", framing=Framing(prepend_bos=True, append_eod=True))
+    done = preprocess(
+        Corpus([corpus_file]), tmp_path / "p", "byte", framing=DocumentMarkers(prepend_bos=True, append_eod=True)
+    )
     reader = IndexedReader(tmp_path / "p")
     first = reader.document(0).tolist()
     assert (first[0], first[-1]) == (0, 1)
@@ -128,7 +130,7 @@ def test_unknown_text_is_ordinary_where_padding_is_the_unknown_token(tmp_path):
     tokenizer = words(tmp_path / "t", unk_token="?")
     (tokenizer / "tokenizer_config.json").write_text('{"pad_token": "?", "eos_token": "?"}')
     file = write_corpus(tmp_path / "c.jsonl", ["a strange b", "?"])
-    done = preprocess(Corpus([file]), tmp_path / "p", tokenizer, framing=Framing(append_eod=True))
+    done = preprocess(Corpus([file]), tmp_path / "p", tokenizer, framing=DocumentMarkers(append_eod=True))
     reader = IndexedReader(tmp_path / "p")
     assert [reader.document(i).tolist() for i in range(2)] == [[0, 2, 1, 2], [2, 2]]
     assert (done.manifest.tokenizer.pad_id, done.manifest.tokenizer.mask_id) == (2, 3)
@@ -151,7 +153,7 @@ class Strange:
 
 def test_ids_that_no_text_may_have_are_a_fault_of_their_document(tmp_path):
     texts = ["2 3", "2 9", "4", "5 10", "-1", " ", "70000", "6"]
-    found = module._tokenize(Strange(), Framing(prepend_bos=True, append_eod=True), texts)
+    found = module._tokenize(Strange(), DocumentMarkers(prepend_bos=True, append_eod=True), texts)
     assert found.ids.tolist() == [0, 2, 3, 1, 0, 4, 1, 0, 6, 1]
     assert (found.lengths.tolist(), found.num_empty, found.source_bytes) == ([4, 3, 3], 1, 5)
     assert found.faults == [
@@ -164,7 +166,7 @@ def test_ids_that_no_text_may_have_are_a_fault_of_their_document(tmp_path):
 
 def test_a_document_of_too_many_tokens_is_a_fault_and_not_the_end(monkeypatch):
     monkeypatch.setattr(module, "_MOST_DOCUMENT_TOKENS", 3)
-    found = module._tokenize(Strange(), Framing(append_eod=True), ["2 3", "2 3 4", "5"])
+    found = module._tokenize(Strange(), DocumentMarkers(append_eod=True), ["2 3", "2 3 4", "5"])
     assert (found.ids.tolist(), [place for place, _ in found.faults]) == ([2, 3, 1, 5, 1], [1])
 
 
@@ -205,7 +207,7 @@ def test_what_cannot_work_is_refused_before_reading(tmp_path, corpus_file, monke
 def test_framing_that_the_tokenizer_lacks_is_refused(tmp_path, corpus_file):
     tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
     with pytest.raises(DataError, match=r"--append-eod: wanted a tokenizer with an end-of-text token, found hf_json"):
-        preprocess(Corpus([corpus_file]), tmp_path / "p", tmp_path / "t.json", framing=Framing(append_eod=True))
+        preprocess(Corpus([corpus_file]), tmp_path / "p", tmp_path / "t.json", framing=DocumentMarkers(append_eod=True))
 
 
 def test_a_worker_that_dies_ends_the_run_with_a_reason(tmp_path, corpus_file, monkeypatch):

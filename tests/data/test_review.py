@@ -35,12 +35,15 @@ def described(paths, train, valid=("valid",)):
     config = DataConfig.model_validate(
         {"train": entries, "valid": [paths[name] for name in valid], "tokenizer": "byte"}
     )
-    return open_data(config, ByteTokenizer(), seq_length=L, seed=1, valid_rows=20), config
+    return open_data(config, ByteTokenizer(), seq_length=L, seed=1, valid_sequences=20), config
 
 
-def mistakes(paths, train, samples, valid=("valid",), eval_rows=20):
+def mistakes(paths, train, samples, valid=("valid",), eval_sequences=20):
     data, config = described(paths, train, valid)
-    return [found.text for found in advice(data, config, end=samples, length="schedule.steps = 9", eval_rows=eval_rows)]
+    return [
+        found.text
+        for found in advice(data, config, end=samples, length="schedule.steps = 9", eval_sequences=eval_sequences)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def test_a_source_that_is_repeated_far_more_than_another_is_named_with_both_figu
 
 @pytest.mark.parametrize("valid", ["big", "part"])
 def test_validation_on_training_text_is_named_also_where_it_is_a_part_of_a_source(paths, valid):
-    (found,) = mistakes(paths, ["middle", "big"], 100, [valid, "valid"], eval_rows=20)
+    (found,) = mistakes(paths, ["middle", "big"], 100, [valid, "valid"], eval_sequences=20)
     how = "is the same text as" if valid == "big" else "has 8 of 8 passages word for word in"
     assert found == (
         f"data.valid[0] ({valid}) {how} data.train[1] (big): the held-out bound is measured on training text"
@@ -84,8 +87,8 @@ def test_no_swapped_and_too_little_validation(paths):
     assert mistakes(paths, ["small"], 10, ["middle"]) == [
         "data.valid has 1,600 tokens, more than the 160 of data.train"
     ]
-    assert mistakes(paths, ["big"], 100, eval_rows=64) == [
-        "eval.rows is 64, but data.valid[0] (valid) has 40 sequences: all of them are measured, and no more"
+    assert mistakes(paths, ["big"], 100, eval_sequences=64) == [
+        "eval.sequences is 64, but data.valid[0] (valid) has 40 sequences: all of them are measured, and no more"
     ]
 
 

@@ -122,10 +122,10 @@ def uniform_sums(log_snr: torch.Tensor, process: NoiseProcess) -> VocabularySums
     return VocabularySums(log_odds, log_p, (process.num_real - 1) * torch.logaddexp(y, 0 * y))
 
 
-@pytest.mark.parametrize("row", GOLDEN["step_0"]["rows"], ids=lambda row: f"shift {row[0]}")
+@pytest.mark.parametrize("sequence", GOLDEN["step_0"]["rows"], ids=lambda sequence: f"shift {sequence[0]}")
 @pytest.mark.parametrize("vocab", [131072, 50258])
-def test_a_blind_model_pays_what_step_0_must_print(row, vocab):
-    b, *rest = row
+def test_a_blind_model_pays_what_step_0_must_print(sequence, vocab):
+    b, *rest = sequence
     elbo, loss, is_elbo, is_loss = rest[:4] if vocab == 131072 else (*rest[4:], None, None)
     process = HybridMixing(vocab, 3, b)
     nodes, weights = gauss(-9, 9)

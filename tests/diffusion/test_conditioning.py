@@ -9,7 +9,7 @@ import pytest
 
 from megadiff.diffusion.conditioning import (
     arccos_law,
-    draw_rows,
+    draw_sequences,
     empty_counts,
     empty_positions,
     insert_empties,
@@ -41,12 +41,12 @@ def test_a_prompt_has_at_least_one_token_and_ends_at_its_fraction():
 
 
 def test_coins_fall_as_often_as_asked():
-    draws = draw_rows(
-        Stream(0, "row"),
+    draws = draw_sequences(
+        Stream(0, "sequence"),
         ROWS,
         ConditioningConfig(per_token_noise=0.5, linear_noise=0.1, prompt=0.2, infilling=0.3, pad_insertion=0.2),
     )
-    share = np.bincount(draws.levels, minlength=3) / len(ROWS)
+    share = np.bincount(draws.pattern, minlength=3) / len(ROWS)
     np.testing.assert_allclose(share, [0.4, 0.5, 0.1], atol=0.015)
     assert (draws.prompt_fraction >= 0).mean() == pytest.approx(0.2, abs=0.015)
     assert (draws.infill_fraction > 0).mean() == pytest.approx(0.3, abs=0.015)
@@ -56,21 +56,21 @@ def test_coins_fall_as_often_as_asked():
 
 
 def test_no_coin_falls_without_being_asked():
-    draws = draw_rows(Stream(0, "row"), ROWS, ConditioningConfig())
-    assert not draws.levels.any()
+    draws = draw_sequences(Stream(0, "sequence"), ROWS, ConditioningConfig())
+    assert not draws.pattern.any()
     assert (draws.prompt_fraction < 0).all()
     assert not draws.infill_fraction.any()
     assert not draws.empty_fraction.any()
 
 
 def test_max_fraction_shortens_prompts():
-    draws = draw_rows(Stream(0, "row"), ROWS, ConditioningConfig(prompt=1.0, max_fraction=0.25))
+    draws = draw_sequences(Stream(0, "sequence"), ROWS, ConditioningConfig(prompt=1.0, max_fraction=0.25))
     assert draws.prompt_fraction.max() <= 0.25
     assert draws.prompt_fraction.mean() == pytest.approx(0.125, abs=0.003)
 
 
 def test_infilling_keeps_its_share_of_tokens():
-    draws = draw_rows(Stream(0, "row"), ROWS[:500], ConditioningConfig(infilling=1.0))
+    draws = draw_sequences(Stream(0, "sequence"), ROWS[:500], ConditioningConfig(infilling=1.0))
     is_noisy, prompt = noisy_positions(draws, 400, ROWS[:500], Stream(0, "infill"))
     assert not prompt.any()
     np.testing.assert_allclose(1 - is_noisy.mean(axis=1), draws.infill_fraction, atol=0.13)
@@ -78,7 +78,7 @@ def test_infilling_keeps_its_share_of_tokens():
 
 @pytest.mark.parametrize(("law", "counts"), [("share", [0, 205, 410]), ("released", [0, 228, 512])])
 def test_empty_counts_of_both_laws(law, counts):
-    """The released code's 20 % make 25 % of the row empty."""
+    """The released code's 20 % make 25 % of the sequence empty."""
     assert empty_counts(np.array([0.0, 0.1, 0.2]), 2048, law).tolist() == counts
 
 
@@ -87,9 +87,9 @@ def test_empties_stand_anywhere_and_push_the_last_tokens_out():
     is_empty = empty_positions(Stream(0, "empty"), ROWS[:3000], counts, 10)
     assert (is_empty.sum(axis=1) == 3).all()
     np.testing.assert_allclose(is_empty.mean(axis=0), 0.3, atol=0.04)
-    row = np.arange(10, 20)[None]
+    sequence = np.arange(10, 20)[None]
     where = np.zeros((1, 10), dtype=bool)
     where[0, [0, 4, 9]] = True
-    moved, source = insert_empties(row, where, 2)
+    moved, source = insert_empties(sequence, where, 2)
     assert moved.tolist() == [[2, 10, 11, 12, 2, 13, 14, 15, 16, 2]]
     assert source.tolist() == [[0, 0, 1, 2, 3, 3, 4, 5, 6, 7]]

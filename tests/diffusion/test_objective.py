@@ -15,15 +15,15 @@ from megadiff.diffusion.objective import Terms, _minus_log1p, gidd_objective
 from megadiff.diffusion.schedules import UniformSchedule
 from tests.diffusion.dense import LOGITS, dense_objective, f64, read_csv
 
-CASES = {row["case"]: row for row in read_csv("objective_terms.csv")}
+CASES = {sequence["case"]: sequence for sequence in read_csv("objective_terms.csv")}
 MIXES = [(-20.0, 1.0), (-2.0, 1.0), (0.0, 1.0), (2.0, 1.0), (1000.0, 1.0), (1.0, 0.5)]
 
 
 def token(case: str, logits: torch.Tensor = LOGITS) -> Terms:
-    row = CASES[case]
-    process = HybridMixing(5, 3, float(row["b"]), float(row["a"]))
-    x, z = torch.tensor([[int(row["x"])]]), torch.tensor([[int(row["z"])]])
-    return gidd_objective(logits[None, None], x, z, f64(float(row["lambda"]))[None], mixing=process)
+    sequence = CASES[case]
+    process = HybridMixing(5, 3, float(sequence["b"]), float(sequence["a"]))
+    x, z = torch.tensor([[int(sequence["x"])]]), torch.tensor([[int(sequence["z"])]])
+    return gidd_objective(logits[None, None], x, z, f64(float(sequence["lambda"]))[None], mixing=process)
 
 
 def random_tokens(count: int, vocab: int, mask: int, *, seed: int, masked: bool = False):
@@ -43,20 +43,20 @@ def random_tokens(count: int, vocab: int, mask: int, *, seed: int, masked: bool 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_golden_token_is_met_to_the_printed_digits(case):
-    terms, row = token(case), CASES[case]
+    terms, sequence = token(case), CASES[case]
     for name, value in (("w", terms.weight), ("kl", terms.kl), ("is", terms.itakura_saito), ("loss", terms.loss)):
-        assert value.item() == pytest.approx(float(row[name]), rel=1e-11, abs=1e-15), name
-    assert terms.elbo.item() == pytest.approx(float(row["elbo"]), rel=1e-11, abs=1e-15)
-    alpha_beta = torch.sigmoid(f64(float(row["lambda"]))) * torch.sigmoid(-f64(float(row["lambda"])))
-    assert (terms.weight / alpha_beta).item() == pytest.approx(float(row["w_over_p"]), rel=1e-11, abs=1e-15)
+        assert value.item() == pytest.approx(float(sequence[name]), rel=1e-11, abs=1e-15), name
+    assert terms.elbo.item() == pytest.approx(float(sequence["elbo"]), rel=1e-11, abs=1e-15)
+    alpha_beta = torch.sigmoid(f64(float(sequence["lambda"]))) * torch.sigmoid(-f64(float(sequence["lambda"])))
+    assert (terms.weight / alpha_beta).item() == pytest.approx(float(sequence["w_over_p"]), rel=1e-11, abs=1e-15)
 
 
-@pytest.mark.parametrize("row", read_csv("objective_gradients.csv"), ids=lambda row: row["case"])
-def test_a_golden_gradient_is_met_to_the_printed_digits(row):
+@pytest.mark.parametrize("sequence", read_csv("objective_gradients.csv"), ids=lambda sequence: sequence["case"])
+def test_a_golden_gradient_is_met_to_the_printed_digits(sequence):
     logits = LOGITS.clone().requires_grad_()
-    token(row["case"], logits).loss.sum().backward()
+    token(sequence["case"], logits).loss.sum().backward()
     assert logits.grad is not None
-    torch.testing.assert_close(logits.grad, f64(*(float(row[f"g{i}"]) for i in range(5))), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(logits.grad, f64(*(float(sequence[f"g{i}"]) for i in range(5))), rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("mask", [0, 7, 16])

@@ -31,10 +31,10 @@ def test_the_published_vectors_come_out(counter, key, result):
     assert list(philox4x32((c0, c1, c2, c3), (k0, k1))) == words(result)
 
 
-def plain_words(stream: Stream, rows: np.ndarray, positions: int, draw: int) -> list[np.ndarray]:
+def plain_words(stream: Stream, sequences: np.ndarray, positions: int, draw: int) -> list[np.ndarray]:
     """Words by the definition, [B, positions] each."""
-    index = np.repeat(rows.astype(np.uint64)[:, None], positions, axis=1)
-    position = np.tile(np.arange(positions, dtype=np.uint64), (len(rows), 1))
+    index = np.repeat(sequences.astype(np.uint64)[:, None], positions, axis=1)
+    position = np.tile(np.arange(positions, dtype=np.uint64), (len(sequences), 1))
     low, high = index & np.uint64(2**32 - 1), index >> np.uint64(32)
     return list(philox4x32((position, np.full_like(position, draw), low, high), stream.key))
 
@@ -46,9 +46,9 @@ ROW = st.integers(0, 2**63 - 1) | st.integers(0, 100) | st.integers(2**32 - 3, 2
 @given(
     st.integers(-(2**70), 2**70), st.lists(ROW, max_size=5), st.integers(0, 40), st.integers(0, 2**32 - 1), st.data()
 )
-def test_the_short_way_to_the_words_is_the_definition_s(seed, rows, positions, draw, data):
-    """Rows on both sides of 2^32 in one call too, and whichever words are asked for."""
-    stream, index = Stream(seed, "train/noise"), np.array(rows, dtype=np.int64)
+def test_the_short_way_to_the_words_is_the_definition_s(seed, sequences, positions, draw, data):
+    """Sequences on both sides of 2^32 in one call too, and whichever words are asked for."""
+    stream, index = Stream(seed, "train/noise"), np.array(sequences, dtype=np.int64)
     count = data.draw(st.integers(1, 4))
     got = stream.words(index, positions, draw=draw, count=count)
     assert len(got) == count
@@ -58,16 +58,16 @@ def test_the_short_way_to_the_words_is_the_definition_s(seed, rows, positions, d
 
 
 def test_words_are_the_caller_s_own():
-    stream, rows = Stream(0, "a"), np.arange(2)
-    first = stream.words(rows, 3)
+    stream, sequences = Stream(0, "a"), np.arange(2)
+    first = stream.words(sequences, 3)
     kept = [word.copy() for word in first]
-    for word in stream.words(rows, 3):
+    for word in stream.words(sequences, 3):
         word[:] = 0
     for word, copy in zip(first, kept, strict=True):
         np.testing.assert_array_equal(word, copy)
 
 
-def test_a_block_is_keyed_by_seed_name_row_position_and_draw():
+def test_a_block_is_keyed_by_seed_name_sequence_position_and_draw():
     base = Stream(1, "train/noise").words(np.array([5]), 4)
     assert [int(w[0, 3]) for w in base] == [int(w[0, 3]) for w in Stream(1, "train/noise").words(np.array([5]), 9)]
     others = [

@@ -14,7 +14,7 @@ from megadiff.diffusion import exact, snr
 from megadiff.diffusion.config import noise_config, objective_config
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
-from megadiff.diffusion.noising import evaluation_noise, noise_rows
+from megadiff.diffusion.noising import evaluation_noise, noise_batch
 from megadiff.diffusion.objective import SURROGATE, build_weighting, gidd_objective
 from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
 from megadiff.diffusion.schedules import LinearSchedule, UniformSchedule
@@ -204,9 +204,11 @@ def test_without_uniform_noise_it_is_the_masked_process_with_the_linear_schedule
         got, want = (gidd_objective(logits, clean, noised, levels, mixing=process) for process in (time, masked))
         for name, term in got._asdict().items():
             torch.testing.assert_close(term, getattr(want, name), rtol=0, atol=0, msg=name)
-    rows = np.arange(64).reshape(4, 16) % 6
+    sequences = np.arange(64).reshape(4, 16) % 6
     kwargs = {"seed": 3, "sample_index": np.arange(4), "global_batch": 4}
-    for a, b in zip(noise_rows(rows, process=time, **kwargs), noise_rows(rows, process=masked, **kwargs), strict=True):
+    for a, b in zip(
+        noise_batch(sequences, process=time, **kwargs), noise_batch(sequences, process=masked, **kwargs), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -215,7 +217,7 @@ def test_without_uniform_noise_it_is_the_masked_process_with_the_linear_schedule
 def test_kept_masked_and_random_tokens_come_as_often_as_the_process_says(p, level):
     process = NoiseProcess(11, 6, GiddTime(p), TimeSchedule(GiddTime(p)))
     clean = np.full((64, 2048), 4)
-    kwargs = {"seed": 0, "row_index": np.arange(64), "level": level, "num_levels": 8}
+    kwargs = {"seed": 0, "sequence_index": np.arange(64), "level": level, "num_levels": 8}
     got = evaluation_noise(clean, process=process, **kwargs)
     log_snr = got.log_snr[:, 0].double()
     q = process.marginal(torch.eye(11).double()[4].expand(64, 11), log_snr)
@@ -231,7 +233,7 @@ def test_every_global_batch_covers_time_evenly():
     kwargs = {"seed": 5, "process": NoiseProcess(11, 6, law, TimeSchedule(law, 1e-4)), "global_batch": 24}
     for step in range(3):
         index = np.arange(step * 24, (step + 1) * 24)
-        log_snr = noise_rows(np.ones((24, 2), dtype=np.int64), sample_index=index, **kwargs).log_snr[:, 0]
+        log_snr = noise_batch(np.ones((24, 2), dtype=np.int64), sample_index=index, **kwargs).log_snr[:, 0]
         t = torch.sigmoid(law.logit_t(log_snr.double(), torch))
         assert sorted(((t - 1e-4) / (1 - 2e-4) * 24).floor().int().tolist()) == list(range(24))
 
@@ -307,12 +309,12 @@ def test_a_reverse_step_inverts_the_forward_one():
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_with_an_exact_denoiser_the_samples_have_the_true_joint(p):
     """Down to log-SNR 9: at time_eps = 1e-4, where training stops, 1.3 % of the tokens are still noise for p = 0.4."""
-    process, rows = NoiseProcess(4, 3, GiddTime(p)), 5000
+    process, sequences = NoiseProcess(4, 3, GiddTime(p)), 5000
     toy = TwoTokens(process)
-    kwargs = {"rows": rows, "length": 2, "steps": 300, "seed": 1, "reuse_logits": False}
+    kwargs = {"sequences": sequences, "length": 2, "steps": 300, "seed": 1, "reuse_logits": False}
     ids = sample(toy, process=process, on_step=toy.on_step, **kwargs)
     seen = np.bincount((ids[:, 0] * 3 + ids[:, 1]).numpy(), minlength=9)
-    assert stats.chisquare(seen, JOINT.numpy().ravel() * rows).pvalue > 1e-3
+    assert stats.chisquare(seen, JOINT.numpy().ravel() * sequences).pvalue > 1e-3
 
 
 def test_a_run_description_makes_process_and_schedule():

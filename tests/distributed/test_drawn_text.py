@@ -12,7 +12,7 @@ from megadiff.config.load import load_config
 from megadiff.errors import ConfigError
 from megadiff.eval.drawn_text import SEED
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.sampling.standalone import Settings, generate
 from megadiff.sampling.trace import printable
 from tests.support.commands import write_yaml
@@ -20,7 +20,7 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, read_metrics, toy_config, toy_tree, train_on_rank
 
 with quiet():
-    from megadiff.trained import open_trained
+    from megadiff.run.load_model import load_model
 
 STEPS, ROWS, DENOISING = 4, 2, 6
 LAYOUTS = {
@@ -83,11 +83,11 @@ def test_drawing_changes_no_step(runs):
 
 
 def _drawn_again(folder):
-    with open_trained(folder, platform="cpu") as trained:
+    with load_model(folder, platform="cpu") as trained:
         settings = Settings(max_new_tokens=trained.model.seq_length, max_denoising_steps=DENOISING)
         prompt = torch.empty(ROWS, 0, dtype=torch.int64)
         ids = generate(trained.denoise, prompt, settings, trained.process, seed=SEED).sequences
-        return [printable(trained.tokenizer.decode(row)) for row in ids.tolist()]
+        return [printable(trained.tokenizer.decode(sequence)) for sequence in ids.tolist()]
 
 
 def test_the_last_text_is_what_the_last_checkpoint_says(runs):

@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from tests.support.ranks import on_ranks
-from tests.support.runs import largest_relative_difference, merged_rows, toy_config, train_on_rank
+from tests.support.runs import largest_relative_difference, merged_sequences, toy_config, train_on_rank
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -19,8 +19,8 @@ AWAY = {
     "tp4": (4, {"parallel__tensor": 4}),
     "tp4_sequence_dp2": (8, {"parallel__tensor": 4, "parallel__sequence": True}),
     "pp4": (4, {"parallel__pipeline": 4}),
-    "dp8": (8, {"batch__micro_sequences": 1}),
-    "one": (1, {"batch__micro_sequences": 8}),
+    "dp8": (8, {"batch__micro_batch_size": 1}),
+    "one": (1, {"batch__micro_batch_size": 8}),
 }
 LEFT, BACK, STEPS = 3, 6, 9
 
@@ -30,7 +30,7 @@ def _train(corpus, output, ranks, layout, until):
         corpus,
         output,
         schedule__steps=STEPS,
-        schedule__cooldown=0.3,
+        schedule__decay_steps=0.3,
         checkpoint__every=LEFT,
         checkpoint__keep=0,
         data__valid=[],
@@ -39,7 +39,7 @@ def _train(corpus, output, ranks, layout, until):
     )
     found = on_ranks(ranks, _train_until, config, ranks, until, timeout_s=600)
     assert (config.folder / "LATEST").read_text() == f"step_{until:08d}\n"
-    return {line["step"]: line for line in found[0].lines}, merged_rows(found)
+    return {line["step"]: line for line in found[0].lines}, merged_sequences(found)
 
 
 class _AskedAfter:
@@ -66,24 +66,24 @@ def _train_until(config, ranks, until):
 @pytest.fixture(scope="module")
 def whole(toy_corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    lines, rows = _train(toy_corpus, folder, 8, HOME, STEPS)
-    return folder, lines, rows
+    lines, sequences = _train(toy_corpus, folder, 8, HOME, STEPS)
+    return folder, lines, sequences
 
 
 @pytest.mark.parametrize("layout", AWAY)
 def test_there_and_back_is_the_same_run(whole, toy_corpus, tmp_path, layout):
-    folder, wanted, wanted_rows = whole
+    folder, wanted, wanted_sequences = whole
     ranks, changes = AWAY[layout]
     shutil.copytree(folder / "toy", tmp_path / "toy")
     for path in (tmp_path / "toy/checkpoints").iterdir():
         if path.name != f"step_{LEFT:08d}":
             shutil.rmtree(path)
     (tmp_path / "toy/LATEST").unlink()
-    away, rows_away = _train(toy_corpus, tmp_path, ranks, changes, BACK)
-    lines, rows_back = _train(toy_corpus, tmp_path, 8, HOME, STEPS)
+    away, sequences_away = _train(toy_corpus, tmp_path, ranks, changes, BACK)
+    lines, sequences_back = _train(toy_corpus, tmp_path, 8, HOME, STEPS)
     assert sorted(lines) == list(range(1, STEPS + 1))
-    assert {**rows_away, **rows_back} == {
-        sample: digest for sample, digest in wanted_rows.items() if sample >= LEFT * 8
+    assert {**sequences_away, **sequences_back} == {
+        sample: digest for sample, digest in wanted_sequences.items() if sample >= LEFT * 8
     }
     steps = range(LEFT + 1, STEPS + 1)
     assert all(lines[step] == away[step] for step in range(LEFT + 1, BACK + 1))

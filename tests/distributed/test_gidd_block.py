@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, Trained, toy_config, train_all, train_on_rank, write_corpus
 
@@ -67,7 +67,7 @@ def test_laprop_goes_on_bit_for_bit_and_on_another_layout(corpus: Path, tmp_path
             {**parallel, "distributed_optimizer": is_sharded},
             name=name,
             schedule__steps=steps,
-            schedule__cooldown=0,
+            schedule__decay_steps=0,
             checkpoint__every=4,
             checkpoint__keep=0,
         )

@@ -173,7 +173,7 @@ def test_a_step_that_is_not_finite_on_one_rank_leaves_every_bit_of_all_ranks_unt
         changed = [before != after for before, after in zip(seen["prints"], seen["prints"][1:], strict=False)]
         assert changed == [True, True, False, False, True, True]
         assert seen["ended"] is None
-        assert (seen["state"]["non_finite_in_a_row"], seen["state"]["skipped"]) == (0, 2)
+        assert (seen["state"]["non_finite_consecutive"], seen["state"]["skipped"]) == (0, 2)
     assert ranks[0]["state"] == ranks[1]["state"]
 
 
@@ -182,11 +182,11 @@ def test_a_skipped_step_is_told_with_its_samples_and_what_broke(broken, case):
     layout, how = case
     config, ranks = broken[case]
     (third,) = (line for line in ranks[0]["heard"] if line.startswith("step 3: loss or gradient not finite"))
-    assert "no update was made (1 in a row, the run ends at 3); samples 16 to 23: " in third
+    assert "no update was made (1 consecutive, the run ends at 3); samples 16 to 23: " in third
     told = third.split("16 to 23: ")[1]
     if how == "nan_gradient":
         assert re.match(r"gradient on rank \d \(.+\), stage \d: \d+ tensor\(s\), nearest the output ", told)
-    elif layout.startswith("dp"):  # microbatches of two rows are dealt out in turn: rank 1 has every second pair
+    elif layout.startswith("dp"):  # microbatches of two sequences are dealt out in turn: rank 1 has every second pair
         assert re.fullmatch(r"loss of a microbatch on rank 1 \(.+\), samples 18, 19, 22, 23", told)
     else:  # every microbatch is the last stage's, or both tensor ranks'; rank 1 is the one that was broken
         assert re.fullmatch(r"loss of a microbatch on rank 1 \(.+\), samples 16, 17, 18, 19, 20, 21, 22, 23", told)
@@ -205,7 +205,7 @@ def test_the_line_of_a_skipped_step_says_so_and_has_null_for_what_is_not_finite(
     assert lines[5]["loss"] > 0
 
 
-def test_too_many_in_a_row_end_the_run_on_every_rank_with_the_samples_of_all(toy_corpus, tmp_path):
+def test_too_many_in_a_sequence_end_the_run_on_every_rank_with_the_samples_of_all(toy_corpus, tmp_path):
     common = {"schedule__steps": 9, "data__valid": [], "health__non_finite_limit": 3}
     config = toy_config(toy_corpus, tmp_path, **common)
     jobs = [
@@ -213,21 +213,22 @@ def test_too_many_in_a_row_end_the_run_on_every_rank_with_the_samples_of_all(toy
         (toy_config(toy_corpus, tmp_path, name="again", **common), partial(broken_at, (4, 5, 6), nan_loss), counted),
     ]
     for first, resumed in on_ranks(2, all_runs, jobs):
-        assert first["ended"].startswith("5 step 6: loss or gradient not finite 3 steps in a row")
+        assert first["ended"].startswith("5 step 6: loss or gradient not finite 3 consecutive steps")
         assert "Their samples are 24 to 47; in the last step: loss of a microbatch on rank 1" in first["ended"]
         assert first["skips"] == [None, "non_finite", None, *["non_finite"] * 3]
-        assert resumed["ended"].startswith("5 step 5: loss or gradient not finite 3 steps in a row")
+        assert resumed["ended"].startswith("5 step 5: loss or gradient not finite 3 consecutive steps")
 
 
 def counted(run, step):
-    """After step 4, the state of a run that was resumed from a checkpoint with two skipped steps in a row behind it."""
+    """After step 4, the state of a run that was resumed from a checkpoint with two skipped consecutive steps behind
+    it."""
     report = run.health.report
 
     def after(number, decision, sources=()):
         report(number, decision, sources)
         if number == 4:
             saved = json.loads(json.dumps(run.health.state()))
-            run.health.restore({**saved, "non_finite_in_a_row": 2})
+            run.health.restore({**saved, "non_finite_consecutive": 2})
 
     run.health.report = after
 

@@ -9,7 +9,7 @@ from tests.support.runs import (
     GIDD_BLOCK,
     NOISES,
     largest_relative_difference,
-    merged_rows,
+    merged_sequences,
     toy_config,
     train_all,
 )
@@ -28,8 +28,8 @@ TWO_RANKS = {
         "parallel__overlap_grad_reduce": True,
         "parallel__overlap_param_gather": True,
     },
-    "dp2_micro1": {"batch__micro_sequences": 1},
-    "dp2_micro4": {"batch__micro_sequences": 4},
+    "dp2_micro1": {"batch__micro_batch_size": 1},
+    "dp2_micro4": {"batch__micro_batch_size": 4},
 }
 EIGHT_RANKS = {
     "tp2_pp2_dp2_sp_distopt": {
@@ -54,7 +54,7 @@ GIDD = {
     "conditioning__prompt": 0.5,
     "conditioning__prompt_attention": "causal",
     "objective__reduction": "sum",
-    "eval__rows": 5,
+    "eval__sequences": 5,
 }
 BF16 = {"precision__compute": "bf16", "schedule__steps": 6}
 NEXT_TOKEN = {"objective__name": "ar"}
@@ -62,7 +62,7 @@ VARIANTS = {**PLAIN, "gidd": GIDD, "next_token": NEXT_TOKEN, "bf16": BF16}
 
 GIDD_LAYOUTS = ("tp2_sp", "pp2", "dp2_distopt", *EIGHT_RANKS)
 BF16_LAYOUTS = {"dp2_distopt": 1e-6, "pp2": 1e-6, "tp2": 1e-2}
-"""Each with the relative difference allowed: what is cut by rows or layers adds up in the same order."""
+"""Each with the relative difference allowed: what is cut by sequences or layers adds up in the same order."""
 
 CASES = [
     *((layout, noise) for layout in LAYOUTS for noise in NOISES),
@@ -97,22 +97,22 @@ def trained(toy_corpus, tmp_path_factory):
 def test_a_layout_gives_the_curve_of_one_process(trained, layout, variant):
     one, many = trained["one", variant][0], trained[layout, variant][0]
     assert [line["step"] for line in many.lines] == list(range(1, 11))
-    for key, tolerance in {"loss": 1e-5, "elbo": 1e-5, "kl": 1e-5, "mean_weight": 1e-6, "grad_norm": 1e-4}.items():
+    for key, tolerance in {"loss": 1e-5, "elbo": 1e-5, "kl": 1e-5, "weight": 1e-6, "grad_norm": 1e-4}.items():
         difference = largest_relative_difference(many.curve(key), one.curve(key))
         assert difference <= tolerance, (key, difference)
     assert many.curve("noisy_tokens") == one.curve("noisy_tokens")
 
 
 @pytest.mark.parametrize(("layout", "variant"), CASES)
-def test_all_ranks_together_see_the_noised_rows_of_one_process_to_the_bit(trained, layout, variant):
-    one = trained["one", variant][0].row_hashes
+def test_all_ranks_together_see_the_noised_sequences_of_one_process_to_the_bit(trained, layout, variant):
+    one = trained["one", variant][0].sequence_hashes
     assert sorted(one) == list(range(80))
-    assert merged_rows(trained[layout, variant]) == one
+    assert merged_sequences(trained[layout, variant]) == one
 
 
 @pytest.mark.parametrize(("layout", "variant"), CASES)
 def test_the_held_out_bound_is_the_same_on_every_layout(trained, layout, variant):
-    """Before the first step with drawn weights, and after the last; 7 and 5 rows divide by nothing here."""
+    """Before the first step with drawn weights, and after the last; 7 and 5 sequences divide by nothing here."""
     one, many = trained["one", variant][0].evaluations, trained[layout, variant][0].evaluations
     assert [line["step"] for line in many] == [0, 10]
     for key in ("eval_elbo", "eval_elbo_stderr"):

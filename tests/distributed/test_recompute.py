@@ -77,10 +77,10 @@ def _train(config, world_size):
     run = wire_on_rank(config, world_size)
     curve, kept = [], None
     for done in range(config.steps):
-        rows = [next(run.microbatches) for _ in range(run.microbatches_of(done))]
+        sequences = [next(run.microbatches) for _ in range(run.microbatches_of(done))]
         if world_size == 1 and kept is None:
-            kept = _kept_bytes(run.step.chunks[0], rows[0].noised)
-        taken = run.step(rows, run.peak_lr)
+            kept = _kept_bytes(run.step.chunks[0], sequences[0].noised)
+        taken = run.step(sequences, run.peak_lr)
         curve.append([*taken.sums.tolist(), taken.grad_norm])
     weights = [parameter.detach().numpy() for chunk in run.step.chunks for parameter in chunk.parameters()]
     run.close()
@@ -118,7 +118,8 @@ def test_a_forward_pass_keeps_less_the_more_is_recomputed(trained):
     assert kept["full"] < kept["everything"] < kept["mlp"] < kept["none"]
     assert kept["full"] < kept["full_of_one"] < kept["none"]
     assert kept["layernorm"] < kept["none"]
-    # Two microbatch rows of 16 tokens, 4 blocks of width 32 in float32: the norms' outputs, and the MLP's middle twice.
+    # Two microbatch sequences of 16 tokens, 4 blocks of width 32 in float32: the norms' outputs, and the MLP's middle
+    # twice.
     tokens, width, layers = 2 * 16, 32, 4
     assert kept["none"] - kept["layernorm"] >= 4 * tokens * layers * 2 * width
     assert kept["none"] - kept["mlp"] == 4 * tokens * layers * 2 * 4 * width

@@ -20,14 +20,14 @@ import yaml
 
 from megadiff.config.load import load_config
 from megadiff.config.other_names import key_elsewhere
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.docs.pages import REASONS, REPOSITORY, Block, blocks, name_of, pages, prose, start_of
 from tests.support.forked_shell import ForkedShell
 
 LINKED = ("examples", "megadiff", "pretrain_dlm.py", "slurm", "tests", "tools", "docs", "CHANGELOG.md", "README.md")
 STARTS = ("corpus", "a trained run")
-SMALL = ("model.layers=2", "model.hidden=32", "model.heads=2", "model.seq_length=64", "batch.global_sequences=4")
-SMALL += ("batch.micro_sequences=2", "eval.rows=4", "eval.noise_levels=2", "eval.samples=0", "log.every=1")
+SMALL = ("model.layers=2", "model.hidden=32", "model.heads=2", "model.seq_length=64", "batch.global_batch_size=4")
+SMALL += ("batch.micro_batch_size=2", "eval.sequences=4", "eval.num_noise_levels=2", "eval.samples=0", "log.every=1")
 PREPARATION = """
 python tools/train_tokenizer.py --input corpus/train/*.jsonl --output data/tokenizer --vocab-size 300
 for split in train valid; do
@@ -36,7 +36,7 @@ for split in train valid; do
 done
 for name in my masked uniform; do
     python pretrain_dlm.py --config my.yaml name=$name noise.shift=${name/my/masked} SMALL \\
-        schedule.steps=6 schedule.warmup_steps=1 schedule.cooldown=2 checkpoint.every=2 eval.every=3
+        schedule.steps=6 schedule.warmup_steps=1 schedule.decay_steps=2 checkpoint.every=2 eval.every=3
 done
 """.replace("SMALL", " ".join(SMALL))
 PAGES = {name_of(page): page for page in pages()}
@@ -199,11 +199,11 @@ def test_options_of_commands_that_are_not_run_exist(block):
 
 def test_the_names_of_other_trainers_are_those_that_refusals_know():
     """Compare the table with the names that a refusal answers with a key."""
-    rows = re.findall(
+    sequences = re.findall(
         r"^\| `([^`|]+)` \|(.*)\|$", PAGES["docs/coming-from.md"].read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert len(rows) > 40
-    for key, names in rows:
+    assert len(sequences) > 40
+    for key, names in sequences:
         for name in _SPAN.findall(names):
             found = key_elsewhere(name)
             assert found == key or name in (key, key.rpartition(".")[2]), f"{name}: {found}, not {key}"

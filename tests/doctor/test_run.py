@@ -106,9 +106,9 @@ def test_validation_that_is_training_text_or_smaller_than_is_wanted(findings_of,
     ]
     swapped = findings_of("data", subject_of(data__train=[str(held_corpus)], data__valid=[str(toy_corpus)]))
     assert any("more than the 3,0" in text and "exchange" in remedy for _, text, remedy in swapped)
-    few = findings_of("data", subject_of(eval__rows=1000))
+    few = findings_of("data", subject_of(eval__sequences=1000))
     assert [text for level, text, _ in few if level == "WARN"] == [
-        "eval.rows is 1,000, but data.valid[0] (held) has 187 sequences: all of them are measured, and no more"
+        "eval.sequences is 1,000, but data.valid[0] (held) has 187 sequences: all of them are measured, and no more"
     ]
     assert [text for level, text, _ in few if "measured" in text and level == "OK"] == [
         "data.valid[0] held: 3,004 tokens, 187 sequences, 187 of them (2,992 tokens) measured"
@@ -122,7 +122,7 @@ def test_a_layout_that_does_not_divide(one_finding, subject_of):
 
 def test_more_ranks_than_cores(findings_of, subject_of):
     ranks = 4 * len(os.sched_getaffinity(0))
-    subject = subject_of(ranks=ranks, batch={"global_sequences": ranks, "micro_sequences": 1})
+    subject = subject_of(ranks=ranks, batch={"global_batch_size": ranks, "micro_batch_size": 1})
     assert [level for level, *_ in findings_of("layout", subject)] == ["OK", "WARN"]
     over_nodes = Subject({"SLURM_NNODES": str(ranks)}, subject.config, wanted_ranks=ranks)
     assert [level for level, *_ in findings_of("layout", over_nodes)] == ["OK"]
@@ -138,7 +138,7 @@ def test_the_settings_that_are_suggested_do_fit(subject_of):
     """For 8 GPUs of made-up sizes between what fits nowhere and what fits as it is."""
     config = subject_of(
         model={"layers": 32, "hidden": 4096, "heads": 32, "seq_length": 2048},
-        batch={"global_sequences": 64, "micro_sequences": 8},
+        batch={"global_batch_size": 64, "micro_batch_size": 8},
     ).config
     as_it_is = memory.estimate(config, 8, 32000)
     seen = set()

@@ -1,4 +1,5 @@
-"""The tables of bad inputs: each row is what is wrong, and a pattern of the sentence it gets: cause, then remedy."""
+"""The tables of bad inputs: each sequence is what is wrong, and a pattern of the sentence it gets: cause, then
+remedy."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ DESCRIPTIONS = [
         r"the padded vocabulary is 260, which parallel\.tensor = 3 does not divide; 258 or 261 would do",
     ),
     ("parallel.pipeline=3", 3, r"model\.layers is 4, which .*parallel\.virtual_pipeline = 3 does not divide"),
-    ("batch.global_sequences=7", 1, r"batch\.global_sequences is 7, which .* = 2 does not divide; 6 or 8 would do"),
+    ("batch.global_batch_size=7", 1, r"batch\.global_batch_size is 7, which .* = 2 does not divide; 6 or 8 would do"),
     (
         "parallel.tensor=2",
         3,
@@ -61,9 +62,9 @@ DESCRIPTIONS = [
         r"warm-up \(20 steps\) and cooldown .* do not fit .* shorten one of them or train l",
     ),
     (
-        "batch.ramp={start: 16, increment: 2, every_steps: 5}",
+        "batch.rampup={start: 16, increment: 2, every_steps: 5}",
         1,
-        r"ramp\.start is 16, above .* = 8.*; lower it, or leave",
+        r"rampup\.start is 16, above .* = 8.*; lower it, or leave",
     ),
     # overrides of another form
     ("noise.shift", 1, r"command line: `noise\.shift` is not of the form key\.sub=value"),
@@ -84,7 +85,11 @@ DESCRIPTIONS = [
     ("tensor_model_parallel_size=2", 1, r"`tensor_model_parallel_size`; did you mean `parallel\.tensor`\?"),
     ("training.seq_len=512", 1, r"unknown key `training`; `training\.seq_len` is `model\.seq_length` here"),
     ("parallel.context=2", 1, r"unknown key `parallel\.context`: context parallelism is not available"),
-    ("batch_size=8", 1, r"`batch_size`: the batch of a step is batch\.global_sequences, and what a rank takes at once"),
+    (
+        "batch_size=8",
+        1,
+        r"`batch_size`: the batch of a step is batch\.global_batch_size, and what a rank takes at once",
+    ),
     # data, tokenizer, machine, folder
     ("data.train=[nowhere/text]", 1, r"data\.train\[0\]: .*nowhere/text: no indexed data; wanted nowhere/text\.idx"),
     (
@@ -97,7 +102,11 @@ DESCRIPTIONS = [
         1,
         r"data\.vocab_size is 300, but the tokenizer byte has 260 ids .*; set it to that or leave",
     ),
-    ("model.seq_length=9000", 1, r"wanted at least one row of 9000 tokens, found \d+ in all; give more text or lower"),
+    (
+        "model.seq_length=9000",
+        1,
+        r"wanted at least one sequence of 9000 tokens, found \d+ in all; give more text or lower",
+    ),
     ("platform=cuda", 1, r"`platform=cuda`, but torch sees no CUDA device here; give `platform=cpu`"),
     ("output_dir=/proc/nowhere", 1, r"the run folder /proc/nowhere/toy cannot be written \(.*\); set output_dir to a"),
     ("output_dir=/dev/null", 1, r"the run folder /dev/null/toy cannot be written \(Not a directory\); set output_dir"),
@@ -151,7 +160,7 @@ FILES = [
     ("no base", b"base: nowhere.yaml\n", r"bad\.yaml:1: the base file .*nowhere\.yaml does not exist; check the path"),
     ("a folder", None, r"bad\.yaml: the run description is a folder, not a plain file; give the path of a YAML file"),
 ]
-"""What is in the file (None: it is a folder), sentence; the first word of a row is its name."""
+"""What is in the file (None: it is a folder), sentence; the first word of a sequence is its name."""
 
 
 def _patched(path: Path, offset: int, data: bytes) -> None:
@@ -271,7 +280,7 @@ TOOLS = [
     (EVALUATE + " --tokenizer nowhere", r"nowhere: wanted the word `byte`.*check the path"),
     (EVALUATE + " --output no/x.json", r"--output no/x\.json: there is no folder no; make it"),
     (EVALUATE + " --output {tmp}", r"--output .* is a folder; give the name of a file in"),
-    (EVALUATE + " --rows 1", r"--rows: must be at least 2 for a standard error, got 1"),
+    (EVALUATE + " --sequences 1", r"--sequences: must be at least 2 for a standard error, got 1"),
     (EVALUATE + " --platform cuda", r"`--platform cuda`, but torch sees no CUDA device here; give `--platform cpu`"),
     (
         GENERATE + " --model {tmp}",
@@ -350,8 +359,8 @@ NATURAL = [
     (GENERATE + " --max-new-tokens 5", "--max-new-tokens 5"),
     (GENERATE + " --num-token", "--num-token"),
     (GENERATE + " --temprature 0.5", "--temprature 0.5; did you mean `--temperature`?"),
-    (EVALUATE + " --data {data} --row 8 --noise-level 2 --batch-size 4", "--batch-size 4"),
-    (EVALUATE + " --data {data} --rows some", "--rows: wants an integer, found 'some'"),
+    (EVALUATE + " --data {data} --sequence 8 --noise-level 2 --batch-size 4", "--batch-size 4"),
+    (EVALUATE + " --data {data} --sequences some", "--sequences: wants an integer, found 'some'"),
     (GENERATE + " --steps 1.5", "--steps: wants an integer, found '1.5'"),
     (GENERATE + " --temperature hot", "--temperature: wants a number, found 'hot'"),
     ("tools/evaluate.py perplexity --model {run} --data {data}", "'perplexity'"),
@@ -365,7 +374,7 @@ NATURAL = [
     (CHECK + " --ranks two", "--ranks.*'two'"),
     (CHECK + " optimizer.lr=1e-3x", "optimizer.lr.*1e-3x"),
     (CHECK + " schedule.steps=1,000", "schedule.steps.*1,000"),
-    (CHECK + " --per-device-train-batch-size 8", "--per-device-train-batch-size 8.*batch.micro_sequences=8"),
+    (CHECK + " --per-device-train-batch-size 8", "--per-device-train-batch-size 8.*batch.micro_batch_size=8"),
     (CHECK + " hidden_size=64", "`hidden_size`; did you mean `model.hidden`?"),
     (CHECK + " n_layer=2", "`n_layer`; did you mean `model.layers`?"),
     (CHECK + " model.layers 4", "`model.layers=4`"),

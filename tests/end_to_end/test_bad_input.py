@@ -50,7 +50,9 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(folder)): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
-@pytest.mark.parametrize(("overrides", "ranks", "sentence"), DESCRIPTIONS, ids=[row[0] for row in DESCRIPTIONS])
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "sentence"), DESCRIPTIONS, ids=[sequence[0] for sequence in DESCRIPTIONS]
+)
 def test_a_description_that_cannot_be_is_refused_in_a_sentence(description, tmp_path, overrides, ranks, sentence):
     before = contents(tmp_path)
     words = overrides.split() if "{" not in overrides else [overrides]
@@ -60,7 +62,9 @@ def test_a_description_that_cannot_be_is_refused_in_a_sentence(description, tmp_
     assert not list(tmp_path.glob("runs/*/c*"))  # neither config.yaml nor checkpoints
 
 
-@pytest.mark.parametrize(("content", "sentence"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
+@pytest.mark.parametrize(
+    ("content", "sentence"), [sequence[1:] for sequence in FILES], ids=[sequence[0] for sequence in FILES]
+)
 def test_a_file_that_is_no_description_is_refused(tmp_path, content, sentence):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content) if content is not None else path.mkdir()
@@ -81,7 +85,9 @@ def test_every_mistake_of_a_description_has_its_own_line(tmp_path):
     assert all(line.count(f"{tmp_path}/bad.yaml") == 1 for line in err.splitlines())
 
 
-@pytest.mark.parametrize(("damage", "sentence"), [row[1:] for row in DATA], ids=[row[0] for row in DATA])
+@pytest.mark.parametrize(
+    ("damage", "sentence"), [sequence[1:] for sequence in DATA], ids=[sequence[0] for sequence in DATA]
+)
 def test_damaged_data_are_refused_with_their_key_and_file(description, toy_corpus, tmp_path, damage, sentence):
     for end in (".bin", ".idx", ".json"):
         shutil.copy(f"{toy_corpus}{end}", tmp_path / f"copy{end}")
@@ -157,7 +163,7 @@ def run(finished_run, tmp_path):
     return tmp_path / "toy"
 
 
-@pytest.mark.parametrize(("overrides", "sentence"), CONTINUED, ids=[row[0] for row in CONTINUED])
+@pytest.mark.parametrize(("overrides", "sentence"), CONTINUED, ids=[sequence[0] for sequence in CONTINUED])
 def test_a_run_that_cannot_go_on_is_refused_and_its_checkpoints_stay(run, overrides, sentence):
     before = contents(run / "checkpoints"), (run / "config.yaml").read_text(), (run / "metrics.jsonl").read_text()
     words = overrides.format(run=run).split()
@@ -169,7 +175,9 @@ def test_a_run_that_cannot_go_on_is_refused_and_its_checkpoints_stay(run, overri
     )
 
 
-@pytest.mark.parametrize(("damage", "sentence"), [row[1:] for row in CHECKPOINTS], ids=[row[0] for row in CHECKPOINTS])
+@pytest.mark.parametrize(
+    ("damage", "sentence"), [sequence[1:] for sequence in CHECKPOINTS], ids=[sequence[0] for sequence in CHECKPOINTS]
+)
 def test_a_damaged_checkpoint_is_refused_by_those_who_read_it(run, damage, sentence):
     step = run / "checkpoints/step_00000004"
     damage(step)
@@ -185,7 +193,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_unasked(ru
     assert_refused(ended, r"2 checkpoint\(s\) and all are damaged .*; move them away .*, or give it another `name`")
 
 
-@pytest.mark.parametrize(("command", "sentence"), TOOLS, ids=[row[0].replace("tools/", "") for row in TOOLS])
+@pytest.mark.parametrize(("command", "sentence"), TOOLS, ids=[sequence[0].replace("tools/", "") for sequence in TOOLS])
 def test_a_misused_tool_says_what_it_wants(finished_run, toy_corpus, tmp_path, command, sentence):
     for name, text in {
         "a.txt": "hello world\n" * 20,
@@ -201,7 +209,7 @@ def test_a_misused_tool_says_what_it_wants(finished_run, toy_corpus, tmp_path, c
     assert [contents(place) for place in places] == before
 
 
-@pytest.mark.parametrize(("command", "named"), NATURAL, ids=[row[0].replace("tools/", "") for row in NATURAL])
+@pytest.mark.parametrize(("command", "named"), NATURAL, ids=[sequence[0].replace("tools/", "") for sequence in NATURAL])
 def test_a_natural_mistake_gets_a_sentence_that_names_what_was_typed(
     finished_run, toy_corpus, word_tokenizer, tmp_path, command, named
 ):
@@ -235,7 +243,7 @@ def test_the_command_says_what_it_would_do_and_exits_with_0(description):
     code, out, err = call("pretrain_dlm.py", "--config", description, "--check", "--ranks", "4", "parallel.tensor=2")
     assert code == 0, err
     assert "layout            4 rank(s): tensor 2 x pipeline 1 x data 2" in out
-    assert "tokens per step   128 (8 rows of 16, 2 microbatch(es) of 2 per replica)" in out
+    assert "tokens per step   128 (8 sequences of 16, 2 microbatch(es) of 2 per replica)" in out
     assert re.search(
         r"^learning rate     block matrices, 49,152 parameters: peak 0\.002 \(optimizer\.lr\), ", out, re.M
     )

@@ -30,10 +30,10 @@ def test_cooldowns_from_one_trunk_equal_full_runs_bit_for_bit(corpus: Path, tmp_
         )
         return on_ranks(1, train_on_rank, config, 1, save=True)[0].lines
 
-    run("trunk", schedule__steps=8, schedule__cooldown=0)
+    run("trunk", schedule__steps=8, schedule__decay_steps=0)
     start = str(tmp_path / "trunk" / "checkpoints" / "step_00000004")
     for length in (3, 5):
-        shape = {"schedule__steps": 4 + length, "schedule__cooldown": length}
+        shape = {"schedule__steps": 4 + length, "schedule__decay_steps": length}
         branch = run(f"branch-{length}", checkpoint__start_from=start, **shape)
         whole = run(f"whole-{length}", **shape)
         assert _tail(branch, 0) == _tail(whole, 4)
@@ -41,7 +41,7 @@ def test_cooldowns_from_one_trunk_equal_full_runs_bit_for_bit(corpus: Path, tmp_
 
 
 def test_a_branch_that_ends_before_it_begins_is_refused(corpus: Path, tmp_path: Path) -> None:
-    trunk = toy_config(corpus, tmp_path, name="trunk", schedule__steps=4, data__valid=[], schedule__cooldown=0)
+    trunk = toy_config(corpus, tmp_path, name="trunk", schedule__steps=4, data__valid=[], schedule__decay_steps=0)
     on_ranks(1, train_on_rank, trunk, 1, save=True)
     start = str(trunk.folder / "checkpoints" / "step_00000004")
     late = toy_config(corpus, tmp_path, name="late", schedule__steps=3, checkpoint__start_from=start, data__valid=[])
@@ -74,7 +74,7 @@ def test_an_autoregressive_run_is_the_same_under_tensor_sequence_and_pipeline_pa
     assert curve("pp2", 2, pipeline=2) == pytest.approx(alone, rel=1e-5)
 
 
-def test_prompted_rows_give_the_same_curve_on_every_layout_and_report_their_shares(
+def test_prompted_sequences_give_the_same_curve_on_every_layout_and_report_their_shares(
     corpus: Path, tmp_path: Path
 ) -> None:
     def run(name: str, ranks: int, attention: str, **parallel: Any) -> list[dict[str, Any]]:
@@ -93,6 +93,9 @@ def test_prompted_rows_give_the_same_curve_on_every_layout_and_report_their_shar
         ):
             lines = run(f"{name}-{attention}", ranks, attention, **parallel)
             assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
-        shares = [sum(line.get(f"share_{kind}", 0.0) for line in alone) / len(alone) for kind in ("prompted", "empty")]
+        shares = [
+            sum(line.get(f"fraction_{kind}", 0.0) for line in alone) / len(alone)
+            for kind in ("prompt", "pad_insertion")
+        ]
         assert 0.3 < shares[0] < 0.7
         assert 0.05 < shares[1] < 0.15

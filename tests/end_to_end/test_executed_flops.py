@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadiff.derived import executed_flops
 from megadiff.platform.quiet import quiet
+from megadiff.run.summary import executed_flops
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, wire_on_rank
 
 with quiet():
-    from megadiff.parallel.row_report import work_of
+    from megadiff.parallel.step_metrics import work_of
 
 MODEL = {"layers": 2, "hidden": 32, "heads": 4, "seq_length": 16, "head_init": 0.02, "vocab_multiple": 64}
 CASES: dict[str, dict[str, Any]] = {
     "every token has logits": {"noise__shift": "uniform"},
     "only masks have logits": {"noise__shift": "masked"},
-    "the plain head makes them all": {"noise__shift": "masked", "objective__head": "plain"},
+    "the plain head makes them all": {"noise__shift": "masked", "objective__loss_kernel": "plain"},
     "prompts see themselves alone": {"noise__shift": "uniform", "conditioning__prompt": 0.7},
     "causal prompts": {
         "noise__shift": "uniform", "conditioning__prompt": 0.7, "conditioning__prompt_attention": "causal"
@@ -39,13 +39,13 @@ def _counted(configs: dict[str, Any]) -> dict[str, tuple[int, float, float, floa
     found = {}
     for name, config in configs.items():
         run = wire_on_rank(config, 1)
-        rows = [next(run.microbatches) for _ in range(run.microbatches_of(0))]
+        sequences = [next(run.microbatches) for _ in range(run.microbatches_of(0))]
         with FlopCounterMode(display=False) as counter:
-            total = run.step(rows, 0.0).sums.tolist()
+            total = run.step(sequences, 0.0).sums.tolist()
         run.close()
         work = work_of(total, seq_length=16, is_causal_prompt=config.is_causal_prompt)
         said = executed_flops(config, config.shape(vocab_size=260), work._replace(pairs=0.0))
-        lengths = [length for part in rows for length in part.prompt_length.tolist()]
+        lengths = [length for part in sequences for length in part.prompt_length.tolist()]
         pairs = sum(_seen(q, length, is_causal=config.is_causal_prompt) for length in lengths for q in range(16))
         found[name] = counter.get_total_flops(), said, work.pairs, pairs
     return found

@@ -41,7 +41,7 @@ def _write_description(corpus: Path, output: Path, name: str) -> Path:
         model__layers=1,
         schedule={"steps": STEPS, "warmup_steps": 2},
         checkpoint={"every": 3},
-        eval={"every": 4, "rows": 2, "noise_levels": 2, "samples": 1, "sample_steps": 2},
+        eval={"every": 4, "sequences": 2, "num_noise_levels": 2, "samples": 1, "sample_steps": 2},
         log={"every": 1, "tensorboard": True},
     )
     return write_yaml(output / f"{name}.yaml", tree)

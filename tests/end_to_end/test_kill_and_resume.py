@@ -16,7 +16,7 @@ from tests.support.runs import RunConfig, largest_relative_difference, read_metr
 pytestmark = pytest.mark.end_to_end
 
 EVERY, STEPS = 24, 48
-COMPARED = ("loss", "elbo", "kl", "itakura_saito", "mean_weight", "grad_norm", "lr")
+COMPARED = ("loss", "elbo", "kl", "itakura_saito", "weight", "grad_norm", "lr")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from megadiff.checkpoint.folder import newest_complete, verify_files
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.support.commands import REPOSITORY, write_yaml
 from tests.support.runs import toy_tree
 from tests.support.whole_runs import Ranks, last_step, run_to_end, status
@@ -33,7 +33,7 @@ KILLS = int(os.environ.get("MEGADIFF_LAUNCHER_KILLS", "1"))
 RANKS = [int(ranks) for ranks in os.environ.get("MEGADIFF_LAUNCHER_RANKS", "2").split(",")]
 LAUNCHER = os.environ.get("MEGADIFF_LAUNCHER", "forked")
 GONE_S, STEPS, EVALUATE_EVERY = 5.0, 12, 4
-LAYOUTS = {2: {"parallel__tensor": 2}, 8: {"parallel__tensor": 2, "batch__micro_sequences": 1}}
+LAYOUTS = {2: {"parallel__tensor": 2}, 8: {"parallel__tensor": 2, "batch__micro_batch_size": 1}}
 
 
 def _tree(corpus: Path, output: Path, name: str, ranks: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def _tree(corpus: Path, output: Path, name: str, ranks: int) -> dict[str, Any]:
         model__layers=1,
         schedule={"steps": STEPS, "warmup_steps": 2},
         checkpoint={"every": 3},
-        eval={"every": EVALUATE_EVERY, "rows": 32, "noise_levels": 2},
+        eval={"every": EVALUATE_EVERY, "sequences": 32, "num_noise_levels": 2},
         **LAYOUTS[ranks],
     )
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megadiff.derived import memory_shortage
 from megadiff.parallel.config import Layout
+from megadiff.run.summary import memory_shortage
 from tests.support.commands import write_yaml
 from tests.support.forked_command import call_forked
 from tests.support.runs import toy_config, toy_tree
@@ -19,7 +19,7 @@ from tests.support.runs import toy_config, toy_tree
 SPARE_BYTES = 2 * 2**30
 """For threads and their stacks, and less than one matrix of the model below."""
 REMEDY = (
-    r"the estimate for this layout is [\d.e-]+ GiB a rank: lower batch\.micro_sequences \(2\), raise parallel\.tensor "
+    r"the estimate for this layout is [\d.e-]+ GiB a rank: lower batch\.micro_batch_size \(2\), raise parallel\.tensor "
     r"\(1\) or parallel\.pipeline \(1\), set parallel\.distributed_optimizer=true, or take more memory; tools/doctor"
 )
 
@@ -52,6 +52,8 @@ def test_a_full_device_is_said_with_what_was_asked_of_it(said):
     assert re.match(r"out of memory \(CUDA out of memory\. Tried to allocate 2\.00 GiB\); " + REMEDY, found), found
 
 
-@pytest.mark.parametrize("error", [ValueError("no such row"), RuntimeError("shapes"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [ValueError("no such sequence"), RuntimeError("shapes"), KeyboardInterrupt()], ids=repr
+)
 def test_what_is_no_shortage_stays_what_it_is(said, error):
     assert said(error) is None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.support.runs import toy_config
 from tests.support.whole_runs import Ranks, last_step, run_to_end
 

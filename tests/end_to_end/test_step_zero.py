@@ -17,7 +17,7 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank, read_metrics, toy_config
 
 with quiet():
-    from megadiff import build
+    from megadiff.run import build
 
 STEPS = 12
 SHIFTS = (-1000.0, 0.0, 1000.0)
@@ -43,7 +43,7 @@ def _print_before_learning(configs: dict[Any, Any]) -> dict[Any, list[dict[str, 
     platform = platform_on_rank()
     for (_, vocab_size), config in configs.items():
         config.folder.mkdir(parents=True)
-        prepared = build.prepare(config, world_size=1)
+        prepared = build.validate_run(config, world_size=1)
         run = build.build_trainer(replace(prepared, tokenizer=byte_tokenizer_of(vocab_size)), platform)
         run.hooks = run.hooks[:-1]
         run.train()
@@ -62,13 +62,13 @@ def printed(toy_corpus, tmp_path_factory):
             noise__shift=shift,
             model__layers=1,
             model__head_init=0.0,
-            batch__global_sequences=rows,
-            batch__micro_sequences=8,
+            batch__global_batch_size=sequences,
+            batch__micro_batch_size=8,
             optimizer__lr=1e-30,
             schedule__steps=STEPS,
             data__valid=[],
         )
-        for vocab_size, rows in ((260, 64), (GPT2_VOCABULARY, 8))
+        for vocab_size, sequences in ((260, 64), (GPT2_VOCABULARY, 8))
         for shift in SHIFTS
     }
     return on_ranks(1, _print_before_learning, configs, timeout_s=1000)[0]
@@ -81,7 +81,7 @@ CASES = [(shift, vocab_size) for vocab_size in (260, GPT2_VOCABULARY) for shift 
 def test_a_fresh_run_prints_the_closed_form(printed, shift, vocab_size):
     """Within four standard errors, estimated from twelve independent batches: their mean, and the first line alone."""
     elbo, loss = blind_model(shift, vocab_size)
-    for key, value in {"elbo": elbo, "loss": loss, "mean_weight": 0.5}.items():
+    for key, value in {"elbo": elbo, "loss": loss, "weight": 0.5}.items():
         drawn = np.array([line[key] for line in printed[shift, vocab_size]])
         deviation = drawn.std(ddof=1)
         assert abs(drawn.mean() - value) <= 4 * deviation / math.sqrt(STEPS), (key, drawn.mean(), value)

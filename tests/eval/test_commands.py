@@ -18,7 +18,7 @@ from tests.support.runs import toy_config, train_on_rank, write_corpus
 
 with quiet():
     from megadiff.export.export import export
-    from megadiff.trained import open_trained
+    from megadiff.run.load_model import load_model
 
 PAIRS = [{"prompt": "ab", "completion": "cd"}, {"prompt": "", "completion": "q"}, {"prompt": "xy z", "completion": "w"}]
 
@@ -79,17 +79,17 @@ def test_text_comes_out_in_blocks_with_its_trace(models, tmp_path):
 
 def _reference(folder: Path) -> list[float]:
     """-log p of each completion under the autoregressive model, token by token."""
-    with open_trained(folder, platform="cpu") as model:
+    with load_model(folder, platform="cpu") as model:
         import torch
 
         found = []
         for pair in PAIRS:
             before, after = (model.tokenizer.encode(pair[key]) for key in ("prompt", "completion"))
-            row = [model.tokenizer.bos_id, *before, *after]
-            logits = model.answer(torch.tensor([row[:-1]]), torch.zeros(1, dtype=torch.int64))[0].double()
+            sequence = [model.tokenizer.bos_id, *before, *after]
+            logits = model.logits(torch.tensor([sequence[:-1]]), torch.zeros(1, dtype=torch.int64))[0].double()
             logits[:, model.process.mask_id] = -torch.inf
             log_p = logits.log_softmax(-1)
-            found.append(-sum(float(log_p[i, row[i + 1]]) for i in range(len(before), len(row) - 1)))
+            found.append(-sum(float(log_p[i, sequence[i + 1]]) for i in range(len(before), len(sequence) - 1)))
         return found
 
 
@@ -99,7 +99,7 @@ def test_likelihoods_are_written_as_json_and_do_not_depend_on_the_batch(models, 
         output = tmp_path / f"{batch}.json"
         code, out, err = call(
             "tools/evaluate.py", "likelihood", "--model", models["hybrid"], "--data", pairs, "--draws", "16",
-            "--micro-sequences", batch, "--score-eos", "--output", output,
+            "--micro-batch-size", batch, "--score-eos", "--output", output,
         )  # fmt: skip
         assert code == 0, err
         assert "3 completions of 7 tokens" in out

@@ -17,7 +17,7 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, wire_on_rank, write_corpus
 
 with quiet():
-    from megadiff.eval.held_out import HeldOut, Measure, diffusion_bound
+    from megadiff.eval.validation import EvalTask, ValidationEvaluator, diffusion_bound
     from megadiff.train.hooks.checkpoint import CheckpointHook
     from megadiff.train.hooks.validation import ValidationHook
 
@@ -26,22 +26,22 @@ def _bounds(config: Section, forms: dict[str, NoiseConfig]) -> dict[str, tuple[f
     """Train, then measure the same weights under each form: the bound and its standard error."""
     run = wire_on_rank(config, 1)  # type: ignore[arg-type]
     held_out = next(hook.evaluate for hook in run.hooks if isinstance(hook, ValidationHook))
-    assert isinstance(held_out, HeldOut)
+    assert isinstance(held_out, ValidationEvaluator)
     run.hooks = [hook for hook in run.hooks if not isinstance(hook, CheckpointHook | ValidationHook)]
     run.train()
     found = {}
     for name, noise in forms.items():
         process = build_process(noise, vocab_size=260, mask_id=3)
         own = process.schedule
-        bound = diffusion_bound(process, topology=held_out.topology, noise_levels=16)
+        bound = diffusion_bound(process, topology=held_out.topology, num_noise_levels=16)
         # Both over the levels the process itself draws from: gidd_time leaves out what is cleaner than t = 1e-4.
         for kind, schedule in (("own", own), ("linear", LinearSchedule(own.min_log_snr, own.max_log_snr))):
             drawn = process.with_schedule(schedule)
 
-            def rows(clean, index, level, drawn=drawn):
-                return evaluation_noise(clean, seed=0, row_index=index, level=level, num_levels=16, process=drawn)
+            def sequences(clean, index, level, drawn=drawn):
+                return evaluation_noise(clean, seed=0, sequence_index=index, level=level, num_levels=16, process=drawn)
 
-            held_out.measure = Measure(replace(bound.objective, process=drawn), rows, 16)
+            held_out.measure = EvalTask(replace(bound.objective, process=drawn), sequences, 16)
             result = held_out()
             found[f"{name}/{kind}"] = (result.elbo, result.stderr)
     return found
@@ -55,8 +55,8 @@ def test_the_log_snr_and_the_time_form_agree_on_the_same_trained_model(tmp_path:
         noise__shift="masked",
         schedule__steps=40,
         optimizer__lr=1e-2,
-        eval__rows=120,
-        batch__micro_sequences=8,
+        eval__sequences=120,
+        batch__micro_batch_size=8,
     )
     forms = {
         "snr": noise_config(shift="masked"),

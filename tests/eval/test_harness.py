@@ -14,8 +14,8 @@ import pytest
 
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import ConfigError
-from megadiff.eval.continuation import Manner, Wish, continuations, room
-from megadiff.eval.fitting import fitted, is_cut
+from megadiff.eval.continuation import GenerationConfig, GenerationRequest, continuations, room
+from megadiff.eval.fitting import is_cut, split_to_fit
 from megadiff.eval.greedy import greedy
 from megadiff.eval.likelihood import BoundSettings, Item
 from megadiff.eval.texts import item_of
@@ -27,16 +27,16 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_on_rank, write_corpus
 
 with quiet():
-    from megadiff.trained import open_trained
+    from megadiff.run.load_model import load_model
 
 TASKS = "tests/eval/harness_tasks"
 DRAWS = 16
-LONG = "a context much longer than a row"
+LONG = "a context much longer than a sequence"
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Step folders of a hybrid model trained with prompts, and of an autoregressive control; rows of 16 tokens."""
+    """Step folders of a hybrid model trained with prompts, and of an autoregressive control; sequences of 16 tokens."""
     folder = tmp_path_factory.mktemp("models")
     corpus = write_corpus(folder / "corpus")
     made = {}
@@ -120,15 +120,15 @@ def test_the_numbers_are_the_same_at_batch_sizes_1_and_8(reports):
 
 
 def _own_likelihoods(folder: Path, pairs: list[tuple[str, str]]) -> list[tuple[float, float]]:
-    with open_trained(folder, platform="cpu") as model:
+    with load_model(folder, platform="cpu") as model:
         items = [item_of(prompt, completion, model.tokenizer) for prompt, completion in pairs]
-        settings = BoundSettings(draws=DRAWS, batch_rows=5)
+        settings = BoundSettings(draws=DRAWS, batch_size=5)
         return [(one.nll, one.stderr) for one in likelihoods(model, items, settings)]
 
 
 def test_a_likelihood_is_the_project_s_own_and_the_best_choice_is_the_largest(reports, models):
     documents = [json.loads(line) for line in (REPOSITORY / TASKS / "choices.jsonl").read_text().splitlines()]
-    # The third question does not fit into a row with its choices: it loses its first tokens.
+    # The third question does not fit into a sequence with its choices: it loses its first tokens.
     pairs = []
     for document in documents:
         for choice in document["choices"]:
@@ -163,16 +163,16 @@ def _by_hand(folder: Path, pairs: list[tuple[str, str]]) -> list[tuple[float, bo
     """log p of each completion, and whether it is the greedy one, token by token."""
     import torch
 
-    with open_trained(folder, platform="cpu") as model:
+    with load_model(folder, platform="cpu") as model:
         found = []
         for prompt, completion in pairs:
-            row, total, agrees = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)], 0.0, True
+            sequence, total, agrees = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)], 0.0, True
             for token in model.tokenizer.encode(completion):
-                logits = model.answer(torch.tensor([row]), torch.zeros(1, dtype=torch.int64))[0, -1].double()
+                logits = model.logits(torch.tensor([sequence]), torch.zeros(1, dtype=torch.int64))[0, -1].double()
                 logits[model.process.mask_id] = -torch.inf
                 total += float(logits.log_softmax(-1)[token])
                 agrees &= int(logits.argmax()) == token
-                row.append(token)
+                sequence.append(token)
             found.append((total, agrees))
         return found
 
@@ -180,7 +180,7 @@ def _by_hand(folder: Path, pairs: list[tuple[str, str]]) -> list[tuple[float, bo
 def _asked(folder: Path, pairs: list[tuple[str, str]]) -> tuple[list[tuple[float, bool]], list[float], str]:
     from megadiff.eval.harness import HarnessModel
 
-    with open_trained(folder, platform="cpu") as opened:
+    with load_model(folder, platform="cpu") as opened:
         model = HarnessModel(opened, batch_size=4)
         choices = model.loglikelihood([request(*pair) for pair in pairs])
         rolling = model.loglikelihood_rolling([request(prompt + completion) for prompt, completion in pairs])
@@ -194,7 +194,7 @@ def _repeated(folder: Path) -> tuple[list, dict]:
     from megadiff.eval.harness import HarnessModel, HarnessSettings
 
     settings = HarnessSettings(bound=BoundSettings(draws=DRAWS), check_greedy=False)
-    with open_trained(folder, platform="cpu") as opened:
+    with load_model(folder, platform="cpu") as opened:
         model = HarnessModel(opened, settings, say=lambda _: None)
         model.loglikelihood([request("ab", "cd")] * 5)
         model.loglikelihood([request("ab", "cd")] * 2)
@@ -241,7 +241,7 @@ def test_an_autoregressive_control_is_exact_and_its_greedy_completions_are_found
 def _texts(folder: Path) -> dict[str, list]:
     """Continuations of the same requests in two orders and two batch sizes, and what is said of them."""
     said: list[str] = []
-    wishes = [
+    requests = [
         ("ab", {"max_gen_toks": 5}),
         ("", {"max_gen_toks": 5, "do_sample": True, "temperature": 2.0}),
         (LONG, {"max_gen_toks": 100, "until": ["~"]}),
@@ -252,16 +252,16 @@ def _texts(folder: Path) -> dict[str, list]:
         ("ef", {"max_gen_toks": 5, "do_sample": True, "temperature": 2.0}),
         ("gh", {"max_gen_toks": 5, "do_sample": True, "temperature": 2.0}),
     ]
-    requests = [(context, Wish.from_names(names)) for context, names in wishes]
-    with open_trained(folder, platform="cpu") as model:
+    requests = [(context, GenerationRequest.from_names(names)) for context, names in requests]
+    with load_model(folder, platform="cpu") as model:
 
-        def written(asked, rows):
-            manner = Manner(steps=8, batch_rows=rows, seed=3)
-            return continuations(model, asked, manner, progress=lambda _count: None, say=said.append)
+        def written(asked, sequences):
+            config = GenerationConfig(steps=8, batch_size=sequences, seed=3)
+            return continuations(model, asked, config, progress=lambda _count: None, say=said.append)
 
         first = written(requests, 8)
         spaced = next(c for c in first[1] if c not in " ")
-        cut = written([("", Wish.from_names({**wishes[1][1], "until": spaced}))], 1)
+        cut = written([("", GenerationRequest.from_names({**requests[1][1], "until": spaced}))], 1)
         return {
             "texts": first,
             "backwards": written(requests[::-1], 2)[::-1],
@@ -293,7 +293,7 @@ def _greedy_of(folder: Path) -> list[bool]:
     from megadiff.eval.greedy import seed_of
     from megadiff.sampling.standalone import Settings, generate
 
-    with open_trained(folder, platform="cpu") as model:
+    with load_model(folder, platform="cpu") as model:
         prompt = tuple(model.tokenizer.encode("abc"))
         settings = Settings(4, 4, sampler="adaptive", tokens_per_step=1, temperature=0.0)
         seed = seed_of(0, Item(prompt, ()))
@@ -301,7 +301,7 @@ def _greedy_of(folder: Path) -> list[bool]:
         own = tuple(written[len(prompt) :].tolist())
         changed = (*own[:-1], own[-1] + 1)
         items = [Item(prompt, own), Item(prompt, changed), Item(prompt, ())]
-        return greedy(model, items, batch_rows=2, progress=lambda _count: None)
+        return greedy(model, items, batch_size=2, progress=lambda _count: None)
 
 
 def test_a_completion_the_sampler_writes_itself_is_greedy(models):
@@ -312,7 +312,7 @@ def test_a_completion_the_sampler_writes_itself_is_greedy(models):
 @pytest.mark.parametrize("start", [(), (1,)])
 def test_every_completion_token_is_scored_once_behind_the_end_of_its_prompt(prompt, completion, start):
     item = Item(tuple(range(100, 100 + prompt)), tuple(range(200, 200 + completion)))
-    pieces = fitted(item, length=16, start=start)
+    pieces = split_to_fit(item, length=16, start=start)
     assert sum((piece.completion for piece in pieces), ()) == item.completion
     assert all(len(piece.ids) <= 16 and piece.completion for piece in pieces)
     assert (pieces == [Item((*start, *item.prompt), item.completion)]) == (not is_cut(item, length=16, start=start))
@@ -327,31 +327,31 @@ def test_every_completion_token_is_scored_once_behind_the_end_of_its_prompt(prom
 
 
 @pytest.mark.parametrize(
-    ("names", "wish"),
+    ("names", "wanted"),
     [
-        ({}, Wish()),
-        ({"until": "\n", "max_new_tokens": 7}, Wish(until=("\n",), max_new_tokens=7)),
-        ({"until": ["a", "b"], "do_sample": False, "temperature": 0.7}, Wish(until=("a", "b"))),
-        ({"do_sample": True}, Wish(temperature=1.0)),
-        ({"temperature": 0.7, "top_p": 0.9, "top_k": 0}, Wish(temperature=0.7, top_p=0.9)),
-        ({"num_beams": 4}, Wish(unknown=("num_beams",))),
+        ({}, GenerationRequest()),
+        ({"until": "\n", "max_new_tokens": 7}, GenerationRequest(until=("\n",), max_new_tokens=7)),
+        ({"until": ["a", "b"], "do_sample": False, "temperature": 0.7}, GenerationRequest(until=("a", "b"))),
+        ({"do_sample": True}, GenerationRequest(temperature=1.0)),
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 0}, GenerationRequest(temperature=0.7, top_p=0.9)),
+        ({"num_beams": 4}, GenerationRequest(unknown=("num_beams",))),
     ],
 )
-def test_a_task_s_names_are_understood(names, wish):
-    assert Wish.from_names(names) == wish
+def test_a_task_s_names_are_understood(names, wanted):
+    assert GenerationRequest.from_names(names) == wanted
 
 
 @pytest.mark.parametrize("names", [{"temperature": -1}, {"max_gen_toks": "many"}, {"max_gen_toks": 0}, {"until": 3}])
 def test_what_cannot_be_met_is_refused(names):
     with pytest.raises(ConfigError, match="generation_kwargs cannot be met"):
-        Wish.from_names(names)
+        GenerationRequest.from_names(names)
 
 
 def test_text_ends_before_the_first_stop_string():
-    assert Wish(until=("\n", "ab", "")).cut("xx ab\n yy") == "xx "
+    assert GenerationRequest(until=("\n", "ab", "")).cut("xx ab\n yy") == "xx "
 
 
-def test_a_long_prompt_gives_way_to_half_a_row_of_new_tokens():
+def test_a_long_prompt_gives_way_to_half_a_sequence_of_new_tokens():
     assert room(4, 5, length=16) == (4, 5)
     assert room(14, 5, length=16) == (11, 5)
     assert room(14, 50, length=16) == (8, 8)
@@ -389,7 +389,7 @@ def test_mistakes_are_named(models, harness_home, tmp_path):
         (("--include-path", tmp_path / "none"), "wanted a folder of task files"),
         (("--output", tmp_path / "none" / "x.json"), "make it first"),
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
-        (("--context", "16"), "the context (16 tokens) must be shorter than a row (16)"),
+        (("--context", "16"), "the context (16 tokens) must be shorter than a sequence (16)"),
     ]:
         ended = harness(models["hybrid"], "toy_rolling", harness_home, *options)
         assert ended.code == 2, ended.err

@@ -76,7 +76,7 @@ def estimates(name: str, item: Item, **settings) -> list[Likelihood]:
 
     with mock.patch("megadiff.eval.likelihood.copy_bounds", remembered):
         return [
-            bounds([item], answer, process=process, settings=BoundSettings(seed=seed, batch_rows=256, **settings))[0]
+            bounds([item], answer, process=process, settings=BoundSettings(seed=seed, batch_size=256, **settings))[0]
             for seed in range(SEEDS)
         ]
 
@@ -127,13 +127,13 @@ def test_a_completion_is_measured_given_its_clean_prompt():
         assert prompts.tolist() == [2] * len(ids)
         return answer(ids)
 
-    settings = BoundSettings(draws=400, batch_rows=100)
+    settings = BoundSettings(draws=400, batch_size=100)
     found = bounds([Item(TEXT[:2], TEXT[2:])], watch, process=process, settings=settings)[0]
     assert abs(found.nll - truth) <= 2 * found.stderr
     assert found.tokens == 2
-    rows = torch.cat(seen)
-    assert bool((rows[:, :2] == torch.tensor(TEXT[:2])).all())
-    assert bool((rows[:, 2:] == MASK).any())
+    sequences = torch.cat(seen)
+    assert bool((sequences[:, :2] == torch.tensor(TEXT[:2])).all())
+    assert bool((sequences[:, 2:] == MASK).any())
 
 
 @pytest.mark.parametrize("length", [1, 5, 50])
@@ -212,8 +212,8 @@ def bigram(ids: Tensor, _prompts: Tensor) -> Tensor:
 def test_an_item_does_not_depend_on_its_batch_or_place(name, context):
     process = HybridMixing(9, 4, NOISES[name])
 
-    def measured(items, batch_rows):
-        settings = BoundSettings(draws=8, batch_rows=batch_rows, context_length=context)
+    def measured(items, batch_size):
+        settings = BoundSettings(draws=8, batch_size=batch_size, context_length=context)
         return bounds(items, bigram, process=process, settings=settings)
 
     together = measured(ITEMS, 7)
@@ -246,11 +246,11 @@ def test_an_autoregressive_model_is_measured_exactly():
     def next_token(ids: Tensor, _prompts: Tensor) -> Tensor:
         return torch.nn.functional.pad(table[ids], (0, 3), value=50.0)  # padding columns say nothing
 
-    found = exact(ITEMS, next_token, start_id=0, mask_id=4, vocab_size=9, batch_rows=2)
+    found = exact(ITEMS, next_token, start_id=0, mask_id=4, vocab_size=9, batch_size=2)
     log_p = table.masked_fill(torch.arange(9) == 4, -torch.inf).log_softmax(-1)
     for item, one in zip(ITEMS, found, strict=True):
-        row = (0, *item.ids)
-        want = -sum(float(log_p[row[i], row[i + 1]]) for i in range(len(item.prompt), len(item.ids)))
+        sequence = (0, *item.ids)
+        want = -sum(float(log_p[sequence[i], sequence[i + 1]]) for i in range(len(item.prompt), len(item.ids)))
         assert one.nll == pytest.approx(want, rel=1e-12)
         assert one.stderr == 0.0
 
@@ -291,7 +291,7 @@ def test_equal_items_are_measured_once_and_their_errors_add_as_one():
         return bigram(ids, _prompts)
 
     items = [ITEMS[0], ITEMS[1], ITEMS[0], ITEMS[0], ITEMS[3]]
-    process, settings = HybridMixing(9, 4, -1000.0), BoundSettings(draws=16, batch_rows=5)
+    process, settings = HybridMixing(9, 4, -1000.0), BoundSettings(draws=16, batch_size=5)
     found = bounds(items, watch, process=process, settings=settings, progress=read.append)
     assert sum(len(ids) for ids in seen) == 2 * 16 == sum(read) == sequences_read(items, draws=16)
     assert found[0] == found[2] == found[3] != found[1]
@@ -322,7 +322,7 @@ def coverage(name: str, seeds: int, draws: int) -> dict[str, float]:
     for seed in range(seeds):
         draw = np.random.default_rng(seed)
         items = [Item((), tuple(real[draw.integers(0, 6, size=12)].tolist())) for _ in range(8)]
-        settings = BoundSettings(draws=draws, seed=seed, batch_rows=1024)
+        settings = BoundSettings(draws=draws, seed=seed, batch_size=1024)
         measured = bounds(items, lambda ids, _: SPREAD.expand(*ids.shape, 7), process=process, settings=settings)
         found = dict(zip(items, measured, strict=True))
         for kind, places in WHICH.items():

@@ -26,7 +26,7 @@ def test_every_token_is_scored_once_and_prompts_are_what_comes_before(length, co
         if place:
             assert item.prompt == ids[max(0, place - context) : place]
         place += len(item.completion)
-    with pytest.raises(ValueError, match="must be shorter than a row"):
+    with pytest.raises(ValueError, match="must be shorter than a sequence"):
         rolling_items(ids, length=8, context=8)
 
 

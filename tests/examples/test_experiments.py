@@ -11,7 +11,7 @@ import pytest
 from megadiff.config.load import load_config
 from megadiff.config.schema import dotted_keys
 from megadiff.model import cost
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 EXPERIMENTS = Path(__file__).parents[2] / "examples" / "experiments"
 THREE = ("noise_interpolation", "batch_size_sweep", "snr_against_time")
@@ -31,7 +31,9 @@ FORMS = [
 
 
 def batches(*sizes: int) -> list[tuple[str, ...]]:
-    return [(f"batch.global_sequences={rows}", f"batch.micro_sequences={min(rows, 4)}") for rows in sizes]
+    return [
+        (f"batch.global_batch_size={sequences}", f"batch.micro_batch_size={min(sequences, 4)}") for sequences in sizes
+    ]
 
 
 RUNS = {

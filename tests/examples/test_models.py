@@ -10,7 +10,7 @@ import pytest
 from megadiff.config.load import load_config
 from megadiff.model import cost
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.support.ranks import on_ranks
 
 with quiet():
@@ -124,7 +124,7 @@ def test_the_layout_fits_the_gpus_the_file_names_and_eight_and_sixty_four(name):
                 pipeline=layout.pipeline,
                 data=layout.data,
                 sequence=config.parallel.sequence,
-                micro_sequences=config.batch.micro_sequences,
+                micro_batch_size=config.batch.micro_batch_size,
                 distributed_optimizer=config.parallel.distributed_optimizer,
             ),
             cost.Precision("bf16", "bf16", master_weights=True),
@@ -167,8 +167,8 @@ RUN = (
     "model.seq_length=2048",
     "data.train=[data/train]",
     "data.tokenizer=byte",
-    "batch.global_sequences=8",
-    "batch.micro_sequences=1",
+    "batch.global_batch_size=8",
+    "batch.micro_batch_size=1",
     "schedule.steps=4000",
 )
 """What a preset leaves to its user."""

@@ -15,7 +15,7 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, toy_config, train_on_rank
 
 with quiet():
-    from megadiff.trained import open_trained
+    from megadiff.run.load_model import load_model
 
 SOFTCAP = 5.0
 """Lower than the paper's, so that scores of a toy feel it."""
@@ -31,24 +31,24 @@ def trained(corpus: Path, output: Path, ranks: int, **changes: Any) -> Path:
     return config.folder / "checkpoints/step_00000004"
 
 
-def rows_with_prompts(*, length: int = 16) -> list[tuple[int, torch.Tensor]]:
-    """Rows [2, length], and how many of their tokens are a clean prompt."""
+def sequences_with_prompts(*, length: int = 16) -> list[tuple[int, torch.Tensor]]:
+    """Sequences [2, length], and how many of their tokens are a clean prompt."""
     draw = torch.Generator().manual_seed(1)
     return [(prompt, torch.randint(0, 260, (2, length), generator=draw)) for prompt in (0, 5, length)]
 
 
-def trainer_logits(folder: Path, rows: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
-    """The trainer's float32 logits [2, length, V] of the rows; from a forked process, as this one stays clean."""
+def trainer_logits(folder: Path, sequences: list[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+    """The trainer's float32 logits [2, length, V] of the sequences; from a forked process, as this one stays clean."""
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        return [torch.from_numpy(found) for found in pool.submit(_logits, folder, rows).result()]
+        return [torch.from_numpy(found) for found in pool.submit(_logits, folder, sequences).result()]
 
 
 @torch.no_grad()
-def _logits(folder: Path, rows: list[tuple[int, torch.Tensor]]) -> list[Any]:
-    with open_trained(folder, platform="cpu") as model:
+def _logits(folder: Path, sequences: list[tuple[int, torch.Tensor]]) -> list[Any]:
+    with load_model(folder, platform="cpu") as model:
         is_causal = model.manifest.config["conditioning"]["prompt_attention"] == "causal" or model.is_autoregressive
         found = []
-        for prompt, ids in rows:
+        for prompt, ids in sequences:
             length = ids.shape[1] if model.is_autoregressive else prompt
             logits = model.chunks[0](ids, prompt_code(torch.full((len(ids),), length), is_causal=is_causal))
             found.append(logits.transpose(0, 1)[..., : model.process.vocab_size].contiguous().numpy())

@@ -15,7 +15,7 @@ from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export.export import export
 from megadiff.export.stored_tensors import StoredTensors
 from tests.export.conftest import LAYOUTS
-from tests.export.runs import rows_with_prompts, trainer_logits
+from tests.export.runs import sequences_with_prompts, trainer_logits
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def loaded(transformers, folder, kind="AutoModelForCausalLM", **options):
 
 
 @torch.no_grad()
-def logits_of(model, rows):
-    return [model(ids, prompt_lengths=torch.full((len(ids),), prompt)).logits for prompt, ids in rows]
+def logits_of(model, sequences):
+    return [model(ids, prompt_lengths=torch.full((len(ids),), prompt)).logits for prompt, ids in sequences]
 
 
 def all_weights(folder):
@@ -53,9 +53,9 @@ def test_every_layout_exports_to_the_trainers_logits(transformers, checkpoints, 
     folder = export(checkpoints[layout], tmp_path / "out").folder
     weights = all_weights(folder)
     assert min(float(weight.abs().max()) for weight in weights.values()) > 1e-3
-    rows = rows_with_prompts()
-    wanted = trainer_logits(checkpoints[layout], rows)
-    found = logits_of(loaded(transformers, folder, dtype=torch.float32), rows)
+    sequences = sequences_with_prompts()
+    wanted = trainer_logits(checkpoints[layout], sequences)
+    found = logits_of(loaded(transformers, folder, dtype=torch.float32), sequences)
     assert all(0.1 < float(one.abs().max()) < 30 for one in wanted)
     for ours, theirs in zip(wanted, found, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
@@ -68,9 +68,9 @@ def test_the_comparison_notices_one_wrong_key(transformers, checkpoints, folder,
     shutil.copytree(folder, tmp_path / "wrong")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "wrong/config.json").write_text(json.dumps({**config, key: value}))
-    rows = rows_with_prompts()[:1]
+    sequences = sequences_with_prompts()[:1]
     right, wrong = (
-        logits_of(loaded(transformers, f, dtype=torch.float32), rows)[0] for f in (folder, tmp_path / "wrong")
+        logits_of(loaded(transformers, f, dtype=torch.float32), sequences)[0] for f in (folder, tmp_path / "wrong")
     )
     assert float((right - wrong).abs().max()) > 1e-3
 
@@ -91,9 +91,9 @@ def test_every_auto_class_loads_every_weight(transformers, folder, kind):
 def test_a_model_saved_by_transformers_loads_again_and_computes_the_same(transformers, folder, tmp_path):
     model = loaded(transformers, folder, dtype=torch.float32)
     model.save_pretrained(tmp_path / "again")
-    rows = rows_with_prompts()
-    again = logits_of(loaded(transformers, tmp_path / "again", dtype=torch.float32), rows)
-    assert all(torch.equal(a, b) for a, b in zip(logits_of(model, rows), again, strict=True))
+    sequences = sequences_with_prompts()
+    again = logits_of(loaded(transformers, tmp_path / "again", dtype=torch.float32), sequences)
+    assert all(torch.equal(a, b) for a, b in zip(logits_of(model, sequences), again, strict=True))
 
 
 def test_a_fresh_model_from_the_config_has_first_weights_of_the_paper(transformers, folder):
@@ -113,7 +113,7 @@ def test_tokens_come_out_with_the_runs_own_ids(transformers, folder):
     assert (tokenizer.mask_token_id, tokenizer.eos_token_id, len(tokenizer)) == (3, 1, 260)
 
 
-def test_generate_fills_rows_whatever_they_are_batched_with(transformers, folder):
+def test_generate_fills_sequences_whatever_they_are_batched_with(transformers, folder):
     model = loaded(transformers, folder, dtype=torch.float32)
     prompt = torch.tensor([[0, 9, 10, 11]])
     options = {"max_new_tokens": 8, "max_denoising_steps": 8, "block_length": 4, "eos_token_id": None}
@@ -130,7 +130,9 @@ def test_generate_fills_rows_whatever_they_are_batched_with(transformers, folder
     greedy = model.generate(prompt, seed=[5], temperature=0, **options)
     assert torch.equal(greedy, model.generate(prompt, seed=[5], do_sample=False, **options))
     assert torch.equal(one, model.generate(prompt, seed=[5], do_sample=True, **options))
-    with pytest.raises(ValueError, match="prompt and new tokens are 17 tokens, the model was trained on rows of 16"):
+    with pytest.raises(
+        ValueError, match="prompt and new tokens are 17 tokens, the model was trained on sequences of 16"
+    ):
         model.generate(prompt, max_new_tokens=13)
 
 
@@ -153,7 +155,7 @@ def test_cached_and_masked_attention_compute_the_same(transformers, folder):
     assert float((plain - whole).abs().max()) > 1e-2
 
 
-def test_dead_rows_go_and_small_files_hold_the_same_weights_in_bf16(checkpoints, folder, tmp_path):
+def test_dead_sequences_go_and_small_files_hold_the_same_weights_in_bf16(checkpoints, folder, tmp_path):
     stored = StoredTensors(checkpoints["tp2_pp2"])
     assert stored.shape("embedding.word_embeddings.weight") == (384, 32)
     found = export(checkpoints["tp2_pp2"], tmp_path / "cut", dtype="bf16", max_shard_bytes=20_000)

@@ -75,11 +75,11 @@ def test_padded_prompts_give_the_texts_they_have_alone(model):
     mask = torch.tensor([[0] * (P - len(text)) + [1] * len(text) for text in texts])
     options = {"block_length": 4, "eos_token_id": [], **FAST}
     found = model.generate(padded, attention_mask=mask, seed=[4, 5, 6, 7], return_dict_in_generate=True, **options)
-    for row, text in enumerate(texts):
-        alone = model.generate(torch.tensor([text]), seed=[4 + row], return_dict_in_generate=True, **options)
-        assert torch.equal(found.sequences[row, P - len(text) :], alone.sequences[0])
+    for sequence, text in enumerate(texts):
+        alone = model.generate(torch.tensor([text]), seed=[4 + sequence], return_dict_in_generate=True, **options)
+        assert torch.equal(found.sequences[sequence, P - len(text) :], alone.sequences[0])
         if len(text) < P:  # the others are written together, as long as either changes
-            assert found.tokens_per_forward[row] == alone.tokens_per_forward[0]
+            assert found.tokens_per_forward[sequence] == alone.tokens_per_forward[0]
     assert torch.equal(found.sequences[:, :P], padded)
     by_number = model.generate(padded, attention_mask=mask, seed=1, **options)
     assert torch.equal(by_number[2], model.generate(padded[[0, 0, 2]], seed=1, **options)[2])
@@ -173,7 +173,7 @@ def test_what_blocks_cannot_follow_is_refused_with_what_is_known(transformers, m
         ({"inputs": PROMPT}, "give input_ids or inputs, which mean the same, not both"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "only where prompts are padded on the left"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \[1, 3\], input_ids \[1, 4\]"),
-        ({"max_new_tokens": 13}, "prompt and new tokens are 17 tokens, the model was trained on rows of 16"),
+        ({"max_new_tokens": 13}, "prompt and new tokens are 17 tokens, the model was trained on sequences of 16"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(model, arguments, message):

@@ -20,7 +20,7 @@ from megadiff.export.stored_tensors import StoredTensors
 from megadiff.export.weights import training_tensors
 from megadiff.model.config import ModelConfig
 from megadiff.platform.quiet import quiet
-from tests.export.runs import rows_with_prompts, trainer_logits
+from tests.export.runs import sequences_with_prompts, trainer_logits
 from tests.support.ranks import on_ranks
 from tests.support.toy_model import build_on_rank
 
@@ -79,8 +79,10 @@ def test_exporting_what_was_imported_gives_the_same_files(folder, imported, tmp_
 
 
 def test_the_trainer_computes_what_it_did(checkpoints, imported):
-    rows = rows_with_prompts()
-    pairs = zip(trainer_logits(checkpoints["pp2_vpp2"], rows), trainer_logits(imported.folder, rows), strict=True)
+    sequences = sequences_with_prompts()
+    pairs = zip(
+        trainer_logits(checkpoints["pp2_vpp2"], sequences), trainer_logits(imported.folder, sequences), strict=True
+    )
     assert all(torch.equal(before, after) for before, after in pairs)
 
 
@@ -201,6 +203,6 @@ def test_an_edited_config_wins_over_the_runs_words(copy, tmp_path):
     assert import_folder(copy, tmp_path / "out").model.softcap is None
 
 
-def test_rows_may_be_trained_at_another_length(folder, tmp_path):
+def test_sequences_may_be_trained_at_another_length(folder, tmp_path):
     found = import_folder(folder, tmp_path / "out", seq_length=8)
     assert ModelConfig.model_validate(found.manifest.config["model"]).seq_length == 8

@@ -10,7 +10,7 @@ import torch
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.export.export import export
-from tests.export.runs import rows_with_prompts, trained, trainer_logits
+from tests.export.runs import sequences_with_prompts, trained, trainer_logits
 
 PLAIN = {"qk_norm": "head", "sink": False, "softcap": None, "resid_scale": 0.7, "head_scale": 1.0, "mlp_bias": False}
 MODELS = {
@@ -40,7 +40,7 @@ def model(request, toy_corpus, tmp_path_factory):
 
 def test_its_logits_are_the_trainers(model):
     name, checkpoint, folder, loaded = model
-    rows = rows_with_prompts()
+    rows = sequences_with_prompts()
     if "causal" not in name:
         rows = rows[:1]
     with torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.eval.texts_likelihood import Framing
+from megadiff.eval.texts_likelihood import SpecialTokens
 from megadiff.export.verify import sample_ids
 from tests.fixtures.tokenizers.shapes import CORPUS, SHAPES, TEXTS
 from tests.support.forked_command import call_forked
@@ -130,4 +130,4 @@ class FramedModel:
 )
 def test_framing_follows_the_data_unless_asked_otherwise(trained, autoregressive, asked, wanted):
     model = FramedModel(prepends_bos=trained, is_autoregressive=autoregressive)
-    assert Framing.like_the_data(model, prepend_bos=asked).prepend_bos is wanted
+    assert SpecialTokens.like_the_data(model, prepend_bos=asked).prepend_bos is wanted

@@ -111,7 +111,7 @@ def test_a_folder_that_does_not_stand_alone_is_noticed(folder, tmp_path):
         verified(wrong, folder)
 
 
-def test_rows_are_noised_as_their_level_says():
+def test_sequences_are_noised_as_their_level_says():
     cases = noised_cases(HybridMixing(260, 3, -1000.0), length=4000, knows_prompts=True)
     shares = [float((case.ids == 3).float().mean()) for case in cases[: len(LEVELS)]]
     assert shares == pytest.approx([1 / (1 + 2.718281828**level) for level in LEVELS], abs=0.03)

@@ -10,7 +10,7 @@ import pytest
 
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.noising import noise_rows
+from megadiff.diffusion.noising import noise_batch
 from megadiff.testing import check_weighting
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_all
@@ -26,7 +26,7 @@ def runs(toy_corpus, tmp_path_factory):
     configs = [
         toy_config(
             toy_corpus, root / weighting, name=shift, noise__shift=shift, objective__weighting=weighting,
-            model__head_init=0.0, schedule__steps=2, schedule__warmup_steps=0, schedule__cooldown=0, eval__every=2,
+            model__head_init=0.0, schedule__steps=2, schedule__warmup_steps=0, schedule__decay_steps=0, eval__every=2,
         )
         for weighting in ("flat", "surrogate")
         for shift in SHIFTS
@@ -39,10 +39,10 @@ def runs(toy_corpus, tmp_path_factory):
 def drawn_share(shift: float) -> float:
     """Mean over the first batch of P(the noise has drawn z | z, x, lambda), by Bayes' rule over the two ways to z."""
     clean = np.random.default_rng(0).integers(4, VOCAB, (ROWS, LENGTH))
-    rows = noise_rows(
+    sequences = noise_batch(
         clean, seed=3, sample_index=np.arange(ROWS), process=HybridMixing(VOCAB, MASK, shift), global_batch=ROWS
     )
-    total, fields = 0.0, (rows.clean, rows.noised, rows.log_snr)
+    total, fields = 0.0, (sequences.clean, sequences.noised, sequences.log_snr)
     for x, z, level in zip(*(field.flatten().tolist() for field in fields), strict=True):
         alpha, u = 1 / (1 + math.exp(-level)), 1 / (1 + math.exp(-max(-700.0, min(700.0, level + shift))))
         drawn = (1 - alpha) * ((1 - u) if z == MASK else u / (VOCAB - 1))

@@ -19,7 +19,7 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import (
     Trained,
     largest_relative_difference,
-    merged_rows,
+    merged_sequences,
     toy_config,
     toy_tree,
     train_all,
@@ -122,11 +122,11 @@ def test_it_resumes_bit_for_bit_and_its_noise_is_the_same_on_another_layout(runs
     whole, same, other = (found[name][0].lines for name in ("whole", "same", "other"))
     assert [line["step"] for line in same] == list(range(1, STEPS + 1))
     assert [[line[key] for key in EXACT] for line in same] == [[line[key] for key in EXACT] for line in whole]
-    bits = merged_rows(found["whole"])
+    bits = merged_sequences(found["whole"])
     for name in ("same", "other"):
-        rows = merged_rows(found[name])
-        assert rows == {sample: bits[sample] for sample in rows}
-        assert len(rows) == (STEPS - SAVED) * 8
+        sequences = merged_sequences(found[name])
+        assert sequences == {sample: bits[sample] for sample in sequences}
+        assert len(sequences) == (STEPS - SAVED) * 8
     for key in ("loss", "elbo"):
         curves = [[line[key] for line in lines[SAVED:]] for lines in (other, whole)]
         assert largest_relative_difference(*curves) <= 1e-5
@@ -144,7 +144,7 @@ def test_the_commands_check_evaluate_and_sample_it(runs, toy_corpus, tmp_path):
     assert (ended.code, "`noise.steepness` must be less than or equal to 0.5" in ended.err) == (2, True), ended.err
     ended = call_forked(
         "tools/evaluate.py", "elbo", "--model", root / "whole", "--data", toy_corpus, "--platform", "cpu",
-        "--rows", "7", "--noise-levels", "2", "--output", tmp_path / "elbo.json",
+        "--sequences", "7", "--noise-levels", "2", "--output", tmp_path / "elbo.json",
     )  # fmt: skip
     assert ended.code == 0, ended.err
     measured = json.loads((tmp_path / "elbo.json").read_text())["eval_elbo"]

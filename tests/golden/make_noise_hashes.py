@@ -1,4 +1,4 @@
-"""Write noise_hashes.json and time_noise_hashes.json: SHA-256 of the bits of noised rows.
+"""Write noise_hashes.json and time_noise_hashes.json: SHA-256 of the bits of noised sequences.
 
 Run from the repository root, and only on purpose:
 
@@ -18,7 +18,7 @@ import numpy as np
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.diffusion.noising import NoisedRows, evaluation_noise, noise_rows
+from megadiff.diffusion.noising import NoisedBatch, evaluation_noise, noise_batch
 from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
 from megadiff.diffusion.schedules import SCHEDULES
 
@@ -41,12 +41,12 @@ CONDITIONINGS = {
 }
 
 
-def clean_rows(rows: np.ndarray) -> np.ndarray:
-    """Ids that are a plain function of (row, position), none below 4."""
-    return 4 + (rows[:, None] * 7919 + np.arange(LENGTH) * 104729) % (VOCAB - 4)
+def clean_sequences(sequences: np.ndarray) -> np.ndarray:
+    """Ids that are a plain function of (sequence, position), none below 4."""
+    return 4 + (sequences[:, None] * 7919 + np.arange(LENGTH) * 104729) % (VOCAB - 4)
 
 
-def digest(noised: NoisedRows) -> dict[str, str]:
+def digest(noised: NoisedBatch) -> dict[str, str]:
     """Hashes of the little-endian bytes of the two arrays a resumed run must get again."""
     return {
         "noised": hashlib.sha256(noised.noised.numpy().astype("<i8").tobytes()).hexdigest(),
@@ -58,41 +58,45 @@ def make() -> dict[str, dict[str, str]]:
     """A hash for each setting's name."""
     hashes = {}
     for seed, first in ((0, 0), (1234, 5_000_000_000)):
-        rows = np.arange(first, first + 16)
+        sequences = np.arange(first, first + 16)
         for shift in SHIFTS:
             process = HybridMixing(VOCAB, MASK, shift)
             for name, settings in CONDITIONINGS.items():
-                noised = noise_rows(
-                    clean_rows(rows),
+                noised = noise_batch(
+                    clean_sequences(sequences),
                     seed=seed,
-                    sample_index=rows,
+                    sample_index=sequences,
                     process=process,
                     conditioning=ConditioningConfig.model_validate(settings),
                     global_batch=24,
                     pad_id=PAD,
                 )
                 hashes[f"seed {seed}, rows {first}+16, shift {shift:g}, conditioning {name}"] = digest(noised)
-    rows = np.arange(16)
+    sequences = np.arange(16)
     process = HybridMixing(VOCAB, MASK, 0.0, 0.5)
     for name, schedule in SCHEDULES.items():
         drawn = process.with_schedule(schedule())
-        noised = noise_rows(clean_rows(rows), seed=0, sample_index=rows, process=drawn, stratified=False)
+        noised = noise_batch(
+            clean_sequences(sequences), seed=0, sample_index=sequences, process=drawn, stratified=False
+        )
         hashes[f"scale 0.5, rate {name}, not stratified"] = digest(noised)
-        noised = evaluation_noise(clean_rows(rows), seed=0, row_index=rows, level=3, num_levels=8, process=drawn)
+        noised = evaluation_noise(
+            clean_sequences(sequences), seed=0, sequence_index=sequences, level=3, num_levels=8, process=drawn
+        )
         hashes[f"scale 0.5, rate {name}, evaluation level 3 of 8"] = digest(noised)
     return hashes
 
 
 def make_time() -> dict[str, dict[str, str]]:
     """The same for the time form."""
-    hashes, rows = {}, np.arange(16)
+    hashes, sequences = {}, np.arange(16)
     for p_uniform, gamma in ((0.0, 1.0), (0.2, 1.0), (0.2, 0.5)):
         law = GiddTime(p_uniform, gamma)
         for name, settings in CONDITIONINGS.items():
-            noised = noise_rows(
-                clean_rows(rows),
+            noised = noise_batch(
+                clean_sequences(sequences),
                 seed=0,
-                sample_index=rows,
+                sample_index=sequences,
                 process=NoiseProcess(VOCAB, MASK, law, TimeSchedule(law)),
                 conditioning=ConditioningConfig.model_validate(settings),
                 global_batch=24,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megadiff.config.load import load_config
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 FILE = Path(__file__).with_name("examples.json")
 REPOSITORY = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ LEAST: dict[str, Any] = {
     "name": "least",
     "model": {"layers": 1, "hidden": 8, "heads": 1, "seq_length": 8},
     "data": {"train": ["data"], "tokenizer": "byte"},
-    "batch": {"global_sequences": 1, "micro_sequences": 1},
+    "batch": {"global_batch_size": 1, "micro_batch_size": 1},
     "optimizer": {"name": "adamw", "lr": 0.001},
     "schedule": {"steps": 5000},
 }

@@ -37,7 +37,11 @@ CASES: dict[str, dict[str, Any]] = {
             "prompt_attention": "causal",
             "max_fraction": 0.7,
         },
-        "batch": {"global_sequences": 12, "micro_sequences": 2, "ramp": {"start": 4, "increment": 4, "every_steps": 2}},
+        "batch": {
+            "global_batch_size": 12,
+            "micro_batch_size": 2,
+            "rampup": {"start": 4, "increment": 4, "every_steps": 2},
+        },
         "optimizer": {
             "name": "laprop",
             "lr": 0.3,
@@ -52,20 +56,20 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {**SMALL, "qk_norm": "head"},
         "noise": {"shift": 1.0, "schedule": "cosine", "min_log_snr": -7, "max_log_snr": 6},
         "objective": {"weighting": "elbo", "itakura_saito_weight": 0.25, "stratified": False},
-        "batch": {"global_sequences": 8, "micro_sequences": 4},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
         "optimizer": {"name": "adamw", "lr": 0.003, "clip_grad": 0.05, "weight_decay": 0.1},
     },
     "time": {
         "model": SMALL,
         "noise": {"process": "gidd_time", "p_uniform": 0.2, "gamma": 0.8},
         "objective": {"weighting": "dynamic"},
-        "batch": {"global_sequences": 8, "micro_sequences": 4},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
         "optimizer": {"name": "adamw", "lr": 0.003},
     },
     "ar": {
         "model": SMALL,
         "objective": {"name": "ar"},
-        "batch": {"global_sequences": 8, "micro_sequences": 4},
+        "batch": {"global_batch_size": 8, "micro_batch_size": 4},
         "optimizer": {"name": "adamw", "lr": 0.003},
     },
 }
@@ -100,9 +104,9 @@ def tree(case: str, prefixes: list[str], folder: Path) -> dict[str, Any]:
         "platform": "cpu",
         "precision": {"compute": "fp32"},
         "data": {"train": [{"path": a, "weight": 2}, b], "valid": [a, b], "tokenizer": "byte"},
-        "schedule": {"steps": 6, "warmup_steps": 2, "cooldown": 0.34},
+        "schedule": {"steps": 6, "warmup_steps": 2, "decay_steps": 0.34},
         "checkpoint": {"every": 3},
-        "eval": {"every": 3, "rows": 5, "noise_levels": 3},
+        "eval": {"every": 3, "sequences": 5, "num_noise_levels": 3},
         "log": {"every": 1},
         **CASES[case],
     }

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megadiff.config.load import load_config
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.golden.test_frozen import figures, same
 from tests.support.forked_command import Ended, call_forked
 from tests.support.ranks import on_ranks
@@ -35,7 +35,7 @@ def call(folder: Path, *command: str | Path) -> Ended:
     return call_forked(*command, before=lambda: os.chdir(folder))
 
 
-def prepare(folder: Path) -> None:
+def write_inputs(folder: Path) -> None:
     """Write the run's data and description."""
     (folder / "data").mkdir()
     write_corpus(folder / "data/toy", tokens=3000)
@@ -72,7 +72,7 @@ def trained(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("old")
-    prepare(folder)
+    write_inputs(folder)
     shutil.copytree(OLD, folder / "runs/toy")
     found = trained(folder)
     last = folder / "runs/toy/checkpoints/step_00000005/manifest.json"
@@ -117,7 +117,7 @@ def changed(folder: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def now_changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("changed")
-    prepare(folder)
+    write_inputs(folder)
     return changed(folder)
 
 
@@ -159,7 +159,7 @@ def test_a_changed_setting_counts_from_the_resume_on(now_changed: dict[str, Any]
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         made = Path(name)
-        prepare(made)
+        write_inputs(made)
         found = trained(made)
         run = made / "runs/toy"
         shutil.rmtree(OLD, ignore_errors=True)

@@ -58,8 +58,8 @@ def data_order(folder: Path) -> dict[str, Any]:
             "tokenizer": "byte",
         }
     )
-    opened = open_data(data, ByteTokenizer(), seq_length=32, seed=7, valid_rows=1)
-    sequences = opened.train.rows(list(range(16)))
+    opened = open_data(data, ByteTokenizer(), seq_length=32, seed=7, valid_sequences=1)
+    sequences = opened.train.sequences(list(range(16)))
     return {
         "fingerprint": opened.fingerprint,
         "sequences": [hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] for ids in sequences],
@@ -71,8 +71,8 @@ def order_by_size(folder: Path) -> dict[str, Any]:
     for seed, name in enumerate(("large", "small"), start=3):
         write_corpus(folder / name, tokens=4000 // seed, seed=seed)
     data = DataConfig.model_validate({"train": [str(folder / "large"), str(folder / "small")], "tokenizer": "byte"})
-    opened = open_data(data, ByteTokenizer(), seq_length=32, seed=7, valid_rows=1)
-    sequences = opened.train.rows(list(range(60)))
+    opened = open_data(data, ByteTokenizer(), seq_length=32, seed=7, valid_sequences=1)
+    sequences = opened.train.sequences(list(range(60)))
     return {
         "fingerprint": opened.fingerprint,
         "sequences": [hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:4] for ids in sequences],

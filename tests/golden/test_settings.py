@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.golden.test_frozen import figures, same
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_tree, train_on_rank, write_corpus
@@ -43,10 +43,10 @@ BASE: dict[str, Any] = {
         "infilling": 0.4,
         "pad_insertion": 0.2,
     },
-    "batch": {"global_sequences": 8, "micro_sequences": 8},
+    "batch": {"global_batch_size": 8, "micro_batch_size": 8},
     "optimizer": {"name": "adamw", "lr": 0.01, "eps": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5},
-    "schedule": {"steps": 4, "warmup_steps": 1, "cooldown": 3},
-    "eval": {"every": 0, "rows": 4, "noise_levels": 2},
+    "schedule": {"steps": 4, "warmup_steps": 1, "decay_steps": 3},
+    "eval": {"every": 0, "sequences": 4, "num_noise_levels": 2},
 }
 SETTINGS: tuple[str, ...] = (
     "seed=4",
@@ -89,8 +89,8 @@ SETTINGS: tuple[str, ...] = (
     "conditioning.pad_insertion=0.4",
     "conditioning.pad_insertion_law=released",
     "conditioning.prompt_attention=causal",
-    "batch.global_sequences=16",
-    "batch.global_sequences=24 batch.ramp.start=8 batch.ramp.increment=8 batch.ramp.every_steps=1",
+    "batch.global_batch_size=16",
+    "batch.global_batch_size=24 batch.rampup.start=8 batch.rampup.increment=8 batch.rampup.every_steps=1",
     "optimizer.name=laprop",
     "optimizer.lr=0.02",
     "optimizer.beta1=0.5",
@@ -101,20 +101,20 @@ SETTINGS: tuple[str, ...] = (
     "optimizer.clip_grad=0.1",
     "optimizer.parametrisation=completep",
     "schedule.warmup_steps=0",
-    "schedule.cooldown=2",
-    "schedule.shape=linear",
-    "schedule.shape=cosine",
+    "schedule.decay_steps=2",
+    "schedule.decay_shape=linear",
+    "schedule.decay_shape=cosine",
     "schedule.steps=5",
-    "eval.rows=3",
-    "eval.noise_levels=3",
+    "eval.sequences=3",
+    "eval.num_noise_levels=3",
     "precision.compute=bf16",
 )
 """Settings of which each changes the figures; as on the command line. Several that make one change stand together."""
 
 FREE = (
-    "batch.micro_sequences=4",
+    "batch.micro_batch_size=4",
     "model.vocab_multiple=128",
-    "objective.head=plain",
+    "objective.loss_kernel=plain",
     "parallel.recompute=full",
     "parallel.distributed_optimizer=true",
 )

@@ -47,11 +47,15 @@ def run_of(folder: Path) -> Path:
         "noise": {"shift": "high_uniform", "min_log_snr": -2, "max_log_snr": 12},
         "precision": {"compute": "fp32"},
         "data": {"train": [str(folder / "a"), str(folder / "b")], "valid": [str(folder / "b")], "tokenizer": "byte"},
-        "batch": {"global_sequences": 8, "micro_sequences": 4, "ramp": {"start": 4, "increment": 4, "every_steps": 2}},
+        "batch": {
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "rampup": {"start": 4, "increment": 4, "every_steps": 2},
+        },
         "optimizer": {"name": "adamw", "lr": 0.01},
-        "schedule": {"steps": STEPS, "warmup_steps": 1, "cooldown": 3},
+        "schedule": {"steps": STEPS, "warmup_steps": 1, "decay_steps": 3},
         "checkpoint": {"every": 2, "keep": 2, "async": False},
-        "eval": {"every": 4, "rows": 4, "noise_levels": 2, "samples": 2, "sample_steps": 5},
+        "eval": {"every": 4, "sequences": 4, "num_noise_levels": 2, "samples": 2, "sample_steps": 5},
         "log": {"every": 3},
     }
     (folder / "shown.yaml").write_text(yaml.safe_dump(tree))
@@ -95,7 +99,7 @@ def told_by_tools(run: Path, folder: Path) -> dict[str, Any]:
     output = folder / "out.json"
     found = {}
     for name, options in {
-        "elbo": ("elbo", "--data", folder / "b", "--rows", "4", "--noise-levels", "2"),
+        "elbo": ("elbo", "--data", folder / "b", "--sequences", "4", "--noise-levels", "2"),
         "counts": ("likelihood", "--data", folder / "pairs.jsonl", "--draws", "8"),
         "levels": ("likelihood", "--data", folder / "pairs.jsonl", "--draws", "8", "--estimator", "levels"),
     }.items():

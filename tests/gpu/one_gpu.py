@@ -1,4 +1,4 @@
-"""A model with its optimizer on this process's device through the real builders, trained on fixed random rows.
+"""A model with its optimizer on this process's device through the real builders, trained on fixed random sequences.
 
 Imports nothing of the data path, so a machine with torch, megatron-core, pydantic and pytest alone can run it.
 """
@@ -27,7 +27,7 @@ with quiet():
     from megadiff.optim.optimizer import Optimizer, build_optimizer
     from megadiff.optim.rules import Scale
     from megadiff.parallel.config import Layout, ParallelConfig
-    from megadiff.parallel.pipeline import configure_reduction, run_microbatches
+    from megadiff.parallel.pipeline import run_microbatches, set_loss_reduction
     from megadiff.parallel.topology import Topology, open_topology
 
 DEVICE: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,17 +69,17 @@ class Trainee:
     model: ModelConfig
 
     def step(self, number: int, lr: float = 1e-3) -> tuple[float, float]:
-        """One step on rows that depend on its number alone: (mean loss, gradient norm)."""
+        """One step on sequences that depend on its number alone: (mean loss, gradient norm)."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = run_microbatches(
             self.wrapped,
-            rows_of(number, self.model.seq_length, self.platform.device),
-            forward=lambda chunk, rows: chunk(rows[0]),
+            sequences_of(number, self.model.seq_length, self.platform.device),
+            forward=lambda chunk, sequences: chunk(sequences[0]),
             loss=_loss,
             seq_length=self.model.seq_length,
-            micro_sequences=ROWS,
+            micro_batch_size=ROWS,
         )
         norm = float(self.optimizer.gradient_norm())
         self.optimizer.step(lr, norm=norm)
@@ -94,7 +94,7 @@ class Trainee:
         """Of one microbatch, in evaluation mode, float32."""
         for chunk in self.wrapped:
             chunk.eval()
-        found = self.wrapped[0](rows_of(number, self.model.seq_length, self.platform.device)[0][0]).float()
+        found = self.wrapped[0](sequences_of(number, self.model.seq_length, self.platform.device)[0][0]).float()
         for chunk in self.wrapped:
             chunk.train()
         return found
@@ -109,7 +109,7 @@ class Trainee:
         }
 
 
-def rows_of(number: int, length: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def sequences_of(number: int, length: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, targets) of every microbatch: a target is the sum of its id and the one before; there is much to learn."""
     draw = torch.Generator().manual_seed(1000 + number)
     found = []
@@ -119,8 +119,8 @@ def rows_of(number: int, length: int, device: torch.device) -> list[tuple[torch.
     return found
 
 
-def _loss(logits: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor]) -> Any:
-    targets = rows[1].t().reshape(-1)
+def _loss(logits: torch.Tensor, sequences: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    targets = sequences[1].t().reshape(-1)
     total = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
     return total, torch.tensor(targets.numel(), dtype=torch.int32, device=logits.device), total.detach().clone()
 
@@ -144,7 +144,7 @@ def trainee(
     )
     initialise(chunks, shape, seed=0, topology=topology)
     wrapped = wrap_data_parallel(chunks, parallel=cut, precision=numbers)
-    configure_reduction(wrapped, topology, mean=True)
+    set_loss_reduction(wrapped, topology, mean=True)
     built = build_optimizer(
         wrapped,
         [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],

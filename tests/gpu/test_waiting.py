@@ -55,8 +55,8 @@ def test_a_wait_is_noticed():
 def test_a_step_waits_for_the_device_once_and_where_it_must(toy_corpus, tmp_path, objective, optimizer):
     """After two steps to warm up."""
     with quiet():
-        from megadiff import build
         from megadiff.parallel.topology import process_group
+        from megadiff.run import build
     from tests.support.runs import toy_config
 
     config = toy_config(
@@ -67,12 +67,12 @@ def test_a_step_waits_for_the_device_once_and_where_it_must(toy_corpus, tmp_path
     with nullcontext() if dist.is_initialized() else process_group(platform, alone=True):
         platform.prepare_megatron()
         with quiet():
-            run = build.build_trainer(build.prepare(config, world_size=1), platform)
+            run = build.build_trainer(build.validate_run(config, world_size=1), platform)
         try:
             assert run.microbatches_of(0) == MICROBATCHES
             batches = [[next(run.microbatches) for _ in range(MICROBATCHES)] for _ in range(3)]
-            for rows in batches[:2]:
-                run.step(rows, 1e-3)
+            for sequences in batches[:2]:
+                run.step(sequences, 1e-3)
             platform.synchronize()
             found = waits_of(lambda: run.step(batches[2], 1e-3))
         finally:

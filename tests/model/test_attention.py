@@ -83,7 +83,7 @@ def test_attention_is_the_dense_softmax(sink, softcap, prompts, is_causal):
     torch.testing.assert_close(built(q, k, v, codes).detach(), wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_a_row_without_a_prompt_needs_no_code():
+def test_a_sequence_without_a_prompt_needs_no_code():
     assert prompt_code(torch.zeros(4, dtype=torch.int64), is_causal=True) is None
 
 
@@ -99,8 +99,8 @@ def test_a_fresh_sink_adds_one_to_every_denominator():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 7])
-def test_chunks_of_queries_change_neither_values_nor_gradients(monkeypatch, rows, is_causal):
+@pytest.mark.parametrize("sequences", [1, 3, 7])
+def test_chunks_of_queries_change_neither_values_nor_gradients(monkeypatch, sequences, is_causal):
     def run():
         q, k, v = (drawn(B, H, S if i == 0 else S + 1, D, seed=i).requires_grad_() for i in range(3))
         out = capped_attention(q, k, v, scale=0.5, softcap=2.0, is_causal=is_causal)
@@ -108,7 +108,7 @@ def test_chunks_of_queries_change_neither_values_nor_gradients(monkeypatch, rows
         return out.detach(), q.grad, k.grad, v.grad
 
     whole = run()
-    monkeypatch.setattr(attention, "SCORE_BYTES", rows * 4 * B * H * (S + 1))
+    monkeypatch.setattr(attention, "SCORE_BYTES", sequences * 4 * B * H * (S + 1))
     for chunked, unchunked in zip(run(), whole, strict=True):
         torch.testing.assert_close(chunked, unchunked, rtol=1e-12, atol=1e-13)
 

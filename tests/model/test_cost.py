@@ -69,16 +69,16 @@ def test_each_option_adds_its_own_parameters(options, norms, biases, sink):
     """Two layers of width 8 with two heads."""
     counted = parameters(Shape(2, 8, 2, 10, 16, **options))
     assert (counted.norms, counted.biases, counted.sink) == (norms, biases, sink)
-    assert (counted.embedding, counted.head, counted.bulk) == (80, 80, 2 * 12 * 64)
+    assert (counted.embedding, counted.head, counted.hidden_matrices) == (80, 80, 2 * 12 * 64)
     assert counted.total == 160 + counted.non_embedding
 
 
-def test_padding_counts_rows_that_hold_no_token():
+def test_padding_counts_sequences_that_hold_no_token():
     assert padded_vocab_size(50_258) == 50_304
     assert padded_vocab_size(50_258, multiple=256) == 50_432
     assert padded_vocab_size(131_072) == 131_072
     shape = Shape(1, 8, 2, 50_258, 16)
-    assert parameters(shape, vocab_rows=50_432).embedding == 50_432 * 8
+    assert parameters(shape, vocab_entries=50_432).embedding == 50_432 * 8
     assert parameters(shape).embedding == 50_258 * 8
 
 
@@ -108,8 +108,8 @@ def test_bf16_with_a_master_copy_takes_eighteen_bytes_a_parameter():
 def test_fp8_holds_every_matrix_of_the_layers_twice_more_in_a_byte():
     shape = Shape(4, 64, 4, 256, 32)
     plain, fp8 = (bytes_per_rank(shape, Layout(tensor=2), Precision("bf16", "bf16", fp8=on)) for on in (False, True))
-    assert fp8.parameters - plain.parameters == 2 * parameters(shape).bulk // 2
-    assert fp8.total - plain.total == parameters(shape).bulk
+    assert fp8.parameters - plain.parameters == 2 * parameters(shape).hidden_matrices // 2
+    assert fp8.total - plain.total == parameters(shape).hidden_matrices
 
 
 def test_the_distributed_optimizer_splits_the_state_over_data_and_context_ranks():
@@ -149,7 +149,7 @@ def test_activations_shrink_with_sequence_context_and_recomputation():
     assert kept(tensor=2, sequence=True, last=0.5) == 4 * 32 * (streams + inner + middle) / 2
     assert kept(tensor=2) == 4 * 32 * (streams + (inner + middle) / 2)
     assert kept(context=2, last=0.5) == 4 * 16 * (streams + inner + middle)
-    assert kept(micro_sequences=3, last=3) == 3 * kept()
+    assert kept(micro_batch_size=3, last=3) == 3 * kept()
     assert kept(recompute_layers=4) == 32 * (4 * 128 + 4 * 16)
     assert kept(recompute_layers=1) == 32 * (3 * (streams + inner + middle) + 128 + 4 * 16)
     assert kept(recompute_modules=("mlp",)) == 4 * 32 * (streams + inner)
@@ -172,7 +172,7 @@ def test_model_flops_and_executed_flops_differ_by_what_is_not_computed_or_comput
     layers = 6 * 384 * 8 + 12 * 2 * 4 * 64
 
     def executed(head_tokens=8.0, pairs=64.0, **options):
-        return executed_flops(shape, tokens=8, head_tokens=head_tokens, pairs=pairs, vocab_rows=16, **options)
+        return executed_flops(shape, tokens=8, head_tokens=head_tokens, pairs=pairs, vocab_entries=16, **options)
 
     assert executed() == layers + 6 * 16 * 4 * 8
     assert training_flops_per_token(shape) * 8 == layers + 6 * 10 * 4 * 8
@@ -187,7 +187,7 @@ def test_model_flops_and_executed_flops_differ_by_what_is_not_computed_or_comput
 @pytest.mark.parametrize(("layers", "hidden", "ratio"), [(8, 512, 1.44), (34, 4608, 1.03)])
 def test_masked_noise_computes_the_head_at_half_the_tokens(layers, hidden, ratio):
     shape = paper_shape(layers, hidden, hidden // 64)
-    done = executed_flops(shape, tokens=1, head_tokens=0.5, pairs=2048, vocab_rows=131_072)
+    done = executed_flops(shape, tokens=1, head_tokens=0.5, pairs=2048, vocab_entries=131_072)
     assert training_flops_per_token(shape) / done == pytest.approx(ratio, abs=0.01)
 
 

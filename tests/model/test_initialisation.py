@@ -103,4 +103,4 @@ def test_the_built_model_has_the_parameters_its_closed_form_says(toy_corpus, tmp
     for model, count in zip(models, built, strict=True):
         config = toy_config(toy_corpus, tmp_path).model_copy(update={"model": model})
         rows = model.padded_vocab_size(260)
-        assert parameters(config.shape(vocab_size=260), vocab_rows=rows).total == count
+        assert parameters(config.shape(vocab_size=260), vocab_entries=rows).total == count

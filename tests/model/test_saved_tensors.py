@@ -104,7 +104,7 @@ def _estimated(case: Case, stage: int) -> int:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         sequence=parallel.sequence,
-        micro_sequences=BATCH,
+        micro_batch_size=BATCH,
         recompute_layers=full if parallel.recompute == "full" else 0,
         recompute_modules=parallel.recomputed_modules,
     )

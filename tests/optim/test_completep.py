@@ -37,7 +37,7 @@ TABLE = {
     "embedding": (0.02, 0.02 * ETA, 0.0),
     "bias": (0.0, 0.02 * ETA, 0.0),
     "head": (0.0, 0.02 * ETA, 0.0),
-    "bulk": (0.4 / HIDDEN**0.5, ETA / HIDDEN, DECAY * HIDDEN),
+    "hidden": (0.4 / HIDDEN**0.5, ETA / HIDDEN, DECAY * HIDDEN),
 }
 
 ROLES = {
@@ -45,14 +45,14 @@ ROLES = {
     "decoder.layers.0.input_layernorm.weight": "norm",
     "decoder.layers.0.self_attention.core_attention.sink_key": "bias",
     "decoder.layers.0.self_attention.core_attention.sink_value": "bias",
-    "decoder.layers.0.self_attention.linear_proj.weight": "bulk",
-    "decoder.layers.0.self_attention.linear_qkv.weight": "bulk",
+    "decoder.layers.0.self_attention.linear_proj.weight": "hidden",
+    "decoder.layers.0.self_attention.linear_qkv.weight": "hidden",
     "decoder.layers.0.self_attention.q_layernorm.weight": "norm",
     "decoder.layers.0.self_attention.k_layernorm.weight": "norm",
     "decoder.layers.0.pre_mlp_layernorm.weight": "norm",
-    "decoder.layers.0.mlp.linear_fc1.weight": "bulk",
+    "decoder.layers.0.mlp.linear_fc1.weight": "hidden",
     "decoder.layers.0.mlp.linear_fc1.bias": "bias",
-    "decoder.layers.0.mlp.linear_fc2.weight": "bulk",
+    "decoder.layers.0.mlp.linear_fc2.weight": "hidden",
     "decoder.layers.0.mlp.linear_fc2.bias": "bias",
     "decoder.final_layernorm.weight": "norm",
     "output_layer.weight": "head",
@@ -112,7 +112,7 @@ def test_every_parameter_gets_the_tables_rate_decay_and_epsilon(weights):
 @pytest.mark.parametrize(("hidden", "layers"), [(128, 2), (512, 8), (4608, 34)])
 def test_epsilon_is_over_width_times_depth_and_rate_times_decay_is_free_of_both(hidden, layers):
     scale = replace(SCALE, hidden=hidden, layers=layers)
-    bulk = parameter_groups([("bulk", torch.nn.Parameter(torch.zeros(1)))], SETTINGS, scale)[0]
+    bulk = parameter_groups([("hidden", torch.nn.Parameter(torch.zeros(1)))], SETTINGS, scale)[0]
     assert bulk["params"]
     assert bulk["eps"] == pytest.approx(1e-8 / (hidden * layers), rel=1e-12)
     assert bulk["lr"] == pytest.approx(ETA / hidden, rel=1e-12)

@@ -25,7 +25,7 @@ def _follow(config):
     named = [pair for chunk in run.step.chunks for pair in global_parameters(chunk.module)]
     copies = [torch.nn.Parameter(parameter.detach().clone()) for _, parameter in named]
     settings = config.optimizer
-    decays = [DECAY if role_of(name) in ("bulk", "embedding", "head") else 0.0 for name, _ in named]
+    decays = [DECAY if role_of(name) in ("hidden", "embedding", "head") else 0.0 for name, _ in named]
     reference = torch.optim.AdamW(
         [{"params": [copy], "weight_decay": decay} for copy, decay in zip(copies, decays, strict=True)],
         betas=(settings.beta1, settings.beta2),
@@ -94,5 +94,5 @@ def test_a_gradient_that_is_not_a_number_moves_nothing_and_ends_the_run(toy_corp
     config = toy_config(toy_corpus, tmp_path, model__layers=1, data__valid=[], optimizer__clip_grad=clip)
     said, unmoved = on_ranks(1, _poisoned, config)[0]
     assert said is not None
-    assert said.startswith("step 3: loss or gradient not finite 3 steps in a row")
+    assert said.startswith("step 3: loss or gradient not finite 3 consecutive steps")
     assert unmoved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megadiff.errors import ConfigError
-from megadiff.optim.schedule import WarmupStableDecay, resolve_cooldown
+from megadiff.optim.schedule import WarmupStableDecay, resolve_decay_steps
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_schedule_of_warm_up_and_cooldown_alone_peaks_once():
     ("cooldown", "steps", "resolved"), [(0, 100, 0), (0.2, 1000, 200), (0.1, 37, 4), (1, 100, 1), (250.0, 1000, 250)]
 )
 def test_a_fraction_below_one_is_a_share_of_the_run(cooldown, steps, resolved):
-    assert resolve_cooldown(cooldown, steps) == resolved
+    assert resolve_decay_steps(cooldown, steps) == resolved
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_fraction_below_one_is_a_share_of_the_run(cooldown, steps, resolved):
 )
 def test_a_cooldown_that_is_neither_is_refused(cooldown, sentence):
     with pytest.raises(ConfigError) as caught:
-        resolve_cooldown(cooldown, 100)
+        resolve_decay_steps(cooldown, 100)
     assert str(caught.value) == sentence
 
 
@@ -87,7 +87,7 @@ def test_warm_up_and_cooldown_must_fit_into_the_run():
         "warm-up (60 steps) and cooldown (50 steps) do not fit into a run of 100 steps; "
         "shorten one of them or train longer"
     )
-    with pytest.raises(ConfigError, match="counts steps from 0, found steps 10, warmup_steps -1, cooldown_steps 0"):
+    with pytest.raises(ConfigError, match="counts steps from 0, found steps 10, warmup_steps -1, decay_steps 0"):
         WarmupStableDecay(10, -1, 0)
     with pytest.raises(ValueError, match="steps are counted from 0, got -1"):
         WarmupStableDecay(10).factor(-1)

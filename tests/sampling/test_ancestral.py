@@ -15,7 +15,7 @@ from torch import Tensor
 from megadiff.diffusion import snr
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.sampling.ancestral import level_grid, prior, reverse_posterior, reverse_step, sample
+from megadiff.sampling.ancestral import log_snr_steps, prior, reverse_posterior, reverse_step, sample
 from megadiff.sampling.prediction import Prediction, predict
 from tests.diffusion.dense import LOGITS, bounds, f64, integral
 
@@ -49,11 +49,13 @@ def moving_prediction(log_snr: Tensor) -> Tensor:
     return f64(0.3, -0.7, 1.1, 0, 0.2) + table * torch.tanh(lam / 3) + 0.3 * torch.sin(lam) * f64(1, 0, -1, 0, 0.5)
 
 
-@pytest.mark.parametrize("row", GOLDEN["discrete_limit"]["rows"], ids=lambda row: f"shift {row[0]} scale {row[1]}")
-def test_the_discrete_bound_converges_to_the_integral_of_the_objective(row):
+@pytest.mark.parametrize(
+    "sequence", GOLDEN["discrete_limit"]["rows"], ids=lambda sequence: f"shift {sequence[0]} scale {sequence[1]}"
+)
+def test_the_discrete_bound_converges_to_the_integral_of_the_objective(sequence):
     from tests.diffusion.dense import gauss, over_z
 
-    b, a, *sums, limit = row
+    b, a, *sums, limit = sequence
     process, x = HybridMixing(5, 3, b, a), torch.eye(5).double()[2]
     for count, want in zip((200, 2000, 20000), sums, strict=True):
         levels = torch.linspace(-9, 9, count + 1, dtype=torch.float64)
@@ -109,12 +111,12 @@ class TwoTokens:
 
 @pytest.mark.parametrize(("shift", "grid"), [(-1000.0, "cosine"), (0.0, "cosine"), (1000.0, "linear")])
 def test_with_an_exact_denoiser_the_samples_have_the_true_joint(shift, grid):
-    process, rows = HybridMixing(4, 3, shift), 5000
+    process, sequences = HybridMixing(4, 3, shift), 5000
     toy = TwoTokens(process)
-    kwargs = {"rows": rows, "length": 2, "steps": 300, "grid": grid, "seed": 1, "reuse_logits": False}
+    kwargs = {"sequences": sequences, "length": 2, "steps": 300, "grid": grid, "seed": 1, "reuse_logits": False}
     ids = sample(toy, process=process, on_step=toy.on_step, **kwargs)
     seen = np.bincount((ids[:, 0] * 3 + ids[:, 1]).numpy(), minlength=9)
-    assert stats.chisquare(seen, JOINT.numpy().ravel() * rows).pvalue > 1e-3
+    assert stats.chisquare(seen, JOINT.numpy().ravel() * sequences).pvalue > 1e-3
 
 
 def bigram(ids: Tensor) -> Tensor:
@@ -125,17 +127,17 @@ def bigram(ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.3, "temperature": 0.7}])
-def test_a_row_does_not_depend_on_its_batch(shift, options):
+def test_a_sequence_does_not_depend_on_its_batch(shift, options):
     process = HybridMixing(9, 4, shift)
     kwargs = {"length": 12, "steps": 10, "process": process, "seed": 3, **options}
-    whole = sample(bigram, rows=6, **kwargs)
-    assert torch.equal(whole, sample(bigram, rows=6, **kwargs))
+    whole = sample(bigram, sequences=6, **kwargs)
+    assert torch.equal(whole, sample(bigram, sequences=6, **kwargs))
     order = torch.tensor([4, 1, 5])
-    part = sample(bigram, rows=3, row_index=order, **kwargs)
+    part = sample(bigram, sequences=3, sequence_index=order, **kwargs)
     assert torch.equal(part, whole[order])
     assert not bool((whole == 4).any()), "a mask is left"
-    assert len({tuple(row) for row in whole.tolist()}) == 6 or options.get("temperature") == 0
-    assert torch.equal(whole, sample(bigram, rows=6, reuse_logits=False, **kwargs))
+    assert len({tuple(sequence) for sequence in whole.tolist()}) == 6 or options.get("temperature") == 0
+    assert torch.equal(whole, sample(bigram, sequences=6, reuse_logits=False, **kwargs))
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -143,7 +145,7 @@ def test_prompts_stay_and_holes_are_filled(shift):
     process = HybridMixing(9, 4, shift)
     prompt = torch.tensor([[1, 2, 3, -1, 5], [8, -1, -1, 7, 6]])
     states: list[Tensor] = []
-    kwargs = {"rows": 2, "length": 8, "steps": 6, "process": process, "seed": 0, "prompt": prompt}
+    kwargs = {"sequences": 2, "length": 8, "steps": 6, "process": process, "seed": 0, "prompt": prompt}
     ids = sample(bigram, on_step=lambda _k, _lam, z: states.append(z.clone()), **kwargs)
     given_ids = prompt >= 0
     for state in states:
@@ -161,10 +163,10 @@ def test_the_model_is_called_once_a_step_and_not_where_nothing_changed():
         return bigram(ids)
 
     masked = HybridMixing(9, 4, -1000.0)
-    sample(count, rows=1, length=2, steps=200, process=masked, seed=0)
+    sample(count, sequences=1, length=2, steps=200, process=masked, seed=0)
     assert len(calls) <= 4  # at the start, and after each of two tokens appears
     calls.clear()
-    sample(count, rows=1, length=2, steps=20, process=masked, seed=0, reuse_logits=False)
+    sample(count, sequences=1, length=2, steps=20, process=masked, seed=0, reuse_logits=False)
     assert len(calls) in (20, 21)
 
 
@@ -192,19 +194,19 @@ def test_posteriors_are_distributions_at_both_ends_of_the_levels(shift, dtype):
 
 
 def test_the_prior_is_real_tokens_alone_under_uniform_noise_and_masks_alone_under_masked():
-    rows = torch.arange(50)
-    uniform = prior(rows, 400, -9.0, process=HybridMixing(9, 4, 1000), seed=0)
+    sequences = torch.arange(50)
+    uniform = prior(sequences, 400, -9.0, process=HybridMixing(9, 4, 1000), seed=0)
     counts = np.bincount(uniform.numpy().ravel(), minlength=9)
     assert counts[4] == 0
     assert stats.chisquare(np.delete(counts, 4)).pvalue > 1e-3
-    assert bool((prior(rows, 400, -9.0, process=HybridMixing(9, 4, -1000), seed=0) == 4).all())
-    half = prior(rows, 400, 0.0, process=HybridMixing(9, 4, 0), seed=0)
+    assert bool((prior(sequences, 400, -9.0, process=HybridMixing(9, 4, -1000), seed=0) == 4).all())
+    half = prior(sequences, 400, 0.0, process=HybridMixing(9, 4, 0), seed=0)
     assert float((half == 4).float().mean()) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("grid", ["cosine", "linear"])
 def test_the_grid_runs_from_end_to_end_without_losing_a_step(grid):
-    levels = level_grid(10, grid=grid)
+    levels = log_snr_steps(10, grid=grid)
     assert levels[0] == pytest.approx(9, abs=1e-9)
     assert levels[-1] == pytest.approx(-9, abs=1e-9)
     assert (np.diff(levels) < 0).all()
@@ -217,19 +219,19 @@ def test_the_grid_runs_from_end_to_end_without_losing_a_step(grid):
 def test_no_global_generator_is_touched():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    sample(bigram, rows=1, length=3, steps=2, process=HybridMixing(9, 4, 0.0), seed=0)
+    sample(bigram, sequences=1, length=3, steps=2, process=HybridMixing(9, 4, 0.0), seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_arguments_that_do_not_fit_are_refused():
     process = HybridMixing(9, 4, 0.0)
-    kwargs = {"rows": 2, "length": 3, "steps": 2, "process": process, "seed": 0}
+    kwargs = {"sequences": 2, "length": 3, "steps": 2, "process": process, "seed": 0}
     with pytest.raises(ValueError, match="steps must be at least 1"):
         sample(bigram, **{**kwargs, "steps": 0})
     with pytest.raises(ValueError, match=r"prompt must have shape \(2, at most 3\)"):
         sample(bigram, prompt=torch.zeros(2, 4, dtype=torch.int64), **kwargs)
-    with pytest.raises(ValueError, match="row_index must have shape"):
-        sample(bigram, row_index=torch.arange(3), **kwargs)
+    with pytest.raises(ValueError, match="sequence_index must have shape"):
+        sample(bigram, sequence_index=torch.arange(3), **kwargs)
     with pytest.raises(ValueError, match="grid must be cosine or linear"):
         sample(bigram, **{**kwargs, "grid": "square"})
     with pytest.raises(ValueError, match="goes to a cleaner level"):

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from megadiff.diffusion import philox
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.sampling.standalone import Draws, HybridNoise, Prediction, Settings, Step, adaptive_candidates, generate
+from megadiff.sampling.standalone import (
+    CounterRNG,
+    HybridNoise,
+    Prediction,
+    Settings,
+    Step,
+    adaptive_candidates,
+    generate,
+)
 from tests.sampling.toy_joint import LENGTH, MASK, NOISES, REAL, VOCAB, ExactDenoiser, chi_square, leave_one_out
 
 EMPTY = torch.empty(5000, 0, dtype=torch.int64)
@@ -26,7 +34,7 @@ def bigram(ids: Tensor, _prefix: int = 0) -> Tensor:
     return TABLE[ids] + 2 * TABLE.T[left]
 
 
-def toy_rows(name: str, steps: int, **settings: Any) -> Tensor:
+def toy_sequences(name: str, steps: int, **settings: Any) -> Tensor:
     process = HybridMixing(VOCAB, MASK, NOISES[name])
     exact = ExactDenoiser(process)
     chosen = Settings(max_new_tokens=LENGTH, max_denoising_steps=steps, reuse_logits=False, **settings)
@@ -35,7 +43,7 @@ def toy_rows(name: str, steps: int, **settings: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", NOISES)
 def test_ancestral_samples_approach_the_data_as_steps_grow(name):
-    (coarse, p_coarse), (middle, _), (fine, p_fine) = (chi_square(toy_rows(name, steps)) for steps in (2, 16, 160))
+    (coarse, p_coarse), (middle, _), (fine, p_fine) = (chi_square(toy_sequences(name, steps)) for steps in (2, 16, 160))
     assert coarse > middle > fine
     assert p_coarse < 1e-6
     assert p_fine > 1e-3, fine
@@ -52,8 +60,8 @@ def test_blocks_one_after_the_other_give_the_same_distribution():
 
 def test_adaptive_sampling_of_masked_noise_one_token_at_a_time_is_exact():
     """Which position comes next depends on revealed tokens alone, and each is drawn from its exact conditional."""
-    assert chi_square(toy_rows("masked", 4, sampler="adaptive"))[1] > 1e-3
-    assert chi_square(toy_rows("masked", 1, sampler="adaptive"))[1] < 1e-6  # all at once: independent, so wrong
+    assert chi_square(toy_sequences("masked", 4, sampler="adaptive"))[1] > 1e-3
+    assert chi_square(toy_sequences("masked", 1, sampler="adaptive"))[1] < 1e-6  # all at once: independent, so wrong
 
 
 @pytest.mark.parametrize("name", NOISES)
@@ -61,12 +69,12 @@ def test_adaptive_sampling_at_temperature_0_climbs_to_texts_no_single_change_imp
     process = HybridMixing(VOCAB, MASK, NOISES[name])
     exact = ExactDenoiser(process)
     settings = Settings(max_new_tokens=4, max_denoising_steps=40, sampler="adaptive", temperature=0, tokens_per_step=1)
-    rows = generate(exact, EMPTY[:50], settings, process, on_step=exact.on_step).sequences
+    sequences = generate(exact, EMPTY[:50], settings, process, on_step=exact.on_step).sequences
     if name == "masked":  # never revises: greedy, the same for all
-        assert len(rows.unique(dim=0)) == 1
+        assert len(sequences.unique(dim=0)) == 1
         return
-    best = leave_one_out(rows, 9.0, process).argmax(-1)
-    assert float((best == rows).all(dim=1).double().mean()) > 0.9
+    best = leave_one_out(sequences, 9.0, process).argmax(-1)
+    assert float((best == sequences).all(dim=1).double().mean()) > 0.9
 
 
 HARD = [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.1}, {"top_p": 0.1, "top_k": 2, "temperature": 0.3}]
@@ -84,20 +92,20 @@ def test_truncation_gives_no_nan_no_mask_and_no_unknown_token(name, sampler, opt
         sure.append(step.confidence())
 
     settings = Settings(max_new_tokens=4, max_denoising_steps=7, sampler=sampler, **options)
-    rows = generate(exact, EMPTY[:200], settings, process, on_step=watch).sequences
-    assert bool(torch.isin(rows, REAL).all())
+    sequences = generate(exact, EMPTY[:200], settings, process, on_step=watch).sequences
+    assert bool(torch.isin(sequences, REAL).all())
     assert all(bool(part.isfinite().all()) for part in sure)
 
 
 @pytest.mark.parametrize("name", NOISES)
 @pytest.mark.parametrize("sampler", ["ancestral", "adaptive"])
 @pytest.mark.parametrize("more", [{}, {"guidance_scale": 2.0}, {"block_length": 3, "see_tail": False}], ids=str)
-def test_a_row_does_not_depend_on_its_batch(name, sampler, more):
+def test_a_sequence_does_not_depend_on_its_batch(name, sampler, more):
     prompt = torch.tensor([[1, 2], [3, 0], [7, 8], [2, 2]])
     settings = Settings(max_new_tokens=10, max_denoising_steps=5, sampler=sampler, eos_token_id=1, **more)
     whole = generate(bigram, prompt, settings, MIXINGS[name], seed=9)
     order = torch.tensor([3, 1])
-    part = generate(bigram, prompt[order], settings, MIXINGS[name], seed=9, rows=order)
+    part = generate(bigram, prompt[order], settings, MIXINGS[name], seed=9, sequences=order)
     assert torch.equal(part.sequences, whole.sequences[order])
     assert torch.equal(part.new_tokens, whole.new_tokens[order])
     # A seed of its own for each request: alone or together, in any order.
@@ -122,7 +130,7 @@ def test_holes_are_filled_and_what_is_given_stays(name, sampler):
 
 
 class Speller:
-    """Logits sure of given texts [B, L], whatever it reads; the end token far from the rows' ends too."""
+    """Logits sure of given texts [B, L], whatever it reads; the end token far from the sequences' ends too."""
 
     def __init__(self, text: Tensor) -> None:
         self.text = text
@@ -134,7 +142,7 @@ class Speller:
 
 @pytest.mark.parametrize("name", NOISES)
 @pytest.mark.parametrize("sampler", ["ancestral", "adaptive"])
-def test_rows_end_at_their_first_end_token_behind_the_prompt(name, sampler):
+def test_sequences_end_at_their_first_end_token_behind_the_prompt(name, sampler):
     """End tokens in the prompt, repeated ones and those of the random tail cut nothing."""
     eos, pad = 1, 0
     text = torch.tensor(
@@ -150,7 +158,7 @@ def test_rows_end_at_their_first_end_token_behind_the_prompt(name, sampler):
     torch.testing.assert_close(found.tokens_per_forward, torch.tensor([3.0, 6.0, 8.0]) / found.forwards)
 
 
-def test_generation_stops_when_every_row_has_ended():
+def test_generation_stops_when_every_sequence_has_ended():
     text = torch.tensor([[5, 5, 1, 6, 6, 6, 6, 6, 6, 6]])
     settings = Settings(max_new_tokens=8, max_denoising_steps=4, block_length=2, eos_token_id=1, reuse_logits=False)
     found = generate(Speller(text), text[:, :2], settings, MIXINGS["masked"])
@@ -195,8 +203,8 @@ def test_guidance_of_1_is_off_and_more_follows_the_prompt_more():
     shares = []
     for scale in (1.0, 3.0, 6.0):
         settings = Settings(max_new_tokens=8, max_denoising_steps=20, guidance_scale=scale)
-        rows = generate(model, prompt, settings, MIXINGS["masked"]).sequences[:, 1:]
-        shares.append(float((rows == 6).double().mean()))
+        sequences = generate(model, prompt, settings, MIXINGS["masked"]).sequences[:, 1:]
+        shares.append(float((sequences == 6).double().mean()))
     expected = [np.exp(s) / (np.exp(s) + 7) for s in (1.0, 3.0, 6.0)]
     np.testing.assert_allclose(shares, expected, atol=0.05)
     assert {int(ids[0, 0]) for ids in seen} == {6, 4}
@@ -221,9 +229,9 @@ def test_adaptive_candidates_are_the_surest_positions_that_may_be_noise():
 
 
 def test_draws_are_the_project_s_philox_streams():
-    rows = torch.tensor([0, 3, 2**33 + 5])
-    mine = Draws(17, rows, "cpu").words("some/name", 2, 9, draw=6)
-    theirs = philox.Stream(17, "some/name").words(rows.numpy(), 9, draw=6)
+    sequences = torch.tensor([0, 3, 2**33 + 5])
+    mine = CounterRNG(17, sequences, "cpu").words("some/name", 2, 9, draw=6)
+    theirs = philox.Stream(17, "some/name").words(sequences.numpy(), 9, draw=6)
     for one, other in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(one.numpy(), other[:, 2:].astype(np.int64))
 
@@ -290,7 +298,7 @@ def test_batches_that_would_depend_on_each_other_are_refused():
     settings = Settings(max_new_tokens=4, max_denoising_steps=4)
     with pytest.raises(ValueError, match=r"prompts of one length, got \[1, 2\]"):
         generate(bigram, torch.tensor([[1, 2], [1, -1]]), settings, MIXINGS["masked"])
-    with pytest.raises(ValueError, match="one seed or one for each of 1 rows, got 2"):
+    with pytest.raises(ValueError, match="one seed or one for each of 1 sequences, got 2"):
         generate(bigram, torch.tensor([[1, 2]]), settings, MIXINGS["masked"], seed=[1, 2])
     few = {"max_denoising_steps": 4, "sampler": "adaptive", "tokens_per_step": 1}
     with pytest.raises(ValueError, match="does not reach the 8 positions of a block"):

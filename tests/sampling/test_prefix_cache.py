@@ -27,8 +27,8 @@ class PromptTransformer(torch.nn.Module):
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
 
-        def matrix(rows: int, columns: int) -> Tensor:
-            return torch.randn(rows, columns, generator=draw, dtype=torch.float64) / rows**0.5
+        def matrix(sequences: int, columns: int) -> Tensor:
+            return torch.randn(sequences, columns, generator=draw, dtype=torch.float64) / sequences**0.5
 
         self.is_causal, self.width, self.positions_done = is_causal, width, 0
         self.embed, self.head = matrix(VOCAB, width) * VOCAB**0.5, matrix(width, VOCAB)

@@ -29,10 +29,10 @@ def joint() -> Tensor:
 JOINT = joint()
 
 
-def probability(row: list[int]) -> float:
-    """P of a clean row of ids."""
+def probability(sequence: list[int]) -> float:
+    """P of a clean sequence of ids."""
     places = {int(token): i for i, token in enumerate(REAL)}
-    return float(JOINT[tuple(places[token] for token in row)])
+    return float(JOINT[tuple(places[token] for token in sequence)])
 
 
 def leave_one_out(ids: Tensor, log_snr: float, process: NoiseProcess) -> Tensor:
@@ -76,7 +76,7 @@ def counts(ids: Tensor) -> np.ndarray:
 
 
 def chi_square(ids: Tensor) -> tuple[float, float]:
-    """Statistic over its degrees of freedom, and the p-value, of rows against JOINT; rare texts are pooled."""
+    """Statistic over its degrees of freedom, and the p-value, of sequences against JOINT; rare texts are pooled."""
     from scipy import stats
 
     seen, want = counts(ids), JOINT.numpy().ravel() * len(ids)

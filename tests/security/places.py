@@ -23,7 +23,7 @@ from megadiff.data.scan import scan
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
 from megadiff.errors import DataError
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.data.corpora import write_indexed
 from tests.support.runs import toy_tree
 

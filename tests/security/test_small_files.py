@@ -17,7 +17,7 @@ from megadiff.checkpoint.manifest import FILE_NAME, read_manifest
 from megadiff.config.load import load_config
 from megadiff.errors import CheckpointError, ConfigError, DataError, MegadiffError
 from megadiff.report.scale import scale_of
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.supervision.status import RUNNING, Status, read_status, write_status
 from megadiff.train.goodput import read_attempts
 from megadiff.train.metrics import read_metrics

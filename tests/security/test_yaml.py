@@ -12,7 +12,7 @@ import pytest
 from megadiff.config.load import load_config
 from megadiff.config.nodes import MAX_CHARACTERS, Place, parse_yaml
 from megadiff.errors import ConfigError
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.security.children import in_child
 
 SPARE_BYTES = 2**29

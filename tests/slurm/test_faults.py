@@ -32,12 +32,12 @@ def tree(toy_corpus, tmp_path_factory):
         toy_corpus,
         tmp_path_factory.mktemp("faults"),
         model__layers=2,
-        schedule={"steps": 5000, "warmup_steps": 2, "cooldown": 0},
-        batch__global_sequences=64,
+        schedule={"steps": 5000, "warmup_steps": 2, "decay_steps": 0},
+        batch__global_batch_size=64,
         checkpoint__every=EVERY,
         data__valid=[],
         watchdog={"step_s": 15, "save_s": 15},
-        stop__lead_s=20,
+        stop__grace_period_s=20,
     )
 
 

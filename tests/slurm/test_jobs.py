@@ -23,7 +23,9 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tree(toy_corpus, tmp_path_factory):
-    return toy_tree(toy_corpus, tmp_path_factory.mktemp("jobs"), model__layers=2, data__valid=[], stop__lead_s=20)
+    return toy_tree(
+        toy_corpus, tmp_path_factory.mktemp("jobs"), model__layers=2, data__valid=[], stop__grace_period_s=20
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

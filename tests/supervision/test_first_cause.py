@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from megadiff.supervision.first_cause import Account, Records, name_culprit
+from megadiff.supervision.first_cause import RankReport, Records, find_root_cause
 
-HERE = Account(0, "node0", 100, "section step 17 at reduce", 17, 3, 30.2, 30.0, "S")
+HERE = RankReport(0, "node0", 100, "section step 17 at reduce", 17, 3, 30.2, 30.0, "S")
 
 
-def ranks(**changed: Account) -> list[Account]:
+def ranks(**changed: RankReport) -> list[RankReport]:
     """Four at `reduce`, some of them changed."""
     return [changed.get(f"r{rank}", replace(HERE, rank=rank, pid=100 + rank)) for rank in range(4)]
 
 
 def test_the_least_advanced_rank_is_the_culprit():
     behind = replace(HERE, rank=2, pid=102, place="section step 17 at data", index=1)
-    assert name_culprit(ranks(r2=behind), 4) == (
+    assert find_root_cause(ranks(r2=behind), 4) == (
         "rank 2 (node0, pid 102) stalled: in section step 17 at data for 30.2 s (limit 30 s); state S (sleeping); "
         "the others wait in section step 17 at reduce"
     )
@@ -26,13 +26,13 @@ def test_the_least_advanced_rank_is_the_culprit():
 
 def test_an_earlier_step_is_less_advanced_whatever_its_marks():
     behind = replace(HERE, rank=1, pid=101, place="section step 16 at agree", step=16, index=9)
-    assert name_culprit(ranks(r1=behind), 4).startswith("rank 1 ")
+    assert find_root_cause(ranks(r1=behind), 4).startswith("rank 1 ")
 
 
 def test_a_stopped_rank_is_the_culprit_wherever_it_is():
     behind = replace(HERE, rank=2, pid=102, place="section step 17 at data", index=1)
     stopped = replace(HERE, rank=3, pid=103, state="T")
-    found = name_culprit(ranks(r2=behind, r3=stopped), 4)
+    found = find_root_cause(ranks(r2=behind, r3=stopped), 4)
     assert found.startswith("rank 3 ")
     assert "rank 2" not in found
     assert found.endswith("state T (stopped)")
@@ -40,11 +40,11 @@ def test_a_stopped_rank_is_the_culprit_wherever_it_is():
 
 def test_ranks_in_one_place_are_told_apart_by_the_state_of_their_processes():
     busy = replace(HERE, rank=1, pid=101, state="R")
-    assert name_culprit(ranks(r1=busy), 4) == (
+    assert find_root_cause(ranks(r1=busy), 4) == (
         "all 4 ranks stalled in the same place, a collective or the network: in section step 17 at reduce for 30.2 s "
         "(limit 30 s); state R (running) of rank 1, S (sleeping) of ranks 0, 2, 3"
     )
-    assert name_culprit(ranks()[:2], 1024).startswith("2 of 1024 ranks stalled in the same place")
+    assert find_root_cause(ranks()[:2], 1024).startswith("2 of 1024 ranks stalled in the same place")
 
 
 def test_one_watcher_of_a_launch_speaks(tmp_path):

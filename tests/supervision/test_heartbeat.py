@@ -33,7 +33,7 @@ def test_names_longer_than_their_place_are_cut(tmp_path):
     beat = Heartbeat.create(tmp_path / "rank-00000.beat", 0)
     beat.write(0.0, 1.0, 1, 0, b"s" * 100, b"m" * 100)
     beat.leave(FAILED, "é" * 2000)
-    beat.condemn("x" * 5000)
+    beat.set_cause("x" * 5000)
     assert beat.place() == Place("s" * 32, "m" * 48, 1, 0, 0.0, 1.0)
     assert beat.life()[0] == FAILED
     assert len(beat.verdict()) == 999
@@ -54,14 +54,14 @@ def test_a_link_is_not_followed(tmp_path):
 
 
 def test_marks_are_counted_anew_in_every_step(tmp_path):
-    watchdog = Watchdog(WatchdogConfig(enabled=False), Launch.of(tmp_path, rank=0, world_size=1, environ={}))
+    watchdog = Watchdog(WatchdogConfig(enabled=False), Launch.from_env(tmp_path, rank=0, world_size=1, environ={}))
     seen = []
     for step in (1, 2):
         with watchdog.section("step", step=step):
-            watchdog.at("data")
+            watchdog.mark("data")
             with watchdog.section("save", step=step):
                 seen.append(watchdog._beat.place())
-            watchdog.at("agree")
+            watchdog.mark("agree")
             seen.append(watchdog._beat.place())
     assert [(place.section, place.mark, place.order) for place in seen] == [
         ("save", "", (1, 2)),

@@ -13,8 +13,8 @@ import pytest
 from filelock import FileLock
 
 from megadiff.errors import ConfigError
-from megadiff.run_config import RunConfig
-from megadiff.run_folder import run_folder
+from megadiff.run.config import RunConfig
+from megadiff.run.folder import run_folder
 from megadiff.supervision import process
 from megadiff.supervision.holder import Holder
 from tests.support.runs import toy_config

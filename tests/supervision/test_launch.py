@@ -16,7 +16,7 @@ TORCHRUN = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "TORCHELASTIC_RESTAR
 
 
 def launch(folder, rank=0, **environ):
-    return Launch.of(folder, rank=rank, world_size=8, environ={**TORCHRUN, **environ})
+    return Launch.from_env(folder, rank=rank, world_size=8, environ={**TORCHRUN, **environ})
 
 
 def test_ranks_of_a_launch_agree_and_other_launches_differ(tmp_path):

@@ -139,8 +139,8 @@ def test_only_the_main_rank_looks_for_the_stop_file(tmp_path):
 
 def test_the_end_of_the_job_stops_the_run_ahead_of_it(tmp_path):
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 120)}
-    near = StopRequest(StopConfig(lead_s=121), tmp_path, is_main=False, environ=end)
-    far = StopRequest(StopConfig(lead_s=60), tmp_path, is_main=False, environ=end)
+    near = StopRequest(StopConfig(grace_period_s=121), tmp_path, is_main=False, environ=end)
+    far = StopRequest(StopConfig(grace_period_s=60), tmp_path, is_main=False, environ=end)
     assert near.reason() in (
         "time limit: 119 s left of SLURM_JOB_END_TIME",
         "time limit: 120 s left of SLURM_JOB_END_TIME",
@@ -152,7 +152,7 @@ def test_the_end_of_the_job_stops_the_run_ahead_of_it(tmp_path):
 def test_a_jump_of_the_clock_changes_nothing(days, tmp_path, monkeypatch):
     wall, monotonic, passed = time.time(), time.monotonic, [0.0]
     stop = StopRequest(
-        StopConfig(lead_s=60), tmp_path, is_main=False, environ={"SLURM_JOB_END_TIME": str(int(wall) + 100)}
+        StopConfig(grace_period_s=60), tmp_path, is_main=False, environ={"SLURM_JOB_END_TIME": str(int(wall) + 100)}
     )
     monkeypatch.setattr(time, "time", lambda: wall + days * 86400)
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + passed[0])

@@ -69,7 +69,9 @@ def run_doomed(
     run_folder.mkdir()
     environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"}
     launches = [
-        Launch.of(run_folder, rank=rank, world_size=world_size, local_world_size=local_world_size, environ=environ)
+        Launch.from_env(
+            run_folder, rank=rank, world_size=world_size, local_world_size=local_world_size, environ=environ
+        )
         for rank in range(world_size)
     ]
     start = time.monotonic()
@@ -157,11 +159,11 @@ def _rank_main(launch: Launch, folder: Path, harm: Harm | None, is_harmed: bool,
             meet = _open_gloo(launch, folder) if gloo else (lambda: _wait_for(folder, launch))
         for step in range(1, STEPS + 1):
             with watchdog.section("step", step=step):
-                watchdog.at("data")
+                watchdog.mark("data")
                 if step == HARM_STEP and is_harmed and harm is not None:
                     (folder / "harm").write_text(str(time.monotonic()))
                     harm(watchdog)
-                watchdog.at("reduce")
+                watchdog.mark("reduce")
                 meet()
 
 

@@ -20,8 +20,8 @@ from megadiff.platform.quiet import quiet
 from tests.support.commands import REPOSITORY
 
 with quiet():  # what the commands import, before the fork
-    import megadiff.build
-    import megadiff.trained  # noqa: F401
+    import megadiff.run.build
+    import megadiff.run.load_model  # noqa: F401
 
 
 class Ended(NamedTuple):

@@ -1,4 +1,5 @@
-"""Real runs at toy size: a run description, the wiring of `megadiff.build` on forked ranks, and what they printed."""
+"""Real runs at toy size: a run description, the wiring of `megadiff.run.build` on forked ranks, and what they
+printed."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadiff.data.loader import microbatch_samples
-from megadiff.diffusion.noising import NoisedRows
+from megadiff.diffusion.noising import NoisedBatch
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.train.metrics import read_metrics
 
 with quiet():
@@ -41,8 +42,8 @@ class Trained:
     lines: list[dict[str, Any]]
     """Training lines of `metrics.jsonl`."""
     evaluations: list[dict[str, Any]]
-    row_hashes: dict[int, str]
-    """Of every noised row this rank saw, by global sample index."""
+    sequence_hashes: dict[int, str]
+    """Of every noised sequence this rank saw, by global sample index."""
 
     def curve(self, key: str) -> list[float]:
         """One figure of the training lines, by step."""
@@ -60,7 +61,7 @@ def train_on_rank(
     """
     run = wire_on_rank(config, world_size)
     hashes: dict[int, str] = {}
-    run.microbatches = _hashed(run.microbatches, run, config.batch.micro_sequences, hashes)
+    run.microbatches = _hashed(run.microbatches, run, config.batch.micro_batch_size, hashes)
     if not save:
         run.hooks = [hook for hook in run.hooks if not isinstance(hook, CheckpointHook)]
     if change is not None:
@@ -75,11 +76,11 @@ def train_all(configs: Sequence[RunConfig], world_size: int, **kwargs: Any) -> l
     return [train_on_rank(config, world_size, **kwargs) for config in configs]
 
 
-def merged_rows(ranks: Iterable[Trained]) -> dict[int, str]:
-    """All ranks' rows together; ranks that saw the same sample must have seen the same bits."""
+def merged_sequences(ranks: Iterable[Trained]) -> dict[int, str]:
+    """All ranks' sequences together; ranks that saw the same sample must have seen the same bits."""
     merged: dict[int, str] = {}
     for trained in ranks:
-        for sample, digest in trained.row_hashes.items():
+        for sample, digest in trained.sequence_hashes.items():
             assert merged.setdefault(sample, digest) == digest, f"ranks differ in sample {sample}"
     return merged
 
@@ -91,23 +92,23 @@ def largest_relative_difference(one: Sequence[float], other: Sequence[float]) ->
 
 
 def _hashed(
-    source: Iterator[NoisedRows], run: Trainer, micro_sequences: int, hashes: dict[int, str]
-) -> Iterator[NoisedRows]:
-    """Hash every row on its way from the loader to the step."""
+    source: Iterator[NoisedBatch], run: Trainer, micro_batch_size: int, hashes: dict[int, str]
+) -> Iterator[NoisedBatch]:
+    """Hash every sequence on its way from the loader to the step."""
     topology = run.step.topology
     for step in range(run.first_step, run.steps):
         for microbatch in range(run.microbatches_of(step)):
-            rows = next(source)
+            sequences = next(source)
             samples = microbatch_samples(
                 run.sizes.samples_before(step),
-                micro_sequences=micro_sequences,
+                micro_batch_size=micro_batch_size,
                 dp_rank=topology.data_rank,
                 dp_size=topology.layout.data,
                 microbatch=microbatch,
             )
             for place, sample in enumerate(samples):
                 digest = hashlib.sha256()
-                for field in rows:
+                for field in sequences:
                     digest.update(field[place].numpy().tobytes())
                 hashes[sample] = digest.hexdigest()
-            yield rows
+            yield sequences

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.supervision.launch import Launch, heartbeat_path
 from tests.support.runs import read_metrics
 
-COMPARED = ("step", "tokens", "loss", "elbo", "kl", "itakura_saito", "mean_weight", "grad_norm", "lr")
+COMPARED = ("step", "tokens", "loss", "elbo", "kl", "itakura_saito", "weight", "grad_norm", "lr")
 
 
 class Ranks:
@@ -31,7 +31,7 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self._launch = Launch.of(
+        self._launch = Launch.from_env(
             config.folder,
             rank=0,
             world_size=world_size,
@@ -125,7 +125,7 @@ def _rank_main(config: RunConfig, rank: int, world_size: int, port: int, environ
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    from megadiff import build
     from megadiff.errors import run_command
+    from megadiff.run import build
 
     run_command(lambda: build.run(config))

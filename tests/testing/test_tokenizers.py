@@ -115,7 +115,7 @@ def test_every_command_takes_it(words: str, tmp_path: Path) -> None:
         ["pretrain_dlm.py", "--config", run, "--check", "optimizer.beta1=0.8"],
         ["pretrain_dlm.py", "--config", run, "optimizer.beta1=0.8"],
         ["tools/generate.py", "--model", model, "--prompt", "a list", "--num-tokens", "6", "--steps", "3"],
-        ["tools/evaluate.py", "elbo", "--model", model, "--data", corpus, "--rows", "4"],
+        ["tools/evaluate.py", "elbo", "--model", model, "--data", corpus, "--sequences", "4"],
         ["tools/convert_checkpoint.py", "export", "--checkpoint", model, "--output", exported, "--verify"],
     ):
         ended = call_forked(*command)

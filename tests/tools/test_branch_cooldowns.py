@@ -26,7 +26,7 @@ def trunk(toy_corpus, tmp_path_factory):
         name="trunk",
         model__layers=1,
         data__valid=[],
-        schedule={"steps": STEPS, "warmup_steps": 2, "cooldown": COOLDOWN},
+        schedule={"steps": STEPS, "warmup_steps": 2, "decay_steps": COOLDOWN},
         checkpoint={"every": EVERY},
     )
     path = write_yaml(folder / "trunk.yaml", tree)
@@ -60,7 +60,7 @@ def test_a_branch_has_the_trunks_own_settings(trunk, tmp_path):
     branch = tmp_path / "trunk-cooldown-3"
     config = yaml.safe_load((branch / "config.yaml").read_text())
     assert (config["optimizer"]["lr"], config["noise"]["shift"]) == (0.005, "masked")
-    assert (config["schedule"]["steps"], config["schedule"]["cooldown"]) == (11, 3)
+    assert (config["schedule"]["steps"], config["schedule"]["decay_steps"]) == (11, 3)
     lines = read_metrics(branch / "metrics.jsonl")
     assert [line["step"] for line in lines] == [9, 10, 11]
     assert lines[0]["lr"] == 0.005

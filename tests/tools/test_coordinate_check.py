@@ -14,16 +14,16 @@ TELLS = {
     # rule: a statistic and the axis along which it gives the rule's absence away
     "residual": "change of stream goes with depth^+",
     "head": "logits, step 1 goes with width^+",
-    "bulk_init": "stream, start goes with width^+",
+    "hidden_init": "stream, start goes with width^+",
     "embed_init": "embedding, start goes with width^-",
     "zero_head": "logits before the first step have size",
-    "bulk_lr": "change of stream goes with width^+",
+    "hidden_lr": "change of stream goes with width^+",
     "embed_lr": "change of embedding goes with width^-",
     "head_lr": "logits, step 1 goes with width^-",
     "gain_lr": "change of gains goes with width^-",
     "bias_lr": "change of biases goes with width^-",
     "eps": "eps / gradient goes with width^+",
-    "decay": "decay of bulk goes with width^-",
+    "decay": "decay of hidden matrices goes with width^-",
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megadiff.config.load import load_config
 from megadiff.errors import MegadiffError
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from tests.support.commands import REPOSITORY
 from tools import demo
 

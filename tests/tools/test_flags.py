@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megadiff.eval.continuation import Manner
+from megadiff.eval.continuation import GenerationConfig
 from tests.support.commands import REPOSITORY, write_yaml
 from tests.support.forked_command import Ended, call_forked
 from tests.support.ranks import on_ranks
@@ -153,15 +153,15 @@ def test_harness_options_become_its_settings() -> None:
         return command._settings(command._parser().parse_args(["--model", "m", "--tasks", "t", *options]))
 
     plain = settings()
-    assert plain.manner == Manner(steps=128, block_length=None, sampler="adaptive", seed=0, batch_rows=8)
-    assert (plain.bound.draws, plain.bound.seed, plain.bound.batch_rows) == (128, 0, 8)
+    assert plain.config == GenerationConfig(steps=128, block_length=None, sampler="adaptive", seed=0, batch_size=8)
+    assert (plain.bound.draws, plain.bound.seed, plain.bound.batch_size) == (128, 0, 8)
     assert (plain.prepend_bos, plain.context, plain.check_greedy) == (None, 0, True)
     other = settings(
         *("--seed", "5", "--batch-size", "3", "--noise-levels", "6", "--steps", "7", "--block-length", "2"),
         *("--sampler", "ancestral", "--prepend-bos", "--context", "9", "--skip-greedy"),
     )
-    assert other.manner == Manner(steps=7, block_length=2, sampler="ancestral", seed=5, batch_rows=3)
-    assert (other.bound.draws, other.bound.seed, other.bound.batch_rows) == (6, 5, 3)
+    assert other.config == GenerationConfig(steps=7, block_length=2, sampler="ancestral", seed=5, batch_size=3)
+    assert (other.bound.draws, other.bound.seed, other.bound.batch_size) == (6, 5, 3)
     assert (other.prepend_bos, other.context, other.check_greedy) == (True, 9, False)
     assert settings("--no-prepend-bos").prepend_bos is False
 
@@ -204,7 +204,7 @@ def test_branches_start_under_the_launcher_that_is_given(toy_corpus: Path, tmp_p
         *(toy_corpus, tmp_path),
         model__layers=1,
         data__valid=[],
-        schedule={"steps": 4, "warmup_steps": 1, "cooldown": 2},
+        schedule={"steps": 4, "warmup_steps": 1, "decay_steps": 2},
         checkpoint__every=2,
     )
     on_ranks(1, train_on_rank, config, 1, save=True)
@@ -239,18 +239,18 @@ def test_runs_are_drawn_side_by_side_by_the_command(tmp_path: Path) -> None:
     for size in (2, 4):
         run = tmp_path / f"b{size}"
         run.mkdir()
-        (run / "config.yaml").write_text(yaml.safe_dump({"batch": {"global_sequences": size}}))
+        (run / "config.yaml").write_text(yaml.safe_dump({"batch": {"global_batch_size": size}}))
         lines = [{"step": 1, "tokens": size * 100}, {"step": 1, "eval_elbo": 5.0 - size / 2, "eval_elbo_stderr": 0.1}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ("tools/plot_experiment.py", tmp_path / "b2", tmp_path / "b4", "--by", "batch.global_sequences")
+    command = ("tools/plot_experiment.py", tmp_path / "b2", tmp_path / "b4", "--by", "batch.global_batch_size")
     out = said(*command, "--targets", "3.5", "--output", tmp_path / "f.png")
     assert "tokens to 3.5" in out
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_trains_each_rate_and_seed_at_each_size(toy_corpus: Path, tmp_path: Path) -> None:
-    tree = toy_tree(toy_corpus, tmp_path / "runs", schedule__steps=2, eval__rows=2, schedule__warmup_steps=0)
-    tree["schedule"]["cooldown"] = 0
+    tree = toy_tree(toy_corpus, tmp_path / "runs", schedule__steps=2, eval__sequences=2, schedule__warmup_steps=0)
+    tree["schedule"]["decay_steps"] = 0
     config = write_yaml(tmp_path / "sweep.yaml", tree)
     out = said(
         *(

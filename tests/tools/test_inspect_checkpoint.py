@@ -29,7 +29,7 @@ def test_a_whole_one_is_described(run):
     code, out, err = call("tools/inspect_checkpoint.py", run, "--tensors")
     assert code == 0, err
     assert f"{run}/checkpoints/step_00000004: whole, every byte as it was written" in out
-    assert "step 4, 32 rows, 512 tokens" in out
+    assert "step 4, 32 sequences, 512 tokens" in out
     assert "tensor 2, pipeline 1" in out
     assert "  embedding.word_embeddings.weight  384x32  float32\n" in out
     code, out, _ = call("tools/inspect_checkpoint.py", run / "checkpoints/step_00000002", "--json")

@@ -36,7 +36,7 @@ def test_the_table_marks_the_best_rate_and_an_edge():
 @pytest.fixture
 def config(toy_corpus, tmp_path):
     """A run of three steps, as a file."""
-    tree = toy_tree(toy_corpus, tmp_path / "runs", schedule__steps=3, eval__rows=4)
+    tree = toy_tree(toy_corpus, tmp_path / "runs", schedule__steps=3, eval__sequences=4)
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.dump(tree))
     return path
@@ -44,7 +44,7 @@ def config(toy_corpus, tmp_path):
 
 def _sweep_on_rank(config):
     """Two rates trained for real; then the first again, which must not train."""
-    from megadiff import build
+    from megadiff.run import build
 
     build.run = lambda described: wire_on_rank(described, 1).train()
     first, second = (sweep.run(config, "completep", (32, 2), rate) for rate in (0.1, 0.4))
@@ -64,8 +64,8 @@ def test_a_run_is_trained_once_and_its_last_bound_is_what_counts(config, tmp_pat
 
 
 def test_a_run_that_diverged_counts_as_infinite(config, monkeypatch):
-    from megadiff import build
     from megadiff.errors import TrainingError
+    from megadiff.run import build
 
     def diverge(described):
         raise TrainingError("step 2: the gradient norm is nan")

@@ -18,7 +18,7 @@ from megadiff.errors import CheckpointError, ConfigError, DataError
 from megadiff.train.metrics import read_metrics
 from tests.support.commands import REPOSITORY, call
 from tests.support.ranks import on_ranks
-from tests.support.runs import merged_rows, toy_config, train_all, write_corpus
+from tests.support.runs import merged_sequences, toy_config, train_all, write_corpus
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -37,7 +37,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def trained(toy_corpus, tmp_path_factory):
-    """{layout: (config, rows' hashes by sample)} of finished runs with a checkpoint after steps 4 and 8."""
+    """{layout: (config, sequences' hashes by sample)} of finished runs with a checkpoint after steps 4 and 8."""
     root = tmp_path_factory.mktemp("runs")
     configs = {
         name: toy_config(
@@ -54,30 +54,35 @@ def trained(toy_corpus, tmp_path_factory):
     }
     ranks = on_ranks(2, train_all, list(configs.values()), 2, save=True, timeout_s=300)
     return {
-        name: (config, merged_rows([ranks[rank][i] for rank in (0, 1)]))
+        name: (config, merged_sequences([ranks[rank][i] for rank in (0, 1)]))
         for i, (name, config) in enumerate(configs.items())
     }
 
 
 def replayed(run: Path, step: int, overrides=(), *, save: Path | None = None):
-    """What `replay` finds, and a digest of every row; in a process of its own."""
+    """What `replay` finds, and a digest of every sequence; in a process of its own."""
 
     def summed(values):
         digests = {}
-        for place, row in enumerate(values.rows):
+        for place, sequence in enumerate(values.sequences):
             digest = hashlib.sha256()
             for column in values.batch:
                 digest.update(column[place].numpy().tobytes())
-            digests[row.sample] = digest.hexdigest()
+            digests[sequence.sample] = digest.hexdigest()
         return digests
 
-    from megadiff.replay import replay
+    from megadiff.run.replay import replay
 
     found = replay(run, step, list(overrides))
     if save is not None:
         found.save(save)
-    facts = {"figures": found.figures, "differences": found.differences(), "rows": found.rows, "start": found.start}
-    return {**facts, "between": found.steps_between, "skip": found.skip, "broken": found.broken_row}, summed(found)
+    facts = {
+        "figures": found.figures,
+        "differences": found.differences(),
+        "sequences": found.sequences,
+        "start": found.start,
+    }
+    return {**facts, "between": found.steps_between, "skip": found.skip, "broken": found.broken_sequence}, summed(found)
 
 
 def in_a_fork(*arguments, fn=replayed, **options):
@@ -118,23 +123,27 @@ def test_a_step_of_two_ranks_is_the_same_on_one_process_and_nothing_is_written(t
     assert (found["between"], found["skip"], found["broken"]) == (between, None, None)
 
 
-def test_the_rows_add_up_to_the_loss_and_lie_where_they_say_in_the_data(trained, toy_corpus, tmp_path):
+def test_the_sequences_add_up_to_the_loss_and_lie_where_they_say_in_the_data(trained, toy_corpus, tmp_path):
     from megadiff.data.indexed_reader import IndexedReader
 
     config, _ = trained["pp2_vp2"]
     found, _ = in_a_fork(config.folder, 5, save=tmp_path / "step.npz")
-    rows, reader = found["rows"], IndexedReader(toy_corpus)
-    noisy = sum(row.noisy_tokens for row in rows)
-    assert sum(row.loss * row.noisy_tokens for row in rows) / noisy == pytest.approx(found["figures"]["loss"], rel=1e-6)
-    assert sum(row.elbo * row.noisy_tokens for row in rows) / noisy == pytest.approx(found["figures"]["elbo"], rel=1e-6)
+    sequences, reader = found["sequences"], IndexedReader(toy_corpus)
+    noisy = sum(sequence.noisy_tokens for sequence in sequences)
+    assert sum(sequence.loss * sequence.noisy_tokens for sequence in sequences) / noisy == pytest.approx(
+        found["figures"]["loss"], rel=1e-6
+    )
+    assert sum(sequence.elbo * sequence.noisy_tokens for sequence in sequences) / noisy == pytest.approx(
+        found["figures"]["elbo"], rel=1e-6
+    )
     with np.load(tmp_path / "step.npz", allow_pickle=False) as saved:
-        assert saved["samples"].tolist() == [row.sample for row in rows] == list(range(32, 40))
-        for place, row in enumerate(rows):
+        assert saved["samples"].tolist() == [sequence.sample for sequence in sequences] == list(range(32, 40))
+        for place, sequence in enumerate(sequences):
             clean = saved["clean"][place]
-            assert reader.tokens(row.origin.token, 16).tolist() == clean.tolist()
-            assert reader.document(row.origin.document)[row.origin.within] == clean[0]
-            assert saved["is_noisy"][place].sum() == row.noisy_tokens
-            assert saved["loss"][place].sum() == pytest.approx(row.loss * row.noisy_tokens, rel=1e-5)
+            assert reader.tokens(sequence.origin.token, 16).tolist() == clean.tolist()
+            assert reader.document(sequence.origin.document)[sequence.origin.within] == clean[0]
+            assert saved["is_noisy"][place].sum() == sequence.noisy_tokens
+            assert saved["loss"][place].sum() == pytest.approx(sequence.loss * sequence.noisy_tokens, rel=1e-5)
 
 
 def test_a_run_with_a_hole_in_its_checkpoints_starts_from_an_older_one(trained, tmp_path):
@@ -158,28 +167,28 @@ def test_what_the_health_checks_remember_is_in_the_checkpoint(trained):
     health = read_manifest(config.folder / "checkpoints/step_00000004").health
     assert health["loss"] == [lines[step]["loss"] for step in (1, 2, 3, 4)]
     assert health["grad_norm"] == [lines[step]["grad_norm"] for step in (1, 2, 3, 4)]
-    assert (health["non_finite_in_a_row"], health["skipped"]) == (0, 0)
+    assert (health["non_finite_consecutive"], health["skipped"]) == (0, 0)
 
 
-def replayed_with_one_broken_row(run: Path, step: int, sample: int, what: str):
+def replayed_with_one_broken_sequence(run: Path, step: int, sample: int, what: str):
     """One sample whose loss is not finite, or, with finite losses, whose gradient is not."""
     from dataclasses import dataclass
 
-    from megadiff import replay
-    from megadiff.parallel.row_objective import RowObjective
+    from megadiff.parallel.sharded_objective import ShardedObjective
+    from megadiff.run import replay
 
-    honest = replay.row_objective
+    honest = replay.sharded_objective
 
     @dataclass(frozen=True)
-    class Broken(RowObjective):
-        inner: RowObjective
+    class Broken(ShardedObjective):
+        inner: ShardedObjective
         clean: Any
 
-        def place(self, rows, device):
-            return self.inner.place(rows, device)
+        def place(self, sequences, device):
+            return self.inner.place(sequences, device)
 
         def lm_head_loss(self, hidden, weight, placed):
-            here = (placed.rows.clean == self.clean).all(dim=1)
+            here = (placed.sequences.clean == self.clean).all(dim=1)
             if what == "gradient":
                 hidden.register_hook(lambda gradient: gradient.masked_fill(here[None, :, None], float("nan")))
                 return self.inner.lm_head_loss(hidden, weight, placed)
@@ -187,24 +196,24 @@ def replayed_with_one_broken_row(run: Path, step: int, sample: int, what: str):
             terms = answer.terms._replace(loss=answer.terms.loss.masked_fill(here[None, :], float("inf")))
             return answer._replace(loss=answer.loss + (float("inf") if here.any() else 0.0), terms=terms)
 
-    def row_objective(prepared, topology, platform):
-        clean = torch.from_numpy(prepared.data.train.rows([sample])[0])
+    def sharded_objective(prepared, topology, platform):
+        clean = torch.from_numpy(prepared.data.train.sequences([sample])[0])
         return Broken(prepared.process, topology, honest(prepared, topology, platform), clean)
 
-    replay.row_objective = row_objective
+    replay.sharded_objective = sharded_objective
     return replayed(run, step)
 
 
-def test_the_first_row_whose_loss_is_not_finite_is_found(trained):
-    found, _ = in_a_fork(trained["tp2_sp"][0].folder, 5, 37, "loss", fn=replayed_with_one_broken_row)
-    assert [row.sample for row in found["rows"] if not row.is_finite] == [37]
+def test_the_first_sequence_whose_loss_is_not_finite_is_found(trained):
+    found, _ = in_a_fork(trained["tp2_sp"][0].folder, 5, 37, "loss", fn=replayed_with_one_broken_sequence)
+    assert [sequence.sample for sequence in found["sequences"] if not sequence.is_finite] == [37]
     assert (found["skip"], found["broken"]) == ("non_finite", 37)
     assert found["differences"]["loss"] is None
 
 
-def test_where_all_losses_are_finite_the_first_row_with_a_broken_gradient_is_found(trained):
-    found, _ = in_a_fork(trained["tp2_sp"][0].folder, 5, 37, "gradient", fn=replayed_with_one_broken_row)
-    assert all(row.is_finite for row in found["rows"])
+def test_where_all_losses_are_finite_the_first_sequence_with_a_broken_gradient_is_found(trained):
+    found, _ = in_a_fork(trained["tp2_sp"][0].folder, 5, 37, "gradient", fn=replayed_with_one_broken_sequence)
+    assert all(sequence.is_finite for sequence in found["sequences"])
     assert (found["skip"], found["broken"]) == ("non_finite", 37)
 
 
@@ -232,13 +241,13 @@ def test_the_command_prints_a_table_and_refuses_to_write_into_the_run(trained, t
     config, _ = trained["dp2_distopt"]
     tool = REPOSITORY / "tools/replay.py"
     before = contents(config.folder)
-    code, out, err = call(tool, "--run", config.folder, "--step", 7, "--rows", 3, "--save", tmp_path / "s.npz")
+    code, out, err = call(tool, "--run", config.folder, "--step", 7, "--sequences", 3, "--save", tmp_path / "s.npz")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["step 5", "step 6"]
     assert lines[2] == "step 7, from checkpoint step_00000004, 2 step(s) taken in memory"
     assert [line.split()[0] for line in lines[4:7]] == ["48", "49", "50"]
-    assert "(5 more rows; --rows 0 shows all)" in lines[7]
+    assert "(5 more sequences; --sequences 0 shows all)" in lines[7]
     assert all("was logged, relative difference" in line for line in lines[8:11])
     assert (tmp_path / "s.npz").is_file()
     inside = config.folder / "s.npz"

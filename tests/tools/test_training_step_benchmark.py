@@ -10,7 +10,7 @@ from tests.support.ranks import on_ranks
 with quiet():
     from training_step import PlainTraining, Size, Wired, check_equal, measure
 
-TINY = Size(2, 32, 2, seq_length=16, vocab_size=300, sequences=4, micro_sequences=2)
+TINY = Size(2, 32, 2, seq_length=16, vocab_size=300, sequences=4, micro_batch_size=2)
 
 
 def _measured(folder):

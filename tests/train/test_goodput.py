@@ -326,8 +326,8 @@ class CrashError(Exception):
 
 def _attempt(config, *, crash_after=None):
     """A real run, its time taken by the meter that `build` and the loop hand around."""
-    from megadiff import build
-    from megadiff.run_folder import Supervision
+    from megadiff.run import build
+    from megadiff.run.folder import Supervision
     from megadiff.train.hooks import Hook
     from tests.support.runs import platform_on_rank
 
@@ -335,7 +335,7 @@ def _attempt(config, *, crash_after=None):
     meter = Goodput(config.folder / "goodput.json", GoodputConfig(mtbf_hours=8), save_every=config.checkpoint.every)
     with meter.during("setup"):
         supervision = dataclasses.replace(Supervision.none(config), goodput=meter)
-        run = build.build_trainer(build.prepare(config, world_size=1), platform_on_rank(), None, supervision)
+        run = build.build_trainer(build.validate_run(config, world_size=1), platform_on_rank(), None, supervision)
 
     class Crashes(Hook):
         def __call__(self, info):

@@ -29,20 +29,20 @@ def test_no_update_is_made_where_loss_or_norm_is_not_finite(loss, norm):
     health = health_of()
     assert health.check(3.0, 1.0) == StepDecision()
     assert health.check(loss, norm) == StepDecision("non_finite")
-    assert (health.state()["non_finite_in_a_row"], health.skipped) == (1, 1)
+    assert (health.state()["non_finite_consecutive"], health.skipped) == (1, 1)
     assert health.state()["loss"] == [3.0], "what is not finite never joins the running figures"
     health.check(3.0, 1.0)
-    assert (health.state()["non_finite_in_a_row"], health.skipped) == (0, 1)
+    assert (health.state()["non_finite_consecutive"], health.skipped) == (0, 1)
 
 
-def test_the_run_ends_after_the_limit_in_a_row_with_the_samples_of_all_of_them(caplog):
+def test_the_run_ends_after_the_limit_in_a_sequence_with_the_samples_of_all_of_them(caplog):
     health, source = health_of(non_finite_limit=2), NonFiniteSource(5, "node3", 1, (2, 3), ())
     for step, norm in ((1, 1.0), (2, NAN), (3, 1.0), (4, NAN)):
         health.report(step, health.check(3.0, norm), (source,))
     with pytest.raises(TrainingError) as raised:
         health.report(5, health.check(3.0, NAN), (source,))
     said = str(raised.value)
-    assert said.startswith("step 5: loss or gradient not finite 2 steps in a row (health.non_finite_limit is 2); ")
+    assert said.startswith("step 5: loss or gradient not finite 2 consecutive steps (health.non_finite_limit is 2); ")
     assert (
         "Their samples are 24 to 39; in the last step: loss of a microbatch on rank 5 (node3), samples 34, 35." in said
     )
@@ -117,7 +117,7 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(cut):
 def test_an_older_checkpoint_without_state_and_a_smaller_window_are_taken():
     health = health_of(spike_window=8)
     health.restore({})
-    assert health.state() == {"non_finite_in_a_row": 0, "skipped": 0, "loss": [], "grad_norm": []}
+    assert health.state() == {"non_finite_consecutive": 0, "skipped": 0, "loss": [], "grad_norm": []}
     health.restore({"loss": list(range(100)), "grad_norm": list(range(100))})
     assert health.state()["loss"] == [92, 93, 94, 95, 96, 97, 98, 99]
 

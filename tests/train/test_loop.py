@@ -56,13 +56,13 @@ def trainer_of(norms, *, first_step=0):
         steps=first_step + len(norms),
         sizes=BatchSizes(8),
         sequences_at_once=4,
-        schedule=WarmupStableDecay(steps=10, warmup_steps=4, cooldown_steps=0, shape="sqrt"),
+        schedule=WarmupStableDecay(steps=10, warmup_steps=4, decay_steps=0, decay_shape="sqrt"),
         peak_lr=1.0,
         microbatches=iter(range(100)),
         hooks=[Recorder(happened)],
         checkpoint=cast(CheckpointHook, None),
         stop=AgreedStop(None, cast(Topology, None)),
-        watchdog=Watchdog(WatchdogConfig(enabled=False), Launch.of(Path("unused"), rank=0, world_size=1)),
+        watchdog=Watchdog(WatchdogConfig(enabled=False), Launch.from_env(Path("unused"), rank=0, world_size=1)),
         goodput=Goodput(None, GoodputConfig(), save_every=100),
         closing=[lambda: happened.append("closed")],
     ), happened
@@ -84,6 +84,6 @@ def test_a_skipped_step_counts_data_and_schedule_go_on_and_hooks_learn_of_it(nor
 
 def test_a_run_that_health_ends_closes_its_files_and_calls_no_more_hooks():
     trainer, happened = trainer_of([1.0, *[float("nan")] * 3, 1.0])
-    with pytest.raises(TrainingError, match=r"step 4: .* 3 steps in a row .* Their samples are 8 to 31;"):
+    with pytest.raises(TrainingError, match=r"step 4: .* 3 consecutive steps .* Their samples are 8 to 31;"):
         trainer.train()
     assert happened[-4:] == [(3, "non_finite"), ([6, 7], 0.75), "close", "closed"]

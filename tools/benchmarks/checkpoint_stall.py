@@ -25,7 +25,7 @@ polls and the completion. "steps beside it" shows how much longer steps take whi
 _DESCRIPTION = {
     "platform": "cpu",
     "model": {"layers": 8, "hidden": 512, "heads": 8, "seq_length": 128},
-    "batch": {"global_sequences": 1, "micro_sequences": 1},
+    "batch": {"global_batch_size": 1, "micro_batch_size": 1},
     "precision": {"compute": "fp32"},
     "optimizer": {"name": "adamw", "lr": 1e-4},
     "schedule": {"steps": 10_000},
@@ -49,7 +49,7 @@ def _measure(folder: Path, *, saves: int) -> None:
     from megadiff.platform.quiet import quiet
 
     with quiet():
-        from megadiff import build
+        from megadiff.run import build
     from megadiff.parallel.topology import process_group
     from megadiff.train.hooks.checkpoint import CheckpointHook
 

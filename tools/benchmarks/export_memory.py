@@ -173,14 +173,14 @@ def _peak_bytes() -> int:
 
 def _table(found: dict[str, float]) -> str:
     gib = 2**30
-    rows = {
+    sequences = {
         "weights": f"{found['model_bytes'] / gib:.2f} GiB",
         "largest tensor": f"{found['largest_tensor_bytes'] / gib:.2f} GiB",
         "resident before the export": f"{found['start_bytes'] / gib:.2f} GiB",
         "resident at its peak": f"{found['peak_bytes'] / gib:.2f} GiB",
         "seconds": f"{found['seconds']:.0f} (hashing the checkpoint, reading and writing)",
     }
-    return "\n".join(f"{name:<28}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<28}{value}" for name, value in sequences.items())
 
 
 if __name__ == "__main__":

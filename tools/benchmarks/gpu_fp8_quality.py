@@ -24,9 +24,9 @@ _EPILOG = """example:
   python tools/benchmarks/gpu_fp8_quality.py --output results
 
 The text is Python's own documentation, as bytes. `pretrain_dlm.py` trains 12 layers of width 768 for 200 steps of 64
-rows of 512 tokens, once in bf16 and once for each FP8 recipe. Rows, noise, first weights and held-out noise are the
-same. Two runs agree if their bounds differ by less than two standard errors of a bound. Data and runs are deleted.
-Without Transformer Engine there is nothing to compare, which is reported and is no failure.
+sequences of 512 tokens, once in bf16 and once for each FP8 recipe. Sequences, noise, first weights and held-out noise
+are the same. Two runs agree if their bounds differ by less than two standard errors of a bound. Data and runs are
+deleted. Without Transformer Engine there is nothing to compare, which is reported and is no failure.
 """
 
 
@@ -81,12 +81,12 @@ def _trained(recipe: str, folder: Path, arguments: argparse.Namespace) -> dict[s
         "model": {"layers": 12, "hidden": 768, "heads": 6, "seq_length": 512, "qk_norm": "head", "vocab_multiple": 64},
         "noise": {"shift": "balanced"},
         "data": {"train": [str(folder / "train")], "valid": [str(folder / "valid")], "tokenizer": "byte"},
-        "batch": {"global_sequences": 64, "micro_sequences": 32},
+        "batch": {"global_batch_size": 64, "micro_batch_size": 32},
         "precision": {"compute": "bf16", **({} if recipe == "none" else {"fp8": recipe})},
         "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
-        "schedule": {"steps": arguments.steps, "warmup_steps": arguments.steps // 10, "cooldown": 0.3},
+        "schedule": {"steps": arguments.steps, "warmup_steps": arguments.steps // 10, "decay_steps": 0.3},
         "checkpoint": {"every": 100_000},
-        "eval": {"every": arguments.steps, "rows": 128, "noise_levels": 8},
+        "eval": {"every": arguments.steps, "sequences": 128, "num_noise_levels": 8},
         "log": {"every": 20, "tensorboard": False},
     }
     path = folder / f"{name}.yaml"

@@ -18,10 +18,10 @@ from torch.nn import functional
 from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import MegadiffError, PlatformError, run_command
-from megadiff.kernels.choice import choose_head
-from megadiff.kernels.head import Formula, HeadTokens, worth_computing
-from megadiff.kernels.products import add_product
-from megadiff.kernels.vocab_shard import VocabShard
+from megadiff.loss.choice import choose_loss_kernel
+from megadiff.loss.inputs import LossInputs, LossSpec, loss_token_indices
+from megadiff.loss.products import add_product
+from megadiff.loss.vocab_shard import VocabShard
 
 _EPILOG = """example:
   python tools/benchmarks/gpu_head.py --output results
@@ -45,7 +45,7 @@ class Question(NamedTuple):
     clean: Tensor
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One line of the table."""
 
     name: str
@@ -87,15 +87,17 @@ def main() -> None:
         raise MegadiffError(f"no figure for {lost} line(s); the lines above give the reasons")
 
 
-def _rows(arguments: argparse.Namespace, width: int) -> list[Row]:
+def _rows(arguments: argparse.Namespace, width: int) -> list[TableRow]:
     question = _question(arguments.tokens, arguments.vocab_size, width)
     small = Question(question.hidden[: arguments.plain_tokens].detach().requires_grad_(), *question[1:])
     small = small._replace(clean=question.clean[: arguments.plain_tokens])
     slope = _softmax_slope(question.clean)
     rows = [
-        Row("three products", arguments.tokens, lambda: _in_chunks(question, lambda logits, rows: logits), question),
-        Row("cross-entropy, chunks", arguments.tokens, lambda: _in_chunks(question, slope), question),
-        Row("cross-entropy, whole", arguments.tokens, lambda: _whole_cross_entropy(question), question),
+        TableRow(
+            "three products", arguments.tokens, lambda: _in_chunks(question, lambda logits, rows: logits), question
+        ),
+        TableRow("cross-entropy, chunks", arguments.tokens, lambda: _in_chunks(question, slope), question),
+        TableRow("cross-entropy, whole", arguments.tokens, lambda: _whole_cross_entropy(question), question),
     ]
     for noise, shift in NOISES.items():
         for head in ("plain", "chunked", "triton"):
@@ -111,25 +113,26 @@ def _question(tokens: int, vocab_size: int, width: int) -> Question:
     return Question(hidden.requires_grad_(), weight.requires_grad_(), clean)
 
 
-def _head_row(name: str, noise: str, shift: float, question: Question) -> Row:
-    """Measure one head: half masks under masked noise; half x, a quarter masks under balanced; half x under uniform."""
+def _head_row(name: str, noise: str, shift: float, question: Question) -> TableRow:
+    """Measure one head: half masks under masked noise; half x, a quarter masks under balanced; half x under
+    uniform."""
     process = HybridMixing(question.weight.shape[0], MASK, shift)
     noised = question.clean.cpu()
     noised[::2] = MASK if noise == "masked" else noised.flip(0)[::2]
     if noise == "balanced":
         noised[::4] = MASK
-    computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), process)
+    computed = loss_token_indices(noised, torch.ones_like(noised, dtype=torch.bool), process)
     log_snr = torch.linspace(-7, 7, len(noised), device="cuda")
     places = None if computed is None else computed.cuda()
-    tokens = HeadTokens(question.clean, noised.cuda(), log_snr, places)
+    tokens = LossInputs(question.clean, noised.cuda(), log_snr, places)
     count = len(noised) if computed is None else len(computed)
 
     def run() -> None:
-        _, head = choose_head(name, is_cpu=False)  # type: ignore[arg-type]
+        _, head = choose_loss_kernel(name, is_cpu=False)  # type: ignore[arg-type]
         question.hidden.grad = question.weight.grad = None
-        head(question.hidden, question.weight, tokens, Formula(process)).loss.backward()
+        head(question.hidden, question.weight, tokens, LossSpec(process)).loss.backward()
 
-    return Row(f"{name}, {noise}", count, run, question)
+    return TableRow(f"{name}, {noise}", count, run, question)
 
 
 def _softmax_slope(clean: Tensor) -> Callable[[Tensor, slice], Tensor]:
@@ -164,13 +167,13 @@ def _whole_cross_entropy(question: Question) -> None:
 class Timed(NamedTuple):
     """The median time of a row, or the reason why there is none."""
 
-    row: Row
+    row: TableRow
     milliseconds: float
     extra_bytes: int
     failure: str | None
 
 
-def _timed(rows: list[Row], *, rounds: int) -> list[Timed]:
+def _timed(rows: list[TableRow], *, rounds: int) -> list[Timed]:
     spent: dict[str, list[float]] = {row.name: [] for row in rows}
     extra: dict[str, int] = {}
     failures: dict[str, str] = {}
@@ -196,7 +199,7 @@ def _failure(error: Exception) -> str:
     return f"FAILED {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-def _extra_bytes(row: Row) -> int:
+def _extra_bytes(row: TableRow) -> int:
     """Return the peak memory of a run beyond what was allocated before; this is also the warm-up that compiles
     kernels."""
     row.question.hidden.grad = row.question.weight.grad = None  # otherwise they would be freed during the measurement
@@ -224,7 +227,7 @@ def _print_row(timed: Timed, width: int, vocab_size: int, ceiling: float) -> dic
 
 def _passes(vocab_size: int) -> list[dict[str, Any]]:
     """Time each pass alone, on one chunk of random logits in bf16."""
-    from megadiff.kernels.chunk_passes import TorchPasses
+    from megadiff.loss.chunk_passes import TorchPasses
 
     found: list[dict[str, Any]] = []
     for name, wanted in (("sums", 2), ("shares", 2), ("gradient", 4)):
@@ -232,7 +235,7 @@ def _passes(vocab_size: int) -> list[dict[str, Any]]:
             line: dict[str, Any] = {"pass": name, "kernels": kernels, "bytes": wanted}
             try:
                 if kernels == "triton":
-                    from megadiff.kernels.triton_passes import TritonPasses as Passes
+                    from megadiff.loss.triton_passes import TritonPasses as Passes
                 else:
                     Passes = TorchPasses  # type: ignore[misc,assignment]
                 line["ms"] = _pass_milliseconds(Passes, name, vocab_size)
@@ -251,7 +254,7 @@ def _pass_milliseconds(make: Any, name: str, vocab_size: int) -> float:
     row = torch.full((CHUNK,), 1e-3, device="cuda")
     calls = {
         "sums": passes.sums,
-        "shares": lambda: passes.shares(row),
+        "shares": lambda: passes.log1p_sums(row),
         "gradient": lambda: passes.gradient(row, row, row, row, row),
     }
     return milliseconds(calls[name])

@@ -20,28 +20,28 @@ from made_up import describe_made_up, prepare_made_up
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import MegadiffError, PlatformError, run_command
 from megadiff.model import cost
-from megadiff.parallel.row_report import metrics_of
+from megadiff.parallel.step_metrics import metrics_of
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 with quiet():
-    from megadiff import build
-    from megadiff.model.kernels import describe_kernels
+    from megadiff.model.implementation import describe_kernels
     from megadiff.parallel.topology import process_group
-    from megadiff.prepared import machine_for
+    from megadiff.run import build
+    from megadiff.run.context import machine_for
 
 _EPILOG = """examples:
   python tools/benchmarks/gpu_training.py --output results
   python tools/benchmarks/gpu_training.py --models 1.7b --precisions bf16 tensorwise --noise masked --seconds 60
 
-Each line is a separate run, wired as in training, on random rows: AdamW, master weights in float32, rows of 2048
-tokens, no recomputation if it fits. Model FLOPs are counted in full: a token's attention over its whole row, and the
-head at every position, even where masked noise does not compute it (`cost.training_flops_per_token`). Recomputation
-never counts. MFU is relative to the datasheet's 989 TFLOP/s (dense bf16, also for FP8), "of ceiling" to a large bf16
-product measured in the same run. A microbatch that does not fit in memory is halved. The last column names the kernels
-that ran; FP8 that no layer used is a failure. A run that would not end in time is left out, which is no failure, and
-neither is FP8 without Transformer Engine.
+Each line is a separate run, wired as in training, on random sequences: AdamW, master weights in float32, sequences of
+2048 tokens, no recomputation if it fits. Model FLOPs are counted in full: a token's attention over its whole sequence,
+and the head at every position, even where masked noise does not compute it (`cost.training_flops_per_token`).
+Recomputation never counts. MFU is relative to the datasheet's 989 TFLOP/s (dense bf16, also for FP8), "of ceiling" to
+a large bf16 product measured in the same run. A microbatch that does not fit in memory is halved. The last column
+names the kernels that ran; FP8 that no layer used is a failure. A run that would not end in time is left out, which is
+no failure, and neither is FP8 without Transformer Engine.
 """
 
 _DATASHEET = 989.0
@@ -56,7 +56,7 @@ class Model:
     hidden: int
     heads: int
     vocab_size: int
-    micro_sequences: int
+    micro_batch_size: int
 
 
 MODELS = {
@@ -130,7 +130,7 @@ def main() -> None:
             else:
                 line = _survived(MODELS[name], precision, arguments, clock)
             lines.append({"model": name, "precision": precision, **line})
-            print(_row(lines[-1], ceiling), flush=True)
+            print(_sequence(lines[-1], ceiling), flush=True)
             (arguments.output / "training.json").write_text(json.dumps({"ceiling": ceiling, "runs": lines}, indent=1))
     if lost := [f"{line['model']} {line['precision']}" for line in lines if "failed" in line]:
         raise MegadiffError(f"no figure for {', '.join(lost)}; the lines above give the reasons")
@@ -138,13 +138,13 @@ def main() -> None:
 
 def _survived(model: Model, precision: str, arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Return the figures of a run, after halving the microbatch until it fits, or the reason why there are none."""
-    micro = model.micro_sequences
+    micro = model.micro_batch_size
     while True:
         try:
             return _measured(model, precision, micro, arguments, clock)
         except torch.OutOfMemoryError:
             if micro == 1:
-                return {"failed": "out of memory with one row"}
+                return {"failed": "out of memory with one sequence"}
             micro //= 2  # the next try starts outside this block, when the frames of the failed one are gone
         except LateError as error:
             return {"skipped": str(error)}
@@ -193,17 +193,17 @@ def _flops_per_token(config: RunConfig, model: Model) -> float:
 def _timed(run: Any, config: RunConfig, model: Model, platform: Platform, steps: int, clock: Clock) -> dict[str, Any]:
     if not platform.is_cpu:
         torch.cuda.reset_peak_memory_stats()  # noqa: TID251
-    count = config.batch.global_sequences // config.batch.micro_sequences
+    count = config.batch.global_batch_size // config.batch.micro_batch_size
     seconds, loss = [], float("nan")
     for number in range(steps + _UNTIMED):
         if clock.left < 0:  # three timed steps suffice
             if len(seconds) >= min(3, steps):
                 break
             raise LateError(f"the time was over after {number} of {steps + _UNTIMED} steps")
-        rows = [next(run.microbatches) for _ in range(count)]
+        sequences = [next(run.microbatches) for _ in range(count)]
         platform.synchronize()
         began = time.perf_counter()
-        output = run.step(rows, config.optimizer.lr)
+        output = run.step(sequences, config.optimizer.lr)
         platform.synchronize()
         if number >= _UNTIMED:
             seconds.append(time.perf_counter() - began)
@@ -211,7 +211,7 @@ def _timed(run: Any, config: RunConfig, model: Model, platform: Platform, steps:
     tokens = config.tokens_per_step / statistics.median(seconds)
     flops = _flops_per_token(config, model)
     return {
-        "micro_sequences": config.batch.micro_sequences,
+        "micro_batch_size": config.batch.micro_batch_size,
         "tokens_per_s": tokens,
         "tflops": tokens * flops / 1e12,
         "flops_per_token": flops,
@@ -229,7 +229,7 @@ def _description(folder: Path, model: Model, precision: str, micro: int, argumen
             "qk_norm": "head",
         },
         "noise": {"shift": arguments.noise},
-        "batch": {"global_sequences": micro * arguments.accumulation, "micro_sequences": micro},
+        "batch": {"global_batch_size": micro * arguments.accumulation, "micro_batch_size": micro},
         "precision": {"compute": "bf16", **({} if precision == "bf16" else {"fp8": precision})},
         "optimizer": {"name": "adamw", "lr": 1e-4},
         "schedule": {"steps": 10_000},
@@ -238,7 +238,7 @@ def _description(folder: Path, model: Model, precision: str, micro: int, argumen
     return describe_made_up(folder, tree, vocab_size=model.vocab_size)
 
 
-def _row(line: dict[str, Any], ceiling: float | None) -> str:
+def _sequence(line: dict[str, Any], ceiling: float | None) -> str:
     head = f"| {line['model']} | {line['precision']} |"
     if "failed" in line:
         return f"{head} FAILED: {line['failed']} | | | | | | | |"
@@ -247,7 +247,7 @@ def _row(line: dict[str, Any], ceiling: float | None) -> str:
     tflops = line["tflops"]
     of_ceiling = "" if ceiling is None else f"{tflops / ceiling:.1%}"
     return (
-        f"{head} {line['micro_sequences']} | {line['tokens_per_s']:,.0f} | {tflops:.0f} | {tflops / _DATASHEET:.1%} | "
+        f"{head} {line['micro_batch_size']} | {line['tokens_per_s']:,.0f} | {tflops:.0f} | {tflops / _DATASHEET:.1%} | "
         f"{of_ceiling} | {line['peak_gib']:.1f} | {line['loss']:.3f} | {line['kernels']} |"
     )
 

@@ -22,9 +22,9 @@ from transcription import transcribed_loss
 from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import run_command
-from megadiff.kernels.fused_head import fused_objective
-from megadiff.kernels.head import Formula, HeadTokens, worth_computing
-from megadiff.kernels.products import add_product
+from megadiff.loss.fused_lm_head import fused_objective
+from megadiff.loss.inputs import LossInputs, LossSpec, loss_token_indices
+from megadiff.loss.products import add_product
 
 _EPILOG = """example:
   python tools/benchmarks/head.py
@@ -103,9 +103,9 @@ def _fused(name: str) -> Callable[..., float]:
     def run(hidden: Tensor, weight: Tensor, clean: Tensor, log_snr: Tensor) -> float:
         process = HybridMixing(weight.shape[0], MASK, SHIFTS[name])
         noised = _noised(clean, name)
-        computed = worth_computing(noised, torch.ones_like(noised, dtype=torch.bool), process)
-        tokens = HeadTokens(clean, noised, log_snr, computed)
-        loss = fused_objective(hidden, weight, tokens, Formula(process), chunk_tokens=CHUNK).loss
+        computed = loss_token_indices(noised, torch.ones_like(noised, dtype=torch.bool), process)
+        tokens = LossInputs(clean, noised, log_snr, computed)
+        loss = fused_objective(hidden, weight, tokens, LossSpec(process), chunk_tokens=CHUNK).loss
         loss.backward()
         return loss.item()
 

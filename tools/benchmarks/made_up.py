@@ -12,10 +12,10 @@ from megadiff.data.indexed_manifest import tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.open import open_data
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 
 with quiet():
-    from megadiff.prepared import Prepared
+    from megadiff.run.context import RunContext
 
 _DOCUMENTS = 100
 
@@ -45,18 +45,18 @@ def describe_made_up(folder: Path, tree: dict[str, Any], *, vocab_size: int) -> 
     `folder`."""
     tokenizer: Any = Numbers(vocab_size)
     length = tree["model"]["seq_length"]
-    with IndexedWriter(folder / "rows", vocab_size=vocab_size) as writer:
+    with IndexedWriter(folder / "sequences", vocab_size=vocab_size) as writer:
         draw = np.random.default_rng(0)
         for _ in range(_DOCUMENTS):
             writer.add_document(draw.integers(1, vocab_size - 1, size=4 * length))
         writer.finish(tokenizer=tokenizer_facts(tokenizer), source_bytes=writer.num_tokens)
-    data = {"train": [str(folder / "rows")], "tokenizer": "byte"}
+    data = {"train": [str(folder / "sequences")], "tokenizer": "byte"}
     return RunConfig.model_validate({"name": "run", "output_dir": str(folder), "data": data, **tree})
 
 
-def prepare_made_up(config: RunConfig, *, vocab_size: int) -> Prepared:
+def prepare_made_up(config: RunConfig, *, vocab_size: int) -> RunContext:
     """Create the run folder and return the argument of `megadiff.build.build_trainer`, for one rank."""
     tokenizer: Any = Numbers(vocab_size)
-    data = open_data(config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=1)
+    data = open_data(config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_sequences=1)
     config.folder.mkdir(exist_ok=True)
-    return Prepared(config, tokenizer, data, config.layout(world_size=1, vocab_size=vocab_size))
+    return RunContext(config, tokenizer, data, config.layout(world_size=1, vocab_size=vocab_size))

@@ -20,20 +20,20 @@ from megadiff.config.command_line import CommandParser
 from megadiff.data.indexed_manifest import tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
-from megadiff.data.rows import ValidationRows
+from megadiff.data.sequences import ValidationSequences
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.diffusion.noising import noise_rows
+from megadiff.diffusion.noising import noise_batch
 from megadiff.diffusion.philox import Stream, Words, philox4x32
 from megadiff.diffusion.processes.gidd_snr import SHIFTS
 from megadiff.errors import run_command
 
 _EPILOG = """example:
-  OMP_NUM_THREADS=1 python tools/benchmarks/noising.py --rows 1 4 16 64
+  OMP_NUM_THREADS=1 python tools/benchmarks/noising.py --sequences 1 4 16 64
 
-"reading" makes int64 rows from indexed binaries that are cached in memory. "plain" is the same noising with every
+"reading" makes int64 sequences from indexed binaries that are cached in memory. "plain" is the same noising with every
 random word made by the definition, `philox4x32`. All times are CPU time of the process. Each round measures everything
 once. Ratios are medians of the ratios within a round, so that a busy machine affects both sides.
 """
@@ -44,35 +44,37 @@ _MASK, _PAD, _FIRST_WORD = 3, 2, 4
 
 
 def main() -> None:
-    """Measure every kind of noise with every number of rows, and print the table."""
+    """Measure every kind of noise with every number of sequences, and print the table."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
-    parser.add_argument("--rows", type=int, nargs="+", default=[4, 16], help="rows of a microbatch (default 4 16)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row (default 2048)")
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[4, 16], help="sequences of a microbatch (default 4 16)"
+    )
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--vocab-size", type=int, default=131072, help="entries, the mask included (default 131072)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds (default 9)")
     parser.add_argument("--tokens", type=int, default=2**19, help="tokens of each measurement (default 524288)")
     arguments = parser.parse_args()
 
     print(f"{_processor()}, {os.cpu_count()} cores; Python {host.python_version()}, numpy {version('numpy')}")
-    print(f"rows of {arguments.length} tokens, vocabulary {arguments.vocab_size}, {arguments.repeats} rounds\n")
-    print("| rows | conditioning | noise | s per million tokens | reading | plain / this | this / reading |")
+    print(f"sequences of {arguments.length} tokens, vocabulary {arguments.vocab_size}, {arguments.repeats} rounds\n")
+    print("| sequences | conditioning | noise | s per million tokens | reading | plain / this | this / reading |")
     print("|---:|---|---|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         reader = _written(Path(folder) / "words", arguments.tokens, arguments.vocab_size)
-        for rows in arguments.rows:
-            for line in _measured(reader, rows, arguments):
-                print(f"| {rows} | {line}", flush=True)
+        for sequences in arguments.sequences:
+            for line in _measured(reader, sequences, arguments):
+                print(f"| {sequences} | {line}", flush=True)
 
 
-def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -> Iterator[str]:
-    """Yield the rest of each line of the table for microbatches of `rows` rows."""
-    length, calls = arguments.length, max(1, arguments.tokens // (rows * arguments.length))
-    source = ValidationRows(reader, length, num_rows=rows * calls, name="words")
-    clean = source.rows([number % len(source) for number in range(rows)])
-    million = rows * calls * length / 1e6
+def _measured(reader: IndexedReader, sequences: int, arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the rest of each line of the table for microbatches of `sequences` sequences."""
+    length, calls = arguments.length, max(1, arguments.tokens // (sequences * arguments.length))
+    source = ValidationSequences(reader, length, num_sequences=sequences * calls, name="words")
+    clean = source.sequences([number % len(source) for number in range(sequences)])
+    million = sequences * calls * length / 1e6
 
     def read(call: int) -> None:
-        source.rows([(call * rows + row) % len(source) for row in range(rows)])
+        source.sequences([(call * sequences + sequence) % len(source) for sequence in range(sequences)])
 
     for preset in _PRESETS:
         for kind in _KINDS:
@@ -94,14 +96,14 @@ def _measured(reader: IndexedReader, rows: int, arguments: argparse.Namespace) -
 def _noising(
     clean: npt.NDArray[np.int64], process: NoiseProcess, conditioning: ConditioningConfig
 ) -> Callable[[int], object]:
-    """Return a function that noises the rows as those of the n-th microbatch of a run."""
-    rows = len(clean)
+    """Return a function that noises the sequences as those of the n-th microbatch of a run."""
+    sequences = len(clean)
 
     def noise(call: int) -> object:
-        return noise_rows(
+        return noise_batch(
             clean,
             seed=0,
-            sample_index=range(call * rows, (call + 1) * rows),
+            sample_index=range(call * sequences, (call + 1) * sequences),
             process=process,
             conditioning=conditioning,
             global_batch=256,
@@ -122,11 +124,13 @@ def _cpu_s(work: Callable[[int], object], calls: int) -> float:
 def _plain_words() -> Iterator[None]:
     """Make every stream compute its words by the definition, all four of them."""
 
-    def plain(self: Stream, rows: npt.NDArray[np.int64], positions: int, *, draw: int = 0, count: int = 4) -> Words:
-        index, position = rows.astype(np.uint64)[:, None], np.arange(positions, dtype=np.uint64)[None, :]
+    def plain(
+        self: Stream, sequences: npt.NDArray[np.int64], positions: int, *, draw: int = 0, count: int = 4
+    ) -> Words:
+        index, position = sequences.astype(np.uint64)[:, None], np.arange(positions, dtype=np.uint64)[None, :]
         low, high = index & np.uint64(2**32 - 1), index >> np.uint64(32)
         words = philox4x32((position, np.full((1, 1), draw, dtype=np.uint64), low, high), self.key)
-        return tuple(np.broadcast_to(word, (len(rows), positions)) for word in words)[:count]
+        return tuple(np.broadcast_to(word, (len(sequences), positions)) for word in words)[:count]
 
     short, Stream.words = Stream.words, plain
     try:

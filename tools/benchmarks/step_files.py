@@ -22,7 +22,7 @@ _EPILOG = """example:
 _DESCRIPTION: dict[str, Any] = {
     "platform": "cpu",
     "model": {"layers": 2, "hidden": 32, "heads": 4, "seq_length": 16},
-    "batch": {"global_sequences": 8, "micro_sequences": 4},
+    "batch": {"global_batch_size": 8, "micro_batch_size": 4},
     "precision": {"compute": "fp32"},
     "optimizer": {"name": "adamw", "lr": 1e-3},
     "schedule": {"steps": 100, "warmup_steps": 1},
@@ -62,9 +62,9 @@ def main() -> None:
 def _count(folder: Path) -> list[str]:
     from made_up import describe_made_up, prepare_made_up
 
-    from megadiff import build
     from megadiff.parallel.topology import process_group
     from megadiff.platform.machine import detect
+    from megadiff.run import build
 
     config = describe_made_up(folder, _DESCRIPTION, vocab_size=260)
     platform, files = detect("cpu"), _Files()

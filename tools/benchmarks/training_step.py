@@ -25,14 +25,14 @@ from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.config import noise_config, objective_config
 from megadiff.diffusion.processes.gidd_snr import ShiftName
 from megadiff.errors import run_command
-from megadiff.parallel.row_report import metrics_of
+from megadiff.parallel.step_metrics import metrics_of
 from megadiff.platform.machine import detect
 from megadiff.platform.quiet import quiet
 
 with quiet():
-    from megadiff import build
     from megadiff.parallel.topology import process_group
-    from megadiff.prepared import Prepared
+    from megadiff.run import build
+    from megadiff.run.context import RunContext
     from megadiff.train.loop import Trainer
     from megadiff.train.step import TrainStep
 
@@ -43,7 +43,7 @@ _EPILOG = """examples:
 One process and one thread, float32, AdamW, clipping at 1. Times are CPU seconds of the process, its loader thread
 included. Both sides of a ratio take turns, and their medians are compared. `plain` is a hand-written next-token model
 (nn.Linear, scaled_dot_product_attention, fused AdamW). Before anything is timed it takes the same steps from the same
-weights on the same rows, and the benchmark fails unless its losses are those of megadiff.
+weights on the same sequences, and the benchmark fails unless its losses are those of megadiff.
 """
 
 _LR = 1e-4
@@ -64,12 +64,12 @@ class Size:
     """Number of ids including the mask, which is the last one."""
     sequences: int
     """Number of sequences per step."""
-    micro_sequences: int
+    micro_batch_size: int
 
 
 SIZES = {
-    "25m": Size(8, 512, 8, seq_length=512, vocab_size=16384, sequences=4, micro_sequences=2),
-    "toy": Size(4, 64, 2, seq_length=64, vocab_size=512, sequences=4, micro_sequences=2),
+    "25m": Size(8, 512, 8, seq_length=512, vocab_size=16384, sequences=4, micro_batch_size=2),
+    "toy": Size(4, 64, 2, seq_length=64, vocab_size=512, sequences=4, micro_batch_size=2),
 }
 """25m: 25.2 million parameters in blocks, 8.4 in the head, so the head is a quarter of the matrix products."""
 
@@ -105,47 +105,47 @@ def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, fl
             megadiff's next-token step.
         rounds: number of timed steps of each side.
     """
-    wired = Wired.open(size, folder)
+    trainer = Wired.open(size, folder)
     try:
-        next_token = wired.side("ar")
+        next_token = trainer.side("ar")
         if kind == "plain":
-            plain = PlainTraining(size, wired.prepared, wired.run.step.chunks[0].module)
+            plain = PlainTraining(size, trainer.prepared, trainer.run.step.chunks[0].module)
             check_equal(next_token, plain)
             sides = {"megadiff": next_token, "plain": plain}
         else:
-            sides = {name: wired.side("gidd", name) for name in _NOISES} | {"next token": next_token}
+            sides = {name: trainer.side("gidd", name) for name in _NOISES} | {"next token": next_token}
         seconds, waited = _alternate(sides, rounds)
     finally:
-        wired.close()
+        trainer.close()
     medians = {name: statistics.median(found) for name, found in seconds.items()}
     *_, base = medians.values()
     for name, median in medians.items():
         low, high = min(seconds[name]), max(seconds[name])
-        wait = f"waits {1e3 * statistics.median(waited[name]):.2f} ms for rows"
+        wait = f"waits {1e3 * statistics.median(waited[name]):.2f} ms for sequences"
         print(f"{name:12} {median:8.4f} CPU-s a step ({low:.4f} to {high:.4f})   ratio {median / base:.3f}   {wait}")
     return {name: median / base for name, median in medians.items()}
 
 
 class MegadiffTraining:
-    """megadiff's own step on rows from its own loader."""
+    """megadiff's own step on sequences from its own loader."""
 
-    def __init__(self, step: TrainStep, rows: Iterator[Any], microbatches: int) -> None:
-        self._step, self._rows, self._microbatches = step, rows, microbatches
+    def __init__(self, step: TrainStep, sequences: Iterator[Any], microbatches: int) -> None:
+        self._step, self._sequences, self._microbatches = step, sequences, microbatches
         self.waited_s = 0.0
-        """Wall time that the last step waited for its rows."""
+        """Wall time that the last step waited for its sequences."""
 
     def __call__(self) -> float:
         """Take a step and return its loss."""
         began = time.perf_counter()
-        rows = [next(self._rows) for _ in range(self._microbatches)]
+        sequences = [next(self._sequences) for _ in range(self._microbatches)]
         self.waited_s = time.perf_counter() - began
-        return metrics_of(self._step(rows, _LR).sums.tolist())["loss"]
+        return metrics_of(self._step(sequences, _LR).sums.tolist())["loss"]
 
 
 class PlainTraining:
     """The same next-token training as a plain PyTorch loop, starting from the same weights."""
 
-    def __init__(self, size: Size, prepared: Prepared, chunk: nn.Module) -> None:
+    def __init__(self, size: Size, prepared: RunContext, chunk: nn.Module) -> None:
         """Start from the weights of a bare model chunk of megadiff's that holds the whole model."""
         self._size, self._prepared = size, prepared
         self._samples = 0
@@ -167,10 +167,10 @@ class PlainTraining:
         """Take a step and return its loss."""
         size, total = self._size, 0.0
         self._optimizer.zero_grad()
-        for first in range(self._samples, self._samples + size.sequences, size.micro_sequences):
-            rows = self._prepared.data.train.rows(list(range(first, first + size.micro_sequences)))
-            targets = torch.from_numpy(rows.astype(np.int64))
-            inputs = torch.cat([torch.full((len(rows), 1), _BOS), targets[:, :-1]], dim=1)
+        for first in range(self._samples, self._samples + size.sequences, size.micro_batch_size):
+            sequences = self._prepared.data.train.sequences(list(range(first, first + size.micro_batch_size)))
+            targets = torch.from_numpy(sequences.astype(np.int64))
+            inputs = torch.cat([torch.full((len(sequences), 1), _BOS), targets[:, :-1]], dim=1)
             logits = self.model(inputs)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             loss = loss / (size.sequences * size.seq_length)
@@ -265,10 +265,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Wired:
-    """One model wired by `megadiff.build`, to be trained with several objectives in turn."""
+    """One model trainer by `megadiff.run.build`, to be trained with several objectives in turn."""
 
-    prepared: Prepared
-    """Prepared description of the next-token run."""
+    prepared: RunContext
+    """RunContext description of the next-token run."""
     run: Trainer
     opened: list[Any]
     """Loaders that have to be closed."""
@@ -293,7 +293,7 @@ class Wired:
         config = own.model_copy(update=changes)
         prepared = replace(self.prepared, config=config)
         step = self.run.step
-        loader = build.row_loader(prepared, step.topology, 0)
+        loader = build.sequence_loader(prepared, step.topology, 0)
         self.opened.append(loader)
         other = build.training_step(
             prepared, step.chunks, step.optimizer, step.topology, detect("cpu"), check=step.check
@@ -318,7 +318,8 @@ def check_equal(one: Side, other: Side, *, steps: int = 3) -> None:
 
 
 def _alternate(sides: Mapping[str, Side], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the CPU seconds of each side's steps and the wall seconds it waited for rows; the sides take turns."""
+    """Return the CPU seconds of each side's steps and the wall seconds it waited for sequences; the sides take
+    turns."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     waited: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -338,7 +339,7 @@ def _description(size: Size) -> dict[str, Any]:
         "platform": "cpu",
         "model": model | {"head_init": 0.02},
         "objective": {"name": "ar"},
-        "batch": {"global_sequences": size.sequences, "micro_sequences": size.micro_sequences},
+        "batch": {"global_batch_size": size.sequences, "micro_batch_size": size.micro_batch_size},
         "precision": {"compute": "fp32"},
         "optimizer": {"name": "adamw", "lr": _LR, "weight_decay": 0.1, "clip_grad": 1.0},
         "schedule": {"steps": 100_000},
@@ -357,7 +358,9 @@ def _print_setting(size: Size) -> None:
         f"model        {size.layers} layers, hidden {size.hidden}, {size.heads} heads, vocabulary {size.vocab_size}: "
         f"{blocks:.1f} million parameters in blocks, {head:.1f} in the head; float32"
     )
-    print(f"step         {size.sequences} rows of {size.seq_length} tokens in microbatches of {size.micro_sequences}")
+    print(
+        f"step         {size.sequences} sequences of {size.seq_length} tokens, microbatches of {size.micro_batch_size}"
+    )
 
 
 def _cpu_name() -> str:

@@ -45,7 +45,7 @@ class SpecialIds:
 
 
 def find_special_ids(
-    id_of: Callable[[str], int | None], num_live: int, said: dict[str, str], *, unknown: int | None
+    id_of: Callable[[str], int | None], num_live: int, declared: dict[str, str], *, unknown: int | None
 ) -> SpecialIds:
     """Look special tokens up by what the tokenizer's files say and by well-known names.
 
@@ -54,12 +54,12 @@ def find_special_ids(
     Args:
         id_of: returns the id of a token's name; None where there is no such token.
         num_live: number one above the largest id.
-        said: names that the files give, such as `mask` -> `<mask>`.
+        declared: names that the files give, such as `mask` -> `<mask>`.
         unknown: id of text outside the vocabulary, where there is one.
     """
 
     def first(kind: str, names: tuple[str, ...]) -> int | None:
-        tried = (said[kind], *names) if kind in said else names
+        tried = (declared[kind], *names) if kind in declared else names
         return next((found for name in tried if (found := id_of(name)) is not None), None)
 
     mask = first("mask", MASK_NAMES)

@@ -100,18 +100,18 @@ def _said_beside(path: Path) -> dict[str, str]:
         config = read_json_object(beside, max_bytes=_MAX_BYTES)
     except (OSError, UnreadableFileError) as error:
         raise DataError(f"{beside} {why(error)}; correct or remove it") from error
-    said: dict[str, str] = {}
+    declared: dict[str, str] = {}
     for kind in ("mask", "bos", "eos", "pad"):
         token = config.get(f"{kind}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             if any("\ud800" <= character <= "\udfff" for character in token):
                 raise DataError(f"{beside}: {kind}_token is {shown(token)}, no valid Unicode; correct or remove it")
-            said[kind] = token
-    return said
+            declared[kind] = token
+    return declared
 
 
 def _fingerprint(definition: dict[str, Any], ids: SpecialIds) -> str:
     """Return the SHA-256 of the meaning of the file: not its spacing, key order, or settings that are not applied."""
-    said = [ids.vocab_size, ids.mask, ids.bos, ids.eos, ids.pad]
-    return hashlib.sha256(json.dumps([applied(definition), said], sort_keys=True).encode("utf-8")).hexdigest()
+    declared = [ids.vocab_size, ids.mask, ids.bos, ids.eos, ids.pad]
+    return hashlib.sha256(json.dumps([applied(definition), declared], sort_keys=True).encode("utf-8")).hexdigest()

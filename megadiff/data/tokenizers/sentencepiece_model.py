@@ -161,5 +161,5 @@ def _loaded(path: Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 def _fingerprint(model: bytes, ids: SpecialIds) -> str:
-    said = f"{ids.vocab_size} {ids.mask} {ids.bos} {ids.eos} {ids.pad} ".encode()
-    return hashlib.sha256(said + model).hexdigest()
+    declared = f"{ids.vocab_size} {ids.mask} {ids.bos} {ids.eos} {ids.pad} ".encode()
+    return hashlib.sha256(declared + model).hexdigest()

@@ -26,7 +26,11 @@ def check(subject: Subject) -> Iterable[Finding]:
     assert tokenizer is not None
     try:
         opened = open_data(
-            config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_rows=config.eval.rows
+            config.data,
+            tokenizer,
+            seq_length=config.model.seq_length,
+            seed=config.seed,
+            valid_sequences=config.eval.sequences,
         )
     except DataError as error:
         yield fail(str(error), "tools/preprocess_data.py makes data; data.train and data.valid name their prefixes")
@@ -34,5 +38,7 @@ def check(subject: Subject) -> Iterable[Finding]:
     yield ok(f"{len(opened.sources)} source(s) to train on, fingerprint {opened.fingerprint[:16]}")
     for line in (*describe_sources(opened, now=0, end=config.samples), *describe_validation(opened)):
         yield ok(" ".join(line.removeprefix("data ").split()))
-    found = advice(opened, config.data, end=config.samples, length=config.length_setting, eval_rows=config.eval.rows)
+    found = advice(
+        opened, config.data, end=config.samples, length=config.length_setting, eval_sequences=config.eval.sequences
+    )
     yield from (warn(doubt.text, doubt.remedy) for doubt in found)

@@ -67,7 +67,7 @@ def _room(subject: Subject, folder: Path, rate: float) -> Iterable[Finding]:
     config, vocab_size = subject.config, subject.vocab_size
     if config is None or vocab_size is None:
         return
-    from megadiff.derived import checkpoint_bytes
+    from megadiff.run.summary import checkpoint_bytes
 
     one = checkpoint_bytes(config, config.shape(vocab_size=vocab_size))
     kept = config.checkpoint.keep or -(-config.steps // config.checkpoint.every)

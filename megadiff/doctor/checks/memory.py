@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import product
 
-from megadiff.derived import memory_per_rank
 from megadiff.doctor.finding import Finding, fail, ok, warn
 from megadiff.doctor.subject import Subject
 from megadiff.errors import ConfigError
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
+from megadiff.run.summary import memory_per_rank
 
 _CLOSE = 0.85
 """Fraction of the memory above which parts missing from the estimate (context, buffers, fragmentation) may not fit."""
@@ -61,11 +61,11 @@ def _remedy(config: RunConfig, ranks: int, vocab_size: int, held: int) -> str:
 def _settings(config: RunConfig) -> Iterator[dict[str, int | bool]]:
     """Yield every combination of the settings that affect memory, as the keys to change."""
     now = config.parallel
-    micro = [size for size in range(1, config.batch.micro_sequences + 1) if config.batch.micro_sequences % size == 0]
+    micro = [size for size in range(1, config.batch.micro_batch_size + 1) if config.batch.micro_batch_size % size == 0]
     may_cut = config.precision.master_weights  # the distributed optimizer requires master weights
     for size, tensor, pipeline, cut in product(micro, _POWERS, _POWERS, {now.distributed_optimizer, may_cut}):
         wanted: dict[str, int | bool] = {
-            "batch.micro_sequences": size,
+            "batch.micro_batch_size": size,
             "parallel.tensor": tensor,
             "parallel.pipeline": pipeline,
             "parallel.distributed_optimizer": cut,

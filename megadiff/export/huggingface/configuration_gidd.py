@@ -16,7 +16,7 @@ class GiddConfig(PretrainedConfig):
         vocab_size: number of ids, mask included.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, head_dim: the sizes; `None` means
             4 * hidden_size and hidden_size / num_attention_heads.
-        max_position_embeddings: number of tokens in a training row.
+        max_position_embeddings: number of tokens in a training sequence.
         resid_scale: both branches of each of the L blocks are multiplied by resid_scale / L.
         head_scaling: factor on the logits; `None` means 512 / hidden_size.
         weight_scaling: factor on the block's matrices; only 1.0, the value in all released files.

@@ -241,13 +241,13 @@ class GiddGeneration:
         """Generate texts for the prompts of each length together.
 
         Args:
-            lengths: length of every prompt, at the right end of its row of `prompt`.
+            lengths: length of every prompt, at the right end of its number of `prompt`.
             draws: (seed, number under it) of every text of every prompt.
         """
         count, width, copies = len(prompt), prompt.shape[1], len(draws[0]) if draws else 1
         length, most = max(lengths, default=0) + settings.max_new_tokens, self.config.max_position_embeddings
         if length > most:
-            raise ValueError(f"prompt and new tokens are {length} tokens, the model was trained on rows of {most}")
+            raise ValueError(f"prompt and new tokens are {length} tokens, the model was trained on sequences of {most}")
         if streamer is not None and len(set(lengths)) > 1:
             raise ValueError("a streamer takes prompts of one length; generate the others in calls of their own")
         whole = torch.nn.functional.pad(prompt, (0, settings.max_new_tokens))
@@ -255,16 +255,16 @@ class GiddGeneration:
         per_forward = torch.zeros(count * copies, device=self.device)
         is_cached = use_cache and self.config.prompt_attention != "full"
         for own in sorted(set(lengths)):
-            rows = [row for row in range(count) if lengths[row] == own]
-            texts = [row * copies + copy for row in rows for copy in range(copies)]
-            pairs = [draws[row][copy] for row in rows for copy in range(copies)]
+            chosen = [number for number in range(count) if lengths[number] == own]
+            texts = [number * copies + copy for number in chosen for copy in range(copies)]
+            pairs = [draws[number][copy] for number in chosen for copy in range(copies)]
             found = generate(
                 self._denoise,
                 sequences[texts, width - own : width],
                 settings,
                 self._noise(),
                 seed=[seed for seed, _ in pairs],
-                rows=torch.tensor([number for _, number in pairs]),
+                sequences=torch.tensor([number for _, number in pairs]),
                 cache=_PrefixCache(self) if is_cached else None,
                 streamer=streamer,
             )
@@ -349,10 +349,10 @@ def _draws(seed: int | Sequence[int], count: int, copies: int) -> list[list[tupl
     if not isinstance(copies, int) or copies < 1:
         raise ValueError(f"num_return_sequences must be a whole number of at least 1, got {copies!r}")
     if isinstance(seed, int):
-        return [[(seed, row + copy * count) for copy in range(copies)] for row in range(count)]
+        return [[(seed, number + copy * count) for copy in range(copies)] for number in range(count)]
     seeds = [int(one) for one in seed]
     if len(seeds) == count * copies and copies > 1:
-        return [[(seeds[row * copies + copy], 0) for copy in range(copies)] for row in range(count)]
+        return [[(seeds[number * copies + copy], 0) for copy in range(copies)] for number in range(count)]
     if len(seeds) != count:
         raise ValueError(f"wanted one seed or one for each of {count} prompts, got {len(seeds)}")
     return [[(one, copy) for copy in range(copies)] for one in seeds]

@@ -2,7 +2,7 @@
 
 Pre-norm blocks with scaled residuals; RMSNorm with the gain stored as an offset; queries and keys normalised, then
 rotated; soft-capped attention with a learned sink; a squared-ReLU MLP; an untied head. The model's input is tokens
-alone, without a noise level. Axes: B rows, L positions, H heads, D head width, V vocabulary.
+alone, without a noise level. Axes: B sequences, L positions, H heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -144,9 +144,11 @@ class GiddAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         if self.soft_cap is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        rows = max(1, _SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
-        starts = range(0, q.shape[2], rows)
-        parts = [(q[:, :, i : i + rows], None if allowed is None else allowed[:, :, i : i + rows]) for i in starts]
+        sequences = max(1, _SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+        starts = range(0, q.shape[2], sequences)
+        parts = [
+            (q[:, :, i : i + sequences], None if allowed is None else allowed[:, :, i : i + sequences]) for i in starts
+        ]
         return torch.cat([self._capped(part, k, v, may_see, self.soft_cap) for part, may_see in parts], dim=2)
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, cap: float) -> Tensor:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # a run description is checked without torch
     from megadiff.parallel.pipeline import ModelChunk
     from megadiff.parallel.topology import Topology
     from megadiff.platform.machine import Platform
-    from megadiff.run_config import RunConfig
+    from megadiff.run.config import RunConfig
 
 Part = Literal["step", "eval", "save"]
 """Parts of a run that have a time limit of their own (section `watchdog`)."""
@@ -61,7 +61,7 @@ class StepInfo:
     step: int
     """Number of steps taken so far, this one included."""
     sums: Tensor
-    """Sums over the tokens of the whole batch (`parallel.row_report`), [SIZE] float64 on the device."""
+    """Sums over the tokens of the whole batch (`parallel.step_metrics`), [SIZE] float64 on the device."""
     lr: float
     """Learning rate of the step, as `optimizer.lr` times the schedule."""
     grad_norm: float
@@ -77,7 +77,7 @@ class StepInfo:
 
         Reading them waits for the device, so a hook on a GPU should do so only when it needs them.
         """
-        from megadiff.parallel.row_report import metrics_of
+        from megadiff.parallel.step_metrics import metrics_of
 
         return metrics_of(self.sums.tolist())
 

@@ -23,7 +23,7 @@ class PeriodicHook(Hook, ABC):
     first_step: int
     """Number of steps taken before this process began."""
     goodput: Goodput
-    """Account of where the run's time goes."""
+    """RankReport of where the run's time goes."""
 
     @abstractmethod
     def run(self, step: int) -> None:

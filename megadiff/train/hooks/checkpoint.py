@@ -16,7 +16,7 @@ from megadiff.train.hooks import Hook, MetricSinks, Part, StepInfo
 log = logging.getLogger("megadiff")
 
 MAX_FAILURES = 3
-"""Number of failed saves in a row that ends the run: it must not train for days without a checkpoint."""
+"""Number of failed consecutive saves that ends the run: it must not train for days without a checkpoint."""
 
 
 class CheckpointHook(Hook):
@@ -63,7 +63,7 @@ class CheckpointHook(Hook):
         """Complete the save under way if every rank has written its part; begin one if due.
 
         Raises:
-            StorageError: the last step's checkpoint cannot be written, or several in a row could not.
+            StorageError: the last step's checkpoint cannot be written, or several consecutive ones could not.
         """
         self._report(self.checkpointer.poll())
         if info.step == self._steps:
@@ -98,7 +98,7 @@ class CheckpointHook(Hook):
         """Count a save that has ended, and log it on the main rank.
 
         Raises:
-            StorageError: too many saves in a row have failed.
+            StorageError: too many consecutive saves have failed.
         """
         if result is None:
             return
@@ -116,7 +116,7 @@ class CheckpointHook(Hook):
         self._goodput.spent("save_stall", result.stall_s)
         self._failures, self._error = self._failures + 1, result.error
         if self._failures >= MAX_FAILURES:
-            raise StorageError(f"{result.error}; that is {MAX_FAILURES} saves in a row, so the run ends")
+            raise StorageError(f"{result.error}; that is {MAX_FAILURES} consecutive saves, so the run ends")
         if self._sinks:
             log.warning(
                 f"step {result.step:>7}/{self._steps} | NOT saved: {result.error}; training goes on, the next try is "

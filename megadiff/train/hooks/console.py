@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megadiff.parallel.row_report import metrics_of
+from megadiff.parallel.step_metrics import metrics_of
 from megadiff.train.hooks import Hook, MetricSink, Part, StepInfo
 
 log = logging.getLogger("megadiff")
@@ -62,7 +62,7 @@ class Console(Hook, MetricSink):
         skipped = f" | skipped: {line['skipped']}" if "skipped" in line else ""
         return (
             f"step {line['step']:>7}/{self.steps} | loss {means['loss']:.4f} | elbo {means['elbo']:.4f} | "
-            f"mean weight {means['mean_weight']:.3f} | lr {line['lr']:.3e} | grad norm {line['grad_norm']:.3f} | "
+            f"mean weight {means['weight']:.3f} | lr {line['lr']:.3e} | grad norm {line['grad_norm']:.3f} | "
             f"{line['tokens_per_s']:,.0f} tokens/s | {line['tflops_per_device']:.3g} TFLOP/s/device "
             f"({line['executed_tflops_per_device']:.3g} executed){mfu} | "
             f"ETA {_duration(left)}{skipped}"

@@ -31,7 +31,7 @@ class LogHook(Hook):
     flops_per_token: float
     """Model FLOPs of a token, by the convention `full` (`cost.training_flops_per_token`)."""
     executed_flops: Callable[[list[float]], float]
-    """Function from a step's or several steps' sums (`row_report`) to the FLOPs that were computed."""
+    """Function from a step's or several steps' sums (`step_metrics`) to the FLOPs that were computed."""
     world_size: int
     """Number of ranks."""
     platform: Platform

@@ -121,7 +121,7 @@ class StragglerHook(Hook):
         self._seconds, self._steps = 0.0, 0
         about = (self._topology.stage, mine, socket.gethostname(), has_contended_cores(self._platform))
         every = self._topology.gather_to_main(about)
-        for rank, seconds, median in slow_ranks([row[:2] for row in every or []], ratio=self._ratio):
+        for rank, seconds, median in slow_ranks([sequence[:2] for sequence in every or []], ratio=self._ratio):
             _, _, host, is_contended = every[rank] if every else (0, 0.0, "", True)
             if is_contended:
                 continue

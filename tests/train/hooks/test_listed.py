@@ -14,7 +14,7 @@ import yaml
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError
 from megadiff.platform.quiet import quiet
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.train.config import HOOKS, HookConfig
 from megadiff.train.hooks import HookContext, MetricSinks
 from megadiff.train.hooks._listed import build_listed
@@ -130,7 +130,7 @@ def test_a_hook_from_outside_runs_on_one_rank_and_two_resumes_and_changes_nothin
 def test_a_sink_from_outside_gets_the_lines_that_are_due_of_the_real_program(module, tmp_path, toy_corpus):
     module("lines", SINK)
     hooks = [{"name": "outside.lines", "every": 2, "path": str(tmp_path / "mine.jsonl")}]
-    config = toy_config(toy_corpus, tmp_path, schedule__steps=5, eval__rows=4, model__layers=1, hooks=hooks)
+    config = toy_config(toy_corpus, tmp_path, schedule__steps=5, eval__sequences=4, model__layers=1, hooks=hooks)
     ranks = Ranks(config, 1)
     assert ranks.end(within_s=120) == [0], ranks.said(0)
     own = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
@@ -209,7 +209,7 @@ def test_a_hook_that_raises_on_one_rank_ends_the_run_with_its_name(module, tmp_p
     assert f"error: {sentence}" in ranks.said(1)
     assert "Traceback" not in ranks.said(1)
     assert codes[0] not in (0, None)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while (found := status(config.folder))["state"] == "running" and time.monotonic() < end:
         time.sleep(0.05)  # the watcher of a rank writes it
     assert "hook `outside.raises` failed after step 3" in found["reason"], found
@@ -277,7 +277,7 @@ def test_an_entry_keeps_its_own_keys_in_the_resolved_tree(module, tmp_path, toy_
 
 
 def test_what_a_hook_is_given_of_a_step_is_the_line_of_the_step():
-    from megadiff.parallel.row_report import SIZE, metrics_of
+    from megadiff.parallel.step_metrics import SIZE, metrics_of
     from megadiff.train.hooks import StepInfo, curves
 
     sums = torch.arange(1.0, SIZE + 1, dtype=torch.float64)

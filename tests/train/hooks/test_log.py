@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from megadiff.parallel.row_report import SIZE
+from megadiff.parallel.step_metrics import SIZE
 from megadiff.platform.machine import detect
 from megadiff.train.hooks import MetricSinks, StepInfo
 from megadiff.train.hooks.console import Console
@@ -61,7 +61,7 @@ def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_
         hook(info(step, seconds=0.25))
     line = read_metrics(tmp_path / "m.jsonl")[1]
     promised = (
-        "step tokens loss elbo kl itakura_saito mean_weight lr grad_norm tokens_per_s tflops_per_device mfu peak_bytes "
+        "step tokens loss elbo kl itakura_saito weight lr grad_norm tokens_per_s tflops_per_device mfu peak_bytes "
         "elapsed_s"
     )
     assert set(promised.split()) <= set(line)

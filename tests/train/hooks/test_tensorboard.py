@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from megadiff.parallel.row_report import SIZE
+from megadiff.parallel.step_metrics import SIZE
 from megadiff.platform.machine import detect
 from megadiff.train.hooks import MetricSinks, StepInfo
 from megadiff.train.hooks.log import LogHook
@@ -62,7 +62,7 @@ def test_a_run_draws_every_curve(tmp_path):
     board.write({"step": 1, "eval_elbo": 3.0}, 1)
     board.close()
     tags = set(EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"])
-    training = ("loss", "elbo", "kl", "itakura_saito", "mean_weight", "lr", "grad_norm", "tokens_per_s")
+    training = ("loss", "elbo", "kl", "itakura_saito", "weight", "lr", "grad_norm", "tokens_per_s")
     assert tags >= {*(f"train/{key}" for key in training), "epochs/a", "epochs/b", "eval/elbo"}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError
-from megadiff.run_config import RunConfig
+from megadiff.run.config import RunConfig
 from megadiff.train.hooks import wandb as member
 from tests.support.runs import toy_config, toy_tree
 
@@ -44,13 +44,13 @@ def chunks(content):
 
 
 def history(run):
-    """The rows of a run: [{name: value}]."""
-    rows = []
+    """The sequences of a run: [{name: value}]."""
+    sequences = []
     for record in run:
         if record.HasField("history"):
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append({key: value for key, value in items.items() if not key.startswith("_")})
-    return rows
+            sequences.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return sequences
 
 
 def line(step):

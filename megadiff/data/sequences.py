@@ -1,0 +1,243 @@
+"""Sequences of L tokens: a source's documents joined end to end, cut, and shuffled again in each epoch.
+
+A sequence is a pure function of (seed, source name, sequence number): no generator, no state, no index files. The rest
+at the end of a source, less than one sequence, is never used. B sequences, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from megadiff.data.blend import Blend, Place, SizeBlend, SourceOrder
+from megadiff.data.indexed_reader import IndexedReader
+from megadiff.data.mixture import Position, Unfinished
+from megadiff.data.permutation import Permutation, stream_key
+from megadiff.errors import DataError
+
+
+class Origin(NamedTuple):
+    """Position of a sequence's first token in the data."""
+
+    prefix: str
+    """Prefix of the source's files."""
+    token: int
+    """Index of the token in the source's stream."""
+    document: int
+    within: int
+    """Index of the token within that document."""
+
+
+class PackedSequences:
+    """An endless stream of sequences of one source: epoch after epoch, each a new permutation of the same sequences.
+
+    Args:
+        reader: the source.
+        seq_length: L.
+        seed, name: determine the permutations; sources of one run need different names.
+        first, sequences: the part of the source that is drawn from, in sequences; by default all of it.
+
+    Raises:
+        DataError: the source holds less than one sequence.
+    """
+
+    def __init__(
+        self, reader: IndexedReader, seq_length: int, *, seed: int, name: str, first: int = 0, sequences: int = 0
+    ) -> None:
+        self.name = name
+        self.seq_length = seq_length
+        self.len_epoch = sequences or sequences_in(reader, seq_length) - first
+        self.reader = reader
+        self._first = first
+        self._seed = seed
+        self._permutation = lru_cache(maxsize=2)(self._permutation_of)
+
+    def sequence(self, number: int) -> np.ndarray:
+        """Return sequence `number` >= 0 of the stream: [L] int64."""
+        return self.reader.tokens(self._first_token(number), self.seq_length)
+
+    def origin(self, number: int) -> Origin:
+        """Return the position of the first token of sequence `number`."""
+        token = self._first_token(number)
+        return Origin(self.reader.prefix, token, *self.reader.locate(token))
+
+    def unseen(self, number: int) -> int:
+        """Return the number of sequences that do not occur among the first `number` of the stream."""
+        return max(0, self.len_epoch - number)
+
+    def _first_token(self, number: int) -> int:
+        epoch, within = divmod(number, self.len_epoch)
+        return (self._first + self._permutation(epoch)[within]) * self.seq_length
+
+    def _permutation_of(self, epoch: int) -> Permutation:
+        # "rows" is the stream's name: another name would give another order of the same data.
+        return Permutation(self.len_epoch, stream_key(self._seed, "rows", self.name, epoch))
+
+
+class GrownSequences:
+    """The stream of a source whose file has grown: the rest of its current epoch, then epochs of the whole file.
+
+    The sequences not yet drawn in the current epoch, and all that the file has gained, come first, in proportion. So no
+    sequence repeats before every other one has come.
+
+    Args:
+        reader: the source.
+        seq_length: L.
+        seed: seed of the run.
+        position: position of the source, with the parts of its file.
+    """
+
+    def __init__(self, reader: IndexedReader, seq_length: int, *, seed: int, position: Position) -> None:
+        self.name, self.seq_length, self.len_epoch = position.name, seq_length, position.sequences
+        self._unfinished, self._whole_from = Unfinished(position), position.whole_from
+        self._whole = PackedSequences(reader, seq_length, seed=seed, name=position.name)
+        self._parts = [
+            PackedSequences(reader, seq_length, seed=seed, name=part.name, first=part.first, sequences=part.sequences)
+            for part in position.parts
+        ]
+        self._are_seen = [part.is_seen for part in position.parts]
+
+    def sequence(self, number: int) -> np.ndarray:
+        """Return sequence `number` of the stream: [L] int64."""
+        sequences, index = self._found(number)
+        return sequences.sequence(index)
+
+    def origin(self, number: int) -> Origin:
+        """Return the position of the first token of sequence `number`."""
+        sequences, index = self._found(number)
+        return sequences.origin(index)
+
+    def unseen(self, number: int) -> int:
+        """Return the number of sequences that do not occur among the first `number` of the stream."""
+        reached = self._unfinished.reached(number)
+        parts = zip(self._parts, self._are_seen, reached, strict=True)
+        return sum(part.unseen(drawn) for part, is_seen, drawn in parts if not is_seen)
+
+    def _found(self, number: int) -> tuple[PackedSequences, int]:
+        place = self._unfinished.place(number)
+        return (self._whole, number - self._whole_from) if place is None else (self._parts[place[0]], place[1])
+
+
+class TrainingSequences:
+    """The sequences of a run by global sample index: a blend of sources, each from its own position on.
+
+    Args:
+        sources: K sources of different names.
+        weights: one per source, in any unit; None shares in exact proportion to the sequences of an epoch.
+        seed: seed of the run.
+        first_sample: sample at which this mixture begins; samples before it belong to another mixture.
+        starts: sequences that each source had given before that sample; 0 each by default.
+        copies: number of times that each source counts when sharing by size; once each by default.
+        keys: configuration key of each source, for messages.
+
+    Raises:
+        DataError: a weight is too small for its source to be drawn.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PackedSequences | GrownSequences],
+        weights: Sequence[float] | None,
+        *,
+        seed: int,
+        first_sample: int = 0,
+        starts: Sequence[int] = (),
+        copies: Sequence[int] = (),
+        keys: Sequence[str] = (),
+    ) -> None:
+        if not sources or len({source.name for source in sources}) != len(sources):
+            raise ValueError("a blend needs sources of different names")
+        self.sources = list(sources)
+        self.seq_length = sources[0].seq_length
+        self.first_sample = first_sample
+        self.starts = list(starts or [0] * len(sources))
+        copies = copies or [1] * len(sources)
+        if {len(sources)} != {len(self.starts), len(copies), len(sources if weights is None else weights)}:
+            raise ValueError("a blend needs one weight and one start for each source")
+        sizes = [number * source.len_epoch for number, source in zip(copies, sources, strict=True)]
+        self.blend: SourceOrder = (
+            SizeBlend(sizes, seed=seed) if weights is None else Blend(weights, seed=seed, keys=keys)
+        )
+
+    def place(self, sample: int) -> Place:
+        """Return the source of a sample, and the number of its sequence in that source's stream.
+
+        Raises:
+            IndexError: the sample lies before this mixture.
+        """
+        source, index = self.blend.place(self._in_mixture(sample))
+        return Place(source, self.starts[source] + index)
+
+    def sequences(self, samples: Sequence[int]) -> np.ndarray:
+        """Return the sequences of these samples, in their order: [B, L] int64."""
+        places = [self.place(sample) for sample in samples]
+        return np.stack([self.sources[place.source].sequence(place.index) for place in places])
+
+    def origin(self, sample: int) -> Origin:
+        """Return the position of the first token of a sample's sequence."""
+        place = self.place(sample)
+        return self.sources[place.source].origin(place.index)
+
+    def drawn_before(self, sample: int) -> list[int]:
+        """Return the number of sequences that each source gives before a sample, in earlier mixtures too."""
+        drawn = self.blend.drawn(self._in_mixture(sample))
+        return [start + count for start, count in zip(self.starts, drawn, strict=True)]
+
+    def epochs_at(self, samples_seen: int) -> list[float]:
+        """Return the number of epochs of each source after this number of samples of the run."""
+        drawn = self.drawn_before(samples_seen)
+        return [count / source.len_epoch for count, source in zip(drawn, self.sources, strict=True)]
+
+    def _in_mixture(self, sample: int) -> int:
+        if sample < self.first_sample:
+            raise IndexError(f"sample {sample} lies before sample {self.first_sample}, where this mixture begins")
+        return sample - self.first_sample
+
+
+class ValidationSequences:
+    """A fixed set of sequences of one source in file order, spread evenly over the file.
+
+    Args:
+        num_sequences: number of sequences requested; if the source has fewer, all of them are used.
+
+    Raises:
+        DataError: the source holds less than one sequence.
+    """
+
+    def __init__(self, reader: IndexedReader, seq_length: int, *, num_sequences: int, name: str) -> None:
+        self.name = name
+        self.seq_length = seq_length
+        self.bytes_per_token = reader.bytes_per_token
+        self.num_tokens = reader.num_tokens
+        self.reader = reader
+        self.available = sequences_in(reader, seq_length)
+        self._num_sequences = min(num_sequences, self.available)
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    def sequences(self, indices: Sequence[int]) -> np.ndarray:
+        """Return the sequences of these indices, each in 0 .. len - 1: [B, L] int64."""
+        if any(not 0 <= index < self._num_sequences for index in indices):
+            raise IndexError(f"indices must lie in 0 to {self._num_sequences - 1}, got {list(indices)}")
+        places = [index * self.available // self._num_sequences for index in indices]
+        return np.stack([self.reader.tokens(place * self.seq_length, self.seq_length) for place in places])
+
+
+def sequences_in(reader: IndexedReader, seq_length: int) -> int:
+    """Return the number of whole sequences of a source.
+
+    Raises:
+        DataError: there is none.
+    """
+    if seq_length < 1:
+        raise ValueError(f"seq_length must be at least 1, got {seq_length}")
+    if reader.num_tokens < seq_length:
+        raise DataError(
+            f"{reader.prefix}: wanted at least one sequence of {seq_length} tokens, found {reader.num_tokens} in all; "
+            "give more text or lower model.seq_length"
+        )
+    return reader.num_tokens // seq_length

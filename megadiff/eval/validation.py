@@ -1,0 +1,277 @@
+"""The validation ELBO: fixed sequences, fixed stratified noise, a standard error, identical on every layout.
+
+Axes: R sequences, K noise levels per sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.next_token import next_token_batch
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.noising import NoisedBatch, evaluation_noise
+from megadiff.diffusion.schedules import LINEAR, LinearSchedule
+from megadiff.loss.choice import LossKernel
+from megadiff.loss.fused_lm_head import fused_objective
+from megadiff.loss.inputs import LossOutput
+from megadiff.model.attention import prompt_code
+from megadiff.parallel.pipeline import ModelChunk, run_microbatches
+from megadiff.parallel.sharded_objective import DeviceBatch, DiffusionObjective, NextTokenObjective, ShardedObjective
+from megadiff.parallel.step_metrics import BIN_EDGES
+from megadiff.parallel.topology import Topology
+
+SEED = 0
+"""Seed of the evaluation noise, independent of the run's seed, so that runs are compared on the same noise."""
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """A bound on validation data in nats per token, with its standard error over sequences."""
+
+    elbo: float
+    stderr: float
+    tokens: int
+    """Number of distinct validation tokens."""
+    bytes_per_token: float | None
+    """Number of UTF-8 bytes of source text per token of the validation data; None if unknown."""
+    by_log_snr: tuple[tuple[float, float, float], ...]
+    """Loss by noise level: (low, high, mean of w (KL + IS) in nats) of each log-SNR bin with draws."""
+    by_source: dict[str, tuple[float, float]]
+    """Bound and standard error of each source of the validation data."""
+    log_snr_range: tuple[float, float] | None
+    """Range of log-SNR that the bound covers (`diffusion_bound`); None for an exact likelihood."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The bound in bits per byte of text."""
+        return self.elbo / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
+
+    def as_metrics(self) -> dict[str, Any]:
+        """Return the entries of an evaluation line in `metrics.jsonl`."""
+        return {
+            "eval_elbo": self.elbo,
+            "eval_elbo_stderr": self.stderr if math.isfinite(self.stderr) else None,
+            "eval_bits_per_byte": self.bits_per_byte,
+            "eval_tokens": self.tokens,
+            "eval_log_snr_range": None if self.log_snr_range is None else list(self.log_snr_range),
+            "eval_loss_by_log_snr": [list(part) for part in self.by_log_snr],
+            "eval_elbo_by_source": {name: list(found) for name, found in self.by_source.items()},
+        }
+
+    def describe(self) -> str:
+        """Return one line for the console."""
+        bits = f" ({self.bits_per_byte:.3f} bits per byte)" if self.bits_per_byte else ""
+        levels = "" if self.log_snr_range is None else " over log-SNR {:g} to {:g}".format(*self.log_snr_range)
+        return (
+            f"held-out elbo {self.elbo:.4f} +- {self.stderr:.4f} nats per token{bits}, {self.tokens:,} tokens{levels}"
+        )
+
+
+class Sequences(Protocol):
+    """Validation sequences of one source."""
+
+    name: str
+    seq_length: int
+    bytes_per_token: float | None
+
+    def __len__(self) -> int: ...
+
+    def sequences(self, indices: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return clean sequences [B, L]."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """A quantity to evaluate: the sequences that the model reads, and the terms computed from its output."""
+
+    objective: ShardedObjective
+    sequences: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64], int], NoisedBatch]
+    """Function of (clean [B, L], sequence indices [B], level) that returns the sequences."""
+    num_noise_levels: int
+    """K: number of noise levels; 1 if there is no noise."""
+    is_causal_prompt: bool = False
+    log_snr_range: tuple[float, float] | None = None
+    """Range of log-SNR that a bound covers; None for an exact likelihood."""
+
+
+def diffusion_bound(
+    process: NoiseProcess, *, topology: Topology, num_noise_levels: int, head: LossKernel = fused_objective
+) -> EvalTask:
+    """Return the bound under the run's noise with the linear schedule, whatever schedule the run trains with.
+
+    So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
+    truncation (`NoiseSchedule.density`): the figure is 1.000247 times the integral over [-9, 9]. A run that draws its
+    levels from less than [-9, 9] (`gidd_time` does) is measured on all of it, so that runs compare.
+    """
+    trained = process.schedule
+    linear = LinearSchedule(min(trained.min_log_snr, LINEAR.min_log_snr), max(trained.max_log_snr, LINEAR.max_log_snr))
+    measured = process.with_schedule(linear)
+
+    def sequences(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
+        return evaluation_noise(
+            clean, seed=SEED, sequence_index=index, level=level, num_levels=num_noise_levels, process=measured
+        )
+
+    objective = DiffusionObjective(measured, topology, head=head)
+    levels = linear.min_log_snr, linear.max_log_snr
+    return EvalTask(objective, sequences, num_noise_levels, log_snr_range=levels)
+
+
+def next_token_likelihood(
+    process: NoiseProcess, *, start_id: int, topology: Topology, head: LossKernel = fused_objective
+) -> EvalTask:
+    """Return the exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
+
+    def sequences(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
+        return next_token_batch(clean, start_id=start_id)
+
+    return EvalTask(NextTokenObjective(process, topology, head), sequences, num_noise_levels=1, is_causal_prompt=True)
+
+
+class ValidationEvaluator:
+    """Evaluator of a model on sequences fixed at construction.
+
+    Args:
+        sources: validation sequences; they are pooled, and also reported separately.
+        measure: the quantity to evaluate.
+        chunks: this rank's model chunks.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Sequence[Sequences],
+        measure: EvalTask,
+        chunks: Sequence[ModelChunk],
+        topology: Topology,
+        device: torch.device,
+        micro_batch_size: int,
+    ) -> None:
+        self.sequences = np.concatenate([source.sequences(range(len(source))) for source in sources])
+        self.measure = measure
+        self.chunks = chunks
+        self.topology = topology
+        self.device = device
+        self.micro_batch_size = micro_batch_size
+        self._sources = sources
+
+    def __call__(self) -> HeldOutResult:
+        """Run the model over every sequence at every level. Collective over the world; gradients are not touched."""
+        found = torch.zeros(
+            3, self.measure.num_noise_levels, len(self.sequences), dtype=torch.float64, device=self.device
+        )
+        with torch.no_grad(), _evaluating(self.chunks):
+            reports = run_microbatches(
+                self.chunks,
+                self._my_microbatches(),
+                forward=self._forward,
+                loss=self._report,
+                seq_length=self.sequences.shape[1],
+                micro_batch_size=self.micro_batch_size,
+                forward_only=True,
+            )
+        for (level, index), sums in reports:
+            real = index >= 0
+            found[:, level, index[real]] = sums[:, real]
+        elbo, loss, log_snr = self.topology.sum_over_run(found).cpu().numpy() / self.sequences.shape[1]
+        per_sequence = elbo.mean(axis=0)
+        bound, stderr = _mean_and_error(per_sequence)
+        ends = np.cumsum([len(source) for source in self._sources])[:-1]
+        return HeldOutResult(
+            elbo=bound,
+            stderr=stderr,
+            tokens=self.sequences.size,
+            log_snr_range=self.measure.log_snr_range,
+            bytes_per_token=self._bytes_per_token(),
+            by_log_snr=_by_log_snr(loss, log_snr) if self.measure.num_noise_levels > 1 else (),
+            by_source={
+                source.name: _mean_and_error(part)
+                for source, part in zip(self._sources, np.split(per_sequence, ends), strict=True)
+            },
+        )
+
+    def _bytes_per_token(self) -> float | None:
+        known = [(source.bytes_per_token, len(source)) for source in self._sources]
+        if any(ratio is None for ratio, _ in known):
+            return None
+        return sum(ratio * count for ratio, count in known if ratio is not None) / len(self.sequences)
+
+    def _my_microbatches(self) -> list[tuple[tuple[int, Tensor], DeviceBatch]]:
+        """Return this replica's microbatches: a level and a few sequences each; sequence index -1 pads the last
+        ones."""
+        micro, layout = self.micro_batch_size, self.topology.layout
+        starts = [
+            (level, first)
+            for level in range(self.measure.num_noise_levels)
+            for first in range(0, len(self.sequences), micro)
+        ]
+        share = -(-len(starts) // layout.data)
+        if layout.virtual_pipeline > 1:  # the interleaved schedule needs a multiple of the stages
+            share = -(-share // layout.pipeline) * layout.pipeline
+        starts += [(0, len(self.sequences))] * (share * layout.data - len(starts))
+        mine = starts[self.topology.data_rank * share : (self.topology.data_rank + 1) * share]
+        return [self._microbatch(level, first) for level, first in mine]
+
+    def _microbatch(self, level: int, first: int) -> tuple[tuple[int, Tensor], DeviceBatch]:
+        index = np.arange(first, first + self.micro_batch_size)
+        index = np.where(index < len(self.sequences), index, -1)
+        taken = np.maximum(index, 0)
+        placed = self.measure.objective.place(self.measure.sequences(self.sequences[taken], taken, level), self.device)
+        return (level, torch.from_numpy(index).to(self.device)), placed
+
+    def _forward(self, chunk: ModelChunk, item: tuple[Any, DeviceBatch]) -> Any:
+        placed = item[1]
+        return chunk(
+            placed.sequences.noised,
+            prompt_code(placed.sequences.prompt_length, is_causal=self.measure.is_causal_prompt),
+            loss_fn=lambda hidden, weight: self.measure.objective.lm_head_loss(hidden, weight, placed),
+        )
+
+    def _report(self, output: LossOutput, item: tuple[tuple[int, Tensor], DeviceBatch]) -> tuple[Tensor, Tensor, Any]:
+        key, (sequences, _) = item
+        terms = output.terms
+        plain = terms.weight * (terms.kl + terms.itakura_saito)
+        sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain, sequences.log_snr.t())])
+        nothing = torch.zeros((), device=self.device)
+        return nothing, nothing.int(), (key, sums)
+
+
+@contextmanager
+def _evaluating(chunks: Sequence[ModelChunk]) -> Iterator[None]:
+    """Switch modules to evaluation mode inside the block; those that train in FP8 then compute in bf16."""
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)
+
+
+def _by_log_snr(
+    loss: npt.NDArray[np.float64], log_snr: npt.NDArray[np.float64]
+) -> tuple[tuple[float, float, float], ...]:
+    """Bin the per-sequence integrand by the log-SNR it was drawn at; both [K, R]."""
+    which = np.clip(np.searchsorted(BIN_EDGES, log_snr, side="right") - 1, 0, len(BIN_EDGES) - 2)
+    return tuple(
+        (low, high, float(loss[which == index].mean()))
+        for index, (low, high) in enumerate(itertools.pairwise(BIN_EDGES))
+        if (which == index).any()
+    )
+
+
+def _mean_and_error(per_sequence: npt.NDArray[np.float64]) -> tuple[float, float]:
+    error = float(per_sequence.std(ddof=1)) / math.sqrt(len(per_sequence)) if len(per_sequence) > 1 else math.nan
+    return float(per_sequence.mean()), error

@@ -1,0 +1,261 @@
+"""The output head and the objective in one pass over chunks of tokens: logits exist for one chunk, and are made once.
+
+For each chunk of n tokens, with H its hidden states and W this rank's columns of the head
+
+    logits = H W^T                                            2 n d V flops
+    three passes over them (`chunk_passes`): sums over the vocabulary, the gradient in their place
+    dH = g W,  dW += g^T H                                     4 n d V flops
+
+so the total cost is 6 d V flops per token plus three passes over a chunk; only the two gradients are kept for the
+backward pass, which multiplies them by the incoming scalar. Only tokens that can have a loss are computed: under masked
+noise, only masks.
+
+If the vocabulary is sharded over ranks, a chunk needs three small all-reduces:
+
+    MAX   the row's maximum                                            4 bytes a token
+    SUM   sum over real v != x of e_v, and the logits at x, z          12 bytes
+    SUM   T = sum of log1p(y_v), A = sum of y_v / (1 + y_v)             8 bytes (not under masked noise)
+
+The gradient needs none: each rank fills its own columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megadiff.diffusion.objective import (
+    LOG_RHO_LIMIT,
+    Terms,
+    VocabularySums,
+    log1p_exp,
+    terms_from_sums,
+)
+from megadiff.loss import chunk_size
+from megadiff.loss.chunk_passes import LogitSums, MakePasses, TorchPasses
+from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec
+from megadiff.loss.products import add_product
+from megadiff.loss.vocab_shard import VocabShard
+
+
+def fused_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: LossInputs,
+    formula: LossSpec,
+    *,
+    shard: VocabShard | None = None,
+    passes: MakePasses = TorchPasses,
+    chunk_tokens: int | None = None,
+) -> LossOutput:
+    """Compute `gidd_objective` of the logits hidden @ weight^T, which are never complete in memory.
+
+    Args:
+        hidden: [..., d], axes as those of `tokens`; the same on every rank of the group. Its gradient is this rank's
+            part: the caller adds the parts up, as for any column-parallel layer.
+        weight: [V / tp, d], this rank's columns of the head, in the dtype of `hidden`. If it has a `main_grad` (from
+            megatron-core's data-parallel wrapper), its gradient is added to that in float32.
+        tokens: the ids and levels, and which of them count.
+        formula: the objective.
+        shard: the columns that `weight` holds; None for all of them.
+        passes: implementation of a chunk's passes.
+        chunk_tokens: number of tokens per chunk, with which memory grows; None chooses it for the device.
+
+    Returns:
+        Loss and terms in float32 (float64 for float64 states), the same on every rank.
+
+    Raises:
+        ValueError: shapes that do not agree, or a chunk below 1.
+        ConfigError: a weighting that the noise does not have.
+    """
+    tokens.check(hidden)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    job = _Job(
+        tokens=tokens.selected(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
+        formula=formula,
+        shard=shard or VocabShard.of(weight, formula.process),
+        passes=passes,
+        chunk_tokens=chunk_tokens or _chunk_tokens(weight),
+        is_training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
+    )
+    loss, *terms = _FusedHead.apply(hidden.reshape(-1, hidden.shape[-1]), weight, job)
+    return LossOutput(loss, Terms(*(tokens.scattered(term) for term in terms)))
+
+
+@dataclass(frozen=True)
+class _Job:
+    tokens: LossInputs
+    """Only the computed tokens, flat; levels in the dtype of computation."""
+    formula: LossSpec
+    shard: VocabShard
+    passes: MakePasses
+    chunk_tokens: int
+    is_training: bool
+
+    def chunks(self) -> list[slice]:
+        """Return as few chunks as memory allows, of about equal size: each reads and writes dW once, however short."""
+        count = self.tokens.log_snr.numel()
+        even = -(-count // max(1, -(-count // self.chunk_tokens)))
+        size = max(1, min(self.chunk_tokens, -(-even // chunk_size.ROWS) * chunk_size.ROWS))
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _chunk_tokens(weight: Tensor) -> int:
+    logits = chunk_size.LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
+    return max(64, logits // max(1, weight.shape[0]))
+
+
+class _FusedHead(torch.autograd.Function):
+    """Function (hidden [T, d], weight) -> (loss, terms of the n computed tokens); forward also makes the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, ...]:
+        """Compute loss, terms and gradients chunk by chunk."""
+        gradients = _Gradients(hidden, weight, job.tokens) if job.is_training else None
+        parts = [_chunk(hidden, weight, job, part, gradients) for part in job.chunks()]
+        nothing = job.tokens.log_snr.new_zeros(len(Terms._fields), 0)
+        terms = Terms(*torch.cat([*parts, nothing], dim=1).unbind(0))
+        ctx.gradients, ctx.weight = gradients, weight
+        ctx.mark_non_differentiable(*terms)
+        return terms.minimised.sum(), *terms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Scale the gradients made in the forward pass."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("a fused head's gradients can be computed only once")
+        return gradients.hidden.mul_(loss_grad), gradients.of_weight(ctx.weight, loss_grad), None
+
+
+class _Gradients:
+    """Gradients of the loss itself, filled chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, tokens: LossInputs) -> None:
+        self.hidden = torch.empty_like(hidden) if tokens.active_indices is None else torch.zeros_like(hidden)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self._is_empty = True
+
+    def add(self, logits_grad: Tensor, states: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
+        """Add a chunk's part: dH = g W, dW += g^T H."""
+        if isinstance(rows, slice):
+            torch.mm(logits_grad, weight, out=self.hidden[rows])
+        else:
+            self.hidden.index_copy_(0, rows, logits_grad @ weight)
+        add_product(self._weight, logits_grad.t(), states, is_first=self._is_empty)
+        self._is_empty = False
+
+    def of_weight(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """Return the weight's gradient times `factor`, or a placeholder if it was added to the weight's `main_grad`."""
+        if self._is_empty:
+            self._weight.zero_()
+        main_grad = getattr(weight, "main_grad", None)
+        if main_grad is None:
+            return self._weight.mul_(factor).to(weight.dtype)
+        main_grad.addcmul_(self._weight, factor)
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  read by the data-parallel hook
+        return torch.empty_like(weight)
+
+
+def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _Gradients | None) -> Tensor:
+    """Return the terms of a chunk's tokens, [6, n]; add their gradients to `gradients`."""
+    tokens, shard, is_masked = job.tokens, job.shard, job.formula.process.is_masked_limit
+    rows = tokens.rows(part)
+    states = hidden[rows]
+    clean, noised, log_snr = tokens.clean[part], tokens.noised[part], tokens.log_snr[part]
+    passes = job.passes(states @ weight.t(), clean, noised, shard)
+    found = _whole(passes.sums(), clean, noised, shard, log_snr.dtype)
+    scale, log1p_sum, share_sum = found.shift, None, None
+    rho = torch.exp(job.formula.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
+    if not is_masked:
+        scale = found.shift * (rho / found.total)
+        log1p_sum, share_sum = shard.reduce(*passes.log1p_sums(scale))
+    values, slopes = _terms(found, log1p_sum, tokens.part(part), job)
+    if gradients is not None:
+        arguments = _gradient_arguments(found, share_sum, slopes, noised == clean, None if is_masked else rho)
+        gradients.add(passes.gradient(scale, *arguments), states, weight, rows)
+    return values
+
+
+class _Sums(NamedTuple):
+    """Sums of a chunk over the whole vocabulary, each [n]; logits are relative to the whole row's maximum."""
+
+    shift: Tensor
+    """Factor e^(this rank's maximum - the whole row's)."""
+    other: Tensor
+    clean_logit: Tensor
+    noised_logit: Tensor
+
+    @property
+    def e_clean(self) -> Tensor:
+        return torch.exp(self.clean_logit)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum Z over all real tokens."""
+        return self.other + self.e_clean
+
+
+def _whole(own: LogitSums, clean: Tensor, noised: Tensor, shard: VocabShard, dtype: torch.dtype) -> _Sums:
+    """Combine this rank's sums with the others', in two collectives."""
+    own = LogitSums(*(value.to(dtype) for value in own))
+    (max_logit,) = shard.reduce(own.max_logit, op=torch.distributed.ReduceOp.MAX)
+    shift = torch.exp(own.max_logit - max_logit)
+    clean_logit = torch.where(shard.local_index(clean)[1].squeeze(-1), own.clean_logit - max_logit, 0.0)
+    noised_logit = torch.where(shard.local_index(noised)[1].squeeze(-1), own.noised_logit - max_logit, 0.0)
+    return _Sums(shift, *shard.reduce(own.other * shift, clean_logit, noised_logit))
+
+
+def _terms(
+    found: _Sums, log1p_sum: Tensor | None, tokens: LossInputs, job: _Job
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    """Return the terms [6, n], and the slopes of what is minimised in (log odds, log p_z, T)."""
+    formula = job.formula
+    log_odds = torch.log(found.other.clamp(min=torch.finfo(found.other.dtype).tiny)) - found.clean_logit
+    log_p_noised = found.noised_logit - found.clean_logit - log1p_exp(log_odds)
+    inputs = [log_odds, log_p_noised] if log1p_sum is None else [log_odds, log_p_noised, log1p_sum]
+    with torch.set_grad_enabled(job.is_training):
+        leaves = [value.detach().requires_grad_(job.is_training) for value in inputs]
+        terms = terms_from_sums(
+            VocabularySums(*leaves, **({"log1p_sum": None} if log1p_sum is None else {})),
+            tokens.clean,
+            tokens.noised,
+            tokens.log_snr,
+            process=formula.process,
+            weighting=formula.weighting,
+        )
+        slopes: Any = (None,) * len(leaves)
+        if job.is_training:
+            slopes = torch.autograd.grad(terms.minimised.sum(), leaves, allow_unused=True, materialize_grads=True)
+    values = torch.stack(list(terms)).detach()
+    return values, (slopes[0], slopes[1], slopes[2] if log1p_sum is not None else None)
+
+
+def _gradient_arguments(
+    found: _Sums,
+    share_sum: Tensor | None,
+    slopes: tuple[Tensor, Tensor, Tensor | None],
+    is_kept: Tensor,
+    rho: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return the arguments of the last pass, from the loss's slopes in its sums (g_odds, g_z, g_T).
+
+    With G = (g_z + g_T A) / Z, e_v = e^(l_v - max_logit) and s_v = y_v / (1 + y_v), d loss / d l_v is, for real v,
+
+        v != x    e_v (g_odds / Z' - G) + g_T s_v + g_z 1[v = z]
+        v  = x    -g_odds + g_z 1[x = z] - G e_x
+    """
+    g_odds, g_z, g_t = slopes
+    total, e_clean = found.total, found.e_clean
+    through_total = (g_z if g_t is None or share_sum is None else g_z + g_t * share_sum) / total
+    slope = g_odds / found.other.clamp(min=torch.finfo(total.dtype).tiny) - through_total
+    if rho is not None:
+        slope = slope * (total / rho)  # slope in y rather than in e
+    return slope, g_t, g_z * is_kept - g_odds - through_total * e_clean, g_z

@@ -1,0 +1,87 @@
+"""Inputs and outputs of an output head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.objective import SURROGATE, Terms, Weighting, check_token_shapes
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Objective to compute: arguments of `diffusion.objective.gidd_objective`."""
+
+    process: NoiseProcess
+    weighting: Weighting = SURROGATE
+
+
+class LossOutput(NamedTuple):
+    """Output of a head."""
+
+    loss: Tensor
+    """Sum of the optimised term over the computed tokens, a scalar; only this has a gradient."""
+    terms: Terms
+    """Terms of every token, detached; 0 in every field for tokens that were not computed."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Tokens in the order of their hidden states."""
+
+    clean: Tensor
+    """Clean ids x, [...] int64."""
+    noised: Tensor
+    """Noised ids z, [...] int64."""
+    log_snr: Tensor
+    """Log-SNR lambda, [...]."""
+    active_indices: Tensor | None = None
+    """Positions of the computed tokens in the flattened axes, [n] int64; None for all of them. The same on every rank
+    that shares the vocabulary.
+    """
+
+    def check(self, hidden: Tensor) -> None:
+        """Refuse shapes that do not agree.
+
+        Raises:
+            ValueError: they do not.
+        """
+        check_token_shapes(self.clean, self.noised, self.log_snr)
+        if hidden.shape[:-1] != self.clean.shape:
+            raise ValueError(f"hidden must have shape {(*self.clean.shape, '*')}, got {tuple(hidden.shape)}")
+
+    def selected(self, dtype: torch.dtype) -> LossInputs:
+        """Return only the computed tokens, [n]; levels in `dtype`, `active_indices` kept."""
+        flat = (self.clean.reshape(-1), self.noised.reshape(-1), self.log_snr.reshape(-1).to(dtype))
+        if self.active_indices is not None:
+            flat = tuple(field[self.active_indices] for field in flat)
+        return LossInputs(*flat, active_indices=self.active_indices)
+
+    def part(self, part: slice) -> LossInputs:
+        """Return a slice of selected tokens."""
+        return replace(self, clean=self.clean[part], noised=self.noised[part], log_snr=self.log_snr[part])
+
+    def rows(self, part: slice) -> slice | Tensor:
+        """Return the places of a slice of selected tokens among all tokens."""
+        return part if self.active_indices is None else self.active_indices[part]
+
+    def scattered(self, values: Tensor) -> Tensor:
+        """Return values [n] of the computed tokens in the places of all tokens, [...], with 0 elsewhere."""
+        if self.active_indices is not None:
+            values = values.new_zeros(self.clean.numel()).index_copy(0, self.active_indices, values)
+        return values.reshape(self.clean.shape)
+
+
+def loss_token_indices(noised: Tensor, is_noisy: Tensor, process: NoiseProcess) -> Tensor | None:
+    """Return the places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
+
+    Only noisy tokens do, and under masked noise only masks: any other has weight 0. Call this with tensors on the CPU,
+    since the host has to know their number.
+    """
+    if process.is_masked_limit:
+        is_noisy = is_noisy & (noised == process.mask_id)
+    return None if bool(is_noisy.all()) else is_noisy.reshape(-1).nonzero().squeeze(-1)

@@ -1,0 +1,52 @@
+"""Simple reference for `fused_head`: complete logits, complete rows, the reference objective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megadiff.diffusion.objective import Terms, gidd_objective
+from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec
+from megadiff.loss.vocab_shard import VocabShard
+
+
+def plain_objective(
+    hidden: Tensor, weight: Tensor, tokens: LossInputs, formula: LossSpec, *, shard: VocabShard | None = None
+) -> LossOutput:
+    """Compute the same as `fused_head.fused_objective`; every rank of the group makes all the logits' columns.
+
+    About six arrays of [tokens, V] exist at once.
+    """
+    tokens.check(hidden)
+    shard = shard or VocabShard.of(weight, formula.process)
+    logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
+    if shard.group is not None:
+        logits = _Gathered.apply(logits, shard)
+    own = tokens.selected(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    terms = gidd_objective(
+        logits if own.active_indices is None else logits[own.active_indices],
+        own.clean,
+        own.noised,
+        own.log_snr,
+        mixing=formula.process,
+        weighting=formula.weighting,
+    )
+    return LossOutput(terms.minimised.sum(), Terms(*(tokens.scattered(term.detach()) for term in terms)))
+
+
+class _Gathered(torch.autograd.Function):
+    """All ranks' columns side by side; the backward pass keeps this rank's own, since all compute the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, shard: VocabShard) -> Tensor:
+        parts = [torch.empty_like(columns) for _ in range(torch.distributed.get_world_size(shard.group))]
+        torch.distributed.all_gather(parts, columns.contiguous(), group=shard.group)
+        ctx.shard = shard
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, ctx.shard.start : ctx.shard.start + ctx.shard.width].contiguous(), None

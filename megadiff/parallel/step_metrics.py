@@ -1,0 +1,144 @@
+"""Report of a microbatch beside its loss: sums over tokens and sequences, and the metrics of a step computed from
+them."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megadiff.diffusion.conditioning import NoisePattern
+from megadiff.diffusion.noising import NoisedBatch
+from megadiff.diffusion.objective import Terms
+
+BIN_EDGES = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
+"""Edges of the log-SNR bins, in nats; the outer bins include everything beyond."""
+
+_MEANS = ("loss", "elbo", "kl", "itakura_saito", "weight")
+_KINDS = ("isotropic", "anisotropic", "conditioned")
+_FRACTIONS = ("per_token_noise", "linear_noise", "prompt", "infilling", "pad_insertion")
+"""Names of `conditioning.*`, of which the metrics report what was drawn."""
+_LAYOUT = (
+    *_MEANS,
+    "noisy_tokens",
+    "sequences",
+    "tokens",
+    *_FRACTIONS,
+    "prompt_tokens",
+    "prompt_pairs",
+    *(f"{kind}/{what}" for kind in _KINDS for what in ("elbo", "tokens")),
+    *(f"bin{index}/{what}" for index in range(len(BIN_EDGES) - 1) for what in ("loss", "tokens")),
+    "head_tokens",
+)
+SIZE = len(_LAYOUT)
+"""Length of the vector that `report_sums` returns."""
+
+
+class Work(NamedTuple):
+    """Counts of the computation done, in the units by which FLOPs are counted."""
+
+    tokens: float
+    """Number of tokens that passed through the layers."""
+    head_tokens: float
+    """Number of tokens whose logits were computed: under masked noise only the masks."""
+    pairs: float
+    """Number of (query, key) pairs whose attention score was computed in one layer, without a sink's."""
+
+
+def report_sums(terms: Terms, sequences: NoisedBatch, *, head_tokens: int | None = None) -> Tensor:
+    """Return sums over one microbatch, [SIZE] float64 on its device; the host does not wait for them.
+
+    It uses few large operations rather than a few for each number.
+
+    Args:
+        terms: sequence first, [L, b]; 0 at noise-free positions.
+        sequences: the microbatch, [b, L]; prompt lengths may be on the CPU.
+        head_tokens: number of tokens that the output head computed; None for all.
+    """
+    noisy = sequences.is_noisy.t()
+    plain = terms.weight * (terms.kl + terms.itakura_saito)
+    means = (terms.loss, terms.elbo, terms.weight * terms.kl, terms.weight * terms.itakura_saito, terms.weight)
+    of_sequences = torch.stack((*means, noisy.to(plain.dtype))).detach().sum(dim=1, dtype=torch.float64)  # [6, b]
+    facts = _sequence_facts(sequences)
+    shared, kinds = facts.split((facts.shape[0] - len(_KINDS), len(_KINDS)))
+    by_kind = kinds @ of_sequences[1::4].t()  # elbo and tokens
+    which = torch.bucketize(sequences.log_snr, _inner_edges(noisy.device), right=True).t()
+    inside = (which == torch.arange(len(BIN_EDGES) - 1, device=noisy.device)[:, None, None]) & noisy  # [bins, L, b]
+    by_bin = torch.stack(((inside * plain.detach()).flatten(1).sum(1, dtype=torch.float64), inside.flatten(1).sum(1)))
+    computed = by_kind.new_full((1,), sequences.is_noisy.numel() if head_tokens is None else head_tokens)
+    return torch.cat((of_sequences.sum(1), shared.sum(1), by_kind.flatten(), by_bin.t().flatten(), computed))
+
+
+def _sequence_facts(sequences: NoisedBatch) -> Tensor:
+    """Return each sequence's contribution to the counts from `sequences` to `prompt_pairs`, then 1 for its kind,
+    float64."""
+    length = sequences.is_noisy.shape[1]
+    is_kept = ~sequences.is_noisy.all(dim=1)
+    prompt = sequences.prompt_length.to(is_kept.device, non_blocking=True)
+    is_prompted = prompt > 0
+    is_isotropic = sequences.pattern == NoisePattern.ISOTROPIC
+    empty = length - 1 - sequences.source.diff(dim=1).count_nonzero(dim=1)
+    one = torch.ones_like(empty)
+    facts = (one, one * length, sequences.pattern == NoisePattern.PER_TOKEN, sequences.pattern == NoisePattern.LINEAR)
+    facts += (is_prompted, is_kept & ~is_prompted, empty, prompt, prompt.square())
+    facts += (is_isotropic & ~is_kept, ~is_isotropic & ~is_kept, is_kept)
+    return torch.stack([fact.double() for fact in facts])
+
+
+@cache
+def _inner_edges(device: torch.device) -> Tensor:
+    """Return the bin edges, cached per device: creating a tensor from numbers waits for the device."""
+    return torch.tensor(BIN_EDGES[1:-1], device=device)
+
+
+def work_of(total: list[float], *, seq_length: int, is_causal_prompt: bool) -> Work:
+    """Return the work of a step from the sums over the whole run's batch.
+
+    Args:
+        total: the sums.
+        seq_length: L, tokens of a sequence.
+        is_causal_prompt: whether a clean prompt's tokens attend only to preceding ones.
+    """
+    found = dict(zip(_LAYOUT, total, strict=True))
+    prompt, pairs = found["prompt_tokens"], found["prompt_pairs"]
+    own = 0.5 * (pairs + prompt) if is_causal_prompt else pairs
+    return Work(found["tokens"], found["head_tokens"], own + (found["tokens"] - prompt) * seq_length)
+
+
+def mean_loss(total: Tensor) -> Tensor:
+    """Return only the `loss` of `metrics_of`, a float64 scalar still on its device."""
+    return total[_LAYOUT.index("loss")] / total[_LAYOUT.index("noisy_tokens")].clamp(min=1.0)
+
+
+def has_finite_loss(reports: Tensor) -> Tensor:
+    """Return whether each microbatch's `loss` and `elbo` are finite: [M, SIZE] -> [M] bool."""
+    return torch.isfinite(reports[:, [_LAYOUT.index("loss"), _LAYOUT.index("elbo")]]).all(dim=1)
+
+
+def metrics_of(total: list[float]) -> dict[str, Any]:
+    """Return the metrics of a step from the sums over the whole run's batch.
+
+    Keys: `loss`, `elbo`, `kl`, `itakura_saito`, `weight` (means per noisy token), `noisy_tokens`; where some
+    sequences are conditioned, also `elbo_isotropic` (a bound of one generative process), `elbo_anisotropic`,
+    `elbo_conditioned` and `fraction_per_token_noise`, ... (realised fractions of sequences; of tokens for
+    `fraction_pad_insertion`); `loss_by_log_snr`, a list of [low, high, mean of w (KL + IS)] of the bins that had
+    tokens.
+    """
+    found = dict(zip(_LAYOUT, total, strict=True))
+    line: dict[str, Any] = {name: found[name] / max(found["noisy_tokens"], 1.0) for name in _MEANS}
+    line["noisy_tokens"] = int(found["noisy_tokens"])
+    if found["isotropic/tokens"] != found["tokens"]:
+        for kind in _KINDS:
+            if found[f"{kind}/tokens"]:
+                line[f"elbo_{kind}"] = found[f"{kind}/elbo"] / found[f"{kind}/tokens"]
+        for name in _FRACTIONS:
+            line[f"fraction_{name}"] = found[name] / found["tokens" if name == "pad_insertion" else "sequences"]
+    line["loss_by_log_snr"] = [
+        [low, high, found[f"bin{index}/loss"] / found[f"bin{index}/tokens"]]
+        for index, (low, high) in enumerate(itertools.pairwise(BIN_EDGES))
+        if found[f"bin{index}/tokens"]
+    ]
+    return line

@@ -1,0 +1,340 @@
+"""Assembly of a run from its configuration: the only module that constructs the parts and connects them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megadiff.checkpoint.save import AsyncCheckpointer
+from megadiff.config.load import dump_config
+from megadiff.data.batch_sizes import StepBatch
+from megadiff.data.loader import DataShard, SequenceLoader
+from megadiff.diffusion.next_token import next_token_batch, start_id
+from megadiff.diffusion.noising import NoisedBatch, noise_batch
+from megadiff.diffusion.objective import build_weighting
+from megadiff.errors import ConfigError, DataError
+from megadiff.loss.choice import choose_loss_kernel
+from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
+from megadiff.model.implementation import describe_kernels, open_tensor_overlap
+from megadiff.model.initialisation import initialise, role_of
+from megadiff.optim.optimizer import Optimizer, build_optimizer
+from megadiff.parallel.pipeline import set_loss_reduction
+from megadiff.parallel.sharded_objective import DiffusionObjective, NextTokenObjective, ShardedObjective
+from megadiff.parallel.topology import (
+    Topology,
+    is_main_process,
+    launched_world_size,
+    open_topology,
+    process_group,
+    rank_from_environment,
+    world_size_from_environment,
+)
+from megadiff.platform.machine import Platform
+from megadiff.run.config import RunConfig
+from megadiff.run.context import (
+    RunContext,
+    baselines_of,
+    data_advice,
+    data_facts,
+    describe_baselines,
+    describe_data,
+    machine_for,
+    validate_run,
+)
+from megadiff.run.folder import (
+    StatusWriter,
+    Supervision,
+    goodput_of,
+    log_to_console,
+    run_folder,
+    write_config,
+    write_facts,
+)
+from megadiff.run.hooks import build_hooks, hook_context
+from megadiff.run.resume import ResumeOptions, ResumeState, foresee_resumption, manifest_of, resume
+from megadiff.run.summary import lay_out_run, ranks_to_check, run_summary
+from megadiff.supervision.launch import Launch
+from megadiff.supervision.launcher import end_with_launcher
+from megadiff.supervision.stopping import StopRequest
+from megadiff.supervision.watchdog import Watchdog
+from megadiff.train.health import Health, StepDecision
+from megadiff.train.hooks._listed import restore, states
+from megadiff.train.hooks.checkpoint import CheckpointHook
+from megadiff.train.hooks.console import LOG_FIELDS
+from megadiff.train.loop import AgreedStop, Trainer
+from megadiff.train.step import TrainStep
+
+log = logging.getLogger("megadiff")
+
+
+def check(config: RunConfig, *, ranks: int | None = None, resume_options: ResumeOptions | None = None) -> str:
+    """Return what `--check` prints: the resolved configuration, the numbers derived from it, and where the run starts.
+
+    With `data.vocab_size` set, the numbers are available before tokenizer and data exist; the output names what is
+    missing. Without `ranks` and without a launcher, the run is laid out on the smallest number of ranks that fits.
+
+    Raises:
+        NoLayoutError: the run does not fit on this number of ranks, or on any.
+    """
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"--ranks must be at least 1, got {ranks}")
+    resume_options = resume_options or ResumeOptions()
+    resume_options.check(config)
+    world_size, remarks = ranks_to_check(config, ranks, launched=launched_world_size())
+    try:
+        prepared = validate_run(config, world_size=world_size)
+        prepared, step, origin = foresee_resumption(prepared, resume_options)
+        lines = run_summary(config, prepared.layout, prepared.shape) + describe_data(prepared, step=step)
+        lines += describe_baselines(baselines_of(prepared))
+        lines += [f"warning           {found}" for found in data_advice(prepared)] + origin
+    except DataError as error:
+        if config.data.vocab_size is None:
+            raise
+        layout = lay_out_run(config, world_size=world_size, vocab_size=config.data.vocab_size)
+        lines = run_summary(config, layout, config.shape(vocab_size=config.data.vocab_size))
+        lines.append(f"not there yet     {error}")
+    return dump_config(config) + "\n" + "\n".join([*remarks, *lines])
+
+
+def run(config: RunConfig, resume_options: ResumeOptions | None = None, *, before_s: float = 0.0) -> None:
+    """Train the configured run, from the start or from its newest sound checkpoint, until the end or a stop request.
+
+    Args:
+        config: the run.
+        resume_options: what the user allows when the run is resumed.
+        before_s: seconds that the process has already spent on this run, in imports for example; counted in goodput.
+
+    On a stop request the run saves a checkpoint and returns as it does after its last step; `status.json` records
+    which of the two happened.
+    """
+    end_with_launcher()
+    log_to_console()
+    if resume_options is not None:
+        resume_options.check(config)
+    platform = machine_for(config)
+    world_size = world_size_from_environment()
+    prepared = validate_run(config, world_size=world_size)
+    with ExitStack() as opened:
+        opened.enter_context(run_folder(config))
+        launch = Launch.from_env(config.folder, rank=rank_from_environment(), world_size=world_size)
+        standing = StatusWriter(config, launch)
+        watchdog = opened.enter_context(Watchdog(config.watchdog, launch))
+
+        def failing(error: BaseException, step: int | None = None) -> None:
+            standing.failing(prepared.shortage(error) or error, step)
+            watchdog.failing(prepared.shortage(error) or error)
+
+        try:
+            stop = opened.enter_context(StopRequest(config.stop, config.folder, is_main=is_main_process()))
+            supervision = Supervision(watchdog, stop, goodput_of(config, before_s=before_s), failing, standing.saved)
+            with watchdog.section("setup"), supervision.goodput.during("setup"):
+                opened.enter_context(process_group(platform, timeout_s=config.watchdog.longest_s + _PATIENCE_S))
+                platform.prepare_megatron()
+                trainer = build_trainer(prepared, platform, resume_options, supervision)
+            standing.running(trainer.first_step)
+            standing.ended(trainer.train())
+        except BaseException as error:
+            failing(error)  # reported before leaving the process group, which may hang
+            if (shortage := prepared.shortage(error)) is not None:
+                raise shortage from error
+            raise
+
+
+_PATIENCE_S = 60.0
+"""Seconds for which a collective waits longer than the watchdog, whose report is the more precise one."""
+
+
+def build_trainer(
+    prepared: RunContext,
+    platform: Platform,
+    resume_options: ResumeOptions | None = None,
+    supervision: Supervision | None = None,
+) -> Trainer:
+    """Build every part of the run on this rank and connect them. Collective over the world; the default group is open.
+
+    Args:
+        prepared: the run with its tokenizer, data and layout.
+        platform: this rank's machine.
+        resume_options: what the user allows if the run is resumed.
+        supervision: the parts that look after the run; without them another program does.
+    """
+    config = prepared.config
+    supervision = supervision or Supervision.none(config)
+    topology = open_topology(prepared.layout, timeout_s=config.watchdog.longest_s + _PATIENCE_S)
+    chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
+    _log_parts(prepared, platform, optimizer)
+    origin, prepared = resume(
+        prepared, resume_options or ResumeOptions(), chunks, optimizer, topology=topology, platform=platform
+    )
+    health = Health(config.health, sizes=config.sizes)
+    health.restore(origin.health)
+    _log_and_write_data(prepared, origin, topology)
+    context = hook_context(
+        prepared, first_step=origin.step, chunks=chunks, wrapped=wrapped, topology=topology, platform=platform
+    )
+    loader = sequence_loader(prepared, topology, origin.step)
+    baselines = baselines_of(prepared) if topology.is_main else None
+    for line in describe_baselines(baselines):
+        log.info(line)
+    hooks = build_hooks(prepared, context, supervision.goodput, baselines)
+    restore(hooks, origin.hooks)
+    checkpoint = CheckpointHook(
+        AsyncCheckpointer(
+            config.folder,
+            chunks,
+            optimizer,
+            keep=config.checkpoint.keep,
+            before_cooldown=config.lr_schedule().decay_start,
+            topology=topology,
+            platform=platform,
+        ),
+        lambda step: manifest_of(prepared, origin, step, health=health.state(), hooks=states(hooks)),
+        every=config.checkpoint.every,
+        steps=config.steps,
+        in_background=config.checkpoint.in_background,
+        gathered=partial(gathered_weights, wrapped),
+        sinks=context.sinks,
+        goodput=supervision.goodput,
+        completed=supervision.saved,
+    )
+    return Trainer(
+        step=training_step(prepared, wrapped, optimizer, topology, platform, check=health.check),
+        health=health,
+        first_step=origin.step,
+        steps=config.steps,
+        sizes=config.sizes,
+        sequences_at_once=config.batch.micro_batch_size * prepared.layout.data,
+        schedule=config.lr_schedule(),
+        peak_lr=config.optimizer.lr,
+        microbatches=(microbatch.content for microbatch in loader),
+        hooks=[*hooks, checkpoint],
+        checkpoint=checkpoint,
+        stop=AgreedStop(supervision.stop, topology),
+        watchdog=supervision.watchdog,
+        goodput=supervision.goodput,
+        closing=[loader.close, context.sinks.close],
+        failing=supervision.failing,
+    )
+
+
+def _log_parts(prepared: RunContext, platform: Platform, optimizer: Optimizer) -> None:
+    """Log the machine, the numbers that follow from the configuration, and which implementations were chosen."""
+    config = prepared.config
+    head, _ = choose_loss_kernel(config.objective.loss_kernel, is_cpu=platform.is_cpu)
+    kernels = f"kernels           {describe_kernels(config.parallel, config.precision, platform)}"
+    for line in [platform.describe(), kernels, *run_summary(config, prepared.layout, prepared.shape)]:
+        log.info(line)
+    log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
+    log.info(f"head              {head}")
+    log.info(f"log line          {LOG_FIELDS}")
+
+
+def _log_and_write_data(prepared: RunContext, origin: ResumeState, topology: Topology) -> None:
+    """Log the data at the position reached; the main rank also warns of likely mistakes and writes the run folder."""
+    for line in describe_data(prepared, step=origin.step):
+        log.info(line)
+    if topology.is_main:
+        write_config(prepared.config)
+        doubts = data_advice(prepared)
+        for doubt in doubts:
+            log.warning(doubt)
+        write_facts(prepared.config, data_facts(prepared, step=origin.step, advice=doubts))
+
+
+def sharded_objective(prepared: RunContext, topology: Topology, platform: Platform) -> ShardedObjective:
+    """Return the objective that is minimised, on this rank's part of the vocabulary."""
+    config = prepared.config
+    _, head = choose_loss_kernel(config.objective.loss_kernel, is_cpu=platform.is_cpu)
+    if config.is_autoregressive:
+        return NextTokenObjective(prepared.process, topology, head)
+    return DiffusionObjective(prepared.process, topology, build_weighting(config.objective), head)
+
+
+def training_step(
+    prepared: RunContext,
+    wrapped: Sequence[Any],
+    optimizer: Optimizer,
+    topology: Topology,
+    platform: Platform,
+    *,
+    check: Callable[[float, float], StepDecision],
+) -> TrainStep:
+    """Return the optimizer step of this run; `check` decides on its update (`train.step.TrainStep`)."""
+    config = prepared.config
+    return TrainStep(
+        chunks=wrapped,
+        optimizer=optimizer,
+        objective=sharded_objective(prepared, topology, platform),
+        topology=topology,
+        device=platform.device,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.batch.micro_batch_size,
+        check=check,
+        is_causal_prompt=config.is_causal_prompt,
+    )
+
+
+def build_trainables(
+    prepared: RunContext, platform: Platform, topology: Topology
+) -> tuple[list[Denoiser], list[Any], Optimizer]:
+    """Return model chunks with their first weights, their data-parallel wrappers, and the optimizer."""
+    config = prepared.config
+    open_tensor_overlap(config.model, config.parallel, config.precision, micro_batch_size=config.batch.micro_batch_size)
+    chunks = build_chunks(
+        config.model,
+        vocab_size=prepared.tokenizer.vocab_size,
+        parallel=config.parallel,
+        precision=config.precision,
+        platform=platform,
+        topology=topology,
+    )
+    initialise(chunks, config.model, seed=config.seed, topology=topology)
+    wrapped = wrap_data_parallel(chunks, parallel=config.parallel, precision=config.precision)
+    set_loss_reduction(wrapped, topology, mean=config.objective.reduction == "mean")
+    optimizer = build_optimizer(
+        wrapped,
+        [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],
+        config.optimizer,
+        scale=config.optimizer_scale,
+        is_bf16=config.precision.compute == "bf16",
+        master_weights=config.precision.master_weights,
+        distributed=config.parallel.distributed_optimizer,
+        platform=platform,
+        topology=topology,
+    )
+    return chunks, wrapped, optimizer
+
+
+def sequence_loader(prepared: RunContext, topology: Topology, first_step: int) -> SequenceLoader[NoisedBatch]:
+    """Return this data-parallel rank's noised microbatches from `first_step` on."""
+    config = prepared.config
+    batch = config.batch
+
+    def noise(clean: npt.NDArray[np.int64], samples: list[int], step_batch: StepBatch) -> NoisedBatch:
+        if config.is_autoregressive:
+            return next_token_batch(clean, start_id=start_id(prepared.tokenizer))
+        return noise_batch(
+            clean,
+            seed=config.seed,
+            sample_index=samples,
+            process=prepared.process,
+            conditioning=config.conditioning,
+            stratified=config.objective.stratified,
+            global_batch=step_batch.sequences,
+            batch_origin=step_batch.first_sample,
+            pad_id=prepared.tokenizer.pad_id,
+        )
+
+    return SequenceLoader(
+        prepared.data.train,
+        noise,
+        sizes=config.sizes,
+        shard=DataShard(batch.micro_batch_size, dp_rank=topology.data_rank, dp_size=topology.layout.data),
+        first_step=first_step,
+    )

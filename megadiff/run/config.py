@@ -1,0 +1,267 @@
+"""The configuration of a whole run: composes all sections and checks constraints between them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from megadiff.checkpoint.config import CheckpointConfig
+from megadiff.config.section import Section
+from megadiff.data.batch_sizes import BatchSizes
+from megadiff.data.config import BatchConfig, DataConfig
+from megadiff.diffusion.config import (
+    PROCESSES,
+    WEIGHTINGS,
+    ConditioningConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    check_noise_and_objective,
+)
+from megadiff.errors import ConfigError, shown
+from megadiff.eval.config import EvalConfig
+from megadiff.model import cost
+from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.fp8 import check_shapes
+from megadiff.optim.config import OPTIMIZERS, OptimizerConfig, ScheduleConfig
+from megadiff.optim.rules import Scale
+from megadiff.optim.schedule import WarmupStableDecay, resolve_decay_steps
+from megadiff.parallel.config import Layout, ParallelConfig, lay_out
+from megadiff.supervision.config import StopConfig, WatchdogConfig
+from megadiff.train.config import HOOKS, GoodputConfig, HealthConfig, HookConfig, LogConfig
+
+_LONGEST_NAME = 200
+"""Maximal length of a run's name, in bytes; file systems allow 255, some of which temporary files and the scheduler's
+files need.
+"""
+
+
+class RunConfig(Section):
+    """The resolved configuration of one training run."""
+
+    name: str = Field(min_length=1)
+    """Name of the run folder inside `output_dir`."""
+    output_dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights, the data order and the noise."""
+    platform: Literal["auto", "cpu", "cuda"] = "auto"
+    """The machine; `auto` takes CUDA when there is one."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Implementation of the layers of a bf16 model on CUDA: Transformer Engine's fused ones, or megatron-core's own on
+    torch transformer_impl. `auto` takes the first if it can be imported; the log's first line shows the choice.
+    """
+    model: ModelConfig
+    noise: Annotated[NoiseConfig, PROCESSES] = PROCESSES.default(NoiseConfig)
+    objective: Annotated[ObjectiveConfig, WEIGHTINGS] = WEIGHTINGS.default(ObjectiveConfig)
+    conditioning: ConditioningConfig = ConditioningConfig()
+    data: DataConfig
+    batch: BatchConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: Annotated[OptimizerConfig, OPTIMIZERS]
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    hooks: tuple[Annotated[HookConfig, HOOKS], ...] = ()
+    """Hooks and metric sinks that the run has besides its own, called in this order."""
+    health: HealthConfig = HealthConfig()
+    stop: StopConfig = StopConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    goodput: GoodputConfig = GoodputConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if Path(name).name != name or name.startswith(".") or any(ord(c) < 32 for c in name):
+            raise ValueError(
+                f"name must be a plain folder name without `/`, leading dot or control characters, got {name!r}"
+            )
+        if (size := len(name.encode())) > _LONGEST_NAME:
+            raise ValueError(f"name must have at most {_LONGEST_NAME} bytes, got {size}: {shown(name)}")
+        return name
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> RunConfig:
+        try:
+            check_noise_and_objective(self.noise, self.objective)
+            self.lr_schedule()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> RunConfig:
+        if self.eval.samples and self.is_autoregressive:
+            raise ValueError(
+                f"eval.samples is {self.eval.samples}, but an autoregressive control (objective.name=ar) is not "
+                "sampled; set eval.samples to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quirks_fit(self) -> RunConfig:
+        if self.precision.master_weights:
+            return self
+        wanted = {
+            "precision.compute": (self.precision.compute, "bf16"),
+            "optimizer.name": (self.optimizer.name, "laprop"),
+            "optimizer.clip_grad": (self.optimizer.clip_grad, 0),
+            "parallel.distributed_optimizer": (self.parallel.distributed_optimizer, False),
+        }
+        wrong = [f"{key}={value} (found {found})" for key, (found, value) in wanted.items() if found != value]
+        if wrong:
+            raise ValueError(f"precision.master_weights=false needs {', '.join(wrong)}")
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_fit(self) -> RunConfig:
+        wanted = {
+            "transformer_impl=transformer_engine": self.transformer_impl == "transformer_engine",
+            f"precision.fp8={self.precision.fp8}": self.precision.fp8 != "none",
+            "parallel.tp_comm_overlap=true": self.parallel.tp_comm_overlap,
+        }
+        refused = {
+            "transformer_impl=local": self.transformer_impl == "local",
+            "platform=cpu": self.platform == "cpu",
+            "precision.compute=fp32": self.precision.compute == "fp32",
+        }
+        asked = [setting for setting, is_set in wanted.items() if is_set]
+        against = [setting for setting, is_set in refused.items() if is_set]
+        if asked and against:
+            raise ValueError(
+                f"{' and '.join(asked)} needs Transformer Engine's layers, which are for GPUs and bf16; found "
+                f"{' and '.join(against)}"
+            )
+        if self.precision.fp8 == "delayed" and "layernorm" in self.parallel.recomputed_modules:
+            raise ValueError(
+                "parallel.recompute_modules has layernorm, which precision.fp8=delayed cannot recompute; leave it out"
+            )
+        return self
+
+    @property
+    def wanted_transformer_impl(self) -> Literal["auto", "local", "transformer_engine"]:
+        """The value of `transformer_impl`, or the local layers if `auto` has no choice: Transformer Engine's need
+        bf16."""
+        return (
+            "local" if self.transformer_impl == "auto" and self.precision.compute == "fp32" else self.transformer_impl
+        )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """Number of sequences in every step."""
+        return BatchSizes(self.batch.global_batch_size, self.batch.rampup)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Number of tokens in one optimizer step over all ranks, once a rampup is over."""
+        return self.batch.global_batch_size * self.model.seq_length
+
+    def tokens_before(self, step: int) -> int:
+        """Return the number of tokens in the first `step` steps."""
+        return self.sizes.samples_before(step) * self.model.seq_length
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps in the whole run."""
+        if self.schedule.steps is not None:
+            return self.schedule.steps
+        wanted = self.schedule.wanted_tokens(self._flops_per_token())
+        assert wanted is not None
+        return self.sizes.steps_for_samples(math.ceil(wanted / self.model.seq_length))
+
+    @property
+    def samples(self) -> int:
+        """Number of sequences in the whole run."""
+        return self.sizes.samples_before(self.steps)
+
+    @property
+    def length_setting(self) -> str:
+        """The setting that determines the run's length, with its value."""
+        schedule = self.schedule
+        given = {"steps": schedule.steps, "tokens": schedule.tokens, "flops": schedule.flops}
+        key, value = next((key, value) for key, value in given.items() if value is not None)
+        return f"schedule.{key} = {value:,}" if isinstance(value, int) else f"schedule.{key} = {value:g}"
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether this is the autoregressive control."""
+        return self.objective.name == "ar"
+
+    @property
+    def is_causal_prompt(self) -> bool:
+        """Whether clean prompts attend causally; for the autoregressive control the whole sequence is a prompt."""
+        return self.is_autoregressive or self.conditioning.prompt_attention == "causal"
+
+    def _flops_per_token(self) -> float:
+        """6P + 12LdS: no embedding, no head, so no vocabulary is needed."""
+        return cost.paper_flops_per_token(self.shape(vocab_size=2))
+
+    def shape(self, *, vocab_size: int) -> cost.Shape:
+        """Return the model's size for closed-form costs."""
+        model = self.model
+        return cost.Shape(
+            layers=model.layers,
+            hidden=model.hidden,
+            heads=model.heads,
+            vocab_size=vocab_size,
+            seq_length=model.seq_length,
+            ffn_multiple=model.ffn_multiple,
+            qk_norm=model.qk_norm,
+            sink=model.sink,
+            mlp_bias=model.mlp_bias,
+            softcap=model.softcap is not None,
+        )
+
+    @property
+    def optimizer_scale(self) -> Scale:
+        """The sizes on which the effective learning rates, decays and epsilon depend."""
+        return Scale(
+            hidden=self.model.hidden,
+            layers=self.model.layers,
+            tokens_per_step=self.tokens_per_step,
+            reduction=self.objective.reduction,
+        )
+
+    def lr_schedule(self) -> WarmupStableDecay:
+        """Return the schedule of the learning rate, as a factor of `optimizer.lr`."""
+        steps = self.steps
+        return WarmupStableDecay(
+            steps=steps,
+            warmup_steps=self.schedule.warmup_steps,
+            decay_steps=resolve_decay_steps(self.schedule.decay_steps, steps),
+            decay_shape=self.schedule.decay_shape,
+        )
+
+    def layout(self, *, world_size: int, vocab_size: int) -> Layout:
+        """Return the layout on `world_size` ranks; every division is checked before any process group exists.
+
+        Raises:
+            ConfigError: something does not divide.
+        """
+        layouts = [self._layout(sequences, world_size, vocab_size) for sequences in self.sizes.distinct]
+        return layouts[-1]
+
+    def _layout(self, global_batch_size: int, world_size: int, vocab_size: int) -> Layout:
+        layout = lay_out(
+            self.parallel,
+            world_size=world_size,
+            layers=self.model.layers,
+            heads=self.model.heads,
+            hidden=self.model.hidden,
+            ffn_hidden=self.model.ffn_hidden,
+            padded_vocab_size=self.model.padded_vocab_size(vocab_size),
+            seq_length=self.model.seq_length,
+            global_batch_size=global_batch_size,
+            micro_batch_size=self.batch.micro_batch_size,
+        )
+        check_shapes(self.precision, self.model, self.parallel, micro_batch_size=self.batch.micro_batch_size)
+        return layout

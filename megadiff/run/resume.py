@@ -1,0 +1,256 @@
+"""The checkpoint from which a run resumes, and the manifest that its own checkpoints get."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+import megadiff
+from megadiff.checkpoint.folder import newest_complete
+from megadiff.checkpoint.load import load, newest_sound
+from megadiff.checkpoint.manifest import (
+    FORMAT,
+    Change,
+    Manifest,
+    check_allowed,
+    check_same_model,
+    check_same_run,
+    read_manifest,
+)
+from megadiff.config.schema import dotted_keys
+from megadiff.config.suggestions import did_you_mean
+from megadiff.data.mixture import Mixture, next_mixture
+from megadiff.data.review import change_advice, describe_change
+from megadiff.errors import CheckpointError, ConfigError
+from megadiff.optim.optimizer import Optimizer
+from megadiff.parallel.pipeline import ModelChunk
+from megadiff.parallel.topology import Topology
+from megadiff.platform.machine import Platform
+from megadiff.run.config import RunConfig
+from megadiff.run.context import RunContext
+
+log = logging.getLogger("megadiff")
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """The user's options for resuming a run."""
+
+    strict: bool = False
+    """Whether to refuse if the newest checkpoint is damaged, instead of taking the next older one."""
+    allowed: Sequence[str] = ()
+    """Settings that affect training and are nevertheless allowed to differ."""
+    allow_data: bool = False
+    """Whether the training data may differ."""
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse allowed keys that do not exist in a configuration, or that can never change within a run.
+
+        Args:
+            config: the run's configuration, which may name its own family members with their keys.
+
+        Raises:
+            ConfigError: the first such key, with the most similar existing one.
+        """
+        known = {*dotted_keys(RunConfig), *dotted_keys(config)}
+        for key in self.allowed:
+            if key not in known:
+                raise ConfigError(f"--allow-change {key}: a run description has no such key{did_you_mean(key, known)}")
+        check_allowed(self.allowed)
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """The point from which a run starts or resumes."""
+
+    step: int = 0
+    health: dict[str, Any] = field(default_factory=dict)
+    hooks: dict[str, Any] = field(default_factory=dict)
+    """State of hooks of the list `hooks`, by name."""
+    changes: list[Change] = field(default_factory=list)
+
+
+def resume(
+    prepared: RunContext,
+    resume_options: ResumeOptions,
+    chunks: Sequence[ModelChunk],
+    optimizer: Optimizer,
+    *,
+    topology: Topology,
+    platform: Platform,
+) -> tuple[ResumeState, RunContext]:
+    """Load the run's newest sound checkpoint, the one it branches from, or just the weights it starts with.
+
+    Returns:
+        The point from which the run resumes, and the run with its data at the positions reached there.
+
+    Raises:
+        CheckpointError: no checkpoint is sound and belongs to this run.
+        StorageError: it cannot be read.
+    """
+    config = prepared.config
+    own = newest_sound(config.folder, strict=resume_options.strict, topology=topology)
+    if own is None and config.checkpoint.start_from is None:
+        return ResumeState(), prepared
+    folder = own or Path(config.checkpoint.start_from or "")
+    accepted = _accepted(prepared, resume_options, folder)
+    saved, is_verified = accepted.saved, own is not None
+    if not saved.has_optimizer:
+        load(folder, chunks, None, is_verified=is_verified, topology=topology, platform=platform)
+        optimizer.take_weights()
+        log.info(f"starting with the weights of {folder}; optimizer and schedule start from scratch")
+        return ResumeState(), prepared
+    load(folder, chunks, optimizer, is_verified=is_verified, topology=topology, platform=platform)
+    log.info(f"resuming from {folder} after step {saved.step} of {config.steps}")
+    for line in accepted.describe():
+        log.info(line)
+    for doubt in accepted.doubts() if topology.is_main else []:
+        log.warning(doubt)
+    return ResumeState(saved.step, saved.health, saved.hooks, [*saved.changes, *accepted.changes]), accepted.prepared
+
+
+def foresee_resumption(prepared: RunContext, resume_options: ResumeOptions) -> tuple[RunContext, int, list[str]]:
+    """Return what `resume` would do, reading no more than a manifest.
+
+    Returns:
+        The run with its data at the positions reached, the steps taken, and lines that describe where it resumes;
+        no lines for a run that starts.
+
+    Raises:
+        CheckpointError: `resume` would refuse.
+    """
+    config = prepared.config
+    folder = newest_complete(config.folder)
+    if folder is None and config.checkpoint.start_from is not None:
+        folder = Path(config.checkpoint.start_from)
+    if folder is None:
+        return prepared, 0, []
+    accepted = _accepted(prepared, resume_options, folder)
+    lines = [
+        f"resumes from      {folder} after step {accepted.saved.step} of {config.steps}",
+        *accepted.describe(),
+        *(f"warning           {doubt}" for doubt in accepted.doubts()),
+    ]
+    return accepted.prepared, accepted.saved.step if accepted.saved.has_optimizer else 0, lines
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    """A checkpoint from which this run may resume."""
+
+    saved: Manifest
+    changes: list[Change]
+    prepared: RunContext
+    """The run with its data at the positions reached."""
+    mixture_before: Mixture | None = None
+    """The mixture of the checkpoint, if the run continues with a different one."""
+
+    def describe(self) -> list[str]:
+        """Return lines about the changes since the checkpoint."""
+        lines = [f"changed since     {change.describe()}" for change in self.changes]
+        if self.mixture_before is not None:
+            lines += describe_change(self.mixture_before, self.prepared.data, end=self.prepared.config.samples)
+        return lines
+
+    def doubts(self) -> list[str]:
+        """Return warnings about the change of the mixture."""
+        if self.mixture_before is None:
+            return []
+        found = change_advice(self.mixture_before, self.prepared.data, end=self.prepared.config.samples)
+        return [str(doubt) for doubt in found]
+
+
+def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path) -> _Accepted:
+    """Return the checkpoint's manifest and the changes since, if this run may resume from it."""
+    saved, steps = read_manifest(folder), prepared.config.steps
+    wanted = manifest_of(prepared, ResumeState(saved.step), saved.step)
+    if not saved.has_optimizer:
+        check_same_model(saved, wanted, folder)
+        return _Accepted(saved, [], prepared)
+    changes = check_same_run(
+        saved, wanted, folder, allowed=resume_options.allowed, allow_data=resume_options.allow_data
+    )
+    if saved.step > steps:
+        raise CheckpointError(
+            f"{folder} was saved after step {saved.step}, but this run ends after step {steps}; set schedule.steps "
+            "above that, or begin from an earlier checkpoint"
+        )
+    before = saved_mixture(prepared, saved, folder)
+    if saved.data_fingerprint == prepared.data.fingerprint:
+        return _Accepted(saved, changes, prepared.at(before))
+    mixture = next_mixture(before, prepared.data.identities, first_sample=saved.samples)
+    return _Accepted(saved, changes, prepared.at(mixture), before)
+
+
+def saved_mixture(prepared: RunContext, saved: Manifest, folder: Path) -> Mixture:
+    """Return the mixture of a checkpoint, with the positions reached.
+
+    Raises:
+        CheckpointError: the manifest holds no mixture of its data.
+    """
+    try:
+        mixture = Mixture.model_validate(saved.mixture)
+    except ValidationError as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{folder} is damaged: its manifest.json has no positions of the data ({first})"
+        ) from None
+    contents = [position.content for position in mixture.sources]
+    if saved.data_fingerprint == prepared.data.fingerprint and contents != prepared.data.contents:
+        raise CheckpointError(f"{folder} is damaged: the positions in its manifest.json are of other data")
+    return mixture
+
+
+def manifest_of(
+    prepared: RunContext,
+    origin: ResumeState,
+    step: int,
+    *,
+    health: dict[str, Any] | None = None,
+    hooks: dict[str, Any] | None = None,
+) -> Manifest:
+    """Return the manifest of a checkpoint after `step` steps of this run, without its files.
+
+    Args:
+        prepared: the run.
+        origin: where it resumed from.
+        step: number of steps taken.
+        health: state of the health checks.
+        hooks: state of hooks of the list `hooks`, by name.
+    """
+    config, layout = prepared.config, prepared.layout
+    samples = config.sizes.samples_before(step)
+    return Manifest(
+        format=FORMAT,
+        step=step,
+        samples=samples,
+        tokens=samples * config.model.seq_length,
+        config=config.model_dump(mode="json", by_alias=True),
+        vocab_size=prepared.tokenizer.vocab_size,
+        mask_id=prepared.tokenizer.mask_id,
+        tokenizer_fingerprint=prepared.tokenizer.fingerprint,
+        data_fingerprint=prepared.data.fingerprint,
+        prepended_bos=bool(prepared.data.prepended_bos),
+        layout={
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "virtual_pipeline": layout.virtual_pipeline,
+            "data": layout.data,
+        },
+        versions={
+            "megadiff": megadiff.__version__,
+            "torch": torch.__version__,
+            "megatron-core": version("megatron-core"),
+        },
+        mixture=prepared.data.mixture_at(samples).model_dump(mode="json"),
+        health=health or {},
+        hooks=hooks or {},
+        changes=origin.changes,
+    )

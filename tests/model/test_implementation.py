@@ -1,0 +1,271 @@
+"""Which fast parts a run asks for, what is refused before anything starts, and what megatron-core is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from megadiff.errors import ConfigError, PlatformError
+from megadiff.model import fp8
+from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.implementation import (
+    check_kernels,
+    describe_kernels,
+    fuses_weight_gradients,
+    layers_for,
+    modules_for,
+)
+from megadiff.model.local_layers import UnbiasedColumnLinear
+from megadiff.model.megatron_config import transformer_config
+from megadiff.parallel.config import ParallelConfig
+from megadiff.platform.machine import Platform, detect
+from tests.support.runs import toy_config
+
+BF16 = PrecisionConfig()
+FP32 = PrecisionConfig(compute="fp32")
+CPU = detect("cpu")
+GPU = Platform(
+    "cuda",
+    torch.device("cuda", 0),
+    "nccl",
+    "NVIDIA H100",
+    989e12,
+    True,
+    False,
+    layers="transformer_engine",
+    weight_gradients="torch addmm",
+    weight_gradients_problem="",
+)
+MODEL = ModelConfig(layers=8, hidden=256, heads=4, seq_length=128)
+
+
+def test_transformer_engines_layers_are_for_bf16():
+    assert layers_for(BF16, GPU) == "transformer_engine"
+    assert layers_for(FP32, GPU) == "local"
+    assert layers_for(BF16, CPU) == "local"
+    assert modules_for(BF16, CPU).qkv is UnbiasedColumnLinear
+
+
+@pytest.mark.parametrize(("recipe", "form"), [("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3")])
+def test_a_recipe_becomes_megatrons_settings(recipe, form):
+    ends = 0 if recipe == "delayed" else 2
+    precision = PrecisionConfig(fp8=recipe, fp8_first_last_bf16=ends)
+    settings = transformer_config(MODEL, parallel=ParallelConfig(), precision=precision, platform=CPU)
+    assert (settings.fp8, settings.fp8_recipe, settings.fp8_param) == (form, recipe, False)
+    assert settings.first_last_layers_bf16 == (ends > 0)
+    assert (settings.num_layers_at_start_in_bf16, settings.num_layers_at_end_in_bf16) == (ends, ends)
+    assert (settings.fp8_amax_history_len, settings.fp8_amax_compute_algo) == (1024, "max")
+
+
+def test_without_fp8_megatron_hears_of_none():
+    assert fp8.megatron_settings(BF16) == {}
+    settings = transformer_config(MODEL, parallel=ParallelConfig(), precision=BF16, platform=CPU)
+    assert settings.fp8 is None
+    assert settings.recompute_granularity is None
+    assert not settings.gradient_accumulation_fusion
+    assert not settings.apply_rope_fusion
+    assert not settings.tp_comm_overlap
+
+
+@pytest.mark.parametrize(
+    ("wanted", "granularity", "method", "layers", "modules"),
+    [
+        ({"recompute": "full"}, "full", "block", 4, ["core_attn"]),
+        ({"recompute": "full", "recompute_layers": 3}, "full", "block", 3, ["core_attn"]),
+        ({"recompute": "selective"}, "selective", None, None, ["mlp"]),
+        ({"recompute": "selective", "recompute_modules": ["layernorm"]}, "selective", None, None, ["layernorm"]),
+    ],
+)
+def test_recomputation_becomes_megatrons_settings(wanted, granularity, method, layers, modules):
+    """Eight blocks on two stages; `core_attn` is what the library fills in and full recomputation does not read."""
+    parallel = ParallelConfig.model_validate({"pipeline": 2, **wanted})
+    settings = transformer_config(MODEL, parallel=parallel, precision=FP32, platform=CPU)
+    assert (settings.recompute_granularity, settings.recompute_method) == (granularity, method)
+    assert (settings.recompute_num_layers, settings.recompute_modules) == (layers, modules)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"recompute_modules": ["mlp"]},
+            r"recompute_modules goes with parallel.recompute=selective only \(found none\)",
+        ),
+        ({"recompute": "selective", "recompute_layers": 2}, r"recompute_layers goes with parallel.recompute=full only"),
+    ],
+)
+def test_recompute_keys_that_would_do_nothing_are_refused(tree, message):
+    with pytest.raises(ValidationError, match=message):
+        ParallelConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"compute": "fp32", "fp8": "delayed"}, r"precision.fp8=delayed needs precision.compute=bf16 \(found fp32\)"),
+        ({"fp8_first_last_bf16": 1}, r"goes with fp8=tensorwise or blockwise only \(found none\)"),
+        ({"fp8": "delayed", "fp8_first_last_bf16": 1}, r"goes with fp8=tensorwise or blockwise only \(found delayed\)"),
+    ],
+)
+def test_fp8_that_cannot_be_is_refused(tree, message):
+    with pytest.raises(ValidationError, match=message):
+        PrecisionConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"transformer_impl": "transformer_engine"},
+            r"transformer_impl=transformer_engine needs .* found platform=cpu and precision.comp",
+        ),
+        (
+            {
+                "transformer_impl": "local",
+                "platform": "auto",
+                "precision__compute": "bf16",
+                "precision__fp8": "tensorwise",
+            },
+            r"precision.fp8=tensorwise needs Transformer Engine's layers, .* found transformer_impl=local",
+        ),
+        (
+            {
+                "platform": "auto",
+                "precision__compute": "bf16",
+                "precision__fp8": "delayed",
+                "parallel__recompute": "selective",
+                "parallel__recompute_modules": ["layernorm"],
+            },
+            r"has layernorm, which precision.fp8=delayed cannot recompute",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, keys, message):
+    with pytest.raises(ValidationError, match=message):
+        toy_config(tmp_path / "none", tmp_path, **keys)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "recipe", "micro", "message"),
+    [
+        (
+            {"hidden": 40, "heads": 4},
+            {},
+            "delayed",
+            1,
+            r"^precision.fp8=delayed needs model.hidden to be a multiple of 16, found 40; 32 or 48 would do$",
+        ),
+        (
+            {"hidden": 96, "heads": 4},
+            {"tensor": 4},
+            "tensorwise",
+            1,
+            r"model.hidden / parallel.tensor .* found 24; 16 or 32",
+        ),
+        (
+            {"seq_length": 20},
+            {},
+            "tensorwise",
+            3,
+            r"batch.micro_batch_size x model.seq_length .* 16, found 60; 48 or 64",
+        ),
+        (
+            {"seq_length": 32},
+            {"tensor": 4, "sequence": True},
+            "delayed",
+            1,
+            r"x model.seq_length / parallel.tensor to be a multiple of 16, found 8; 16 would do",
+        ),
+        (
+            {"seq_length": 128},
+            {"tensor": 2, "sequence": True},
+            "blockwise",
+            1,
+            r"multiple of 128, found 64; 128 would do",
+        ),
+    ],
+)
+def test_shapes_fp8_cannot_multiply_are_refused_with_what_would_do(model, parallel, recipe, micro, message):
+    shape = ModelConfig.model_validate({**MODEL.model_dump(), **model})
+    with pytest.raises(ConfigError, match=message):
+        fp8.check_shapes(
+            PrecisionConfig(fp8=recipe), shape, ParallelConfig.model_validate(parallel), micro_batch_size=micro
+        )
+
+
+def test_shapes_fp8_can_multiply_pass_and_without_fp8_all_do():
+    odd = ModelConfig(layers=2, hidden=20, heads=2, seq_length=7)
+    fp8.check_shapes(BF16, odd, ParallelConfig(), micro_batch_size=1)
+    for recipe in ("delayed", "tensorwise", "blockwise"):
+        layout = ParallelConfig(tensor=2, sequence=True)
+        fp8.check_shapes(PrecisionConfig(fp8=recipe), MODEL, layout, micro_batch_size=2)
+
+
+def test_more_bf16_blocks_at_an_end_than_a_stage_has_are_refused():
+    precision = PrecisionConfig(fp8="tensorwise", fp8_first_last_bf16=3)
+    with pytest.raises(ConfigError, match=r"fp8_first_last_bf16 is 3, but a pipeline stage has 2 blocks"):
+        fp8.check_shapes(precision, MODEL, ParallelConfig(pipeline=4), micro_batch_size=1)
+
+
+def test_a_run_checks_its_fp8_shapes_with_its_layout(tmp_path):
+    """Before any process group, and by `--check` on a machine without GPU."""
+    keys = {"platform": "auto", "precision__compute": "bf16", "precision__fp8": "tensorwise", "model__hidden": 40}
+    config = toy_config(tmp_path / "none", tmp_path, **keys)
+    with pytest.raises(ConfigError, match=r"model.hidden to be a multiple of 16, found 40"):
+        config.layout(world_size=1, vocab_size=260)
+
+
+def test_a_machine_without_transformer_engine_refuses_what_needs_it():
+    with pytest.raises(
+        PlatformError, match=r"^precision.fp8=delayed needs .* on a GPU, but this run is on CPU; leave it out$"
+    ):
+        check_kernels(ParallelConfig(), PrecisionConfig(fp8="delayed"), CPU)
+    bare = replace(GPU, layers="local", layers_problem="`import transformer_engine.pytorch` fails (ImportError: gone)")
+    overlap = ParallelConfig(tensor=2, sequence=True, tp_comm_overlap=True)
+    with pytest.raises(
+        PlatformError, match=r"^parallel.tp_comm_overlap=true needs .* fails \(ImportError: gone\); leave"
+    ):
+        check_kernels(overlap, BF16, bare)
+    check_kernels(ParallelConfig(), BF16, bare)
+
+
+def test_a_gpu_without_fp8_refuses_in_the_librarys_words():
+    reason = "Device compute capability 8.9 or higher required for FP8 execution."
+    with (
+        patch("megadiff.platform.transformer_engine.fp8_problem", return_value=reason),
+        pytest.raises(
+            PlatformError, match=r"precision.fp8=tensorwise cannot be computed on NVIDIA H100: Device compute"
+        ),
+    ):
+        check_kernels(ParallelConfig(), PrecisionConfig(fp8="tensorwise"), GPU)
+
+
+def test_weight_gradients_are_fused_where_their_buffer_is_float32():
+    assert fuses_weight_gradients(ParallelConfig(), BF16, GPU)
+    assert not fuses_weight_gradients(ParallelConfig(gradient_accumulation_fusion=False), BF16, GPU)
+    assert not fuses_weight_gradients(ParallelConfig(), PrecisionConfig(master_weights=False), GPU)
+    assert not fuses_weight_gradients(ParallelConfig(), FP32, GPU)
+    assert not fuses_weight_gradients(ParallelConfig(), BF16, CPU)
+    insists = ParallelConfig(gradient_accumulation_fusion=True)
+    with pytest.raises(PlatformError, match=r"is true, but that needs a GPU; set it to auto"):
+        check_kernels(insists, BF16, CPU)
+    with pytest.raises(PlatformError, match=r"is true, but it needs precision.compute=bf16 and master_weights=true"):
+        check_kernels(insists, FP32, GPU)
+    check_kernels(insists, BF16, GPU)
+
+
+def test_the_log_says_which_way_each_choice_fell():
+    assert describe_kernels(ParallelConfig(), FP32, CPU) == "local layers; fp32"
+    said = describe_kernels(
+        ParallelConfig(recompute="full"), PrecisionConfig(fp8="blockwise", fp8_first_last_bf16=1), GPU
+    )
+    assert said == (
+        "Transformer Engine's layers; FP8 blockwise but for 1 block(s) at either end; weight gradients added up by "
+        "torch addmm; recomputing all block(s) of each chunk"
+    )
+    without = replace(GPU, weight_gradients=None, weight_gradients_problem="torch.addmm does not")
+    assert "weight gradients added up apart (torch.addmm does not)" in describe_kernels(ParallelConfig(), BF16, without)

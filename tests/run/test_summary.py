@@ -1,0 +1,132 @@
+"""Numbers of a run description before anything starts, with and without a fitting number of ranks."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megadiff.errors import ConfigError
+from megadiff.model import cost
+from megadiff.platform.quiet import quiet
+from megadiff.run.summary import NoLayoutError, fitting_ranks, lay_out_run, learning_rates, ranks_to_check
+from tests.support.forked_command import call_forked
+from tests.support.ranks import on_ranks
+from tests.support.runs import GIDD_BLOCK, toy_config
+
+with quiet():
+    from megadiff.model.initialisation import role_of
+    from megadiff.optim.groups import parameter_groups
+    from megadiff.run import build
+    from megadiff.run.resume import ResumeOptions
+    from tests.support.toy_model import build_on_rank
+
+ROLES = {"block matrices": "hidden", "embedding": "embedding", "output head": "head", "norm gains": "norm"}
+ROLES |= {"biases": "bias"}
+LINE = re.compile(r"learning rate +(.*), ([\d,]+) parameters: peak (\S+) \((.*)\), weight decay (\S+), eps (\S+)")
+
+
+@pytest.fixture
+def tensor_2(toy_corpus, tmp_path):
+    return toy_config(
+        toy_corpus,
+        tmp_path,
+        parallel__tensor=2,
+        parallel__pipeline=2,
+        batch={"global_batch_size": 12, "micro_batch_size": 2},
+    )
+
+
+def test_check_lays_out_on_the_fewest_ranks_that_fit(tensor_2, monkeypatch):
+    """12 sequences in microbatches of 2 go on 1, 2, 3 or 6 replicas of 4 ranks."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert fitting_ranks(tensor_2, vocab_size=260) == [4, 8, 12, 24]
+    text = build.check(tensor_2)
+    assert "ranks             4, the fewest that fit; --ranks N lays the run out on N; 8, 12, 24 fit too" in text
+    assert "layout            4 rank(s): tensor 2 x pipeline 2 x data 1" in text
+    assert "layout            12 rank(s): tensor 2 x pipeline 2 x data 3" in build.check(tensor_2, ranks=12)
+
+
+def test_a_launcher_s_number_of_ranks_is_what_is_checked(tensor_2, monkeypatch):
+    assert ranks_to_check(tensor_2, None, launched=8) == (8, [])
+    assert ranks_to_check(tensor_2, 12, launched=8) == (12, [])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "layout            8 rank(s)" in build.check(tensor_2)
+
+
+def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_do(tensor_2):
+    for ranks, rule in ((3, "needs a multiple of 4"), (16, "does not divide")):
+        with pytest.raises(NoLayoutError, match=rule) as refused:
+            lay_out_run(tensor_2, world_size=ranks, vocab_size=260)
+        assert str(refused.value).endswith("; numbers of ranks that fit: 4, 8, 12, 24 (--check --ranks 4)")
+        assert [line.split()[0] for line in refused.value.sizes] == ["parameters", "vocabulary", "FLOPs"]
+
+
+def test_a_description_that_fits_no_ranks_still_has_sizes(toy_corpus, tmp_path):
+    config = toy_config(toy_corpus, tmp_path, parallel__tensor=3)  # 4 heads
+    with pytest.raises(NoLayoutError, match=r"model\.heads is 4, which parallel.tensor = 3 does not divide") as refused:
+        build.check(config)
+    assert str(refused.value).endswith("; no number fits")
+    assert refused.value.sizes[0].startswith("parameters")
+
+
+def test_the_command_prints_sizes_and_then_the_reason(toy_corpus, tmp_path):
+    ended = call_forked(
+        "pretrain_dlm.py", "--config", "examples/demo.yaml", "--check", "--ranks", "3", f"data.train=[{toy_corpus}]",
+        "data.valid=[]", "data.tokenizer=byte", "parallel.tensor=2",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert ended.out.startswith("parameters ")
+    assert ended.err.count("\n") == 1
+    assert "--ranks" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("batch.micro_sequence", "batch.micro_batch_size"), ("sed", "seed"), ("noise.shfit", "noise.shift")],
+)
+def test_a_key_that_no_description_has_cannot_be_allowed_to_change(tensor_2, key, hint):
+    with pytest.raises(ConfigError) as refused:
+        build.check(tensor_2, ranks=4, resume_options=ResumeOptions(allowed=[key]))
+    assert str(refused.value) == f"--allow-change {key}: a run description has no such key; did you mean `{hint}`?"
+    for known in ("noise.p_uniform", "batch.micro_batch_size", "seed", "noise"):
+        ResumeOptions(allowed=[known]).check(tensor_2)
+
+
+def built_groups(config):
+    """Return, for each role of a model that is really built: parameters, rate, decay and eps of its group."""
+    chunks, _ = build_on_rank(config.model)
+    named = [(role_of(name), parameter) for name, parameter in chunks[0].named_parameters()]
+    groups = parameter_groups(named, config.optimizer, config.optimizer_scale)
+    found: dict[str, list[float]] = {}
+    for role, parameter in named:
+        (group,) = [g for g in groups if any(parameter is member for member in g["params"])]
+        counted = found.setdefault(role, [0, group["lr"], group["weight_decay"], group["eps"]])
+        counted[0] += parameter.numel()
+    return found
+
+
+@pytest.mark.parametrize("parametrisation", ["standard", "completep"])
+def test_each_role_has_a_line_with_the_numbers_its_parameters_are_updated_with(toy_corpus, tmp_path, parametrisation):
+    changes = {f"model__{key}": value for key, value in GIDD_BLOCK.items()}
+    optimizer = {"lr": 0.3, "weight_decay": 0.01, "eps": 1e-6, "parametrisation": parametrisation}
+    changes |= {f"optimizer__{key}": value for key, value in optimizer.items()}
+    config = toy_config(toy_corpus, tmp_path, model__vocab_multiple=1, **changes)
+    (built,) = on_ranks(1, built_groups, config)
+    lines = learning_rates(config, cost.parameters(config.shape(vocab_size=260)))
+    shown = {ROLES[m[1]]: m for line in lines if (m := LINE.fullmatch(line))}
+    assert set(shown) == set(built)
+    for role, (count, lr, decay, eps) in built.items():
+        line = shown[role]
+        assert int(line[2].replace(",", "")) == count
+        assert float(line[3]) == pytest.approx(lr, rel=1e-3)
+        assert (float(line[5]), float(line[6])) == (pytest.approx(decay, rel=1e-3), pytest.approx(eps, rel=1e-2))
+    assert any("CompleteP's base rate" in line for line in lines) == (parametrisation == "completep")
+
+
+def test_the_factor_between_the_setting_and_the_rate_is_shown(toy_corpus, tmp_path):
+    config = toy_config(toy_corpus, tmp_path, optimizer__lr=0.5, optimizer__parametrisation="completep")
+    text = "\n".join(learning_rates(config, cost.parameters(config.shape(vocab_size=260))))
+    assert "block matrices, 49,152 parameters: peak 0.01562 (0.5 x 1/32)" in text
+    assert "peak 0.01 (0.5 x 0.02)" in text
+    assert "biases" not in text
