@@ -252,7 +252,8 @@ def _texts(folder: Path) -> dict[str, list]:
         ("ef", {"max_gen_toks": 5, "do_sample": True, "temperature": 2.0}),
         ("gh", {"max_gen_toks": 5, "do_sample": True, "temperature": 2.0}),
     ]
-    requests = [(context, GenerationRequest.from_names(names)) for context, names in requests]
+    named = requests
+    requests = [(context, GenerationRequest.from_names(names)) for context, names in named]
     with load_model(folder, platform="cpu") as model:
 
         def written(asked, sequences):
@@ -261,7 +262,7 @@ def _texts(folder: Path) -> dict[str, list]:
 
         first = written(requests, 8)
         spaced = next(c for c in first[1] if c not in " ")
-        cut = written([("", GenerationRequest.from_names({**requests[1][1], "until": spaced}))], 1)
+        cut = written([("", GenerationRequest.from_names({**named[1][1], "until": spaced}))], 1)
         return {
             "texts": first,
             "backwards": written(requests[::-1], 2)[::-1],

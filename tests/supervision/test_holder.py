@@ -67,7 +67,7 @@ def test_a_damaged_note_costs_the_name_and_no_more(config, content):
 
 def test_a_note_of_a_process_that_is_gone_is_waited_for_and_not_believed(config, gone, monkeypatch, caplog):
     """The lock may be with what the killed process had started; the note says who that was."""
-    monkeypatch.setattr("megadiff.run_folder._LEAVING_S", 0.3)
+    monkeypatch.setattr("megadiff.run.folder._LEAVING_S", 0.3)
     config.folder.mkdir()
     caplog.set_level(logging.INFO, logger="megadiff")
     monkeypatch.setattr(logging.getLogger("megadiff"), "propagate", True)
