@@ -141,9 +141,9 @@ def test_a_sweep_trains_a_run_for_each_row_and_a_run_can_be_evaluated(cluster, h
     sweep = submit(cluster, home, "sweep", "--config", config, "--rows", rows, "--time=30")
     measure = (
         "evaluate", "--model", tmp_path / "runs/second", "--data", toy_corpus, "--time=10",
-        f"--dependency=afterok:{sweep}", "--", "--rows=4", "--noise-levels=2", "--output", tmp_path / "elbo.json",
+        f"--dependency=afterok:{sweep}", "--", "--sequences=4", "--noise-levels=2", "--output", tmp_path / "elbo.json",
     )  # fmt: skip
-    (tmp_path / "runs/second").mkdir()
+    (tmp_path / "runs/second").mkdir(exist_ok=True)  # the sweep may have begun
     evaluation = submit(cluster, home, *measure)
 
     facts = wait_for_end(cluster, evaluation, timeout_s=200)

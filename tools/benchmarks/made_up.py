@@ -55,7 +55,7 @@ def describe_made_up(folder: Path, tree: dict[str, Any], *, vocab_size: int) -> 
 
 
 def prepare_made_up(config: RunConfig, *, vocab_size: int) -> RunContext:
-    """Create the run folder and return the argument of `megadiff.build.build_trainer`, for one rank."""
+    """Create the run folder and return the argument of `megadiff.run.build.build_trainer`, for one rank."""
     tokenizer: Any = Numbers(vocab_size)
     data = open_data(config.data, tokenizer, seq_length=config.model.seq_length, seed=config.seed, valid_sequences=1)
     config.folder.mkdir(exist_ok=True)
