@@ -21,74 +21,16 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in path.parts
 )
-REPLACED = frozenset(
-    [
-        "rate_from",
-        "LinearRate",
-        "mask_share",
-        "uniform_share",
-        "_Level",
-        "is_div",
-        "is_kept_div",
-        "mean_weight",
-        "RowObjective",
-        "row_report",
-        "NoisedRows",
-        "PlacedRows",
-        "Row",
-        "rows_per_step",
-        "Score",
-        "HeadLoss",
-        "HeadTokens",
-        "Head",
-        "worth_computing",
-        "Formula",
-        "hide_unreal",
-        "real_columns",
-        "share_out",
-        "AskedModel",
-        "wired",
-        "wire",
-        "Prepared",
-        "Resumption",
-        "Standing",
-        "Taken",
-        "StepResult",
-        "Ending",
-        "Outcome",
-        "culprits",
-        "find_culprits",
-        "Saves",
-        "Saver",
-        "open_trained",
-        "TrainedModel",
-        "configure_reduction",
-        "hold_to_norm",
-        "LayerParts",
-        "parts_for",
-        "branch_norm",
-        "micro_sequences",
-        "global_sequences",
-        "tensor_overlap",
-        "RowLoader",
-        "lead_s",
-        "condemn",
-        "doorbell",
-        "siblings",
-        "Siblings",
-        "Account",
-        "name_culprit",
-        "Draws",
-        "level_grid",
-        "Wish",
-        "Manner",
-        "Framing",
-        "HeldOut",
-        "mend",
-        "cooldown_steps",
-        "resolve_cooldown",
-    ]
-)
+_REPLACED_NAMES = """
+    rate_from LinearRate mask_share uniform_share _Level is_div is_kept_div mean_weight RowObjective row_report
+    NoisedRows PlacedRows Row rows_per_step Score HeadLoss HeadTokens Head worth_computing Formula hide_unreal
+    real_columns share_out AskedModel wired wire Prepared Resumption Standing Taken StepResult Ending Outcome
+    culprits find_culprits Saves Saver open_trained TrainedModel configure_reduction hold_to_norm LayerParts
+    parts_for branch_norm micro_sequences global_sequences tensor_overlap RowLoader lead_s condemn doorbell
+    siblings Siblings Account name_culprit Draws level_grid Wish Manner Framing HeldOut mend cooldown_steps
+    resolve_cooldown
+"""
+REPLACED = frozenset(_REPLACED_NAMES.split())
 """Identifiers whose replacements a reader coming from Megatron-LM, torchtitan or Transformers would search for."""
 
 OLD_KEYS = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from megadiff.data.config import RampConfig
+from megadiff.data.config import RampupConfig
 from megadiff.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ class BatchSizes:
     """
 
     global_batch_size: int
-    rampup: RampConfig | None = None
+    rampup: RampupConfig | None = None
 
     @cached_property
     def num_stages(self) -> int:
@@ -47,7 +47,7 @@ class BatchSizes:
         return -((self.rampup.start - self.global_batch_size) // self.rampup.increment)
 
     @property
-    def final_step_of_ramp(self) -> int:
+    def end_of_rampup(self) -> int:
         """The first step with `global_batch_size` sequences."""
         return 0 if self.rampup is None else self.num_stages * self.rampup.every_steps
 

@@ -42,7 +42,7 @@ class DataConfig(Section):
     """The word `byte`, a tokenizer.json or SentencePiece .model file, or a folder with one."""
 
 
-class RampConfig(Section):
+class RampupConfig(Section):
     """A rampup of the batch size, as in `batch.rampup: {start: 64, increment: 64, every_steps: 500}`.
 
     The size of every stage must be a multiple of micro_batch_size x data-parallel ranks.
@@ -64,14 +64,14 @@ class BatchConfig(Section):
     global_batch_size: int = Field(gt=0)
     """Number of sequences in a step over all ranks; a multiple of micro_batch_size x data-parallel ranks."""
 
-    rampup: RampConfig | None = None
+    rampup: RampupConfig | None = None
     """Growth of the global batch to global_batch_size; unset for a constant size."""
 
     micro_batch_size: int = Field(gt=0)
     """Number of sequences per rank in one forward-backward pass."""
 
     @model_validator(mode="after")
-    def _ramp_rises(self) -> BatchConfig:
+    def _rampup_rises(self) -> BatchConfig:
         if self.rampup is not None and self.rampup.start > self.global_batch_size:
             raise ValueError(
                 f"batch.rampup.start is {self.rampup.start}, above batch.global_batch_size = "

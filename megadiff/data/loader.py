@@ -21,7 +21,7 @@ from megadiff.data.sequences import TrainingSequences
 
 T = TypeVar("T")
 
-RowTransform = Callable[[np.ndarray, list[int], StepBatch], T]
+SequenceTransform = Callable[[np.ndarray, list[int], StepBatch], T]
 """Transform of (clean sequences [b, L], their global sample indices, the global batch they belong to) to content."""
 
 _STOP_CHECK_S = 0.1
@@ -84,7 +84,7 @@ class SequenceLoader(Generic[T]):
     def __init__(
         self,
         sequences: TrainingSequences,
-        sequence_transform: RowTransform[T],
+        sequence_transform: SequenceTransform[T],
         *,
         sizes: BatchSizes,
         shard: DataShard,
@@ -180,7 +180,7 @@ def _sample_order(sizes: BatchSizes, shard: DataShard, step: int) -> Iterator[tu
 
 def _prefetch(
     sequences: TrainingSequences,
-    sequence_transform: RowTransform[T],
+    sequence_transform: SequenceTransform[T],
     order: Iterator[tuple[StepBatch, list[int]]],
     ready: queue.Queue[Microbatch[T] | _Failed],
     stop: threading.Event,

@@ -1,8 +1,8 @@
 """Conditioning of a sequence before it is noised: empty tokens, noise-free positions, the pattern of its noise levels.
 
 All draws come from counter streams keyed by (seed, sequence), so a sequence's conditioning is a function of its global
-index. The order is the reference's: empty tokens first, then prompts and infilling, then levels (arXiv:2512.10858,
-4.1).
+index. The order is the reference's: empty tokens first, then prompts and infilling, then levels
+(arXiv:2512.10858, 4.1).
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:
     """Return the number of empty tokens of each sequence of `length`, [B].
 
     share: f L rounded, so that a share f of the visible sequence is empty, as the paper says.
-    released: ceil(L f / (1 - f)), as the released code has it: f / (1 - f) of the visible sequence, up to 25 % for 20
-        %.
+    released: ceil(L f / (1 - f)), as the released code has it: f / (1 - f) of the visible sequence, up to
+        25 % for 20 %.
     """
     if law == "released":
         return np.minimum(np.ceil(length * fraction / (1.0 - fraction)).astype(np.int64), length)
@@ -105,8 +105,8 @@ def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:
 
 
 def empty_positions(stream: Stream, sequences: IntArray, counts: IntArray, length: int) -> BoolArray:
-    """Draw the places of a sequence's `counts` empty tokens, uniformly among all: [B, L] bool, `counts` trues a
-    sequence."""
+    """Draw the places of a sequence's `counts` empty tokens, uniformly among all: [B, L] bool, `counts` trues
+    in each sequence."""
     is_empty = np.zeros((len(sequences), length), dtype=np.bool_)
     some = np.flatnonzero(counts)
     if len(some):

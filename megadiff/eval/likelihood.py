@@ -237,7 +237,7 @@ def _widening(degrees: float) -> float:
 
 
 @dataclass
-class _Row:
+class _NoisedCopy:
     """One noised copy of one item as a sequence of the model's input; the sequences of an item share `values`."""
 
     item: int
@@ -248,13 +248,13 @@ class _Row:
     values: np.ndarray
 
 
-def _batches(items: Sequence[Item], settings: BoundSettings, process: NoiseProcess) -> Iterator[list[_Row]]:
+def _batches(items: Sequence[Item], settings: BoundSettings, process: NoiseProcess) -> Iterator[list[_NoisedCopy]]:
     """Yield sequences of one length, at most `batch_size` of them at a time."""
     longest = max((len(item.ids) for item in items), default=0)
     if settings.context_length is not None and longest > settings.context_length:
         raise ValueError(f"an item has {longest} tokens, more than the context of {settings.context_length}")
     order = sorted((i for i, item in enumerate(items) if item.completion), key=lambda i: (len(items[i].ids), i))
-    waiting: list[_Row] = []
+    waiting: list[_NoisedCopy] = []
     for index in order:
         length = len(items[index].ids)
         if waiting and settings.context_length is None and len(items[waiting[0].item].ids) != length:
@@ -263,7 +263,7 @@ def _batches(items: Sequence[Item], settings: BoundSettings, process: NoiseProce
         copies, values = _copies(items[index], settings, process), np.zeros(settings.draws)
         for draw, noised in enumerate(copies.noised):
             level = None if copies.log_snr is None else float(copies.log_snr[draw])
-            waiting.append(_Row(index, draw, noised, level, copies.factor, values))
+            waiting.append(_NoisedCopy(index, draw, noised, level, copies.factor, values))
             if len(waiting) == settings.batch_size:
                 yield waiting
                 waiting = []
@@ -278,7 +278,7 @@ def _copies(item: Item, settings: BoundSettings, process: NoiseProcess) -> Copie
 
 
 def _sequence_ids(
-    items: Sequence[Item], sequences: Sequence[_Row], settings: BoundSettings, process: NoiseProcess
+    items: Sequence[Item], sequences: Sequence[_NoisedCopy], settings: BoundSettings, process: NoiseProcess
 ) -> Tensor:
     """Return the ids that the model reads, [B, L]: clean prompt, noised completion and, if asked for, pure noise up to
     the context."""
@@ -292,5 +292,5 @@ def _sequence_ids(
     return tail
 
 
-def _prompt_lengths(items: Sequence[Item], sequences: Sequence[_Row]) -> Tensor:
+def _prompt_lengths(items: Sequence[Item], sequences: Sequence[_NoisedCopy]) -> Tensor:
     return torch.tensor([len(items[sequence.item].prompt) for sequence in sequences], dtype=torch.int64)

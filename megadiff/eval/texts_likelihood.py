@@ -40,7 +40,7 @@ class Machine(Protocol):
         ...
 
 
-class RowLength(Protocol):
+class HasSeqLength(Protocol):
     """The part of a model's configuration that is needed here."""
 
     @property
@@ -73,7 +73,7 @@ class Measured(Protocol):
         ...
 
     @property
-    def model(self) -> RowLength:
+    def model(self) -> HasSeqLength:
         """The model's configuration."""
         ...
 

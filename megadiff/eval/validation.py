@@ -35,7 +35,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class HeldOutResult:
+class ValidationResult:
     """A bound on validation data in nats per token, with its standard error over sequences."""
 
     elbo: float
@@ -106,7 +106,7 @@ class EvalTask:
 
 
 def diffusion_bound(
-    process: NoiseProcess, *, topology: Topology, num_noise_levels: int, head: LossKernel = fused_objective
+    process: NoiseProcess, *, topology: Topology, num_noise_levels: int, loss_kernel: LossKernel = fused_objective
 ) -> EvalTask:
     """Return the bound under the run's noise with the linear schedule, whatever schedule the run trains with.
 
@@ -123,20 +123,22 @@ def diffusion_bound(
             clean, seed=SEED, sequence_index=index, level=level, num_levels=num_noise_levels, process=measured
         )
 
-    objective = DiffusionObjective(measured, topology, head=head)
+    objective = DiffusionObjective(measured, topology, loss_kernel=loss_kernel)
     levels = linear.min_log_snr, linear.max_log_snr
     return EvalTask(objective, sequences, num_noise_levels, log_snr_range=levels)
 
 
 def next_token_likelihood(
-    process: NoiseProcess, *, start_id: int, topology: Topology, head: LossKernel = fused_objective
+    process: NoiseProcess, *, start_id: int, topology: Topology, loss_kernel: LossKernel = fused_objective
 ) -> EvalTask:
     """Return the exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
 
     def sequences(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
         return next_token_batch(clean, start_id=start_id)
 
-    return EvalTask(NextTokenObjective(process, topology, head), sequences, num_noise_levels=1, is_causal_prompt=True)
+    return EvalTask(
+        NextTokenObjective(process, topology, loss_kernel), sequences, num_noise_levels=1, is_causal_prompt=True
+    )
 
 
 class ValidationEvaluator:
@@ -166,7 +168,7 @@ class ValidationEvaluator:
         self.micro_batch_size = micro_batch_size
         self._sources = sources
 
-    def __call__(self) -> HeldOutResult:
+    def __call__(self) -> ValidationResult:
         """Run the model over every sequence at every level. Collective over the world; gradients are not touched."""
         found = torch.zeros(
             3, self.measure.num_noise_levels, len(self.sequences), dtype=torch.float64, device=self.device
@@ -188,7 +190,7 @@ class ValidationEvaluator:
         per_sequence = elbo.mean(axis=0)
         bound, stderr = _mean_and_error(per_sequence)
         ends = np.cumsum([len(source) for source in self._sources])[:-1]
-        return HeldOutResult(
+        return ValidationResult(
             elbo=bound,
             stderr=stderr,
             tokens=self.sequences.size,

@@ -1,4 +1,4 @@
-"""Choice of the implementation of the head for a run."""
+"""Choice of a run's loss kernel: the LM head with the objective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megadiff.loss.plain_lm_head import plain_objective
 
 LossKernelName = Literal["auto", "plain", "chunked", "triton"]
 LossKernel = Callable[..., LossOutput]
-"""Function (hidden, weight, tokens, formula, *, shard) -> `LossOutput`; see `fused_head.fused_objective`."""
+"""Function (hidden, weight, tokens, spec, *, shard) -> `LossOutput`; see `fused_lm_head.fused_objective`."""
 
 
 def choose_loss_kernel(wanted: LossKernelName, *, is_cpu: bool) -> tuple[str, LossKernel]:
@@ -35,8 +35,8 @@ def choose_loss_kernel(wanted: LossKernelName, *, is_cpu: bool) -> tuple[str, Lo
     name, why = wanted, ""
     if wanted == "auto":
         name, why = ("triton", "") if problem is None else ("chunked", f", since {problem}")
-    heads: dict[str, LossKernel] = {"plain": plain_objective, "chunked": fused_objective}
-    return name + why, _triton_head() if name == "triton" else heads[name]
+    kernels: dict[str, LossKernel] = {"plain": plain_objective, "chunked": fused_objective}
+    return name + why, _triton_kernel() if name == "triton" else kernels[name]
 
 
 def _what_keeps_triton_away(*, is_cpu: bool) -> str | None:
@@ -47,7 +47,7 @@ def _what_keeps_triton_away(*, is_cpu: bool) -> str | None:
     return None
 
 
-def _triton_head() -> LossKernel:
+def _triton_kernel() -> LossKernel:
     from megadiff.loss.triton_passes import TritonPasses
 
     return partial(fused_objective, passes=TritonPasses)

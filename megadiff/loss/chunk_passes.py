@@ -96,15 +96,15 @@ class TorchPasses:
 
     def log1p_sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Run the second pass; see the module's docstring."""
-        log1p_sum, share_sum = torch.empty_like(scale), torch.empty_like(scale)
+        log1p_sum, fraction_sum = torch.empty_like(scale), torch.empty_like(scale)
         for rows in self._blocks():
             values = self._values[rows]
             values.mul_(scale[rows, None])
             scratch = torch.log1p(values)
             torch.sum(scratch, dim=-1, out=log1p_sum[rows])
             torch.div(values, torch.add(values, 1.0, out=scratch), out=scratch)
-            torch.sum(scratch, dim=-1, out=share_sum[rows])
-        return log1p_sum, share_sum
+            torch.sum(scratch, dim=-1, out=fraction_sum[rows])
+        return log1p_sum, fraction_sum
 
     def gradient(
         self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, clean_logit: Tensor, noised_logit: Tensor

@@ -46,7 +46,7 @@ def fused_objective(
     hidden: Tensor,
     weight: Tensor,
     tokens: LossInputs,
-    formula: LossSpec,
+    spec: LossSpec,
     *,
     shard: VocabShard | None = None,
     passes: MakePasses = TorchPasses,
@@ -60,7 +60,7 @@ def fused_objective(
         weight: [V / tp, d], this rank's columns of the head, in the dtype of `hidden`. If it has a `main_grad` (from
             megatron-core's data-parallel wrapper), its gradient is added to that in float32.
         tokens: the ids and levels, and which of them count.
-        formula: the objective.
+        spec: the objective.
         shard: the columns that `weight` holds; None for all of them.
         passes: implementation of a chunk's passes.
         chunk_tokens: number of tokens per chunk, with which memory grows; None chooses it for the device.
@@ -77,8 +77,8 @@ def fused_objective(
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     job = _Job(
         tokens=tokens.selected(torch.float64 if hidden.dtype == torch.float64 else torch.float32),
-        formula=formula,
-        shard=shard or VocabShard.of(weight, formula.process),
+        spec=spec,
+        shard=shard or VocabShard.of(weight, spec.process),
         passes=passes,
         chunk_tokens=chunk_tokens or _chunk_tokens(weight),
         is_training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
@@ -91,7 +91,7 @@ def fused_objective(
 class _Job:
     tokens: LossInputs
     """Only the computed tokens, flat; levels in the dtype of computation."""
-    formula: LossSpec
+    spec: LossSpec
     shard: VocabShard
     passes: MakePasses
     chunk_tokens: int
@@ -143,12 +143,12 @@ class _Gradients:
         self._weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self._is_empty = True
 
-    def add(self, logits_grad: Tensor, states: Tensor, weight: Tensor, rows: slice | Tensor) -> None:
+    def add(self, logits_grad: Tensor, states: Tensor, weight: Tensor, indices: slice | Tensor) -> None:
         """Add a chunk's part: dH = g W, dW += g^T H."""
-        if isinstance(rows, slice):
-            torch.mm(logits_grad, weight, out=self.hidden[rows])
+        if isinstance(indices, slice):
+            torch.mm(logits_grad, weight, out=self.hidden[indices])
         else:
-            self.hidden.index_copy_(0, rows, logits_grad @ weight)
+            self.hidden.index_copy_(0, indices, logits_grad @ weight)
         add_product(self._weight, logits_grad.t(), states, is_first=self._is_empty)
         self._is_empty = False
 
@@ -166,21 +166,21 @@ class _Gradients:
 
 def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _Gradients | None) -> Tensor:
     """Return the terms of a chunk's tokens, [6, n]; add their gradients to `gradients`."""
-    tokens, shard, is_masked = job.tokens, job.shard, job.formula.process.is_masked_limit
-    rows = tokens.rows(part)
-    states = hidden[rows]
+    tokens, shard, is_masked = job.tokens, job.shard, job.spec.process.is_masked_limit
+    indices = tokens.indices(part)
+    states = hidden[indices]
     clean, noised, log_snr = tokens.clean[part], tokens.noised[part], tokens.log_snr[part]
     passes = job.passes(states @ weight.t(), clean, noised, shard)
     found = _whole(passes.sums(), clean, noised, shard, log_snr.dtype)
-    scale, log1p_sum, share_sum = found.shift, None, None
-    rho = torch.exp(job.formula.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
+    scale, log1p_sum, fraction_sum = found.shift, None, None
+    rho = torch.exp(job.spec.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
     if not is_masked:
         scale = found.shift * (rho / found.total)
-        log1p_sum, share_sum = shard.reduce(*passes.log1p_sums(scale))
+        log1p_sum, fraction_sum = shard.reduce(*passes.log1p_sums(scale))
     values, slopes = _terms(found, log1p_sum, tokens.part(part), job)
     if gradients is not None:
-        arguments = _gradient_arguments(found, share_sum, slopes, noised == clean, None if is_masked else rho)
-        gradients.add(passes.gradient(scale, *arguments), states, weight, rows)
+        arguments = _gradient_arguments(found, fraction_sum, slopes, noised == clean, None if is_masked else rho)
+        gradients.add(passes.gradient(scale, *arguments), states, weight, indices)
     return values
 
 
@@ -217,7 +217,7 @@ def _terms(
     found: _Sums, log1p_sum: Tensor | None, tokens: LossInputs, job: _Job
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     """Return the terms [6, n], and the slopes of what is minimised in (log odds, log p_z, T)."""
-    formula = job.formula
+    spec = job.spec
     log_odds = torch.log(found.other.clamp(min=torch.finfo(found.other.dtype).tiny)) - found.clean_logit
     log_p_noised = found.noised_logit - found.clean_logit - log1p_exp(log_odds)
     inputs = [log_odds, log_p_noised] if log1p_sum is None else [log_odds, log_p_noised, log1p_sum]
@@ -228,8 +228,8 @@ def _terms(
             tokens.clean,
             tokens.noised,
             tokens.log_snr,
-            process=formula.process,
-            weighting=formula.weighting,
+            process=spec.process,
+            weighting=spec.weighting,
         )
         slopes: Any = (None,) * len(leaves)
         if job.is_training:
@@ -240,7 +240,7 @@ def _terms(
 
 def _gradient_arguments(
     found: _Sums,
-    share_sum: Tensor | None,
+    fraction_sum: Tensor | None,
     slopes: tuple[Tensor, Tensor, Tensor | None],
     is_kept: Tensor,
     rho: Tensor | None,
@@ -254,7 +254,7 @@ def _gradient_arguments(
     """
     g_odds, g_z, g_t = slopes
     total, e_clean = found.total, found.e_clean
-    through_total = (g_z if g_t is None or share_sum is None else g_z + g_t * share_sum) / total
+    through_total = (g_z if g_t is None or fraction_sum is None else g_z + g_t * fraction_sum) / total
     slope = g_odds / found.other.clamp(min=torch.finfo(total.dtype).tiny) - through_total
     if rho is not None:
         slope = slope * (total / rho)  # slope in y rather than in e

@@ -1,4 +1,4 @@
-"""Inputs and outputs of an output head."""
+"""Inputs and outputs of a loss kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LossSpec:
 
 
 class LossOutput(NamedTuple):
-    """Output of a head."""
+    """Output of a loss kernel."""
 
     loss: Tensor
     """Sum of the optimised term over the computed tokens, a scalar; only this has a gradient."""
@@ -65,19 +65,19 @@ class LossInputs:
         """Return a slice of selected tokens."""
         return replace(self, clean=self.clean[part], noised=self.noised[part], log_snr=self.log_snr[part])
 
-    def rows(self, part: slice) -> slice | Tensor:
-        """Return the places of a slice of selected tokens among all tokens."""
+    def indices(self, part: slice) -> slice | Tensor:
+        """Return the positions of a slice of selected tokens among all tokens."""
         return part if self.active_indices is None else self.active_indices[part]
 
     def scattered(self, values: Tensor) -> Tensor:
-        """Return values [n] of the computed tokens in the places of all tokens, [...], with 0 elsewhere."""
+        """Return values [n] of the computed tokens at their positions among all tokens, [...], with 0 elsewhere."""
         if self.active_indices is not None:
             values = values.new_zeros(self.clean.numel()).index_copy(0, self.active_indices, values)
         return values.reshape(self.clean.shape)
 
 
 def loss_token_indices(noised: Tensor, is_noisy: Tensor, process: NoiseProcess) -> Tensor | None:
-    """Return the places of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
+    """Return the positions of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
 
     Only noisy tokens do, and under masked noise only masks: any other has weight 0. Call this with tensors on the CPU,
     since the host has to know their number.

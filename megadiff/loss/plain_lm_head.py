@@ -1,4 +1,4 @@
-"""Simple reference for `fused_head`: complete logits, complete rows, the reference objective."""
+"""Simple reference for `fused_lm_head`: complete logits, complete rows, the reference objective."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megadiff.loss.vocab_shard import VocabShard
 
 
 def plain_objective(
-    hidden: Tensor, weight: Tensor, tokens: LossInputs, formula: LossSpec, *, shard: VocabShard | None = None
+    hidden: Tensor, weight: Tensor, tokens: LossInputs, spec: LossSpec, *, shard: VocabShard | None = None
 ) -> LossOutput:
-    """Compute the same as `fused_head.fused_objective`; every rank of the group makes all the logits' columns.
+    """Compute the same as `fused_lm_head.fused_objective`; every rank of the group makes all the logits' columns.
 
     About six arrays of [tokens, V] exist at once.
     """
     tokens.check(hidden)
-    shard = shard or VocabShard.of(weight, formula.process)
+    shard = shard or VocabShard.of(weight, spec.process)
     logits = F.linear(hidden.reshape(-1, hidden.shape[-1]), weight)
     if shard.group is not None:
         logits = _Gathered.apply(logits, shard)
@@ -31,8 +31,8 @@ def plain_objective(
         own.clean,
         own.noised,
         own.log_snr,
-        mixing=formula.process,
-        weighting=formula.weighting,
+        mixing=spec.process,
+        weighting=spec.weighting,
     )
     return LossOutput(terms.minimised.sum(), Terms(*(tokens.scattered(term.detach()) for term in terms)))
 

@@ -76,11 +76,11 @@ class DiffusionObjective(ShardedObjective):
     """Objective `objective.name: gidd`: the diffusion bound, or its surrogate."""
 
     weighting: Weighting = SURROGATE
-    head: LossKernel = fused_objective
+    loss_kernel: LossKernel = fused_objective
 
     def head_tokens(self, placed: DeviceBatch) -> int | None:
         """Return the same as `ShardedObjective.head_tokens`; the plain head computes all logits."""
-        return None if self.head is plain_objective else super().head_tokens(placed)
+        return None if self.loss_kernel is plain_objective else super().head_tokens(placed)
 
     def place(self, sequences: NoisedBatch, device: torch.device) -> DeviceBatch:
         """See `ShardedObjective.place`."""
@@ -90,9 +90,9 @@ class DiffusionObjective(ShardedObjective):
     def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: DeviceBatch) -> LossOutput:
         """Return loss and terms; see `ShardedObjective.lm_head_loss` and `diffusion.objective`."""
         sequences = placed.sequences
-        formula = LossSpec(self.process, self.weighting)
+        spec = LossSpec(self.process, self.weighting)
         tokens = LossInputs(sequences.clean.t(), sequences.noised.t(), sequences.log_snr.t(), placed.active_indices)
-        found = self.head(hidden, weight, tokens, formula, shard=self._shard(weight, self.process))
+        found = self.loss_kernel(hidden, weight, tokens, spec, shard=self._shard(weight, self.process))
         return found._replace(terms=found.terms._replace(elbo=self._reported_elbo(found.terms.elbo, sequences)))
 
     def _reported_elbo(self, elbo: Tensor, sequences: NoisedBatch) -> Tensor:
@@ -119,7 +119,7 @@ class NextTokenObjective(ShardedObjective):
     w KL = -log p_x, computed by the same sharded code (the mask and padding are excluded in the same way).
     """
 
-    head: LossKernel = fused_objective
+    loss_kernel: LossKernel = fused_objective
 
     def place(self, sequences: NoisedBatch, device: torch.device) -> DeviceBatch:
         """Move a microbatch to the device, in which every token counts; see `ShardedObjective.place`."""
@@ -132,7 +132,7 @@ class NextTokenObjective(ShardedObjective):
         tokens = LossInputs(
             clean, torch.full_like(clean, process.mask_id), torch.full(clean.shape, _ALL_KEPT, device=clean.device)
         )
-        found = self.head(hidden, weight, tokens, LossSpec(process), shard=self._shard(weight, process))
+        found = self.loss_kernel(hidden, weight, tokens, LossSpec(process), shard=self._shard(weight, process))
         return found._replace(terms=found.terms._replace(elbo=found.terms.kl))
 
 

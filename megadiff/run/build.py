@@ -226,12 +226,12 @@ def build_trainer(
 def _log_parts(prepared: RunContext, platform: Platform, optimizer: Optimizer) -> None:
     """Log the machine, the numbers that follow from the configuration, and which implementations were chosen."""
     config = prepared.config
-    head, _ = choose_loss_kernel(config.objective.loss_kernel, is_cpu=platform.is_cpu)
+    loss_kernel, _ = choose_loss_kernel(config.objective.loss_kernel, is_cpu=platform.is_cpu)
     kernels = f"kernels           {describe_kernels(config.parallel, config.precision, platform)}"
     for line in [platform.describe(), kernels, *run_summary(config, prepared.layout, prepared.shape)]:
         log.info(line)
     log.info(f"optimizer         {config.optimizer.name}, {optimizer.kernel}")
-    log.info(f"head              {head}")
+    log.info(f"head              {loss_kernel}")
     log.info(f"log line          {LOG_FIELDS}")
 
 
@@ -250,10 +250,10 @@ def _log_and_write_data(prepared: RunContext, origin: ResumeState, topology: Top
 def sharded_objective(prepared: RunContext, topology: Topology, platform: Platform) -> ShardedObjective:
     """Return the objective that is minimised, on this rank's part of the vocabulary."""
     config = prepared.config
-    _, head = choose_loss_kernel(config.objective.loss_kernel, is_cpu=platform.is_cpu)
+    _, loss_kernel = choose_loss_kernel(config.objective.loss_kernel, is_cpu=platform.is_cpu)
     if config.is_autoregressive:
-        return NextTokenObjective(prepared.process, topology, head)
-    return DiffusionObjective(prepared.process, topology, build_weighting(config.objective), head)
+        return NextTokenObjective(prepared.process, topology, loss_kernel)
+    return DiffusionObjective(prepared.process, topology, build_weighting(config.objective), loss_kernel)
 
 
 def training_step(

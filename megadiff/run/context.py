@@ -75,7 +75,7 @@ class RunContext:
         return executed_flops(config, self.shape, work)
 
     def shortage(self, error: BaseException) -> ShortageError | None:
-        """Return the error to raise for a failed allocation (`derived.memory_shortage`); None for any other error."""
+        """Return the error to raise for a failed allocation (`summary.memory_shortage`); None for any other error."""
         return memory_shortage(error, self.config, self.layout, self.shape)
 
 

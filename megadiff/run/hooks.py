@@ -137,13 +137,14 @@ def _validation(
     config, topology = prepared.config, context.topology
     if not prepared.data.valid:
         return []
-    _, head = choose_loss_kernel(config.objective.loss_kernel, is_cpu=context.platform.is_cpu)
-    measure = next_token_likelihood(
-        prepared.process, start_id=start_id(prepared.tokenizer), topology=topology, head=head
-    )
-    if not config.is_autoregressive:
+    _, loss_kernel = choose_loss_kernel(config.objective.loss_kernel, is_cpu=context.platform.is_cpu)
+    if config.is_autoregressive:
+        measure = next_token_likelihood(
+            prepared.process, start_id=start_id(prepared.tokenizer), topology=topology, loss_kernel=loss_kernel
+        )
+    else:
         measure = diffusion_bound(
-            prepared.process, topology=topology, num_noise_levels=config.eval.num_noise_levels, head=head
+            prepared.process, topology=topology, num_noise_levels=config.eval.num_noise_levels, loss_kernel=loss_kernel
         )
     held_out = ValidationEvaluator(
         sources=prepared.data.valid,

@@ -22,7 +22,7 @@ from megadiff.diffusion.config import NoiseConfig, noise_config
 from megadiff.diffusion.next_token import start_id
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import SHOWN_DIGITS, CheckpointError
-from megadiff.eval.validation import HeldOutResult, ValidationEvaluator, diffusion_bound, next_token_likelihood
+from megadiff.eval.validation import ValidationEvaluator, ValidationResult, diffusion_bound, next_token_likelihood
 from megadiff.model.attention import prompt_code
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.denoiser import build_chunks
@@ -81,7 +81,7 @@ class InferenceModel:
 
     def held_out_elbo(
         self, data: str, *, sequences: int, num_noise_levels: int, micro_batch_size: int, key: str = "data"
-    ) -> HeldOutResult:
+    ) -> ValidationResult:
         """Return the bound on indexed data, with the same sequences and noise as a training run with these settings.
 
         Args:

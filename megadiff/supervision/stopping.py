@@ -64,7 +64,7 @@ class StopRequest:
             raise ConfigError(
                 f"the stop file {self._file} would stop this run before its first step; remove it and start again"
             )
-        self._lead_s = config.grace_period_s
+        self._grace_period_s = config.grace_period_s
         self._end = _job_end(environ.get("SLURM_JOB_END_TIME"))
         self._reason: str | None = None
         self._settling = threading.Lock()
@@ -116,7 +116,7 @@ class StopRequest:
 
     def _from_clock(self) -> str | None:
         left = self._end - time.monotonic()
-        return f"time limit: {left:.0f} s left of SLURM_JOB_END_TIME" if left <= self._lead_s else None
+        return f"time limit: {left:.0f} s left of SLURM_JOB_END_TIME" if left <= self._grace_period_s else None
 
     def _from_file(self) -> str | None:
         now = time.monotonic()

@@ -139,8 +139,8 @@ def _check_fused(
         logits, tokens.clean, tokens.noised, tokens.log_snr, mixing=process, weighting=weighting
     ).minimised.sum()
     wanted = [loss.detach(), *torch.autograd.grad(loss, (states, columns))]
-    formula = LossSpec(process, weighting)
-    answer = fused_objective(states, columns, tokens, formula, shard=VocabShard.of(columns, process), chunk_tokens=7)
+    spec = LossSpec(process, weighting)
+    answer = fused_objective(states, columns, tokens, spec, shard=VocabShard.of(columns, process), chunk_tokens=7)
     found = [answer.loss.detach(), *torch.autograd.grad(answer.loss, (states, columns))]
     for value, other, what in zip(found, wanted, ("loss", "gradient in hidden", "gradient in weight"), strict=True):
         close = torch.allclose(value, other, rtol=1e-7, atol=1e-9 * float(other.abs().max()) + 1e-12)

@@ -4,12 +4,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megadiff.data.batch_sizes import BatchSizes, StepBatch
-from megadiff.data.config import BatchConfig, RampConfig
+from megadiff.data.config import BatchConfig, RampupConfig
 from megadiff.errors import ConfigError
 
 
-def ramped(final: int, start: int, increment: int, every: int) -> BatchSizes:
-    return BatchSizes(final, RampConfig(start=start, increment=increment, every_steps=every))
+def ramped_up(final: int, start: int, increment: int, every: int) -> BatchSizes:
+    return BatchSizes(final, RampupConfig(start=start, increment=increment, every_steps=every))
 
 
 @st.composite
@@ -17,20 +17,20 @@ def any_sizes(draw: st.DrawFn) -> BatchSizes:
     final = draw(st.integers(1, 60))
     if draw(st.booleans()):
         return BatchSizes(final)
-    return ramped(final, draw(st.integers(1, final)), draw(st.integers(1, 70)), draw(st.integers(1, 6)))
+    return ramped_up(final, draw(st.integers(1, final)), draw(st.integers(1, 70)), draw(st.integers(1, 6)))
 
 
 @settings(max_examples=150, deadline=None)
 @given(any_sizes())
 def test_the_closed_forms_are_what_counting_gives(sizes):
     first, origins = 0, []
-    for step in range(sizes.final_step_of_ramp + 3):
+    for step in range(sizes.end_of_rampup + 3):
         rampup = sizes.rampup
         want = sizes.global_batch_size
         if rampup is not None:
             want = min(want, rampup.start + step // rampup.every_steps * rampup.increment)
         assert sizes.sequences(step) == want
-        assert (want == sizes.global_batch_size) == (step >= sizes.final_step_of_ramp)
+        assert (want == sizes.global_batch_size) == (step >= sizes.end_of_rampup)
         assert sizes.samples_before(step) == first
         assert sizes.batch_of(step) == StepBatch(step, first, want)
         assert want in sizes.distinct
@@ -46,30 +46,30 @@ def test_the_closed_forms_are_what_counting_gives(sizes):
     assert sizes.distinct == sorted(set(sizes.distinct))
 
 
-def test_a_ramp_by_hand():
-    sizes = ramped(200, 64, 64, 500)
+def test_a_rampup_by_hand():
+    sizes = ramped_up(200, 64, 64, 500)
     assert sizes.distinct == [64, 128, 192, 200]
     assert [sizes.sequences(step) for step in (0, 499, 500, 999, 1000, 1499, 1500, 10**6)] == [
         *(64, 64, 128, 128, 192, 192, 200, 200)
     ]
-    assert sizes.final_step_of_ramp == 1500
+    assert sizes.end_of_rampup == 1500
     assert sizes.samples_before(1500) == 500 * (64 + 128 + 192)
     assert sizes.samples_before(1502) == 500 * (64 + 128 + 192) + 400
     assert sizes.steps_for_samples(500 * 64 + 1) == 501
     assert sizes.num_microbatches(500, micro_batch_size=4, dp_size=8) == 4
 
 
-def test_without_a_ramp_there_is_one_size():
+def test_without_a_rampup_there_is_one_size():
     sizes = BatchSizes(24)
-    assert (sizes.final_step_of_ramp, sizes.distinct) == (0, [24])
+    assert (sizes.end_of_rampup, sizes.distinct) == (0, [24])
     assert sizes.origin_of(25) == (24, 24)
     assert sizes.steps_for_samples(25) == 2
     assert sizes.samples_before(10**12) == 24 * 10**12
 
 
-def test_a_ramp_that_starts_at_its_end_is_none():
-    assert ramped(8, 8, 4, 10).distinct == [8]
-    assert ramped(8, 8, 4, 10).final_step_of_ramp == 0
+def test_a_rampup_that_starts_at_its_end_is_none():
+    assert ramped_up(8, 8, 4, 10).distinct == [8]
+    assert ramped_up(8, 8, 4, 10).end_of_rampup == 0
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_a_ramp_that_starts_at_its_end_is_none():
             r"= 4 x 2, found batch\.global_batch_size = 12; use 8 or 16, or change batch\.micro_batch_size",
         ),
         (BatchSizes(3), r"found batch\.global_batch_size = 3; use 8, or"),
-        (ramped(64, 12, 8, 10), r"found batch\.rampup\.start = 12; use 8 or 16"),
-        (ramped(64, 8, 8, 10), None),
-        (ramped(64, 8, 12, 10), r"found 20 from step 10 on \(batch\.rampup\.increment = 12\); use 16 or 24"),
-        (ramped(60, 8, 8, 10), r"found batch\.global_batch_size = 60; use 56 or 64"),
-        (ramped(64, 8, 60, 10), None),
+        (ramped_up(64, 12, 8, 10), r"found batch\.rampup\.start = 12; use 8 or 16"),
+        (ramped_up(64, 8, 8, 10), None),
+        (ramped_up(64, 8, 12, 10), r"found 20 from step 10 on \(batch\.rampup\.increment = 12\); use 16 or 24"),
+        (ramped_up(60, 8, 8, 10), r"found batch\.global_batch_size = 60; use 56 or 64"),
+        (ramped_up(64, 8, 60, 10), None),
     ],
 )
 def test_a_size_that_does_not_divide_is_named(sizes, message):
@@ -95,12 +95,12 @@ def test_a_size_that_does_not_divide_is_named(sizes, message):
         sizes.check(micro_batch_size=4, dp_size=2)
 
 
-def test_a_run_description_gives_a_ramp():
+def test_a_run_description_gives_a_rampup():
     rampup = {"start": 4, "increment": 4, "every_steps": 2}
     batch = BatchConfig.model_validate({"global_batch_size": 16, "micro_batch_size": 2, "rampup": rampup})
     assert BatchSizes(batch.global_batch_size, batch.rampup).distinct == [4, 8, 12, 16]
     assert BatchConfig(global_batch_size=16, micro_batch_size=2).rampup is None
-    assert all(field.description for field in RampConfig.model_fields.values())
+    assert all(field.description for field in RampupConfig.model_fields.values())
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,6 @@ def test_a_run_description_gives_a_ramp():
         ({"start": 4, "increment": 4, "every_step": 2}, "every_step"),
     ],
 )
-def test_a_ramp_that_cannot_be_is_refused(rampup, message):
+def test_a_rampup_that_cannot_be_is_refused(rampup, message):
     with pytest.raises(ValidationError, match=message):
         BatchConfig.model_validate({"global_batch_size": 16, "micro_batch_size": 2, "rampup": rampup})

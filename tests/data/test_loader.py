@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadiff.data.batch_sizes import BatchSizes, StepBatch
-from megadiff.data.config import RampConfig
+from megadiff.data.config import RampupConfig
 from megadiff.data.loader import DataShard, SequenceLoader, clean_sequences, microbatch_samples
 from megadiff.data.sequences import PackedSequences, TrainingSequences
 from megadiff.errors import ConfigError
@@ -21,7 +21,7 @@ def sequences(tmp_path_factory):
     return TrainingSequences([PackedSequences(reader, 4, seed=1, name="a")], [1.0], seed=1)
 
 
-RAMPED = BatchSizes(12, RampConfig(start=4, increment=4, every_steps=3))
+RAMPED = BatchSizes(12, RampupConfig(start=4, increment=4, every_steps=3))
 """4, 4, 4, 8, 8, 8, 12, 12, ..."""
 
 

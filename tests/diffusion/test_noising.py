@@ -173,7 +173,7 @@ def test_each_sample_s_level_is_uniform_over_steps():
     assert stats.kstest(t.numpy(), "uniform").pvalue > 1e-3
 
 
-def test_a_batch_ramp_keeps_batches_even():
+def test_a_batch_rampup_keeps_batches_even():
     index = np.arange(40, 56)
     got = noised(sequences_of(16, 2), index, global_batch=16, batch_origin=40)
     t = torch.sigmoid(-got.log_snr[:, 0].double())

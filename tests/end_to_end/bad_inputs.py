@@ -160,7 +160,7 @@ FILES = [
     ("no base", b"base: nowhere.yaml\n", r"bad\.yaml:1: the base file .*nowhere\.yaml does not exist; check the path"),
     ("a folder", None, r"bad\.yaml: the run description is a folder, not a plain file; give the path of a YAML file"),
 ]
-"""What is in the file (None: it is a folder), sentence; the first word of a sequence is its name."""
+"""Content of the file (None for a folder) and the sentence; the first word of an entry is its name."""
 
 
 def _patched(path: Path, offset: int, data: bytes) -> None:

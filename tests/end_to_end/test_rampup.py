@@ -33,7 +33,7 @@ def _lines(corpus: Path, folder: Path, name: str, ranks: int, steps: int = 9, **
     return on_ranks(ranks, train_on_rank, config, ranks, save=True)[0].lines
 
 
-def test_a_ramp_counts_its_tokens_and_is_the_same_on_two_replicas(corpus: Path, tmp_path: Path) -> None:
+def test_a_rampup_counts_its_tokens_and_is_the_same_on_two_replicas(corpus: Path, tmp_path: Path) -> None:
     alone = _lines(corpus, tmp_path, "alone", 1)
     sequences = [4, 4, 4, 8, 8, 8, 12, 12, 12]
     assert [line["tokens"] for line in alone] == [16 * sum(sequences[: i + 1]) for i in range(9)]
@@ -45,7 +45,7 @@ def test_a_ramp_counts_its_tokens_and_is_the_same_on_two_replicas(corpus: Path, 
         assert work[1] == pytest.approx([value / 2 for value in work[0]], rel=1e-9)
 
 
-def test_a_run_stopped_inside_a_ramp_goes_on_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_inside_a_rampup_goes_on_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
     whole = _lines(corpus, tmp_path, "whole", 1)
     _lines(corpus, tmp_path, "halves", 1, steps=4)
     halves = _lines(corpus, tmp_path, "halves", 1)

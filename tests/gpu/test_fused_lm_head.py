@@ -74,12 +74,12 @@ def large(mixing_name: str, dtype: torch.dtype, tokens: int = 96) -> tuple[Case,
     return Case(hidden, weight, LossInputs(clean, noised, log_snr)), LossSpec(process)
 
 
-def answered(head, question: Case, formula: LossSpec, **kwargs) -> tuple[LossOutput, torch.Tensor, torch.Tensor]:
+def answered(head, question: Case, spec: LossSpec, **kwargs) -> tuple[LossOutput, torch.Tensor, torch.Tensor]:
     hidden, weight = question.hidden.detach().requires_grad_(), question.weight.detach().requires_grad_()
     tokens = question.tokens
-    if formula.process.is_masked_limit:
+    if spec.process.is_masked_limit:
         tokens = replace(tokens, active_indices=(tokens.noised == MASK).nonzero().squeeze(-1))
-    answer = head(hidden, weight, tokens, formula, **kwargs)
+    answer = head(hidden, weight, tokens, spec, **kwargs)
     answer.loss.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -91,10 +91,10 @@ def answered(head, question: Case, formula: LossSpec, **kwargs) -> tuple[LossOut
 @pytest.mark.parametrize("name", ["masked", "balanced", "uniform"])
 def test_a_large_vocabulary_equals_the_plain_head_in_float64(name, dtype, kernels):
     """In bf16 the logits are rounded to it, as any head's are: the loss is off by that, the gradients by 2 %."""
-    question, formula = large(name, dtype)
+    question, spec = large(name, dtype)
     double = question._replace(hidden=question.hidden.double(), weight=question.weight.double())
-    want, want_hidden, want_weight = answered(plain_objective, double, formula)
-    got, hidden, weight = answered(fused_objective, question, formula, passes=passes_of(kernels), chunk_tokens=40)
+    want, want_hidden, want_weight = answered(plain_objective, double, spec)
+    got, hidden, weight = answered(fused_objective, question, spec, passes=passes_of(kernels), chunk_tokens=40)
     allowed = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(got.terms.loss.double(), want.terms.loss, rtol=allowed, atol=allowed)
     share = 1e-4 if dtype == torch.float32 else 0.02
@@ -128,11 +128,11 @@ def test_memory_grows_with_the_chunk_alone(kernels, bytes_a_logit):
         pytest.importorskip("triton")
     peaks = []
     for tokens, chunk in ((1024, 128), (1024, 256), (2048, 256)):
-        question, formula = large("balanced", torch.bfloat16, tokens)
+        question, spec = large("balanced", torch.bfloat16, tokens)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        answered(fused_objective, question, formula, passes=passes_of(kernels), chunk_tokens=chunk)
+        answered(fused_objective, question, spec, passes=passes_of(kernels), chunk_tokens=chunk)
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del question
     weight_gradient, chunk_bytes = 6 * LARGE_VOCAB * WIDTH, bytes_a_logit * 128 * LARGE_VOCAB
@@ -144,15 +144,15 @@ def test_memory_grows_with_the_chunk_alone(kernels, bytes_a_logit):
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", ["masked", "balanced"])
 def test_the_host_never_waits_for_the_device(name, kernels):
-    question, formula = large(name, torch.bfloat16)
+    question, spec = large(name, torch.bfloat16)
     tokens = question.tokens
     if name == "masked":
         tokens = replace(tokens, active_indices=(tokens.noised == MASK).nonzero().squeeze(-1))
     hidden, weight = question.hidden.requires_grad_(), question.weight.requires_grad_()
     make = passes_of(kernels)
-    fused_objective(hidden, weight, tokens, formula, passes=make).loss.backward()  # compiled and allocated here
+    fused_objective(hidden, weight, tokens, spec, passes=make).loss.backward()  # compiled and allocated here
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused_objective(hidden, weight, tokens, formula, passes=make, chunk_tokens=40).loss.backward()
+        fused_objective(hidden, weight, tokens, spec, passes=make, chunk_tokens=40).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -71,12 +71,12 @@ def asked(
     **kwargs: Any,
 ) -> tuple[LossOutput, Tensor, Tensor]:
     """The answer, and the gradients of `factor` times its loss in states and weight."""
-    formula = kwargs.pop("formula", None) or LossSpec(MIXES[mix])
+    spec = kwargs.pop("spec", None) or LossSpec(MIXES[mix])
     is_noisy = torch.ones_like(case.tokens.noised, dtype=torch.bool) if needed is None else needed
-    computed = loss_token_indices(case.tokens.noised, is_noisy, formula.process)
+    computed = loss_token_indices(case.tokens.noised, is_noisy, spec.process)
     tokens = replace(case.tokens, active_indices=computed)
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-    answer = head(hidden, weight, tokens, formula, **kwargs)
+    answer = head(hidden, weight, tokens, spec, **kwargs)
     (answer.loss * factor).backward()
     assert hidden.grad is not None
     assert weight.grad is not None

@@ -163,9 +163,9 @@ def test_a_hundred_thousand_small_shares_lose_no_digits():
     logits, ids = torch.zeros(1, 2**17), torch.tensor([5])
     passes = TritonPasses(logits, ids, ids, shard)
     passes.sums()
-    log1p_sum, share_sum = passes.log1p_sums(torch.tensor([1e-10]))
+    log1p_sum, fraction_sum = passes.log1p_sums(torch.tensor([1e-10]))
     assert float(log1p_sum) == pytest.approx((2**17 - 2) * 1e-10, rel=1e-6)
-    assert float(share_sum) == pytest.approx((2**17 - 2) * 1e-10, rel=1e-6)
+    assert float(fraction_sum) == pytest.approx((2**17 - 2) * 1e-10, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e12, 1e30])
@@ -179,9 +179,9 @@ def test_where_y_is_held_what_is_lost_of_the_loss_is_below_its_rounding(scale):
         passes = make(logits.to(dtype, copy=True), ids, ids, shard)
         found = passes.sums()
         results.append((float(found.other) * scale, *passes.log1p_sums(torch.tensor([scale], dtype=dtype))))
-    (_, log1p_sum, share_sum), (sum_of_y, want_log1p, want_share) = results
+    (_, log1p_sum, fraction_sum), (sum_of_y, want_log1p, want_share) = results
     assert abs(float(log1p_sum) - float(want_log1p)) <= 2.2e-8 * sum_of_y
-    assert float(share_sum) == pytest.approx(float(want_share), rel=1e-6)
+    assert float(fraction_sum) == pytest.approx(float(want_share), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -39,7 +39,7 @@ def test_on_a_gpu_with_triton_auto_takes_it(monkeypatch, wanted):
     from megadiff.loss import choice
 
     is_installed(monkeypatch, True)
-    monkeypatch.setattr(choice, "_triton_head", lambda: "the head")
+    monkeypatch.setattr(choice, "_triton_kernel", lambda: "the head")
     assert choose_loss_kernel(wanted, is_cpu=False) == ("triton", "the head")
 
 

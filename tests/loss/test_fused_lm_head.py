@@ -96,20 +96,20 @@ def test_a_vocabulary_cut_over_ranks_changes_neither_value_nor_gradient(head, ra
 )
 def test_any_noise_any_level_any_sharpness(shift, scale, size, log_snr, seed):
     """Loss in float32 to 2e-5 nats of float64's, gradients to 1e-5 of the largest; in float64 to 1e-10."""
-    formula = LossSpec(HybridMixing(VOCAB, MASK, shift, scale))
+    spec = LossSpec(HybridMixing(VOCAB, MASK, shift, scale))
     drawn = case("shift 0", torch.float64, seed=seed)
     hidden = drawn.hidden / drawn.hidden.norm(dim=-1, keepdim=True) * size
     tokens = replace(drawn.tokens, log_snr=torch.full_like(drawn.tokens.log_snr, log_snr))
-    if formula.process.is_uniform_limit:
+    if spec.process.is_uniform_limit:
         tokens = replace(tokens, noised=torch.where(tokens.noised == MASK, tokens.clean, tokens.noised))
     single = Case(hidden.float(), drawn.weight.float(), tokens)
     double = Case(single.hidden.double(), single.weight.double(), tokens)
-    want = asked(plain_objective, "", double, formula=formula)
-    got = asked(fused_objective, "", double, formula=formula, chunk_tokens=32)
+    want = asked(plain_objective, "", double, spec=spec)
+    got = asked(fused_objective, "", double, spec=spec, chunk_tokens=32)
     torch.testing.assert_close(got[0].terms.loss, want[0].terms.loss, rtol=1e-9, atol=1e-11)
     for made, expected in zip(got[1:], want[1:], strict=True):
         assert float((made - expected).abs().max()) <= 1e-9 * float(expected.abs().max()) + 1e-13
-    low = asked(fused_objective, "", single, formula=formula, chunk_tokens=32)
+    low = asked(fused_objective, "", single, spec=spec, chunk_tokens=32)
     rounded = 2e-5 + 3e-6 * size  # the logits' own rounding reaches the loss as it is
     torch.testing.assert_close(low[0].terms.loss.double(), want[0].terms.loss, rtol=2e-5, atol=rounded)
     assert float(low[0].terms.loss.min()) >= -1e-12
@@ -143,10 +143,10 @@ def test_every_weighting_is_optimised_as_in_the_reference(mix, weighting):
     if weighting == "dynamic" and "time" not in mix:
         pytest.skip("dynamic weights are those of gidd_time alone")
     process = MIXES[mix].with_schedule(TimeSchedule(GiddTime(0.3)))
-    formula = LossSpec(process, build_weighting(objective_config(weighting=weighting)))
+    spec = LossSpec(process, build_weighting(objective_config(weighting=weighting)))
     question = case(mix, torch.float64)
-    got = asked(fused_objective, mix, question, formula=formula, chunk_tokens=7)
-    want = asked(plain_objective, mix, question, formula=formula)
+    got = asked(fused_objective, mix, question, spec=spec, chunk_tokens=7)
+    want = asked(plain_objective, mix, question, spec=spec)
     torch.testing.assert_close(got[0].loss, want[0].loss, rtol=1e-10, atol=1e-12)
     for made, expected in zip(got[1:], want[1:], strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-8, atol=1e-9)
@@ -154,9 +154,9 @@ def test_every_weighting_is_optimised_as_in_the_reference(mix, weighting):
 
 def test_schedule_and_itakura_saito_weight_reach_their_terms():
     weighting = build_weighting(objective_config(itakura_saito_weight=0.3))
-    formula = LossSpec(MIXES["shift 0"].with_schedule(UniformSchedule(-9, 9)), weighting)
+    spec = LossSpec(MIXES["shift 0"].with_schedule(UniformSchedule(-9, 9)), weighting)
     question = case("shift 0", torch.float64)
-    got, want = (asked(head, "shift 0", question, formula=formula) for head in (fused_objective, plain_objective))
+    got, want = (asked(head, "shift 0", question, spec=spec) for head in (fused_objective, plain_objective))
     for a, b in zip(got[0].terms, want[0].terms, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
@@ -170,55 +170,55 @@ def test_a_weighting_that_the_noise_does_not_have_is_refused():
 def test_leading_axes_in_any_order_are_kept():
     """Megatron's states come sequence first, and ids as transposed views."""
     question = case("shift 0", torch.float32)
-    formula = LossSpec(MIXES["shift 0"])
-    flat = fused_objective(*question, formula)
+    spec = LossSpec(MIXES["shift 0"])
+    flat = fused_objective(*question, spec)
     ids = (part.reshape(10, 7).t().contiguous().t() for part in (question.tokens.clean, question.tokens.noised))
     tokens = LossInputs(*ids, question.tokens.log_snr.reshape(10, 7))
-    shaped = fused_objective(question.hidden.reshape(10, 7, HIDDEN), question.weight, tokens, formula)
+    shaped = fused_objective(question.hidden.reshape(10, 7, HIDDEN), question.weight, tokens, spec)
     for a, b in zip(flat.terms, shaped.terms, strict=True):
         assert b.shape == (10, 7)
         torch.testing.assert_close(a, b.reshape(-1), rtol=0, atol=0)
 
 
 def test_without_gradients_none_are_made():
-    question, formula = case("shift 0", torch.float32), LossSpec(MIXES["shift 0"])
+    question, spec = case("shift 0", torch.float32), LossSpec(MIXES["shift 0"])
     weight = question.weight.requires_grad_()
     with torch.no_grad(), Shapes() as seen:
-        answer = fused_objective(question.hidden, weight, question.tokens, formula)
+        answer = fused_objective(question.hidden, weight, question.tokens, spec)
     assert not answer.loss.requires_grad
     assert (64, HIDDEN) not in seen.made, "no buffer of the weight's shape"
 
 
 def test_a_weight_with_a_main_gradient_adds_to_it_in_float32():
     """megatron-core's wrapper: what stands in `main_grad` stays, and its hook is told not to add `grad`."""
-    question, formula = case("shift 0", torch.bfloat16), LossSpec(MIXES["shift 0"])
+    question, spec = case("shift 0", torch.bfloat16), LossSpec(MIXES["shift 0"])
     _, _, plain = asked(
         plain_objective, "shift 0", Case(question.hidden.float(), question.weight.float(), question.tokens)
     )
     weight = torch.nn.Parameter(question.weight)
     weight.main_grad = torch.full(weight.shape, 2.0)  # type: ignore[attr-defined]
     for _ in range(2):
-        (1.7 * fused_objective(question.hidden, weight, question.tokens, formula).loss).backward()
+        (1.7 * fused_objective(question.hidden, weight, question.tokens, spec).loss).backward()
     assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
     added = (weight.main_grad - 2.0) / 2  # type: ignore[attr-defined]
     assert float((added - plain).abs().max()) <= 1e-2 * float(plain.abs().max())
 
 
 def test_gradients_can_be_asked_for_once():
-    question, formula = case("shift 0", torch.float32), LossSpec(MIXES["shift 0"])
-    loss = fused_objective(question.hidden.requires_grad_(), question.weight, question.tokens, formula).loss
+    question, spec = case("shift 0", torch.float32), LossSpec(MIXES["shift 0"])
+    loss = fused_objective(question.hidden.requires_grad_(), question.weight, question.tokens, spec).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="can be computed only once"):
         loss.backward()
 
 
 def test_wrong_shapes_and_chunks_are_refused():
-    ids, formula = torch.zeros(3, dtype=torch.int64), LossSpec(HybridMixing(5, 3, 0.0))
+    ids, spec = torch.zeros(3, dtype=torch.int64), LossSpec(HybridMixing(5, 3, 0.0))
     tokens = LossInputs(ids, ids, torch.zeros(3))
     with pytest.raises(ValueError, match=r"hidden must have shape \(3, '\*'\), got \(4, 2\)"):
-        fused_objective(torch.zeros(4, 2), torch.zeros(5, 2), tokens, formula)
+        fused_objective(torch.zeros(4, 2), torch.zeros(5, 2), tokens, spec)
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1"):
-        fused_objective(torch.zeros(3, 2), torch.zeros(5, 2), tokens, formula, chunk_tokens=0)
+        fused_objective(torch.zeros(3, 2), torch.zeros(5, 2), tokens, spec, chunk_tokens=0)
 
 
 def test_only_tokens_that_can_have_a_loss_are_worth_computing():
@@ -272,8 +272,6 @@ def test_chunks_are_few_and_of_about_one_size(tokens, at_most, sizes):
 
     ids = torch.full((tokens,), MASK + 1)
     question = LossInputs(ids, ids, torch.zeros(tokens))
-    formula = LossSpec(HybridMixing(VOCAB, MASK, 0.0))
-    fused_objective(
-        torch.randn(tokens, 4), torch.randn(VOCAB, 4), question, formula, passes=passes, chunk_tokens=at_most
-    )
+    spec = LossSpec(HybridMixing(VOCAB, MASK, 0.0))
+    fused_objective(torch.randn(tokens, 4), torch.randn(VOCAB, 4), question, spec, passes=passes, chunk_tokens=at_most)
     assert seen == sizes

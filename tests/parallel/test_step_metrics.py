@@ -1,4 +1,4 @@
-"""What a microbatch reports, against sums over tokens and sequences one by one."""
+"""The report of a microbatch, against sums over tokens and sequences one by one."""
 
 from __future__ import annotations
 

@@ -37,13 +37,13 @@ GIDD_BLOCK = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What one rank can tell of a run it took part in."""
+    """Record of one rank of a run."""
 
     lines: list[dict[str, Any]]
     """Training lines of `metrics.jsonl`."""
     evaluations: list[dict[str, Any]]
     sequence_hashes: dict[int, str]
-    """Of every noised sequence this rank saw, by global sample index."""
+    """Digest of each noised sequence that this rank saw, by global sample index."""
 
     def curve(self, key: str) -> list[float]:
         """One figure of the training lines, by step."""

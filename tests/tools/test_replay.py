@@ -60,7 +60,7 @@ def trained(toy_corpus, tmp_path_factory):
 
 
 def replayed(run: Path, step: int, overrides=(), *, save: Path | None = None):
-    """What `replay` finds, and a digest of every sequence; in a process of its own."""
+    """Return the findings of `replay` and a digest of every sequence, from a process of their own."""
 
     def summed(values):
         digests = {}
