@@ -64,6 +64,9 @@ WORDS_OF_THE_CONFIGURATION = {
     "megadiff/run/config.py": 1,
     "megadiff/run/load_model.py": 1,
     "megadiff/export/opened.py": 1,
+    "megadiff/cli/evaluate.py": 1,
+    "megadiff/cli/generate.py": 1,
+    "megadiff/cli/harness.py": 1,
 }
 """The names of the choices themselves: `platform: Literal["auto", "cpu", "cuda"]`."""
 

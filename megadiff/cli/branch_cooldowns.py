@@ -1,4 +1,4 @@
-"""Start cooldowns of several lengths from one checkpoint of a run that is still at its stable learning rate."""
+"""Start cooldowns of several lengths from one checkpoint, taken at the stable learning rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import CheckpointError, ConfigError, MegadiffError, run_command
+from megadiff.errors import CheckpointError, ConfigError, MegadiffError
 
 if TYPE_CHECKING:
     from megadiff.checkpoint.manifest import Manifest
@@ -58,10 +58,11 @@ def main() -> None:
     settings = dict(manifest.config)
     if arguments.config is not None:
         settings = _compared(arguments.config, manifest, takes_data=arguments.allow_data_change)
-    program = Path(__file__).resolve().parent.parent / "pretrain_dlm.py"
+    script = Path(__file__).resolve().parents[2] / "pretrain_dlm.py"  # an installed package does not have it
+    program = [str(script)] if script.is_file() else ["-m", "megadiff", "train"]
     for length in arguments.lengths:
         path = _write_settings(settings, folder, manifest.step, arguments.set, length)
-        command = [*shlex.split(arguments.launcher), str(program), "--config", str(path)]
+        command = [*shlex.split(arguments.launcher), *program, "--config", str(path)]
         command += ["--allow-data-change"] if arguments.allow_data_change else []
         print("$ " + shlex.join(command), flush=True)
         if not arguments.dry_run and subprocess.run(command, check=False).returncode:
@@ -191,7 +192,3 @@ def _compared(config: Path, manifest: Manifest, *, takes_data: bool) -> dict[str
             continue
         print(f"the trunk had {change.key} {change.before!r}, {config} has {change.now!r}; the trunk's is used")
     return {**manifest.config, "data": wanted["data"]} if takes_data else dict(manifest.config)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -14,7 +14,7 @@ from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
 from megadiff.data.progress import ProgressReport
 from megadiff.data.scan import Scan, scan
 from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.errors import DataError, run_command
+from megadiff.errors import DataError
 
 _EPILOG = """example:
   python tools/check_data.py data/train data/valid --tokenizer data/tokenizer --workers 2
@@ -96,7 +96,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import ConfigError, run_command
+from megadiff.errors import ConfigError
 
 _EPILOG = """examples:
   python tools/convert_checkpoint.py export --checkpoint runs/demo --output demo-hf --verify
@@ -158,7 +158,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Examine this machine, and a run description on it: `tools/doctor.py [--config F] [key=value ...] [--ranks N]`."""
+"""Examine this machine, and a run description on it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from megadiff.errors import ConfigError, run_command
+from megadiff.errors import ConfigError
 
 _EPILOG = """examples:
   python tools/doctor.py
@@ -54,7 +54,3 @@ def main() -> None:
         if arguments.config is None:
             print("give --config to examine a run too: description, tokenizer, data, layout, memory and disk space")
     sys.exit(2 if report.has_failed(findings) else 0)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Evaluate a trained model: `tools/evaluate.py elbo|likelihood --model RUN --data FILE`."""
+"""Evaluate a trained model: its held-out ELBO, or the likelihoods of texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import ConfigError, run_command
+from megadiff.errors import ConfigError
 
 _EPILOG = """examples:
   python tools/evaluate.py elbo --model runs/demo --data data/valid --sequences 128 --noise-levels 8 --output elbo.json
@@ -134,7 +134,3 @@ def _at_least_two(text: str) -> int:
     if value < 2:
         raise argparse.ArgumentTypeError(f"must be at least 2 for a standard error, got {value}")
     return value
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Generate text with a trained model: `tools/generate.py --model RUN --prompt TEXT`."""
+"""Generate text with a trained model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import ConfigError, run_command
+from megadiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from megadiff.run.load_model import InferenceModel
@@ -174,7 +174,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="tokenizer path, if the run's own was moved")
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto")
     return parser
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Score a trained model on lm-evaluation-harness tasks: `tools/harness.py --model RUN --tasks NAME[,NAME]`."""
+"""Score a trained model on lm-evaluation-harness tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import ConfigError, DataError, PlatformError, run_command
+from megadiff.errors import ConfigError, DataError, PlatformError
 
 if TYPE_CHECKING:
     from megadiff.eval.harness import HarnessModel, HarnessSettings
@@ -191,7 +191,3 @@ def _parser() -> argparse.ArgumentParser:
     texts.add_argument("--block-length", type=int, help="number of tokens denoised at a time (default: all)")
     texts.add_argument("--sampler", choices=["adaptive", "ancestral"], default="adaptive")
     return parser
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Verify a checkpoint and show its contents: `tools/inspect_checkpoint.py runs/NAME`."""
+"""Verify a checkpoint and show its contents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import run_command
 
 if TYPE_CHECKING:
     from megadiff.checkpoint.manifest import Manifest
@@ -89,7 +88,3 @@ def _sources(mixture: dict[str, Any]) -> list[str]:
             gone = ", no longer in the mixture" if kind == "removed" else ""
             lines.append(f"source    {found['path']}: {found['drawn']:,} sequences drawn, {epochs:.2f} epochs{gone}")
     return lines
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
-from megadiff.errors import ConfigError, TrainingError, run_command
+from megadiff.errors import ConfigError, TrainingError
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.scaling.optimum import Optimum, grid_steps_apart, optimum
@@ -121,7 +121,3 @@ def main() -> None:
         console.print(table(f"{name}: held-out ELBO, nats per token, by learning rate", losses, best))
         apart = grid_steps_apart(best.values(), factor=FACTOR)
         console.print(f"{name}: best rates lie {apart:.0f} grid step(s) apart")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Compare the runs of an experiment by one of their settings: a table, and a figure drawn from their `metrics.jsonl`.
+"""Compare the runs of an experiment by one of their settings, in a table and a figure.
 
     python tools/plot_experiment.py runs/noise_interpolation/* --by noise.shift --output figure.png
     python tools/plot_experiment.py runs/batch_size_sweep/* --by batch.global_batch_size --targets 3.4 3.2 --output
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import DataError, run_command
+from megadiff.errors import DataError
 from megadiff.train.metrics import read_metrics
 
 
@@ -158,7 +158,3 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise DataError(f"{arguments.output}: the picture cannot be written: {error}") from None
     print(f"figure: {arguments.output}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,6 +1,8 @@
-"""Show the curves of one or more runs: a table on the terminal and, if matplotlib is installed, a picture.
+"""Show the curves of one or more runs, in a table and a picture.
 
-python tools/plot_run.py runs/masked runs/uniform --output curves.png
+    python tools/plot_run.py runs/masked runs/uniform --output curves.png
+
+The picture needs matplotlib; the table does not.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import DataError, run_command
+from megadiff.errors import DataError
 from megadiff.train.metrics import MAX_LINE_BYTES, number, parsed
 from megadiff.untrusted_files import UnreadableFileError, why
 from megadiff.untrusted_files import lines as lines_of
@@ -102,7 +104,3 @@ def main() -> None:
     except (OSError, ValueError) as error:
         raise DataError(f"{arguments.output}: the picture cannot be written: {error}") from None
     print(f"curves: {arguments.output}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Tokenize a corpus into indexed binaries; the command line of megadiff.data.preprocess."""
+"""Tokenize a corpus into indexed binaries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from megadiff.config.command_line import CommandParser
 from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.preprocess import DocumentMarkers, preprocess
-from megadiff.errors import run_command
 
 _EXAMPLE = """example:
   python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \\
@@ -46,7 +45,3 @@ def main() -> None:
         f"{manifest.source_bytes / manifest.tokens:.3f} bytes/token "
         f"({report.empty_documents} empty documents and {report.bad_lines} bad lines skipped)"
     )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,11 +1,11 @@
-"""Repeat one step of a run in one CPU process, and show its sequences, their noise and the loss of each."""
+"""Repeat one step of a run in one CPU process; show its sequences, their noise and losses."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megadiff.errors import ConfigError, run_command
+from megadiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from megadiff.run.replay import Replayed, ReplayedSequence
@@ -100,7 +100,3 @@ def _refuse_bad_output(path: Path, run: Path) -> None:
         raise ConfigError(f"--save {path}: there is no folder {path.parent}; make it first")
     if path.resolve().is_relative_to(run.resolve()):
         raise ConfigError(f"--save {path}: that is inside the run folder, which is only read; give another place")
-
-
-if __name__ == "__main__":
-    run_command(main)

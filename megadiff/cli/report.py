@@ -1,5 +1,7 @@
-"""Write one HTML page about one or more runs: curves, noise levels, goodput, samples, checkpoints, differences in
-settings."""
+"""Write one HTML page about one or more runs.
+
+It shows curves, noise levels, goodput, samples, checkpoints, and differences in settings.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import DataError, run_command
+from megadiff.errors import DataError
 
 _EPILOG = """examples:
   python tools/report.py runs/demo
@@ -45,7 +47,3 @@ def main() -> None:
     except OSError as error:
         raise DataError(f"--output {output} cannot be written ({error.strerror or error}); name another one") from None
     print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(page.encode()) / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Pretrain a diffusion language model: `torchrun --nproc-per-node N pretrain_dlm.py --config F [key=value ...]`."""
+"""Pretrain a diffusion language model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megadiff.errors import run_command
 from megadiff.supervision.launcher import end_with_launcher
 
 _EPILOG = """examples:
@@ -26,7 +25,7 @@ class _PrintKeys(argparse.Action):
         from megadiff.config.reference import plain_text
         from megadiff.run.config import RunConfig
 
-        print(plain_text(RunConfig, prefix))  # noqa: T201  this was asked for
+        print(plain_text(RunConfig, prefix))
         parser.exit()
 
 
@@ -80,13 +79,9 @@ def main() -> None:
             text = build.check(config, ranks=arguments.ranks, resume_options=resume_options)
         except NoLayoutError as error:
             if is_main_process():
-                print("\n".join(error.sizes))  # noqa: T201
+                print("\n".join(error.sizes))
             raise
         if is_main_process():
-            print(text)  # noqa: T201  this was asked for
+            print(text)
     else:
         build.run(config, resume_options, before_s=age_s(os.getpid()))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""Train a tokenizer with bos, eos, pad and mask at ids 0 to 3; the command line of megadiff.data.tokenizer_training."""
+"""Train a tokenizer with bos, eos, pad and mask at ids 0 to 3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from megadiff.config.command_line import CommandParser
 from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.tokenizer_training import TYPES, train_tokenizer
-from megadiff.errors import run_command
 
 _EXAMPLE = """example:
   python tools/train_tokenizer.py --input corpus/*.jsonl.zst --output tokenizers/bpe-32k --vocab-size 32768 --type bpe
@@ -44,7 +43,3 @@ def main() -> None:
         print(line)
     print(f"read {report.documents} documents, {report.bytes_read} bytes, {report.bad_lines} bad lines skipped")
     print(f"wrote {args.output}: {args.type}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:16]}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -7,6 +7,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megadiff.config.nodes import COMMAND_LINE
@@ -22,14 +23,16 @@ _WRONG_VALUE = re.compile(r"argument (?P<option>.*?): invalid (?P<type>float|int
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises a `ConfigError` of one sentence in place of printing the usage text.
 
-    Descriptions and epilogs are shown as they are written.
+    Descriptions and epilogs are shown as they are written. The program's name is how the command was called:
+    `generate.py`, or `megadiff generate` from `megadiff/__main__.py`, which puts that into `sys.argv`.
 
     Args:
         keywords: keyword arguments of `argparse.ArgumentParser`.
     """
 
     def __init__(self, **keywords: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **keywords})
+        own = {"prog": Path(sys.argv[0]).name, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**{**own, **keywords})
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line, with the option that was probably meant where one is misspelled."""

@@ -7,11 +7,11 @@ import argparse
 import pytest
 import yaml
 
+from megadiff.cli import learning_rate_sweep as sweep
 from megadiff.scaling.optimum import optimum
 from megadiff.train.metrics import read_metrics
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_tree, wire_on_rank
-from tools import learning_rate_sweep as sweep
 
 
 def test_sizes_are_width_x_depth():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+from megadiff.cli.plot_experiment import Curve, draw, ordered, read_run, summary
 from megadiff.errors import DataError
-from tools.plot_experiment import Curve, draw, ordered, read_run, summary
 
 
 def write_run(folder, *, sequences, bounds, every=10):

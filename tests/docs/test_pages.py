@@ -189,6 +189,8 @@ def test_options_of_commands_that_are_not_run_exist(block):
         scripts = [word for word in command if (REPOSITORY / word).is_file()]
         for script in scripts[:1]:
             source = (REPOSITORY / script).read_text(encoding="utf-8", errors="replace")
+            shared = re.search(r"^from megadiff\.cli\.(\w+) import main$", source, re.MULTILINE)
+            source += (REPOSITORY / f"megadiff/cli/{shared[1]}.py").read_text() if shared else ""
             source += (REPOSITORY / "slurm/slurm_job.py").read_text() if script == "slurm/submit" else ""
             after = command[command.index(script) + 1 :]
             own = after[: after.index("--")] if "--" in after else after

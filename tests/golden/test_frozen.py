@@ -175,13 +175,13 @@ def commands() -> list[Path]:
 
 
 def flags(path: Path) -> list[str]:
-    """Return the options that a command adds, itself or by a function `add_..._options` that it imports."""
+    """Return the options that a command adds: itself, or by a `main` or `add_..._options` that it imports."""
     tree = ast.parse(path.read_text())
     calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
     named = (n for n in calls if isinstance(n.func, ast.Attribute) and n.func.attr in ("add_argument", "add_parser"))
     own = [str(a.value) for n in named for a in n.args[:1] if isinstance(a, ast.Constant)]
     imports = (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module)
-    shared = [n.module for n in imports if any(re.fullmatch("add_.*_options", name.name) for name in n.names)]
+    shared = [n.module for n in imports if any(re.fullmatch("main|add_.*_options", name.name) for name in n.names)]
     return sorted([*own, *(flag for module in shared for flag in flags(REPOSITORY / f"{module.replace('.', '/')}.py"))])
 
 

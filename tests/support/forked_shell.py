@@ -1,7 +1,8 @@
 """A shell whose `python` and `torchrun` fork a process that has imported torch already, instead of starting one.
 
 Everything else is bash's: loops, globs, quoting, exit codes. A command is the real program from its command line to its
-exit code; `torchrun --nproc-per-node N` becomes N forked ranks with the variables that torchrun sets.
+exit code; `torchrun --nproc-per-node N` becomes N forked ranks with the variables that torchrun sets, and `megadiff`
+is `python -m megadiff` in a process of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import tests.support.forked_command  # noqa: F401  imports what the commands nee
 _SHIM = """#!{python} -IS
 import json, os, socket, sys
 words = sys.argv[1:]
+if os.path.basename(sys.argv[0]) == "megadiff":
+    words = ["-m", "megadiff", *words]
 if not words or (words[0].startswith("-") and os.path.basename(sys.argv[0]) != "torchrun"):
     os.execv({python!r}, [{python!r}, *words])  # -c, -m and the like: a process of its own
 request = json.dumps({{"program": os.path.basename(sys.argv[0]), "words": words, "env": dict(os.environ)}}).encode()
@@ -54,7 +57,7 @@ class ForkedShell:
     def __enter__(self) -> ForkedShell:
         address = str(self._folder / "s")
         shim = _SHIM.format(python=sys.executable, address=address)
-        for name in ("python", "python3", "torchrun"):
+        for name in ("python", "python3", "torchrun", "megadiff"):
             path = self._folder / name
             path.write_text(shim)
             path.chmod(0o755)

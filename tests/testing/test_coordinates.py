@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from megadiff.scaling.coordinates import BANDS, RULES, sizes
+from tests.support.commands import REPOSITORY
 from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank
-from tools import coordinate_check
 
-GRID = coordinate_check.sizes([128, 256, 512], [2, 4, 8], "cross")
+GRID = sizes([128, 256, 512], [2, 4, 8], "cross")
 
 TELLS = {
     # rule: a statistic and the axis along which it gives the rule's absence away
@@ -34,20 +35,23 @@ def checked():
 
 
 def _check_on_rank():
+    from megadiff.testing.coordinates import check
+
     platform_on_rank()
-    return {rule: coordinate_check.check(GRID, without=rule) for rule in (None, *coordinate_check.RULES)}
+    preset = REPOSITORY / "examples/presets/gidd.yaml"
+    return {rule: check(GRID, preset, without=rule) for rule in (None, *RULES)}
 
 
 def test_completep_keeps_every_promise(checked):
     measured, broken = checked[None]
     assert broken == []
     assert list(measured) == GRID
-    assert {band.statistic for band in coordinate_check.BANDS} <= set(measured[128, 2])
+    assert {band.statistic for band in BANDS} <= set(measured[128, 2])
     assert all(found["logits, start"] == 0 for found in measured.values())
 
 
 def test_every_rule_has_a_tell():
-    assert set(TELLS) == set(coordinate_check.RULES)
+    assert set(TELLS) == set(RULES)
 
 
 @pytest.mark.parametrize("rule", TELLS)
@@ -67,4 +71,4 @@ def test_the_smallest_model_is_the_same_without_a_rule(checked, rule):
 
 def test_a_cross_holds_one_line_each_and_a_full_grid_all_pairs():
     assert GRID == [(128, 2), (128, 4), (128, 8), (256, 2), (512, 2)]
-    assert len(coordinate_check.sizes([128, 256], [2, 4, 8], "full")) == 6
+    assert len(sizes([128, 256], [2, 4, 8], "full")) == 6

@@ -147,7 +147,7 @@ def test_harness_options_reach_the_tasks_and_the_model(model: Path, tmp_path: Pa
 def test_harness_options_become_its_settings() -> None:
     """What comes of a task under each setting is tested with the harness; here, that each option sets its own."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install '.[eval]')")
-    command = importlib.import_module("tools.harness")
+    command = importlib.import_module("megadiff.cli.harness")
 
     def settings(*options: str) -> Any:
         return command._settings(command._parser().parse_args(["--model", "m", "--tasks", "t", *options]))
