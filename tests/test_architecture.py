@@ -15,7 +15,6 @@ from megadiff.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "megadiff").rglob("*.py"))
-COMMANDS = [ROOT / "pretrain_dlm.py", *sorted((ROOT / "tools").rglob("*.py"))]
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 SHIPPED, MAX_SHIPPED_LINES = ROOT / "megadiff/sampling/standalone.py", 700
 """Copied whole beside an exported model, which has to sample without megadiff."""

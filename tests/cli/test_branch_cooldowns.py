@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megadiff.checkpoint.folder import step_folders
+from megadiff.cli import branch_cooldowns
 from tests.support.commands import write_yaml
 from tests.support.forked_command import call_forked
 from tests.support.runs import read_metrics, toy_tree
@@ -103,3 +105,25 @@ def test_what_cannot_be_branched_from_is_said_with_what_there_is(trunk, tmp_path
     none = said(tmp_path / "run")
     assert "holds no checkpoint to branch from" in none
     assert "holds step_00000016, step_00000014, none of them in the stable stretch" in none
+
+
+def test_an_installed_package_trains_branches_with_its_own_command(trunk, tmp_path, monkeypatch, capsys):
+    """Only a checkout has pretrain_dlm.py above the package."""
+    run, _ = trunk
+    monkeypatch.setattr(branch_cooldowns, "__file__", str(tmp_path / "site-packages/megadiff/cli/branch_cooldowns.py"))
+    words = [
+        "--trunk",
+        str(run),
+        "--lengths",
+        "3",
+        "--launcher",
+        "torchrun",
+        "--dry-run",
+        "--set",
+        f"output_dir={tmp_path}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["megadiff branch_cooldowns", *words])
+    branch_cooldowns.main()
+    described = tmp_path / "trunk-cooldown-3/branch.yaml"
+    assert f"$ torchrun -m megadiff train --config {described}\n" in capsys.readouterr().out
+    assert described.is_file()
