@@ -15,7 +15,7 @@ from megadiff.checkpoint.path_kinds import MANIFEST_NAME, no_checkpoint
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, StorageError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 
-FORMAT = 5
+FORMAT = 6
 """Version of the manifest; a change of meaning raises it. 2: the manifest has a checksum of its own. 3: it has the
 positions of the data's sources, which a program that does not know them would lose. 4: the configuration inside names
 the noise process and the settings of families by new keys. No other version is read.

@@ -80,7 +80,6 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
     from megadiff.platform.quiet import quiet
 
     with quiet():
-        from megadiff.model.attention import prompt_code
         from megadiff.run.load_model import load_model
 
     @contextmanager
@@ -92,10 +91,7 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
 
             @torch.no_grad()
             def logits(case: verify.Case) -> torch.Tensor:
-                length = case.ids.shape[1] if trained.is_autoregressive else case.prompt_length
-                is_causal = trained.is_autoregressive or conditioning["prompt_attention"] == "causal"
-                code = prompt_code(torch.tensor([length]), is_causal=is_causal)
-                return chunk(case.ids, code).transpose(0, 1)[..., : manifest.vocab_size]
+                return trained.denoise(case.ids, case.prompt_length)
 
             yield verify.Trainer(logits, dict(chunk.named_parameters())["output_layer.weight"].data)
 

@@ -12,6 +12,7 @@ from megadiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from megadiff.run.load_model import InferenceModel
+    from megadiff.sampling.sampler import Sampler
     from megadiff.sampling.standalone import Generated, Settings
 
 _EPILOG = """examples:
@@ -38,10 +39,9 @@ def main() -> None:
         from megadiff.export.opened import open_model
 
     with open_model(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
-        if trained.is_autoregressive:
-            raise ConfigError(f"{trained.folder} is an autoregressive control; this tool samples diffusion models only")
+        sampler = trained.sampler()
         ids, new = _given(arguments, trained)
-        _sample(trained, ids, _settings(arguments, trained, ids, new), arguments)
+        _sample(trained, sampler, ids, _settings(arguments, trained, sampler, ids, new), arguments)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -81,11 +81,12 @@ def _given(arguments: argparse.Namespace, trained: InferenceModel) -> tuple[list
     return (before + [-1] * new + after, new) if after else (before, new)
 
 
-def _sample(trained: InferenceModel, ids: list[int], settings: Settings, arguments: argparse.Namespace) -> None:
+def _sample(
+    trained: InferenceModel, sampler: Sampler, ids: list[int], settings: Settings, arguments: argparse.Namespace
+) -> None:
     import torch
 
     from megadiff.sampling.live import LiveDenoising
-    from megadiff.sampling.standalone import generate
     from megadiff.sampling.trace import Trace, printable, token_text
     from megadiff.sampling.trace_page import trace_page
 
@@ -93,11 +94,10 @@ def _sample(trained: InferenceModel, ids: list[int], settings: Settings, argumen
     prompt = torch.tensor([ids] * arguments.count, dtype=torch.int64).reshape(arguments.count, len(ids))
     with LiveDenoising(look, mask_id=trained.process.mask_id) as live:
         trace = Trace(ids, trained.process.mask_id, on_frame=live)
-        found = generate(
+        found = sampler.generate(
             trained.denoise,
             prompt.to(trained.platform.device),
             settings,
-            trained.process,
             seed=arguments.seed,
             on_step=trace if arguments.trace or live.is_drawn else None,
         )
@@ -118,15 +118,14 @@ def _new_tokens(found: Generated, ids: list[int]) -> int:
     return int(found.new_tokens[0]) + ids.count(-1)
 
 
-def _settings(arguments: argparse.Namespace, trained: InferenceModel, ids: list[int], new: int) -> Settings:
-    from megadiff.sampling.standalone import Settings
-
+def _settings(
+    arguments: argparse.Namespace, trained: InferenceModel, sampler: Sampler, ids: list[int], new: int
+) -> Settings:
     behind = 0 if -1 in ids else new
     width = behind or len(ids) - ids.index(-1)
-    low, high = trained.process.sampling_range
     try:
-        found = Settings(
-            max_new_tokens=behind,
+        found = sampler.settings(
+            behind,
             max_denoising_steps=arguments.steps,
             block_length=arguments.block_length,
             sampler=arguments.sampler,
@@ -135,8 +134,6 @@ def _settings(arguments: argparse.Namespace, trained: InferenceModel, ids: list[
             top_k=arguments.top_k,
             top_p=arguments.top_p,
             guidance_scale=arguments.guidance_scale,
-            min_log_snr=low,
-            max_log_snr=high,
             eos_token_id=trained.tokenizer.eos_id if arguments.stop_at_end else None,
             pad_token_id=trained.tokenizer.pad_id,
         )

@@ -36,7 +36,7 @@ _NAMES_BY_KEY: dict[str, str] = {
     "conditioning.infilling": "conditioning.infill",
     "conditioning.pad_insertion": "conditioning.empty",
     "conditioning.pad_insertion_law": "conditioning.empty_law",
-    "objective.name": "objective_type loss_type",
+    "method.name": "objective.name objective_type loss_type training_method",
     "objective.loss_kernel": "objective.head head",
     "objective.itakura_saito_weight": "objective.is_weight is_weight beta_is_div",
     "objective.weighting": "loss_weighting loss_weight weighting_scheme",

@@ -65,10 +65,7 @@ class ScheduledNoise(NoiseConfig):
 
 
 class ObjectiveConfig(Section):
-    """`objective: {name: gidd}`: what is optimised and how tokens are added up."""
-
-    name: Literal["gidd", "ar"] = "gidd"
-    """gidd: the diffusion bound; ar: next-token cross-entropy, for comparison."""
+    """`objective: {weighting: surrogate}`: what is minimised and how tokens are added up."""
 
     weighting: str = "surrogate"
     """Loss weighting: `surrogate`, the bound's integrand without 1/p(log_snr), as in the paper; `elbo`, the bound

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megadiff.diffusion.conditioning import NoisePattern
-from megadiff.diffusion.noising import NoisedBatch
+from megadiff.diffusion.noising import NoisedBatch, isotropic_batch
 
 
 class SpecialIds(Protocol):
@@ -42,12 +41,5 @@ def next_token_batch(clean: npt.NDArray[np.integer], *, start_id: int) -> Noised
     targets = torch.from_numpy(np.asarray(clean).astype(np.int64))
     count, length = targets.shape
     inputs = torch.cat([torch.full((count, 1), start_id), targets[:, :-1]], dim=1)
-    return NoisedBatch(
-        noised=inputs,
-        clean=targets,
-        log_snr=torch.zeros(count, length),
-        is_noisy=torch.ones(count, length, dtype=torch.bool),
-        prompt_length=torch.full((count,), length),
-        pattern=torch.full((count,), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
-        source=torch.arange(length).repeat(count, 1),
-    )
+    batch = isotropic_batch(inputs, targets, log_snr=np.zeros(count))
+    return batch._replace(prompt_length=torch.full((count,), length))

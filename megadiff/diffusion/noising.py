@@ -176,14 +176,26 @@ def evaluation_noise(
     sequence_level, stream, noised = _level(log_snr, process), Stream(seed, f"{prefix}/noise"), np.empty_like(tokens)
     for which in _blocks(np.zeros(len(sequences), dtype=np.bool_), tokens.shape[1]):
         noised[which] = _corrupt(tokens[which], sequences[which], sequence_level.of(which), stream, process, draw=level)
+    return isotropic_batch(torch.from_numpy(noised), torch.from_numpy(tokens), log_snr=log_snr[:, 0])
+
+
+def isotropic_batch(noised: Tensor, clean: Tensor, *, log_snr: npt.ArrayLike) -> NoisedBatch:
+    """Return sequences of one noise level each, of which every token counts; no prompt, nothing inserted.
+
+    Args:
+        noised, clean: the model's input and its targets, [B, L] ids on the CPU.
+        log_snr: lambda of each sequence, [B].
+    """
+    count, length = clean.shape
+    levels = torch.from_numpy(np.asarray(log_snr, dtype=np.float32))
     return NoisedBatch(
-        noised=torch.from_numpy(noised),
-        clean=torch.from_numpy(tokens),
-        log_snr=torch.from_numpy(np.repeat(log_snr, tokens.shape[1], axis=1)),
-        is_noisy=torch.ones(tokens.shape, dtype=torch.bool),
-        prompt_length=torch.zeros(len(sequences), dtype=torch.int64),
-        pattern=torch.full((len(sequences),), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
-        source=torch.arange(tokens.shape[1]).expand(tokens.shape),
+        noised=noised.to(torch.int64),
+        clean=clean.to(torch.int64),
+        log_snr=levels[:, None].expand(count, length).contiguous(),
+        is_noisy=torch.ones(count, length, dtype=torch.bool),
+        prompt_length=torch.zeros(count, dtype=torch.int64),
+        pattern=torch.full((count,), int(NoisePattern.ISOTROPIC), dtype=torch.int8),
+        source=torch.arange(length).expand(count, length),
     )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from megadiff.errors import ConfigError
-from megadiff.eval.greedy import Sampled, batches, seed_of
-from megadiff.eval.likelihood import Item
-from megadiff.sampling.standalone import Settings, generate
+from megadiff.eval.estimators import EvaluatedModel, batches
+from megadiff.eval.likelihood import Item, seed_of
+from megadiff.sampling.sampler import Sampler
+from megadiff.sampling.standalone import Settings
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KNOWN = {*_LENGTH_NAMES, "until", "temperature", "do_sample", "top_k", "top_p"}
@@ -100,7 +101,7 @@ def room(prompt_length: int, wanted: int, *, length: int) -> tuple[int, int]:
 
 
 def continuations(
-    model: Sampled,
+    model: EvaluatedModel,
     requests: Sequence[tuple[str, GenerationRequest]],
     config: GenerationConfig,
     *,
@@ -122,20 +123,16 @@ def continuations(
         say: called with a message for each context or continuation that is cut to fit the sequence.
 
     Raises:
-        ConfigError: the model is autoregressive.
+        ConfigError: models of this training method cannot be sampled.
     """
-    if model.is_autoregressive:
-        raise ConfigError(
-            "this model is an autoregressive control, which is measured here but not sampled; leave out the tasks "
-            "whose output_type is generate_until"
-        )
-    plans = _plans(model, requests, config, tuple(start), say)
+    sampler = model.sampler()
+    plans = _plans(model, sampler, requests, config, tuple(start), say)
     numbers = {plan.settings: number for number, plan in enumerate(plans)}
     found = [""] * len(requests)
     for taken in batches(
         range(len(plans)), lambda i: (len(plans[i].prompt.prompt), numbers[plans[i].settings]), config.batch_size
     ):
-        for i, text in zip(taken, _written(model, [plans[i] for i in taken], config.seed), strict=True):
+        for i, text in zip(taken, _written(model, sampler, [plans[i] for i in taken], config.seed), strict=True):
             found[i] = requests[i][1].cut(text)
         progress(len(taken))
     return found
@@ -153,7 +150,8 @@ class _Plan:
 
 
 def _plans(
-    model: Sampled,
+    model: EvaluatedModel,
+    sampler: Sampler,
     requests: Sequence[tuple[str, GenerationRequest]],
     config: GenerationConfig,
     start: tuple[int, ...],
@@ -168,21 +166,20 @@ def _plans(
             say(f"the model's sequence holds {model.model.seq_length} tokens; continuations end where it ends")
         if kept < len(ids):
             say(f"the model's sequence holds {model.model.seq_length} tokens; long contexts lose their first tokens")
-        prompt, settings = Item((*start, *ids[len(ids) - kept :]), ()), _settings(model, request, new, config)
+        prompt, settings = Item((*start, *ids[len(ids) - kept :]), ()), _settings(model, sampler, request, new, config)
         plans.append(_Plan(prompt, settings, seen[prompt, settings]))
         seen[prompt, settings] += 1
     return plans
 
 
-def _written(model: Sampled, plans: Sequence[_Plan], seed: int) -> list[str]:
+def _written(model: EvaluatedModel, sampler: Sampler, plans: Sequence[_Plan], seed: int) -> list[str]:
     """Return the new text for prompts of one length with the same settings."""
     length = len(plans[0].prompt.prompt)
     ids = torch.tensor([plan.prompt.prompt for plan in plans], dtype=torch.int64).reshape(len(plans), length)
-    written = generate(
+    written = sampler.generate(
         model.denoise,
         ids.to(model.platform.device),
         plans[0].settings,
-        model.process,
         seed=[seed_of(seed, plan.prompt) for plan in plans],
         sequences=torch.tensor([plan.occurrence for plan in plans]),
     )
@@ -190,10 +187,11 @@ def _written(model: Sampled, plans: Sequence[_Plan], seed: int) -> list[str]:
     return [_behind(model, sequence[: length + new], length) for sequence, new in sequences]
 
 
-def _settings(model: Sampled, request: GenerationRequest, new: int, config: GenerationConfig) -> Settings:
-    low, high = model.process.sampling_range
-    return Settings(
-        max_new_tokens=new,
+def _settings(
+    model: EvaluatedModel, sampler: Sampler, request: GenerationRequest, new: int, config: GenerationConfig
+) -> Settings:
+    return sampler.settings(
+        new,
         max_denoising_steps=config.steps,
         block_length=config.block_length,
         sampler=config.sampler,
@@ -202,12 +200,10 @@ def _settings(model: Sampled, request: GenerationRequest, new: int, config: Gene
         top_p=request.top_p,
         eos_token_id=model.tokenizer.eos_id,
         pad_token_id=model.tokenizer.pad_id,
-        min_log_snr=low,
-        max_log_snr=high,
     )
 
 
-def _behind(model: Sampled, sequence: list[int], prompt_length: int) -> str:
+def _behind(model: EvaluatedModel, sequence: list[int], prompt_length: int) -> str:
     """Return the text of the new tokens as it follows the prompt's, including the space between them."""
     before, whole = model.tokenizer.decode(sequence[:prompt_length]), model.tokenizer.decode(sequence)
     return whole[len(before) :] if whole.startswith(before) else model.tokenizer.decode(sequence[prompt_length:])

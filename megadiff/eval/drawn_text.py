@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.parallel.distributed_forward import DistributedForward
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
-from megadiff.sampling.standalone import Settings, generate
+from megadiff.sampling.sampler import Sampler
 from megadiff.sampling.trace import printable
 
 SEED = 0
@@ -24,6 +23,7 @@ class DrawnText:
     """Whole sequences of new text by the ancestral sampler, temperature 1, without a prompt.
 
     Args:
+        sampler: the sampler of the run's training method.
         start: tokens that each sequence begins with (bos, if the training data have it).
         sequences, steps: number of sequences, and number of denoising steps.
         chunks: this rank's model chunks.
@@ -35,25 +35,23 @@ class DrawnText:
         sequences: int,
         steps: int,
         seq_length: int,
-        process: NoiseProcess,
+        sampler: Sampler,
         tokenizer: Tokenizer,
         start: Sequence[int] = (),
         chunks: Sequence[ModelChunk],
         topology: Topology,
         device: torch.device,
     ) -> None:
-        self._sequences, self._process, self._tokenizer, self._device = sequences, process, tokenizer, device
+        self._sequences, self._sampler, self._tokenizer, self._device = sequences, sampler, tokenizer, device
         self._model = DistributedForward(
-            chunks, topology=topology, device=device, shape=(sequences, seq_length), vocab_size=process.vocab_size
+            chunks,
+            topology=topology,
+            device=device,
+            shape=(sequences, seq_length),
+            vocab_size=sampler.process.vocab_size,
         )
         self._start = list(start)
-        low, high = process.sampling_range
-        self._settings = Settings(
-            max_new_tokens=seq_length - len(self._start),
-            max_denoising_steps=steps,
-            min_log_snr=low,
-            max_log_snr=high,
-        )
+        self._settings = sampler.settings(seq_length - len(self._start), max_denoising_steps=steps)
 
     def __call__(self) -> str:
         """Draw the samples. Collective over the world; every rank returns the text, sequences numbered."""
@@ -64,4 +62,4 @@ class DrawnText:
     def _drawn(self, denoise: Any) -> Tensor:
         prompt = torch.tensor([self._start] * self._sequences, dtype=torch.int64, device=self._device)
         prompt = prompt.reshape(self._sequences, len(self._start))
-        return generate(denoise, prompt, self._settings, self._process, seed=SEED).sequences.cpu()
+        return self._sampler.generate(denoise, prompt, self._settings, seed=SEED).sequences.cpu()

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from megadiff.errors import ConfigError
 from megadiff.eval.continuation import GenerationConfig, GenerationRequest, continuations
+from megadiff.eval.estimators import EvaluatedModel, greedy
 from megadiff.eval.fitting import is_cut, split_to_fit
-from megadiff.eval.greedy import Sampled, greedy
 from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, summed
 from megadiff.eval.rolling import rolling_items
 from megadiff.eval.texts import item_of
-from megadiff.eval.texts_likelihood import SpecialTokens, likelihoods
+from megadiff.eval.texts_likelihood import SpecialTokens
 
 log = logging.getLogger("megadiff")
 
@@ -95,7 +95,7 @@ class HarnessModel(LM):
 
     def __init__(
         self,
-        model: Sampled,
+        model: EvaluatedModel,
         settings: HarnessSettings | None = None,
         *,
         batch_size: int | str | None = None,
@@ -111,8 +111,9 @@ class HarnessModel(LM):
         if batch_size is not None:
             self._settings = _batched(self._settings, int(batch_size))
         framing = SpecialTokens.like_the_data(model, prepend_bos=self._settings.prepend_bos)
-        has_bos = framing.prepend_bos and not model.is_autoregressive
+        has_bos = framing.prepend_bos and not model.adds_start_token
         self._start, _ = SpecialTokens(prepend_bos=has_bos).ids(model.tokenizer)
+        self._estimator = model.estimator(self._settings.bound)
         self._speak, self._said = say, set[str]()
         self.answers: list[Answer] = []
         """Likelihoods returned so far, in the order of the requests."""
@@ -164,7 +165,7 @@ class HarnessModel(LM):
         `GenerationRequest`).
 
         Raises:
-            ConfigError: the model is autoregressive, or a request has invalid settings.
+            ConfigError: the model cannot be sampled, or a request has invalid settings.
         """
         asked = [(request.args[0], GenerationRequest.from_names(request.args[1])) for request in requests]
         for name in sorted({name for _, wanted in asked for name in wanted.unknown}):
@@ -179,11 +180,8 @@ class HarnessModel(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return the facts that the harness writes about a model beside its scores."""
-        kind = "exact" if self._model.is_autoregressive else "bound over all noise levels"
-        if not self._model.is_autoregressive and (levels := self._settings.bound.log_snr_range) is not None:
-            kind = "part of the bound over log-SNR {:g} to {:g}".format(*levels)
         settings = {**asdict(self._settings), "prepend_bos": bool(self._start)}
-        return {"likelihood": kind, "seq_length": self._model.model.seq_length, **settings}
+        return {"likelihood": self._estimator.coverage, "seq_length": self._model.model.seq_length, **settings}
 
     def estimates(self) -> dict[str, dict[str, float]]:
         """Return for each task the sum of its log-likelihoods with the standard error of the estimate.
@@ -215,7 +213,7 @@ class HarnessModel(LM):
         with _bar(len(items), kind, is_silent) as progress:
             for first in range(0, len(items), count):
                 taken = items[first : first + count]
-                found = likelihoods(self._model, taken, self._settings.bound)
+                found = self._estimator.likelihoods(self._model, taken)
                 self._likelihoods.update(zip(taken, found, strict=True))
                 progress(len(taken))
         return [summed(own, self._likelihoods) for own in pieces]
@@ -225,9 +223,8 @@ class HarnessModel(LM):
             self._say("greedy completions are not determined, as configured: leave out tasks that count them")
             return [None] * len(pieces)
         items = list(dict.fromkeys(item for own in pieces for item in own))
-        bound = self._settings.bound
         with _bar(len(items), "greedy", is_silent) as progress:
-            same = greedy(self._model, items, batch_size=bound.batch_size, seed=bound.seed, progress=progress)
+            same = greedy(self._model, self._estimator, items, progress=progress)
         agrees = dict(zip(items, same, strict=True))
         return [all(agrees[item] for item in own) for own in pieces]
 

@@ -49,6 +49,11 @@ class Item:
         return self.prompt + self.completion
 
 
+def seed_of(seed: int, item: Item) -> int:
+    """Return a number unique to this pair."""
+    return (seed << 63) + item.key
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """Negative log-likelihood of a completion in nats."""

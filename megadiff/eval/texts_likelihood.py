@@ -7,84 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from megadiff.data.progress import ProgressReport
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.next_token import start_id
-from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.errors import ConfigError, DataError
-from megadiff.eval.likelihood import (
-    BoundSettings,
-    Item,
-    Likelihood,
-    Progress,
-    bounds,
-    exact,
-    sequences_read,
-    summed,
-)
+from megadiff.eval.estimators import Estimator, EvaluatedModel
+from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, sequences_read, summed
 from megadiff.eval.rolling import pooled, rolled, rolling_items
 from megadiff.eval.texts import item_of, read_lines
-
-
-class Machine(Protocol):
-    """The machine that a model runs on."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its ids and logits."""
-        ...
-
-
-class HasSeqLength(Protocol):
-    """The part of a model's configuration that is needed here."""
-
-    @property
-    def seq_length(self) -> int:
-        """Number of tokens in a sequence."""
-        ...
-
-
-class Measured(Protocol):
-    """A model that can be evaluated, such as `load_model.InferenceModel`."""
-
-    @property
-    def is_autoregressive(self) -> bool:
-        """Whether `answer` returns next-token logits."""
-        ...
-
-    @property
-    def prepends_bos(self) -> bool:
-        """Whether the documents of the training data began with bos."""
-        ...
-
-    @property
-    def process(self) -> NoiseProcess:
-        """The noise."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer."""
-        ...
-
-    @property
-    def model(self) -> HasSeqLength:
-        """The model's configuration."""
-        ...
-
-    @property
-    def platform(self) -> Machine:
-        """The machine that the model runs on."""
-        ...
-
-    def logits(self, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Map ids [B, L] and lengths [B] of clean prompts to logits [B, L, V]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -98,17 +29,17 @@ class SpecialTokens:
 
     @classmethod
     def like_the_data(
-        cls, model: Measured, *, prepend_bos: bool | None = None, score_eos: bool = False
+        cls, model: EvaluatedModel, *, prepend_bos: bool | None = None, score_eos: bool = False
     ) -> SpecialTokens:
         """Return the requested framing, by default that of the model's training data.
 
         Args:
-            model: the model to be evaluated or sampled; an autoregressive one's sequences begin with bos anyway, so its
+            model: the model to be evaluated or sampled; if its method puts a start token before every sequence anyway,
                 prompts get no second one unless requested.
             prepend_bos: whether bos comes before a prompt; None follows the training data.
             score_eos: whether eos is scored after a completion.
         """
-        as_trained = model.prepends_bos and not model.is_autoregressive
+        as_trained = model.prepends_bos and not model.adds_start_token
         return cls(prepend_bos=as_trained if prepend_bos is None else prepend_bos, score_eos=score_eos)
 
     def ids(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -129,27 +60,8 @@ class SpecialTokens:
         )
 
 
-def likelihoods(
-    model: Measured, items: Sequence[Item], settings: BoundSettings, *, progress: Progress | None = None
-) -> list[Likelihood]:
-    """Return every item's likelihood: a bound for a diffusion model, exact for an autoregressive one."""
-    device = model.platform.device
-    if not model.is_autoregressive:
-        return bounds(items, model.logits, process=model.process, settings=settings, device=device, progress=progress)
-    return exact(
-        items,
-        model.logits,
-        start_id=start_id(model.tokenizer),
-        mask_id=model.process.mask_id,
-        vocab_size=model.process.vocab_size,
-        batch_size=settings.batch_size,
-        device=device,
-        progress=progress,
-    )
-
-
 def pairs_likelihood(
-    model: Measured, path: Path, *, keys: tuple[str, str], settings: BoundSettings, framing: SpecialTokens
+    model: EvaluatedModel, path: Path, *, keys: tuple[str, str], settings: BoundSettings, framing: SpecialTokens
 ) -> dict[str, Any]:
     """Evaluate completions given prompts, one pair per line.
 
@@ -166,14 +78,15 @@ def pairs_likelihood(
                 f"{model.model.seq_length}; shorten the prompt, or measure documents with --text-key"
             )
         items.append(item)
-    found = _measured(model, items, settings)
+    estimator = model.estimator(settings)
+    found = _measured(model, estimator, items)
     total = summed(items, found)
     own = [found[item] for item in items]
     return {
         "summary": f"{len(items)} completions of {total.tokens} tokens, {total.nll:.4f} +- {total.stderr:.4f} nats"
         + (f", {total.nll / total.tokens:.4f} per token" if total.tokens else "")
-        + _covers(model, settings),
-        **_how(model, settings),
+        + f" ({estimator.coverage})",
+        **estimator.record(),
         "prepend_bos": framing.prepend_bos,
         "nll": total.nll,
         "nll_stderr": total.stderr,
@@ -183,7 +96,7 @@ def pairs_likelihood(
 
 
 def rolling_likelihood(
-    model: Measured, path: Path, *, text_key: str, context: int, settings: BoundSettings, framing: SpecialTokens
+    model: EvaluatedModel, path: Path, *, text_key: str, context: int, settings: BoundSettings, framing: SpecialTokens
 ) -> dict[str, Any]:
     """Evaluate whole documents, one per line, cut into windows of the model's sequence.
 
@@ -203,24 +116,25 @@ def rolling_likelihood(
     except ValueError as error:
         raise ConfigError(f"--context {context}: {error}") from error
     windows = [item for items in cut for item in items]
-    found = _measured(model, windows, settings)
+    estimator = model.estimator(settings)
+    found = _measured(model, estimator, windows)
     documents = [rolled(summed(items, found), text) for items, text in zip(cut, texts, strict=True)]
     total = pooled(summed(windows, found), documents)
     error = total.as_json()["bits_per_byte_stderr"]
     return {
         "summary": f"{len(documents)} documents of {total.bytes} bytes, {total.bits_per_byte:.4f} +- {error:.4f} bits "
         f"per byte, word perplexity {total.word_perplexity:.4g}, byte perplexity {total.byte_perplexity:.4g}"
-        f"{_covers(model, settings)}",
-        **_how(model, settings),
+        f" ({estimator.coverage})",
+        **estimator.record(),
         "prepend_bos": framing.prepend_bos,
         **total.as_json(),
         "documents": [one.as_json() for one in documents],
     }
 
 
-def _measured(model: Measured, items: Sequence[Item], settings: BoundSettings) -> dict[Item, Likelihood]:
+def _measured(model: EvaluatedModel, estimator: Estimator, items: Sequence[Item]) -> dict[Item, Likelihood]:
     """Return each distinct item's likelihood; report the amount of work and the progress on stderr."""
-    draws = 1 if model.is_autoregressive else settings.draws
+    draws = estimator.draws
     count = sequences_read(items, draws=draws)
     sys.stderr.write(f"measuring {count // draws:,} distinct texts, {draws} sequences each: {count:,} sequences\n")
     started, done = time.monotonic(), 0
@@ -232,27 +146,5 @@ def _measured(model: Measured, items: Sequence[Item], settings: BoundSettings) -
             left = (time.monotonic() - started) * (count - done) / done
             report.update(done, f"{done:,} of {count:,}, about {left:,.0f} s left")
 
-        found = likelihoods(model, items, settings, progress=progress)
+        found = estimator.likelihoods(model, items, progress=progress)
     return dict(zip(items, found, strict=True))
-
-
-def _how(model: Measured, settings: BoundSettings) -> dict[str, Any]:
-    if model.is_autoregressive:
-        return {"kind": "exact"}
-    levels = settings.log_snr_range
-    return {
-        "kind": "bound" if levels is None else "part of the bound",
-        "log_snr_range": "all" if levels is None else list(levels),
-        "estimator": settings.estimator,
-        "draws": settings.draws,
-        "seed": settings.seed,
-    }
-
-
-def _covers(model: Measured, settings: BoundSettings) -> str:
-    """Return a description of the figures, for display."""
-    if model.is_autoregressive:
-        return " (exact)"
-    if settings.log_snr_range is None:
-        return " (bound, all noise levels)"
-    return " (the bound's part over log-SNR {:g} to {:g})".format(*settings.log_snr_range)

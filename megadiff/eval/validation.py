@@ -17,16 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.diffusion.next_token import next_token_batch
-from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.diffusion.noising import NoisedBatch, evaluation_noise
-from megadiff.diffusion.schedules import LINEAR, LinearSchedule
-from megadiff.loss.choice import LossKernel
-from megadiff.loss.fused_lm_head import fused_objective
+from megadiff.diffusion.noising import NoisedBatch
 from megadiff.loss.inputs import LossOutput
-from megadiff.model.attention import prompt_code
+from megadiff.parallel.objective import DeviceBatch, Objective, ShardedObjective
 from megadiff.parallel.pipeline import ModelChunk, run_microbatches
-from megadiff.parallel.sharded_objective import DeviceBatch, DiffusionObjective, NextTokenObjective, ShardedObjective
 from megadiff.parallel.step_metrics import BIN_EDGES
 from megadiff.parallel.topology import Topology
 
@@ -95,50 +89,13 @@ class Sequences(Protocol):
 class EvalTask:
     """A quantity to evaluate: the sequences that the model reads, and the terms computed from its output."""
 
-    objective: ShardedObjective
-    sequences: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64], int], NoisedBatch]
+    objective: Objective
+    batch: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64], int], NoisedBatch]
     """Function of (clean [B, L], sequence indices [B], level) that returns the sequences."""
     num_noise_levels: int
     """K: number of noise levels; 1 if there is no noise."""
-    is_causal_prompt: bool = False
     log_snr_range: tuple[float, float] | None = None
     """Range of log-SNR that a bound covers; None for an exact likelihood."""
-
-
-def diffusion_bound(
-    process: NoiseProcess, *, topology: Topology, num_noise_levels: int, loss_kernel: LossKernel = fused_objective
-) -> EvalTask:
-    """Return the bound under the run's noise with the linear schedule, whatever schedule the run trains with.
-
-    So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
-    truncation (`NoiseSchedule.density`): the figure is 1.000247 times the integral over [-9, 9]. A run that draws its
-    levels from less than [-9, 9] (`gidd_time` does) is measured on all of it, so that runs compare.
-    """
-    trained = process.schedule
-    linear = LinearSchedule(min(trained.min_log_snr, LINEAR.min_log_snr), max(trained.max_log_snr, LINEAR.max_log_snr))
-    measured = process.with_schedule(linear)
-
-    def sequences(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
-        return evaluation_noise(
-            clean, seed=SEED, sequence_index=index, level=level, num_levels=num_noise_levels, process=measured
-        )
-
-    objective = DiffusionObjective(measured, topology, loss_kernel=loss_kernel)
-    levels = linear.min_log_snr, linear.max_log_snr
-    return EvalTask(objective, sequences, num_noise_levels, log_snr_range=levels)
-
-
-def next_token_likelihood(
-    process: NoiseProcess, *, start_id: int, topology: Topology, loss_kernel: LossKernel = fused_objective
-) -> EvalTask:
-    """Return the exact likelihood of an autoregressive model, on the same tokens and under the same keys as a bound."""
-
-    def sequences(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
-        return next_token_batch(clean, start_id=start_id)
-
-    return EvalTask(
-        NextTokenObjective(process, topology, loss_kernel), sequences, num_noise_levels=1, is_causal_prompt=True
-    )
 
 
 class ValidationEvaluator:
@@ -146,7 +103,7 @@ class ValidationEvaluator:
 
     Args:
         sources: validation sequences; they are pooled, and also reported separately.
-        measure: the quantity to evaluate.
+        task: the quantity to evaluate.
         chunks: this rank's model chunks.
     """
 
@@ -154,30 +111,29 @@ class ValidationEvaluator:
         self,
         *,
         sources: Sequence[Sequences],
-        measure: EvalTask,
+        task: EvalTask,
         chunks: Sequence[ModelChunk],
         topology: Topology,
         device: torch.device,
         micro_batch_size: int,
     ) -> None:
         self.sequences = np.concatenate([source.sequences(range(len(source))) for source in sources])
-        self.measure = measure
+        self.task = task
+        self._objective = ShardedObjective(task.objective, topology)
         self.chunks = chunks
         self.topology = topology
         self.device = device
         self.micro_batch_size = micro_batch_size
-        self._sources = sources
+        self.sources = sources
 
     def __call__(self) -> ValidationResult:
         """Run the model over every sequence at every level. Collective over the world; gradients are not touched."""
-        found = torch.zeros(
-            3, self.measure.num_noise_levels, len(self.sequences), dtype=torch.float64, device=self.device
-        )
+        found = torch.zeros(3, self.task.num_noise_levels, len(self.sequences), dtype=torch.float64, device=self.device)
         with torch.no_grad(), _evaluating(self.chunks):
             reports = run_microbatches(
                 self.chunks,
                 self._my_microbatches(),
-                forward=self._forward,
+                forward=lambda chunk, item: self._objective.forward(chunk, item[1]),
                 loss=self._report,
                 seq_length=self.sequences.shape[1],
                 micro_batch_size=self.micro_batch_size,
@@ -189,22 +145,22 @@ class ValidationEvaluator:
         elbo, loss, log_snr = self.topology.sum_over_run(found).cpu().numpy() / self.sequences.shape[1]
         per_sequence = elbo.mean(axis=0)
         bound, stderr = _mean_and_error(per_sequence)
-        ends = np.cumsum([len(source) for source in self._sources])[:-1]
+        ends = np.cumsum([len(source) for source in self.sources])[:-1]
         return ValidationResult(
             elbo=bound,
             stderr=stderr,
             tokens=self.sequences.size,
-            log_snr_range=self.measure.log_snr_range,
+            log_snr_range=self.task.log_snr_range,
             bytes_per_token=self._bytes_per_token(),
-            by_log_snr=_by_log_snr(loss, log_snr) if self.measure.num_noise_levels > 1 else (),
+            by_log_snr=_by_log_snr(loss, log_snr) if self.task.num_noise_levels > 1 else (),
             by_source={
                 source.name: _mean_and_error(part)
-                for source, part in zip(self._sources, np.split(per_sequence, ends), strict=True)
+                for source, part in zip(self.sources, np.split(per_sequence, ends), strict=True)
             },
         )
 
     def _bytes_per_token(self) -> float | None:
-        known = [(source.bytes_per_token, len(source)) for source in self._sources]
+        known = [(source.bytes_per_token, len(source)) for source in self.sources]
         if any(ratio is None for ratio, _ in known):
             return None
         return sum(ratio * count for ratio, count in known if ratio is not None) / len(self.sequences)
@@ -215,7 +171,7 @@ class ValidationEvaluator:
         micro, layout = self.micro_batch_size, self.topology.layout
         starts = [
             (level, first)
-            for level in range(self.measure.num_noise_levels)
+            for level in range(self.task.num_noise_levels)
             for first in range(0, len(self.sequences), micro)
         ]
         share = -(-len(starts) // layout.data)
@@ -229,19 +185,11 @@ class ValidationEvaluator:
         index = np.arange(first, first + self.micro_batch_size)
         index = np.where(index < len(self.sequences), index, -1)
         taken = np.maximum(index, 0)
-        placed = self.measure.objective.place(self.measure.sequences(self.sequences[taken], taken, level), self.device)
+        placed = self._objective.place(self.task.batch(self.sequences[taken], taken, level), self.device)
         return (level, torch.from_numpy(index).to(self.device)), placed
 
-    def _forward(self, chunk: ModelChunk, item: tuple[Any, DeviceBatch]) -> Any:
-        placed = item[1]
-        return chunk(
-            placed.sequences.noised,
-            prompt_code(placed.sequences.prompt_length, is_causal=self.measure.is_causal_prompt),
-            loss_fn=lambda hidden, weight: self.measure.objective.lm_head_loss(hidden, weight, placed),
-        )
-
     def _report(self, output: LossOutput, item: tuple[tuple[int, Tensor], DeviceBatch]) -> tuple[Tensor, Tensor, Any]:
-        key, (sequences, _) = item
+        key, (sequences, *_) = item
         terms = output.terms
         plain = terms.weight * (terms.kl + terms.itakura_saito)
         sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain, sequences.log_snr.t())])

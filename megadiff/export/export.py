@@ -28,6 +28,7 @@ from megadiff.export.weight_files import Planned, write_weights
 from megadiff.export.weights import TrainingTensor, training_tensors
 from megadiff.files import sync
 from megadiff.model.config import ModelConfig
+from megadiff.run.load_model import method_of
 from megadiff.sampling import standalone
 
 CODE = ("configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py")
@@ -81,6 +82,7 @@ def export(
     manifest = verify_files(folder, hashes=True)
     source = tokenizer or manifest.config["data"]["tokenizer"]
     text = matching_tokenizer(source, manifest.tokenizer_fingerprint, folder)
+    method = method_of(manifest, text, where=folder)
     weights = _Weights(folder, manifest, DTYPES[dtype] if dtype else None)
     with staged(output) as staging:
         # First, since it may be refused, and weights take long.
@@ -91,12 +93,13 @@ def export(
         parameters = sum(torch.Size(tensor.shape).numel() for tensor in weights.planned)
         stored = str(weights.planned[0].dtype).removeprefix("torch.")
         _write_code(staging)
-        _write_json(staging / CONFIG, config_of(manifest, text, dtype=stored))
+        _write_json(staging / CONFIG, config_of(manifest, text, method, dtype=stored))
         _write_json(staging / "generation_config.json", _generation_config(manifest, text))
         _write_json(staging / TRAINING, _training(manifest))
         card = model_card(
             manifest,
             name=output.name,
+            description=method.description,
             parameters=parameters,
             dtype=stored,
             metrics=_metrics_of(folder),

@@ -48,6 +48,7 @@ from megadiff.export.released_config import (
 from megadiff.export.training_checkpoint import write_training_checkpoint
 from megadiff.export.weight_files import WeightFiles
 from megadiff.export.weights import TrainingTensor, released_shapes, training_tensors
+from megadiff.methods import METHODS, MethodConfig
 from megadiff.model.config import ModelConfig
 from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
 
@@ -76,6 +77,7 @@ class _TrainingSections(BaseModel):
     noise: Annotated[NoiseConfig, PROCESSES]
     conditioning: ConditioningConfig
     objective: Annotated[ObjectiveConfig, WEIGHTINGS]
+    method: Annotated[MethodConfig, METHODS]
     data: dict[str, Any]
 
     @field_validator("noise", mode="before")
@@ -90,7 +92,14 @@ class _TrainingSections(BaseModel):
     def _weighting_is_of_the_package(cls, objective: Any) -> Any:
         """Leave out a weighting of the run's own: no file of a folder has a module loaded, and weights need none."""
         is_own = isinstance(objective, dict) and "." in str(objective.get("weighting"))
-        return {"name": objective.get("name", "gidd")} if is_own else objective
+        return {} if is_own else objective
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_is_of_the_package(cls, method: Any) -> Any:
+        """Replace a method of the run's own, whose module no import loads, by the one that samples its models."""
+        is_own = isinstance(method, dict) and "." in str(method.get("name"))
+        return {"name": "gidd"} if is_own else method
 
 
 class _Training(BaseModel):
@@ -346,16 +355,19 @@ def _sections(source: _Source) -> dict[str, Any]:
         return {
             "noise": noise_config().model_dump(mode="json"),
             "conditioning": ConditioningConfig().model_dump(mode="json"),
-            "objective": {"name": "ar"},
+            "objective": ObjectiveConfig().model_dump(mode="json"),
+            "method": {"name": "next_token"},
         }
-    name = "ar" if source.released.is_causal else "gidd"
+    name = "next_token" if source.released.is_causal else "gidd"
     noise = noise_from(source.released, where=source.where)
     kept = source.training.config if source.training is not None else None
-    if kept is not None and kept.objective.name == name and agree(source.config, kept.noise, kept.conditioning):
+    if kept is not None and kept.method.name == name and agree(source.config, kept.noise, kept.conditioning):
         sections = {"noise": kept.noise, "conditioning": kept.conditioning, "objective": kept.objective}
-        return {key: section.model_dump(mode="json") for key, section in sections.items()}
+        dumped = {key: section.model_dump(mode="json") for key, section in sections.items()}
+        return {**dumped, "method": kept.method.model_dump(mode="json")}
     return {
         "noise": noise.model_dump(mode="json"),
         "conditioning": conditioning_from(source.released).model_dump(mode="json"),
-        "objective": {"name": name},
+        "objective": ObjectiveConfig().model_dump(mode="json"),
+        "method": {"name": name},
     }

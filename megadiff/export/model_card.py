@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.checkpoint.manifest import Manifest
-from megadiff.diffusion.config import noise_config
 from megadiff.model.config import ModelConfig
 from megadiff.train.metrics import Line, number, read_lines
 from megadiff.untrusted_files import UnreadableFileError
@@ -38,13 +37,21 @@ _LOAD_OTHER = """The tokenizer is not one that Transformers reads ({files}); the
 
 
 def model_card(
-    manifest: Manifest, *, name: str, parameters: int, dtype: str, metrics: Path | None, tokenizer_files: Sequence[str]
+    manifest: Manifest,
+    *,
+    name: str,
+    description: str,
+    parameters: int,
+    dtype: str,
+    metrics: Path | None,
+    tokenizer_files: Sequence[str],
 ) -> str:
     """Return the text of the card.
 
     Args:
         manifest: the checkpoint's manifest.
         name: name of the model.
+        description: sentence about what kind of model it is (`Method.description`).
         parameters: number of weights.
         dtype: type of the weights.
         metrics: the run's `metrics.jsonl`, if there is one.
@@ -74,7 +81,7 @@ tags:
 
 # {markdown_text(name)}
 
-{_kind(manifest)}
+{description}
 It was trained with megadiff on the data named below.
 
 | | |
@@ -105,16 +112,6 @@ def markdown_text(text: str) -> str:
     """Return a text as one line of Markdown in which nothing is markup."""
     line = "".join(character if character.isprintable() else " " for character in text)
     return re.sub(r"([\\`*_{}\[\]<>()#+!|&~-])", r"\\\1", line) if not _PLAIN_NAME.fullmatch(line) else line
-
-
-def _kind(manifest: Manifest) -> str:
-    if manifest.config["objective"]["name"] == "ar":
-        return "An autoregressive language model, the control of a diffusion model of the same shape and data."
-    name = noise_config(**manifest.config["noise"]).description
-    return (
-        f"A discrete diffusion language model ({name} noise): it predicts clean tokens from noised ones, with "
-        "attention in both directions, and writes by taking noise back step by step (arXiv:2512.10858)."
-    )
 
 
 def _facts(manifest: Manifest, parameters: int, dtype: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.processes.gidd_snr import GiddSnr
 from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.errors import CheckpointError, shown
+from megadiff.methods import Method
 from megadiff.model.config import ModelConfig
 
 CLASS = "GiddForDiffusionLM"
@@ -34,13 +35,17 @@ _COMPLETEP_RESID, _COMPLETEP_HEAD = 4.0, 512.0
 _TABLE_STEP = 0.05
 
 
-def config_of(manifest: Manifest, tokenizer: Tokenizer, *, dtype: str) -> dict[str, Any]:
+def config_of(manifest: Manifest, tokenizer: Tokenizer, method: Method, *, dtype: str) -> dict[str, Any]:
     """Return the whole `config.json` of a run's checkpoint.
 
     Args:
         manifest: the checkpoint's manifest.
         tokenizer: the run's tokenizer.
+        method: the run's training method.
         dtype: type of the weights beside it, `bfloat16` or `float32`.
+
+    Raises:
+        ConfigError: models of this method cannot be exported.
     """
     model = ModelConfig.model_validate(manifest.config["model"])
     return {
@@ -55,9 +60,8 @@ def config_of(manifest: Manifest, tokenizer: Tokenizer, *, dtype: str) -> dict[s
         "mask_token_id": manifest.mask_id,
         **model_keys(model),
         **_noise_keys(noise_config(**manifest.config["noise"])),
-        "is_causal": manifest.config["objective"]["name"] == "ar",
         "prepended_bos": manifest.prepended_bos,
-        "prompt_attention": _prompt_attention(manifest.config["conditioning"]),
+        **method.export_config(),
     }
 
 

@@ -84,7 +84,7 @@ def fused_objective(
         is_training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
     )
     loss, *terms = _FusedHead.apply(hidden.reshape(-1, hidden.shape[-1]), weight, job)
-    return LossOutput(loss, Terms(*(tokens.scattered(term) for term in terms)))
+    return LossOutput(loss, Terms(*(tokens.scattered(term) for term in terms)), job.tokens.clean.numel())
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class LossOutput(NamedTuple):
     """Sum of the optimised term over the computed tokens, a scalar; only this has a gradient."""
     terms: Terms
     """Terms of every token, detached; 0 in every field for tokens that were not computed."""
+    head_tokens: int | None = None
+    """Number of tokens whose logits were computed; None for all."""
 
 
 @dataclass(frozen=True)

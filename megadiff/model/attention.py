@@ -68,7 +68,7 @@ class BidirectionalAttention(MegatronModule):
         Args:
             query, key, value: [S, B, H, D].
             attention_mask: None where every token sees every token; else [B] int64 on the CPU (reading it must not
-                wait for the device), the prompt lengths, as `prompt_code` packs them.
+                wait for the device), the pattern's codes (`parallel.attention_pattern.AttentionPattern.codes`).
 
         Returns:
             [S, B, H * D].
@@ -117,16 +117,6 @@ class BidirectionalAttention(MegatronModule):
 def _with_sink(x: Tensor, sink: Tensor) -> Tensor:
     """Prepend `sink` [H, D] to `x` [B, H, S, D] as position 0."""
     return torch.cat([sink.to(x.dtype)[None, :, None, :].expand(x.shape[0], -1, -1, -1), x], dim=2)
-
-
-def prompt_code(prompt_length: Tensor, *, is_causal: bool) -> Tensor | None:
-    """Pack prompt lengths [B] for `BidirectionalAttention`: negative where the prompt attends causally.
-
-    None where no sequence has a prompt.
-    """
-    if not bool(prompt_length.any()):
-        return None
-    return -prompt_length if is_causal else prompt_length
 
 
 def capped_attention(

@@ -141,14 +141,16 @@ class Denoiser(MegatronModule):
         """Set the hidden states that the previous pipeline stage sent; megatron-core's schedules call this."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, input_ids: Tensor | None, prompts: Tensor | None = None, *, loss_fn: LossFn | None = None) -> Any:
+    def forward(
+        self, input_ids: Tensor | None, attention: Tensor | None = None, *, loss_fn: LossFn | None = None
+    ) -> Any:
         """Run this chunk.
 
         Args:
             input_ids: [batch, sequence] int64 on the first stage; elsewhere None is fine (hidden states arrive by
                 `set_input_tensor`) and the sequence length is the model's.
-            prompts: [batch] lengths of clean prompts that see only themselves (`attention.prompt_code`), or None if
-                every token sees every token.
+            attention: [batch] int64 on the CPU, the codes of an `AttentionPattern`, or None if every token sees every
+                token.
             loss_fn: what to apply to the last hidden states and the LM head's weight instead of computing logits.
 
         Returns:
@@ -158,7 +160,9 @@ class Denoiser(MegatronModule):
         """
         length = self.seq_length if input_ids is None else input_ids.shape[1]
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=prompts, rotary_pos_emb=self.rotary_pos_emb(length))
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=attention, rotary_pos_emb=self.rotary_pos_emb(length)
+        )
         if not self.post_process:
             return hidden
         if self.head_factor != 1.0:

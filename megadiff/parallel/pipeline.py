@@ -30,7 +30,7 @@ class ModelChunk(Protocol):
     """Whether the chunk is in training mode."""
 
     def __call__(
-        self, input_ids: Tensor | None, prompts: Tensor | None = None, *, loss_fn: LossFn | None = None
+        self, input_ids: Tensor | None, attention: Tensor | None = None, *, loss_fn: LossFn | None = None
     ) -> Any:
         """Run the chunk; see `megadiff.model.denoiser.Denoiser.forward`."""
         ...

@@ -27,11 +27,10 @@ _LAYOUT = (
     "sequences",
     "tokens",
     *_FRACTIONS,
-    "prompt_tokens",
-    "prompt_pairs",
     *(f"{kind}/{what}" for kind in _KINDS for what in ("elbo", "tokens")),
     *(f"bin{index}/{what}" for index in range(len(BIN_EDGES) - 1) for what in ("loss", "tokens")),
     "head_tokens",
+    "pairs",
 )
 SIZE = len(_LAYOUT)
 """Length of the vector that `report_sums` returns."""
@@ -48,7 +47,9 @@ class Work(NamedTuple):
     """Number of (query, key) pairs whose attention score was computed in one layer, without a sink's."""
 
 
-def report_sums(terms: Terms, sequences: NoisedBatch, *, head_tokens: int | None = None) -> Tensor:
+def report_sums(
+    terms: Terms, sequences: NoisedBatch, *, pairs: int | None = None, head_tokens: int | None = None
+) -> Tensor:
     """Return sums over one microbatch, [SIZE] float64 on its device; the host does not wait for them.
 
     It uses few large operations rather than a few for each number.
@@ -56,7 +57,8 @@ def report_sums(terms: Terms, sequences: NoisedBatch, *, head_tokens: int | None
     Args:
         terms: sequence first, [L, b]; 0 at noise-free positions.
         sequences: the microbatch, [b, L]; prompt lengths may be on the CPU.
-        head_tokens: number of tokens that the output head computed; None for all.
+        pairs: number of (query, key) pairs of one layer (`AttentionPattern.pairs`); None for all.
+        head_tokens: number of tokens whose logits were computed; None for all.
     """
     noisy = sequences.is_noisy.t()
     plain = terms.weight * (terms.kl + terms.itakura_saito)
@@ -68,12 +70,14 @@ def report_sums(terms: Terms, sequences: NoisedBatch, *, head_tokens: int | None
     which = torch.bucketize(sequences.log_snr, _inner_edges(noisy.device), right=True).t()
     inside = (which == torch.arange(len(BIN_EDGES) - 1, device=noisy.device)[:, None, None]) & noisy  # [bins, L, b]
     by_bin = torch.stack(((inside * plain.detach()).flatten(1).sum(1, dtype=torch.float64), inside.flatten(1).sum(1)))
-    computed = by_kind.new_full((1,), sequences.is_noisy.numel() if head_tokens is None else head_tokens)
-    return torch.cat((of_sequences.sum(1), shared.sum(1), by_kind.flatten(), by_bin.t().flatten(), computed))
+    tokens, length = noisy.numel(), noisy.shape[0]
+    head = by_kind.new_full((1,), tokens if head_tokens is None else head_tokens)
+    attended = by_kind.new_full((1,), tokens * length if pairs is None else pairs)
+    return torch.cat((of_sequences.sum(1), shared.sum(1), by_kind.flatten(), by_bin.t().flatten(), head, attended))
 
 
 def _sequence_facts(sequences: NoisedBatch) -> Tensor:
-    """Return each sequence's contribution to the counts from `sequences` to `prompt_pairs`, then 1 for its kind,
+    """Return each sequence's contribution to the counts from `sequences` to `pad_insertion`, then 1 for its kind,
     float64."""
     length = sequences.is_noisy.shape[1]
     is_kept = ~sequences.is_noisy.all(dim=1)
@@ -83,7 +87,7 @@ def _sequence_facts(sequences: NoisedBatch) -> Tensor:
     empty = length - 1 - sequences.source.diff(dim=1).count_nonzero(dim=1)
     one = torch.ones_like(empty)
     facts = (one, one * length, sequences.pattern == NoisePattern.PER_TOKEN, sequences.pattern == NoisePattern.LINEAR)
-    facts += (is_prompted, is_kept & ~is_prompted, empty, prompt, prompt.square())
+    facts += (is_prompted, is_kept & ~is_prompted, empty)
     facts += (is_isotropic & ~is_kept, ~is_isotropic & ~is_kept, is_kept)
     return torch.stack([fact.double() for fact in facts])
 
@@ -94,18 +98,10 @@ def _inner_edges(device: torch.device) -> Tensor:
     return torch.tensor(BIN_EDGES[1:-1], device=device)
 
 
-def work_of(total: list[float], *, seq_length: int, is_causal_prompt: bool) -> Work:
-    """Return the work of a step from the sums over the whole run's batch.
-
-    Args:
-        total: the sums.
-        seq_length: L, tokens of a sequence.
-        is_causal_prompt: whether a clean prompt's tokens attend only to preceding ones.
-    """
+def work_of(total: list[float]) -> Work:
+    """Return the work of a step from the sums over the whole run's batch."""
     found = dict(zip(_LAYOUT, total, strict=True))
-    prompt, pairs = found["prompt_tokens"], found["prompt_pairs"]
-    own = 0.5 * (pairs + prompt) if is_causal_prompt else pairs
-    return Work(found["tokens"], found["head_tokens"], own + (found["tokens"] - prompt) * seq_length)
+    return Work(found["tokens"], found["head_tokens"], found["pairs"])
 
 
 def mean_loss(total: Tensor) -> Tensor:

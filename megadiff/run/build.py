@@ -8,24 +8,19 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from megadiff.checkpoint.save import AsyncCheckpointer
 from megadiff.config.load import dump_config
-from megadiff.data.batch_sizes import StepBatch
 from megadiff.data.loader import DataShard, SequenceLoader
-from megadiff.diffusion.next_token import next_token_batch, start_id
-from megadiff.diffusion.noising import NoisedBatch, noise_batch
-from megadiff.diffusion.objective import build_weighting
+from megadiff.diffusion.noising import NoisedBatch
 from megadiff.errors import ConfigError, DataError
 from megadiff.loss.choice import choose_loss_kernel
+from megadiff.methods import Method
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.implementation import describe_kernels, open_tensor_overlap
 from megadiff.model.initialisation import initialise, role_of
 from megadiff.optim.optimizer import Optimizer, build_optimizer
+from megadiff.parallel.objective import Objective, ShardedObjective
 from megadiff.parallel.pipeline import set_loss_reduction
-from megadiff.parallel.sharded_objective import DiffusionObjective, NextTokenObjective, ShardedObjective
 from megadiff.parallel.topology import (
     Topology,
     is_main_process,
@@ -168,7 +163,8 @@ def build_trainer(
     supervision = supervision or Supervision.none(config)
     topology = open_topology(prepared.layout, timeout_s=config.watchdog.longest_s + _PATIENCE_S)
     chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
-    _log_parts(prepared, platform, optimizer)
+    loss_kernel, method = build_loss(prepared, platform)
+    _log_parts(prepared, platform, optimizer, loss_kernel)
     origin, prepared = resume(
         prepared, resume_options or ResumeOptions(), chunks, optimizer, topology=topology, platform=platform
     )
@@ -176,9 +172,9 @@ def build_trainer(
     health.restore(origin.health)
     _log_and_write_data(prepared, origin, topology)
     context = hook_context(
-        prepared, first_step=origin.step, chunks=chunks, wrapped=wrapped, topology=topology, platform=platform
+        prepared, method, first_step=origin.step, chunks=chunks, wrapped=wrapped, topology=topology, platform=platform
     )
-    loader = sequence_loader(prepared, topology, origin.step)
+    loader = sequence_loader(prepared, method, topology, origin.step)
     baselines = baselines_of(prepared) if topology.is_main else None
     for line in describe_baselines(baselines):
         log.info(line)
@@ -204,7 +200,7 @@ def build_trainer(
         completed=supervision.saved,
     )
     return Trainer(
-        step=training_step(prepared, wrapped, optimizer, topology, platform, check=health.check),
+        step=training_step(prepared, method, wrapped, optimizer, topology, platform, check=health.check),
         health=health,
         first_step=origin.step,
         steps=config.steps,
@@ -223,10 +219,9 @@ def build_trainer(
     )
 
 
-def _log_parts(prepared: RunContext, platform: Platform, optimizer: Optimizer) -> None:
+def _log_parts(prepared: RunContext, platform: Platform, optimizer: Optimizer, loss_kernel: str) -> None:
     """Log the machine, the numbers that follow from the configuration, and which implementations were chosen."""
     config = prepared.config
-    loss_kernel, _ = choose_loss_kernel(config.objective.loss_kernel, is_cpu=platform.is_cpu)
     kernels = f"kernels           {describe_kernels(config.parallel, config.precision, platform)}"
     for line in [platform.describe(), kernels, *run_summary(config, prepared.layout, prepared.shape)]:
         log.info(line)
@@ -247,17 +242,15 @@ def _log_and_write_data(prepared: RunContext, origin: ResumeState, topology: Top
         write_facts(prepared.config, data_facts(prepared, step=origin.step, advice=doubts))
 
 
-def sharded_objective(prepared: RunContext, topology: Topology, platform: Platform) -> ShardedObjective:
-    """Return the objective that is minimised, on this rank's part of the vocabulary."""
-    config = prepared.config
-    _, loss_kernel = choose_loss_kernel(config.objective.loss_kernel, is_cpu=platform.is_cpu)
-    if config.is_autoregressive:
-        return NextTokenObjective(prepared.process, topology, loss_kernel)
-    return DiffusionObjective(prepared.process, topology, build_weighting(config.objective), loss_kernel)
+def build_loss(prepared: RunContext, platform: Platform) -> tuple[str, Method]:
+    """Return the description of the loss kernel, which is chosen here alone, and the training method that uses it."""
+    description, loss_kernel = choose_loss_kernel(prepared.config.objective.loss_kernel, is_cpu=platform.is_cpu)
+    return description, prepared.method(loss_kernel)
 
 
 def training_step(
     prepared: RunContext,
+    objective: Objective,
     wrapped: Sequence[Any],
     optimizer: Optimizer,
     topology: Topology,
@@ -270,13 +263,12 @@ def training_step(
     return TrainStep(
         chunks=wrapped,
         optimizer=optimizer,
-        objective=sharded_objective(prepared, topology, platform),
+        objective=ShardedObjective(objective, topology),
         topology=topology,
         device=platform.device,
         seq_length=config.model.seq_length,
         micro_batch_size=config.batch.micro_batch_size,
         check=check,
-        is_causal_prompt=config.is_causal_prompt,
     )
 
 
@@ -311,29 +303,15 @@ def build_trainables(
     return chunks, wrapped, optimizer
 
 
-def sequence_loader(prepared: RunContext, topology: Topology, first_step: int) -> SequenceLoader[NoisedBatch]:
-    """Return this data-parallel rank's noised microbatches from `first_step` on."""
+def sequence_loader(
+    prepared: RunContext, method: Method, topology: Topology, first_step: int
+) -> SequenceLoader[NoisedBatch]:
+    """Return this data-parallel rank's microbatches, as the method makes them, from `first_step` on."""
     config = prepared.config
     batch = config.batch
-
-    def noise(clean: npt.NDArray[np.int64], samples: list[int], step_batch: StepBatch) -> NoisedBatch:
-        if config.is_autoregressive:
-            return next_token_batch(clean, start_id=start_id(prepared.tokenizer))
-        return noise_batch(
-            clean,
-            seed=config.seed,
-            sample_index=samples,
-            process=prepared.process,
-            conditioning=config.conditioning,
-            stratified=config.objective.stratified,
-            global_batch=step_batch.sequences,
-            batch_origin=step_batch.first_sample,
-            pad_id=prepared.tokenizer.pad_id,
-        )
-
     return SequenceLoader(
         prepared.data.train,
-        noise,
+        method.batch,
         sizes=config.sizes,
         shard=DataShard(batch.micro_batch_size, dp_rank=topology.data_rank, dp_size=topology.layout.data),
         first_step=first_step,

@@ -22,6 +22,7 @@ from megadiff.diffusion.config import (
 )
 from megadiff.errors import ConfigError, shown
 from megadiff.eval.config import EvalConfig
+from megadiff.methods import METHODS, MethodConfig, check_method_of
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.fp8 import check_shapes
@@ -51,11 +52,12 @@ class RunConfig(Section):
     """The machine; `auto` takes CUDA when there is one."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the layers of a bf16 model on CUDA: Transformer Engine's fused ones, or megatron-core's own on
-    torch transformer_impl. `auto` takes the first if it can be imported; the log's first line shows the choice.
+    torch's kernels. `auto` takes the first if it can be imported; the log's first line shows the choice.
     """
     model: ModelConfig
     noise: Annotated[NoiseConfig, PROCESSES] = PROCESSES.default(NoiseConfig)
     objective: Annotated[ObjectiveConfig, WEIGHTINGS] = WEIGHTINGS.default(ObjectiveConfig)
+    method: Annotated[MethodConfig, METHODS] = METHODS.default(MethodConfig)
     conditioning: ConditioningConfig = ConditioningConfig()
     data: DataConfig
     batch: BatchConfig
@@ -88,18 +90,10 @@ class RunConfig(Section):
     def _sections_fit(self) -> RunConfig:
         try:
             check_noise_and_objective(self.noise, self.objective)
+            check_method_of(self)
             self.lr_schedule()
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        return self
-
-    @model_validator(mode="after")
-    def _samples_fit(self) -> RunConfig:
-        if self.eval.samples and self.is_autoregressive:
-            raise ValueError(
-                f"eval.samples is {self.eval.samples}, but an autoregressive control (objective.name=ar) is not "
-                "sampled; set eval.samples to 0"
-            )
         return self
 
     @model_validator(mode="after")
@@ -190,16 +184,6 @@ class RunConfig(Section):
         given = {"steps": schedule.steps, "tokens": schedule.tokens, "flops": schedule.flops}
         key, value = next((key, value) for key, value in given.items() if value is not None)
         return f"schedule.{key} = {value:,}" if isinstance(value, int) else f"schedule.{key} = {value:g}"
-
-    @property
-    def is_autoregressive(self) -> bool:
-        """Whether this is the autoregressive control."""
-        return self.objective.name == "ar"
-
-    @property
-    def is_causal_prompt(self) -> bool:
-        """Whether clean prompts attend causally; for the autoregressive control the whole sequence is a prompt."""
-        return self.is_autoregressive or self.conditioning.prompt_attention == "causal"
 
     def _flops_per_token(self) -> float:
         """6P + 12LdS: no embedding, no head, so no vocabulary is needed."""

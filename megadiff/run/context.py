@@ -23,6 +23,8 @@ from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import ConfigError, DataError, ShortageError
+from megadiff.loss.choice import LossKernel
+from megadiff.methods import Method, MethodContext, build_method
 from megadiff.model import cost
 from megadiff.model.implementation import check_kernels
 from megadiff.parallel.config import Layout
@@ -58,11 +60,19 @@ class RunContext:
         """Noise process over the tokenizer's vocabulary."""
         return build_process(self.config.noise, vocab_size=self.tokenizer.vocab_size, mask_id=self.tokenizer.mask_id)
 
-    def log_snr_metrics(self) -> dict[str, list[float] | None]:
-        """Return the range of noise levels that a training line's ELBO covers; None if it is an exact likelihood."""
-        schedule = self.process.schedule
-        covered = None if self.config.is_autoregressive else [schedule.min_log_snr, schedule.max_log_snr]
-        return {"log_snr_range": covered}
+    def method(self, loss_kernel: LossKernel) -> Method:
+        """Return the run's training method, with the chosen implementation of LM head and loss."""
+        config = self.config
+        context = MethodContext(
+            process=self.process,
+            tokenizer=self.tokenizer,
+            noise=config.noise,
+            objective=config.objective,
+            conditioning=config.conditioning,
+            loss_kernel=loss_kernel,
+            seed=config.seed,
+        )
+        return build_method(config.method, context)
 
     def epochs_after(self, step: int) -> dict[str, float]:
         """Return the number of passes through each training source in the first `step` steps."""
@@ -70,9 +80,7 @@ class RunContext:
 
     def executed_flops(self, sums: list[float]) -> float:
         """Return the FLOPs executed over all ranks, from the sums of one or several steps (`step_metrics`)."""
-        config = self.config
-        work = work_of(sums, seq_length=config.model.seq_length, is_causal_prompt=config.is_causal_prompt)
-        return executed_flops(config, self.shape, work)
+        return executed_flops(self.config, self.shape, work_of(sums))
 
     def shortage(self, error: BaseException) -> ShortageError | None:
         """Return the error to raise for a failed allocation (`summary.memory_shortage`); None for any other error."""

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from megadiff.data.baselines import Baselines
-from megadiff.diffusion.next_token import start_id
 from megadiff.errors import StorageError
 from megadiff.eval.drawn_text import DrawnText
-from megadiff.eval.validation import ValidationEvaluator, diffusion_bound, next_token_likelihood
-from megadiff.loss.choice import choose_loss_kernel
+from megadiff.eval.validation import ValidationEvaluator
+from megadiff.methods import Method
 from megadiff.model import cost
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
@@ -35,6 +34,7 @@ log = logging.getLogger("megadiff")
 
 def hook_context(
     prepared: RunContext,
+    method: Method,
     *,
     first_step: int,
     chunks: Sequence[ModelChunk],
@@ -65,6 +65,7 @@ def hook_context(
         topology=topology,
         platform=platform,
         tokenizer=prepared.tokenizer,
+        method=method,
         chunks=chunks,
         wrapped=wrapped,
         sinks=sinks,
@@ -99,6 +100,8 @@ def build_hooks(
 
 def _log_hook(prepared: RunContext, context: HookContext, goodput: Goodput) -> LogHook:
     config = prepared.config
+    log_snr_range = context.method.log_snr_range
+    covered = None if log_snr_range is None else list(log_snr_range)
     return LogHook(
         every=config.log.every,
         steps=config.steps,
@@ -108,7 +111,7 @@ def _log_hook(prepared: RunContext, context: HookContext, goodput: Goodput) -> L
         world_size=prepared.layout.world_size,
         platform=context.platform,
         sinks=context.sinks,
-        extras=[goodput.record, prepared.log_snr_metrics],
+        extras=[goodput.record, lambda: {"log_snr_range": covered}],
         epochs=prepared.epochs_after,
     )
 
@@ -137,18 +140,9 @@ def _validation(
     config, topology = prepared.config, context.topology
     if not prepared.data.valid:
         return []
-    _, loss_kernel = choose_loss_kernel(config.objective.loss_kernel, is_cpu=context.platform.is_cpu)
-    if config.is_autoregressive:
-        measure = next_token_likelihood(
-            prepared.process, start_id=start_id(prepared.tokenizer), topology=topology, loss_kernel=loss_kernel
-        )
-    else:
-        measure = diffusion_bound(
-            prepared.process, topology=topology, num_noise_levels=config.eval.num_noise_levels, loss_kernel=loss_kernel
-        )
-    held_out = ValidationEvaluator(
+    evaluator = ValidationEvaluator(
         sources=prepared.data.valid,
-        measure=measure,
+        task=context.method.validation(num_noise_levels=config.eval.num_noise_levels),
         chunks=context.wrapped,
         topology=topology,
         device=context.platform.device,
@@ -158,7 +152,7 @@ def _validation(
         every=config.eval.every,
         steps=config.steps,
         first_step=context.first_step,
-        evaluate=held_out,
+        evaluate=evaluator,
         sinks=context.sinks,
         goodput=goodput,
         baselines=baselines.as_metrics() if baselines is not None else {},
@@ -175,7 +169,7 @@ def _samples(prepared: RunContext, context: HookContext, goodput: Goodput) -> li
         sequences=config.eval.samples,
         steps=config.eval.sample_steps,
         seq_length=config.model.seq_length,
-        process=prepared.process,
+        sampler=context.method.sampler(),
         tokenizer=prepared.tokenizer,
         start=[bos] if prepared.data.prepended_bos and bos is not None else [],
         chunks=context.wrapped,

@@ -18,48 +18,59 @@ from megadiff.checkpoint.manifest import Manifest, read_manifest
 from megadiff.data.open import open_validation
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.config import NoiseConfig, noise_config
-from megadiff.diffusion.next_token import start_id
+from megadiff.diffusion.config import ConditioningConfig, ObjectiveConfig, noise_config
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import SHOWN_DIGITS, CheckpointError
-from megadiff.eval.validation import ValidationEvaluator, ValidationResult, diffusion_bound, next_token_likelihood
-from megadiff.model.attention import prompt_code
+from megadiff.eval.estimators import Estimator
+from megadiff.eval.likelihood import BoundSettings
+from megadiff.eval.validation import ValidationEvaluator, ValidationResult
+from megadiff.loss.choice import choose_loss_kernel
+from megadiff.methods import METHODS, Method, MethodConfig, MethodContext, build_method
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.denoiser import build_chunks
 from megadiff.parallel.config import Layout, ParallelConfig
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology, open_topology, process_group
 from megadiff.platform.machine import Platform, detect
+from megadiff.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """A model with the noise and the tokenizer it was trained with."""
+    """A model with the training method, the noise and the tokenizer it was trained with."""
 
     folder: Path
     """Folder of the checkpoint."""
     manifest: Manifest
     model: ModelConfig
-    process: NoiseProcess
+    method: Method
     tokenizer: Tokenizer
     chunks: Sequence[ModelChunk]
     topology: Topology
     platform: Platform
 
     @property
-    def is_autoregressive(self) -> bool:
-        """Whether the model predicts next tokens rather than denoises."""
-        return self.manifest.config["objective"]["name"] == "ar"
+    def process(self) -> NoiseProcess:
+        """The noise, which also knows the vocabulary and its mask."""
+        return self.method.process
+
+    @property
+    def adds_start_token(self) -> bool:
+        """Whether the training method itself puts a token before every sequence."""
+        return self.method.adds_start_token
+
+    def estimator(self, settings: BoundSettings) -> Estimator:
+        """Return the estimator of likelihoods; see `methods.Method.estimator`."""
+        return self.method.estimator(settings)
+
+    def sampler(self) -> Sampler:
+        """Return the sampler; see `methods.Method.sampler`."""
+        return self.method.sampler()
 
     @property
     def prepends_bos(self) -> bool:
         """Whether the documents of the training data began with bos."""
         return self.manifest.prepended_bos
-
-    @property
-    def knows_prompts(self) -> bool:
-        """Whether the model was trained with clean prompts that attend only to themselves."""
-        return self.manifest.config["conditioning"]["prompt"] > 0
 
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
         """Map token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded.
@@ -71,12 +82,9 @@ class InferenceModel:
 
     @torch.no_grad()
     def logits(self, ids: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Return `denoise`'s logits for a prompt length per sequence, [B]; next-token logits if autoregressive."""
-        is_causal = self.is_autoregressive or self.manifest.config["conditioning"]["prompt_attention"] == "causal"
-        lengths = torch.full((ids.shape[0],), ids.shape[1]) if self.is_autoregressive else prompt_lengths.cpu()
-        if not (self.is_autoregressive or self.knows_prompts):
-            lengths = torch.zeros_like(lengths)
-        logits = self.chunks[0](ids.to(self.platform.device), prompt_code(lengths, is_causal=is_causal))
+        """Return the model's logits for a prompt length per sequence, [B], in the method's own attention."""
+        pattern = self.method.prompted_attention(prompt_lengths.cpu(), ids.shape[1])
+        logits = self.chunks[0](ids.to(self.platform.device), pattern.codes())
         return logits.transpose(0, 1)[..., : self.process.vocab_size]
 
     def held_out_elbo(
@@ -95,18 +103,15 @@ class InferenceModel:
             DataError: the data are missing, damaged, or made with another tokenizer.
         """
         source = open_validation(data, self.tokenizer, seq_length=self.model.seq_length, sequences=sequences, key=key)
-        measure = next_token_likelihood(self.process, start_id=start_id(self.tokenizer), topology=self.topology)
-        if not self.is_autoregressive:
-            measure = diffusion_bound(self.process, topology=self.topology, num_noise_levels=num_noise_levels)
-        held_out = ValidationEvaluator(
+        evaluator = ValidationEvaluator(
             sources=[source],
-            measure=measure,
+            task=self.method.validation(num_noise_levels=num_noise_levels),
             chunks=self.chunks,
             topology=self.topology,
             device=self.platform.device,
             micro_batch_size=micro_batch_size,
         )
-        return held_out()
+        return evaluator()
 
 
 @contextmanager
@@ -128,7 +133,7 @@ def load_model(
     """
     folder = chosen(Path(path))
     manifest = read_manifest(folder)
-    named, model, noise = _settings(folder, manifest)
+    named, model = _settings(folder, manifest)
     text = load_tokenizer(tokenizer or named)
     if text.fingerprint != manifest.tokenizer_fingerprint:
         raise CheckpointError(
@@ -154,7 +159,7 @@ def load_model(
             folder=folder,
             manifest=manifest,
             model=model,
-            process=build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id),
+            method=method_of(manifest, text, where=folder, platform=machine),
             tokenizer=text,
             chunks=chunks,
             topology=topology,
@@ -162,15 +167,49 @@ def load_model(
         )
 
 
-def _settings(folder: Path, manifest: Manifest) -> tuple[str, ModelConfig, NoiseConfig]:
-    """Return the tokenizer's path, the model and the noise recorded in a checkpoint's manifest."""
+def method_of(manifest: Manifest, tokenizer: Tokenizer, *, where: Path, platform: Platform | None = None) -> Method:
+    """Return the training method recorded in a checkpoint's manifest.
+
+    Args:
+        manifest: the checkpoint's manifest.
+        tokenizer: its tokenizer.
+        where: the checkpoint's folder, for messages.
+        platform: the machine whose loss kernel is taken; None for the CPU's.
+
+    Raises:
+        CheckpointError: the manifest describes none of this version.
+        ConfigError: the method's module is missing on this machine.
+    """
     config = manifest.config
-    try:
-        return (
-            str(config["data"]["tokenizer"]),
-            ModelConfig.model_validate(config["model"]),
-            noise_config(**config["noise"]),
+    with _complaining(where):
+        noise = noise_config(**config["noise"])
+        # A weighting of the user's own is not needed here, and may be missing on this machine.
+        shared = {key: value for key, value in config["objective"].items() if key in ObjectiveConfig.model_fields}
+        _, loss_kernel = choose_loss_kernel("auto", is_cpu=platform is None or platform.is_cpu)
+        context = MethodContext(
+            process=build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id),
+            tokenizer=tokenizer,
+            noise=noise,
+            objective=ObjectiveConfig.model_validate(shared),
+            conditioning=ConditioningConfig.model_validate(config["conditioning"]),
+            loss_kernel=loss_kernel,
+            seed=config.get("seed", 0),
         )
+        settings = METHODS.build(MethodConfig, **config["method"])
+    return build_method(settings, context)
+
+
+def _settings(folder: Path, manifest: Manifest) -> tuple[str, ModelConfig]:
+    """Return the tokenizer's path and the model recorded in a checkpoint's manifest."""
+    with _complaining(folder):
+        return str(manifest.config["data"]["tokenizer"]), ModelConfig.model_validate(manifest.config["model"])
+
+
+@contextmanager
+def _complaining(folder: Path) -> Iterator[None]:
+    """Raise CheckpointError for what is missing or wrong in a manifest."""
+    try:
+        yield
     except (KeyError, TypeError, ValidationError) as error:
         what = str(error).splitlines()[0]
         raise CheckpointError(

@@ -26,16 +26,20 @@ from megadiff.data.facts import read_data_facts
 from megadiff.data.loader import Microbatch
 from megadiff.data.mixture import next_mixture
 from megadiff.data.sequences import Origin
+from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.diffusion.objective import Terms
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
 from megadiff.loss.inputs import LossOutput
+from megadiff.loss.vocab_shard import VocabShard
+from megadiff.methods import Method
+from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.parallel.config import ParallelConfig
-from megadiff.parallel.sharded_objective import DeviceBatch, ShardedObjective
+from megadiff.parallel.objective import DeviceBatch, Objective
 from megadiff.parallel.step_metrics import metrics_of
 from megadiff.parallel.topology import Topology, open_topology, process_group
 from megadiff.platform.machine import Platform, detect
-from megadiff.run.build import build_trainables, sequence_loader, sharded_objective, training_step
+from megadiff.run.build import build_loss, build_trainables, sequence_loader, training_step
 from megadiff.run.config import RunConfig
 from megadiff.run.context import RunContext, validate_run
 from megadiff.run.resume import saved_mixture
@@ -147,24 +151,31 @@ def _settings(run_folder: Path, overrides: Sequence[str]) -> RunConfig:
     alone = ParallelConfig(distributed_optimizer=config.parallel.distributed_optimizer)
     train_only = config.data.model_copy(update={"valid": ()})
     bf16 = config.precision.model_copy(update={"fp8": "none", "fp8_first_last_bf16": 0})
-    on_cpu = {"platform": "cpu", "kernels": "auto", "parallel": alone, "precision": bf16}
+    on_cpu = {"platform": "cpu", "transformer_impl": "auto", "parallel": alone, "precision": bf16}
     return config.model_copy(update={**on_cpu, "data": train_only})
 
 
 @dataclass(frozen=True)
-class _Recorded(ShardedObjective):
+class _Recorded:
     """An objective that records the per-token terms of its loss."""
 
-    inner: ShardedObjective
+    inner: Objective
     found: list[Terms] = field(default_factory=list)
 
-    def place(self, sequences: NoisedBatch, device: torch.device) -> DeviceBatch:
-        return self.inner.place(sequences, device)
+    @property
+    def process(self) -> NoiseProcess:
+        return self.inner.process
 
-    def lm_head_loss(self, hidden: Tensor, weight: Tensor, placed: DeviceBatch) -> LossOutput:
-        answer = self.inner.lm_head_loss(hidden, weight, placed)
-        self.found.append(Terms(*(term.t() for term in answer.terms)))
-        return answer
+    def attention(self, batch: NoisedBatch) -> AttentionPattern:
+        return self.inner.attention(batch)
+
+    def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:
+        return self.inner.loss_tokens(batch)
+
+    def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
+        output = self.inner.loss(hidden, lm_head_weight, batch, shard)
+        self.found.append(Terms(*(term.t() for term in output.terms)))
+        return output
 
 
 @dataclass(frozen=True)
@@ -174,6 +185,7 @@ class _Opened:
     run_folder: Path
     prepared: RunContext
     topology: Topology
+    method: Method
     train_step: TrainStep
     recorded: _Recorded
     done: int
@@ -182,7 +194,7 @@ class _Opened:
 
     def take(self, step: int) -> Replayed:
         """Take every step up to this one."""
-        loader = sequence_loader(self.prepared, self.topology, self.done)
+        loader = sequence_loader(self.prepared, self.method, self.topology, self.done)
         with loader:
             for number in range(self.done + 1, step):
                 output = self._take(number, self._sequences_of(number, loader))
@@ -265,13 +277,15 @@ def _open(run_folder: Path, step: int, prepared: RunContext, platform: Platform)
         load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
         health.restore(saved.health)
         done = saved.step
-    recorded = _Recorded(prepared.process, topology, inner=sharded_objective(prepared, topology, platform))
-    train_step = training_step(prepared, wrapped, optimizer, topology, platform, check=health.check)
+    _, method = build_loss(prepared, platform)
+    recorded = _Recorded(method)
+    train_step = training_step(prepared, recorded, wrapped, optimizer, topology, platform, check=health.check)
     return _Opened(
         run_folder=run_folder,
         prepared=prepared,
         topology=topology,
-        train_step=replace(train_step, objective=recorded),
+        method=method,
+        train_step=train_step,
         recorded=recorded,
         done=done,
         start=f"checkpoint {folder.name}" if folder is not None else "the first weights",

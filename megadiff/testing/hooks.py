@@ -11,9 +11,6 @@ it, and with it from a checkpoint, as after a kill.
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,24 +24,18 @@ import torch.distributed as dist
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.run.config import RunConfig
 from megadiff.testing.ranks import on_ranks
-from megadiff.testing.toy_run import toy_config, wire_on_rank, write_corpus
+from megadiff.testing.toy_run import (
+    LAYOUTS,
+    SAVED,
+    STEPS,
+    copy_as_killed,
+    figures,
+    toy_config,
+    wire_on_rank,
+    write_corpus,
+)
 from megadiff.train.hooks import Hook
 from megadiff.train.hooks._listed import ListedHook, ListedSink
-from megadiff.train.metrics import read_metrics
-
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one rank": (1, {}),
-    "data parallel": (2, {"parallel__distributed_optimizer": True}),
-    "tensor parallel": (2, {"parallel__tensor": 2, "parallel__sequence": True}),
-    "pipeline": (2, {"parallel__pipeline": 2}),
-}
-"""Layouts of the checks: number of ranks, and settings of the toy run."""
-
-STEPS, SAVED, KILLED = 6, 3, 5
-"""Steps of a toy run, the step of its checkpoint, and the last step that a killed one has logged."""
-
-_MEASURED = re.compile(r"_per_s$|_s$|tflops|peak_bytes|goodput|^mfu$|^hfu$|^attempts$|suggested_save_steps")
-"""Keys of a line that depend on the clock or on the process."""
 
 _COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
@@ -120,9 +111,9 @@ def _check(
                 seen = on_ranks(world_size, _train_all, plain, whole, resumed)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
-            wanted = _figures(plain)
-            assert _figures(whole) == wanted, f"{name}: the figures of the run differ with the hook"
-            assert _figures(resumed) == wanted, f"{name}: the figures of the resumed run differ with the hook"
+            wanted = figures(plain)
+            assert figures(whole) == wanted, f"{name}: the figures of the run differ with the hook"
+            assert figures(resumed) == wanted, f"{name}: the figures of the resumed run differ with the hook"
             states = [_last_state(config) for config in (whole, resumed)]
             assert states[0] == states[1], f"{name}: the state after a resume is {states[1]}, without one {states[0]}"
             yield name, seen
@@ -145,7 +136,7 @@ def _train_all(plain: RunConfig, whole: RunConfig, resumed: RunConfig) -> _Seen:
     seen = _train(whole)
     dist.barrier()
     if dist.get_rank() == 0:
-        _copy_as_killed(whole.folder, resumed.folder)
+        copy_as_killed(whole.folder, resumed.folder)
     dist.barrier()
     _train(resumed)
     return seen
@@ -198,25 +189,6 @@ def _refuse_collectives(hook: Hook) -> None:
     hook.__class__ = type(type(hook).__name__, (type(hook),), {"__call__": call})
 
 
-def _copy_as_killed(whole: Path, resumed: Path) -> None:
-    """Copy a run folder as a kill would have left it between its two checkpoints."""
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / f"checkpoints/step_{STEPS:08d}")
-    (resumed / "LATEST").write_text(f"step_{SAVED:08d}\n")
-    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (resumed / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= KILLED))
-
-
 def _last_state(config: RunConfig) -> dict[str, Any]:
     """Return the state of the list's hooks in the last checkpoint of a run."""
     return read_manifest(config.folder / f"checkpoints/step_{STEPS:08d}").hooks
-
-
-def _figures(config: RunConfig) -> list[dict[str, Any]]:
-    """Return the run's training and evaluation lines without what the clock measured."""
-    lines = read_metrics(config.folder / "metrics.jsonl")
-    return [
-        {key: value for key, value in line.items() if not _MEASURED.search(key)}
-        for line in lines
-        if "loss" in line or "eval_elbo" in line
-    ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,27 @@ from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
+from megadiff.train.metrics import read_metrics
 
 with quiet():
     from megadiff.platform.machine import Platform, detect
     from megadiff.run import build
     from megadiff.train.loop import Trainer
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "data parallel": (2, {"parallel__distributed_optimizer": True}),
+    "tensor parallel": (2, {"parallel__tensor": 2, "parallel__sequence": True}),
+    "pipeline": (2, {"parallel__pipeline": 2}),
+}
+"""Layouts of the checks: number of ranks, and settings of the toy run."""
+
+STEPS, SAVED, KILLED = 6, 3, 5
+"""Steps of a toy run, the step of its checkpoint, and the last step that a killed one has logged."""
+
+_MEASURED = re.compile(r"_per_s$|_s$|tflops|peak_bytes|goodput|^mfu$|^hfu$|^attempts$|suggested_save_steps")
+"""Keys of a line that depend on the clock or on the process."""
 
 
 def write_corpus(prefix: Path, *, tokens: int = 6000, seed: int = 0, vocab_size: int = 260) -> Path:
@@ -78,3 +97,22 @@ def wire_on_rank(config: RunConfig, world_size: int, resume_options: build.Resum
     platform = platform_on_rank()
     with quiet():
         return build.build_trainer(build.validate_run(config, world_size=world_size), platform, resume_options)
+
+
+def copy_as_killed(whole: Path, resumed: Path) -> None:
+    """Copy a run folder as a kill would have left it between its two checkpoints."""
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / f"checkpoints/step_{STEPS:08d}")
+    (resumed / "LATEST").write_text(f"step_{SAVED:08d}\n")
+    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= KILLED))
+
+
+def figures(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the run's training and evaluation lines without what the clock measured."""
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    return [
+        {key: value for key, value in line.items() if not _MEASURED.search(key)}
+        for line in lines
+        if "loss" in line or "eval_elbo" in line
+    ]

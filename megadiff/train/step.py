@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.loss.inputs import LossOutput
-from megadiff.model.attention import prompt_code
 from megadiff.optim.optimizer import Optimizer
-from megadiff.parallel.pipeline import DataParallelChunk, ModelChunk, run_microbatches
-from megadiff.parallel.sharded_objective import DeviceBatch, ShardedObjective
+from megadiff.parallel.objective import DeviceBatch, ShardedObjective
+from megadiff.parallel.pipeline import DataParallelChunk, run_microbatches
 from megadiff.parallel.step_metrics import SIZE, mean_loss
 from megadiff.parallel.topology import Topology
 from megadiff.train.health import NonFiniteSource, StepDecision, non_finite_sources
@@ -49,8 +48,6 @@ class TrainStep:
     check: Callable[[float, float], StepDecision]
     """Function from loss and gradient norm, both of the whole batch, to the decision about the update, which must be
     the same on every rank."""
-    is_causal_prompt: bool = False
-    """Whether clean prompts attend causally (a whole sequence is one under the autoregressive control)."""
 
     def __call__(
         self, microbatches: Sequence[NoisedBatch], lr: float, *, mark: Callable[[str], None] = lambda _: None
@@ -69,7 +66,7 @@ class TrainStep:
         found = run_microbatches(
             self.chunks,
             [self.objective.place(sequences, self.device) for sequences in microbatches],
-            forward=self._forward,
+            forward=self.objective.forward,
             loss=self._gated_loss,
             seq_length=self.seq_length,
             micro_batch_size=self.micro_batch_size,
@@ -87,19 +84,11 @@ class TrainStep:
             sources = non_finite_sources(reports, self.chunks, self.topology, micro_batch_size=self.micro_batch_size)
         return StepOutput(sums, grad_norm, decision, sources)
 
-    def _forward(self, chunk: ModelChunk, placed: DeviceBatch) -> Any:
-        sequences = placed.sequences
-        return chunk(
-            sequences.noised,
-            prompt_code(sequences.prompt_length, is_causal=self.is_causal_prompt),
-            loss_fn=lambda hidden, weight: self.objective.lm_head_loss(hidden, weight, placed),
-        )
-
     def _gated_loss(self, output: LossOutput, placed: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss with its gradient multiplied by 1 if the loss is finite and by NaN if not.
 
         Only the first tensor-parallel rank's report is counted. A loss that is not finite on another one makes the
         gradient norm not finite on every rank, without a host sync, even if its own derivative is finite.
         """
-        loss, tokens, report = self.objective.loss(output, placed)
+        loss, tokens, report = self.objective.report(output, placed)
         return loss * (1.0 + 0.0 * loss.detach()), tokens, report

@@ -172,35 +172,30 @@ def test_what_the_health_checks_remember_is_in_the_checkpoint(trained):
 
 def replayed_with_one_broken_sequence(run: Path, step: int, sample: int, what: str):
     """One sample whose loss is not finite, or, with finite losses, whose gradient is not."""
-    from dataclasses import dataclass
-
-    from megadiff.parallel.sharded_objective import ShardedObjective
+    from megadiff.methods.gidd import Gidd
     from megadiff.run import replay
 
-    honest = replay.sharded_objective
+    honest = replay.build_loss
 
-    @dataclass(frozen=True)
-    class Broken(ShardedObjective):
-        inner: ShardedObjective
-        clean: Any
+    class Broken(Gidd):
+        clean: torch.Tensor
 
-        def place(self, sequences, device):
-            return self.inner.place(sequences, device)
-
-        def lm_head_loss(self, hidden, weight, placed):
-            here = (placed.sequences.clean == self.clean).all(dim=1)
+        def loss(self, hidden, lm_head_weight, batch, shard):
+            here = (batch.sequences.clean == self.clean).all(dim=1)
             if what == "gradient":
                 hidden.register_hook(lambda gradient: gradient.masked_fill(here[None, :, None], float("nan")))
-                return self.inner.lm_head_loss(hidden, weight, placed)
-            answer = self.inner.lm_head_loss(hidden, weight, placed)
+                return super().loss(hidden, lm_head_weight, batch, shard)
+            answer = super().loss(hidden, lm_head_weight, batch, shard)
             terms = answer.terms._replace(loss=answer.terms.loss.masked_fill(here[None, :], float("inf")))
             return answer._replace(loss=answer.loss + (float("inf") if here.any() else 0.0), terms=terms)
 
-    def sharded_objective(prepared, topology, platform):
-        clean = torch.from_numpy(prepared.data.train.sequences([sample])[0])
-        return Broken(prepared.process, topology, honest(prepared, topology, platform), clean)
+    def build_loss(prepared, platform):
+        kernel, method = honest(prepared, platform)
+        broken = Broken(method.context)
+        broken.clean = torch.from_numpy(prepared.data.train.sequences([sample])[0])
+        return kernel, broken
 
-    replay.sharded_objective = sharded_objective
+    replay.build_loss = build_loss
     return replayed(run, step)
 
 

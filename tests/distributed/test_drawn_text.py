@@ -97,7 +97,7 @@ def test_the_last_text_is_what_the_last_checkpoint_says(runs):
 
 
 def test_an_autoregressive_control_is_not_sampled(toy_corpus, tmp_path):
-    tree = toy_tree(toy_corpus, tmp_path, objective__name="ar", eval__samples=2)
+    tree = toy_tree(toy_corpus, tmp_path, method__name="next_token", eval__samples=2)
     path = write_yaml(tmp_path / "ar.yaml", tree)
     with pytest.raises(ConfigError, match=r"eval\.samples is 2, but an autoregressive control .* set eval\.samples to"):
         load_config(path, [], RunConfig)

@@ -100,14 +100,12 @@ def with_loss(step, change):
     honest = step.objective
 
     def loss(answer, placed):
-        value, tokens, report = honest.loss(answer, placed)
+        value, tokens, report = honest.report(answer, placed)
         report = report.clone()
         value, report[0] = change(value, report[0])
         return value, tokens, report
 
-    return dataclasses.replace(
-        step, objective=SimpleNamespace(place=honest.place, lm_head_loss=honest.lm_head_loss, loss=loss)
-    )
+    return dataclasses.replace(step, objective=SimpleNamespace(place=honest.place, forward=honest.forward, report=loss))
 
 
 def nan_loss(value, reported):

@@ -57,7 +57,7 @@ GIDD = {
     "eval__sequences": 5,
 }
 BF16 = {"precision__compute": "bf16", "schedule__steps": 6}
-NEXT_TOKEN = {"objective__name": "ar"}
+NEXT_TOKEN = {"method__name": "next_token"}
 VARIANTS = {**PLAIN, "gidd": GIDD, "next_token": NEXT_TOKEN, "bf16": BF16}
 
 GIDD_LAYOUTS = ("tp2_sp", "pp2", "dp2_distopt", *EIGHT_RANKS)

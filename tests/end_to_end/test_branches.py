@@ -50,7 +50,7 @@ def test_a_branch_that_ends_before_it_begins_is_refused(corpus: Path, tmp_path: 
 
 
 def test_an_autoregressive_run_starts_at_exactly_log_n_and_learns(corpus: Path, tmp_path: Path) -> None:
-    config = toy_config(corpus, tmp_path, objective__name="ar", model__head_init=0.0, optimizer__lr=2e-2)
+    config = toy_config(corpus, tmp_path, method__name="next_token", model__head_init=0.0, optimizer__lr=2e-2)
     trained = on_ranks(1, train_on_rank, config, 1)[0]
     first, last = trained.lines[0], trained.lines[-1]
     assert first["loss"] == pytest.approx(math.log(259), rel=1e-6)
@@ -65,7 +65,7 @@ def test_an_autoregressive_run_is_the_same_under_tensor_sequence_and_pipeline_pa
 ) -> None:
     def curve(name: str, ranks: int, **parallel: Any) -> list[float]:
         config = toy_config(
-            corpus, tmp_path, name=name, objective__name="ar", parallel=parallel, model__sink=True, data__valid=[]
+            corpus, tmp_path, name=name, method__name="next_token", parallel=parallel, model__sink=True, data__valid=[]
         )
         return on_ranks(ranks, train_on_rank, config, ranks)[0].curve("loss")
 

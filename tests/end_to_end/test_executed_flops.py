@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "causal prompts": {
         "noise__shift": "uniform", "conditioning__prompt": 0.7, "conditioning__prompt_attention": "causal"
     },
-    "next tokens": {"objective__name": "ar"},
+    "next tokens": {"method__name": "next_token"},
     "blocks recomputed": {"noise__shift": "masked", "parallel__recompute": "full"},
     "one block recomputed": {
         "noise__shift": "uniform", "parallel__recompute": "full", "parallel__recompute_layers": 1
@@ -43,10 +43,11 @@ def _counted(configs: dict[str, Any]) -> dict[str, tuple[int, float, float, floa
         with FlopCounterMode(display=False) as counter:
             total = run.step(sequences, 0.0).sums.tolist()
         run.close()
-        work = work_of(total, seq_length=16, is_causal_prompt=config.is_causal_prompt)
+        work = work_of(total)
         said = executed_flops(config, config.shape(vocab_size=260), work._replace(pairs=0.0))
         lengths = [length for part in sequences for length in part.prompt_length.tolist()]
-        pairs = sum(_seen(q, length, is_causal=config.is_causal_prompt) for length in lengths for q in range(16))
+        is_causal = config.method.name == "next_token" or config.conditioning.prompt_attention == "causal"
+        pairs = sum(_seen(q, length, is_causal=is_causal) for length in lengths for q in range(16))
         found[name] = counter.get_total_flops(), said, work.pairs, pairs
     return found
 

@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for name, changes in {
         "hybrid": {"conditioning__prompt": 0.5},
-        "ar": {"objective__name": "ar"},
+        "ar": {"method__name": "next_token"},
     }.items():
         config = toy_config(
             corpus, folder / name, schedule__steps=6, optimizer__lr=0.02, model__layers=2, data__valid=[], **changes

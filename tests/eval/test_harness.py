@@ -15,11 +15,10 @@ import pytest
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import ConfigError
 from megadiff.eval.continuation import GenerationConfig, GenerationRequest, continuations, room
+from megadiff.eval.estimators import greedy
 from megadiff.eval.fitting import is_cut, split_to_fit
-from megadiff.eval.greedy import greedy
 from megadiff.eval.likelihood import BoundSettings, Item
 from megadiff.eval.texts import item_of
-from megadiff.eval.texts_likelihood import likelihoods
 from megadiff.platform.quiet import quiet
 from tests.support.commands import REPOSITORY
 from tests.support.forked_command import Ended, call_forked
@@ -40,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     corpus = write_corpus(folder / "corpus")
     made = {}
-    for name, changes in {"hybrid": {"conditioning__prompt": 0.5}, "ar": {"objective__name": "ar"}}.items():
+    for name, changes in {"hybrid": {"conditioning__prompt": 0.5}, "ar": {"method__name": "next_token"}}.items():
         config = toy_config(
             corpus, folder / name, schedule__steps=20, optimizer__lr=0.02, model__layers=2, data__valid=[], **changes
         )
@@ -123,7 +122,7 @@ def _own_likelihoods(folder: Path, pairs: list[tuple[str, str]]) -> list[tuple[f
     with load_model(folder, platform="cpu") as model:
         items = [item_of(prompt, completion, model.tokenizer) for prompt, completion in pairs]
         settings = BoundSettings(draws=DRAWS, batch_size=5)
-        return [(one.nll, one.stderr) for one in likelihoods(model, items, settings)]
+        return [(one.nll, one.stderr) for one in model.estimator(settings).likelihoods(model, items)]
 
 
 def test_a_likelihood_is_the_project_s_own_and_the_best_choice_is_the_largest(reports, models):
@@ -291,7 +290,7 @@ def _greedy_of(folder: Path) -> list[bool]:
     """What a diffusion model writes itself, the same with one token changed, and an empty completion."""
     import torch
 
-    from megadiff.eval.greedy import seed_of
+    from megadiff.eval.likelihood import seed_of
     from megadiff.sampling.standalone import Settings, generate
 
     with load_model(folder, platform="cpu") as model:
@@ -302,7 +301,7 @@ def _greedy_of(folder: Path) -> list[bool]:
         own = tuple(written[len(prompt) :].tolist())
         changed = (*own[:-1], own[-1] + 1)
         items = [Item(prompt, own), Item(prompt, changed), Item(prompt, ())]
-        return greedy(model, items, batch_size=2, progress=lambda _count: None)
+        return greedy(model, model.estimator(BoundSettings(batch_size=2)), items, progress=lambda _count: None)
 
 
 def test_a_completion_the_sampler_writes_itself_is_greedy(models):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megadiff.model.attention import prompt_code
+from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, toy_config, train_on_rank
@@ -46,10 +46,13 @@ def trainer_logits(folder: Path, sequences: list[tuple[int, torch.Tensor]]) -> l
 @torch.no_grad()
 def _logits(folder: Path, sequences: list[tuple[int, torch.Tensor]]) -> list[Any]:
     with load_model(folder, platform="cpu") as model:
-        is_causal = model.manifest.config["conditioning"]["prompt_attention"] == "causal" or model.is_autoregressive
+        config = model.manifest.config
+        is_autoregressive = config["method"]["name"] == "next_token"
+        is_causal = config["conditioning"]["prompt_attention"] == "causal" or is_autoregressive
         found = []
         for prompt, ids in sequences:
-            length = ids.shape[1] if model.is_autoregressive else prompt
-            logits = model.chunks[0](ids, prompt_code(torch.full((len(ids),), length), is_causal=is_causal))
+            length = ids.shape[1] if is_autoregressive else prompt
+            pattern = AttentionPattern.prefix(torch.full((len(ids),), length), is_causal=is_causal)
+            logits = model.chunks[0](ids, pattern.codes())
             found.append(logits.transpose(0, 1)[..., : model.process.vocab_size].contiguous().numpy())
         return found

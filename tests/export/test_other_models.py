@@ -24,7 +24,7 @@ MODELS = {
         "model__softcap": None,
         "conditioning__prompt": 0,
     },
-    "autoregressive control": {"objective__name": "ar", "conditioning__prompt": 0},
+    "autoregressive control": {"method__name": "next_token", "conditioning__prompt": 0},
 }
 
 

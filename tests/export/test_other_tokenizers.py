@@ -113,8 +113,8 @@ def test_sample_texts_are_framed_as_prompts(made):
 class FramedModel:
     """The part of a model that framing looks at."""
 
-    def __init__(self, *, prepends_bos, is_autoregressive):
-        self.prepends_bos, self.is_autoregressive = prepends_bos, is_autoregressive
+    def __init__(self, *, prepends_bos, adds_start_token):
+        self.prepends_bos, self.adds_start_token = prepends_bos, adds_start_token
 
 
 @pytest.mark.parametrize(
@@ -129,5 +129,5 @@ class FramedModel:
     ],
 )
 def test_framing_follows_the_data_unless_asked_otherwise(trained, autoregressive, asked, wanted):
-    model = FramedModel(prepends_bos=trained, is_autoregressive=autoregressive)
+    model = FramedModel(prepends_bos=trained, adds_start_token=autoregressive)
     assert SpecialTokens.like_the_data(model, prepend_bos=asked).prepend_bos is wanted

@@ -68,7 +68,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "ar": {
         "model": SMALL,
-        "objective": {"name": "ar"},
+        "method": {"name": "next_token"},
         "batch": {"global_batch_size": 8, "micro_batch_size": 4},
         "optimizer": {"name": "adamw", "lr": 0.003},
     },

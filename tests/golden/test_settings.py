@@ -76,7 +76,7 @@ SETTINGS: tuple[str, ...] = (
     "noise.process=gidd_time noise.p_uniform=0.2",
     "noise.process=gidd_time noise.p_uniform=0.2 noise.gamma=0.5",
     "noise.process=gidd_time noise.p_uniform=0.2 noise.time_eps=0.01",
-    "objective.name=ar",
+    "method.name=next_token",
     "objective.weighting=elbo",
     "objective.itakura_saito_weight=0.25",
     "objective.reduction=sum",
@@ -135,7 +135,7 @@ def base_tree(folder: Path) -> dict[str, Any]:
 
 def is_evaluated(setting: str) -> bool:
     """Whether a run measures a held-out bound; only those do whose bound says more than their training lines."""
-    return setting == "" or setting.startswith(("eval.", "noise.m", "noise.process", "objective.name"))
+    return setting == "" or setting.startswith(("eval.", "noise.m", "noise.process", "method.name"))
 
 
 def described(tree: dict[str, Any], setting: str, folder: Path, number: int) -> RunConfig:

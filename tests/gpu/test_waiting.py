@@ -25,7 +25,7 @@ pytestmark = [
 MICROBATCHES = 4
 ALLOWED = 1
 OBJECTIVES = {
-    "next token": {"objective__name": "ar"},
+    "next token": {"method__name": "next_token"},
     "masked": {"noise__shift": "masked"},
     "balanced": {"noise__shift": "balanced"},
 }

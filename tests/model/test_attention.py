@@ -12,7 +12,8 @@ from megadiff.platform.quiet import quiet
 
 with quiet():
     from megadiff.model import attention
-    from megadiff.model.attention import BidirectionalAttention, capped_attention, prompt_code
+    from megadiff.model.attention import BidirectionalAttention, capped_attention
+    from megadiff.parallel.attention_pattern import AttentionPattern
 
 S, B, H, D = 7, 3, 2, 4
 
@@ -77,14 +78,14 @@ def module(softcap, sink):
 def test_attention_is_the_dense_softmax(sink, softcap, prompts, is_causal):
     q, k, v = (3 * drawn(S, B, H, D, seed=i) for i in range(3))
     built = module(softcap, sink)
-    codes = prompt_code(torch.tensor(prompts), is_causal=is_causal)
+    codes = AttentionPattern.prefix(torch.tensor(prompts), is_causal=is_causal).codes()
     values = (built.sink_key.detach(), built.sink_value.detach()) if sink else None
     wanted = dense(q, k, v, softcap=softcap, sink=values, prompts=prompts, is_causal=is_causal)
     torch.testing.assert_close(built(q, k, v, codes).detach(), wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_a_sequence_without_a_prompt_needs_no_code():
-    assert prompt_code(torch.zeros(4, dtype=torch.int64), is_causal=True) is None
+    assert AttentionPattern.prefix(torch.zeros(4, dtype=torch.int64), is_causal=True).codes() is None
 
 
 def test_a_fresh_sink_adds_one_to_every_denominator():

@@ -75,13 +75,13 @@ def _poisoned(config):
     run = wire_on_rank(config, 1)
 
     def loss(answer, placed):
-        total, count, report = good.loss(answer, placed)
+        total, count, report = good.report(answer, placed)
         return total * math.nan, count, report
 
     good = run.step.objective
     parameters = [p for chunk in run.step.chunks for p in chunk.parameters()]
     before = [p.detach().clone() for p in parameters]
-    run.step = replace(run.step, objective=SimpleNamespace(place=good.place, lm_head_loss=good.lm_head_loss, loss=loss))
+    run.step = replace(run.step, objective=SimpleNamespace(place=good.place, forward=good.forward, report=loss))
     try:
         run.train()
     except TrainingError as error:

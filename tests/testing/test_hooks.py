@@ -11,7 +11,8 @@ from megadiff.platform.quiet import quiet
 from megadiff.train.config import HOOKS
 
 with quiet():
-    from megadiff.testing.hooks import LAYOUTS, check_hook, check_sink
+    from megadiff.testing.hooks import check_hook, check_sink
+    from megadiff.testing.toy_run import LAYOUTS
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -32,7 +32,7 @@ def _other_model(folder):
     with torch.no_grad():
         plain.model.blocks[1].q_norm.weight.mul_(1.1)
     try:
-        check_equal(wired.side("ar"), plain)
+        check_equal(wired.side("next_token"), plain)
     except SystemExit as ending:
         return str(ending)
     finally:
@@ -46,7 +46,7 @@ def test_two_sides_that_train_different_models_are_not_compared(tmp_path):
 
 def _same_model(folder):
     wired = Wired.open(TINY, folder / "same")
-    check_equal(wired.side("ar"), PlainTraining(TINY, wired.prepared, wired.run.step.chunks[0].module), steps=6)
+    check_equal(wired.side("next_token"), PlainTraining(TINY, wired.prepared, wired.run.step.chunks[0].module), steps=6)
     wired.close()
 
 

@@ -22,9 +22,10 @@ from made_up import describe_made_up, prepare_made_up
 from torch import Tensor, nn
 
 from megadiff.config.command_line import CommandParser
-from megadiff.diffusion.config import noise_config, objective_config
+from megadiff.diffusion.config import noise_config
 from megadiff.diffusion.processes.gidd_snr import ShiftName
 from megadiff.errors import run_command
+from megadiff.methods import MethodConfig
 from megadiff.parallel.step_metrics import metrics_of
 from megadiff.platform.machine import detect
 from megadiff.platform.quiet import quiet
@@ -107,7 +108,7 @@ def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, fl
     """
     trainer = Wired.open(size, folder)
     try:
-        next_token = trainer.side("ar")
+        next_token = trainer.side("next_token")
         if kind == "plain":
             plain = PlainTraining(size, trainer.prepared, trainer.run.step.chunks[0].module)
             check_equal(next_token, plain)
@@ -284,19 +285,20 @@ class Wired:
         with quiet():
             return cls(prepared, build.build_trainer(prepared, platform), [])
 
-    def side(self, objective: Literal["ar", "gidd"], noise: ShiftName = "balanced") -> MegadiffTraining:
-        """Return the step of the same model with another objective."""
-        if objective == "ar":
+    def side(self, method: Literal["next_token", "gidd"], noise: ShiftName = "balanced") -> MegadiffTraining:
+        """Return the step of the same model with another training method."""
+        if method == "next_token":
             return MegadiffTraining(self.run.step, self.run.microbatches, self.run.microbatches_of(0))
         own = self.prepared.config
-        changes = {"objective": objective_config(name=objective), "noise": noise_config(shift=noise)}
+        changes = {"method": MethodConfig(name=method), "noise": noise_config(shift=noise)}
         config = own.model_copy(update=changes)
         prepared = replace(self.prepared, config=config)
         step = self.run.step
-        loader = build.sequence_loader(prepared, step.topology, 0)
+        _, trained_by = build.build_loss(prepared, detect("cpu"))
+        loader = build.sequence_loader(prepared, trained_by, step.topology, 0)
         self.opened.append(loader)
         other = build.training_step(
-            prepared, step.chunks, step.optimizer, step.topology, detect("cpu"), check=step.check
+            prepared, trained_by, step.chunks, step.optimizer, step.topology, detect("cpu"), check=step.check
         )
         return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
 
@@ -338,7 +340,7 @@ def _description(size: Size) -> dict[str, Any]:
     return {
         "platform": "cpu",
         "model": model | {"head_init": 0.02},
-        "objective": {"name": "ar"},
+        "method": {"name": "next_token"},
         "batch": {"global_batch_size": size.sequences, "micro_batch_size": size.micro_batch_size},
         "precision": {"compute": "fp32"},
         "optimizer": {"name": "adamw", "lr": _LR, "weight_decay": 0.1, "clip_grad": 1.0},

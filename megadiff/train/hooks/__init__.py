@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # a run description is checked without torch
     from torch import Tensor
 
     from megadiff.data.tokenizers import Tokenizer
+    from megadiff.methods import Method
     from megadiff.parallel.pipeline import ModelChunk
     from megadiff.parallel.topology import Topology
     from megadiff.platform.machine import Platform
@@ -199,6 +200,8 @@ class HookContext:
     """The machine: its device, its peak FLOP/s, its memory in use."""
     tokenizer: Tokenizer
     """The run's tokenizer."""
+    method: Method
+    """The training method, which also knows the noise, the sampler and the evaluation."""
     chunks: Sequence[ModelChunk]
     """This rank's model chunks, without their data-parallel wrappers."""
     wrapped: Sequence[Any]

@@ -19,7 +19,7 @@ from tests.diffusion.dense import gauss, over_z
 from tests.support.ranks import on_ranks
 
 with quiet():
-    from megadiff.parallel.sharded_objective import DiffusionObjective
+    from megadiff.parallel.objective import DiffusionObjective, ShardedObjective
     from megadiff.parallel.topology import open_topology
 
 VOCAB, MASK, LENGTH, BATCH, BATCHES = 11, 3, 64, 256, 20
@@ -53,7 +53,7 @@ def _printed(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[dict]]:
     found = {}
     for noise, conditioning in cases:
         process = build_process(noise_config(**NOISES[noise]), vocab_size=VOCAB, mask_id=MASK)
-        objective = DiffusionObjective(process, topology)
+        objective = ShardedObjective(DiffusionObjective(process), topology)
         lines = []
         for batch in range(BATCHES):  # independent ones
             first = batch * BATCH
@@ -62,7 +62,7 @@ def _printed(cases: list[tuple[str, str]]) -> dict[tuple[str, str], list[dict]]:
                 conditioning=ConditioningConfig.model_validate(CONDITIONINGS[conditioning]), global_batch=BATCH,
             )  # fmt: skip
             placed = objective.place(sequences, torch.device("cpu"))
-            _, _, sums = objective.loss(objective.lm_head_loss(hidden, weight, placed), placed)
+            _, _, sums = objective.report(objective.loss_fn(placed)(hidden, weight), placed)
             lines.append(metrics_of(sums.tolist()))
         found[noise, conditioning] = lines
     return found

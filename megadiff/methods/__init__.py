@@ -1,0 +1,196 @@
+"""Training methods (a family): everything that changes together in a paper about training.
+
+A file's name is its name under `method.name`; a dotted path (`my_package.my_method`) names a file of your own. A member
+has `build(settings, context)`, which returns its `Method`, and may have `Settings`, a section with keys of its own
+beside `name`, and `check(config)`, which refuses a run description that it cannot train.
+
+Data flow: `batch` makes a microbatch of clean sequences into what the model reads, on the host; `attention` and `loss`
+describe what the model does with it; `validation` and `estimator` measure the trained model, `sampler` draws from it,
+and `export_config` describes it to Hugging Face's Transformers. `megadiff.testing.check_method` is the contract.
+
+Members stay quick to import, since a run description names them: they import torch inside functions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megadiff.config.registry import Family
+from megadiff.config.section import Section
+from megadiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from megadiff.data.batch_sizes import StepBatch
+    from megadiff.data.tokenizers import Tokenizer
+    from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
+    from megadiff.diffusion.noise_process import NoiseProcess
+    from megadiff.diffusion.noising import NoisedBatch
+    from megadiff.eval.estimators import Estimator
+    from megadiff.eval.likelihood import BoundSettings
+    from megadiff.eval.validation import EvalTask
+    from megadiff.loss.choice import LossKernel
+    from megadiff.loss.inputs import LossOutput
+    from megadiff.loss.vocab_shard import VocabShard
+    from megadiff.parallel.attention_pattern import AttentionPattern
+    from megadiff.parallel.objective import DeviceBatch
+    from megadiff.sampling.sampler import Sampler
+
+METHODS = Family("megadiff.methods")
+"""The family of training methods."""
+
+
+class MethodConfig(Section):
+    """`method: {name: gidd}`: how the model is trained, with the method's own settings."""
+
+    name: str = "gidd"
+    """Training method: `gidd`, denoising under the run's noise (arXiv:2512.10858); `next_token`, causal next-token
+    prediction on the same data, for comparison; or a dotted path to a module of your own."""
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """The parts that a method is built from, for training, evaluation and export alike."""
+
+    process: NoiseProcess
+    """Noise over the tokenizer's vocabulary."""
+    tokenizer: Tokenizer
+    noise: NoiseConfig
+    objective: ObjectiveConfig
+    """The section `objective`; of a checkpoint, without the keys that a weighting declares itself."""
+    conditioning: ConditioningConfig
+    loss_kernel: LossKernel
+    """The run's LM head with its loss (`objective.loss_kernel`)."""
+    seed: int = 0
+    """The run's seed."""
+
+
+class Method(ABC):
+    """A training method. It holds no state that training changes, and is the same on every rank."""
+
+    adds_start_token: ClassVar[bool] = False
+    """Whether the method itself puts a token before every sequence, so that prompts need no bos."""
+
+    def __init__(self, context: MethodContext) -> None:
+        self.context = context
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise, which also knows the vocabulary and its mask."""
+        return self.context.process
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Sentence about models trained by this method, for model cards."""
+
+    @property
+    def log_snr_range(self) -> tuple[float, float] | None:
+        """Range of log-SNR that the `elbo` of a training step covers; None for an exact likelihood."""
+        return None
+
+    @abstractmethod
+    def batch(self, clean: npt.NDArray[np.int64], sample_index: list[int], step_batch: StepBatch) -> NoisedBatch:
+        """Return a microbatch as the model and the loss see it, on the CPU.
+
+        It must be a pure function of the run's seed, the sample indices and the tokens of each sequence: the same
+        bits on any layout, in any microbatch, and after any resume. It is called in a background thread.
+
+        Args:
+            clean: [B, L] ids.
+            sample_index: B global sample indices, counted over the whole run.
+            step_batch: the global batch that the samples belong to.
+        """
+
+    @abstractmethod
+    def attention(self, batch: NoisedBatch) -> AttentionPattern:
+        """Return the attention of a training microbatch (see `parallel.objective.Objective`)."""
+
+    def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:
+        """Return the positions of the tokens that can have a loss (see `parallel.objective.Objective`); None for all.
+
+        Logits of the others need not be computed.
+        """
+        del batch
+        return None
+
+    @abstractmethod
+    def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
+        """Return summed loss and per-token terms, sequence first (see `parallel.objective.Objective`).
+
+        A loss of your own may call `context.loss_kernel`, which is exact on any number of tensor-parallel ranks.
+        """
+
+    @abstractmethod
+    def prompted_attention(self, prompt_lengths: Tensor, length: int) -> AttentionPattern:
+        """Return the attention of a trained model over sequences whose first tokens are a clean prompt.
+
+        Args:
+            prompt_lengths: number of prompt tokens of each sequence, [B] int64.
+            length: L, tokens in each sequence.
+        """
+
+    @abstractmethod
+    def validation(self, *, num_noise_levels: int) -> EvalTask:
+        """Return what is evaluated on validation sequences, whatever the loss; `num_noise_levels` a sequence."""
+
+    @abstractmethod
+    def estimator(self, settings: BoundSettings) -> Estimator:
+        """Return the estimator of the likelihood of texts given prompts.
+
+        Raises:
+            ConfigError: models of this method have none.
+        """
+
+    def sampler(self) -> Sampler:
+        """Return the sampler of new text.
+
+        Raises:
+            ConfigError: models of this method cannot be sampled.
+        """
+        raise ConfigError(
+            f"models trained by the method {type(self).__name__} cannot be sampled; use one that was trained by gidd"
+        )
+
+    def export_config(self) -> dict[str, Any]:
+        """Return the keys of `config.json` that tell Transformers how the model is used.
+
+        Raises:
+            ConfigError: models of this method cannot be exported.
+        """
+        raise ConfigError(f"models trained by the method {type(self).__name__} cannot be exported to Hugging Face")
+
+
+def check_method_of(config: Any) -> None:
+    """Refuse a run description that its method cannot train.
+
+    Args:
+        config: the `RunConfig`.
+
+    Raises:
+        ConfigError: in the words of the method's `check`.
+    """
+    check = getattr(METHODS.member(config.method.name), "check", None)
+    if check is not None:
+        check(config)
+
+
+def build_method(settings: MethodConfig, context: MethodContext) -> Method:
+    """Return the method that `method.name` names.
+
+    Raises:
+        ConfigError: its module has no `build`, or what that returns is no `Method`.
+    """
+    build = getattr(METHODS.member(settings.name), "build", None)
+    method = build(settings, context) if callable(build) else None
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"method.name is {settings.name}, whose module must have a function build(settings, context) that returns "
+            f"a megadiff.methods.Method; {'it has none' if build is None else f'found {type(method).__name__}'}"
+        )
+    return method

@@ -1,0 +1,131 @@
+"""Next-token prediction with causal attention: the autoregressive control of a diffusion model on the same data."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from megadiff.errors import ConfigError
+from megadiff.methods import Method, MethodConfig, MethodContext
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from megadiff.data.batch_sizes import StepBatch
+    from megadiff.diffusion.noising import NoisedBatch
+    from megadiff.eval.estimators import Estimator
+    from megadiff.eval.likelihood import BoundSettings
+    from megadiff.eval.validation import EvalTask
+    from megadiff.loss.inputs import LossOutput
+    from megadiff.loss.vocab_shard import VocabShard
+    from megadiff.parallel.attention_pattern import AttentionPattern
+    from megadiff.parallel.objective import DeviceBatch, NextTokenObjective
+    from megadiff.run.config import RunConfig
+    from megadiff.sampling.sampler import Sampler
+
+
+def check(config: RunConfig) -> None:
+    """Refuse text samples during training.
+
+    Raises:
+        ConfigError: with what to set.
+    """
+    if config.eval.samples:
+        raise ConfigError(
+            f"eval.samples is {config.eval.samples}, but an autoregressive control (method.name=next_token) is not "
+            "sampled; set eval.samples to 0"
+        )
+
+
+def build(settings: MethodConfig, context: MethodContext) -> NextToken:
+    """Return the method, which has no settings of its own."""
+    del settings
+    return NextToken(context)
+
+
+class NextToken(Method):
+    """Cross-entropy of every token given those before it; a start token stands before each sequence.
+
+    Noise, weighting and conditioning of the run have no effect. The tokens that are predicted are those that a
+    diffusion model of the same run is measured on, so bits per byte compare.
+    """
+
+    adds_start_token = True
+
+    @property
+    def description(self) -> str:
+        """Sentence about the model."""
+        return "An autoregressive language model, the control of a diffusion model of the same shape and data."
+
+    @cached_property
+    def _start_id(self) -> int:
+        from megadiff.diffusion.next_token import start_id
+
+        return start_id(self.context.tokenizer)
+
+    @cached_property
+    def _objective(self) -> NextTokenObjective:
+        from megadiff.parallel.objective import NextTokenObjective
+
+        return NextTokenObjective(self.process, self.context.loss_kernel)
+
+    def batch(self, clean: npt.NDArray[np.int64], sample_index: list[int], step_batch: StepBatch) -> NoisedBatch:
+        """Shift the sequences by one token (`diffusion.next_token`)."""
+        del sample_index, step_batch
+        from megadiff.diffusion.next_token import next_token_batch
+
+        return next_token_batch(clean, start_id=self._start_id)
+
+    def attention(self, batch: NoisedBatch) -> AttentionPattern:
+        """Return causal attention."""
+        return self._objective.attention(batch)
+
+    def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
+        """Return the cross-entropy of the next token (`parallel.objective.NextTokenObjective`)."""
+        return self._objective.loss(hidden, lm_head_weight, batch, shard)
+
+    def prompted_attention(self, prompt_lengths: Tensor, length: int) -> AttentionPattern:
+        """Return causal attention, whatever the prompt."""
+        from megadiff.parallel.attention_pattern import AttentionPattern
+
+        return AttentionPattern.causal(len(prompt_lengths), length)
+
+    def validation(self, *, num_noise_levels: int) -> EvalTask:
+        """Return the exact likelihood, on the same tokens and under the same keys as a diffusion bound."""
+        del num_noise_levels
+        from megadiff.eval.validation import EvalTask
+
+        def batch(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
+            del index, level
+            from megadiff.diffusion.next_token import next_token_batch
+
+            return next_token_batch(clean, start_id=self._start_id)
+
+        return EvalTask(objective=self._objective, batch=batch, num_noise_levels=1)
+
+    def estimator(self, settings: BoundSettings) -> Estimator:
+        """Return the exact likelihood of texts."""
+        from megadiff.eval.estimators import ExactEstimator
+
+        return ExactEstimator(settings, self.process, start_id=self._start_id)
+
+    def sampler(self) -> Sampler:
+        """Refuse: the control is measured, not sampled.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "this model is an autoregressive control (method.name is next_token), which is measured but not sampled; "
+            "use a diffusion model, and leave out tasks whose output_type is generate_until"
+        )
+
+    def export_config(self) -> dict[str, Any]:
+        """Return the keys of a causal model."""
+        conditioning = self.context.conditioning
+        return {
+            "is_causal": True,
+            "prompt_attention": conditioning.prompt_attention if conditioning.prompt > 0 else "full",
+        }

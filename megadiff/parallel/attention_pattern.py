@@ -1,0 +1,56 @@
+"""Attention patterns: which tokens of its sequence each token attends to, as a few integers on the host.
+
+No pattern is ever an [L, L] mask: attention computes the parts of a pattern by unmasked or causal calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """The attention of a microbatch of sequences, each with a prefix of its own length P, from 0 to all L tokens.
+
+    Tokens of the prefix attend to the prefix alone: to all of it, or each to itself and those before it. The remaining
+    tokens attend to the whole sequence. P = 0 is full bidirectional attention, a causal prefix of P = L is a causal
+    language model.
+    """
+
+    prefix_lengths: Tensor
+    """P of each sequence, [B] int64 on the CPU."""
+    is_causal: bool = False
+    """Whether a prefix's tokens attend only to themselves and the tokens before them."""
+
+    @classmethod
+    def full(cls, batch_size: int) -> AttentionPattern:
+        """Return the pattern in which every token attends to every token."""
+        return cls(torch.zeros(batch_size, dtype=torch.int64))
+
+    @classmethod
+    def prefix(cls, prefix_lengths: Tensor, *, is_causal: bool = False) -> AttentionPattern:
+        """Return the pattern of sequences that begin with prefixes of these lengths, [B]."""
+        return cls(prefix_lengths.to("cpu", torch.int64), is_causal)
+
+    @classmethod
+    def causal(cls, batch_size: int, length: int) -> AttentionPattern:
+        """Return the pattern in which every token attends to itself and the tokens before it."""
+        return cls(torch.full((batch_size,), length), is_causal=True)
+
+    def codes(self) -> Tensor | None:
+        """Return the pattern as the layers take it, [B] int64: P, negative if causal; None for full attention.
+
+        It is a tensor because megatron-core passes only tensors through recomputed layers.
+        """
+        if not bool(self.prefix_lengths.any()):
+            return None
+        return -self.prefix_lengths if self.is_causal else self.prefix_lengths
+
+    def pairs(self, length: int) -> int:
+        """Return the number of (query, key) pairs in one layer, over sequences of `length` tokens, without a sink's."""
+        prefixes = self.prefix_lengths.tolist()
+        own = (p * (p + 1) // 2 if self.is_causal else p * p for p in prefixes)
+        return sum(own) + sum(length - p for p in prefixes) * length
