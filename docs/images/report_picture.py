@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megadiff.report.line_chart import Chart
-from megadiff.report.page_style import STYLE
+from megadiff.report.page import STYLE
 from megadiff.report.run_charts import RunCharts
 from megadiff.report.run_record import read_runs
 

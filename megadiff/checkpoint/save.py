@@ -1,4 +1,4 @@
-"""Saving while training continues: take a snapshot, write it in a thread, complete it with one rename.
+"""Save in the background: a snapshot in memory, shards on disk, a manifest, one rename.
 
 A step folder appears complete or not at all: shards are written and synced under a staging name, then the index, then
 the manifest with every file's hash, then comes the rename. A run killed before the rename still has its older
@@ -12,10 +12,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megadiff.checkpoint.folder import (
     clear_staging,
@@ -27,14 +31,56 @@ from megadiff.checkpoint.folder import (
     verify_files,
 )
 from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, FileEntry, Manifest
-from megadiff.checkpoint.reports import every_rank_reports, library_failures, main_rank_reports
 from megadiff.checkpoint.snapshot import HostBuffers, SavableOptimizer, Snapshot, Written, take_snapshot
-from megadiff.errors import CheckpointError, StorageError
+from megadiff.errors import CheckpointError, MegadiffError, StorageError
 from megadiff.files import sync, write_atomically
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
+
+_OF_DAMAGED_FILES = (ValueError, TypeError, KeyError, ArithmeticError)
+"""Exceptions that the library passes on when a small file does not contain what it should."""
+
+
+@contextmanager
+def library_failures(what: str) -> Iterator[None]:
+    """Replace an exception of the library by a one-sentence error; some are BaseExceptions (`CheckpointException`).
+
+    Raises:
+        CheckpointError: in place of any of them.
+    """
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, *_OF_DAMAGED_FILES) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(f"{what}: {lines[-1] if lines else type(error).__name__}") from error
+
+
+@contextmanager
+def main_rank_reports(what: str, topology: Topology) -> Iterator[None]:
+    """Run a block in which only the main rank works; if it fails there, every rank raises the same error.
+
+    Raises:
+        CheckpointError, StorageError: with the main rank's message.
+    """
+    failure: MegadiffError | None = None
+    try:
+        yield
+    except (CheckpointError, StorageError) as error:
+        failure = error
+    except OSError as error:
+        failure = StorageError(f"{what} failed: {error.strerror or error}")
+    message = topology.from_main((str(failure), isinstance(failure, StorageError)) if failure is not None else None)
+    if message is not None:
+        raise (StorageError if message[1] else CheckpointError)(message[0])
+
+
+def every_rank_reports(problem: str | None, topology: Topology) -> str | None:
+    """Return the problem of the first rank that has one, on every rank. Collective over the world."""
+    found = topology.gather_to_main(problem)
+    return topology.from_main(next((one for one in found or [] if one is not None), None))
+
 
 log = logging.getLogger("megadiff")
 

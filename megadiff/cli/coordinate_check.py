@@ -48,7 +48,7 @@ from megadiff.errors import ConfigError
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.scaling.coordinates import BANDS, HEAD_DIM, RULES, STEPS, sizes
-from megadiff.scaling.slopes import Size, Verdict, judge
+from megadiff.scaling.optimum import Size, Verdict, judge
 
 PRESET = Path(__file__).resolve().parents[2] / "examples" / "presets" / "gidd.yaml"
 

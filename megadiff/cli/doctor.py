@@ -34,9 +34,8 @@ def main() -> None:
     from rich.console import Console
 
     from megadiff.config.load import load_config
-    from megadiff.doctor import report
-    from megadiff.doctor.examination import examine
-    from megadiff.doctor.subject import Subject
+    from megadiff.doctor import examination
+    from megadiff.doctor.examination import Subject, examine
     from megadiff.run.config import RunConfig
 
     refuse_unknown(arguments, RunConfig)
@@ -48,9 +47,9 @@ def main() -> None:
             problem = str(error)
     findings = list(examine(Subject(os.environ, config, problem, arguments.ranks)))
     if arguments.json:
-        print(report.as_json(findings))
+        print(examination.as_json(findings))
     else:
-        report.show(findings, Console())
+        examination.show(findings, Console())
         if arguments.config is None:
             print("give --config to examine a run too: description, tokenizer, data, layout, memory and disk space")
-    sys.exit(2 if report.has_failed(findings) else 0)
+    sys.exit(2 if examination.has_failed(findings) else 0)

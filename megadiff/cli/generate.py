@@ -86,9 +86,7 @@ def _sample(
 ) -> None:
     import torch
 
-    from megadiff.sampling.live import LiveDenoising
-    from megadiff.sampling.trace import Trace, printable, token_text
-    from megadiff.sampling.trace_page import trace_page
+    from megadiff.sampling.trace import LiveDenoising, Trace, printable, token_text, trace_page
 
     look = token_text(trained.tokenizer)
     prompt = torch.tensor([ids] * arguments.count, dtype=torch.int64).reshape(arguments.count, len(ids))

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megadiff.supervision.launcher import end_with_launcher
+from megadiff.supervision.launch import end_with_launcher
 
 _EPILOG = """examples:
   python pretrain_dlm.py --config examples/demo.yaml --check --ranks 8

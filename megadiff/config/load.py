@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic_core import to_jsonable_python
 
-from megadiff.config import scalars
+from megadiff.config import nodes
 from megadiff.config.command_line import setting_without_equals
+from megadiff.config.messages import similar_path, validated
 from megadiff.config.nodes import COMMAND_LINE, Node, Place, merge, parse_yaml
 from megadiff.config.section import Section
-from megadiff.config.suggestions import similar_path
-from megadiff.config.validation import validated
 from megadiff.errors import ConfigError
 from megadiff.untrusted_files import UnreadableFileError, read_text, why
 
@@ -169,7 +168,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    is_plain = text.isprintable() and scalars.as_anything(text) == text and scalars.as_truth(text) is None
+    is_plain = text.isprintable() and nodes.as_anything(text) == text and nodes.as_truth(text) is None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
 
 

@@ -1,18 +1,52 @@
-"""Sentences about what pydantic refuses: place, key, what was wanted, what was found, and what was probably meant."""
+"""One sentence for each mistake in a run description: where, what was wanted, what was found, what to do.
+
+Validation is strict, so that `true` is no number and `'3'` in quotes no integer. A word is first taken for what it
+looks like, and read as another type only where pydantic has refused that: `1e6` looks like a number and `no` like
+text, but an integer field takes the first as 1,000,000, a truth value the second as false, and a text field either as
+it was typed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_args
 
-from megadiff.config import other_names, schema
+from pydantic import TypeAdapter, ValidationError
+
+from megadiff.config import nodes, other_names, schema
 from megadiff.config.command_line import similar_key
 from megadiff.config.nodes import COMMAND_LINE, Node
 from megadiff.config.section import Section
-from megadiff.config.suggestions import did_you_mean
+from megadiff.errors import ConfigError
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Return `; did you mean `x`?` for the nearest word, or an empty string if none is near."""
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def similar_path(path: str | Path, *, ending: str = "") -> str | None:
+    """Return the path in the same folder whose name is nearest to that of a path which does not exist, if any is near.
+
+    Args:
+        path: what was given, without `ending`.
+        ending: how the names that count end; it is left out of the answer.
+    """
+    folder = Path(path).parent
+    try:
+        names = sorted(found.name.removesuffix(ending) for found in folder.glob(f"*{ending}"))
+    except OSError:
+        return None
+    by_stem = {Path(name).stem: name for name in reversed(names)}  # endings alone make no two names alike
+    near = difflib.get_close_matches(Path(path).stem, by_stem, n=1, cutoff=0.6)
+    return str(folder / by_stem[near[0]]) if near else None
+
 
 _RULE = re.compile(r"(?:Input|List|Tuple|String|Dictionary) should (.*?)(?: after validation, not \d+)?")
 """Pydantic's wording of a bound; what follows `should` reads well after `must`."""
@@ -21,7 +55,7 @@ _MAX_SUGGESTIONS = 6
 """Largest number of keys of another trainer's section that a sentence translates."""
 
 
-Path = tuple[int | str, ...]
+KeyPath = tuple[int | str, ...]
 """Keys and indices from the root of the tree."""
 
 
@@ -31,7 +65,7 @@ class Mistake:
 
     detail: Any
     """Entry of `ValidationError.errors()`."""
-    path: Path
+    path: KeyPath
     """Place of the value, without pydantic's names of alternatives."""
     node: Node | None
     """Value at the path; None for a missing key."""
@@ -63,7 +97,7 @@ def located(errors: Sequence[Any], root: Node) -> list[Mistake]:
 
 def sentences(mistakes: Sequence[Mistake], root: Node, model: type[Section]) -> list[str]:
     """Return one sentence for each value that is wrong, files first, in the order of their lines."""
-    by_path: dict[Path, Mistake] = {}
+    by_path: dict[KeyPath, Mistake] = {}
     for mistake in _of_closest_alternatives(mistakes):
         if mistake.path not in by_path or by_path[mistake.path].is_about_type:
             by_path[mistake.path] = mistake
@@ -188,3 +222,104 @@ def _meant_inside(entries: dict[str, Node], full: str, model: type[Section]) -> 
     pairs = [(f"{full}.{name}", similar_key(f"{full}.{name}", model)) for name in entries]
     meant = [f"`{theirs}` is `{ours}` here" for theirs, ours in pairs if ours is not None]
     return ", ".join(meant[:_MAX_SUGGESTIONS]) + ";" * bool(meant)
+
+
+T = TypeVar("T", bound=Section)
+
+_TEXT = ("string_type", "literal_error", "model_type")
+"""Errors that the text as it was typed may answer; of a section, one that a single word can be written for."""
+
+
+class Reading(NamedTuple):
+    """Reading of a value other than the one its looks suggest."""
+
+    kind: str
+    """Pydantic's error that called for it."""
+    convert: Callable[[Any], Any]
+    """Function of the value that it looks like."""
+
+
+Readings = dict[KeyPath, Reading]
+
+
+def validated(tree: Node, model: type[T]) -> T:
+    """Return the tree as `model`.
+
+    Raises:
+        ConfigError: all mistakes found, a line each.
+    """
+    readings: Readings = {}
+    tried: list[set[tuple[KeyPath, str]]] = []
+    while True:
+        try:
+            return model.model_validate(_values(tree, readings), strict=True, context={"strict": True})
+        except ValidationError as error:
+            mistakes = located(error.errors(include_url=False), tree)
+        is_filled = any([_filled(mistake, tree, model) for mistake in mistakes])
+        tried.append({(path, reading.kind) for path, reading in readings.items()})
+        readings |= _readings(mistakes, readings, tree, model)
+        if not is_filled and {(path, reading.kind) for path, reading in readings.items()} in tried:
+            raise ConfigError("\n".join(sentences(mistakes, tree, model)))
+
+
+def _readings(mistakes: Sequence[Mistake], so_far: Readings, tree: Node, model: type[Section]) -> Readings:
+    """Return other readings of the values that have one; as text only where no value has any other."""
+    broken = {m.path for m in mistakes if not m.is_about_type}  # of the right type for one alternative of a union
+    found: Readings = {}
+    for mistake in sorted(mistakes, key=lambda mistake: mistake.kind in _TEXT):
+        if mistake.kind in _TEXT and any(reading.kind not in _TEXT for reading in found.values()):
+            break
+        is_read = mistake.path in so_far and so_far[mistake.path].kind == mistake.kind
+        if is_read or (mistake.kind == "literal_error" and mistake.path in broken):
+            continue
+        if (convert := _conversion(mistake, tree, model)) is not None:
+            found[mistake.path] = Reading(mistake.kind, convert)
+    return found
+
+
+def _filled(mistake: Mistake, tree: Node, model: type[Section]) -> bool:
+    """Put an empty mapping in the place of a missing section, whose own keys are then found missing or good."""
+    kinds = schema.kinds_at(model, mistake.path, tree)
+    if mistake.node is not None or mistake.alternative is not None or not isinstance(mistake.parent.value, dict):
+        return False
+    is_section = len(kinds) == 1 and schema.section_of(kinds[0]) is not None
+    if is_section:
+        mistake.parent.value[str(mistake.path[-1])] = Node({}, mistake.parent.place)
+    return is_section
+
+
+def _values(node: Node, readings: Readings, path: KeyPath = ()) -> Any:
+    """Return plain Python values, each read as the readings have it."""
+    if isinstance(node.value, dict):
+        return {key: _values(inner, readings, (*path, key)) for key, inner in node.value.items()}
+    if isinstance(node.value, list):
+        found: Any = [_values(inner, readings, (*path, index)) for index, inner in enumerate(node.value)]
+    else:
+        found = node.value if node.is_quoted else nodes.as_anything(node.value)
+    return readings[path].convert(found) if path in readings else found
+
+
+def _conversion(mistake: Mistake, tree: Node, model: type[Section]) -> Callable[[Any], Any] | None:
+    """Return the function that makes a refused value one of the type that is wanted, or None if there is none."""
+    kind, node = mistake.kind, mistake.node
+    value: Any = None
+    if node is None or isinstance(node.value, dict) or (node.is_null and kind != "model_type"):
+        return None
+    if kind == "tuple_type" and isinstance(node.value, list):
+        return tuple
+    if kind in ("set_type", "frozen_set_type", "is_instance_of"):  # also paths and members of enumerations
+        words = [item.value for item in node.value] if isinstance(node.value, list) else node.value
+        value = _instance(words, schema.kinds_at(model, mistake.path, tree))
+    elif isinstance(node.value, str):
+        if kind in _TEXT:
+            value = {} if node.is_null else node.value
+        elif kind in ("int_type", "bool_type") and not node.is_quoted:
+            value = nodes.as_integer(node.value) if kind == "int_type" else nodes.as_truth(node.value)
+    return None if value is None else lambda _: value
+
+
+def _instance(words: Any, kinds: Sequence[Any]) -> Any:
+    for kind in kinds:
+        with contextlib.suppress(ValidationError):
+            return TypeAdapter(kind).validate_python(words)
+    return None

@@ -1,19 +1,231 @@
-"""Reading of corpus files: bytes are counted and hashed while they are read and decompressed; damage is reported."""
+"""Corpus files and their lines: JSON lines, text, parquet, plain or compressed, one document after the other.
+
+`orjson` is several times faster and reads nearly every line; what it refuses but Python or pandas write (NaN, Infinity,
+numbers beyond a double, halves of surrogate pairs) is read by `json`. The result is the same in both cases, and also if
+`orjson` is not installed.
+
+A long JSON line is reduced to its top level: the contents of arrays and objects beside the text are dropped while
+they are read, since a corpus may carry many megabytes of them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import io
+import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import zstandard
 
-from megadiff.data.corpus_lines import CHUNK_BYTES
+from megadiff.data.documents import MAX_DOCUMENT_BYTES, TEXT_SPLITS, Corpus
 from megadiff.errors import DataError
+
+_MAX_LISTED_FILES = 20
+
+
+def add_corpus_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--input` and the options of `corpus_from`."""
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="corpus files, kept in this order")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column that holds the text")
+    parser.add_argument(
+        "--text-split",
+        choices=TEXT_SPLITS,
+        default=TEXT_SPLITS[0],
+        help="what is one document in a .txt file: the file (default), each line, or what lies between blank lines",
+    )
+    parser.add_argument(
+        "--max-bad-lines",
+        type=int,
+        default=0,
+        metavar="K",
+        help="lines or documents without usable text to skip, and list at the end, before refusing (default 0)",
+    )
+    parser.add_argument(
+        "--max-document-mb",
+        type=float,
+        default=MAX_DOCUMENT_BYTES / 2**20,
+        metavar="M",
+        help="MiB of one line or document, uncompressed; a longer one is a bad line (default 256)",
+    )
+
+
+def corpus_from(arguments: argparse.Namespace) -> Corpus:
+    """Return the corpus that the options of `add_corpus_options` describe."""
+    return Corpus(
+        arguments.input,
+        json_key=arguments.json_key,
+        text_split=arguments.text_split,
+        max_bad_lines=arguments.max_bad_lines,
+        max_document_bytes=int(arguments.max_document_mb * 2**20),
+    )
+
+
+def describe_files(corpus: Corpus) -> list[str]:
+    """Return a line for each file that was read, with its number of documents."""
+    files = list(zip(corpus.paths, corpus.report.files, strict=True))
+    lines = [f"{path}: {file.documents:,} document(s) read" for path, file in files[:_MAX_LISTED_FILES]]
+    if len(files) > _MAX_LISTED_FILES:
+        rest = sum(file.documents for _, file in files[_MAX_LISTED_FILES:])
+        lines.append(f"{len(files) - _MAX_LISTED_FILES} more files: {rest:,} documents read")
+    whole = [path for path, _ in files if _is_text(path)]
+    if whole and corpus.text_split == TEXT_SPLITS[0]:
+        lines.append(
+            "note: each .txt file was taken as one document; --text-split line or blank-line makes several of it"
+        )
+    return lines
+
+
+def describe_skipped(corpus: Corpus) -> list[str]:
+    """Return a line for each bad line that was kept as an example, and for the repaired documents."""
+    report = corpus.report
+    lines = [f"skipped {example}" for example in report.bad_examples]
+    if report.bad_lines > len(report.bad_examples):
+        lines.append(f"skipped {report.bad_lines - len(report.bad_examples):,} more bad lines")
+    if report.repaired_documents:
+        lines.append(
+            f"note: in {report.repaired_documents:,} document(s) halves of surrogate pairs, which are no characters, "
+            "were replaced by U+FFFD"
+        )
+    return lines
+
+
+def _is_text(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+
+
+try:
+    import orjson
+except ImportError:  # pragma: no cover - tests set the name to None instead
+    orjson = None
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_SHOWN_KEYS = 8
+_PLAIN = json.JSONDecoder(parse_int=lambda digits: 0, parse_float=lambda digits: 0.0)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """The reason why a line has no usable text, and a remedy."""
+
+    reason: str
+    remedy: str = "correct the line"
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a line."""
+
+    text: str
+    is_repaired: bool = False
+    """Whether halves of surrogate pairs, which are not characters, were replaced by U+FFFD."""
+
+
+def text_of(line: Line, key: str) -> Text | Bad:
+    """Return the string under `key` of a JSON object.
+
+    Args:
+        line: a line with content, without a byte-order mark.
+        key: name of the string; if an object has several, the last one counts, as in Python.
+    """
+    content = line.content
+    assert content is not None
+    found = parse_json_line(content)
+    if isinstance(found, NotJson):
+        return invalid_utf8(content, of="line", is_whole=line.num_bytes == len(content)) or Bad(
+            f"not a JSON object ({found.why})"
+        )
+    if not isinstance(found, dict):
+        hint = "; write one object a line (in pandas: orient='records', lines=True)" if isinstance(found, list) else ""
+        return Bad(f"wanted a JSON object with the key `{key}`, found {json_kind(found)}{hint}")
+    if key not in found:
+        keys = ", ".join(shown(name) for name in list(found)[:_MAX_SHOWN_KEYS]) or "none"
+        return Bad(f"no key `{key}` (keys here: {keys}; choose with --json-key)")
+    text = found[key]
+    if not isinstance(text, str):
+        return Bad(f"`{key}` must be a string, found {json_kind(text)}")
+    whole = without_lone_surrogates(text)
+    return Text(whole, is_repaired=whole != text)
+
+
+def without_lone_surrogates(text: str) -> str:
+    """Return the text with U+FFFD in place of halves of surrogate pairs, which no encoding can represent."""
+    return text if text.isascii() else _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def invalid_utf8(content: bytes, *, of: str, is_whole: bool = True, offset: int = 0) -> Bad | None:
+    """Return the first byte that is not UTF-8, as a bad line; None if there is none.
+
+    Args:
+        of: the unit in which bytes are counted, such as `line`.
+        is_whole: whether `content` is the complete unit, so that positions in it are meaningful to a reader.
+        offset: position of the first byte of `content`.
+    """
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f" at byte {offset + error.start} of the {of}" if is_whole else ""
+        value = f"0x{content[error.start]:02x}"
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        return Bad(
+            f"invalid UTF-8{place} ({value})",
+            f"convert the file (for example iconv -f {encoding} -t utf-8 OLD > NEW)",
+        )
+    return None
+
+
+def shown(key: str) -> str:
+    """Return a key in a form that fits a message, whatever a corpus contains."""
+    return key if key.isprintable() and len(key) <= 40 else f"{key[:40]!r}"
+
+
+def json_kind(value: Any) -> str:
+    """Return the name of a JSON value's kind, for messages."""
+    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return kinds.get(type(value), "an object")
+
+
+@dataclass(frozen=True)
+class NotJson:
+    """The reason why a line is not JSON."""
+
+    why: str
+
+
+def parse_json_line(content: bytes) -> Any:
+    """Return the value of a line as Python and pandas write it, `NaN` and `Infinity` included, or a `NotJson`."""
+    if orjson is not None:
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError:
+            pass
+    try:
+        return _PLAIN.decode(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return NotJson(f"invalid UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return NotJson(f"{error.msg} at character {error.pos}")
+    except RecursionError:
+        return _flattened(content)
+
+
+def _flattened(content: bytes) -> Any:
+    """Read a line that nests too deeply, without its nested values; text is never below the top level."""
+    reduced = TopLevel()(content)
+    if reduced == content:
+        return NotJson("nested too deeply")
+    try:
+        return _PLAIN.decode(reduced.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return NotJson("nested too deeply")
+
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Suffixes of files with one JSON object per line."""
@@ -129,3 +341,195 @@ def _reporting_damage(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
         raise DataError(f"{path}: not a whole {kind} file ({error}); fetch or make it again") from error
     except OSError as error:
         raise DataError(f"{path}: reading failed ({error.strerror or error}); check the disk") from error
+
+
+LONG_LINE_BYTES = 2**20
+"""JSON lines above this size are reduced to their top level while they are read."""
+
+CHUNK_BYTES = 2**20
+"""Size of the pieces in which bytes are passed on."""
+
+_BLOCK_BYTES = 2**17  # bytes of a long line that are processed together, with four bytes of arrays for each
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_STRUCTURE = np.zeros(256, dtype=np.int8)
+_STRUCTURE[list(b"[{")] = 1
+_STRUCTURE[list(b"]}")] = -1
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line without its newline."""
+
+    content: bytes | None
+    """The bytes that were kept; None for a line above the limit, which is never held whole."""
+
+    num_bytes: int
+    """Size of the line in the file; larger than its content if nested values were dropped."""
+
+
+class _Reducer(Protocol):
+    def __call__(self, piece: bytes) -> bytes: ...
+
+
+def even_chunks(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the same bytes in pieces of `CHUNK_BYTES`, so that neither many tiny pieces nor a huge one is costly.
+
+    Args:
+        chunks: pieces of any size.
+    """
+    held: list[bytes] = []
+    held_bytes = 0
+    for chunk in chunks:
+        held.append(chunk)
+        held_bytes += len(chunk)
+        if held_bytes < CHUNK_BYTES:
+            continue
+        joined = chunk if len(held) == 1 else b"".join(held)
+        whole = held_bytes - held_bytes % CHUNK_BYTES
+        for start in range(0, whole, CHUNK_BYTES):
+            yield joined[start : start + CHUNK_BYTES]
+        held, held_bytes = [joined[whole:]], held_bytes - whole
+    if held_bytes:
+        yield b"".join(held)
+
+
+def split_lines(
+    chunks: Iterable[bytes], limit: int, *, reducer: Callable[[], _Reducer] | None = None
+) -> Iterator[Line]:
+    """Yield the lines of a byte stream.
+
+    Args:
+        chunks: pieces of the file in order.
+        limit: largest size of a line that is held, in bytes as stored in the file.
+        reducer: factory of a function that drops part of a line above `LONG_LINE_BYTES`; the function is called with
+            the pieces of one line in order.
+    """
+    held = _HeldLine(limit, reducer)
+    for chunk in chunks:
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            if held.num_bytes or len(end) > min(limit, LONG_LINE_BYTES):
+                held.add(end)
+                yield held.take()
+            else:
+                yield Line(end, len(end))
+        if rest:
+            held.add(rest)
+    if held.num_bytes:
+        yield held.take()
+
+
+def split_json_lines(chunks: Iterable[bytes], limit: int) -> Iterator[Line]:
+    """Yield the lines of a `.jsonl` stream, long ones reduced to the top level of their object.
+
+    A reduced line is valid JSON: every array or object inside the outermost one is empty. The reduction counts
+    brackets and tracks strings; dropped content is not parsed otherwise.
+    """
+    return split_lines(chunks, limit, reducer=TopLevel)
+
+
+def line_blocks(chunks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
+    """Yield the same bytes in blocks that end at line ends; None, and nothing more, beyond `limit` bytes in total."""
+    held: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            held.clear()
+            continue  # read to the end nevertheless, to detect damage and to complete the hash
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            held.append(chunk[:end])
+            yield _joined(held)
+        held.append(chunk[end:])
+    if size > limit:
+        yield None
+    elif size:
+        yield _joined(held)
+
+
+def _joined(held: list[bytes]) -> bytes:
+    """Return the pieces as one, and clear the list."""
+    joined = b"".join(held)
+    held.clear()
+    return joined
+
+
+def kept_ends(block: bytes) -> list[bytes]:
+    """Return lines with their newlines; `bytes.splitlines` would also split at single carriage returns."""
+    *lines, last = block.split(b"\n")
+    return [*(line + b"\n" for line in lines), *([last] if last else [])]
+
+
+class _HeldLine:
+    """A line whose end has not been read yet."""
+
+    def __init__(self, limit: int, reducer: Callable[[], _Reducer] | None) -> None:
+        self._limit, self._make_reducer = limit, reducer
+        self._clear()
+
+    def _clear(self) -> None:
+        self.num_bytes = 0
+        self._parts: list[bytes] = []
+        self._reduce: _Reducer | None = None
+
+    def add(self, piece: bytes) -> None:
+        """Hold another piece; of a line above the limit nothing is held."""
+        self.num_bytes += len(piece)
+        if self.num_bytes > self._limit:
+            self._parts.clear()
+            return
+        if self._reduce is None and self._make_reducer is not None and self.num_bytes > LONG_LINE_BYTES:
+            self._reduce = self._make_reducer()
+            self._parts = [self._reduce(part) for part in self._parts]
+        self._parts.append(piece if self._reduce is None else self._reduce(piece))
+
+    def take(self) -> Line:
+        """Return the line, and start the next."""
+        parts, size = self._parts, self.num_bytes
+        self._clear()
+        if size > self._limit:
+            return Line(None, size)
+        return Line(parts[0] if len(parts) == 1 else b"".join(parts), size)
+
+
+class TopLevel:
+    """Reducer that drops the contents of arrays and objects inside the outermost one, piece by piece."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = False
+        self._is_escaped = False
+
+    def __call__(self, piece: bytes) -> bytes:
+        """Return the part of the next piece of the line that is kept."""
+        kept = [self._block(piece[start : start + _BLOCK_BYTES]) for start in range(0, len(piece), _BLOCK_BYTES)]
+        return kept[0] if len(kept) == 1 else b"".join(kept)
+
+    def _block(self, block: bytes) -> bytes:
+        if self._in_string and b'"' not in block and b"\\" not in block:
+            self._is_escaped = False
+            return block if self._depth <= 1 else b""
+        found = np.frombuffer(block, dtype=np.uint8)
+        is_quote = found == _QUOTE
+        if self._is_escaped or b"\\" in block:
+            is_quote &= ~self._escaped(found)
+        in_string = (np.cumsum(is_quote, dtype=np.int32) + self._in_string) & 1
+        steps = np.where(in_string, 0, _STRUCTURE[found])
+        depth = self._depth + np.cumsum(steps, dtype=np.int32)
+        self._in_string, self._depth = bool(in_string[-1]), int(depth[-1])
+        is_kept = np.minimum(depth, depth - steps) <= 1
+        return block if is_kept.all() else found[is_kept].tobytes()
+
+    def _escaped(self, found: np.ndarray) -> np.ndarray:
+        """Mark the bytes after an odd run of backslashes: [n] bool; remember whether the next block starts with one."""
+        places = np.arange(found.size, dtype=np.int32)
+        last_other = np.maximum.accumulate(np.where(found != _BACKSLASH, places, np.int32(-1)))
+        run = places - last_other  # number of backslashes that end at each place
+        begins_escaped = self._is_escaped & (last_other < 0)
+        run += begins_escaped  # the run continues from the previous block
+        is_odd = run % 2 == 1
+        escaped = np.empty(found.size, dtype=bool)
+        escaped[0], escaped[1:] = self._is_escaped, is_odd[:-1]
+        self._is_escaped = bool(is_odd[-1])
+        return escaped

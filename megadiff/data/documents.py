@@ -17,17 +17,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megadiff.data.corpus_files import HashedFile, check_input, kind_of, unpacked
-from megadiff.data.corpus_lines import (
+from megadiff.data.corpus_files import (
     CHUNK_BYTES,
+    Bad,
+    HashedFile,
     Line,
+    check_input,
     even_chunks,
+    invalid_utf8,
+    json_kind,
     kept_ends,
+    kind_of,
     line_blocks,
     split_json_lines,
     split_lines,
+    text_of,
+    unpacked,
 )
-from megadiff.data.json_text import Bad, invalid_utf8, json_kind, text_of
 from megadiff.errors import DataError
 
 MAX_DOCUMENT_BYTES = 2**28

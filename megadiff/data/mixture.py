@@ -1,4 +1,13 @@
-"""Reading positions of a run's sources, saved in every checkpoint, so that the mixture can change within a run.
+"""A mixture of sources: shares and order of their sequences, epochs, and the position that each has reached.
+
+A balanced Feistel network (`Permutation`) permutes the smallest 4**h >= n; results outside 0 .. n - 1 are permuted again until one
+falls inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002), at most 4 steps on
+average. It uses only Python integers, so the order is the same on every machine and version.
+
+`Blend` repeats one pattern of 10,000 places. In it each source has its exact share (largest remainder), and its
+places are spread out: the j-th falls at random within the j-th of its equal strata. `SizeBlend` shares in exact
+proportion to whole sizes, however unequal, and stores nothing. In both, any stretch of a run holds the sources in
+proportion, and sample i is found without computing the samples before it.
 
 A mixture is valid from one sample of the run on. Within it the sequence of a sample is a pure function of the sample's
 index, the seed, and each source's name and start, for any layout and any number of resumptions. When a run resumes
@@ -8,14 +17,227 @@ identified by their content, not by their path or position, so moved, reordered,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import count
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from itertools import count as count_up
+from typing import NamedTuple, Protocol
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from megadiff.data.blend import SizeBlend
-from megadiff.data.permutation import stream_key
+from megadiff.errors import DataError
+
+_ROUNDS = 8
+_WORD = 2**64 - 1
+
+
+def stream_key(*parts: str | int) -> int:
+    """Hash names and numbers into a 64-bit key; different parts give different keys."""
+    text = "|".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little")
+
+
+def mixed(value: int) -> int:
+    """Mix a 64-bit word so that close values part: the finaliser of splitmix64 (Steele et al. 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _WORD
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WORD
+    return value ^ (value >> 31)
+
+
+class Permutation:
+    """A permutation of 0 .. size - 1 determined by a key; `permutation[i]` is the image of i."""
+
+    def __init__(self, size: int, key: int) -> None:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        self.size = size
+        self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._half_mask = (1 << self._half_bits) - 1
+        self._round_keys = [mixed(key ^ mixed(number)) for number in range(_ROUNDS)]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} is outside 0 to {self.size - 1}")
+        place = self._scrambled(index)
+        while place >= self.size:
+            place = self._scrambled(place)
+        return place
+
+    def _scrambled(self, value: int) -> int:
+        left, right = value >> self._half_bits, value & self._half_mask
+        for key in self._round_keys:
+            left, right = right, left ^ (mixed(right ^ key) & self._half_mask)
+        return (left << self._half_bits) | right
+
+
+PATTERN_LENGTH = 10_000
+"""Number of samples in a period; weights are met to within one part in this number."""
+
+
+class Place(NamedTuple):
+    """The origin of a sample."""
+
+    source: int
+    index: int
+    """Number of samples that the same source has given before: 0, 1, 2, ..."""
+
+
+class SourceOrder(Protocol):
+    """The common interface of both blends: a map from sample index i >= 0 to a source and an index within it."""
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the samples of each source; the shares sum to 1."""
+        ...
+
+    def place(self, sample: int) -> Place:
+        """Return the source, and the index within it, of sample `sample` >= 0."""
+        ...
+
+    def drawn(self, samples: int) -> list[int]:
+        """Return the number of samples that each source gives among the first `samples`."""
+        ...
+
+
+class Blend:
+    """A blend by weights, as a repeated pattern.
+
+    Args:
+        weights: one per source, positive, in any unit.
+        seed: seed of the run; moves the places of a pattern, not its shares.
+        keys: configuration key of each source, for messages; by default `data.train[0]`, `data.train[1]`, ...
+
+    Raises:
+        DataError: a weight is so small that its source would never be drawn.
+    """
+
+    def __init__(self, weights: Sequence[float], *, seed: int, keys: Sequence[str] = ()) -> None:
+        keys = keys or [f"data.train[{source}]" for source in range(len(weights))]
+        self.counts = _shares(weights, PATTERN_LENGTH if len(weights) > 1 else 1, keys)
+        self._pattern = _spread(self.counts, seed)
+        self._rank = np.empty_like(self._pattern)  # rank of each place among those of its source
+        for source in range(len(weights)):
+            mine = self._pattern == source
+            self._rank[mine] = np.arange(mine.sum())
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the samples of each source."""
+        return [count / len(self._pattern) for count in self.counts]
+
+    def place(self, sample: int) -> Place:
+        """Return the source, and the index within it, of sample `sample` >= 0."""
+        period, within = _period_of(sample, len(self._pattern))
+        source = int(self._pattern[within])
+        return Place(source, period * self.counts[source] + int(self._rank[within]))
+
+    def drawn(self, samples: int) -> list[int]:
+        """Return the number of samples that each source gives among the first `samples`."""
+        period, within = _period_of(samples, len(self._pattern))
+        begun = np.bincount(self._pattern[:within], minlength=len(self.counts)).tolist()
+        return [period * count + more for count, more in zip(self.counts, begun, strict=True)]
+
+
+class SizeBlend:
+    """A blend in exact proportion to sizes: after sum(sizes) samples, source k has given exactly sizes[k].
+
+    The sources are the leaves of a balanced binary tree. Of the samples that reach a node with `left` of `total` on
+    its left side, that side takes one in each of `left` strata of (nearly) equal length, at a place chosen by a hash of
+    the stratum's number. The side that takes a sample, and the number it took before, thus follow from the sample's
+    number alone, in integer arithmetic without rounding.
+
+    Args:
+        sizes: one per source, at least 1; K in all.
+        seed: seed of the run; moves the places, not the shares.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, seed: int) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"sizes must be at least 1, got {list(sizes)}")
+        self._ends = [0, *accumulate(sizes)]
+        self._keys: dict[tuple[int, int], int] = {}
+        self._seed = seed
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the samples of each source."""
+        return [(end - start) / self._ends[-1] for start, end in pairwise(self._ends)]
+
+    def place(self, sample: int) -> Place:
+        """Return the source, and the index within it, of sample `sample` >= 0; takes log2(K) steps."""
+        low, high, index = 0, len(self._ends) - 1, _not_negative(sample)
+        while high - low > 1:
+            middle = (low + high) // 2
+            before, is_left = self._split(index, low, middle, high)
+            low, high = (low, middle) if is_left else (middle, high)
+            index = before if is_left else index - before
+        return Place(low, index)
+
+    def drawn(self, samples: int) -> list[int]:
+        """Return the number of samples that each source gives among the first `samples`."""
+        return self._drawn(_not_negative(samples), 0, len(self._ends) - 1)
+
+    def _drawn(self, samples: int, low: int, high: int) -> list[int]:
+        if high - low == 1:
+            return [samples]
+        middle = (low + high) // 2
+        left, _ = self._split(samples, low, middle, high)
+        return self._drawn(left, low, middle) + self._drawn(samples - left, middle, high)
+
+    def _split(self, index: int, low: int, middle: int, high: int) -> tuple[int, bool]:
+        """Return how many samples before `index` sources low .. middle - 1 take, and whether they take `index`.
+
+        Stratum j of the left side holds the samples i with j = floor(i * left / total).
+        """
+        left, total = self._ends[middle] - self._ends[low], self._ends[high] - self._ends[low]
+        stratum = index * left // total
+        start, end = -(-stratum * total // left), -(-(stratum + 1) * total // left)
+        if (low, high) not in self._keys:
+            self._keys[low, high] = stream_key(self._seed, "blend by size", low, high)
+        taken = start + mixed(self._keys[low, high] + stratum) % (end - start)
+        return stratum + (index > taken), index == taken
+
+
+def _period_of(sample: int, length: int) -> tuple[int, int]:
+    return divmod(_not_negative(sample), length)
+
+
+def _not_negative(sample: int) -> int:
+    if sample < 0:
+        raise IndexError(f"a sample index is 0 or more, got {sample}")
+    return sample
+
+
+def _shares(weights: Sequence[float], total: int, keys: Sequence[str]) -> list[int]:
+    """Return integer shares of `total` by largest remainder; ties go to the first."""
+    weight_sum = float(sum(weights))
+    exact = [weight / weight_sum * total for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda source: (counts[source] - exact[source], source))
+    for source in by_remainder[: total - sum(counts)]:
+        counts[source] += 1
+    if 0 in counts:
+        source = counts.index(0)
+        least = f"at least {weight_sum / total:.3g} of {weight_sum:.3g} in all"
+        raise DataError(
+            f"{keys[source]}.weight: wanted {least}, found {weights[source]:.6g}; raise it, drop the source, or leave "
+            "out every weight to share by size"
+        )
+    return counts
+
+
+def _spread(counts: Sequence[int], seed: int) -> np.ndarray:
+    """Return [sum(counts)] source numbers, the j-th of each source at time (j + a random part of 1) / count."""
+    times: list[tuple[float, int]] = []
+    for source, count in enumerate(counts):
+        key = stream_key(seed, "blend", source)
+        times.extend(((j + mixed(key + j) / 2**64) / count, source) for j in range(count))
+    return np.array([source for _, source in sorted(times)], dtype=np.int64)
 
 
 class Source(NamedTuple):
@@ -209,4 +431,4 @@ def _parts_reached(position: Position) -> tuple[Part, ...]:
 
 
 def _unused_names(used: Collection[str]) -> Iterator[str]:
-    return (name for number in count() if (name := f"train.{number}") not in used)
+    return (name for number in count_up() if (name := f"train.{number}") not in used)

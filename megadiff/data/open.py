@@ -10,7 +10,7 @@ from functools import partial
 from megadiff.data.config import DataConfig, SourceConfig
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture, Position, Source, first_mixture
-from megadiff.data.overlap import opening_fingerprint
+from megadiff.data.review import opening_fingerprint
 from megadiff.data.sequences import (
     GrownSequences,
     PackedSequences,

@@ -1,4 +1,4 @@
-"""Corpus to indexed tokens: one process reads documents, several tokenize them, and they are written in order.
+"""Documents of a corpus to indexed binaries, in parallel processes, with progress.
 
 The output does not depend on the number of workers. If a run ends early, for any reason, no `.idx` is left, and the
 next run starts from the beginning. A long document is tokenized in pieces, so memory stays a small multiple of its
@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from array import array
@@ -20,18 +21,55 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from megadiff.data.documents import Corpus, CorpusReport, Document, utf8_length
-from megadiff.data.indexed_format import token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, tokenizer_facts
+from megadiff.data.indexed_reader import token_dtype
 from megadiff.data.indexed_writer import IndexedWriter
-from megadiff.data.progress import ProgressReport
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizer_files import load_tokenizer, wrong_ids
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.data.wrong_ids import wrong_ids
 from megadiff.errors import DataError
+
+_LINE_EVERY_S = 10.0
+
+
+class ProgressReport:
+    """A progress report as a context manager; `update` may be called at any rate."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what = what
+        self._total = max(1, total)
+        self._next_line_s = time.monotonic() + _LINE_EVERY_S
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+        self._task = self._bar.add_task(what, total=self._total, note="")
+        self._is_terminal = sys.stderr.isatty()
+
+    def update(self, done: int, note: str) -> None:
+        """Report the completed part of the total, and a note such as a speed."""
+        if self._is_terminal:
+            self._bar.update(self._task, completed=done, note=note)
+        elif time.monotonic() >= self._next_line_s:
+            self._next_line_s = time.monotonic() + _LINE_EVERY_S
+            sys.stderr.write(f"{self._what}: {100 * min(1, done / self._total):.0f}% {note}\n")
+            sys.stderr.flush()
+
+    def __enter__(self) -> ProgressReport:
+        if self._is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_terminal:
+            self._bar.stop()
+
 
 _BATCH_CHARACTERS = 2**19
 _BATCH_DOCUMENTS = 2**12

@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadiff.data.blend import Blend, Place, SizeBlend, SourceOrder
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.mixture import Position, Unfinished
-from megadiff.data.permutation import Permutation, stream_key
+from megadiff.data.mixture import Blend, Permutation, Place, Position, SizeBlend, SourceOrder, Unfinished, stream_key
 from megadiff.errors import DataError
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megadiff.diffusion import exact, snr
+from megadiff.diffusion import exact, schedules
 from megadiff.diffusion.config import PROCESSES, NoiseConfig, ScheduledNoise
 from megadiff.diffusion.processes import NoiseLaw
 from megadiff.diffusion.schedules import LINEAR, SCHEDULES, NoiseSchedule
@@ -159,7 +159,7 @@ class NoiseProcess:
 
     def marginal(self, probs: Tensor, log_snr: Tensor) -> Tensor:
         """Return q_lambda = alpha probs + beta pi, [..., V], for clean-token probabilities [..., V], log_snr [...]."""
-        keep, noise = snr.alpha(log_snr).unsqueeze(-1), snr.beta(log_snr).unsqueeze(-1)
+        keep, noise = schedules.alpha(log_snr).unsqueeze(-1), schedules.beta(log_snr).unsqueeze(-1)
         return keep * probs + noise * self.pi(log_snr)
 
     def _of_law(self, function: Callable[[Any, Any], Any], log_snr: Tensor) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megadiff.diffusion import snr
+from megadiff.diffusion import schedules
 from megadiff.diffusion.config import WEIGHTINGS, ObjectiveConfig, objective_config
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.weightings import TokenTerms
@@ -158,7 +158,7 @@ def terms_from_sums(
 
     Where log rho passes LOG_RHO_LIMIT: KL = -alpha log p_x, and only masks weigh.
     """
-    alpha, log_rho = snr.alpha(log_snr), process.log_rho(log_snr)
+    alpha, log_rho = schedules.alpha(log_snr), process.log_rho(log_snr)
     is_mask, is_kept = noised == process.mask_id, noised == clean
     zero = torch.zeros_like(alpha)
     weight = process.weight(log_snr, clean, noised)

@@ -1,4 +1,7 @@
-"""Noise schedules: how log signal-to-noise ratios lambda are drawn, and with what density.
+"""Distributions of noise levels, in log-SNR.
+
+alpha = sigmoid(lambda) is the probability that a token is kept and beta = sigmoid(-lambda) that it is noised (never
+computed as 1 - alpha, which loses beta's digits when alpha is near 1).
 
 `noise.schedule` names one for the processes that leave the choice open. At lambda, alpha = sigmoid(lambda) of the
 tokens are kept and beta = sigmoid(-lambda) are noised.
@@ -14,12 +17,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from megadiff.diffusion import exact
 from megadiff.errors import ConfigError
 
-if TYPE_CHECKING:  # a configuration names a process, and must not wait for torch
+if TYPE_CHECKING:
     from torch import Tensor
+
+
+def alpha(log_snr: Tensor) -> Tensor:
+    """Return the probability that a token is kept: sigmoid(lambda)."""
+    return torch.sigmoid(log_snr)
+
+
+def beta(log_snr: Tensor) -> Tensor:
+    """Return the probability that a token is noised: sigmoid(-lambda)."""
+    return torch.sigmoid(-log_snr)
 
 
 @dataclass(frozen=True)

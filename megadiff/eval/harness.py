@@ -22,11 +22,8 @@ from tqdm import tqdm
 from megadiff.errors import ConfigError
 from megadiff.eval.continuation import GenerationConfig, GenerationRequest, continuations
 from megadiff.eval.estimators import EvaluatedModel, greedy
-from megadiff.eval.fitting import is_cut, split_to_fit
 from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, summed
-from megadiff.eval.rolling import rolling_items
-from megadiff.eval.texts import item_of
-from megadiff.eval.texts_likelihood import SpecialTokens
+from megadiff.eval.texts_likelihood import SpecialTokens, is_cut, item_of, rolling_items, split_to_fit
 
 log = logging.getLogger("megadiff")
 

@@ -1,7 +1,8 @@
-"""Likelihoods of files of texts under any opened model, which `tools/evaluate.py likelihood` prints."""
+"""Likelihoods of files of texts under any opened model, whole documents window by window."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -9,13 +10,201 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadiff.data.progress import ProgressReport
+from megadiff.data.corpus_files import NotJson, parse_json_line, without_lone_surrogates
+from megadiff.data.preprocess import ProgressReport
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import ConfigError, DataError
 from megadiff.eval.estimators import Estimator, EvaluatedModel
 from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, sequences_read, summed
-from megadiff.eval.rolling import pooled, rolled, rolling_items
-from megadiff.eval.texts import item_of, read_lines
+
+
+def split_to_fit(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
+    """Return the item in pieces that fit into a sequence, each a factor of its likelihood; one piece if possible.
+
+    A prompt that is too long loses its first tokens. A completion that fills a sequence by itself is scored window
+    after
+    window: the first after the last half sequence of the prompt, each later one after the half sequence before it.
+
+    Args:
+        item: prompt and completion, without the tokens before every prompt.
+        length: tokens of a sequence, at least 2 more than `start`.
+        start: tokens before every prompt (bos); they are never cut off.
+    """
+    start, room = tuple(start), length - len(start)
+    if len(item.completion) >= room:
+        half = max(1, length // 2)
+        before = (*start, *_last(item.prompt, half - len(start)))
+        return rolling_items(item.completion, length=length, context=half, start=before)
+    return [Item((*start, *_last(item.prompt, room - len(item.completion))), item.completion)]
+
+
+def is_cut(item: Item, *, length: int, start: Sequence[int] = ()) -> bool:
+    """Return whether `split_to_fit` drops tokens or cuts the item into pieces."""
+    return len(start) + len(item.ids) > length
+
+
+def _last(ids: tuple[int, ...], count: int) -> tuple[int, ...]:
+    return ids[len(ids) - count :] if 0 < count < len(ids) else ids if count > 0 else ()
+
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_lines(path: Path, keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the strings under `keys` of every line of a .jsonl file; empty lines are skipped.
+
+    Raises:
+        DataError: there is no such file, it is empty, or a line is not an object with strings under these keys.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: wanted a .jsonl file, found {'a folder' if path.is_dir() else 'nothing'}")
+    found = []
+    for number, line in enumerate(path.read_bytes().removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1):
+        if line.strip():
+            found.append(_strings(_parsed(line, f"{path}:{number}"), keys, f"{path}:{number}"))
+    if not found:
+        raise DataError(f"{path}: wanted one JSON object a line, found an empty file")
+    return found
+
+
+def item_of(
+    prompt: str, completion: str, tokenizer: Tokenizer, *, start: Sequence[int] = (), end: Sequence[int] = ()
+) -> Item:
+    """Return the tokens of a completion after its prompt.
+
+    Both are encoded as one text and split after the prompt's own tokens, so that the completion is tokenized as in
+    running text; if there is no token boundary there, they are encoded separately.
+
+    Args:
+        prompt: text before the completion.
+        completion: text to score.
+        tokenizer: the model's tokenizer.
+        start: tokens before the prompt (bos), given and not scored.
+        end: tokens after the completion (eos), scored.
+    """
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + completion)
+    after = whole[len(before) :]
+    if whole[: len(before)] != before or not after:
+        after = tokenizer.encode(completion)
+    return Item((*start, *before), (*after, *end))
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    value = parse_json_line(line)
+    if isinstance(value, NotJson):
+        raise DataError(f"{where}: wanted a JSON object, found text that is none ({value.why})")
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: wanted a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _strings(value: dict[str, Any], keys: Sequence[str], where: str) -> tuple[str, ...]:
+    for key in keys:
+        if not isinstance(value.get(key), str):
+            found = "nothing" if key not in value else f"a {type(value[key]).__name__}"
+            raise DataError(f"{where}: wanted a string under {key!r}, found {found}; the keys here are {sorted(value)}")
+    return tuple(without_lone_surrogates(value[key]) for key in keys)
+
+
+@dataclass(frozen=True)
+class RollingResult:
+    """Result for one document or several together."""
+
+    nll: float
+    """Negative log-likelihood in nats, over all tokens; a bound for a diffusion model."""
+    stderr: float
+    tokens: int
+    words: int
+    """Number of runs of characters between white space."""
+    bytes: int
+    """Number of UTF-8 bytes of the text; end tokens add none."""
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(nll / words)."""
+        return _exp(self.nll / self.words) if self.words else math.nan
+
+    @property
+    def byte_perplexity(self) -> float:
+        """exp(nll / bytes)."""
+        return _exp(self.nll / self.bytes) if self.bytes else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """nll / (bytes log 2)."""
+        return self.nll / self.bytes / math.log(2) if self.bytes else math.nan
+
+    def as_json(self) -> dict[str, float | int]:
+        """Return every figure with its standard error; those of the perplexities are to first order."""
+        word_error, byte_error = (self.stderr / count if count else math.nan for count in (self.words, self.bytes))
+        return {
+            "nll": self.nll,
+            "nll_stderr": self.stderr,
+            "tokens": self.tokens,
+            "words": self.words,
+            "bytes": self.bytes,
+            "word_perplexity": self.word_perplexity,
+            "word_perplexity_stderr": self.word_perplexity * word_error,
+            "byte_perplexity": self.byte_perplexity,
+            "byte_perplexity_stderr": self.byte_perplexity * byte_error,
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_stderr": byte_error / math.log(2),
+        }
+
+
+def rolling_items(ids: Sequence[int], *, length: int, context: int, start: Sequence[int] = ()) -> list[Item]:
+    """Cut a document into items so that every token is a completion token exactly once.
+
+    Args:
+        ids: the document's tokens, with its end token if that is to be scored.
+        length: tokens of a sequence, prompt and completion together.
+        context: maximal number of preceding tokens given as a window's clean prompt; 0 evaluates windows independently.
+        start: tokens before the first one (bos), given and not scored.
+
+    Raises:
+        ValueError: the context leaves no room for a completion.
+    """
+    if not 0 <= max(context, len(start)) < length:
+        raise ValueError(f"the context ({context} tokens) must be shorter than a sequence ({length})")
+    items, place = [], 0
+    while place < len(ids):
+        prompt = tuple(start) if place == 0 else tuple(ids[max(0, place - context) : place])
+        stop = min(len(ids), place + length - len(prompt))
+        items.append(Item(prompt, tuple(ids[place:stop])))
+        place = stop
+    return items
+
+
+def rolled(measured: Likelihood, text: str) -> RollingResult:
+    """Return a document's figures from the likelihood of all its windows together (`likelihood.summed`)."""
+    return RollingResult(
+        nll=measured.nll,
+        stderr=measured.stderr,
+        tokens=measured.tokens,
+        words=len(text.split()),
+        bytes=len(text.encode("utf-8")),
+    )
+
+
+def pooled(measured: Likelihood, documents: Sequence[RollingResult]) -> RollingResult:
+    """Return several documents as one: sums of everything, so that documents count by their length.
+
+    Args:
+        measured: the likelihood of all windows of all documents together (`likelihood.summed`): documents that have
+            windows in common share those windows' errors, which the documents' own results do not show.
+        documents: the documents one by one, for their words and bytes.
+    """
+    return RollingResult(
+        nll=measured.nll,
+        stderr=measured.stderr,
+        tokens=measured.tokens,
+        words=sum(one.words for one in documents),
+        bytes=sum(one.bytes for one in documents),
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 @dataclass(frozen=True)

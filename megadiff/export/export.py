@@ -19,13 +19,10 @@ from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
 from megadiff.export import huggingface
-from megadiff.export.checksums import write_checksums
-from megadiff.export.folder_files import CONFIG, TRAINING
+from megadiff.export.folder_files import CONFIG, TRAINING, write_checksums
 from megadiff.export.model_card import model_card
 from megadiff.export.released_config import config_of
-from megadiff.export.stored_tensors import StoredTensors
-from megadiff.export.weight_files import Planned, write_weights
-from megadiff.export.weights import TrainingTensor, training_tensors
+from megadiff.export.weight_files import Planned, StoredTensors, TrainingTensor, training_tensors, write_weights
 from megadiff.files import sync
 from megadiff.model.config import ModelConfig
 from megadiff.run.load_model import method_of

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 import megadiff
+from megadiff.checkpoint.folder import what_it_is
 from megadiff.checkpoint.manifest import FORMAT, Manifest
-from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import (
@@ -31,9 +31,8 @@ from megadiff.diffusion.config import (
     noise_config,
 )
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, shown
-from megadiff.export.checksums import Checksums
 from megadiff.export.export import staged
-from megadiff.export.folder_files import CONFIG, TRAINING, check_files, plain_file
+from megadiff.export.folder_files import CONFIG, TRAINING, Checksums, check_files, plain_file
 from megadiff.export.next_token_source import NextTokenSource, next_token_dtype
 from megadiff.export.released_config import (
     ReleasedConfig,
@@ -46,8 +45,7 @@ from megadiff.export.released_config import (
     read_released,
 )
 from megadiff.export.training_checkpoint import write_training_checkpoint
-from megadiff.export.weight_files import WeightFiles
-from megadiff.export.weights import TrainingTensor, released_shapes, training_tensors
+from megadiff.export.weight_files import TrainingTensor, WeightFiles, released_shapes, training_tensors
 from megadiff.methods import METHODS, MethodConfig
 from megadiff.model.config import ModelConfig
 from megadiff.untrusted_files import UnreadableFileError, read_json_object, why

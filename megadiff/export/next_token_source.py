@@ -20,8 +20,7 @@ from torch import Tensor
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import CheckpointError, shown
 from megadiff.export.released_config import first_complaint
-from megadiff.export.weight_files import WeightFiles
-from megadiff.export.weights import TrainingTensor, training_tensors
+from megadiff.export.weight_files import TrainingTensor, WeightFiles, training_tensors
 from megadiff.model.config import ModelConfig
 
 _NAMES = {"attn_layernorm": "input_layernorm", "mlp_layernorm": "post_attention_layernorm"}

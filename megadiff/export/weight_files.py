@@ -1,4 +1,10 @@
-"""Sharded safetensors files, written and read one tensor at a time.
+"""Tensors of a model and their files: names and shapes, safetensors read and written one tensor at a time.
+
+A training checkpoint stacks the blocks: `decoder.layers.*` tensors begin with a dimension of L. Queries, keys and
+values are one matrix of [heads, 3, head width] rows. Embedding and head have padding rows at their end. The released
+layout (`dvruette/gidd-*`) has one tensor per block and matrix, and no padding rows.
+
+Only torch's own reader accesses the shards, and it loads tensors alone (`weights_only`).
 
 A safetensors file is eight bytes of header length, a JSON header with each tensor's dtype, shape and offsets, and the
 tensors' bytes; so a file is written in one pass once the shapes are known (https://github.com/huggingface/safetensors).
@@ -10,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +25,181 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megadiff.checkpoint.durable import HashingFile, hashed_file
+from megadiff.checkpoint.folder import HashingFile, hashed_file, what_it_is
+from megadiff.checkpoint.load import read_index, unpickle_plain_objects_only
 from megadiff.checkpoint.manifest import FileEntry
-from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.errors import CheckpointError, shown
 from megadiff.export.folder_files import INDEX, WEIGHTS, WHOLE, plain_file
+from megadiff.model.config import ModelConfig
 from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
+
+MODULES_WITH_EXTRA_STATE = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+"""Linear layers for which megatron-core stores an (empty) object of Transformer Engine in every checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrainingTensor:
+    """One tensor of a training checkpoint, or one block's part of a stacked one."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Shape without the dimension of the blocks, padding rows included."""
+    released: tuple[str, ...]
+    """Names of the corresponding released tensors: q, k and v, or one."""
+    layer: int | None = None
+    """Index in the stacked tensor."""
+    heads: int = 0
+    """Number of heads whose rows are interleaved, for three released tensors."""
+    rows: int | None = None
+    """Number of rows without padding, for a table over the vocabulary."""
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Offset of its first element in the stored tensor."""
+        inner = (0,) * len(self.shape)
+        return inner if self.layer is None else (self.layer, *inner)
+
+    @property
+    def released_shape(self) -> tuple[int, ...]:
+        """Shape of each released tensor."""
+        rows = self.shape[0] // len(self.released) if self.rows is None else self.rows
+        return (rows, *self.shape[1:])
+
+
+def training_tensors(model: ModelConfig, *, vocab_size: int) -> Iterator[TrainingTensor]:
+    """Yield all tensors of a model, in the order of the released layout.
+
+    Args:
+        model: the model's configuration.
+        vocab_size: number of real ids, mask included.
+    """
+    table = (model.padded_vocab_size(vocab_size), model.hidden)
+    yield TrainingTensor("embedding.word_embeddings.weight", table, ("model.embed_tokens.weight",), rows=vocab_size)
+    for layer in range(model.layers):
+        yield from _block(model, layer)
+    yield TrainingTensor("decoder.final_layernorm.weight", (model.hidden,), ("model.norm.weight",))
+    yield TrainingTensor("output_layer.weight", table, ("lm_head.weight",), rows=vocab_size)
+
+
+def released_shapes(model: ModelConfig, *, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor of the released layout."""
+    return {
+        name: tensor.released_shape
+        for tensor in training_tensors(model, vocab_size=vocab_size)
+        for name in tensor.released
+    }
+
+
+def _block(model: ModelConfig, layer: int) -> Iterator[TrainingTensor]:
+    hidden, ffn = model.hidden, model.ffn_hidden
+    norm_width = {"full": hidden, "head": model.head_dim, "none": 0}[model.qk_norm]
+    sink = (model.heads, model.head_dim)
+    released = f"model.layers.{layer}."
+    attention = [f"{released}self_attn.{name}_proj.weight" for name in "qkv"]
+
+    def plain(key: str, shape: tuple[int, ...], name: str) -> TrainingTensor:
+        return TrainingTensor(f"decoder.layers.{key}", shape, (released + name,), layer)
+
+    yield plain("self_attention.linear_qkv.layer_norm_weight", (hidden,), "attn_layernorm.weight")
+    yield TrainingTensor(
+        "decoder.layers.self_attention.linear_qkv.weight", (3 * hidden, hidden), tuple(attention), layer, model.heads
+    )
+    yield plain("self_attention.linear_proj.weight", (hidden, hidden), "self_attn.o_proj.weight")
+    if norm_width:
+        yield plain("self_attention.q_layernorm.weight", (norm_width,), "self_attn.q_norm.weight")
+        yield plain("self_attention.k_layernorm.weight", (norm_width,), "self_attn.k_norm.weight")
+    if model.sink:
+        yield plain("self_attention.core_attention.sink_key", sink, "self_attn.k_bias")
+        yield plain("self_attention.core_attention.sink_value", sink, "self_attn.v_bias")
+    yield plain("mlp.linear_fc1.layer_norm_weight", (hidden,), "mlp_layernorm.weight")
+    yield plain("mlp.linear_fc1.weight", (ffn, hidden), "mlp.up_proj.weight")
+    if model.mlp_bias:
+        yield plain("mlp.linear_fc1.bias", (ffn,), "mlp.up_proj.bias")
+    yield plain("mlp.linear_fc2.weight", (hidden, ffn), "mlp.down_proj.weight")
+    if model.mlp_bias:
+        yield plain("mlp.linear_fc2.bias", (hidden,), "mlp.down_proj.bias")
+
+
+class StoredTensors:
+    """The tensors of one checkpoint folder; holds its index and no data."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or names anything but the parts of an index.
+        """
+        index = read_index(folder)
+        self.folder = folder
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(index, is_coordinator=True)
+        self._tensors = {
+            key: found for key, found in index.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata)
+        }
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the full shape of a tensor, with the dimension of the blocks first if it has one."""
+        return tuple(self._found(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the type in which a tensor is stored."""
+        return self._found(key).properties.dtype
+
+    def read(self, key: str, offset: tuple[int, ...], size: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+        """Return the part [offset, offset + size) of a tensor, in `dtype`; needs memory for it and one stored chunk.
+
+        Raises:
+            CheckpointError: there is no such tensor, the part is not completely stored, or a shard is damaged.
+        """
+        out = torch.empty(size, dtype=dtype)
+        wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
+        items = create_read_items_for_chunk_list(key, self._found(key), [wanted])
+        if sum(math.prod(item.lengths) for item in items) != out.numel():
+            raise CheckpointError(f"{self.folder} does not hold all of {key}; take another checkpoint of the run")
+        try:
+            with unpickle_plain_objects_only():
+                self._reader.read_data(LoadPlan(items), _Into(out)).wait()
+        except (OSError, RuntimeError, AssertionError, EOFError) as error:
+            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise CheckpointError(f"{self.folder}: {key} cannot be read ({last[0]}); take another checkpoint") from None
+        return out
+
+    def _found(self, key: str) -> TensorStorageMetadata:
+        if key not in self._tensors:
+            raise CheckpointError(
+                f"{self.folder} holds no tensor {key}, which its model has; it was written by another version, or by "
+                "another program"
+            )
+        return self._tensors[key]
+
+
+class _Into(DefaultLoadPlanner):
+    """Planner that reads into one tensor; the copy casts."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self._out = out
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self._out
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Any) -> None:
+        """Do nothing: the tensor is a view of the target."""
+
 
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megadiff.diffusion.objective import Terms, gidd_objective
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec
-from megadiff.loss.vocab_shard import VocabShard
+from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard
 
 
 def plain_objective(

@@ -25,8 +25,8 @@ import triton  # pyright: ignore[reportMissingImports]  optional
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from megadiff.loss.chunk_passes import LogitSums
-from megadiff.loss.vocab_shard import VocabShard
+from megadiff.loss.fused_lm_head import LogitSums
+from megadiff.loss.inputs import VocabShard
 
 _CONSTANTS: dict[str, Any] = {"TILES": 4, "TILE": 1024, "num_warps": 4, "enable_fp_fusion": True}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,13 +61,13 @@ class TritonPasses:
         self._max_logit = self._per_row()
 
     def sums(self) -> LogitSums:
-        """Run the first pass; see `chunk_passes`."""
+        """Run the first pass; see `fused_lm_head.ChunkPasses`."""
         other, clean_logit, noised_logit = self._per_row(), self._per_row(), self._per_row()
         self._run(_sums, *self._ids, self._max_logit, other, clean_logit, noised_logit)
         return LogitSums(self._max_logit, other, clean_logit, noised_logit)
 
     def log1p_sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the second pass; see `chunk_passes`."""
+        """Run the second pass; see `fused_lm_head.ChunkPasses`."""
         log1p_sum, fraction_sum = self._per_row(), self._per_row()
         self._run(_log1p_sums, self._ids[0], self._max_logit, scale.contiguous(), log1p_sum, fraction_sum)
         return log1p_sum, fraction_sum
@@ -75,7 +75,7 @@ class TritonPasses:
     def gradient(
         self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, clean_logit: Tensor, noised_logit: Tensor
     ) -> Tensor:
-        """Run the third pass; see `chunk_passes`."""
+        """Run the third pass; see `fused_lm_head.ChunkPasses`."""
         has_log1p = log1p_slope is not None
         factors = (scale, slope, log1p_slope) if has_log1p else (scale * slope, slope, slope)
         values = (value.contiguous() for value in (*factors, clean_logit, noised_logit))

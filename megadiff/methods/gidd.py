@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from megadiff.eval.likelihood import BoundSettings
     from megadiff.eval.validation import EvalTask
     from megadiff.loss.choice import LossKernel
-    from megadiff.loss.inputs import LossOutput
-    from megadiff.loss.vocab_shard import VocabShard
+    from megadiff.loss.inputs import LossOutput, VocabShard
     from megadiff.parallel.attention_pattern import AttentionPattern
     from megadiff.parallel.objective import DeviceBatch, DiffusionObjective
     from megadiff.sampling.sampler import Sampler

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from megadiff.eval.estimators import Estimator
     from megadiff.eval.likelihood import BoundSettings
     from megadiff.eval.validation import EvalTask
-    from megadiff.loss.inputs import LossOutput
-    from megadiff.loss.vocab_shard import VocabShard
+    from megadiff.loss.inputs import LossOutput, VocabShard
     from megadiff.parallel.attention_pattern import AttentionPattern
     from megadiff.parallel.objective import DeviceBatch, NextTokenObjective
     from megadiff.run.config import RunConfig

@@ -28,9 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.implementation import modules_for
-from megadiff.model.layer_spec import block_spec
-from megadiff.model.megatron_config import keep, transformer_config
+from megadiff.model.implementation import keep, modules_for, transformer_config
+from megadiff.model.layers import block_spec
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.pipeline import LossFn
 from megadiff.parallel.topology import Topology

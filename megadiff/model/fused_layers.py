@@ -24,7 +24,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megadiff.model.layer_spec import LayerModules
+from megadiff.model.layers import LayerModules
 
 _DIRECTIONS = ("scaling_fwd", "scaling_bwd")
 _KEPT = ("scale", "amax_history")

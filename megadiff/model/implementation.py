@@ -1,16 +1,161 @@
-"""Choice of the fast modules of a run: made once, refused before any process group exists, and logged."""
+"""The implementation of a model's layers, FP8, and megatron-core's configuration."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
-from megadiff.errors import PlatformError
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megadiff.errors import ConfigError, PlatformError
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.layer_spec import LayerModules
-from megadiff.model.local_layers import local_parts
+from megadiff.model.layers import LayerModules, local_parts
 from megadiff.parallel.config import ParallelConfig
 from megadiff.platform import transformer_engine
 from megadiff.platform.machine import Layers, Platform
+
+_AMAX_HISTORY = 1024
+"""Steps whose largest values `delayed` looks back on; Transformer Engine's own default."""
+
+
+def megatron_settings(precision: PrecisionConfig) -> dict[str, Any]:
+    """Return the arguments of megatron-core's `TransformerConfig`; none without FP8.
+
+    Forward E4M3, gradients E5M2 (`hybrid`), except with `blockwise`, whose scales follow the values closely enough for
+    E4M3 everywhere (Transformer Engine's default for it).
+    """
+    if precision.fp8 == "none":
+        return {}
+    ends = precision.fp8_first_last_bf16
+    return {
+        "fp8": "e4m3" if precision.fp8 == "blockwise" else "hybrid",
+        "fp8_recipe": precision.fp8,
+        "fp8_amax_history_len": _AMAX_HISTORY,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": ends > 0,
+        "num_layers_at_start_in_bf16": ends,
+        "num_layers_at_end_in_bf16": ends,
+    }
+
+
+def check_shapes(
+    precision: PrecisionConfig, model: ModelConfig, parallel: ParallelConfig, *, micro_batch_size: int
+) -> None:
+    """Check that every FP8 matrix product of a rank has a shape the hardware takes.
+
+    Both operands are multiplied along either side once (forward, and for the gradients of input and weight), so every
+    side counts: the widths on this rank, and the tokens of a microbatch. Each must be a multiple of 16 (Transformer
+    Engine, `assert_dim_for_fp8_exec`, and FP8 products of cuBLAS). With sequence parallelism a rank quantises its own
+    part of the tokens before they are gathered, `blockwise` in whole blocks of 128 of tokens and width.
+
+    Raises:
+        ConfigError: the first side that is not, and what would do. Nothing without FP8.
+    """
+    if precision.fp8 == "none":
+        return
+    multiple = 128 if precision.fp8 == "blockwise" and parallel.sequence else 16
+    tensor = parallel.tensor
+    tokens, parts = micro_batch_size * model.seq_length, tensor if parallel.sequence else 1
+    sides = {
+        "model.hidden": (model.hidden, multiple),
+        "model.hidden / parallel.tensor": (model.hidden // tensor, 16),
+        "the MLP width / parallel.tensor": (model.ffn_hidden // tensor, 16),
+        "batch.micro_batch_size x model.seq_length" + (" / parallel.tensor" if parts > 1 else ""): (
+            tokens // parts,
+            multiple,
+        ),
+    }
+    for name, (value, wanted) in sides.items():
+        if value % wanted:
+            lower = value - value % wanted
+            raise ConfigError(
+                f"precision.fp8={precision.fp8} needs {name} to be a multiple of {wanted}, found {value}; "
+                f"{f'{lower} or ' if lower else ''}{lower + wanted} would do"
+            )
+    if precision.fp8_first_last_bf16 > model.layers // parallel.pipeline:
+        raise ConfigError(
+            f"precision.fp8_first_last_bf16 is {precision.fp8_first_last_bf16}, but a pipeline stage has "
+            f"{model.layers // parallel.pipeline} blocks; megatron-core wants at most that"
+        )
+
+
+def transformer_config(
+    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, platform: Platform
+) -> TransformerConfig:
+    """megatron-core's settings for this model on this machine.
+
+    Batched P2P is off on gloo, and with interleaving everywhere: two stages with virtual chunks exchange two messages
+    each way in one batch and megatron-core matches them crosswise, wrong gradients without an error (its check lives
+    in `megatron.training`, not in core). Overlapped P2P is off: on gloo a deallocated output races with its own send.
+    """
+    dtype = torch.bfloat16 if precision.compute == "bf16" else torch.float32
+    interleaved = parallel.virtual_pipeline > 1
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        ffn_hidden_size=model.ffn_hidden,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=True,
+        qk_layernorm=model.qk_norm == "head",
+        add_bias_linear=model.mlp_bias,
+        activation_func=squared_relu,
+        gated_linear_unit=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=keep,
+        output_layer_init_method=keep,
+        embedding_init_method=keep,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision.compute == "bf16",
+        use_cpu_initialization=platform.is_cpu,
+        gradient_accumulation_fusion=fuses_weight_gradients(parallel, precision, platform),
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,
+        batch_p2p_comm=not platform.is_cpu and not interleaved,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=not platform.is_cpu,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        apply_rope_fusion=layers_for(precision, platform) == "transformer_engine",
+        **_recomputation(parallel, chunk_layers=model.layers // (parallel.pipeline * parallel.virtual_pipeline)),
+        **megatron_settings(precision),
+    )
+
+
+def _recomputation(parallel: ParallelConfig, *, chunk_layers: int) -> dict[str, Any]:
+    """megatron-core's words for what is computed again in the backward pass."""
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recomputed_modules)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block",  # each block's input is kept, of as many blocks of a chunk as are named
+        "recompute_num_layers": parallel.recompute_layers or chunk_layers,
+    }
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2."""
+    return F.relu(x).square()
+
+
+def keep(weight: Tensor) -> Tensor:
+    """Leave a weight as it is: initialisation happens once, by name, after construction (`initialise`)."""
+    return weight
 
 
 def layers_for(precision: PrecisionConfig, platform: Platform) -> Layers:

@@ -1,27 +1,229 @@
-"""The optimizer of a run: a family member inside megatron-core's precision and sharding wrapper."""
+"""The optimizer of a run: parameter groups, gradient norm, and the state on one rank or sharded over replicas.
+
+`gradient_norm` replaces megatron-core's `clip_grads.py`, which without Transformer Engine and Apex waits for the device once for every
+tensor, and scales every tensor through a copy.
+
+megatron-core's distributed optimizer cuts the weights and gradients of any optimizer, and saves and loads the state of
+Adam alone: it looks for `exp_avg`, `exp_avg_sq` and `step` by name. The subclass here does the same for the state that
+a member declares, in the same format (`fully_reshardable`: each tensor of its parameter's shape). Line numbers are of
+megatron-core 0.16.1, `optimizer/distrib_optimizer.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+    param_group_identifier_keys,
+)
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megadiff.optim.config import OptimizerConfig
-from megadiff.optim.distributed import ShardedOptimizer
-from megadiff.optim.gradient_norm import clip_grad_norm_, gradient_norm
-from megadiff.optim.groups import parameter_groups
-from megadiff.optim.member import Member, load_member
-from megadiff.optim.probe import refuse_unsavable
+from megadiff.optim.member import STEP, Member, load_member, refuse_unsavable
 from megadiff.optim.resharding import in_the_form_of, keep_float32_state
-from megadiff.optim.rules import Scale
+from megadiff.optim.rules import Rule, Scale, effective_eps, rules
 from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, scale: Scale
+) -> list[dict[str, Any]]:
+    """Return parameter groups, the same list of groups on every rank even where a group is empty.
+
+    Groups are distinguished by (lr_mult, wd_mult), which is how megatron-core matches them to a checkpoint
+    (`param_group_identifier_keys` in optimizer/optimizer.py): roles with equal rules share a group. A group has an
+    `eps` if the optimizer has such a setting.
+
+    Args:
+        parameters: (role, parameter) pairs of this rank.
+    """
+    table = rules(settings, hidden=scale.hidden)
+    by_rule: dict[Rule, list[torch.nn.Parameter]] = {rule: [] for rule in table.values()}
+    eps = effective_eps(settings, scale)
+    for role, parameter in parameters:
+        by_rule[table[role]].append(parameter)
+    return [
+        {
+            "params": members,
+            "lr": settings.lr * rule.lr_mult,
+            "weight_decay": settings.weight_decay * rule.wd_mult,
+            **({} if eps is None else {"eps": eps}),
+            "lr_mult": rule.lr_mult,
+            "wd_mult": rule.wd_mult,
+            "is_expert_parallel": False,
+            "is_decoupled_lr": False,
+        }
+        for rule, members in by_rule.items()
+    ]
+
+
+_PIECE = 2**16
+_NORM_EPS = 1e-6
+"""Added to the norm before dividing by it, as torch and megatron-core do."""
+
+
+def gradient_norm(gradients: Sequence[Tensor], *, group: ProcessGroup | None, device: torch.device) -> Tensor:
+    """Return the L2 norm over all ranks of a group, a float64 scalar on the device, without a host sync.
+
+    Collective over the group: one all-reduce, also on a rank without gradients.
+
+    Args:
+        gradients: gradients of this rank; each element of the model's gradient is on one rank of the group alone.
+        group: None for the whole world.
+    """
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if gradients:
+        pieces = [piece for gradient in gradients for piece in _pieces(gradient)]
+        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
+        squares = torch.stack(norms).double().square().sum()
+    dist.all_reduce(squares, group=group)
+    return squares.sqrt()
+
+
+def clip_grad_norm_(gradients: Sequence[Tensor], limit: float, *, norm: float) -> None:
+    """Clip gradients in place to a maximum global norm.
+
+    Args:
+        limit: maximum norm, above 0.
+        norm: global norm of the model's gradient.
+    """
+    factor = limit / (norm + _NORM_EPS)
+    if gradients and factor < 1.0:
+        torch._foreach_mul_(list(gradients), factor)
+
+
+def _pieces(gradient: Tensor) -> Sequence[Tensor]:
+    """Return the pieces over which one float32 sum may run.
+
+    On CPU torch adds up the squares of a tensor one after the other: at 8 million elements the norm is 2e-4 too small,
+    and depends on how the layout cuts the tensor. CUDA's kernel adds up pairs.
+    """
+    return gradient.view(-1).split(_PIECE) if gradient.device.type == "cpu" else (gradient,)
+
+
+class ShardedOptimizer(DistributedOptimizer):
+    """A distributed optimizer that saves and loads whatever state its member declares."""
+
+    def __init__(self, member: Member, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Cut the weights of `optimizer` over the ranks; the other arguments are the parent's.
+
+        Line 514 accepts no other optimizer than Adam, so the parent is given one over the same groups, cuts its
+        groups, and they are then taken over.
+        """
+        self._member = member
+        standin = torch.optim.AdamW([dict(group) for group in optimizer.param_groups])
+        super().__init__(standin, *args, **kwargs)
+        for group, cut in zip(optimizer.param_groups, self.optimizer.param_groups, strict=True):
+            group["params"] = cut["params"]
+        optimizer.state.clear()
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is equal on all ranks: the groups without their parameters, and the count of steps in each."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        step = self._step()
+        if step is not None:
+            groups = [{**group, STEP: step} for group in groups]
+        return {"optimizer": {"param_groups": groups}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over groups, the count of steps and, if there is `param_state`, the tensors."""
+        stored = {_identity(group): group for group in state_dict["optimizer"]["param_groups"]}
+        self._member.complete_state(self.optimizer)
+        inner = self.optimizer.state_dict()
+        groups = [{**stored[_identity(group)], "params": group["params"]} for group in inner["param_groups"]]
+        step = next((group[STEP] for group in groups if group.get(STEP) is not None), None)
+        for state in inner["state"].values() if step is not None else ():
+            if STEP in state:  # a tensor for each parameter: a shared one would count once for each of them
+                state[STEP] = torch.tensor(step, dtype=torch.float32)
+        self.optimizer.load_state_dict({"state": inner["state"], "param_groups": groups})
+        if "param_state" in state_dict:
+            self.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
+
+    def get_parameter_state_dp_zero(
+        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[Any, Any]:
+        """Return the weights and the declared state of whole gradient buffers on every rank.
+
+        Collective over the data-parallel group. The format is the parent's: for each buffer and its type, a float32
+        tensor on the host for each key, without the padding between buckets.
+
+        Args:
+            use_gloo_comm: must be false.
+            empty_data: return zeros, as places to load into.
+            return_on_all_ranks: must be true.
+        """
+        assert return_on_all_ranks, "the memory-efficient variant of the format is not used"
+        assert not use_gloo_comm
+        keys = ("param", *self._member.state_keys)
+        state: dict[Any, Any] = {"buckets_coalesced": True}
+        for index, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
+            ((dtype, bucket_ranges),) = ranges.items()
+            tensors = {key: torch.zeros(buffer.numel_unpadded, dtype=torch.float32, device="cpu") for key in keys}
+            start = 0
+            for bucket, ranges_of_bucket in zip(buffer.buckets, bucket_ranges, strict=True) if not empty_data else ():
+                end = start + bucket.numel_unpadded
+                for key in keys:
+                    whole = self._gathered(key, bucket.grad_data, ranges_of_bucket["param_map"])
+                    tensors[key][start:end].copy_(whole[: bucket.numel_unpadded])
+                start = end
+            state[index] = {dtype: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
+        return state
+
+    def _gathered(self, key: str, gradients: torch.Tensor, ranges: Mapping[Any, Any]) -> torch.Tensor:
+        """Return one kind of state of a whole bucket, from the parts of all data-parallel ranks.
+
+        Args:
+            key: `param` or a declared key.
+            gradients: the bucket's gradients, for their number and device.
+            ranges: where each of this rank's parameters lies in the rank's part.
+        """
+        ranks = self.data_parallel_group.size()
+        part = torch.zeros(gradients.numel() // ranks, dtype=torch.float32, device=gradients.device)
+        for parameter, places in ranges.items():
+            own = self._get_main_param_and_optimizer_states(parameter)[key]
+            part[places["gbuf_local"].start : places["gbuf_local"].end].copy_(own.detach())
+        parts = [torch.empty_like(part) for _ in range(ranks)]
+        dist.all_gather(parts, part, group=self.data_parallel_group)
+        return torch.cat(parts).cpu()
+
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Any]) -> None:
+        """Copy loaded tensors into the declared state, and into the weights if the checkpoint has float32 ones.
+
+        A float32 run without the distributed optimizer saves no master weights: they are the model's, loaded before.
+        """
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group_index]["params"][group_order]
+        if "param" in tensors:
+            main.copy_(tensors["param"])
+        for key in self._member.state_keys:
+            self.optimizer.state[main][key].copy_(tensors[key])
+
+    def _step(self) -> float | int | None:
+        """Return the count of steps that all parameters or, where they have none, all groups with parameters share."""
+        steps = {float(state[STEP]) for state in self.optimizer.state.values() if STEP in state}
+        if not steps:  # fused kernels count in the groups, and not in empty ones
+            steps = {int(group[STEP]) for group in self.optimizer.param_groups if group["params"] and STEP in group}
+        assert len(steps) <= 1, f"parameters differ in their count of steps: {sorted(steps)}"
+        return steps.pop() if steps else None
+
+
+def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a parameter group from the others, here and in a checkpoint."""
+    return tuple(group[key] for key in param_group_identifier_keys)
 
 
 class Optimizer:

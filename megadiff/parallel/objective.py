@@ -21,8 +21,7 @@ from megadiff.diffusion.objective import SURROGATE, Weighting
 from megadiff.diffusion.schedules import LINEAR, LinearSchedule
 from megadiff.loss.choice import LossKernel
 from megadiff.loss.fused_lm_head import fused_objective
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, loss_token_indices
-from megadiff.loss.vocab_shard import VocabShard
+from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard, loss_token_indices
 from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.step_metrics import report_sums

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import resource
+from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,37 @@ from typing import Literal
 import torch
 
 from megadiff.errors import PlatformError
-from megadiff.platform import megatron_on_cpu, recompute_default, transformer_engine, weight_gradients
+from megadiff.platform import megatron_on_cpu, transformer_engine, weight_gradients
 from megadiff.platform.quiet import silence_libraries
+
+VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+def order_launches(*, tensor_ranks: int, environ: MutableMapping[str, str] | None = None) -> str | None:
+    """Make kernels start in the order in which they were launched, if tensor-parallel overlap relies on that.
+
+    megatron-core launches a communication before the matrix product that hides it; with several hardware queues the
+    product may start first and occupy the whole chip (tensor_parallel/layers.py: "we rely on
+    CUDA_DEVICE_MAX_CONNECTIONS=1"). The results would be the same, only slower. The driver reads the variable when the
+    process first uses the device, so call this before `machine.detect`. A value that is already set is kept.
+
+    Returns:
+        A line for the log; None if there is nothing to report, with a single tensor rank or if it was 1 already.
+    """
+    environ = os.environ if environ is None else environ
+    if tensor_ranks == 1:
+        return None
+    value = environ.get(VARIABLE)
+    if value is None:
+        environ[VARIABLE] = "1"
+        return f"{VARIABLE} was not set and is 1 now: tensor-parallel communication overlaps with computation"
+    if value != "1":
+        return (
+            f"{VARIABLE} is {value}: tensor-parallel communication may wait for the computation it should hide behind; "
+            "unset it or set it to 1"
+        )
+    return None
+
 
 Layers = Literal["local", "transformer_engine"]
 """Origin of the layers: megatron-core's own on torch kernels, or Transformer Engine's fused ones."""
@@ -72,7 +102,7 @@ class Platform:
             megatron_on_cpu.install()
         elif self.weight_gradients is not None:
             weight_gradients.install()
-        recompute_default.fix()
+        megatron_on_cpu.fix()
 
     def scope(self) -> AbstractContextManager[None]:
         """Return a context for building megatron-core's optimizer and for its checkpoint calls; it does nothing on

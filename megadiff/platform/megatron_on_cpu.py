@@ -15,7 +15,7 @@ streams, events, synchronize, empty_cache           facade, once: null objects a
 literal `device="cuda"`, `.cuda()`, pinned memory,  `scope()`: a `TorchFunctionMode` around optimizer
 `Tensor.type() == "torch.cuda.FloatTensor"` in the  construction and checkpoints only: it costs 2 to 3
 optimizer, dist_checkpointing                       microseconds per torch call, 25 % of a toy step (those of
-                                                    clip_grads are avoided: `optim/gradient_norm.py`)
+                                                    clip_grads are avoided: `optim/optimizer.py`)
 `jit_fuser` = `torch.compile` on small functions    once: stance `force_eager`; Inductor would need a C++ compiler
                                                     and five seconds per process
 ==================================================  ==========================================================
@@ -38,6 +38,19 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megadiff.errors import PlatformError
+
+
+def fix() -> None:
+    """Make `CheckpointWithoutOutput()` mean "without FP8", as its callers intend. It is safe to call this again.
+
+    Its default is `fp8=False`, but it tests `fp8 is not None` (tensor_parallel/random.py:637), so every recomputed norm
+    requests Transformer Engine's FP8 state, which is a NameError on a machine without that library. Norms that are
+    separate modules never compute in FP8 here.
+    """
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    if random.CheckpointWithoutOutput.__init__.__defaults__ == (False,):
+        random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
 
 SUPPORTED = ((0, 16), (0, 17))
 """Half-open range of megatron-core versions (major, minor) that this module was checked against."""

@@ -1,15 +1,173 @@
-"""A line chart as inline SVG, drawn with linear and with logarithmic axes; the page shows one of the two."""
+"""Line charts as SVG."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from megadiff.report.downsample import Point, downsample
-from megadiff.report.figures import exact, short
-from megadiff.report.markup import escaped
-from megadiff.report.scale import Scale, scale_of
+from megadiff.report.page import escaped
+
+
+class Point(NamedTuple):
+    """One value on a curve."""
+
+    x: float
+    y: float | None
+    """Value; None if there should be one but it was not finite, so that the line breaks here."""
+    error: float | None = None
+    """Standard error of `y`, if it has one."""
+
+
+def downsample(points: Sequence[Point], most: int) -> list[Point]:
+    """Return about `most` of the points, in order: the first, the last, and the lowest and highest of each interval.
+
+    Points without a value do not count while they separate two kept ones: the first of each run of them is kept.
+
+    Args:
+        points: in the order of their x.
+        most: at least 4.
+    """
+    valued = [place for place, point in enumerate(points) if point.y is not None]
+    kept = valued if len(valued) <= most else _extremes(points, valued, most)
+    chosen: list[Point] = []
+    before = -1
+    for place in kept:
+        if place != before + 1 and chosen and (gap := _first_gap(points, before + 1, place)) is not None:
+            chosen.append(points[gap])
+        chosen.append(points[place])
+        before = place
+    return chosen
+
+
+def _extremes(points: Sequence[Point], valued: Sequence[int], most: int) -> list[int]:
+    inner = valued[1:-1]
+    size = math.ceil(len(inner) / max(1, (most - 2) // 2))
+    kept = {valued[0], valued[-1]}
+    for start in range(0, len(inner), size):
+        stretch = inner[start : start + size]
+        kept.add(min(stretch, key=lambda place: points[place].y or 0.0))
+        kept.add(max(stretch, key=lambda place: points[place].y or 0.0))
+    return sorted(kept)
+
+
+def _first_gap(points: Sequence[Point], start: int, end: int) -> int | None:
+    return next((place for place in range(start, end) if points[place].y is None), None)
+
+
+_SMALLEST, _LARGEST = 1e-280, 1e280
+"""Bounds on the sizes of numbers that axes can show; their ratios and differences do not overflow."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A range of values with `low < high`, both positive if it is logarithmic."""
+
+    low: float
+    high: float
+    is_log: bool = False
+
+    def at(self, value: float) -> float:
+        """Return the position of a value: 0 at `low`, 1 at `high`."""
+        low, high = self._bent(self.low), self._bent(self.high)
+        inside = max(_held(value), self.low) if self.is_log else _held(value)
+        return (self._bent(inside) - low) / (high - low)
+
+    def ticks(self, most: int = 6) -> list[float]:
+        """Return round values inside the range, at least two if the range allows it."""
+        return self._decades(most) if self.is_log else _round_steps(self.low, self.high, most)
+
+    def _bent(self, value: float) -> float:
+        return math.log10(value) if self.is_log else value
+
+    def _decades(self, most: int) -> list[float]:
+        """Return powers of ten; if there are too few, also their multiples by 2 and 5, or else linear steps."""
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        for factors in ((1,), (1, 2, 5)):
+            found = [f * 10.0**power for power in range(first, last + 1) for f in factors]
+            inside = [value for value in found if self.low <= value <= self.high]
+            if len(inside) >= 3:
+                return inside[:: math.ceil(len(inside) / most)]
+        return _round_steps(self.low, self.high, most)
+
+
+def scale_of(values: Iterable[float], *, is_log: bool = False, margin: float = 0.05) -> Scale | None:
+    """Return a scale that shows all values with a margin; None if no value can be shown."""
+    shown = [_held(value) for value in values if not is_log or value > 0]
+    shown = [value for value in shown if not is_log or value > 0]
+    if not shown:
+        return None
+    low, high = min(shown), max(shown)
+    if is_log:
+        room = max(margin * (math.log10(high) - math.log10(low)), 0.02)
+        return Scale(low / 10**room, high * 10**room, True)
+    room = margin * (high - low) or 0.05 * abs(high) or 1.0
+    return Scale(low - room, high + room)
+
+
+def _held(value: float) -> float:
+    """Clamp a value to sizes for which sums, differences and powers of ten can be computed; tiny values become 0."""
+    if abs(value) < _SMALLEST:
+        return 0.0
+    return min(max(value, -_LARGEST), _LARGEST)
+
+
+def _round_steps(low: float, high: float, most: int) -> list[float]:
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(place * step, 12 - math.floor(math.log10(step))) for place in range(first, last + 1)]
+
+
+_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def short(value: float, digits: int = 3) -> str:
+    """Return a short form of a number.
+
+    Large numbers get a letter (1.23M, B for 10^9), tiny and huge ones a power of ten.
+    """
+    size = abs(value)
+    if 0 < size < 1e-3 or size >= 1e18:
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+    for scale, letter in _SCALES:
+        if size >= scale * (1 - 0.5 * 10**-digits):
+            scaled = value / scale
+            return f"{scaled:.{digits}g}{letter}" if abs(scaled) < 10**digits else f"{scaled:.0f}{letter}"
+    return f"{value:.{digits}g}"
+
+
+def exact(value: float) -> str:
+    """Return a figure with four decimal places; one too large for decimals to mean anything with a power of ten."""
+    return f"{value:.4f}" if abs(value) < 1e9 else f"{value:.4e}"
+
+
+def of_bytes(count: float) -> str:
+    """Return a size in bytes, in units of powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in seconds, minutes, hours or days."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.2f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.2f} d"
+
+
+def percent(share: float) -> str:
+    """Return a fraction as a percentage."""
+    return f"{100 * share:.1f} %"
+
 
 POINTS_SHOWN = 300
 """Largest number of points drawn for one curve, approximately."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from megadiff.report.downsample import Point
-from megadiff.report.line_chart import Chart, Curve
-from megadiff.report.metric_lines import levels
-from megadiff.report.progress import AXIS_LABELS, Axis, position_of
-from megadiff.report.run_record import RunRecord
+from megadiff.report.line_chart import Chart, Curve, Point
+from megadiff.report.run_record import AXIS_LABELS, Axis, RunRecord, levels, position_of
 from megadiff.train.metrics import Line, number
 
 _NOISY = "nats per noisy token"

@@ -1,23 +1,310 @@
-"""The contents of a report about one run, read from its folder without changing it."""
+"""A run as its files record it: lines of metrics, settings, progress, wall time, unusual steps."""
 
 from __future__ import annotations
 
+import itertools
 import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, Literal
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megadiff.checkpoint.folder import step_folders, step_of, verify_files
 from megadiff.data.facts import DataFacts, read_data_facts
 from megadiff.errors import CheckpointError, DataError, StorageError
-from megadiff.report.metric_lines import MetricLines, read_metric_lines
-from megadiff.report.settings import read_settings
-from megadiff.report.unusual_steps import UnusualStep, unusual_steps
+from megadiff.report.line_chart import duration, percent
+from megadiff.report.page import escaped, paragraph, table
 from megadiff.supervision.status import Status, read_status
-from megadiff.train.goodput import Attempt
-from megadiff.untrusted_files import UnreadableFileError, open_plain, read_bytes
+from megadiff.train.goodput import PHASES, Attempt
+from megadiff.train.metrics import MAX_LINE_BYTES, Line, finite, number, parsed
+from megadiff.untrusted_files import UnreadableFileError, lines, open_plain, read_bytes, why
+
+
+@dataclass(frozen=True)
+class MetricLines:
+    """Training and evaluation lines in the order of their steps, at most one of each kind per step."""
+
+    training: list[Line]
+    evaluations: list[Line]
+    unreadable: int
+    """Number of lines left out because they are not a JSON object with a step; an incomplete last line is not
+    counted."""
+
+
+def read_metric_lines(path: Path) -> MetricLines:
+    """Read the lines without side effects; of two lines of the same kind and step the later one counts.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    training: dict[int, Line] = {}
+    evaluations: dict[int, Line] = {}
+    unreadable = 0
+    try:
+        for raw in lines(path, max_bytes=MAX_LINE_BYTES):
+            line = parsed(raw)
+            if line is not None:
+                if "eval_elbo" in line:
+                    evaluations[line["step"]] = line
+                elif "loss" in line or "tokens" in line:  # else: a line of a hook of the list
+                    training[line["step"]] = line
+            elif raw is None or (raw.endswith(b"\n") and raw.strip()):  # else: being written, or cut short by a kill
+                unreadable += 1
+    except (OSError, UnreadableFileError) as error:
+        raise DataError(f"{path} {why(error)}; give a run folder") from None
+    return MetricLines(_in_order(training), _in_order(evaluations), unreadable)
+
+
+def levels(line: Line, key: str) -> list[tuple[float, float, float]]:
+    """Return (low, high, value) of the log-SNR bins under `key`, without entries that are not three finite numbers."""
+    parts = line.get(key)
+    found = []
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, list) and len(part) == 3:
+            low, high, value = map(finite, part)
+            if low is not None and high is not None and value is not None:
+                found.append((low, high, value))
+    return found
+
+
+def _in_order(lines: dict[int, Line]) -> list[Line]:
+    return [lines[step] for step in sorted(lines)]
+
+
+_MAX_SETTINGS_BYTES, _MAX_KEYS, _MAX_DEPTH, _MAX_CHARACTERS = 2**20, 5000, 12, 2000
+_LABELS = ("name", "output_dir")
+"""Keys that identify the run and do not describe how it was made."""
+
+
+def read_settings(path: Path) -> dict[str, str] | None:
+    """Return the resolved tree of `config.yaml`, flattened; None if it is missing or not such a tree."""
+    try:
+        tree = yaml.safe_load(read_bytes(path, max_bytes=_MAX_SETTINGS_BYTES).decode("utf-8", "replace"))
+        return dict(itertools.islice(_flat(tree, "", 0), _MAX_KEYS)) if isinstance(tree, dict) else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+
+
+def differences(runs: Sequence[Mapping[str, str] | None]) -> dict[str, list[str | None]]:
+    """Return the settings in which the runs that have any differ: by key, each run's value, None if it has none.
+
+    `name` and `output_dir` are left out. Keys have the order of the first run that has them.
+    """
+    known = [run for run in runs if run is not None]
+    keys = dict.fromkeys(key for run in known for key in run if key not in _LABELS)
+    changed = [key for key in keys if len({run.get(key) for run in known}) > 1]
+    return {key: [None if run is None else run.get(key) for run in runs] for key in changed}
+
+
+def _flat(tree: Any, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+    if depth > _MAX_DEPTH:
+        yield prefix, "..."
+    elif isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+    elif isinstance(tree, list) and tree:
+        for place, value in enumerate(tree):
+            yield from _flat(value, f"{prefix}[{place}]", depth + 1)
+    else:
+        yield prefix, _said(tree)
+
+
+def _said(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)[:_MAX_CHARACTERS]
+
+
+Axis = Literal["tokens", "steps"]
+_MOST_TOKENS = 1e30
+AXIS_LABELS: dict[Axis, str] = {"tokens": "tokens seen", "steps": "optimizer steps"}
+
+
+def position_of(axis: Axis, training: Iterable[Line]) -> Callable[[int], float | None]:
+    """Return a function from a step to its position on the axis, or None if the position is not known.
+
+    The tokens of steps between two training lines are interpolated, those of later steps extrapolated at the last rate;
+    batches may grow during a run. For a run without training lines only step 0, with no tokens, is known.
+    """
+    if axis == "steps":
+        return float
+    known = [(0.0, 0.0)]
+    for line in training:
+        tokens = number(line, "tokens")
+        if tokens is not None and 0 <= tokens < _MOST_TOKENS and line["step"] > known[-1][0]:
+            known.append((float(line["step"]), tokens))
+    steps = [step for step, _ in known]
+
+    def place(step: int) -> float | None:
+        if len(known) == 1:
+            return 0.0 if step == 0 else None
+        right = min(max(bisect_left(steps, step), 1), len(known) - 1)
+        (step0, tokens0), (step1, tokens1) = known[right - 1], known[right]
+        return tokens0 + (tokens1 - tokens0) * (step - step0) / (step1 - step0)
+
+    return place
+
+
+_SPIKE = re.compile(r" WARNING step (\d{1,18}): spike: (.{1,400})")
+_MAX_LOG_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class UnusualStep:
+    """One unusual step of a run."""
+
+    step: int
+    is_skipped: bool
+    """Whether the step made no update."""
+    why: str
+
+
+def unusual_steps(training: Sequence[Line], log_file: Path) -> list[UnusualStep]:
+    """Return the unusual steps in order; a step repeated by a later attempt counts once.
+
+    Args:
+        training: training lines; every skipped step has one.
+        log_file: `RUN/log.txt`, the only record of spikes whose update was made; it may be missing.
+    """
+    found = {step: UnusualStep(step, False, why) for step, why in _spikes(log_file).items()}
+    for line in training:
+        if line.get("skipped") is not None:
+            step, reason = line["step"], str(line["skipped"]).replace("_", "-")
+            seen = f": {found[step].why}" if step in found else ""
+            found[step] = UnusualStep(step, True, f"{reason}{seen}")
+    return [found[step] for step in sorted(found)]
+
+
+def _spikes(log_file: Path) -> dict[int, str]:
+    """Return the log's messages about spikes by step; only the end of a huge log is read."""
+    try:
+        with open_plain(log_file) as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _MAX_LOG_BYTES))
+            return {int(match[1]): match[2] for raw in file if (match := _match(raw))}
+    except (OSError, UnreadableFileError):
+        return {}
+
+
+def _match(raw: bytes) -> re.Match[str] | None:
+    return _SPIKE.search(raw.decode("utf-8", "replace")) if b": spike: " in raw else None
+
+
+# The order is that of drawing.
+_NAMES = {
+    "step": "steps that counted",
+    "setup": "setting up",
+    "wait_for_data": "waiting for data",
+    "evaluate": "evaluating",
+    "save_stall": "saving",
+    "lost": "steps taken again",
+    "down": "between attempts",
+    "other": "elsewhere",
+}
+_WIDTH = 1000
+
+
+@dataclass(frozen=True)
+class WallTime:
+    """Seconds of wall time since the first start, by use."""
+
+    total_s: float
+    parts_s: dict[str, float]
+    """Seconds of every phase and of `down` and `other`; their sum is `total_s` unless records overlap."""
+
+    @property
+    def goodput(self) -> float:
+        """Fraction of time spent in steps that counted, 0 to 1."""
+        return self.parts_s["step"] / self.total_s if self.total_s > 0 else 0.0
+
+
+def wall_time(attempts: Sequence[Attempt]) -> WallTime:
+    """Add up the attempts of a run."""
+    found = {phase: sum(attempt.in_phase(phase) for attempt in attempts) for phase in PHASES}
+    found["down"] = sum(attempt.down_s for attempt in attempts)
+    total = sum(attempt.elapsed_s + attempt.down_s for attempt in attempts)
+    found["other"] = max(0.0, total - sum(found.values()))
+    return WallTime(total, {name: found[name] for name in _NAMES})
+
+
+def goodput_part(runs: Sequence[RunRecord]) -> str:
+    """Return a bar for each run that has a record, its seconds, and its attempts."""
+    known = [(run, run.attempts) for run in runs if run.attempts]
+    missing = [run.label for run in runs if not run.attempts]
+    parts = []
+    if known:
+        times = [(run, wall_time(attempts)) for run, attempts in known]
+        parts = [_bars(times), _legend(), _seconds(times), _attempts(known)]
+    if missing:
+        parts.append(paragraph(f"Without a readable goodput.json: {', '.join(missing)}."))
+    return "".join(parts)
+
+
+def _bars(times: Sequence[tuple[RunRecord, WallTime]]) -> str:
+    rows = [
+        (escaped(run.label), percent(time.goodput), duration(time.total_s), _bar(run.label, time))
+        for run, time in times
+    ]
+    heads = ("run", "goodput", "wall time", "share of wall time, 0 to 100 %")
+    return table(heads, rows, caption="Goodput: the share of wall time since the first start in steps that counted")
+
+
+def _bar(label: str, time: WallTime) -> str:
+    summary = ", ".join(f"{_NAMES[name]} {duration(spent)}" for name, spent in time.parts_s.items() if spent)
+    drawn, left = "", 0.0
+    whole = max(time.total_s, sum(time.parts_s.values()), 1e-9)
+    for name, spent in time.parts_s.items():
+        width = _WIDTH * spent / whole
+        if width > 0:
+            title = f"{_NAMES[name]}: {duration(spent)}"
+            drawn += (
+                f'<rect class="p-{name}" x="{left:.2f}" width="{width:.2f}" height="18"><title>{title}</title></rect>'
+            )
+        left += width
+    return (
+        f'<svg class="bar" viewBox="0 0 {_WIDTH} 18" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escaped(f"{label}: {summary}")}">{drawn}</svg>'
+    )
+
+
+def _legend() -> str:
+    items = "".join(
+        f'<li><svg class="key" viewBox="0 0 26 10" aria-hidden="true"><rect class="p-{name}" width="26" height="10"/>'
+        f"</svg>{title}</li>"
+        for name, title in _NAMES.items()
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _seconds(times: Sequence[tuple[RunRecord, WallTime]]) -> str:
+    rows = [(escaped(run.label), *(duration(spent) for spent in time.parts_s.values())) for run, time in times]
+    return table(("run", *_NAMES.values()), rows, caption="Wall time by use")
+
+
+def _attempts(known: Sequence[tuple[RunRecord, Sequence[Attempt]]]) -> str:
+    rows = [
+        (
+            escaped(run.label),
+            str(number),
+            escaped(attempt.ended or "running, or killed"),
+            str(attempt.last_step),
+            str(attempt.steps),
+            duration(attempt.elapsed_s),
+            duration(attempt.down_s),
+            str(attempt.saves),
+            duration(attempt.save_s / attempt.saves) if attempt.saves else "\u2013",
+        )
+        for run, attempts in known
+        for number, attempt in enumerate(attempts, start=1)
+    ]
+    heads = ("run", "attempt", "ended", "last step", "steps taken", "lasted", "down before", "saves", "time a save")
+    return table(heads, rows[-200:], caption="Attempts: process lives of the runs (the last 200)")
+
 
 _ATTEMPTS = TypeAdapter(list[Attempt])
 _MAX_BYTES = 2**24

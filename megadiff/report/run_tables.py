@@ -6,11 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from megadiff.report.figures import exact, of_bytes, percent, short
-from megadiff.report.markup import escaped, paragraph, table
-from megadiff.report.run_record import RunRecord
-from megadiff.report.settings import differences
-from megadiff.report.wall_time import wall_time
+from megadiff.report.line_chart import exact, of_bytes, percent, short
+from megadiff.report.page import escaped, paragraph, table
+from megadiff.report.run_record import RunRecord, differences, wall_time
 from megadiff.train.metrics import finite, number
 
 _NONE = "\u2013"

@@ -54,8 +54,7 @@ from megadiff.run.folder import (
 from megadiff.run.hooks import build_hooks, hook_context
 from megadiff.run.resume import ResumeOptions, ResumeState, foresee_resumption, manifest_of, resume
 from megadiff.run.summary import lay_out_run, ranks_to_check, run_summary
-from megadiff.supervision.launch import Launch
-from megadiff.supervision.launcher import end_with_launcher
+from megadiff.supervision.launch import Launch, end_with_launcher
 from megadiff.supervision.stopping import StopRequest
 from megadiff.supervision.watchdog import Watchdog
 from megadiff.train.health import Health, StepDecision

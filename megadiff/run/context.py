@@ -29,8 +29,7 @@ from megadiff.model import cost
 from megadiff.model.implementation import check_kernels
 from megadiff.parallel.config import Layout
 from megadiff.parallel.step_metrics import work_of
-from megadiff.platform.launch_order import order_launches
-from megadiff.platform.machine import Platform, detect
+from megadiff.platform.machine import Platform, detect, order_launches
 from megadiff.run.config import RunConfig
 from megadiff.run.summary import executed_flops, lay_out_run, memory_shortage
 

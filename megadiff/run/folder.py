@@ -26,8 +26,7 @@ from megadiff.files import AppendedFile, clear_temporaries, is_storage_failure, 
 from megadiff.parallel.topology import is_main_process, rank_from_environment, world_size_from_environment
 from megadiff.run.config import RunConfig
 from megadiff.supervision.config import WatchdogConfig
-from megadiff.supervision.holder import Holder
-from megadiff.supervision.launch import Launch
+from megadiff.supervision.launch import Holder, Launch
 from megadiff.supervision.status import (
     FAILED,
     FINISHED,

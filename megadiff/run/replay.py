@@ -30,8 +30,7 @@ from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.diffusion.objective import Terms
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
-from megadiff.loss.inputs import LossOutput
-from megadiff.loss.vocab_shard import VocabShard
+from megadiff.loss.inputs import LossOutput, VocabShard
 from megadiff.methods import Method
 from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.parallel.config import ParallelConfig

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.sampling.standalone import Denoise, Generated, Settings, generate
+from megadiff.sampling.standalone import Denoise, Generated, Prediction, Settings, draw_tokens, generate, predict
+
+__all__ = ["Prediction", "draw_tokens", "predict"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megadiff.scaling.slopes import Band, Size
+from megadiff.scaling.optimum import Band, Size
 
 if TYPE_CHECKING:
     from megadiff.model.initialisation import Role

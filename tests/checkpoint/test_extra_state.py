@@ -12,7 +12,7 @@ from tests.support.runs import toy_config, train_on_rank, wire_on_rank
 
 def _keeping(found):
     """A linear layer whose extra state, in the form `fused_layers` gives it, follows from its weight."""
-    from megadiff.model.local_layers import UnbiasedColumnLinear
+    from megadiff.model.layers import UnbiasedColumnLinear
 
     class Keeps(UnbiasedColumnLinear):
         def get_extra_state(self):
@@ -23,7 +23,7 @@ def _keeping(found):
             own = self.get_extra_state()  # torch loads a module's parameters first
             found.append(state.keys() == own.keys() and all(torch.equal(state[name], own[name]) for name in own))
 
-    return patch("megadiff.model.local_layers.UnbiasedColumnLinear", Keeps)
+    return patch("megadiff.model.layers.UnbiasedColumnLinear", Keeps)
 
 
 def _save(config):

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from megadiff.checkpoint import folder as folders
 from megadiff.checkpoint.config import CheckpointConfig
-from megadiff.checkpoint.durable import entry_of
+from megadiff.checkpoint.folder import entry_of
 from megadiff.checkpoint.manifest import FileEntry, Manifest, read_manifest
 from megadiff.config.load import dump_config
 from megadiff.errors import CheckpointError, StorageError
@@ -285,13 +285,13 @@ def test_pruning_and_clearing_touch_nothing_outside(run, tmp_path):
 
 def _save_then_load_hostile_state(config, command):
     """Save with a hostile object where a layer keeps its extra state, and load that."""
-    from megadiff.model.local_layers import UnbiasedColumnLinear
+    from megadiff.model.layers import UnbiasedColumnLinear
 
     class Hostile(UnbiasedColumnLinear):
         def get_extra_state(self):
             return _Canary(os.system, command)
 
-    with patch("megadiff.model.local_layers.UnbiasedColumnLinear", Hostile):
+    with patch("megadiff.model.layers.UnbiasedColumnLinear", Hostile):
         train_on_rank(config, 1, save=True)
     return loads([config])[0]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.data.blend import PATTERN_LENGTH, Blend, SizeBlend
+from megadiff.data.mixture import PATTERN_LENGTH, Blend, SizeBlend
 from megadiff.errors import DataError
 
 weight_lists = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=5)

@@ -13,8 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.data import corpus_lines, documents, json_text
-from megadiff.data.corpus_lines import Line
+from megadiff.data import corpus_files, documents
+from megadiff.data.corpus_files import Line
 from megadiff.data.documents import Corpus
 from megadiff.errors import DataError
 from tests.security.children import in_child
@@ -112,7 +112,7 @@ def test_a_nul_and_escapes_are_text(tmp_path):
 
 
 def test_a_line_beyond_the_bound_is_a_bad_line_and_is_not_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_lines, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(corpus_files, "CHUNK_BYTES", 7)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 200 + b'"}\n{"text": "b"}\n' + b"y" * 60)
     texts, report = read(path, max_bad_lines=2, max_document_bytes=50)
@@ -267,7 +267,7 @@ POEM = b"\xef\xbb\xbf one\r\ntwo \r\n\r\n \t\r\n\r\nthree\r\n\r\n\r\nfour\r\nfiv
     ],
 )
 def test_a_text_file_is_cut_as_asked(tmp_path, monkeypatch, split, wanted, chunk, suffix):
-    monkeypatch.setattr(corpus_lines, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(corpus_files, "CHUNK_BYTES", chunk)
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix](POEM))
     corpus = Corpus([path, path], text_split=split)
@@ -350,7 +350,7 @@ PYTHON_LINES = {
 @pytest.fixture(params=[True, False], ids=["orjson", "json"])
 def parser(request, monkeypatch):
     if not request.param:
-        monkeypatch.setattr(json_text, "orjson", None)
+        monkeypatch.setattr(corpus_files, "orjson", None)
 
 
 @pytest.mark.usefixtures("parser")
@@ -395,14 +395,14 @@ def test_both_parsers_read_the_same_of_anything_python_writes(record, text, asci
     pairs = [*record.items(), ("text", text)]
     content = json.dumps(dict(pairs), ensure_ascii=ascii).encode("utf-8", "surrogatepass")
     line = Line(content, len(content))
-    reduced = Line(corpus_lines.TopLevel()(content), len(content))
+    reduced = Line(corpus_files.TopLevel()(content), len(content))
     with pytest.MonkeyPatch.context() as patch:
-        first = json_text.text_of(line, "text"), json_text.text_of(reduced, "text")
-        patch.setattr(json_text, "orjson", None)
-        second = json_text.text_of(line, "text"), json_text.text_of(reduced, "text")
+        first = corpus_files.text_of(line, "text"), corpus_files.text_of(reduced, "text")
+        patch.setattr(corpus_files, "orjson", None)
+        second = corpus_files.text_of(line, "text"), corpus_files.text_of(reduced, "text")
     assert first == second
     if ascii:
-        assert first == (json_text.Text(text),) * 2
+        assert first == (corpus_files.Text(text),) * 2
 
 
 def top_level(value):
@@ -415,9 +415,9 @@ def top_level(value):
 def test_a_long_line_keeps_its_top_level_however_the_bytes_come(record, size):
     content = json.dumps(record).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_lines, "LONG_LINE_BYTES", 3)
+        patch.setattr(corpus_files, "LONG_LINE_BYTES", 3)
         chunks = [content[i : i + size] for i in range(0, len(content), size)]
-        (line,) = corpus_lines.split_json_lines([*chunks, b"\n"], limit=10**6)
+        (line,) = corpus_files.split_json_lines([*chunks, b"\n"], limit=10**6)
     assert line.num_bytes == len(content)
     kept = json.dumps(top_level(record))
     assert json.dumps(json.loads(line.content)) == (kept if len(content) > 3 else json.dumps(record))
@@ -456,10 +456,10 @@ def test_a_line_in_tiny_pieces_is_joined_in_linear_time():
             return super().split(*arguments)
 
     pieces = [Counted(b"y" * 50) for _ in range(20_000)]
-    (line,) = corpus_lines.split_lines(pieces, limit=10**7)
+    (line,) = corpus_files.split_lines(pieces, limit=10**7)
     assert (line.num_bytes, Counted.copied) == (10**6, 10**6)
-    assert sum(len(chunk) for chunk in corpus_lines.even_chunks([b"y" * 50] * 100_000)) == 5_000_000
-    assert {len(chunk) for chunk in corpus_lines.even_chunks([b"y" * 3_000_000] * 7)} == {2**20, 21_000_000 % 2**20}
+    assert sum(len(chunk) for chunk in corpus_files.even_chunks([b"y" * 50] * 100_000)) == 5_000_000
+    assert {len(chunk) for chunk in corpus_files.even_chunks([b"y" * 3_000_000] * 7)} == {2**20, 21_000_000 % 2**20}
 
 
 @settings(max_examples=100, deadline=None)
@@ -467,5 +467,5 @@ def test_a_line_in_tiny_pieces_is_joined_in_linear_time():
 def test_lines_do_not_depend_on_how_the_bytes_come(texts, chunk):
     content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
     chunks = [content[i : i + chunk] for i in range(0, len(content), chunk)]
-    found = list(corpus_lines.split_lines(chunks, limit=10**6))
+    found = list(corpus_files.split_lines(chunks, limit=10**6))
     assert found == [Line(line, len(line)) for line in content.split(b"\n")[:-1]]

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.data.permutation import Permutation, mixed, stream_key
+from megadiff.data.mixture import Permutation, mixed, stream_key
 
 
 @settings(max_examples=150, deadline=None)

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from megadiff.diffusion import exact, snr
+from megadiff.diffusion import exact, schedules
 from megadiff.diffusion.config import noise_config, objective_config
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
@@ -78,12 +78,12 @@ def time_integral(logits: Tensor, x: int, p: float, g: float, eps: float) -> flo
 def test_the_process_is_that_of_its_definition_in_time(p, g):
     process, log_snr = NoiseProcess(V, MASK, GiddTime(p, g)), log_snr_of(TIMES, p, g)
     c = c_of(TIMES, p, g)
-    torch.testing.assert_close(snr.alpha(log_snr), (1 - TIMES) / (1 + c), rtol=1e-12, atol=0)
+    torch.testing.assert_close(schedules.alpha(log_snr), (1 - TIMES) / (1 + c), rtol=1e-12, atol=0)
     probs = torch.eye(V, dtype=torch.float64)[2].expand(len(TIMES), V)
     torch.testing.assert_close(process.marginal(probs, log_snr), time_marginals(TIMES, p, g, probs), rtol=1e-9, atol=0)
     torch.testing.assert_close(process.mask_prob(log_snr), TIMES / (TIMES + c), rtol=1e-9, atol=0)
     if p > 0:
-        assert float(process.uniform_prob(log_snr)[4] * snr.beta(log_snr)[4]) == pytest.approx(p)
+        assert float(process.uniform_prob(log_snr)[4] * schedules.beta(log_snr)[4]) == pytest.approx(p)
 
 
 @pytest.mark.parametrize(("p", "g"), PROCESSES)

@@ -1,7 +1,7 @@
 """A run cut off between two checkpoints goes on as if it had not been, on its own layout and on another.
 
 Several steps after the resume are compared: megatron-core's defects around Adam's `step` (see
-`megadiff.optim.distributed`) show only from the second one on.
+`megadiff.optim.optimizer`) show only from the second one on.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def _stock_optimizer(config, without_clone):
     platform_on_rank()
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from megadiff.optim.distributed import ShardedOptimizer
+    from megadiff.optim.optimizer import ShardedOptimizer
 
     class SharedStep(ShardedOptimizer):
         def load_state_dict(self, state_dict):

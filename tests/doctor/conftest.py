@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Subject
 from tests.support.runs import toy_config, write_corpus
 
 

@@ -11,10 +11,8 @@ import pytest
 from rich.console import Console
 
 from megadiff.config import registry
-from megadiff.doctor import report
-from megadiff.doctor.examination import CHECKS, examine
-from megadiff.doctor.finding import fail, ok, warn
-from megadiff.doctor.subject import Subject
+from megadiff.doctor import examination
+from megadiff.doctor.examination import CHECKS, Subject, examine, fail, ok, warn
 from tests.support.commands import write_yaml
 from tests.support.forked_command import call_forked
 from tests.support.runs import toy_tree
@@ -35,7 +33,7 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "sick_checks"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    head = "from megadiff.doctor.finding import ok\nfrom megadiff.errors import DataError\n"
+    head = "from megadiff.doctor.examination import ok\nfrom megadiff.errors import DataError\n"
     for name, body in MEMBERS.items():
         (folder / f"{name}.py").write_text(head + body)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -78,7 +76,7 @@ FINDINGS = [ok("[red]1[/red] fine"), warn("slow " * 40, "faster"), fail("broken 
 
 def shown(**options):
     console = Console(file=io.StringIO(), **options)
-    report.show(FINDINGS, console)
+    examination.show(FINDINGS, console)
     return console.file.getvalue()
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from megadiff.doctor.checks import disk, versions
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Subject
 from tests.support.commands import REPOSITORY
 
 MACHINE = Subject({})
@@ -213,7 +213,7 @@ def test_shared_memory_that_is_missing(one_finding, tmp_path):
 def test_shared_memory_that_is_small(tmp_path):
     """A real file system of one MiB, in a mount namespace of its own."""
     code = (
-        "from pathlib import Path; from megadiff.doctor.subject import Subject;"
+        "from pathlib import Path; from megadiff.doctor.examination import Subject;"
         "from megadiff.doctor.checks.shared_memory import check;"
         f"print(*check(Subject({{}}, shared_memory=Path({str(tmp_path)!r}))))"
     )

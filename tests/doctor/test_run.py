@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from megadiff.doctor.checks import memory
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Subject
 from tests.support.runs import write_corpus
 
 RUN_CHECKS = ("data", "description", "layout", "memory", "tokenizer")

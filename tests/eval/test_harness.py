@@ -16,9 +16,8 @@ from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import ConfigError
 from megadiff.eval.continuation import GenerationConfig, GenerationRequest, continuations, room
 from megadiff.eval.estimators import greedy
-from megadiff.eval.fitting import is_cut, split_to_fit
 from megadiff.eval.likelihood import BoundSettings, Item
-from megadiff.eval.texts import item_of
+from megadiff.eval.texts_likelihood import is_cut, item_of, split_to_fit
 from megadiff.platform.quiet import quiet
 from tests.support.commands import REPOSITORY
 from tests.support.forked_command import Ended, call_forked

@@ -9,8 +9,7 @@ import pytest
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import DataError
 from megadiff.eval.likelihood import Item, Likelihood, summed
-from megadiff.eval.rolling import pooled, rolled, rolling_items
-from megadiff.eval.texts import item_of, read_lines
+from megadiff.eval.texts_likelihood import item_of, pooled, read_lines, rolled, rolling_items
 
 
 @pytest.mark.parametrize(("length", "context"), [(8, 0), (8, 3), (5, 4), (100, 10)])

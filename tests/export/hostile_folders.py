@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadiff.export.checksums import CHECKSUMS
+from megadiff.export.folder_files import CHECKSUMS
 
 Spoil = Callable[[Path], object]
 

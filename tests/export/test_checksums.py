@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from megadiff.errors import CheckpointError
-from megadiff.export.checksums import CHECKSUMS
 from megadiff.export.export import export
+from megadiff.export.folder_files import CHECKSUMS
 from megadiff.export.importing import import_folder
 from tests.export.hostile_folders import edit, relist
 from tests.support.forked_command import call_forked

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export.export import export
-from megadiff.export.stored_tensors import StoredTensors
+from megadiff.export.weight_files import StoredTensors
 from tests.export.conftest import LAYOUTS
 from tests.export.runs import sequences_with_prompts, trainer_logits
 

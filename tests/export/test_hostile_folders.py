@@ -17,8 +17,8 @@ import pytest
 
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.errors import MegadiffError
-from megadiff.export.checksums import CHECKSUMS
 from megadiff.export.export import export
+from megadiff.export.folder_files import CHECKSUMS
 from megadiff.export.importing import import_folder
 from tests.export import hostile_folders
 from tests.export.hostile_folders import BY_HAND, as_another_program_writes, copy_of, relist

@@ -10,14 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadiff.checkpoint.folder import verify_files
-from megadiff.checkpoint.safe_metadata import read_index
+from megadiff.checkpoint.load import read_index
 from megadiff.errors import CheckpointError, ConfigError
-from megadiff.export.checksums import CHECKSUMS
 from megadiff.export.export import export
-from megadiff.export.folder_files import TRAINING
+from megadiff.export.folder_files import CHECKSUMS, TRAINING
 from megadiff.export.importing import import_folder
-from megadiff.export.stored_tensors import StoredTensors
-from megadiff.export.weights import training_tensors
+from megadiff.export.weight_files import StoredTensors, training_tensors
 from megadiff.model.config import ModelConfig
 from megadiff.platform.quiet import quiet
 from tests.export.runs import sequences_with_prompts, trainer_logits

@@ -10,8 +10,7 @@ import torch
 from megadiff.config.load import load_config
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.export.released_config import config_of, model_from, model_keys, noise_from, read_released
-from megadiff.export.weight_files import Planned, shards
-from megadiff.export.weights import released_shapes, training_tensors
+from megadiff.export.weight_files import Planned, released_shapes, shards, training_tensors
 from megadiff.run.config import RunConfig
 from tests.checkpoint.test_manifest import manifest
 from tests.support.commands import REPOSITORY

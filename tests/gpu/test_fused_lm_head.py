@@ -8,11 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megadiff.loss.chunk_passes import TorchPasses
-from megadiff.loss.fused_lm_head import fused_objective
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec
+from megadiff.loss.fused_lm_head import TorchPasses, fused_objective
+from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard
 from megadiff.loss.plain_lm_head import plain_objective
-from megadiff.loss.vocab_shard import VocabShard
 from tests.gpu import needs
 from tests.loss.head_cases import MIXES, TOKENS, Case, asked, case, close
 

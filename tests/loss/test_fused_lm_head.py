@@ -18,11 +18,9 @@ from megadiff.diffusion.objective import build_weighting
 from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
 from megadiff.diffusion.schedules import UniformSchedule
 from megadiff.errors import ConfigError
-from megadiff.loss.chunk_passes import TorchPasses
-from megadiff.loss.fused_lm_head import fused_objective
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, loss_token_indices
+from megadiff.loss.fused_lm_head import TorchPasses, fused_objective
+from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard, loss_token_indices
 from megadiff.loss.plain_lm_head import plain_objective
-from megadiff.loss.vocab_shard import VocabShard
 from tests.loss.head_cases import HIDDEN, MASK, MIXES, TOKENS, VOCAB, Case, asked, case, close
 from tests.support.ranks import on_ranks
 

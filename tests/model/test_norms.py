@@ -9,7 +9,7 @@ import torch
 from tests.support.ranks import on_ranks
 from tests.support.toy_model import model_config  # noqa: F401  imports megatron-core quietly, before what follows
 
-from megadiff.model.norms import AllHeadsRMSNorm, RMSNorm  # isort: skip
+from megadiff.model.layers import AllHeadsRMSNorm, RMSNorm  # isort: skip
 
 SEQUENCE, BATCH, HEADS, WIDTH = 5, 3, 4, 6
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megadiff.optim.gradient_norm import clip_grad_norm_, gradient_norm
+from megadiff.optim.optimizer import clip_grad_norm_, gradient_norm
 from megadiff.train.health import StepDecision
 from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank, toy_config, wire_on_rank

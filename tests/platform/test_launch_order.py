@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from megadiff.platform.launch_order import VARIABLE, order_launches
+from megadiff.platform.machine import VARIABLE, order_launches
 
 
 def test_tensor_ranks_order_their_launches_where_nothing_is_set():

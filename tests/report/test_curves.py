@@ -6,10 +6,8 @@ import random
 
 import pytest
 
-from megadiff.report.downsample import Point, downsample
-from megadiff.report.figures import duration, of_bytes, short
-from megadiff.report.progress import position_of
-from megadiff.report.scale import Scale, scale_of
+from megadiff.report.line_chart import Point, Scale, downsample, duration, of_bytes, scale_of, short
+from megadiff.report.run_record import position_of
 
 
 def test_few_points_stay_as_they_are():

@@ -11,8 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from megadiff.data.facts import DataFacts, write_data_facts
-from megadiff.report.downsample import Point
-from megadiff.report.line_chart import Chart, Curve
+from megadiff.report.line_chart import Chart, Curve, Point
 from megadiff.report.page import report_page
 from megadiff.report.run_record import read_runs
 from megadiff.train.goodput import Attempt, write_attempts

@@ -7,11 +7,15 @@ import json
 import pytest
 
 from megadiff.errors import DataError
-from megadiff.report.metric_lines import levels, read_metric_lines
-from megadiff.report.run_record import read_runs
-from megadiff.report.settings import differences, read_settings
-from megadiff.report.unusual_steps import UnusualStep
-from megadiff.report.wall_time import wall_time
+from megadiff.report.run_record import (
+    UnusualStep,
+    differences,
+    levels,
+    read_metric_lines,
+    read_runs,
+    read_settings,
+    wall_time,
+)
 from megadiff.supervision.status import RUNNING, Status, write_status
 from megadiff.train.goodput import Attempt, write_attempts
 from tests.report.folders import evaluation_line, training_line, write_run

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from megadiff.diffusion import snr
+from megadiff.diffusion import schedules
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.sampling.ancestral import log_snr_steps, prior, reverse_posterior, reverse_step, sample
-from megadiff.sampling.prediction import Prediction, predict
+from megadiff.sampling.sampler import Prediction, predict
 from tests.diffusion.dense import LOGITS, bounds, f64, integral
 
 GOLDEN = bounds()
@@ -103,8 +103,8 @@ class TwoTokens:
         self.log_snr = torch.tensor(log_snr, dtype=torch.float64)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        noise = snr.beta(self.log_snr) * self.process.pi_at(self.log_snr, ids)
-        like = noise.unsqueeze(-1) + snr.alpha(self.log_snr) * (ids.unsqueeze(-1) == torch.arange(3))
+        noise = schedules.beta(self.log_snr) * self.process.pi_at(self.log_snr, ids)
+        like = noise.unsqueeze(-1) + schedules.alpha(self.log_snr) * (ids.unsqueeze(-1) == torch.arange(3))
         logits = torch.stack([like[:, 1] @ JOINT.T, like[:, 0] @ JOINT], dim=1).log()
         return torch.nn.functional.pad(logits, (0, 1))
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.sampling.prediction import Prediction, draw_tokens, predict
+from megadiff.sampling.sampler import Prediction, draw_tokens, predict
 
 MIXING = HybridMixing(5, 3, 0.0)
 LOGITS = torch.tensor([[[1.2, -0.4, 0.3, 90.0, -1.1, 99.0]]])  # the mask and a padding column say nothing

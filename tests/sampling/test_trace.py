@@ -16,10 +16,8 @@ from rich.console import Console
 
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.sampling.live import LiveDenoising
 from megadiff.sampling.standalone import Settings, Step, generate
-from megadiff.sampling.trace import Fate, Frame, Trace, token_text
-from megadiff.sampling.trace_page import trace_page
+from megadiff.sampling.trace import Fate, Frame, LiveDenoising, Trace, token_text, trace_page
 
 TOKENS = ByteTokenizer()
 TEXT = TOKENS.encode('Prompt: </script><script>alert(1)</script> & "quotes"\nand \x1b[31m more of it')

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megadiff.scaling.slopes import Band, judge, lines, slope
+from megadiff.scaling.optimum import Band, judge, lines, slope
 
 
 def test_a_power_law_has_its_exponent():

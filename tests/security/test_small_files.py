@@ -11,12 +11,11 @@ import socket
 import pytest
 import yaml
 
-from megadiff.checkpoint.durable import entry_of
-from megadiff.checkpoint.folder import newest_complete
+from megadiff.checkpoint.folder import entry_of, newest_complete
 from megadiff.checkpoint.manifest import FILE_NAME, read_manifest
 from megadiff.config.load import load_config
 from megadiff.errors import CheckpointError, ConfigError, DataError, MegadiffError
-from megadiff.report.scale import scale_of
+from megadiff.report.line_chart import scale_of
 from megadiff.run.config import RunConfig
 from megadiff.supervision.status import RUNNING, Status, read_status, write_status
 from megadiff.train.goodput import read_attempts

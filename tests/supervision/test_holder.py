@@ -16,7 +16,7 @@ from megadiff.errors import ConfigError
 from megadiff.run.config import RunConfig
 from megadiff.run.folder import run_folder
 from megadiff.supervision import process
-from megadiff.supervision.holder import Holder
+from megadiff.supervision.launch import Holder
 from tests.support.runs import toy_config
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megadiff.supervision.launcher import Launcher
+from megadiff.supervision.launch import Launcher
 from tests.support.commands import REPOSITORY
 
 GONE_S = 5.0
@@ -30,7 +30,7 @@ STOPS_ITSELF = "os.kill(os.getpid(), signal.SIGSTOP)"
 RANK = """
 import os, signal, sys, time
 time.sleep(float(sys.argv[2]))
-from megadiff.supervision.launcher import end_with_launcher
+from megadiff.supervision.launch import end_with_launcher
 end_with_launcher()
 with open(sys.argv[1] + ".making", "w") as file:
     file.write(str(os.getpid()))
@@ -162,7 +162,7 @@ def test_the_launcher_is_an_ancestor_that_is_no_rank_itself():
 
 
 def test_nothing_but_a_python_program_is_taken_for_torchruns_agent():
-    from megadiff.supervision.launcher import _may_be_an_agent
+    from megadiff.supervision.launch import _may_be_an_agent
 
     assert _may_be_an_agent(os.getpid())
     other = subprocess.Popen(["/bin/sleep", "10"])

@@ -19,9 +19,8 @@ from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import MegadiffError, PlatformError, run_command
 from megadiff.loss.choice import choose_loss_kernel
-from megadiff.loss.inputs import LossInputs, LossSpec, loss_token_indices
-from megadiff.loss.products import add_product
-from megadiff.loss.vocab_shard import VocabShard
+from megadiff.loss.fused_lm_head import add_product
+from megadiff.loss.inputs import LossInputs, LossSpec, VocabShard, loss_token_indices
 
 _EPILOG = """example:
   python tools/benchmarks/gpu_head.py --output results
@@ -227,7 +226,7 @@ def _print_row(timed: Timed, width: int, vocab_size: int, ceiling: float) -> dic
 
 def _passes(vocab_size: int) -> list[dict[str, Any]]:
     """Time each pass alone, on one chunk of random logits in bf16."""
-    from megadiff.loss.chunk_passes import TorchPasses
+    from megadiff.loss.fused_lm_head import TorchPasses
 
     found: list[dict[str, Any]] = []
     for name, wanted in (("sums", 2), ("shares", 2), ("gradient", 4)):

@@ -22,9 +22,8 @@ from transcription import transcribed_loss
 from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import run_command
-from megadiff.loss.fused_lm_head import fused_objective
+from megadiff.loss.fused_lm_head import add_product, fused_objective
 from megadiff.loss.inputs import LossInputs, LossSpec, loss_token_indices
-from megadiff.loss.products import add_product
 
 _EPILOG = """example:
   python tools/benchmarks/head.py

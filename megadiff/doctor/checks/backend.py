@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from megadiff.doctor.finding import Finding, fail, ok
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, fail, ok
 
 if TYPE_CHECKING:
     from megadiff.platform.machine import Platform

@@ -6,8 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 
-from megadiff.doctor.finding import Finding, ok, warn
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, ok, warn
 
 _TOLERATED_S = 5.0
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megadiff.doctor.finding import Finding, fail, ok
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, fail, ok
 
 
 def check(subject: Subject) -> Iterable[Finding]:

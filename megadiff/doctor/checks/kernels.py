@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 
-from megadiff.doctor.finding import Finding, fail, ok, warn
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, fail, ok, warn
 
 
 def check(subject: Subject) -> Iterable[Finding]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megadiff.doctor.finding import Finding, fail, ok, warn
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, fail, ok, warn
 from megadiff.errors import ConfigError
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import product
 
-from megadiff.doctor.finding import Finding, fail, ok, warn
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, fail, ok, warn
 from megadiff.errors import ConfigError
 from megadiff.run.config import RunConfig
 from megadiff.run.summary import memory_per_rank

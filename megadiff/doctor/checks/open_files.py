@@ -5,8 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterable
 
-from megadiff.doctor.finding import Finding, fail, ok, warn
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, fail, ok, warn
 
 _BASE, _PER_RANK, _COMFORT = 128, 8, 1024
 

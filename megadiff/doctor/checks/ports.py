@@ -7,8 +7,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable
 
-from megadiff.doctor.finding import Finding, fail, ok, warn
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, fail, ok, warn
 
 DEFAULT_PORT = 29500
 """Port that torchrun uses on one node if none is given."""

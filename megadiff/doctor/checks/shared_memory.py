@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 
-from megadiff.doctor.finding import Finding, ok, warn
-from megadiff.doctor.subject import Subject
+from megadiff.doctor.examination import Finding, Subject, ok, warn
 
 _ON_CPU, _ON_GPU = 2**24, 2**30
 

@@ -1,0 +1,201 @@
+"""Layers of a Transformer block: norms, attention and MLP (`fused_layers` has Transformer Engine's).
+
+The norms take megatron-core's norm constructor arguments, so a layer spec can name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megadiff.model.attention import BidirectionalAttention
+from megadiff.model.config import ModelConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """Normalises the last dimension; the statistic is taken in float32.
+
+    megatron-core's own torch norm refuses sequence parallelism (transformer/torch_norm.py), hence this one: under it,
+    each tensor rank sees a part of the sequence and the weight's gradient is marked to be summed over ranks.
+
+    Source: arXiv:2512.10858 appendix (gain 1 + g, g zero at start, eps inside the root).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., hidden_size] to the same shape and dtype."""
+        return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+class AllHeadsRMSNorm(torch.nn.Module):
+    """Normalises queries or keys over all heads together, with a gain per feature.
+
+    Under tensor parallelism a rank holds some heads only, so the mean square is summed over the tensor group: one
+    all-reduce of a float32 scalar per token forward, and one backward.
+
+    Source: arXiv:2512.10858's model (RMSNorm of q and k before the head split).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        """`hidden_size` is one head's width, as megatron-core passes it."""
+        super().__init__()
+        self.eps = eps
+        self.features = hidden_size * config.num_attention_heads
+        self.is_cut = config.tensor_model_parallel_size > 1
+        local = self.features // config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.zeros(local, dtype=config.params_dtype))
+        self.weight.tensor_model_parallel = self.is_cut  # type: ignore[attr-defined]
+        self.weight.partition_dim = 0  # type: ignore[attr-defined]
+        self.weight.partition_stride = 1  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [sequence, batch, local heads, head_dim] to the same shape and dtype."""
+        flat = x.float().flatten(-2)
+        square = flat.square().sum(-1, keepdim=True)
+        if self.is_cut:
+            # Summed forward by the first, and the statistic's gradient, which every rank feeds, by the second.
+            square = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(square))
+        scale = torch.rsqrt(square / self.features + self.eps)
+        return (flat * scale * (1.0 + self.weight.float())).view_as(x).type_as(x)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the state, with the weight cut over tensor ranks along its only dimension."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
+class UnbiasedColumnLinear(ColumnParallelLinear):
+    """A column-parallel matrix that never has a bias; megatron-core has one bias switch for attention and MLP."""
+
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+
+class RowLinear(RowParallelLinear):
+    """A row-parallel matrix that adds its bias itself.
+
+    megatron-core's MLP hands its second bias on, to be fused with what follows. Recomputing such an MLP makes the bias
+    an output of the recomputed part, and the backward pass then never ends.
+    """
+
+    def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, skip_bias_add=False, **kwargs)
+
+
+class UnbiasedRowLinear(RowParallelLinear):
+    """A row-parallel matrix that never has a bias."""
+
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, bias=False, **kwargs)
+
+
+def local_parts() -> LayerModules:
+    """Return the modules that run on every machine."""
+    return LayerModules(
+        input_layernorm=RMSNorm,
+        qkv=UnbiasedColumnLinear,
+        proj=UnbiasedRowLinear,
+        up=ColumnParallelLinear,
+        down=RowLinear,
+        norm=RMSNorm,
+        # megatron-core's names for the norms fused into Transformer Engine's linears, so that a checkpoint of either
+        # path loads in the other.
+        checkpoint_names={
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        },
+    )
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """Classes with megatron-core's constructor arguments, by their place in a block.
+
+    Whatever the parts, parameters have the same shapes, and the same names in a checkpoint.
+    """
+
+    input_layernorm: Any
+    """Before attention and before the MLP; `IdentityOp` where `qkv` and `up` normalise themselves."""
+    qkv: Any
+    """Column-parallel, never with a bias."""
+    proj: Any
+    """Row-parallel, never with a bias."""
+    up: Any
+    """The MLP's first matrix, column-parallel, with a bias if the model has."""
+    down: Any
+    """The MLP's second matrix, row-parallel, with a bias if the model has, added by itself."""
+    norm: Any
+    """The last norm, and that of queries and keys per head."""
+    checkpoint_names: dict[str, str] = field(default_factory=dict)
+    """Prefixes of parameter names in a layer, and the prefixes that replace them in a checkpoint."""
+
+
+def block_spec(model: ModelConfig, parts: LayerModules, *, layers: int) -> Any:
+    """megatron-core's description of a chunk of `layers` blocks and, on the last stage, the norm after them."""
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(model, parts)] * layers, layer_norm=parts.norm)
+
+
+def _layer_spec(model: ModelConfig, parts: LayerModules) -> ModuleSpec:
+    qk_norm = {"full": AllHeadsRMSNorm, "head": parts.norm, "none": IdentityOp}[model.qk_norm]
+    residual: Any = _scaled_residual(model.resid_factor)
+    attention: Any = partial(BidirectionalAttention, sink=model.sink, softcap=model.softcap)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.input_layernorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=parts.qkv,
+                    core_attention=attention,
+                    linear_proj=parts.proj,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=residual,
+            pre_mlp_layernorm=parts.input_layernorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=parts.up, linear_fc2=parts.down)),
+            mlp_bda=residual,
+            sharded_state_dict_keys_map=parts.checkpoint_names,
+        ),
+    )
+
+
+def _scaled_residual(factor: float) -> Callable[..., Any]:
+    """megatron-core's bias-dropout-add seam: residual + factor * branch; biases are added before, dropout never."""
+
+    def add(branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        branch, bias = branch_with_bias
+        assert bias is None
+        return torch.add(residual, branch, alpha=factor)
+
+    def choose(training: bool, fused: bool) -> Callable[..., Tensor]:
+        return add
+
+    return choose
