@@ -1,8 +1,8 @@
 """A mixture of sources: shares and order of their sequences, epochs, and the position that each has reached.
 
-A balanced Feistel network (`Permutation`) permutes the smallest 4**h >= n; results outside 0 .. n - 1 are permuted again until one
-falls inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002), at most 4 steps on
-average. It uses only Python integers, so the order is the same on every machine and version.
+In `Permutation` a balanced Feistel network permutes the smallest 4**h >= n; results outside 0 .. n - 1 are permuted
+again until one falls inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002), at most
+4 steps on average. It uses only Python integers, so the order is the same on every machine and version.
 
 `Blend` repeats one pattern of 10,000 places. In it each source has its exact share (largest remainder), and its
 places are spread out: the j-th falls at random within the j-th of its equal strata. `SizeBlend` shares in exact

@@ -1,7 +1,7 @@
 """The optimizer of a run: parameter groups, gradient norm, and the state on one rank or sharded over replicas.
 
-`gradient_norm` replaces megatron-core's `clip_grads.py`, which without Transformer Engine and Apex waits for the device once for every
-tensor, and scales every tensor through a copy.
+`gradient_norm` replaces megatron-core's `clip_grads.py`, which without Transformer Engine and Apex waits for the device
+once for every tensor, and scales every tensor through a copy.
 
 megatron-core's distributed optimizer cuts the weights and gradients of any optimizer, and saves and loads the state of
 Adam alone: it looks for `exp_avg`, `exp_avg_sq` and `step` by name. The subclass here does the same for the state that
