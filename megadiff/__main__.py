@@ -54,7 +54,7 @@ def _known(word: str) -> str:
     known, name = commands(), word.replace("-", "_")
     if name in known:
         return name
-    from megadiff.config.messages import did_you_mean
+    from megadiff.config.suggestions import did_you_mean
 
     is_option = word.startswith("-")
     near = did_you_mean(word, ["--help", "--version"]) if is_option else did_you_mean(name, known)

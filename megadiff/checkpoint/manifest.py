@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megadiff.checkpoint.folder import MANIFEST_NAME, no_checkpoint
+from megadiff.checkpoint.path_kinds import MANIFEST_NAME, no_checkpoint
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, StorageError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
 

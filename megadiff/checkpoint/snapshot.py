@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from megadiff.checkpoint.folder import entry_of, hashed_file
+from megadiff.checkpoint.durable import entry_of, hashed_file
 from megadiff.checkpoint.manifest import FileEntry
 from megadiff.files import sync
 from megadiff.parallel.pipeline import ModelChunk

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megadiff.config.command_line import CommandParser
-from megadiff.data.indexed_manifest import Scan, TokenizerFacts, scan, tokenizer_facts
-from megadiff.data.indexed_reader import bin_path, without_suffix
+from megadiff.data.indexed_format import bin_path, without_suffix
+from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
 from megadiff.data.preprocess import ProgressReport
+from megadiff.data.scan import Scan, scan
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
 

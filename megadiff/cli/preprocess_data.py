@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from megadiff.config.command_line import CommandParser
-from megadiff.data.corpus_files import add_corpus_options, corpus_from, describe_files, describe_skipped
+from megadiff.data.documents import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 
 _EXAMPLE = """example:

@@ -16,9 +16,10 @@ from pydantic_core import to_jsonable_python
 
 from megadiff.config import nodes
 from megadiff.config.command_line import setting_without_equals
-from megadiff.config.messages import similar_path, validated
+from megadiff.config.messages import validated
 from megadiff.config.nodes import COMMAND_LINE, Node, Place, merge, parse_yaml
 from megadiff.config.section import Section
+from megadiff.config.suggestions import similar_path
 from megadiff.errors import ConfigError
 from megadiff.untrusted_files import UnreadableFileError, read_text, why
 

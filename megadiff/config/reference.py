@@ -20,8 +20,8 @@ from pydantic_core import PydanticUndefined
 
 from megadiff.config import schema
 from megadiff.config.load import dump_value
-from megadiff.config.messages import did_you_mean
 from megadiff.config.section import Section
+from megadiff.config.suggestions import did_you_mean
 from megadiff.errors import ConfigError
 
 RUN = "megadiff.run.config.RunConfig"

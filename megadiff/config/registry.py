@@ -52,8 +52,8 @@ from typing import Any, TypeVar, cast
 from pydantic import Field, GetCoreSchemaHandler, ValidationError, ValidationInfo, create_model
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from megadiff.config.messages import did_you_mean
 from megadiff.config.section import Section
+from megadiff.config.suggestions import did_you_mean
 from megadiff.errors import ConfigError
 
 S = TypeVar("S", bound=Section)

@@ -1,169 +1,34 @@
-"""Read Megatron's indexed binaries (`.bin`, `.idx`), checked against their sizes and their manifest.
+"""Reader of indexed tokens, this package's or Megatron's, that first checks every field and bound of the index.
 
-Nothing is mapped: a file that shrinks while it is read causes an error, where a mapping would cause a signal, and no
-array is a view of a closed file. The format:
-
-    P.bin   the tokens of all sequences, one after another, in one integer type
-    P.idx   magic[9] version:u64=1 dtype:u8 sequences:u64 documents+1:u64
-            lengths:i32[S]  pointers:i64[S] (byte offsets into P.bin)  documents:i64[D + 1] (sequence numbers, 0 .. S)
-            and, in multimodal files only, modes:i8[S]
-
-Little-endian throughout. Source: megatron.core.datasets.indexed_dataset of megatron-core 0.16.1.
-
-Everything is read with `pread` into fresh arrays (`StoredIntegers`): no array is a view of a mapped file, a file that
+Everything is read with `pread` into fresh arrays (`stored_integers`): no array is a view of a mapped file, a file that
 shrinks while it is read causes an error instead of a signal, and other threads can run meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import struct
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from megadiff.config.messages import similar_path
+from megadiff.config.suggestions import similar_path
+from megadiff.data.indexed_format import (
+    CHUNK,
+    DTYPES,
+    HEADER,
+    MAGIC,
+    REMEDY,
+    VERSION,
+    StoredFile,
+    StoredIntegers,
+    bin_path,
+    idx_path,
+    manifest_path,
+    without_suffix,
+)
 from megadiff.data.indexed_manifest import read_manifest
 from megadiff.data.tokenizer_files import wrong_ids
-from megadiff.errors import DataError, StorageError
-
-CHUNK = 2**20
-"""Number of integers, or bytes, in one piece."""
-
-REMEDY = "copy or preprocess the data again"
-
-
-class StoredFile:
-    """A regular file opened once for reading; closed when nothing references it any more.
-
-    Raises:
-        DataError: it cannot be opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-        weakref.finalize(self, os.close, self._descriptor)
-        self.size = os.fstat(self._descriptor).st_size
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Return `count` bytes from `offset` on; the caller has checked them against `size`.
-
-        Raises:
-            StorageError: the disk fails.
-            DataError: the file has shrunk since it was opened.
-        """
-        try:
-            raw = os.pread(self._descriptor, count, offset)
-            while 0 < len(raw) < count:  # the kernel returns at most 2 GiB per call, network disks less
-                more = os.pread(self._descriptor, count - len(raw), offset + len(raw))
-                if not more:
-                    break
-                raw += more
-        except OSError as error:
-            raise StorageError(f"{self.path}: reading failed ({error.strerror}); check the disk and resume") from error
-        if len(raw) != count:
-            found = f"found {len(raw)}: the file has shrunk since it was opened"
-            raise DataError(f"{self.path}: wanted {count} bytes at byte {offset}, {found}; {REMEDY}")
-        return raw
-
-    def sha256(self) -> str:
-        """Return the SHA-256 (hex) of the whole file."""
-        digest = hashlib.sha256()
-        for start in range(0, self.size, CHUNK):
-            digest.update(self.read(start, min(CHUNK, self.size - start)))
-        return digest.hexdigest()
-
-
-class StoredIntegers:
-    """An array of `count` integers of one type in a file, from byte `offset` on."""
-
-    def __init__(self, file: StoredFile, dtype: np.dtype, *, offset: int, count: int) -> None:
-        self.file = file
-        self.dtype = dtype
-        self.offset = offset
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def byte_of(self, index: int) -> int:
-        """Return the byte position of integer `index` in the file."""
-        return self.offset + index * self.dtype.itemsize
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Return the integers `start` .. `start + count - 1`: [count], read-only, as stored."""
-        raw = self.file.read(self.byte_of(start), count * self.dtype.itemsize)
-        return np.frombuffer(raw, dtype=self.dtype)
-
-    def at(self, index: int) -> int:
-        """Return one integer."""
-        return int(self.read(index, 1)[0])
-
-    def chunks(self, *, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first index, integers) of all pieces, each followed by up to `overlap` integers of the next one."""
-        for start in range(0, self._count, CHUNK):
-            yield start, self.read(start, min(CHUNK + overlap, self._count - start))
-
-    def last_at_most(self, value: int) -> int:
-        """Return the last index with an integer of at most `value`, for ascending integers; -1 if there is none."""
-        low, high = 0, self._count
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self.at(middle) <= value else (low, middle)
-        return low - 1
-
-
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, dtype code, sequences, documents + 1: 34 bytes."""
-
-DTYPES: dict[int, np.dtype] = {
-    1: np.dtype("u1"),
-    2: np.dtype("i1"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    8: np.dtype("<u2"),
-}
-"""Token types by code; codes 6 and 7 are floats, which hold no tokens."""
-
-CODES: dict[np.dtype, int] = {dtype: code for code, dtype in DTYPES.items()}
-
-_UINT16_BELOW = 65500  # Megatron's own threshold, a little under 2 ** 16
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the type in which Megatron stores ids of this vocabulary."""
-    return DTYPES[8] if vocab_size < _UINT16_BELOW else DTYPES[4]
-
-
-def bin_path(prefix: str | Path) -> Path:
-    """Return the path `P.bin`."""
-    return Path(f"{prefix}.bin")
-
-
-def idx_path(prefix: str | Path) -> Path:
-    """Return the path `P.idx`."""
-    return Path(f"{prefix}.idx")
-
-
-def manifest_path(prefix: str | Path) -> Path:
-    """Return the path `P.json`."""
-    return Path(f"{prefix}.json")
-
-
-def without_suffix(prefix: str | Path) -> str:
-    """Return the prefix P, also if given as `P.bin` or `P.idx`."""
-    return str(prefix).removesuffix(".bin").removesuffix(".idx")
-
+from megadiff.errors import DataError
 
 _EVEN_SPANS, _EVEN_SPAN_TOKENS = 64, 2**14
 _RANDOM_SPANS, _RANDOM_SPAN_TOKENS = 256, 2**10

@@ -18,8 +18,8 @@ from types import TracebackType
 
 import numpy as np
 
+from megadiff.data.indexed_format import CODES, HEADER, MAGIC, VERSION, bin_path, idx_path, manifest_path, token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, TokenizerFacts, manifest_bytes
-from megadiff.data.indexed_reader import CODES, HEADER, MAGIC, VERSION, bin_path, idx_path, manifest_path, token_dtype
 from megadiff.data.tokenizer_files import wrong_ids
 from megadiff.errors import DataError
 from megadiff.files import sync

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from megadiff.data.documents import Corpus, CorpusReport, Document, utf8_length
+from megadiff.data.indexed_format import token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, tokenizer_facts
-from megadiff.data.indexed_reader import token_dtype
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizer_files import load_tokenizer, wrong_ids
 from megadiff.data.tokenizers import Tokenizer

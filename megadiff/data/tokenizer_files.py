@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megadiff.config import registry
-from megadiff.config.messages import similar_path
+from megadiff.config.suggestions import similar_path
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.data.tokenizers._outside import OutsideTokenizer
 from megadiff.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from megadiff.checkpoint.folder import entry_of
+from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FileEntry
 from megadiff.errors import CheckpointError, shown
 from megadiff.files import write_atomically

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 import megadiff
-from megadiff.checkpoint.folder import what_it_is
 from megadiff.checkpoint.manifest import FORMAT, Manifest
+from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from megadiff.checkpoint.folder import what_it_is
+from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.export.importing import import_folder
 from megadiff.run.load_model import InferenceModel, load_model
 

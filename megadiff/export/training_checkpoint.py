@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megadiff.checkpoint.folder import entry_of
+from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import Manifest
 from megadiff.export.weight_files import MODULES_WITH_EXTRA_STATE, TrainingTensor
 from megadiff.files import sync

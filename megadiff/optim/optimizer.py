@@ -1,4 +1,4 @@
-"""The optimizer of a run: parameter groups, gradient norm, and the state on one rank or sharded over replicas.
+"""The optimizer of a run: gradient norm, update, and the state on one rank or sharded over replicas.
 
 `gradient_norm` replaces megatron-core's `clip_grads.py`, which without Transformer Engine and Apex waits for the device
 once for every tensor, and scales every tensor through a copy.
@@ -11,7 +11,7 @@ megatron-core 0.16.1, `optimizer/distrib_optimizer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,45 +28,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megadiff.optim.config import OptimizerConfig
-from megadiff.optim.member import STEP, Member, load_member, refuse_unsavable
+from megadiff.optim.groups import parameter_groups
+from megadiff.optim.member import STEP, Member, load_member
+from megadiff.optim.probe import refuse_unsavable
 from megadiff.optim.resharding import in_the_form_of, keep_float32_state
-from megadiff.optim.rules import Rule, Scale, effective_eps, rules
+from megadiff.optim.rules import Scale
 from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
-
-
-def parameter_groups(
-    parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, scale: Scale
-) -> list[dict[str, Any]]:
-    """Return parameter groups, the same list of groups on every rank even where a group is empty.
-
-    Groups are distinguished by (lr_mult, wd_mult), which is how megatron-core matches them to a checkpoint
-    (`param_group_identifier_keys` in optimizer/optimizer.py): roles with equal rules share a group. A group has an
-    `eps` if the optimizer has such a setting.
-
-    Args:
-        parameters: (role, parameter) pairs of this rank.
-    """
-    table = rules(settings, hidden=scale.hidden)
-    by_rule: dict[Rule, list[torch.nn.Parameter]] = {rule: [] for rule in table.values()}
-    eps = effective_eps(settings, scale)
-    for role, parameter in parameters:
-        by_rule[table[role]].append(parameter)
-    return [
-        {
-            "params": members,
-            "lr": settings.lr * rule.lr_mult,
-            "weight_decay": settings.weight_decay * rule.wd_mult,
-            **({} if eps is None else {"eps": eps}),
-            "lr_mult": rule.lr_mult,
-            "wd_mult": rule.wd_mult,
-            "is_expert_parallel": False,
-            "is_decoupled_lr": False,
-        }
-        for rule, members in by_rule.items()
-    ]
-
 
 _PIECE = 2**16
 _NORM_EPS = 1e-6

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from megadiff.report.page import escaped
+from megadiff.report.markup import escaped
 
 
 class Point(NamedTuple):

@@ -1,4 +1,4 @@
-"""The HTML page of a report: markup, style and script in one file that loads nothing.
+"""The HTML page of a report: its parts, style and script in one file that loads nothing.
 
 Its content security policy allows only the page's own style and script, by their hashes. The charts do not depend on
 the script, which only shows the values under the pointer.
@@ -8,56 +8,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 
 from megadiff.report import run_tables
 from megadiff.report.line_chart import Chart
+from megadiff.report.markup import escaped, paragraph, section
 from megadiff.report.run_charts import RunCharts
 from megadiff.report.run_record import Axis, RunRecord, goodput_part
-
-_KEPT = "\n\t"
-
-
-def escaped(text: str) -> str:
-    """Return text that cannot act as markup, for use inside an element or a quoted attribute.
-
-    Characters that do not print (control characters, text directions, halves of surrogate pairs) become U+FFFD, so that
-    a name cannot reorder the page around it, and the page can always be encoded as UTF-8.
-    """
-    shown = "".join(c if c.isprintable() or c in _KEPT else "\ufffd" for c in text)
-    return html.escape(shown, quote=True)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str) -> str:
-    """Return a table that scrolls sideways if it is too wide.
-
-    Args:
-        heads: plain text.
-        rows: cells as markup, already escaped; the first cell is the header of its row.
-        caption: plain text, also read out by screen readers.
-    """
-    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in heads)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
-    )
-    return (
-        f'<div class="wide"><table><caption>{escaped(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def paragraph(text: str) -> str:
-    """Return a remark as a paragraph."""
-    return f'<p class="remark">{escaped(text)}</p>'
-
-
-def section(name: str, title: str, *parts: str) -> str:
-    """Return a section of the page with an anchor; an empty string if it has no content."""
-    inside = "".join(parts)
-    return f'<section id="{name}"><h2>{escaped(title)}</h2>{inside}</section>' if inside else ""
-
 
 # Okabe and Ito's colours, darkened on white and lightened on black until each has a contrast of 3 to 1 or more.
 _LIGHT = ("#0072b2", "#d55e00", "#007a5a", "#b2589a", "#9a6a00", "#444444")

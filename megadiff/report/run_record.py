@@ -18,7 +18,7 @@ from megadiff.checkpoint.folder import step_folders, step_of, verify_files
 from megadiff.data.facts import DataFacts, read_data_facts
 from megadiff.errors import CheckpointError, DataError, StorageError
 from megadiff.report.line_chart import duration, percent
-from megadiff.report.page import escaped, paragraph, table
+from megadiff.report.markup import escaped, paragraph, table
 from megadiff.supervision.status import Status, read_status
 from megadiff.train.goodput import PHASES, Attempt
 from megadiff.train.metrics import MAX_LINE_BYTES, Line, finite, number, parsed

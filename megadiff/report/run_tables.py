@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megadiff.report.line_chart import exact, of_bytes, percent, short
-from megadiff.report.page import escaped, paragraph, table
+from megadiff.report.markup import escaped, paragraph, table
 from megadiff.report.run_record import RunRecord, differences, wall_time
 from megadiff.train.metrics import finite, number
 

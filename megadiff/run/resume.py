@@ -24,8 +24,8 @@ from megadiff.checkpoint.manifest import (
     check_same_run,
     read_manifest,
 )
-from megadiff.config.messages import did_you_mean
 from megadiff.config.schema import dotted_keys
+from megadiff.config.suggestions import did_you_mean
 from megadiff.data.mixture import Mixture, next_mixture
 from megadiff.data.review import change_advice, describe_change
 from megadiff.errors import CheckpointError, ConfigError

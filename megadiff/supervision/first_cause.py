@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megadiff.files import write_atomically
 from megadiff.supervision import process
-from megadiff.supervision.watchdog import Heartbeat
+from megadiff.supervision.heartbeat import Heartbeat
 
 STACKS_SIGNAL = signal.SIGUSR1
 """Signal that makes a watched rank write its stacks, through a C handler that needs no interpreter lock."""

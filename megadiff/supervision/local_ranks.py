@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megadiff.supervision import process
 from megadiff.supervision.first_cause import VERDICT
-from megadiff.supervision.watchdog import ENDED, FAILED, RUNNING, Heartbeat
+from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
 
 LOOK_EVERY_S, AT_FIRST_S = 1.0, 10.0
 """Seconds between searches for new ranks, and seconds after the start during which every turn searches, because ranks

@@ -25,10 +25,10 @@ from megadiff.supervision.first_cause import (
     take_stacks,
     within,
 )
+from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
 from megadiff.supervision.launch import Launch, Launcher, describe_loss, heartbeat_path
 from megadiff.supervision.local_ranks import Event, LocalRanks, Watched, leave_node
 from megadiff.supervision.status import record_failure
-from megadiff.supervision.watchdog import ENDED, FAILED, RUNNING, Heartbeat
 
 BOOTSTRAP = "import sys; sys.path.append(sys.argv[1]); from megadiff.supervision.watcher import main; main()"
 EXIT_STALLED, EXIT_DIED = 6, 1

@@ -18,8 +18,8 @@ from megadiff.config.load import load_config
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.noising import NoisedBatch, noise_batch
 from megadiff.diffusion.objective import gidd_objective
+from megadiff.optim.groups import parameter_groups
 from megadiff.optim.member import load_member
-from megadiff.optim.optimizer import parameter_groups
 from megadiff.optim.rules import Scale
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig

@@ -13,7 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megadiff.optim.config import OPTIMIZERS, OptimizerConfig
-from megadiff.optim.member import Member, load_member, refuse_unsavable
+from megadiff.optim.member import Member, load_member
+from megadiff.optim.probe import refuse_unsavable
 from megadiff.optim.rules import Scale
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megadiff.data.indexed_manifest import scan
-from megadiff.data.indexed_reader import HEADER, IndexedReader
+from megadiff.data.indexed_format import HEADER
+from megadiff.data.indexed_reader import IndexedReader
+from megadiff.data.scan import scan
 from megadiff.errors import DataError
 
 EXTREMES = (

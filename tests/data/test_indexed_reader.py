@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megadiff.data import indexed_reader
-from megadiff.data.indexed_reader import HEADER, IndexedReader
+from megadiff.data import indexed_format, indexed_reader
+from megadiff.data.indexed_format import HEADER
+from megadiff.data.indexed_reader import IndexedReader
 from megadiff.errors import DataError
 from tests.data.corpora import random_documents, write_indexed
 
@@ -77,7 +78,7 @@ def test_empty_documents_are_counted_across_pieces_of_the_index(tmp_path, monkey
     )
     wanted = [sum(lengths[a:b]) for a, b in pairwise(starts)]
     for chunk in (2, 3, 2**20):
-        monkeypatch.setattr(indexed_reader, "CHUNK", chunk)
+        monkeypatch.setattr(indexed_format, "CHUNK", chunk)
         monkeypatch.setattr(indexed_reader, "CHUNK", chunk)
         reader = IndexedReader(tmp_path / "p")
         assert [len(reader.document(i)) for i in range(reader.num_documents)] == wanted

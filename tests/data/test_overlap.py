@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megadiff.data import review
+from megadiff.data import open
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.review import occurring_passages, opening_fingerprint
+from megadiff.data.open import occurring_passages, opening_fingerprint
 from tests.data.corpora import write_indexed
 
 IDS = np.random.default_rng(4).integers(4, 260, size=6000).tolist()
@@ -20,7 +20,7 @@ def reader(path, ids, vocab_size=260):
 @pytest.mark.parametrize("chunk", [2**20, 1000, 129])
 @pytest.mark.parametrize("part", [slice(0, 2000), slice(4000, 6000), slice(1234, 3333), slice(0, 6000), slice(70, 90)])
 def test_a_part_of_the_training_text_is_found_word_for_word(tmp_path, monkeypatch, part, chunk):
-    monkeypatch.setattr(review, "_CHUNK", chunk)
+    monkeypatch.setattr(open, "_CHUNK", chunk)
     train, valid = reader(tmp_path / "train", IDS), reader(tmp_path / "valid", IDS[part])
     found, tried = occurring_passages(valid, train)
     assert found == tried >= 1

@@ -9,9 +9,10 @@ import re
 import numpy as np
 import pytest
 
-from megadiff.data import indexed_reader
-from megadiff.data.indexed_manifest import MAX_LISTED, scan, tokenizer_facts
-from megadiff.data.indexed_reader import HEADER
+from megadiff.data import indexed_format
+from megadiff.data.indexed_format import HEADER
+from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.scan import MAX_LISTED, scan
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from tests.data.corpora import random_documents, write_indexed
 from tests.data.test_indexed_reader import patched
@@ -32,7 +33,7 @@ def without_manifest(prefix):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_good_data_have_no_finding_and_their_numbers(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(indexed_reader, "CHUNK", 50)
+    monkeypatch.setattr(indexed_format, "CHUNK", 50)
     documents = random_documents(60)
     prefix = write_indexed(tmp_path / "p", documents)
     done = []
@@ -59,7 +60,7 @@ def test_a_wrong_token_has_document_position_byte_and_remedy(tmp_path, token, wh
 
 
 def test_many_wrong_tokens_are_counted_and_the_first_of_them_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed_reader, "CHUNK", 7)
+    monkeypatch.setattr(indexed_format, "CHUNK", 7)
     prefix = without_manifest(write_indexed(tmp_path / "p", [[500]] * 100, vocab_size=600))
     found = scan(prefix, tokenizer=BYTE)
     assert len([finding for finding in found.findings if finding.is_error]) == MAX_LISTED

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megadiff.model.config import ModelConfig
+from megadiff.optim.groups import parameter_groups
 from megadiff.optim.members import laprop
-from megadiff.optim.optimizer import parameter_groups
 from megadiff.optim.rules import Scale, effective_eps
 from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks

@@ -18,8 +18,8 @@ import yaml
 
 from megadiff.config.load import load_config
 from megadiff.data.documents import Corpus
-from megadiff.data.indexed_manifest import scan
 from megadiff.data.indexed_reader import IndexedReader
+from megadiff.data.scan import scan
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
 from megadiff.errors import DataError

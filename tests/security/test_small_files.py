@@ -11,7 +11,8 @@ import socket
 import pytest
 import yaml
 
-from megadiff.checkpoint.folder import entry_of, newest_complete
+from megadiff.checkpoint.durable import entry_of
+from megadiff.checkpoint.folder import newest_complete
 from megadiff.checkpoint.manifest import FILE_NAME, read_manifest
 from megadiff.config.load import load_config
 from megadiff.errors import CheckpointError, ConfigError, DataError, MegadiffError

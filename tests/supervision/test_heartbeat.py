@@ -11,8 +11,9 @@ import pytest
 
 from megadiff.supervision import process
 from megadiff.supervision.config import WatchdogConfig
+from megadiff.supervision.heartbeat import FAILED, NOWHERE, Heartbeat, Place
 from megadiff.supervision.launch import Launch
-from megadiff.supervision.watchdog import FAILED, NOWHERE, Heartbeat, Place, Watchdog
+from megadiff.supervision.watchdog import Watchdog
 
 
 def test_a_place_is_read_as_it_was_written(tmp_path):

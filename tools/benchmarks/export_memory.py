@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megadiff.checkpoint.folder import entry_of
+from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.load import read_index
 from megadiff.checkpoint.manifest import FORMAT, Manifest, read_manifest
 from megadiff.config.command_line import CommandParser

@@ -21,7 +21,7 @@ A member is a module here, named by its file, or a module of the user's own, nam
     def kernel() -> str
         Name of the kernel that runs on this machine, for the log. Optional.
 
-At the start of a run the member takes a few steps on tiny tensors (`megadiff.optim.member`), so that state that is not
+At the start of a run the member takes a few steps on tiny tensors (`megadiff.optim.probe`), so that state that is not
 declared, or that a checkpoint cannot hold, is refused before training. `megadiff.testing.check_optimizer` is the same
 for a test suite, and more.
 """
