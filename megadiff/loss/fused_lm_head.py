@@ -46,6 +46,7 @@ from megadiff.diffusion.objective import (
     log1p_exp,
     terms_from_sums,
 )
+from megadiff.loss import chunk_size
 from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard
 from megadiff.platform import float32_products
 
@@ -65,15 +66,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
         total.copy_(a @ b)
     else:
         total.add_(a @ b)
-
-
-LOGITS = {"fp32": 2**25, "bf16": 2**29}
-"""Number of logits per chunk: 128 MiB, which suits a CPU's caches, and 1 GiB on a GPU, where smaller chunks would leave
-it waiting for launches and for the traffic of dW, which every chunk reads and writes once. On a CPU, bf16 uses the
-value of fp32.
-"""
-ROWS = 128
-"""Chunk sizes are rounded to a multiple of this number of tokens, if there are enough, for GEMM efficiency."""
 
 
 _CACHE_ELEMENTS = 2**17
@@ -254,12 +246,12 @@ class _Job:
         """Return as few chunks as memory allows, of about equal size: each reads and writes dW once, however short."""
         count = self.tokens.log_snr.numel()
         even = -(-count // max(1, -(-count // self.chunk_tokens)))
-        size = max(1, min(self.chunk_tokens, -(-even // ROWS) * ROWS))
+        size = max(1, min(self.chunk_tokens, -(-even // chunk_size.ROWS) * chunk_size.ROWS))
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _chunk_tokens(weight: Tensor) -> int:
-    logits = LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
+    logits = chunk_size.LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
     return max(64, logits // max(1, weight.shape[0]))
 
 

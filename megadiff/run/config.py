@@ -25,7 +25,7 @@ from megadiff.eval.config import EvalConfig
 from megadiff.methods import METHODS, MethodConfig, check_method_of
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.implementation import check_shapes
+from megadiff.model.fp8 import check_shapes
 from megadiff.optim.config import OPTIMIZERS, OptimizerConfig, ScheduleConfig
 from megadiff.optim.rules import Scale
 from megadiff.optim.schedule import WarmupStableDecay, resolve_decay_steps
