@@ -31,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from megadiff.checkpoint.folder import chosen, verify_files
-    from megadiff.checkpoint.load import read_index
+    from megadiff.checkpoint.safe_metadata import read_index
 
     folder = chosen(arguments.folder)
     manifest = verify_files(folder, hashes=not arguments.no_hashes)

@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megadiff.checkpoint.durable import HashingFile, hashed_file
-from megadiff.checkpoint.load import read_index, unpickle_plain_objects_only
 from megadiff.checkpoint.manifest import FileEntry
 from megadiff.checkpoint.path_kinds import what_it_is
+from megadiff.checkpoint.safe_metadata import read_index, unpickle_plain_objects_only
 from megadiff.errors import CheckpointError, shown
 from megadiff.export.folder_files import INDEX, WEIGHTS, WHOLE, plain_file
 from megadiff.model.config import ModelConfig

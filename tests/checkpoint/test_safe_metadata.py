@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from megadiff.checkpoint.load import read_index
+from megadiff.checkpoint.safe_metadata import read_index
 from megadiff.errors import CheckpointError
 
 

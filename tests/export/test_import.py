@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megadiff.checkpoint.folder import verify_files
-from megadiff.checkpoint.load import read_index
+from megadiff.checkpoint.safe_metadata import read_index
 from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export.export import export
 from megadiff.export.folder_files import CHECKSUMS, TRAINING

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megadiff.checkpoint.durable import entry_of
-from megadiff.checkpoint.load import read_index
 from megadiff.checkpoint.manifest import FORMAT, Manifest, read_manifest
+from megadiff.checkpoint.safe_metadata import read_index
 from megadiff.config.command_line import CommandParser
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.config import ConditioningConfig, noise_config
