@@ -1,5 +1,16 @@
 """Estimation of a bound from few noised copies of a text, which are drawn by their number of noised tokens.
 
+Given a copy z of n tokens, log q_lambda(z | x) depends only on how many tokens are masks, kept and changed. So do the
+quadrature nodes and, for each of these three kinds of token, the weight w(lambda) and c = beta u / N. The vocabulary
+enters a token's integrand through T = sum over v != x of log(1 + rho p_v) alone, linearly: KL = (alpha + c) delta - c T
+(see `diffusion.objective`). Exchanging sum and integral,
+
+    sum over nodes s of a_s c_s w_s T_s = sum over v of F(log p_v)
+    F(l) = sum over nodes s of a_s c_s w_s log(1 + rho_s e^l)
+
+F is one smooth function for each kind of token. It is tabulated once for each triple of counts and then read at every
+vocabulary entry, so that a copy costs about one pass over its logits, however many nodes the integral takes.
+
 With alpha = 1 - t and t uniform, the number m of noised tokens among n is uniform on 0..n, and given m the level's
 t has the law Beta(m + 1, n - m + 1). So a copy can be drawn by its count, stratified over 0..n, and the level then be
 integrated out: given the noised copy z,
@@ -18,18 +29,183 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.diffusion.objective import gidd_objective
+from megadiff.diffusion.objective import LOG_RHO_LIMIT, VocabularySums, gidd_objective, terms_from_sums
 from megadiff.diffusion.philox import Stream, Words, below, threshold, unit_interval
 from megadiff.diffusion.schedules import LINEAR
-from megadiff.eval.level_integral import integrated_bound
+
+LOWEST, HIGHEST = -40.0, 100.0
+"""Range of log-SNR outside which the integrand is ignored. Below, it falls as e^(2 lambda) or, at masks, as e^lambda;
+above, as e^-lambda from lambda = -log(N p_x) on, which may be large for a token with -log p_x = 60 nats.
+"""
+
+_NEGLIGIBLE = -40.0  # log of the share of its peak below which an integrand is ignored
+_COARSE = torch.linspace(LOWEST, HIGHEST, 2801, dtype=torch.float64)
+_FINE = 1001  # points of the refined search for the integrand's support
+_PANEL = 4.0  # longest stretch of log-SNR for one Gauss-Legendre rule; the integrand's nearest pole is pi away
+_RULE = tuple(torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(20))
+
+_KINDS = ("mask", "kept", "changed")
+_SPACING = 0.125  # grid spacing of the table, in log p
+_ORDER = 6  # terms of the Taylor series around a point of the table: the rest is below (0.0625 / pi)^6 = 6e-11
+_LINEAR = 18.0  # below log p = -log rho - this, log(1 + rho p) is rho p
+_CHUNK = 2**15  # vocabulary entries read together on the CPU, to fit its cache; 2**7 times more on a GPU
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Quadrature for the copies with one triple of counts; everything in float64 on the CPU."""
+
+    nodes: Tensor
+    """Log-SNR of the nodes, [S]."""
+    weights: Tensor
+    """Quadrature weights times q(z | x), divided by the integral of p(lambda) q(z | x): [S]."""
+    table: Tensor
+    """Taylor coefficients of F around log p = -_SPACING g, for each of _KINDS: [_ORDER, 3, G]."""
+
+
+def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, process: NoiseProcess) -> float:
+    """Return the expected sum over tokens of the ELBO integrand given this copy, in nats over all n tokens.
+
+    Args:
+        logits: [n, V or more] the model's prediction for the copy; computed in float64.
+        clean, noised: [n] ids; `clean` holds no mask.
+        process: the noise, of any kind but purely masked, for which the integral is known in closed form.
+    """
+    masks, kept = int((noised == process.mask_id).sum()), int((noised == clean).sum())
+    levels = _levels((masks, kept, len(clean) - masks - kept), process)
+    kind = torch.where(noised == process.mask_id, 0, torch.where(noised == clean, 1, 2))
+    nodes, weights, table = (part.to(clean.device) for part in (levels.nodes, levels.weights, levels.table))
+    total = torch.zeros((), dtype=torch.float64, device=clean.device)
+    step = max(1, (2**7 if clean.is_cuda else 1) * _CHUNK // process.vocab_size)
+    for first in range(0, len(clean), step):
+        part = slice(first, first + step)
+        x, z = clean[part], noised[part]
+        log_p = _log_probabilities(logits[part], process)
+        at_clean, at_noised = (log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1) for ids in (x, z))
+        others = log_p.scatter(-1, x.unsqueeze(-1), -torch.inf)
+        sums = VocabularySums(torch.logsumexp(others, dim=-1) - at_clean, at_noised, torch.zeros_like(at_clean))
+        level = nodes[:, None].expand(-1, len(x))
+        terms = terms_from_sums(sums, x.expand_as(level), z.expand_as(level), level, process=process)
+        total += weights @ terms.loss.sum(-1) - _read(table, kind[part], others).sum()
+    return float(total)
+
+
+def _log_probabilities(logits: Tensor, process: NoiseProcess) -> Tensor:
+    """Return log p [n, V] in float64; -inf at the mask."""
+    real = logits[:, : process.vocab_size].double()
+    return real.index_fill(-1, torch.tensor([process.mask_id], device=real.device), -torch.inf).log_softmax(-1)
+
+
+def _read(table: Tensor, kind: Tensor, log_p: Tensor) -> Tensor:
+    """Return F(log p) of each token's kind, in the shape of `log_p` [n, V]; 0 where log p is -inf."""
+    points = table.shape[-1]
+    lowest = -_SPACING * (points - 1)
+    inside = log_p.clamp(min=lowest)
+    index = torch.round(inside * (-1.0 / _SPACING))
+    offset = torch.add(inside, index, alpha=_SPACING)
+    place = index.long().add_(kind.unsqueeze(-1), alpha=points)
+    value = table[-1].take(place)
+    for coefficients in table[:-1].flip(0):
+        value.mul_(offset).add_(coefficients.take(place))
+    return value.mul_(torch.exp(log_p - inside))
+
+
+@lru_cache(maxsize=256)
+def _levels(counts: tuple[int, int, int], process: NoiseProcess) -> _Levels:
+    nodes, spans = _quadrature(counts, process)
+    log_q = _log_likelihood(nodes, counts, process)
+    weights = spans * torch.exp(log_q - log_q.max())
+    weights = weights / (weights * torch.sigmoid(nodes) * torch.sigmoid(-nodes)).sum()
+    return _Levels(nodes, weights, _table(nodes, weights, process))
+
+
+def _quadrature(counts: tuple[int, int, int], process: NoiseProcess) -> tuple[Tensor, Tensor]:
+    """Return Gauss-Legendre nodes and weights [S] over the levels that may have made such a copy."""
+    low, high = _support(_COARSE, counts, process)
+    low, high = _support(torch.linspace(low, high, _FINE, dtype=torch.float64), counts, process)
+    panels = max(2, math.ceil((high - low) / _PANEL))
+    half = (high - low) / panels / 2
+    middles = low + half * (2 * torch.arange(panels, dtype=torch.float64) + 1)
+    points, weights = _RULE
+    return (middles[:, None] + half * points).flatten(), (half * weights).repeat(panels)
+
+
+def _support(grid: Tensor, counts: tuple[int, int, int], process: NoiseProcess) -> tuple[float, float]:
+    """Return the ends of the stretch of the grid outside which both integrals are negligible, a point further out.
+
+    The bound's integrand is at most about alpha times the largest weight; that of the denominator is alpha beta. A copy
+    of kept tokens alone carries little information on its level, and the upper end of its integrand depends on p_x
+    (`HIGHEST`), so its range extends to the end of the grid.
+    """
+    log_q, log_alpha = _log_likelihood(grid, counts, process), logsigmoid(grid)
+    peaks = [log_q + log_alpha + logsigmoid(-grid)]
+    if counts[0] or counts[2]:
+        peaks.append(log_q + log_alpha)
+    matters = torch.stack([peak > peak.max() + _NEGLIGIBLE for peak in peaks]).any(dim=0)
+    if not (counts[0] or counts[2]):
+        matters = matters | (grid > grid[matters][0])
+    found = torch.nonzero(matters).flatten()
+    first, last = max(0, int(found[0]) - 1), min(len(grid) - 1, int(found[-1]) + 1)
+    return float(grid[first]), float(grid[last])
+
+
+def _log_likelihood(log_snr: Tensor, counts: tuple[int, int, int], process: NoiseProcess) -> Tensor:
+    """Return log q_lambda(z | x) of a copy with these numbers of masks, kept and changed tokens."""
+    log_alpha, log_beta = logsigmoid(log_snr), logsigmoid(-log_snr)
+    log_c = log_beta + process.log_u(log_snr) - math.log(process.num_real)
+    log_mask = log_beta + logsigmoid(-process.logit_u(log_snr))
+    parts = (log_mask, torch.logaddexp(log_alpha, log_c), log_c)
+    total = torch.zeros_like(log_snr)
+    for count, part in zip(counts, parts, strict=True):
+        if count:  # avoids 0 times an infinite logarithm
+            total = total + count * part
+    return total
+
+
+def _table(nodes: Tensor, weights: Tensor, process: NoiseProcess) -> Tensor:
+    """Return the Taylor coefficients of F (`_Levels.table`).
+
+    Derivatives of log(1 + e^t) are polynomials in s = sigmoid(t); each is s (1 - s) times the one before's derivative.
+    """
+    log_rho = process.log_rho(nodes)
+    alpha = torch.sigmoid(nodes)
+    c = torch.where(log_rho <= LOG_RHO_LIMIT, alpha * torch.exp(-log_rho.clamp(max=LOG_RHO_LIMIT)), 0.0)
+    held = log_rho.clamp(max=LOG_RHO_LIMIT)
+    x, other = [token for token in range(3) if token != process.mask_id][:2]
+    tokens = {"mask": process.mask_id, "kept": x, "changed": other}
+    factor = torch.stack(
+        [
+            weights * c * process.weight(nodes, torch.full(nodes.shape, x), torch.full(nodes.shape, tokens[kind]))
+            for kind in _KINDS
+        ]
+    )  # [3, S]
+    size = 2 + math.ceil((float(held.max()) + _LINEAR) / _SPACING)
+    t = held[:, None] - _SPACING * torch.arange(max(2, size), dtype=torch.float64)  # [S, G]
+    found = [factor @ torch.nn.functional.softplus(t, threshold=40.0)]
+    s, polynomial = torch.sigmoid(t), np.array([0.0, 1.0])
+    for order in range(1, _ORDER):
+        found.append(factor @ _value(polynomial / math.factorial(order), s))
+        polynomial = np.polynomial.polynomial.polymul(np.polynomial.polynomial.polyder(polynomial), [0.0, 1.0, -1.0])
+    return torch.stack(found)
+
+
+def _value(polynomial: npt.NDArray[np.float64], s: Tensor) -> Tensor:
+    """Return the polynomial without a constant term at s, by Horner's rule; small s keep their relative precision."""
+    value = torch.full_like(s, float(polynomial[-1]))
+    for coefficient in polynomial[-2:0:-1]:
+        value = value * s + float(coefficient)
+    return value * s
+
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -310,7 +310,7 @@ def test_a_manifest_of_the_first_format_is_refused_by_number(run):
     old = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
     (folder / "manifest.json").write_text(json.dumps(old))
     (folder / "manifest.sha256").unlink()
-    with pytest.raises(CheckpointError, match="has format 1, this version reads 5; use the megadiff version"):
+    with pytest.raises(CheckpointError, match="has format 1, this version reads 6; use the megadiff version"):
         read_manifest(Path(folder))
 
 

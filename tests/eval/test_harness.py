@@ -232,7 +232,7 @@ def test_an_autoregressive_control_is_exact_and_its_greedy_completions_are_found
     assert [same for _, same in choices] == [same for _, same in wanted]
     whole = in_a_fork(_by_hand, folder, [("", prompt + completion) for prompt, completion in pairs])
     assert rolling == pytest.approx([value for value, _ in whole], rel=1e-5)
-    assert "is an autoregressive control, which is measured here but not sampled" in refused
+    assert "is an autoregressive control (method.name is next_token), which is measured but not sampled" in refused
     assert "\n" not in refused
 
 

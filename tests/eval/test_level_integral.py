@@ -9,7 +9,7 @@ import torch
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.processes.gidd_time import GiddTime
-from megadiff.eval.likelihood import integrated_bound
+from megadiff.eval.effective_count import integrated_bound
 from tests.diffusion.dense import gauss
 
 NODES, WEIGHTS = (part.numpy() for part in gauss(-45.0, 110.0, panels=20_000, order=8))

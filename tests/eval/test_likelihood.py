@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.objective import gidd_objective
+from megadiff.eval.effective_count import copy_bounds
 from megadiff.eval.likelihood import (
     BoundSettings,
     Item,
     Likelihood,
     bounds,
-    copy_bounds,
     exact,
     mean_and_error,
     sequences_read,

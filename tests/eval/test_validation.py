@@ -49,7 +49,7 @@ def _blind(configs):
         found.append(
             type(held_out)(
                 sources=sources,
-                measure=held_out.measure,
+                task=held_out.task,
                 chunks=held_out.chunks,
                 topology=held_out.topology,
                 device=held_out.device,

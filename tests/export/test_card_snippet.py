@@ -31,7 +31,13 @@ NAMES = [
 def card(checkpoint, name, **changes):
     manifest = read_manifest(checkpoint).model_copy(update=changes)
     return model_card(
-        manifest, name=name, parameters=1, dtype="float32", metrics=None, tokenizer_files=["tokenizer.json"]
+        manifest,
+        name=name,
+        description="A model.",
+        parameters=1,
+        dtype="float32",
+        metrics=None,
+        tokenizer_files=["tokenizer.json"],
     )
 
 

@@ -45,7 +45,7 @@ def test_an_arcee_model_computes_the_same_here(arcee):
     model, root = arcee
     found = import_folder(root / "arcee", root / "out", tokenizer="byte")
     assert found.model.ffn_multiple == 3
-    assert found.manifest.config["objective"]["name"] == "ar"
+    assert found.manifest.config["method"]["name"] == "next_token"
     ids = torch.randint(0, 260, (2, 16), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         wanted = model(ids).logits[..., :260]

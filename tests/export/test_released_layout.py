@@ -12,6 +12,7 @@ from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.export.released_config import config_of, model_from, model_keys, noise_from, read_released
 from megadiff.export.weight_files import Planned, released_shapes, shards, training_tensors
 from megadiff.run.config import RunConfig
+from megadiff.run.load_model import method_of
 from tests.checkpoint.test_manifest import manifest
 from tests.support.commands import REPOSITORY
 
@@ -26,7 +27,8 @@ def run_of(name):
 
 def config_json(name, dtype="bfloat16"):
     described = manifest(config=run_of(name).model_dump(mode="json", by_alias=True), vocab_size=VOCAB, mask_id=3)
-    return config_of(described, ByteTokenizer(), dtype=dtype)  # of which the ids 0 to 2 matter
+    tokenizer = ByteTokenizer()  # of which the ids 0 to 2 matter
+    return config_of(described, tokenizer, method_of(described, tokenizer, where=REPOSITORY), dtype=dtype)
 
 
 def test_the_3b_model_has_the_269_tensors_of_the_released_file():
