@@ -117,7 +117,7 @@ def test_importing_megadiff_does_nothing_to_torch():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_tree_of_the_page_on_architecture_has_every_package_and_top_level_module():
+def test_the_architecture_page_shows_every_package_and_top_level_module():
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     packages = [
         path.parent.name for path in SOURCES if path.name == "__init__.py" and path.parent.parent == ROOT / "megadiff"

@@ -43,7 +43,7 @@ def test_the_first_rank_reports_at_once_to_stderr_and_to_the_launcher(tmp_path):
     assert (process.returncode, err, summary(tmp_path)) == (2, "error: the sentence\n", "the sentence")
 
 
-def test_another_rank_leaves_the_report_to_the_first_and_is_silent_when_it_is_ended(tmp_path):
+def test_only_the_first_rank_reports_and_others_end_silently(tmp_path):
     process = ended(tmp_path, MISTAKE, rank=1, wait=False)[1]
     time.sleep(1.0)
     process.terminate()

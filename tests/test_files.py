@@ -25,7 +25,7 @@ def test_content_name_and_order_are_durable(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-def test_a_disk_that_refuses_at_any_point_leaves_the_old_file_and_nothing_else(tmp_path, number):
+def test_a_disk_failure_at_any_point_leaves_only_the_old_file(tmp_path, number):
     path = tmp_path / "a"
     path.write_text("old")
     changes = []

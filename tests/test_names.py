@@ -1,4 +1,7 @@
-"""Names that the field does not use, and that this project once had, stay out of its code and configuration."""
+"""Names that the field does not use, and that this project once had, stay out of its code and configuration.
+
+Names of tests fit in a line of pytest's output.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,9 @@ _REPLACED_NAMES = """
 """
 REPLACED = frozenset(_REPLACED_NAMES.split())
 """Identifiers whose replacements a reader coming from Megatron-LM, torchtitan or Transformers would search for."""
+
+TEST_NAME_LIMIT = 70
+"""Length that the name of a test stays below."""
 
 OLD_KEYS = {
     "noise.form": "noise.process",
@@ -81,3 +87,13 @@ def test_an_old_key_is_refused_with_its_new_name(old, new):
     assert KEY_BY_OTHER_NAME[old] == new
     with pytest.raises(ConfigError, match=rf"(?s){re.escape(old)}.*{re.escape(new)}"):
         load_config(ROOT / "examples/demo.yaml", [f"{old}=1"], RunConfig)
+
+
+def test_names_of_tests_are_short():
+    names = [
+        name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in re.findall(r"^ *(?:async )?def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert "test_names_of_tests_are_short" in names
+    assert [name for name in names if len(name) >= TEST_NAME_LIMIT] == []

@@ -43,7 +43,7 @@ def _load(config):
     return found, plain.first_step
 
 
-def test_a_layers_state_is_saved_on_two_stages_and_comes_back_in_one_process(toy_corpus, tmp_path):
+def test_a_layers_state_saved_on_two_stages_loads_in_one_process(toy_corpus, tmp_path):
     """Under the loader that unpickles plain data only; local layers, which keep nothing, load the checkpoint too."""
     keys = {"data__valid": [], "schedule__steps": 2, "schedule__warmup_steps": 0, "schedule__decay_steps": 0}
     on_ranks(2, _save, toy_config(toy_corpus, tmp_path, parallel__pipeline=2, **keys))

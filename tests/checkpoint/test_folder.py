@@ -83,7 +83,7 @@ def test_a_rename_that_a_network_file_system_shows_late_is_waited_for(run, monke
     assert folders.newest_complete(run.folder) == checkpoint(run, 6)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_unasked(run):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(run):
     for step in STEPS:
         VISIBLE_AT_ONCE["a cut shard"](checkpoint(run, step))
     with pytest.raises(CheckpointError, match=r"holds 3 checkpoint\(s\) and all are damaged .* move them away"):
@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint_that_stays_where_it_is_ends_the_attempt(run):
     )
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(run, tmp_path):
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous(run, tmp_path):
     """By the command, twice: the damaged one is named and kept once, and the run ends as if nothing had been."""
     _flip(shard_of(checkpoint(run, 6)))
     path = tmp_path / "toy.yaml"
@@ -321,7 +321,7 @@ def test_every_file_is_listed_with_what_is_read_back(run):
     assert all(entry_of(folder / name) == entry for name, entry in listed.files.items())
 
 
-def test_check_says_what_the_run_would_go_on_from_or_that_it_would_be_refused(run):
+def test_check_reports_what_the_run_would_resume_from_or_the_refusal(run):
     """So that a scheduler's first look finds it, before a thousand ranks are started."""
     from megadiff.run import build
 

@@ -54,7 +54,7 @@ def _resume(config):
 
 
 @pytest.mark.parametrize(("steps", "is_relative"), [((2,), False), ((6,), True), (STEPS, False)])
-def test_a_run_resumes_from_linked_checkpoints_and_leaves_the_archive_alone(run, tmp_path, steps, is_relative):
+def test_a_run_resumes_from_linked_checkpoints_and_keeps_the_archive(run, tmp_path, steps, is_relative):
     archive = _archive(run, tmp_path, *steps, is_relative=is_relative)
     before = _content(archive)
     resumed = _longer(run, 14)
@@ -106,7 +106,7 @@ def test_a_newer_link_that_cannot_be_loaded_is_refused_in_a_sentence(run, tmp_pa
     assert folders.newest_complete(run.folder) == checkpoint(run, 4)
 
 
-def test_a_linked_checkpoint_whose_bytes_have_changed_is_refused_and_not_renamed(run, tmp_path):
+def test_a_linked_checkpoint_with_changed_bytes_is_refused_not_renamed(run, tmp_path):
     from tests.checkpoint.test_folder import loads
 
     archive = _archive(run, tmp_path, 6)
@@ -237,7 +237,7 @@ def test_a_run_whose_checkpoints_are_lost_does_not_start_over(run, loss, monkeyp
         assert after[name] == before[name]
 
 
-def test_a_run_that_died_before_its_first_checkpoint_starts_again_and_keeps_what_it_had_written(run):
+def test_a_run_that_died_before_its_first_checkpoint_keeps_its_records(run):
     shutil.rmtree(run.folder / "checkpoints")
     (run.folder / "LATEST").unlink()
     old = (run.folder / "metrics.jsonl").read_bytes() + b'{"step": 7, "lo'
@@ -251,9 +251,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again_and_keeps_what
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("place", ["checkpoints", "step_00000006"])
-def test_a_folder_that_cannot_be_read_is_no_reason_to_start_over_or_to_take_an_older_one(
-    run, monkeypatch, place, number
-):
+def test_an_unreadable_folder_never_means_starting_over_or_an_older_one(run, monkeypatch, place, number):
     """A checkpoint that cannot be read now is not damaged."""
 
     def refusing(original):

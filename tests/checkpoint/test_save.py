@@ -81,7 +81,7 @@ def _same_files(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_before_any_change_to_the_disk_the_old_or_the_new_checkpoint_is_whole(toy_corpus, tmp_path, ranks):
+def test_a_kill_before_any_disk_change_leaves_a_whole_checkpoint(toy_corpus, tmp_path, ranks):
     """What SIGKILL leaves is what has reached the file system: every such state is looked at."""
     config = _config(toy_corpus, tmp_path, parallel__tensor=ranks, checkpoint__keep=2)
     states = tmp_path / "states"
@@ -125,7 +125,7 @@ def _order_of_a_save(config):
     return outcome.error, done
 
 
-def test_every_file_is_on_the_disk_before_the_rename_and_the_rename_before_the_hint(toy_corpus, tmp_path):
+def test_files_are_synced_before_the_rename_and_that_before_the_hint(toy_corpus, tmp_path):
     """After a power cut a folder under its final name has all its bytes, the manifest's and its checksum's too."""
     config = _config(toy_corpus, tmp_path)
     error, done = on_ranks(1, _order_of_a_save, config)[0]
@@ -234,7 +234,7 @@ def _no_space(what):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_training_goes_on_through_a_failed_save_and_ends_after_three_in_a_sequence(toy_corpus, tmp_path):
+def test_training_survives_a_failed_save_and_ends_after_three_in_a_row(toy_corpus, tmp_path):
     few = _config(toy_corpus, tmp_path, name="few", schedule__steps=12, checkpoint__every=2)
     many = _config(toy_corpus, tmp_path, name="many", schedule__steps=12, checkpoint__every=2)
     assert on_ranks(1, _train_with_failing_saves, few, {2, 4, 8})[0] == "trained"

@@ -76,7 +76,7 @@ def _train_where_one_rank_has_no_memory_once(config):
         train_on_rank(config, 2, save=True)
 
 
-def test_a_snapshot_that_fails_on_one_rank_is_given_up_by_all_and_training_goes_on(toy_corpus, tmp_path):
+def test_a_snapshot_failing_on_one_rank_is_dropped_by_all(toy_corpus, tmp_path):
     config = _config(toy_corpus, tmp_path)
     on_ranks(2, _train_where_one_rank_has_no_memory_once, config, timeout_s=60)
     assert sorted(path.name for path in (config.folder / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
@@ -139,7 +139,7 @@ def test_a_last_save_without_space_may_be_tried_again(toy_corpus, tmp_path):
     assert _status_of(config, 2, [0, 0])["state"] == "finished"
 
 
-def test_a_run_that_is_no_longer_finite_stays_down_however_long_closing_takes(toy_corpus, tmp_path):
+def test_a_non_finite_run_stays_down_however_long_closing_takes(toy_corpus, tmp_path):
     config = _config(toy_corpus, tmp_path, optimizer__lr=1e30, optimizer__clip_grad=0.0, schedule__warmup_steps=0)
 
     def slow(self):

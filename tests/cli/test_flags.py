@@ -166,7 +166,7 @@ def test_harness_options_become_its_settings() -> None:
     assert settings("--no-prepend-bos").prepend_bos is False
 
 
-def test_documents_are_cut_and_bounded_as_asked_by_both_commands_that_read_them(tmp_path: Path) -> None:
+def test_both_commands_that_read_documents_cut_and_bound_them(tmp_path: Path) -> None:
     """Three lines in two paragraphs; and a line of more than a megabyte beside a short one."""
     (tmp_path / "a.txt").write_text("one fish\ntwo fish\n\nred fish\n")
     documents = {}

@@ -110,7 +110,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "step", "between"), CASES)
-def test_a_step_of_two_ranks_is_the_same_on_one_process_and_nothing_is_written(trained, name, step, between):
+def test_a_step_of_two_ranks_replays_on_one_and_writes_nothing(trained, name, step, between):
     config, hashes = trained[name]
     before = contents(config.folder)
     found, digests = in_a_fork(config.folder, step)
@@ -123,7 +123,7 @@ def test_a_step_of_two_ranks_is_the_same_on_one_process_and_nothing_is_written(t
     assert (found["between"], found["skip"], found["broken"]) == (between, None, None)
 
 
-def test_the_sequences_add_up_to_the_loss_and_lie_where_they_say_in_the_data(trained, toy_corpus, tmp_path):
+def test_sequences_sum_to_the_loss_and_lie_in_the_data_where_stated(trained, toy_corpus, tmp_path):
     from megadiff.data.indexed_reader import IndexedReader
 
     config, _ = trained["pp2_vp2"]
@@ -206,7 +206,7 @@ def test_the_first_sequence_whose_loss_is_not_finite_is_found(trained):
     assert found["differences"]["loss"] is None
 
 
-def test_where_all_losses_are_finite_the_first_sequence_with_a_broken_gradient_is_found(trained):
+def test_with_finite_losses_the_first_broken_gradient_is_found(trained):
     found, _ = in_a_fork(trained["tp2_sp"][0].folder, 5, 37, "gradient", fn=replayed_with_one_broken_sequence)
     assert all(sequence.is_finite for sequence in found["sequences"])
     assert (found["skip"], found["broken"]) == ("non_finite", 37)

@@ -76,7 +76,7 @@ def begun(tmp_path):
     return description, prefix
 
 
-def test_one_changed_token_is_refused_when_the_run_goes_on_and_recorded_if_allowed(begun):
+def test_one_changed_token_is_refused_on_resume_and_recorded_if_allowed(begun):
     description, prefix = begun
     before = fingerprint(prefix)
     with open(f"{prefix}.bin", "r+b") as file:
@@ -92,7 +92,7 @@ def test_one_changed_token_is_refused_when_the_run_goes_on_and_recorded_if_allow
     assert ended.code == 0, ended.err
 
 
-def test_a_token_outside_the_vocabulary_is_refused_before_training_with_its_document(begun):
+def test_a_token_outside_the_vocabulary_is_refused_with_its_document(begun):
     description, prefix = begun
     with open(f"{prefix}.bin", "r+b") as file:
         file.seek(2 * 1234)

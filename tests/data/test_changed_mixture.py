@@ -205,9 +205,7 @@ def replayed(run: Path, step: int, output: Path, *overrides: str) -> tuple[Ended
         return ended, [sequence.astype(np.int64).tobytes() for sequence in found["clean"]]
 
 
-def test_steps_on_either_side_of_a_change_are_replayed_with_their_own_sequences(
-    two_stages, paths, whereabouts, tmp_path
-):
+def test_steps_around_a_change_are_replayed_with_their_own_sequences(two_stages, paths, whereabouts, tmp_path):
     lines = {line["step"]: line for line in read_metrics(two_stages / "metrics.jsonl") if "loss" in line}
     seen: list[tuple[str, int]] = []
     for step, overrides in ((3, [f"data.train=[{paths['a']}]"]), (5, []), (9, [])):

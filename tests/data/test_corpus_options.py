@@ -15,7 +15,7 @@ def corpus(*words):
 
 
 @pytest.mark.parametrize(("options", "counts"), [((), (1, 1)), (("--text-split", "line"), (4, 4))])
-def test_the_documents_of_each_file_are_counted_and_whole_text_files_are_pointed_out(tmp_path, options, counts):
+def test_documents_are_counted_per_file_and_whole_text_files_pointed_out(tmp_path, options, counts):
     plain, packed, lines = tmp_path / "a.txt", tmp_path / "b.txt.gz", tmp_path / "c.jsonl"
     plain.write_text(POEMS)
     packed.write_bytes(gzip.compress(POEMS.encode()))

@@ -24,7 +24,7 @@ def patched(path, offset, content):
     path.write_bytes(bytes(raw))
 
 
-def test_files_of_megatron_without_manifest_are_read_with_documents_of_many_sequences(tmp_path):
+def test_megatron_files_without_a_manifest_are_read_with_long_documents(tmp_path):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -326,7 +326,7 @@ def test_the_content_fingerprint_changes_with_any_byte(tmp_path, kind):
     assert opened == len(whole) if kind == ".bin" else opened >= 1
 
 
-def test_the_content_fingerprint_of_a_large_file_follows_the_hash_its_manifest_has(tmp_path):
+def test_a_large_files_content_fingerprint_follows_its_manifests_hash(tmp_path):
     """Between the spans it reads, it relies on what the writer recorded; the time of a file plays no part."""
     tokens = np.full(1_500_000, 5)
     one = IndexedReader(write_indexed(tmp_path / "one", [tokens]))

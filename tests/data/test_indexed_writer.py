@@ -64,7 +64,7 @@ def test_what_is_written_is_read(tmp_path_factory, documents):
     assert reader.tokens(0, reader.num_tokens).tolist() == [i for document in documents for i in document]
 
 
-def test_a_wrong_token_is_refused_before_anything_of_its_documents_is_written(tmp_path):
+def test_a_wrong_token_is_refused_before_its_documents_are_written(tmp_path):
     with IndexedWriter(tmp_path / "p", vocab_size=260, mask_id=3) as writer:
         writer.add_document([1, 2])
         with pytest.raises(DataError, match=r"document 2 has the token id 70000 \(wanted 0 to 259\)"):
@@ -87,7 +87,7 @@ def test_a_wrong_token_is_refused_before_anything_of_its_documents_is_written(tm
 @pytest.mark.parametrize(
     ("vocab_size", "token", "dtype"), [(65499, 65535, "uint16"), (65499, 65536, "uint16"), (128256, 2**31, "int32")]
 )
-def test_a_token_that_its_integer_type_cannot_hold_is_never_stored_as_another(tmp_path, vocab_size, token, dtype):
+def test_a_token_too_large_for_its_integer_type_is_never_stored(tmp_path, vocab_size, token, dtype):
     """Megatron's builder stores 70000 in uint16 as 4464."""
     with IndexedWriter(tmp_path / "p", vocab_size=vocab_size) as writer:
         assert writer.dtype.name == dtype
@@ -187,7 +187,7 @@ def test_killed_between_renames_leaves_no_index_and_the_next_run_succeeds(tmp_pa
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_killed_while_replacing_older_data_it_leaves_no_index_of_one_with_tokens_of_the_other(tmp_path, renames):
+def test_a_kill_while_replacing_data_never_mixes_index_and_tokens(tmp_path, renames):
     write_indexed(tmp_path / "p", [[7, 7, 7, 7]])
     command = [sys.executable, "-c", DIE_AT_RENAME, str(tmp_path / "p"), str(renames)]
     assert subprocess.run(command, cwd=os.getcwd(), check=False).returncode == -signal.SIGKILL

@@ -51,7 +51,7 @@ def test_a_batch_that_does_not_divide_is_refused(sequences):
 
 @pytest.mark.parametrize("sizes", [BatchSizes(4), RAMPED], ids=["constant", "rampup"])
 @pytest.mark.parametrize(("micro", "dp_size"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)])
-def test_ranks_together_see_the_sequences_of_the_samples_whatever_the_layout(sequences, sizes, micro, dp_size):
+def test_ranks_together_see_the_same_sequences_on_every_layout(sequences, sizes, micro, dp_size):
     seen, steps = {}, 9
     for rank in range(dp_size):
         with SequenceLoader(sequences, clean_sequences, sizes=sizes, shard=DataShard(micro, rank, dp_size)) as loader:
@@ -90,7 +90,7 @@ def test_a_step_counts_as_taken_when_its_last_microbatch_was(sequences):
     assert taken == [(2, 8), (2, 8), (3, 12), (3, 12)]
 
 
-def test_the_sequence_transform_runs_in_the_background_at_most_so_far_ahead(sequences):
+def test_the_sequence_transform_runs_a_bounded_distance_ahead(sequences):
     made = []
 
     def transform(clean: np.ndarray, samples: list[int], batch: StepBatch) -> int:
@@ -124,7 +124,7 @@ def test_a_whole_step_is_made_ready_while_the_one_before_runs(sequences, sizes):
         assert len(made) <= sum(loader.microbatches_in(step) for step in range(9)) + 3 + 1
 
 
-def test_an_error_in_the_background_reaches_the_consumer_in_its_turn_and_stays(sequences):
+def test_a_background_error_reaches_the_consumer_in_turn_and_stays(sequences):
     def transform(clean: np.ndarray, samples: list[int], batch: StepBatch) -> np.ndarray:
         if samples == [2]:
             raise RuntimeError("sequence 2 is broken")

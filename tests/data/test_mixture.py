@@ -83,7 +83,7 @@ mixtures = st.lists(names, min_size=1, max_size=4, unique=True).flatmap(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(mixtures, st.integers(0, 90)), min_size=1, max_size=6))
-def test_whatever_the_changes_no_sequence_comes_again_before_every_other_of_its_source(paths, stretches):
+def test_no_sequence_repeats_before_the_rest_of_its_source_has_come(paths, stretches):
     run, counts = Run(paths), Counter()
     for entries, samples in stretches:
         done = len(run.seen)
@@ -109,7 +109,7 @@ stretches = st.one_of(st.integers(0, 130), st.sampled_from([0, 12, 40, 52, 53, 8
 @example([40, 12, 20], [[], [], []])  # each time at the very end of an epoch
 @example([20, 32, 106], [[], [], []])
 @example([15, 60, 90], [["b"], [], ["b", "c"]])
-def test_a_grown_file_first_gives_what_its_epoch_lacked_and_what_it_gained(paths, samples, others):
+def test_a_grown_file_first_gives_the_rest_of_its_epoch_and_its_gains(paths, samples, others):
     run, counts = Run(paths), Counter({(0, index): 0 for index in range(40)})
     for (name, size), number, other in zip(GROWN.items(), samples, others, strict=True):
         most = max(count for (source, _), count in counts.items() if source == 0)

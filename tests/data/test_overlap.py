@@ -34,7 +34,7 @@ def test_half_of_it_is_found_by_half_of_the_passages(tmp_path):
     assert occurring_passages(reader(tmp_path / "valid", IDS[:2000] + new), train) == (4, 8)
 
 
-def test_types_of_other_widths_are_compared_by_their_ids_and_half_a_token_is_no_match(tmp_path):
+def test_types_of_other_widths_compare_by_id_and_half_a_token_differs(tmp_path):
     train, wide = reader(tmp_path / "train", IDS), reader(tmp_path / "wide", IDS[:3000], vocab_size=100_000)
     assert train.dtype != wide.dtype
     assert occurring_passages(wide, train) == (8, 8)
@@ -45,7 +45,7 @@ def test_types_of_other_widths_are_compared_by_their_ids_and_half_a_token_is_no_
     assert occurring_passages(reader(tmp_path / "low", low, vocab_size=60_000), shifted)[0] == 0
 
 
-def test_a_file_that_has_grown_opens_as_it_did_and_one_that_was_changed_does_not(tmp_path):
+def test_a_grown_file_opens_as_before_and_a_changed_one_does_not(tmp_path):
     before, grown = reader(tmp_path / "before", IDS[:4000]), reader(tmp_path / "grown", IDS)
     assert opening_fingerprint(before, 4000) == opening_fingerprint(grown, 4000)
     assert opening_fingerprint(grown, 4000) != opening_fingerprint(grown, 3999)

@@ -223,7 +223,7 @@ def children_of(pid):
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_ended_in_the_middle_it_leaves_no_index_and_no_process_and_runs_again(tmp_path, end):
+def test_an_interrupted_run_leaves_no_index_or_process_and_repeats(tmp_path, end):
     """The corpus is a pipe that never ends, so the command is surely at work when the signal comes."""
     fifo = tmp_path / "c.jsonl"
     os.mkfifo(fifo)

@@ -66,7 +66,7 @@ def test_more_than_four_epochs_are_named_with_the_key_that_makes_them(paths):
     ]
 
 
-def test_a_source_that_is_repeated_far_more_than_another_is_named_with_both_figures(paths):
+def test_a_source_repeated_far_more_than_another_is_named_with_figures(paths):
     (found,) = mistakes(paths, [("big", 1), ("small", 1)], 100)
     assert found == "data.train[1] (small) is gone through 5.0 times by the end, data.train[0] (big) 0.17 times"
     (found,) = mistakes(paths, [("big", 1), ("small", 1)], 24)
@@ -74,7 +74,7 @@ def test_a_source_that_is_repeated_far_more_than_another_is_named_with_both_figu
 
 
 @pytest.mark.parametrize("valid", ["big", "part"])
-def test_validation_on_training_text_is_named_also_where_it_is_a_part_of_a_source(paths, valid):
+def test_validation_on_part_of_a_training_source_is_named_too(paths, valid):
     (found,) = mistakes(paths, ["middle", "big"], 100, [valid, "valid"], eval_sequences=20)
     how = "is the same text as" if valid == "big" else "has 8 of 8 passages word for word in"
     assert found == (
@@ -92,7 +92,7 @@ def test_no_swapped_and_too_little_validation(paths):
     ]
 
 
-def test_a_missing_weight_beside_others_and_a_source_listed_twice_are_named(paths):
+def test_a_missing_weight_and_a_source_listed_twice_are_named(paths):
     assert mistakes(paths, [("big", 2), "middle"], 100) == [
         "data.train[1] has no weight beside sources that do, and counts as weight 1"
     ]

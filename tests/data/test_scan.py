@@ -76,7 +76,7 @@ def test_a_changed_token_that_is_a_right_one_is_found_by_the_hash_alone(tmp_path
     assert len(said(found)) == 1
 
 
-def test_lengths_and_pointers_that_were_changed_together_are_found_by_the_hash_of_the_index(tmp_path):
+def test_consistent_changes_to_lengths_and_pointers_fail_the_index_hash(tmp_path):
     """Nothing else can tell: sizes, sums and order all agree."""
     prefix = write_indexed(tmp_path / "p", DOCUMENTS)
     lengths = np.array([1, 2, 3, 2])

@@ -141,7 +141,7 @@ def sentencepiece_model(path, **options):
     return load_tokenizer(path)
 
 
-def test_a_foreign_sentencepiece_model_keeps_its_ids_and_gets_a_fresh_mask(tmp_path):
+def test_a_foreign_sentencepiece_model_keeps_its_ids_and_gains_a_mask(tmp_path):
     tokenizer = sentencepiece_model(tmp_path / "llama.model")
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, None)
     assert (tokenizer.mask_id, tokenizer.vocab_size) == (35, 36)
@@ -156,7 +156,7 @@ def test_a_user_defined_mask_piece_never_comes_out_of_text(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["char", "word"])
-def test_a_model_without_a_json_form_is_read_by_its_own_library_and_ships_alone(tmp_path, kind):
+def test_a_model_without_json_is_read_by_its_library_and_ships_alone(tmp_path, kind):
     tokenizer = sentencepiece_model(tmp_path / "t.model", model_type=kind, hard_vocab_limit=False)
     library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
     text = "hello world <s> number 7"
@@ -174,7 +174,7 @@ def test_a_tokenizer_that_draws_its_ids_always_gives_the_same_ones(tmp_path):
     assert {tuple(tokenizer.encode("abab")) for _ in range(20)} == {(2, 2)}
 
 
-def test_a_vocabulary_with_two_names_of_one_id_and_no_mask_is_refused_at_once(tmp_path):
+def test_a_vocabulary_with_a_shared_id_and_no_mask_is_refused(tmp_path):
     inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "c": 1}, unk_token="a"))
     path = saved(inner, tmp_path / "t") / "tokenizer.json"
     path.write_text(path.read_text().replace('"a": 0', '"a": 0, "b": 0'))

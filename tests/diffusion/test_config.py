@@ -74,7 +74,7 @@ def test_null_takes_a_setting_back():
 @pytest.mark.parametrize(
     "given", [{}, {"shift": 2.5, "schedule": "cosine"}, {"process": "gidd_time", "p_uniform": 0.2}]
 )
-def test_resolved_noise_reads_back_as_itself_and_holds_the_keys_of_its_process(given):
+def test_resolved_noise_reads_back_with_the_keys_of_its_process(given):
     noise = noise_config(**given)
     for mode in ("python", "json"):
         assert noise_config(**noise.model_dump(mode=mode)) == noise

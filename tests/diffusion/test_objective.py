@@ -177,7 +177,7 @@ def test_is_weight_touches_the_loss_alone_and_the_schedule_the_elbo_alone():
     torch.testing.assert_close(flat.elbo, 18 * one.loss)
 
 
-def test_the_mask_logit_and_padding_columns_change_nothing_and_get_no_gradient():
+def test_mask_and_padding_logits_change_nothing_and_get_no_gradient():
     logits, clean, noised, log_snr = random_tokens(30, 17, 5, seed=7)
     process = HybridMixing(17, 5, 0.0)
     want = gidd_objective(logits, clean, noised, log_snr, mixing=process).loss

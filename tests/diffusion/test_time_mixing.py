@@ -187,7 +187,7 @@ def test_a_constant_prediction_telescopes(p):
     assert value == pytest.approx(ends[0] - ends[1], rel=1e-10)
 
 
-def test_without_uniform_noise_it_is_the_masked_process_with_the_linear_schedule():
+def test_without_uniform_noise_it_is_masked_noise_on_the_linear_schedule():
     time, masked = NoiseProcess(11, 6, GiddTime()), HybridMixing(11, 6, -1000.0)
     law = TimeSchedule(GiddTime(), 1e-4)
     linear = LinearSchedule(law.min_log_snr, law.max_log_snr)

@@ -164,7 +164,7 @@ CASES = [(layout, how) for layout in LAYOUTS for how in ("nan_loss", "nan_gradie
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_a_step_that_is_not_finite_on_one_rank_leaves_every_bit_of_all_ranks_untouched(broken, case):
+def test_a_non_finite_step_on_one_rank_changes_no_bit_on_any_rank(broken, case):
     _, ranks = broken[case]
     for seen in ranks:
         assert seen["skips"] == [None, None, "non_finite", "non_finite", None, None]
@@ -193,7 +193,7 @@ def test_a_skipped_step_is_told_with_its_samples_and_what_broke(broken, case):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp2_sp"])
-def test_the_line_of_a_skipped_step_says_so_and_has_null_for_what_is_not_finite(broken, layout):
+def test_a_skipped_steps_line_says_so_with_null_for_non_finites(broken, layout):
     config, _ = broken[layout, "nan_loss"]
     lines = {line["step"]: line for line in strict_lines(config)}
     assert (lines[3]["skipped"], lines[3]["loss"], lines[3]["grad_norm"]) == ("non_finite", None, None)
@@ -203,7 +203,7 @@ def test_the_line_of_a_skipped_step_says_so_and_has_null_for_what_is_not_finite(
     assert lines[5]["loss"] > 0
 
 
-def test_too_many_in_a_sequence_end_the_run_on_every_rank_with_the_samples_of_all(toy_corpus, tmp_path):
+def test_too_many_in_a_row_end_the_run_on_every_rank_with_all_samples(toy_corpus, tmp_path):
     common = {"schedule__steps": 9, "data__valid": [], "health__non_finite_limit": 3}
     config = toy_config(toy_corpus, tmp_path, **common)
     jobs = [
@@ -236,7 +236,7 @@ def louder(value, reported):
     return 1000 * value, 1000 * reported
 
 
-def test_a_spike_on_one_rank_is_skipped_by_all_where_asked_and_only_logged_otherwise(toy_corpus, tmp_path):
+def test_a_spike_on_one_rank_is_skipped_by_all_on_request_or_only_logged(toy_corpus, tmp_path):
     common = {"schedule__steps": 8, "data__valid": [], "health__spike_window": 8, "optimizer__clip_grad": 0}
     jobs = [
         (
@@ -295,7 +295,7 @@ FLIPS = {
 SOUND = ({}, OVERLAP, {**TP2, "parallel__sequence": True, "model__qk_norm": "head", "model__mlp_bias": True}, VP2)
 
 
-def test_one_flipped_bit_in_one_replica_ends_the_run_naming_ranks_and_tensor(toy_corpus, tmp_path):
+def test_a_flipped_bit_in_one_replica_ends_the_run_naming_rank_and_tensor(toy_corpus, tmp_path):
     common = {"schedule__steps": 4, "data__valid": [], "model__layers": 2, "health__check_replicas_every": 2}
     jobs: list[Any] = [
         (

@@ -104,7 +104,7 @@ def test_a_layout_gives_the_curve_of_one_process(trained, layout, variant):
 
 
 @pytest.mark.parametrize(("layout", "variant"), CASES)
-def test_all_ranks_together_see_the_noised_sequences_of_one_process_to_the_bit(trained, layout, variant):
+def test_all_ranks_together_see_one_process_noised_sequences_to_the_bit(trained, layout, variant):
     one = trained["one", variant][0].sequence_hashes
     assert sorted(one) == list(range(80))
     assert merged_sequences(trained[layout, variant]) == one

@@ -104,7 +104,7 @@ def _kept_bytes(chunk, ids):
 
 
 @pytest.mark.parametrize(("layout", "block", "recompute"), [case for case in CASES if case[2] != "none"])
-def test_recomputing_changes_neither_losses_nor_gradient_norms_nor_weights(trained, layout, block, recompute):
+def test_recomputing_changes_no_loss_gradient_norm_or_weight(trained, layout, block, recompute):
     """Not a bit; but where norms are recomputed a block's two gradients of its input are added in another order."""
     rounding = 1e-6 if recompute in ("layernorm", "everything") else 0.0
     for plain, again in zip(trained[layout, block, "none"], trained[layout, block, recompute], strict=True):

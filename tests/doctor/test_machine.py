@@ -66,7 +66,7 @@ def test_a_missing_library_is_named_with_its_requirement(findings_of, monkeypatc
     )
 
 
-def test_the_project_that_only_shares_apexs_name_is_told_from_nvidias_and_never_imported(findings_of, packages):
+def test_the_other_project_named_apex_is_recognised_and_never_imported(findings_of, packages):
     apex = packages / "apex"
     apex.mkdir()
     (apex / "__init__.py").write_text("raise SystemExit('imported')")

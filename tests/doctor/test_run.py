@@ -31,7 +31,7 @@ def test_every_mistake_of_the_description_is_a_finding(findings_of):
     assert [(level, text[:8]) for level, text, _ in found] == [("FAIL", "a.yaml:1"), ("FAIL", "a.yaml:2")]
 
 
-def test_a_missing_tokenizer_fails_once_and_the_others_say_what_they_wait_for(one_finding, subject_of):
+def test_a_missing_tokenizer_fails_once_and_other_checks_name_it(one_finding, subject_of):
     subject = subject_of(data__tokenizer="nowhere/tokenizer")
     level, text, remedy = one_finding("tokenizer", subject)
     assert (level, "found nothing" in text, "tools/train_tokenizer.py" in remedy) == ("FAIL", True, True)

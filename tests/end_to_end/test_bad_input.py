@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_refused_by_those_who_read_it(run, damage, sente
     assert contents(step) == before
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_unasked(run):
+def test_a_run_with_only_damaged_checkpoints_does_not_restart_unasked(run):
     for step in (run / "checkpoints").iterdir():
         os.truncate(step / "manifest.json", 100)
     ended = call_forked(PRETRAIN, "--config", run.parent / "run.yaml")

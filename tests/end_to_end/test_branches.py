@@ -60,9 +60,7 @@ def test_an_autoregressive_run_starts_at_exactly_log_n_and_learns(corpus: Path, 
     assert trained.evaluations[0]["eval_elbo_stderr"] < 1e-6
 
 
-def test_an_autoregressive_run_is_the_same_under_tensor_sequence_and_pipeline_parallelism(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_an_autoregressive_run_is_the_same_on_every_parallel_layout(corpus: Path, tmp_path: Path) -> None:
     def curve(name: str, ranks: int, **parallel: Any) -> list[float]:
         config = toy_config(
             corpus, tmp_path, name=name, method__name="next_token", parallel=parallel, model__sink=True, data__valid=[]
@@ -74,9 +72,7 @@ def test_an_autoregressive_run_is_the_same_under_tensor_sequence_and_pipeline_pa
     assert curve("pp2", 2, pipeline=2) == pytest.approx(alone, rel=1e-5)
 
 
-def test_prompted_sequences_give_the_same_curve_on_every_layout_and_report_their_shares(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_prompts_give_the_same_curve_on_every_layout_and_report_shares(corpus: Path, tmp_path: Path) -> None:
     def run(name: str, ranks: int, attention: str, **parallel: Any) -> list[dict[str, Any]]:
         conditioning = {"preset": "as_described", "prompt": 0.5, "infilling": 0.2, "prompt_attention": attention}
         config = toy_config(

@@ -191,9 +191,7 @@ def test_a_disk_that_refuses_in_other_ways(whole, toy_corpus: Path, tmp_path: Pa
     print(f"\n{TIMES} of {TIMES} runs on a failing disk gave the same curve; exit codes of the first attempts {codes}")
 
 
-def test_a_disk_that_is_full_for_good_ends_the_run_with_a_sentence_and_a_right_status(
-    whole, toy_corpus: Path, disk: Path
-) -> None:
+def test_a_full_disk_ends_the_run_with_a_sentence_and_the_right_status(whole, toy_corpus: Path, disk: Path) -> None:
     wanted, changes = whole
     path, folder = _write_description(toy_corpus, disk, "full"), disk / "full"
     counted = _Changes(folder, {len(changes) // 3: lambda: _fill(disk)}, _accept)

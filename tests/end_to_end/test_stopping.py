@@ -69,7 +69,7 @@ def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on(toy_corpus, tmp_pa
     assert status(config.folder)["state"] == "finished"
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_goes_on_from_its_checkpoint(toy_corpus, tmp_path, uninterrupted):
+def test_a_hanging_rank_is_named_and_the_run_resumes_from_its_checkpoint(toy_corpus, tmp_path, uninterrupted):
     limit = 3.0
     config = _config(toy_corpus, tmp_path, "run", checkpoint__every=5, watchdog__step_s=limit)
     ranks = Ranks(config, 2)

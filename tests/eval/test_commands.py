@@ -141,7 +141,7 @@ def test_documents_are_measured_window_by_window(models, pairs, tmp_path):
     assert found["word_perplexity"] == pytest.approx(math.exp(found["nll"] / found["words"]))
 
 
-def test_equal_texts_and_windows_share_their_error_and_the_estimate_names_its_levels(models, pairs, tmp_path):
+def test_equal_texts_share_their_error_and_estimates_name_their_levels(models, pairs, tmp_path):
     """Twenty lines of one text, and two documents that are one window repeated, or share windows with each other."""
     line = json.dumps(PAIRS[0] | {"text": "abcdefghijklmnop" * 3})  # three equal windows of sixteen tokens
     other = json.dumps(PAIRS[1] | {"text": "abcdefghijklmnop" + "qrst"})
@@ -195,7 +195,7 @@ def exported(models, tmp_path_factory):
     return export(models["hybrid"], tmp_path_factory.mktemp("hf") / "hybrid").folder
 
 
-def test_a_hugging_face_folder_gives_the_text_and_the_likelihoods_of_its_run(models, exported, pairs, tmp_path):
+def test_a_hugging_face_folder_gives_its_runs_text_and_likelihoods(models, exported, pairs, tmp_path):
     said = {}
     for model in (models["hybrid"], exported):
         options = ("--prompt", "ab", "--num-tokens", "8", "--steps", "4", "--count", "3")

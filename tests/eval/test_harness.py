@@ -124,7 +124,7 @@ def _own_likelihoods(folder: Path, pairs: list[tuple[str, str]]) -> list[tuple[f
         return [(one.nll, one.stderr) for one in model.estimator(settings).likelihoods(model, items)]
 
 
-def test_a_likelihood_is_the_project_s_own_and_the_best_choice_is_the_largest(reports, models):
+def test_likelihoods_are_the_projects_and_the_largest_is_the_best_choice(reports, models):
     documents = [json.loads(line) for line in (REPOSITORY / TASKS / "choices.jsonl").read_text().splitlines()]
     # The third question does not fit into a sequence with its choices: it loses its first tokens.
     pairs = []
@@ -222,7 +222,7 @@ def _greedy_text(folder: Path, prompt: str, length: int) -> str:
     return prompt
 
 
-def test_an_autoregressive_control_is_exact_and_its_greedy_completions_are_found(models, harness_home):
+def test_an_autoregressive_control_is_exact_and_finds_greedy_completions(models, harness_home):
     folder = models["ar"]
     best = in_a_fork(_greedy_text, folder, "ab", 3)
     pairs = [("ab", best[2:]), ("ab", best[2:-1] + "~"), ("", "q"), ("xyz", "no"), ("ab", best[2:4]), ("ab", "")]
@@ -309,7 +309,7 @@ def test_a_completion_the_sampler_writes_itself_is_greedy(models):
 
 @pytest.mark.parametrize(("prompt", "completion"), [(0, 5), (3, 5), (30, 5), (5, 15), (5, 16), (5, 17), (40, 50)])
 @pytest.mark.parametrize("start", [(), (1,)])
-def test_every_completion_token_is_scored_once_behind_the_end_of_its_prompt(prompt, completion, start):
+def test_every_completion_token_is_scored_once_after_its_prompt(prompt, completion, start):
     item = Item(tuple(range(100, 100 + prompt)), tuple(range(200, 200 + completion)))
     pieces = split_to_fit(item, length=16, start=start)
     assert sum((piece.completion for piece in pieces), ()) == item.completion

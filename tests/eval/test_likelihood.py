@@ -85,7 +85,7 @@ def covered(found: list[Likelihood], truth: float, errors: float = 2.0) -> int:
     return sum(abs(one.nll - truth) <= errors * one.stderr for one in found)
 
 
-def test_masked_noise_with_the_exact_denoiser_brackets_the_exact_likelihood():
+def test_masked_noise_and_the_exact_denoiser_bracket_the_likelihood():
     """The bound is tight here (the posteriors do not depend on the level), so the truth is the likelihood itself."""
     truth = -math.log(probability(list(TEXT)))
     assert enumerated_bound("masked") == pytest.approx(truth, abs=1e-8)
@@ -96,7 +96,7 @@ def test_masked_noise_with_the_exact_denoiser_brackets_the_exact_likelihood():
 
 
 @pytest.mark.parametrize("name", ["hybrid", "uniform"])
-def test_with_uniform_tokens_estimates_bracket_the_bound_summed_over_every_copy(name):
+def test_estimates_with_uniform_tokens_bracket_the_bound_over_all_copies(name):
     """A model that is not told the level does not know the posterior, so the truth is its own bound, worked out."""
     truth = enumerated_bound(name)
     found = estimates(name, Item((), TEXT), draws=256)
@@ -333,7 +333,7 @@ def coverage(name: str, seeds: int, draws: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("kind", WHICH)
-def test_the_stated_error_covers_the_truth_of_distinct_and_of_repeated_texts(kind):
+def test_the_stated_error_covers_the_truth_with_and_without_repeats(kind):
     """The bounds leave room for the chance of 100 seeds; MEGADIFF_COVERAGE=full takes more seeds and noises.
 
     Errors added as those of independent texts would hold the truth of a repeated text a third of the time.

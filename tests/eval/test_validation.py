@@ -77,7 +77,7 @@ def blind(toy_corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("noise", NOISES)
-def test_a_blind_model_pays_the_logarithm_of_the_vocabulary_under_every_noise(blind, noise):
+def test_a_blind_model_pays_log_vocabulary_under_every_noise(blind, noise):
     """Log 259 to 1e-3, the closed form to its standard error; balanced trains with another rate: it must not matter."""
     found = blind[noise]
     elbo, _ = blind_model(SHIFTS[noise], 260)
@@ -127,7 +127,7 @@ def _measure_twice(config):
     return found, [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
 
 
-def test_measuring_moves_no_weight_no_gradient_and_no_generator_and_repeats_to_the_bit(toy_corpus, tmp_path):
+def test_measuring_has_no_side_effects_and_repeats_to_the_bit(toy_corpus, tmp_path):
     block = {f"model__{key}": value for key, value in GIDD_BLOCK.items()}
     found, unmoved = on_ranks(1, _measure_twice, toy_config(toy_corpus, tmp_path, **block))[0]
     assert found[0] == found[1]
@@ -153,7 +153,7 @@ def _modes_of(config):
     return before, seen, after
 
 
-def test_a_model_is_in_evaluation_mode_while_it_is_measured_and_in_training_mode_again_after_it(toy_corpus, tmp_path):
+def test_a_model_is_measured_in_evaluation_mode_and_returns_to_training(toy_corpus, tmp_path):
     """FP8 layers compute in bf16 in evaluation mode, and a model left in it would train in bf16."""
     before, seen, after = on_ranks(1, _modes_of, toy_config(toy_corpus, tmp_path))[0]
     assert seen

@@ -108,7 +108,7 @@ def _count_on_rank(configs, tensor):
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", SIZES)
-def test_the_built_model_has_the_papers_parameters_on_one_and_two_tensor_ranks(built, name, tensor):
+def test_the_model_has_the_papers_parameters_on_one_and_two_ranks(built, name, tensor):
     assert built[name, tensor] == SIZES[name][5]
 
 

@@ -64,7 +64,7 @@ def verified(folder, against):
     return verify(folder, lambda compute: same_code_other_weights(against, compute), cases)
 
 
-def test_a_folder_equals_itself_and_a_zero_head_is_replaced_by_a_drawn_one(folder, tmp_path):
+def test_a_folder_equals_itself_and_a_zero_head_is_drawn_instead(folder, tmp_path):
     blank = shutil.copytree(folder, tmp_path / "blank")
     from safetensors.torch import load_file, save_file
 

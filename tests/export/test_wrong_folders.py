@@ -33,7 +33,7 @@ def refused(*command):
 
 
 @pytest.mark.parametrize("check", [["--check"], []])
-def test_a_run_that_starts_from_a_hugging_face_folder_is_told_to_import_it(folder, description, check):
+def test_starting_a_run_from_a_hugging_face_folder_suggests_importing_it(folder, description, check):
     said = refused("pretrain_dlm.py", "--config", description, f"checkpoint.start_from={folder}", *check)
     assert f"{folder} is a Hugging Face folder, not a checkpoint to train from" in said
     assert f"run `python tools/convert_checkpoint.py import --input '{folder}' --output NEW_FOLDER`" in said

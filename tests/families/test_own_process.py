@@ -117,7 +117,7 @@ def test_u_is_the_closed_form():
         assert float(process.uniform_prob(torch.tensor(level, dtype=torch.float64))) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_it_resumes_bit_for_bit_and_its_noise_is_the_same_on_another_layout(runs):
+def test_it_resumes_bit_for_bit_with_the_same_noise_on_another_layout(runs):
     _, found = runs
     whole, same, other = (found[name][0].lines for name in ("whole", "same", "other"))
     assert [line["step"] for line in same] == list(range(1, STEPS + 1))

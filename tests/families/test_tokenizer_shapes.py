@@ -77,7 +77,7 @@ def test_bos_is_put_before_a_text_where_the_data_have_it(shape, tmp_path):
     assert load_tokenizer(tmp_path).fingerprint == shape.ours.fingerprint
 
 
-def test_the_shipped_folder_is_the_same_tokenizer_here_and_ships_the_same_again(shape, tmp_path):
+def test_the_shipped_folder_is_the_same_tokenizer_and_ships_again(shape, tmp_path):
     again = load_tokenizer(shape.shipped)
     assert (again.fingerprint, again.vocab_size, again.mask_id) == (
         shape.ours.fingerprint,

@@ -17,7 +17,7 @@ def _built(block, **kwargs):
     return one_gpu.trainee({"plain": one_gpu.PLAIN, "gidd": one_gpu.GIDD}[block], **kwargs)
 
 
-def test_attention_without_a_mask_takes_a_fused_kernel_and_equals_the_plain_product():
+def test_attention_without_a_mask_is_fused_and_equals_the_plain_product():
     """cuDNN's or flash attention: the plain product would form the scores."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -28,7 +28,7 @@ def _scales(trained):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_both_kinds_of_layers_have_the_same_checkpoint_names_shapes_and_first_weights(block):
+def test_both_kinds_of_layers_share_checkpoint_names_shapes_and_weights(block):
     local, fused = _built(block, "local").weights(), _built(block, "transformer_engine").weights()
     assert {name: weight.shape for name, weight in fused.items()} == {n: w.shape for n, w in local.items()}
     for name, weight in local.items():
@@ -107,7 +107,7 @@ def test_fp8_goes_on_after_a_resume_as_if_it_had_not_stopped(recipe, tmp_path):
         assert other_norm == pytest.approx(norm, rel=1e-2)
 
 
-def test_delayed_fp8_keeps_its_scales_as_plain_tensors_and_begins_without_any():
+def test_delayed_fp8_starts_without_scales_and_keeps_plain_tensors():
     trained = _built("plain", "transformer_engine", precision={"fp8": "delayed"})
     layer = trained.chunks[0].decoder.layers[0].mlp.linear_fc1
     assert layer.get_extra_state() is None

@@ -51,7 +51,7 @@ def machine_code(kernel: Any, more: dict[str, bool], dtype: str, folder: Path, *
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_logits_are_read_and_written_16_bytes_at_a_time_and_nothing_spills(name, dtype, tmp_path):
+def test_logits_move_16_bytes_at_a_time_and_nothing_spills(name, dtype, tmp_path):
     found = machine_code(*KERNELS[name], dtype, tmp_path)
     loads = 4 if dtype != "fp32" else 8
     assert found.count("LDG.E.128") == loads

@@ -124,7 +124,7 @@ def test_a_shard_with_one_real_column(mask_id):
     agree(rows(6, VocabShard(3, 1, 10, mask_id), torch.float32))
 
 
-def test_a_shard_of_padding_alone_gives_the_lowest_maximum_and_nothing_else():
+def test_a_shard_of_padding_alone_contributes_only_the_lowest_maximum():
     shard = VocabShard(64, 32, 61, mask_id=5)
     sums, shares, grad = passed(TritonPasses, rows(6, shard, torch.bfloat16), is_masked=False)
     assert sums.max_logit.tolist() == [torch.finfo(torch.float32).min] * 6

@@ -112,7 +112,7 @@ def test_fp8_holds_every_matrix_of_the_layers_twice_more_in_a_byte():
     assert fp8.total - plain.total == parameters(shape).hidden_matrices
 
 
-def test_the_distributed_optimizer_splits_the_state_over_data_and_context_ranks():
+def test_the_distributed_optimizer_shards_over_data_and_context_ranks():
     shape = Shape(4, 64, 4, 256, 32)
     alone = bytes_per_rank(shape, Layout(data=4, context=2), Precision())
     split = bytes_per_rank(shape, Layout(data=4, context=2, distributed_optimizer=True), Precision())
@@ -166,7 +166,7 @@ def test_fp8_keeps_a_byte_of_what_its_matrices_read():
     assert bf16 - fp8 == 32 * (2 * 64 + 4 * 64 - 64)
 
 
-def test_model_flops_and_executed_flops_differ_by_what_is_not_computed_or_computed_twice():
+def test_model_and_executed_flops_differ_by_skipped_and_repeated_work():
     """L = 2, d = 4, f = 4, V = 10 padded to 16, S = 8: one sequence."""
     shape = Shape(2, 4, 2, 10, 8)
     layers = 6 * 384 * 8 + 12 * 2 * 4 * 64

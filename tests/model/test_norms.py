@@ -39,7 +39,7 @@ def test_rms_norm_is_its_formula_with_the_gain_as_an_offset(eps):
     np.testing.assert_allclose(found.detach().numpy(), formula(x, offset, eps), rtol=2e-6, atol=1e-6)
 
 
-def test_rms_norm_takes_its_statistic_in_float32_and_answers_in_the_inputs_type():
+def test_rms_norm_computes_in_float32_and_returns_the_inputs_type():
     """In bf16 the sum of 4096 squares would stall at 256."""
     norm = RMSNorm(settings(dtype=torch.bfloat16), 4096)
     found = norm(torch.full((1, 4096), 3.0, dtype=torch.bfloat16))
@@ -73,7 +73,7 @@ def _all_heads_on_rank(x, offset, upstream, tensor):
     return out.detach().numpy(), local.grad.numpy(), norm.weight.grad.numpy().reshape(-1, WIDTH)
 
 
-def test_all_heads_norm_cut_over_two_ranks_gives_the_values_and_gradients_of_one():
+def test_all_heads_norm_on_two_ranks_equals_that_on_one():
     shape = (SEQUENCE, BATCH, HEADS, WIDTH)
     arguments = (drawn(*shape), drawn(HEADS * WIDTH, seed=1), drawn(*shape, seed=2))
     one = on_ranks(1, _all_heads_on_rank, *arguments, 1)[0]

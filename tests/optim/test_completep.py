@@ -110,7 +110,7 @@ def test_every_parameter_gets_the_tables_rate_decay_and_epsilon(weights):
 
 
 @pytest.mark.parametrize(("hidden", "layers"), [(128, 2), (512, 8), (4608, 34)])
-def test_epsilon_is_over_width_times_depth_and_rate_times_decay_is_free_of_both(hidden, layers):
+def test_epsilon_falls_with_width_and_depth_and_rate_times_decay_does_not(hidden, layers):
     scale = replace(SCALE, hidden=hidden, layers=layers)
     bulk = parameter_groups([("hidden", torch.nn.Parameter(torch.zeros(1)))], SETTINGS, scale)[0]
     assert bulk["params"]

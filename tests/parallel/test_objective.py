@@ -91,7 +91,7 @@ def by_quadrature(noise: str) -> float:
 
 
 @pytest.mark.parametrize(("noise", "conditioning"), CASES)
-def test_the_elbo_is_one_number_for_every_schedule_and_every_pattern_of_levels(printed, noise, conditioning):
+def test_the_elbo_is_the_same_for_every_schedule_and_noise_pattern(printed, noise, conditioning):
     values = np.array([line["elbo"] for line in printed[noise, conditioning]])
     error = values.std(ddof=1) / math.sqrt(BATCHES)
     wanted = by_quadrature(noise)

@@ -85,5 +85,5 @@ def _divided(tokens):
 
 
 @pytest.mark.parametrize(("tokens", "left"), [(3, [2.0, -1.0]), (1, [6.0, -3.0]), (0, [6.0, -3.0])])
-def test_every_chunk_is_divided_by_the_tokens_and_by_nothing_where_there_are_none(tokens, left):
+def test_every_chunk_is_divided_by_its_tokens_if_there_are_any(tokens, left):
     assert on_ranks(1, _divided, tokens)[0] == [pytest.approx(left)] * 2

@@ -35,7 +35,7 @@ def test_on_cuda_the_scope_is_nothing_at_all():
     assert "Transformer Engine" in gpu.describe()
 
 
-def test_transformer_engines_layers_without_a_gpu_are_refused_and_auto_takes_the_local_ones():
+def test_without_a_gpu_transformer_engine_is_refused_and_auto_is_local():
     with pytest.raises(
         PlatformError, match=r"^kernels is `transformer_engine`, which needs a GPU, but the run is on CPU"
     ):

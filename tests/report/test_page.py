@@ -176,7 +176,7 @@ def test_a_curve_lies_where_its_values_are():
     assert y0 > y2
 
 
-def test_logarithmic_axes_straighten_a_power_law_and_leave_out_what_is_not_positive():
+def test_logarithmic_axes_straighten_power_laws_and_omit_non_positives():
     _, places = drawn(chart_of((0, 8.0), (1, 100.0), (10, 10.0), (100, 1.0), (1000, 0.0)), "log")
     (x0, y0), (x1, y1), (x2, y2) = places
     assert (y1 - y0) / (x1 - x0) == pytest.approx((y2 - y1) / (x2 - x1), rel=1e-3)
@@ -190,7 +190,7 @@ def test_linear_axes_are_linear_in_every_chart(full):
         assert drawing["data-y"].endswith(",1") == ("only-log" in drawing["class"])
 
 
-def test_baselines_are_levels_of_the_held_out_chart_and_columns_of_the_table(tmp_path):
+def test_baselines_are_lines_of_the_held_out_chart_and_table_columns(tmp_path):
     figures = {"eval_unigram": 6.4896, "eval_bigram": 4.4414}
     one = write_run(tmp_path / "one", [training_line(4), *(evaluation_line(s, 6.0, **figures) for s in (2, 4))])
     other = write_run(

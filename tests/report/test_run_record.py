@@ -120,7 +120,7 @@ def test_status_is_read(tmp_path):
     assert (status.state, status.steps) == ("running", 9)
 
 
-def test_labels_tell_runs_of_one_name_apart_and_a_run_given_twice_counts_once(tmp_path):
+def test_labels_distinguish_runs_of_one_name_and_repeats_count_once(tmp_path):
     folders = [write_run(tmp_path / place, [training_line(1)]) for place in ("a/run", "b/run")]
     assert [run.label for run in read_runs([*folders, folders[0] / "."])] == ["a/run", "b/run"]
     assert [run.label for run in read_runs(folders[:1])] == ["run"]

@@ -54,7 +54,7 @@ def test_a_launcher_s_number_of_ranks_is_what_is_checked(tensor_2, monkeypatch):
     assert "layout            8 rank(s)" in build.check(tensor_2)
 
 
-def test_a_number_of_ranks_that_does_not_fit_is_refused_with_those_that_do(tensor_2):
+def test_an_unfit_number_of_ranks_is_refused_with_those_that_fit(tensor_2):
     for ranks, rule in ((3, "needs a multiple of 4"), (16, "does not divide")):
         with pytest.raises(NoLayoutError, match=rule) as refused:
             lay_out_run(tensor_2, world_size=ranks, vocab_size=260)
@@ -107,7 +107,7 @@ def built_groups(config):
 
 
 @pytest.mark.parametrize("parametrisation", ["standard", "completep"])
-def test_each_role_has_a_line_with_the_numbers_its_parameters_are_updated_with(toy_corpus, tmp_path, parametrisation):
+def test_each_role_has_a_line_with_the_numbers_of_its_updates(toy_corpus, tmp_path, parametrisation):
     changes = {f"model__{key}": value for key, value in GIDD_BLOCK.items()}
     optimizer = {"lr": 0.3, "weight_decay": 0.01, "eps": 1e-6, "parametrisation": parametrisation}
     changes |= {f"optimizer__{key}": value for key, value in optimizer.items()}

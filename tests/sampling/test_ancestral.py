@@ -193,7 +193,7 @@ def test_posteriors_are_distributions_at_both_ends_of_the_levels(shift, dtype):
         torch.testing.assert_close(back.sum(-1), torch.ones(5, dtype=dtype))
 
 
-def test_the_prior_is_real_tokens_alone_under_uniform_noise_and_masks_alone_under_masked():
+def test_the_prior_is_all_real_tokens_or_all_masks_in_the_two_limits():
     sequences = torch.arange(50)
     uniform = prior(sequences, 400, -9.0, process=HybridMixing(9, 4, 1000), seed=0)
     counts = np.bincount(uniform.numpy().ravel(), minlength=9)

@@ -65,7 +65,7 @@ def test_adaptive_sampling_of_masked_noise_one_token_at_a_time_is_exact():
 
 
 @pytest.mark.parametrize("name", NOISES)
-def test_adaptive_sampling_at_temperature_0_climbs_to_texts_no_single_change_improves(name):
+def test_adaptive_sampling_at_temperature_0_reaches_local_optima(name):
     process = HybridMixing(VOCAB, MASK, NOISES[name])
     exact = ExactDenoiser(process)
     settings = Settings(max_new_tokens=4, max_denoising_steps=40, sampler="adaptive", temperature=0, tokens_per_step=1)

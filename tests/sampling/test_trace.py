@@ -144,7 +144,7 @@ def test_tokens_look_as_they_do_in_running_text():
     assert [look(i) for i in (0, 1, 2, 3, 4 + ord("x"))] == ["⟨bos⟩", "⟨eos⟩", "⟨pad⟩", "░", "x"]
 
 
-def test_a_token_of_the_first_noise_that_no_step_writes_over_stays_noise_to_the_end():
+def test_initial_noise_that_no_step_overwrites_stays_noise_to_the_end():
     """Position 1 is written, position 2 never: what stands there is the noise the sampler began with."""
     trace = Trace([5], mask_id=0)
     for steps_left, ids in ((2, [5, 7, 8]), (1, [5, 9, 8]), (0, [5, 9, 8])):

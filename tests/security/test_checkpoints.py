@@ -98,7 +98,7 @@ def test_a_hostile_index_runs_nothing_in_any_command(run, tmp_path, command):
         b'{"a": ' * 5000,
     ],
 )
-def test_the_library_s_description_of_the_format_cannot_choose_another_reader(run, tmp_path, content):
+def test_the_librarys_format_description_cannot_choose_another_reader(run, tmp_path, content):
     description, folder = run
     (folder / STEP / "metadata.json").write_bytes(content)
     relist(folder / STEP, "metadata.json")
@@ -122,7 +122,7 @@ def test_a_file_the_manifest_does_not_list_is_named(run, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["../outside", "/etc/hostname"])
-def test_a_manifest_that_names_a_path_outside_is_refused_and_the_path_named(run, tmp_path, where):
+def test_a_manifest_with_an_outside_path_is_refused_naming_the_path(run, tmp_path, where):
     description, folder = run
     (folder / "checkpoints/outside").write_bytes(b"abc")
     manifest = read_manifest(folder / STEP)
@@ -167,7 +167,7 @@ def test_a_hostile_hint_leads_nowhere_else(run, hint, monkeypatch):
     assert f"{STEP} after step 2" in ended.out
 
 
-def test_data_reached_through_a_link_are_read_and_a_folder_in_their_place_is_named(toy_corpus, tmp_path):
+def test_linked_data_are_read_and_a_folder_in_their_place_is_named(toy_corpus, tmp_path):
     """Links to data are how large corpora are shared; what is no regular file is refused."""
     for suffix in (".idx", ".bin", ".json"):
         os.symlink(f"{toy_corpus}{suffix}", tmp_path / f"link{suffix}")

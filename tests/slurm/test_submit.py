@@ -204,7 +204,7 @@ def test_two_rows_of_one_run_are_refused(config, tmp_path):
     refused(["sweep", "--config", config, "--rows", rows, "--time=1:00:00"], said)
 
 
-def test_account_and_partition_are_read_from_the_sites_file_which_is_not_run(tmp_path):
+def test_account_and_partition_are_read_from_the_site_file_not_run(tmp_path):
     site = tmp_path / "site.env"
     site.write_text("touch CANARY\nMEGADIFF_ACCOUNT='my project' # ours\n export X=1\nexport MEGADIFF_PARTITION=gpu\n")
     assert slurm_job.site_defaults(site) == {"MEGADIFF_ACCOUNT": "my project", "MEGADIFF_PARTITION": "gpu"}

@@ -89,7 +89,7 @@ def _lose_connections_and_die_after(seconds):
 
 
 @pytest.mark.parametrize("seconds", [0.2, 1.2, 3.0])
-def test_a_death_that_is_noticed_late_goes_before_the_lost_connections_that_follow_from_it(seconds, tmp_path):
+def test_a_late_noticed_death_precedes_the_lost_connections_it_caused(seconds, tmp_path):
     """The kernel closes a dying process's connections before it shows the death, on a loaded machine long before."""
     ended = run_doomed(tmp_path, 3, _lose_connections_and_die_after(seconds), harmed=2, gloo=True, limit_s=30)
 
@@ -99,7 +99,7 @@ def test_a_death_that_is_noticed_late_goes_before_the_lost_connections_that_foll
     assert traces(ended) == []
 
 
-def test_lost_connections_without_a_death_are_named_as_soon_as_every_rank_has_said_so(tmp_path):
+def test_lost_connections_are_named_once_every_rank_has_reported_one(tmp_path):
     ended = run_doomed(tmp_path, 3, lambda watchdog: _shut_connections(), harmed=2, gloo=True, limit_s=30)
 
     assert ended.seconds < within(ALL_ENDED_S)

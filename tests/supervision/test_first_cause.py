@@ -38,7 +38,7 @@ def test_a_stopped_rank_is_the_culprit_wherever_it_is():
     assert found.endswith("state T (stopped)")
 
 
-def test_ranks_in_one_place_are_told_apart_by_the_state_of_their_processes():
+def test_ranks_in_one_place_are_distinguished_by_their_process_states():
     busy = replace(HERE, rank=1, pid=101, state="R")
     assert find_root_cause(ranks(r1=busy), 4) == (
         "all 4 ranks stalled in the same place, a collective or the network: in section step 17 at reduce for 30.2 s "

@@ -48,7 +48,7 @@ def test_the_refusal_names_host_and_process(config):
         pass
 
 
-def test_a_holder_of_another_machine_is_named_and_not_judged_by_process_numbers_of_this_one(config, gone):
+def test_a_holder_on_another_machine_is_not_looked_up_by_process_id(config, gone):
     config.folder.mkdir()
     with FileLock(config.folder / ".lock"):
         there = replace(Holder.this_process(), host="node7", machine="another boot", pid=gone)

@@ -109,7 +109,7 @@ def test_a_rank_behind_a_wrapper_script_ends_with_the_launcher(tmp_path):
 
 
 @pytest.mark.parametrize("wrapper", [False, True])
-def test_a_launcher_that_dies_while_its_rank_is_still_starting_is_missed_at_the_first_look(tmp_path, wrapper):
+def test_a_launcher_that_dies_during_start_is_missed_at_the_first_look(tmp_path, wrapper):
     launcher = _launch(tmp_path, ELASTIC, wrapper=wrapper, starts_after=1.0)
     launcher.wait()
     time.sleep(2.0)

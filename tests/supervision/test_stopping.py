@@ -92,7 +92,7 @@ def test_a_signal_counts_while_the_main_thread_is_in_c_code(tmp_path):
     process.communicate(timeout=10)
 
 
-def test_a_signal_heard_while_the_stop_file_is_looked_for_is_not_forgotten(tmp_path, monkeypatch):
+def test_a_signal_during_the_search_for_the_stop_file_is_kept(tmp_path, monkeypatch):
     """The look at a shared disk may take long, and lets the listening thread run."""
     stop = StopRequest(StopConfig(), tmp_path, is_main=True)
 

@@ -135,7 +135,7 @@ def test_every_command_takes_it(words: str, tmp_path: Path) -> None:
     assert "unknown key `optimizer.momentum`" in ended.err
 
 
-def test_a_tokenizer_without_an_export_is_refused_before_anything_is_written(words: str, tmp_path: Path) -> None:
+def test_a_tokenizer_without_export_is_refused_before_writing(words: str, tmp_path: Path) -> None:
     write_package(tmp_path, silent=changed("    def export(", "    def _unused("))
     tokenizer = load_tokenizer(words.replace("theirs.words", "theirs.silent"))
     assert tokenizer.export_limits is not None

@@ -103,7 +103,7 @@ def test_a_repeated_step_counts_once_and_is_lost_the_second_time(start, clock):
     assert (len(second.attempts), second.interruptions, second.failures) == (2, 1, 1)
 
 
-def test_steps_after_the_last_line_of_a_killed_attempt_are_down_time_and_count_when_they_are_repeated(start, clock):
+def test_unlogged_steps_of_a_killed_attempt_are_down_time_until_repeated(start, clock):
     first = start()
     take(first, clock, range(1, 11))
     first.write()
@@ -124,7 +124,7 @@ def test_only_what_nobody_asked_for_is_a_failure(start, clock):
     assert meter.mtbf_s == pytest.approx(2 * HOUR)
 
 
-def test_a_pause_after_the_end_of_a_run_that_is_made_longer_is_not_held_against_it(start, clock):
+def test_a_pause_before_a_finished_run_is_extended_is_not_counted(start, clock):
     first = start()
     take(first, clock, range(1, 11))
     first.close("finished")
@@ -177,7 +177,7 @@ def test_what_is_missing_for_a_suggestion_is_said(start, clock):
     assert "MTBF 0.0 h (seen: 1 failure(s))" in again.describe()
 
 
-def test_a_background_save_costs_its_stall_and_is_never_asked_for_faster_than_it_is_written(start, clock):
+def test_a_background_save_costs_its_stall_and_is_not_advised_too_often(start, clock):
     meter = start(mtbf_hours=8)
     take(meter, clock, range(1, 101))
     save(meter, clock, 1.0, whole_s=30.0)
@@ -289,7 +289,7 @@ def test_with_random_failures_the_suggestion_is_the_best_of_a_grid(cost):
     assert shares[3] == pytest.approx(said, abs=0.01)
 
 
-def test_a_meter_that_lives_through_failures_measures_what_the_simulation_says(start, clock):
+def test_a_meter_that_outlives_failures_agrees_with_the_simulation(start, clock):
     """Steps of 1 s, a save of 4 s every 60, failures about every 600 s, 30 s to come back: the time that counted."""
     draw, steps = random.Random(1), 4000
     failure = clock.now + draw.expovariate(1 / 600)
@@ -313,7 +313,7 @@ def test_a_meter_that_lives_through_failures_measures_what_the_simulation_says(s
     assert meter.suggestion().seconds == pytest.approx(math.sqrt(2 * 4 * meter.mtbf_s))
 
 
-def test_dalys_form_meets_youngs_where_saves_are_cheap_and_stays_positive_where_they_are_not():
+def test_dalys_interval_tends_to_youngs_and_stays_positive():
     assert daly(5, 8 * HOUR) == pytest.approx(young(5, 8 * HOUR), rel=0.01)
     assert daly(100, 50) == 50
     assert daly(100, 60.0) < young(100, 60)

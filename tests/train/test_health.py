@@ -35,7 +35,7 @@ def test_no_update_is_made_where_loss_or_norm_is_not_finite(loss, norm):
     assert (health.state()["non_finite_consecutive"], health.skipped) == (0, 1)
 
 
-def test_the_run_ends_after_the_limit_in_a_sequence_with_the_samples_of_all_of_them(caplog):
+def test_the_run_ends_after_the_limit_in_a_row_with_all_their_samples(caplog):
     health, source = health_of(non_finite_limit=2), NonFiniteSource(5, "node3", 1, (2, 3), ())
     for step, norm in ((1, 1.0), (2, NAN), (3, 1.0), (4, NAN)):
         health.report(step, health.check(3.0, norm), (source,))
@@ -50,7 +50,7 @@ def test_the_run_ends_after_the_limit_in_a_sequence_with_the_samples_of_all_of_t
     assert [line.split(":")[0] for line in caplog.messages] == ["step 2", "step 4", "step 5"]
 
 
-def test_a_culprit_by_gradient_is_told_by_rank_stage_and_the_tensor_nearest_the_output():
+def test_a_broken_gradient_is_located_by_rank_stage_and_last_tensor():
     source = NonFiniteSource(2, "node1", 1, (), ("a.weight", "b.weight"))
     assert source.describe(80) == "gradient on rank 2 (node1), stage 1: 2 tensor(s), nearest the output b.weight"
 
@@ -76,7 +76,7 @@ def test_a_spike_is_logged_with_the_samples_of_its_step(caplog):
     assert line.endswith("; no update was made; samples 80 to 87")
 
 
-def test_a_fall_is_no_spike_and_nothing_is_judged_before_half_the_window_is_full():
+def test_a_fall_is_no_spike_and_half_a_window_is_needed_to_judge():
     health = health_of(spike_window=16, skip_spikes=True)
     for loss, norm in figures(7):
         health.check(loss, norm)

@@ -75,7 +75,7 @@ def test_a_step_takes_its_microbatches_its_rate_and_then_the_hooks():
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_skipped_step_counts_data_and_schedule_go_on_and_hooks_learn_of_it(norm):
+def test_a_skipped_step_advances_data_and_schedule_and_informs_hooks(norm):
     trainer, happened = trainer_of([1.0, norm, 1.0])
     trainer.train()
     steps = [([0, 1], 0.0), (1, None), ([2, 3], 0.25), (2, "non_finite"), ([4, 5], 0.5), (3, None)]

@@ -123,12 +123,12 @@ def layouts(*names):
     return {name: LAYOUTS[name] for name in names}
 
 
-def test_a_hook_from_outside_runs_on_one_rank_and_two_resumes_and_changes_nothing(module):
+def test_an_outside_hook_runs_on_one_and_two_ranks_and_changes_nothing(module):
     module("best", HOOK)
     check_hook({"name": "outside.best", "every": 2, "prefix": "mine"}, layouts=layouts("one rank", "data parallel"))
 
 
-def test_a_sink_from_outside_gets_the_lines_that_are_due_of_the_real_program(module, tmp_path, toy_corpus):
+def test_an_outside_sink_gets_the_lines_that_the_real_program_writes(module, tmp_path, toy_corpus):
     module("lines", SINK)
     hooks = [{"name": "outside.lines", "every": 2, "path": str(tmp_path / "mine.jsonl")}]
     config = toy_config(toy_corpus, tmp_path, schedule__steps=5, eval__sequences=4, model__layers=1, hooks=hooks)

@@ -55,7 +55,7 @@ def test_a_line_is_written_at_the_first_step_every_few_and_the_last(tmp_path, ev
     assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == due
 
 
-def test_a_line_has_the_promised_keys_means_per_noisy_token_and_speed_since_the_last_line(tmp_path):
+def test_a_line_has_the_promised_keys_token_means_and_recent_speed(tmp_path):
     hook = log_hooks(tmp_path / "m.jsonl", 2, 4)
     for step in range(1, 5):
         hook(info(step, seconds=0.25))
@@ -100,7 +100,7 @@ def test_the_console_says_how_long_the_rest_will_take(tmp_path, caplog):
     assert "200 tokens/s" in caplog.messages[0]
 
 
-def test_the_console_shows_means_over_the_tokens_of_all_steps_since_its_last_line(tmp_path, caplog):
+def test_the_console_shows_token_means_since_its_last_line(tmp_path, caplog):
     """Loss sums 3 + 5 + 100 over 1 + 3 + 4 noisy tokens; the skipped step between has a line of its own."""
     hook = log_hooks(tmp_path / "m.jsonl", 4, 4)
     steps = [(1, 7.0, 2.0, None), (2, 3.0, 1.0, None), (3, math.nan, 1.0, "non_finite"), (4, 105.0, 7.0, None)]
@@ -111,7 +111,7 @@ def test_the_console_shows_means_over_the_tokens_of_all_steps_since_its_last_lin
     assert [line["loss"] for line in read_metrics(tmp_path / "m.jsonl")] == [3.5, None, 15.0]
 
 
-def test_a_skipped_step_always_has_a_line_that_says_why_and_null_for_what_is_not_finite(tmp_path, caplog):
+def test_a_skipped_steps_line_has_its_reason_and_null_for_non_finites(tmp_path, caplog):
     hook = log_hooks(tmp_path / "m.jsonl", 10, 10)
     with caplog.at_level("INFO", logger="megadiff"):
         for step in (1, 2, 3, 4):

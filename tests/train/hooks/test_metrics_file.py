@@ -22,7 +22,7 @@ def test_a_float_keeps_every_digit(tmp_path):
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1, "loss": 0.30000000000000004}]
 
 
-def test_what_is_not_finite_is_null_at_any_depth_for_json_has_no_token_for_it(tmp_path):
+def test_non_finite_numbers_are_null_in_json_at_any_depth(tmp_path):
     file = MetricsFile(tmp_path / "m.jsonl", after_step=0)
     bins = [[-9.0, -6.0, math.nan], (1, True, math.inf)]
     file.write({"step": 1, "loss": -math.inf, "bins": bins, "of": {"x": math.nan, "y": "NaN"}}, 1)

@@ -34,7 +34,7 @@ def test_points_are_read_as_they_were_written_before_the_file_is_closed(tmp_path
     board.close()
 
 
-def test_steps_that_a_resumed_run_repeats_are_shown_once_and_no_earlier_file_is_changed(tmp_path):
+def test_repeated_steps_are_shown_once_and_earlier_files_stay_unchanged(tmp_path):
     _written(tmp_path, range(1, 6)).close()
     (earlier,) = tmp_path.iterdir()
     before = earlier.read_bytes()

@@ -29,7 +29,7 @@ class Found:
 @pytest.mark.parametrize(
     ("every", "first_step", "due"), [(0, 0, [0, 5]), (2, 0, [0, 2, 4, 5]), (5, 0, [0, 5]), (2, 3, [4, 5])]
 )
-def test_the_bound_is_measured_before_the_first_step_every_few_and_after_the_last(tmp_path, every, first_step, due):
+def test_the_bound_is_measured_before_during_and_after_training(tmp_path, every, first_step, due):
     sinks = MetricSinks([MetricsFile(tmp_path / "m.jsonl", after_step=0)])
     goodput = Goodput(None, GoodputConfig(), save_every=5)
     hook = ValidationHook(

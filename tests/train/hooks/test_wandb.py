@@ -68,7 +68,7 @@ def write(config, steps):
 
 
 @needs_wandb
-def test_curves_are_in_the_files_and_a_resumed_run_continues_the_same_wandb_run(toy_corpus, tmp_path):
+def test_curves_are_in_the_files_and_a_resumed_run_continues_in_wandb(toy_corpus, tmp_path):
     import wandb
 
     config = toy_config(toy_corpus, tmp_path, hooks=[ENTRY])
