@@ -45,6 +45,8 @@ setup(
             "pytest-xdist>=3.5",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
+            "jaxtyping>=0.2.36",
+            "beartype>=0.19",
             "scipy>=1.11",
             "matplotlib>=3.7",
             "transformers>=4.57,<6",

@@ -1,4 +1,4 @@
-"""One thread per process, as `make test` sets it, Ctrl-C as a terminal has it, and fixtures of several folders."""
+"""One thread per process, as `make test` sets it, Ctrl-C as a terminal has it, checks of shapes, common fixtures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.support import shapes
 from tests.support.cuda_build import imitate_where_asked
 
 imitate_where_asked()
+shapes.install()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` and nohup make all children ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # ranks are forked from here; a thread pool would not survive that
+
+
+def pytest_collection_finish():
+    shapes.check_named_tuples()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from megadiff.diffusion import exact
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.philox import Stream, threshold
 from megadiff.diffusion.schedules import NoiseSchedule
+from megadiff.diffusion.shapes import Bool, Float, Int
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -37,25 +38,25 @@ class NoisePattern(IntEnum):
 
 @dataclass(frozen=True)
 class SequenceDraws:
-    """Outcomes of the sequences' coins, before any token is touched; arrays of [B]."""
+    """Outcomes of the sequences' coins, before any token is touched."""
 
-    pattern: npt.NDArray[np.int8]
+    pattern: Int[npt.NDArray[np.int8], " B"]
     """Members of `NoisePattern`."""
-    prompt_fraction: FloatArray
+    prompt_fraction: Float[FloatArray, " B"]
     """Fraction f of the sequence that is prompt; below 0 without a prompt."""
-    infill_fraction: FloatArray
+    infill_fraction: Float[FloatArray, " B"]
     """Probability that a token is kept for infilling; 0 without infilling."""
-    empty_fraction: FloatArray
+    empty_fraction: Float[FloatArray, " B"]
     """Drawn share of empty tokens."""
 
-    def of(self, which: IntArray) -> SequenceDraws:
+    def of(self, which: Int[IntArray, " N"]) -> SequenceDraws:
         """Select some sequences."""
         return SequenceDraws(
             self.pattern[which], self.prompt_fraction[which], self.infill_fraction[which], self.empty_fraction[which]
         )
 
 
-def draw_sequences(stream: Stream, sequences: IntArray, config: ConditioningConfig) -> SequenceDraws:
+def draw_sequences(stream: Stream, sequences: Int[IntArray, " B"], config: ConditioningConfig) -> SequenceDraws:
     """Draw the sequence-level coins of `conditioning`, one counter block each at positions 0 to 5 of the sequence."""
     if not any((config.per_token_noise, config.linear_noise, config.prompt, config.infilling, config.pad_insertion)):
         nothing = np.zeros(len(sequences))
@@ -76,15 +77,15 @@ def arccos_law(r: npt.ArrayLike) -> FloatArray:
     return exact.atan(np.sqrt(r / (1.0 - r))) / (0.5 * math.pi)
 
 
-def prompt_lengths(fraction: FloatArray, length: int) -> IntArray:
+def prompt_lengths(fraction: Float[FloatArray, " B"], length: int) -> Int[IntArray, " B"]:
     """Return the number of tokens i with i <= f (L - 1): at least 1 for a drawn prompt, 0 for a sequence without one
     (fraction below 0)."""
     whole = np.floor(fraction * (length - 1)).astype(np.int64) + 1
     return np.where(fraction < 0, 0, whole)
 
 
-def linear_log_snr(length: int, schedule: NoiseSchedule) -> FloatArray:
-    """Return the levels [L] of a linear sequence: alpha = 1 - i / (L + 1) for i = 1..L, whatever the schedule.
+def linear_log_snr(length: int, schedule: NoiseSchedule) -> Float[FloatArray, " {length}"]:
+    """Return the levels of a linear sequence: alpha = 1 - i / (L + 1) for i = 1..L, whatever the schedule.
 
     They are clipped to the schedule's interval.
     """
@@ -92,8 +93,8 @@ def linear_log_snr(length: int, schedule: NoiseSchedule) -> FloatArray:
     return np.clip(exact.log((length + 1 - i) / i), schedule.min_log_snr, schedule.max_log_snr)
 
 
-def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:
-    """Return the number of empty tokens of each sequence of `length`, [B].
+def empty_counts(fraction: Float[FloatArray, " B"], length: int, law: str) -> Int[IntArray, " B"]:
+    """Return the number of empty tokens of each sequence of `length`.
 
     share: f L rounded, so that a share f of the visible sequence is empty, as the paper says.
     released: ceil(L f / (1 - f)), as the released code has it: f / (1 - f) of the visible sequence, up to
@@ -104,9 +105,10 @@ def empty_counts(fraction: FloatArray, length: int, law: str) -> IntArray:
     return np.floor(length * fraction + 0.5).astype(np.int64)
 
 
-def empty_positions(stream: Stream, sequences: IntArray, counts: IntArray, length: int) -> BoolArray:
-    """Draw the places of a sequence's `counts` empty tokens, uniformly among all: [B, L] bool, `counts` trues
-    in each sequence."""
+def empty_positions(
+    stream: Stream, sequences: Int[IntArray, " B"], counts: Int[IntArray, " B"], length: int
+) -> Bool[BoolArray, "B {length}"]:
+    """Draw the places of a sequence's `counts` empty tokens, uniformly among all: `counts` trues in each sequence."""
     is_empty = np.zeros((len(sequences), length), dtype=np.bool_)
     some = np.flatnonzero(counts)
     if len(some):
@@ -117,11 +119,13 @@ def empty_positions(stream: Stream, sequences: IntArray, counts: IntArray, lengt
     return is_empty
 
 
-def insert_empties(clean: IntArray, is_empty: BoolArray, pad_id: int) -> tuple[IntArray, IntArray]:
+def insert_empties(
+    clean: Int[IntArray, "B L"], is_empty: Bool[BoolArray, "B L"], pad_id: int
+) -> tuple[Int[IntArray, "B L"], Int[IntArray, "B L"]]:
     """Push pad tokens into sequences at `is_empty`; real tokens keep their order and the last ones fall off the end.
 
     Returns:
-        (sequences, source), [B, L]: `source` is the original position of each token, and for an empty one that of the
+        (sequences, source): `source` is the original position of each token, and for an empty one that of the
         next real token, so that what belongs to positions (documents, say) can follow: `documents[sequence, source]`.
     """
     length = clean.shape[1]
@@ -134,9 +138,9 @@ def insert_empties(clean: IntArray, is_empty: BoolArray, pad_id: int) -> tuple[I
 
 
 def noisy_positions(
-    draws: SequenceDraws, length: int, sequences: IntArray, infill: Stream
-) -> tuple[BoolArray, IntArray]:
-    """Return the positions that may be noised, [B, L] bool, and the prompt's length of each sequence, [B]."""
+    draws: SequenceDraws, length: int, sequences: Int[IntArray, " B"], infill: Stream
+) -> tuple[Bool[BoolArray, "B {length}"], Int[IntArray, " B"]]:
+    """Return the positions that may be noised, and the prompt's length of each sequence."""
     prompt = prompt_lengths(draws.prompt_fraction, length)
     is_noisy = np.arange(length) >= prompt[:, None]
     some = np.flatnonzero(draws.infill_fraction > 0)

@@ -6,15 +6,17 @@ model is measured on are measured, and bits per byte compare.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from megadiff.diffusion.noising import NoisedBatch, isotropic_batch
+from megadiff.diffusion.shapes import Integer
 
 
+@runtime_checkable
 class SpecialIds(Protocol):
     """A tokenizer, as far as a sequence's start goes."""
 
@@ -28,11 +30,11 @@ def start_id(tokenizer: SpecialIds) -> int:
     return next(i for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) if i is not None)
 
 
-def next_token_batch(clean: npt.NDArray[np.integer], *, start_id: int) -> NoisedBatch:
+def next_token_batch(clean: Integer[npt.NDArray[np.integer], "B L"], *, start_id: int) -> NoisedBatch:
     """Shift sequences right behind `start_id`; no noise, and the whole sequence is a causal prompt.
 
     Args:
-        clean: [B, L] ids.
+        clean: the ids.
         start_id: what stands before a sequence (bos, or another special token).
 
     Returns:

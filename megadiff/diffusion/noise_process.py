@@ -26,6 +26,7 @@ from megadiff.diffusion import exact, schedules
 from megadiff.diffusion.config import PROCESSES, NoiseConfig, ScheduledNoise
 from megadiff.diffusion.processes import NoiseLaw
 from megadiff.diffusion.schedules import LINEAR, SCHEDULES, NoiseSchedule
+from megadiff.diffusion.shapes import Float, Int
 from megadiff.errors import ConfigError
 
 FloatArray = npt.NDArray[np.float64]
@@ -87,23 +88,23 @@ class NoiseProcess:
         """
         return self.schedule.min_log_snr, max(_CLEAN_LOG_SNR, self.schedule.max_log_snr)
 
-    def logit_u(self, log_snr: Tensor) -> Tensor:
+    def logit_u(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return log(u / (1 - u)) in the dtype of `log_snr`."""
         return self._of_law(self.law.logit_u, log_snr)
 
-    def dlogit_u(self, log_snr: Tensor) -> Tensor | float:
+    def dlogit_u(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"] | float:
         """Return a = d logit_u / d lambda; the process exists where a (1 - u) <= 1."""
         return self._of_law(self.law.dlogit_u, log_snr)
 
-    def log_u(self, log_snr: Tensor) -> Tensor:
+    def log_u(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return the logarithm of the uniform share, by logsigmoid: finite where u itself underflows."""
         return logsigmoid(self.logit_u(log_snr))
 
-    def uniform_prob(self, log_snr: Tensor) -> Tensor:
+    def uniform_prob(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return u, the uniform share of the noise, in [0, 1]."""
         return torch.sigmoid(self.logit_u(log_snr))
 
-    def mask_prob(self, log_snr: Tensor) -> Tensor:
+    def mask_prob(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return 1 - u, the mask share of the noise, without the subtraction."""
         return torch.sigmoid(-self.logit_u(log_snr))
 
@@ -111,25 +112,27 @@ class NoiseProcess:
         """Return u in float64 with the same bits on every machine, for drawing noise."""
         return exact.sigmoid(self.law.logit_u(np.asarray(log_snr, dtype=np.float64), exact))
 
-    def log_rho(self, log_snr: Tensor) -> Tensor:
+    def log_rho(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return log(alpha / c) = lambda + log N - log u: the signal of a token over its noise, c = beta u / N."""
         return log_snr + math.log(self.num_real) - self.log_u(log_snr)
 
-    def pi(self, log_snr: Tensor) -> Tensor:
-        """Return pi_lambda over the vocabulary, [..., V] for a log_snr of shape [...]; sums to 1."""
+    def pi(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes V"]:
+        """Return pi_lambda over the vocabulary; sums to 1."""
         return self._spread(self.uniform_prob(log_snr) / self.num_real, self.mask_prob(log_snr))
 
-    def pi_prime(self, log_snr: Tensor) -> Tensor:
-        """Return d pi / d lambda, [..., V]; sums to 0: a u (1 - u) / N on real tokens, -a u (1 - u) on the mask."""
+    def pi_prime(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes V"]:
+        """Return d pi / d lambda; sums to 0: a u (1 - u) / N on real tokens, -a u (1 - u) on the mask."""
         change = self.dlogit_u(log_snr) * self.uniform_prob(log_snr) * self.mask_prob(log_snr)
         return self._spread(change / self.num_real, -change)
 
-    def pi_at(self, log_snr: Tensor, tokens: Tensor) -> Tensor:
-        """Return pi_lambda at the given ids, in their shape (log_snr broadcasts to it)."""
+    def pi_at(self, log_snr: Float[Tensor, "*#axes"], tokens: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+        """Return pi_lambda at the given ids."""
         real = self.uniform_prob(log_snr) / self.num_real
         return torch.where(tokens == self.mask_id, self.mask_prob(log_snr), real)
 
-    def weight(self, log_snr: Tensor, clean: Tensor, noised: Tensor) -> Tensor:
+    def weight(
+        self, log_snr: Float[Tensor, "*#axes"], clean: Int[Tensor, "*#axes"], noised: Int[Tensor, "*#axes"]
+    ) -> Float[Tensor, "*axes"]:
         """Return the weight w = (pi_z - pi'_z) / (pi_z + e^lambda 1[z = x]) of a token's divergence in the bound.
 
             z = m               1 + a u
@@ -141,8 +144,8 @@ class NoiseProcess:
         noise w = 1 except at z = x, 1 / (1 + N e^lambda). Always 0 <= w <= 1 + a, and E_z[w] = beta.
 
         Args:
-            log_snr: lambda, any float dtype; broadcasts against the ids.
-            clean, noised: ids x and z of one shape.
+            log_snr: lambda.
+            clean, noised: ids x and z.
 
         Source: arXiv:2512.10858, proposition 1.
         """
@@ -157,18 +160,18 @@ class NoiseProcess:
         real = torch.where(noised == clean, kept, uniform)
         return torch.where(noised == self.mask_id, 1.0 + slope * u, real).to(dtype)
 
-    def marginal(self, probs: Tensor, log_snr: Tensor) -> Tensor:
-        """Return q_lambda = alpha probs + beta pi, [..., V], for clean-token probabilities [..., V], log_snr [...]."""
+    def marginal(self, probs: Float[Tensor, "*#axes V"], log_snr: Float[Tensor, "*#axes"]) -> Float[Tensor, "*axes V"]:
+        """Return q_lambda = alpha probs + beta pi for clean-token probabilities."""
         keep, noise = schedules.alpha(log_snr).unsqueeze(-1), schedules.beta(log_snr).unsqueeze(-1)
         return keep * probs + noise * self.pi(log_snr)
 
-    def _of_law(self, function: Callable[[Any, Any], Any], log_snr: Tensor) -> Any:
+    def _of_law(self, function: Callable[[Any, Any], Any], log_snr: Float[Tensor, " ..."]) -> Any:
         if not self.law.in_float64:
             return function(log_snr, torch)
         found = function(log_snr.double(), torch)
         return found.to(log_snr.dtype) if isinstance(found, Tensor) else found
 
-    def _spread(self, real: Tensor, mask: Tensor) -> Tensor:
+    def _spread(self, real: Float[Tensor, "*axes"], mask: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes V"]:
         is_mask = torch.arange(self.vocab_size, device=real.device) == self.mask_id
         return torch.where(is_mask, mask.unsqueeze(-1), real.unsqueeze(-1))
 

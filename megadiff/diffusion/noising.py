@@ -39,6 +39,7 @@ from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.philox import Stream, UintArray, below, philox4x32, threshold
 from megadiff.diffusion.schedules import NoiseSchedule
+from megadiff.diffusion.shapes import Bool, Float, Int, Integer
 from megadiff.errors import ConfigError, DataError
 
 # Sequences are noised this many tokens at a time: a few temporaries of 64 KiB stay in the cache, and in the memory that
@@ -51,24 +52,24 @@ _GOLDEN_RATIO = 0.6180339887498949
 class NoisedBatch(NamedTuple):
     """Sequences ready for the model, torch tensors on the CPU."""
 
-    noised: Tensor
-    """[B, L] int64: the model's input z."""
-    clean: Tensor
-    """[B, L] int64: the targets x, empty tokens inserted; where there are none, the memory of int64 ids is shared."""
-    log_snr: Tensor
-    """[B, L] float32: lambda; max_log_snr at noise-free positions."""
-    is_noisy: Tensor
-    """[B, L] bool: positions that carry loss; the rest are prompt or context and equal the clean token."""
-    prompt_length: Tensor
-    """[B] int64: how many leading tokens are a noise-free prompt."""
-    pattern: Tensor
-    """[B] int8: `conditioning.NoisePattern` of each sequence."""
-    source: Tensor
-    """[B, L] int64: original position of each token (see `conditioning.insert_empties`); to be read, not written."""
+    noised: Int[Tensor, "B L"]
+    """The model's input z."""
+    clean: Int[Tensor, "B L"]
+    """The targets x, empty tokens inserted; where there are none, the memory of int64 ids is shared."""
+    log_snr: Float[Tensor, "B L"]
+    """Lambda in float32; max_log_snr at noise-free positions."""
+    is_noisy: Bool[Tensor, "B L"]
+    """Positions that carry loss; the rest are prompt or context and equal the clean token."""
+    prompt_length: Int[Tensor, " B"]
+    """Number of leading tokens that are a noise-free prompt."""
+    pattern: Int[Tensor, " B"]
+    """`conditioning.NoisePattern` of each sequence, in int8."""
+    source: Int[Tensor, "B L"]
+    """Original position of each token (see `conditioning.insert_empties`); to be read, not written."""
 
 
 def noise_batch(
-    clean: npt.NDArray[np.integer] | Tensor,
+    clean: Integer[npt.NDArray[np.integer] | Tensor, " ..."],
     *,
     seed: int,
     sample_index: npt.ArrayLike | Tensor,
@@ -127,9 +128,13 @@ def noise_batch(
 
 
 def stratified_quantiles(
-    stream: Stream, sequences: IntArray, jitter: FloatArray, global_batch: int, origin: int = 0
-) -> FloatArray:
-    """Shares u = (k + jitter) / G of the schedule that cover [0, 1] once per global batch, [B].
+    stream: Stream,
+    sequences: Int[IntArray, " B"],
+    jitter: Float[FloatArray, " B"],
+    global_batch: int,
+    origin: int = 0,
+) -> Float[FloatArray, " B"]:
+    """Shares u = (k + jitter) / G of the schedule that cover [0, 1] once per global batch.
 
     The stratum is k = (offset + slot * stride) mod G with slot = (i - origin) mod G, a stride near 0.618 G that has no
     factor in common with G, and an offset drawn for the batch, keyed by its first sample.
@@ -143,7 +148,7 @@ def stratified_quantiles(
 
 
 def evaluation_noise(
-    clean: npt.NDArray[np.integer] | Tensor,
+    clean: Integer[npt.NDArray[np.integer] | Tensor, " ..."],
     *,
     seed: int,
     sequence_index: npt.ArrayLike | Tensor,
@@ -179,12 +184,14 @@ def evaluation_noise(
     return isotropic_batch(torch.from_numpy(noised), torch.from_numpy(tokens), log_snr=log_snr[:, 0])
 
 
-def isotropic_batch(noised: Tensor, clean: Tensor, *, log_snr: npt.ArrayLike) -> NoisedBatch:
+def isotropic_batch(
+    noised: Int[Tensor, "B L"], clean: Int[Tensor, "B L"], *, log_snr: Float[np.ndarray, " B"]
+) -> NoisedBatch:
     """Return sequences of one noise level each, of which every token counts; no prompt, nothing inserted.
 
     Args:
-        noised, clean: the model's input and its targets, [B, L] ids on the CPU.
-        log_snr: lambda of each sequence, [B].
+        noised, clean: ids of the model's input and of its targets, on the CPU.
+        log_snr: lambda of each sequence.
     """
     count, length = clean.shape
     levels = torch.from_numpy(np.asarray(log_snr, dtype=np.float32))
@@ -199,8 +206,10 @@ def isotropic_batch(noised: Tensor, clean: Tensor, *, log_snr: npt.ArrayLike) ->
     )
 
 
-def evaluation_quantiles(seed: int, sequences: IntArray, num_levels: int, *, prefix: str = "eval") -> FloatArray:
-    """Shares u = (k + offset_j) / K of the schedule for every sequence j and level k, [R, K]."""
+def evaluation_quantiles(
+    seed: int, sequences: Int[IntArray, " B"], num_levels: int, *, prefix: str = "eval"
+) -> Float[FloatArray, "B {num_levels}"]:
+    """Shares u = (k + offset_j) / K of the schedule for every sequence j and level k."""
     offset = Stream(seed, f"{prefix}/log_snr").uniforms(sequences, 1)
     return (np.arange(num_levels) + offset) / num_levels
 
@@ -236,8 +245,12 @@ def _blocks(varies: BoolArray, length: int) -> Iterator[IntArray]:
 
 
 def _insert_empties(
-    clean: IntArray, sequences: IntArray, counts: IntArray, stream: Stream, pad_id: int
-) -> tuple[IntArray, IntArray]:
+    clean: Int[IntArray, "B L"],
+    sequences: Int[IntArray, " B"],
+    counts: Int[IntArray, " B"],
+    stream: Stream,
+    pad_id: int,
+) -> tuple[Int[IntArray, "B L"], Int[IntArray, "B L"]]:
     """Return sequences with their `counts` empty tokens, and each token's source (see
     `conditioning.insert_empties`)."""
     filled, source = np.empty_like(clean), np.empty_like(clean)
@@ -248,13 +261,18 @@ def _insert_empties(
 
 
 def _noise_part(
-    clean: IntArray,
-    sequences: IntArray,
+    clean: Int[IntArray, "B L"],
+    sequences: Int[IntArray, " B"],
     draws: SequenceDraws,
     level: _KeepThresholds,
     streams: dict[str, Stream],
     process: NoiseProcess,
-) -> tuple[IntArray, npt.NDArray[np.float32], BoolArray, IntArray]:
+) -> tuple[
+    Int[IntArray, "B L"],
+    Float[npt.NDArray[np.float32], " B #L"],
+    Bool[BoolArray, "B L"],
+    Int[IntArray, " B"],
+]:
     """Noise a few sequences of one level each, or of varying ones; return tokens, lambda, is_noisy and prompt
     length."""
     length = clean.shape[1]
@@ -278,9 +296,13 @@ def _level(log_snr: npt.NDArray[np.float32], process: NoiseProcess) -> _KeepThre
 
 
 def _varying_log_snr(
-    pattern: npt.NDArray[np.int8], sequences: IntArray, length: int, stream: Stream, schedule: NoiseSchedule
-) -> npt.NDArray[np.float32]:
-    """Return lambda of every token of sequences whose level varies, [B, L] float32."""
+    pattern: Int[npt.NDArray[np.int8], " B"],
+    sequences: Int[IntArray, " B"],
+    length: int,
+    stream: Stream,
+    schedule: NoiseSchedule,
+) -> Float[npt.NDArray[np.float32], "B {length}"]:
+    """Return lambda of every token of sequences whose level varies."""
     log_snr = np.empty((len(sequences), length), dtype=np.float32)
     is_linear = pattern == NoisePattern.LINEAR
     if is_linear.any():
@@ -291,14 +313,14 @@ def _varying_log_snr(
 
 
 def _corrupt(
-    clean: IntArray,
-    sequences: IntArray,
+    clean: Int[IntArray, "B L"],
+    sequences: Int[IntArray, " B"],
     level: _KeepThresholds,
     stream: Stream,
     process: NoiseProcess,
     *,
     draw: int = 0,
-) -> IntArray:
+) -> Int[IntArray, "B L"]:
     """Draw z ~ q_lambda(. | x): keep x with probability alpha, else a uniform real token or the mask.
 
     The uniform token is any of the N real ones, x among them; the mask and padding never come up.
@@ -316,8 +338,8 @@ def _corrupt(
 
 def _token_sequences(
     clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, process: NoiseProcess
-) -> tuple[IntArray, IntArray]:
-    """Return ids as int64 [B, L] and indices as int64 [B], checked."""
+) -> tuple[Int[IntArray, "B L"], Int[IntArray, " B"]]:
+    """Return ids and indices as int64, checked."""
     tokens = np.require(clean.numpy() if isinstance(clean, Tensor) else clean, dtype=np.int64, requirements=["C", "W"])
     index = sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index
     sequences = np.asarray(index).astype(np.int64)

@@ -27,6 +27,7 @@ from torch.nn import functional
 from megadiff.diffusion import schedules
 from megadiff.diffusion.config import WEIGHTINGS, ObjectiveConfig, objective_config
 from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.shapes import Float, Int
 from megadiff.diffusion.weightings import TokenTerms
 from megadiff.errors import ConfigError
 
@@ -38,19 +39,19 @@ _SERIES_LIMIT = 0.02  # below it, e - log1p(e) is taken from its series
 
 
 class Terms(NamedTuple):
-    """Per-token values, all of one shape and not reduced; nats but for `weight`."""
+    """Per-token values, not reduced; nats but for `weight`."""
 
-    loss: Tensor
+    loss: Float[Tensor, "*axes"]
     """Figure `loss` of metrics: what is minimised, but for the weighting `elbo`, where it is the surrogate."""
-    elbo: Tensor
+    elbo: Float[Tensor, "*axes"]
     """w / p(lambda) (kl + itakura_saito): the bound's integrand, what is reported; no weighting changes it."""
-    kl: Tensor
+    kl: Float[Tensor, "*axes"]
     """KL(q || qhat), without the weight."""
-    itakura_saito: Tensor
+    itakura_saito: Float[Tensor, "*axes"]
     """IS(q_z, qhat_z), without the weight; 0 where z is the mask."""
-    weight: Tensor
+    weight: Float[Tensor, "*axes"]
     """w; its mean over z is beta."""
-    minimised: Tensor
+    minimised: Float[Tensor, "*axes"]
     """Loss of the weighting, whose sum is minimised."""
 
 
@@ -88,19 +89,19 @@ SURROGATE = build_weighting(objective_config())
 class VocabularySums(NamedTuple):
     """All the objective needs to know of a token's logits; p is the softmax over real tokens."""
 
-    log_odds: Tensor
+    log_odds: Float[Tensor, "*axes"]
     """log((1 - p_x) / p_x): log of the sum of e^logit over the other real tokens, less the logit at x."""
-    log_p_noised: Tensor
+    log_p_noised: Float[Tensor, "*axes"]
     """log p_z; any finite number where z is the mask."""
-    log1p_sum: Tensor | None
+    log1p_sum: Float[Tensor, "*axes"] | None
     """T = sum over real v != x of log(1 + rho p_v), with log rho held to LOG_RHO_LIMIT; None in the masked limit."""
 
 
 def gidd_objective(
-    logits: Tensor,
-    clean: Tensor,
-    noised: Tensor,
-    log_snr: Tensor,
+    logits: Float[Tensor, "*axes V"],
+    clean: Int[Tensor, "*axes"],
+    noised: Int[Tensor, "*axes"],
+    log_snr: Float[Tensor, "*axes"],
     *,
     mixing: NoiseProcess,
     is_weight: float | None = None,
@@ -109,17 +110,17 @@ def gidd_objective(
     """Return the objective's terms for every token, differentiable in the logits.
 
     Args:
-        logits: [B, L, V] (or [..., V]), any float dtype; computed in float32, or in float64 if given so. The mask's
-            logit is ignored, as are columns from V on (padding of the vocabulary).
-        clean, noised: [B, L] int64 ids x and z; `clean` holds no mask.
-        log_snr: [B, L] lambda.
+        logits: computed in float32 whatever their dtype, or in float64 if given so. The mask's logit is ignored, as are
+            columns beyond the vocabulary's entries (its padding).
+        clean, noised: ids x and z; `clean` holds no mask.
+        log_snr: lambda.
         mixing: the noise process. The density of its schedule divides `elbo`; that of the paper's linear schedule is
             not renormalised (see `NoiseSchedule.density`).
         is_weight: factor of the Itakura-Saito term in `loss`; None for the weighting's own, which is 1 in the paper.
         weighting: what `loss` is; nothing else depends on it.
 
     Returns:
-        Terms of [B, L], float32 (float64 for float64 logits), not reduced: the caller divides by a global count.
+        Terms in float32 (float64 for float64 logits), not reduced: the caller divides by a global count.
 
     Raises:
         ValueError: shapes that do not follow `clean`, or fewer logits than the vocabulary.
@@ -142,14 +143,14 @@ def gidd_objective(
 
 def terms_from_sums(
     sums: VocabularySums,
-    clean: Tensor,
-    noised: Tensor,
-    log_snr: Tensor,
+    clean: Int[Tensor, "*axes"],
+    noised: Int[Tensor, "*axes"],
+    log_snr: Float[Tensor, "*axes"],
     *,
     process: NoiseProcess,
     weighting: Weighting = SURROGATE,
 ) -> Terms:
-    """Return the objective from its sums over the vocabulary, in the shape of `clean`; differentiable in the sums.
+    """Return the objective from its sums over the vocabulary; differentiable in the sums.
 
         E = rho q / (1 + rho p_x)  (q = 1 - p_x)      delta = log1p(E) = log(q_x / qhat_x)
         KL = (alpha + c) delta - c T                  IS = E - delta                     z = x
@@ -206,13 +207,17 @@ def check_token_shapes(clean: Tensor, noised: Tensor, log_snr: Tensor) -> None:
         )
 
 
-def log1p_exp(x: Tensor) -> Tensor:
+def log1p_exp(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """log(1 + e^x) to full precision at both ends (torch's own threshold of 20 costs float64 its last digits)."""
     return functional.softplus(x, threshold=40.0)
 
 
 def _vocabulary_sums(
-    logits: Tensor, clean: Tensor, noised: Tensor, log_snr: Tensor, process: NoiseProcess
+    logits: Float[Tensor, "*axes V"],
+    clean: Int[Tensor, "*axes"],
+    noised: Int[Tensor, "*axes"],
+    log_snr: Float[Tensor, "*axes"],
+    process: NoiseProcess,
 ) -> VocabularySums:
     ids = torch.arange(logits.shape[-1], device=logits.device)
     unreal = (ids == process.mask_id) | (ids >= process.vocab_size)
@@ -227,11 +232,11 @@ def _vocabulary_sums(
     return VocabularySums(log_odds, log_p_noised=_at(real, noised) - log_total, log1p_sum=log1p_sum)
 
 
-def _at(values: Tensor, ids: Tensor) -> Tensor:
+def _at(values: Float[Tensor, "*axes V"], ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return values.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
-def _minus_log1p(e: Tensor, log1p_e: Tensor) -> Tensor:
+def _minus_log1p(e: Float[Tensor, "*axes"], log1p_e: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """e - log1p(e) >= 0, given both; small e by the series e^2 (1/2 - e/3 + e^2/4 - ...), where they would cancel."""
     is_small = e.abs() < _SERIES_LIMIT
     small = torch.where(is_small, e, torch.zeros_like(e))

@@ -16,6 +16,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from megadiff.diffusion.shapes import Float, Int
+
 UintArray = npt.NDArray[np.uint64]
 Words = tuple[UintArray, ...]
 
@@ -68,7 +70,9 @@ class Stream:
         digest = hashlib.sha256(f"{self.seed}/{self.name}".encode()).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
-    def words(self, sequences: npt.NDArray[np.int64], positions: int, *, draw: int = 0, count: int = 4) -> Words:
+    def words(
+        self, sequences: Int[npt.NDArray[np.int64], " B"], positions: int, *, draw: int = 0, count: int = 4
+    ) -> Words:
         """Return the first `count` words (1 to 4) of each of `positions` positions of each sequence: [B, positions]
         each.
 
@@ -98,8 +102,10 @@ class Stream:
     def _round_keys(self) -> list[tuple[UintArray, UintArray]]:
         return [(np.array(k0, dtype=np.uint64), np.array(k1, dtype=np.uint64)) for k0, k1 in _round_keys(self.key)]
 
-    def uniforms(self, sequences: npt.NDArray[np.int64], positions: int, *, draw: int = 0) -> npt.NDArray[np.float64]:
-        """Return uniform numbers on [0, 1) with 53 bits, [B, positions]."""
+    def uniforms(
+        self, sequences: Int[npt.NDArray[np.int64], " B"], positions: int, *, draw: int = 0
+    ) -> Float[npt.NDArray[np.float64], "B {positions}"]:
+        """Return uniform numbers on [0, 1) with 53 bits."""
         return unit_interval(self.words(sequences, positions, draw=draw, count=2))
 
 

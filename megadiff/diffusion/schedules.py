@@ -13,7 +13,6 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +20,16 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion import exact
+from megadiff.diffusion.shapes import Float
 from megadiff.errors import ConfigError
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def alpha(log_snr: Tensor) -> Tensor:
+def alpha(log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Return the probability that a token is kept: sigmoid(lambda)."""
     return torch.sigmoid(log_snr)
 
 
-def beta(log_snr: Tensor) -> Tensor:
+def beta(log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Return the probability that a token is noised: sigmoid(-lambda)."""
     return torch.sigmoid(-log_snr)
 
@@ -59,7 +56,7 @@ class NoiseSchedule(ABC):
         """
 
     @abstractmethod
-    def density(self, log_snr: Tensor) -> Tensor:
+    def density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return p(lambda) as the reference code takes it: of the schedule on all of R, not renormalised.
 
         The exact bound on [min_log_snr, max_log_snr] is the mean of `elbo` times `mass` (0.999753 for the linear
@@ -71,11 +68,11 @@ class NoiseSchedule(ABC):
     def mass(self) -> float:
         """Integral of `density` over [min_log_snr, max_log_snr]."""
 
-    def normalised_density(self, log_snr: Tensor) -> Tensor:
+    def normalised_density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return p(lambda) that integrates to 1 over [min_log_snr, max_log_snr], from which `log_snr` draws."""
         return self.density(log_snr) / self.mass
 
-    def reporting_density(self, log_snr: Tensor) -> Tensor:
+    def reporting_density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return what the bound's integrand is divided by so that its mean is the ELBO as it is reported.
 
         It is the normalised density times the mass of the linear schedule on the same interval. The mean is then one
@@ -105,7 +102,7 @@ class LinearSchedule(NoiseSchedule):
         ends = np.array([self.max_log_snr, self.min_log_snr])
         return exact.sigmoid(ends), exact.sigmoid(-ends)
 
-    def density(self, log_snr: Tensor) -> Tensor:
+    def density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return alpha beta = sigmoid(lambda) sigmoid(-lambda)."""
         return log_snr.sigmoid() * (-log_snr).sigmoid()
 
@@ -126,7 +123,7 @@ class CosineSchedule(NoiseSchedule):
         t = ends[0] * (1.0 - u) + ends[1] * u
         return np.clip(-2.0 * exact.log_tan_half_pi(t), self.min_log_snr, self.max_log_snr)
 
-    def density(self, log_snr: Tensor) -> Tensor:
+    def density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return sqrt(alpha beta) / pi."""
         return (log_snr.sigmoid() * (-log_snr).sigmoid()).sqrt() / math.pi
 
@@ -145,7 +142,7 @@ class UniformSchedule(NoiseSchedule):
         u = np.asarray(u, dtype=np.float64)
         return self.max_log_snr * (1.0 - u) + self.min_log_snr * u
 
-    def density(self, log_snr: Tensor) -> Tensor:
+    def density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return 1 / (max - min): this distribution lives on the interval, so it is normalised already."""
         return log_snr.new_full(log_snr.shape, 1.0 / (self.max_log_snr - self.min_log_snr))
 

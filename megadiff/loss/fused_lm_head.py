@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,17 +46,20 @@ from megadiff.diffusion.objective import (
     log1p_exp,
     terms_from_sums,
 )
+from megadiff.diffusion.shapes import Bool, Float, Int
 from megadiff.loss import chunk_size
 from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard
 from megadiff.platform import float32_products
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+def add_product(
+    total: Float[Tensor, "V D"], a: Float[Tensor, "V N"], b: Float[Tensor, "N D"], *, is_first: bool
+) -> None:
     """total (+)= a @ b, in place; the first product overwrites what `total` held.
 
     Args:
-        total: [m, k], float32 or the factors' own dtype.
-        a, b: [m, n] and [n, k] of one dtype.
+        total: float32 or the factors' own dtype.
+        a, b: factors of one dtype.
     """
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if is_first else 1, out=total)
@@ -73,18 +76,19 @@ _CACHE_ELEMENTS = 2**17
 
 
 class LogitSums(NamedTuple):
-    """Results of the first pass on this rank, each [n] in the dtype of computation."""
+    """Results of the first pass on this rank, in the dtype of computation."""
 
-    max_logit: Tensor
+    max_logit: Float[Tensor, " N"]
     """Largest logit; the smallest finite number if no column is real."""
-    other: Tensor
+    other: Float[Tensor, " N"]
     """Sum over real v != x of e^(l_v - max_logit)."""
-    clean_logit: Tensor
+    clean_logit: Float[Tensor, " N"]
     """Logit of x; 0 if x is not on this rank."""
-    noised_logit: Tensor
+    noised_logit: Float[Tensor, " N"]
     """Logit of z; 0 if z is not on this rank, or is the mask."""
 
 
+@runtime_checkable
 class ChunkPasses(Protocol):
     """The passes over one chunk, in this order; `shares` is skipped for masked noise."""
 
@@ -92,22 +96,30 @@ class ChunkPasses(Protocol):
         """Run the first pass."""
         ...
 
-    def log1p_sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (T, A) for scale [n]."""
+    def log1p_sums(self, scale: Float[Tensor, " N"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Return (T, A)."""
         ...
 
     def gradient(
-        self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, clean_logit: Tensor, noised_logit: Tensor
-    ) -> Tensor:
-        """Return the gradient [n, V / tp] in the logits' dtype; all arguments [n]; `log1p_slope` None means 0."""
+        self,
+        scale: Float[Tensor, " N"],
+        slope: Float[Tensor, " N"],
+        log1p_slope: Float[Tensor, " N"] | None,
+        clean_logit: Float[Tensor, " N"],
+        noised_logit: Float[Tensor, " N"],
+    ) -> Float[Tensor, "N V"]:
+        """Return the gradient in the logits' dtype; `log1p_slope` None means 0."""
         ...
 
 
+@runtime_checkable
 class MakePasses(Protocol):
     """Factory of the passes over a chunk."""
 
-    def __call__(self, logits: Tensor, clean: Tensor, noised: Tensor, shard: VocabShard) -> ChunkPasses:
-        """Return the passes for logits [n, V / tp] and ids [n] of the chunk, and this rank's columns."""
+    def __call__(
+        self, logits: Float[Tensor, "N V"], clean: Int[Tensor, " N"], noised: Int[Tensor, " N"], shard: VocabShard
+    ) -> ChunkPasses:
+        """Return the passes for the logits and ids of a chunk, and this rank's columns."""
         ...
 
 
@@ -118,7 +130,9 @@ class TorchPasses:
     third. Entries of x, the mask and padding are zero, so sums need no special case.
     """
 
-    def __init__(self, logits: Tensor, clean: Tensor, noised: Tensor, shard: VocabShard) -> None:
+    def __init__(
+        self, logits: Float[Tensor, "N V"], clean: Int[Tensor, " N"], noised: Int[Tensor, " N"], shard: VocabShard
+    ) -> None:
         self._dtype = logits.dtype
         self._values = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         self._shard = shard
@@ -141,7 +155,7 @@ class TorchPasses:
             torch.sum(values, dim=-1, out=found.other[rows])
         return found
 
-    def log1p_sums(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def log1p_sums(self, scale: Float[Tensor, " N"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Run the second pass; see the module's docstring."""
         log1p_sum, fraction_sum = torch.empty_like(scale), torch.empty_like(scale)
         for rows in self._blocks():
@@ -154,8 +168,13 @@ class TorchPasses:
         return log1p_sum, fraction_sum
 
     def gradient(
-        self, scale: Tensor, slope: Tensor, log1p_slope: Tensor | None, clean_logit: Tensor, noised_logit: Tensor
-    ) -> Tensor:
+        self,
+        scale: Float[Tensor, " N"],
+        slope: Float[Tensor, " N"],
+        log1p_slope: Float[Tensor, " N"] | None,
+        clean_logit: Float[Tensor, " N"],
+        noised_logit: Float[Tensor, " N"],
+    ) -> Float[Tensor, "N V"]:
         """Run the third pass; see the module's docstring."""
         for rows in self._blocks():
             values = self._values[rows]
@@ -188,8 +207,8 @@ class TorchPasses:
 
 
 def fused_objective(
-    hidden: Tensor,
-    weight: Tensor,
+    hidden: Float[Tensor, "... D"],
+    weight: Float[Tensor, "V D"],
     tokens: LossInputs,
     spec: LossSpec,
     *,
@@ -200,9 +219,9 @@ def fused_objective(
     """Compute `gidd_objective` of the logits hidden @ weight^T, which are never complete in memory.
 
     Args:
-        hidden: [..., d], axes as those of `tokens`; the same on every rank of the group. Its gradient is this rank's
+        hidden: axes as those of `tokens`; the same on every rank of the group. Its gradient is this rank's
             part: the caller adds the parts up, as for any column-parallel layer.
-        weight: [V / tp, d], this rank's columns of the head, in the dtype of `hidden`. If it has a `main_grad` (from
+        weight: this rank's columns of the head, in the dtype of `hidden`. If it has a `main_grad` (from
             megatron-core's data-parallel wrapper), its gradient is added to that in float32.
         tokens: the ids and levels, and which of them count.
         spec: the objective.
@@ -250,16 +269,18 @@ class _Job:
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _chunk_tokens(weight: Tensor) -> int:
+def _chunk_tokens(weight: Float[Tensor, "V D"]) -> int:
     logits = chunk_size.LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
     return max(64, logits // max(1, weight.shape[0]))
 
 
 class _FusedHead(torch.autograd.Function):
-    """Function (hidden [T, d], weight) -> (loss, terms of the n computed tokens); forward also makes the gradients."""
+    """Function (hidden, weight) -> (loss, terms of the N computed tokens); forward also makes the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], job: _Job
+    ) -> tuple[Float[Tensor, " ..."], ...]:
         """Compute loss, terms and gradients chunk by chunk."""
         gradients = _Gradients(hidden, weight, job.tokens) if job.is_training else None
         parts = [_chunk(hidden, weight, job, part, gradients) for part in job.chunks()]
@@ -271,7 +292,9 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, loss_grad: Float[Tensor, ""], *_: Tensor
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "V D"], None]:
         """Scale the gradients made in the forward pass."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -282,13 +305,19 @@ class _FusedHead(torch.autograd.Function):
 class _Gradients:
     """Gradients of the loss itself, filled chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, tokens: LossInputs) -> None:
+    def __init__(self, hidden: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], tokens: LossInputs) -> None:
         self.hidden = torch.empty_like(hidden) if tokens.active_indices is None else torch.zeros_like(hidden)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self._weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self._is_empty = True
 
-    def add(self, logits_grad: Tensor, states: Tensor, weight: Tensor, indices: slice | Tensor) -> None:
+    def add(
+        self,
+        logits_grad: Float[Tensor, "N V"],
+        states: Float[Tensor, "N D"],
+        weight: Float[Tensor, "V D"],
+        indices: slice | Int[Tensor, " N"],
+    ) -> None:
         """Add a chunk's part: dH = g W, dW += g^T H."""
         if isinstance(indices, slice):
             torch.mm(logits_grad, weight, out=self.hidden[indices])
@@ -297,7 +326,7 @@ class _Gradients:
         add_product(self._weight, logits_grad.t(), states, is_first=self._is_empty)
         self._is_empty = False
 
-    def of_weight(self, weight: Tensor, factor: Tensor) -> Tensor:
+    def of_weight(self, weight: Float[Tensor, "V D"], factor: Float[Tensor, ""]) -> Float[Tensor, "V D"]:
         """Return the weight's gradient times `factor`, or a placeholder if it was added to the weight's `main_grad`."""
         if self._is_empty:
             self._weight.zero_()
@@ -309,8 +338,10 @@ class _Gradients:
         return torch.empty_like(weight)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _Gradients | None) -> Tensor:
-    """Return the terms of a chunk's tokens, [6, n]; add their gradients to `gradients`."""
+def _chunk(
+    hidden: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], job: _Job, part: slice, gradients: _Gradients | None
+) -> Float[Tensor, "6 N"]:
+    """Return the terms of a chunk's tokens; add their gradients to `gradients`."""
     tokens, shard, is_masked = job.tokens, job.shard, job.spec.process.is_masked_limit
     indices = tokens.indices(part)
     states = hidden[indices]
@@ -330,25 +361,27 @@ def _chunk(hidden: Tensor, weight: Tensor, job: _Job, part: slice, gradients: _G
 
 
 class _Sums(NamedTuple):
-    """Sums of a chunk over the whole vocabulary, each [n]; logits are relative to the whole row's maximum."""
+    """Sums of a chunk over the whole vocabulary; logits are relative to the whole row's maximum."""
 
-    shift: Tensor
+    shift: Float[Tensor, " N"]
     """Factor e^(this rank's maximum - the whole row's)."""
-    other: Tensor
-    clean_logit: Tensor
-    noised_logit: Tensor
+    other: Float[Tensor, " N"]
+    clean_logit: Float[Tensor, " N"]
+    noised_logit: Float[Tensor, " N"]
 
     @property
-    def e_clean(self) -> Tensor:
+    def e_clean(self) -> Float[Tensor, " N"]:
         return torch.exp(self.clean_logit)
 
     @property
-    def total(self) -> Tensor:
+    def total(self) -> Float[Tensor, " N"]:
         """Sum Z over all real tokens."""
         return self.other + self.e_clean
 
 
-def _whole(own: LogitSums, clean: Tensor, noised: Tensor, shard: VocabShard, dtype: torch.dtype) -> _Sums:
+def _whole(
+    own: LogitSums, clean: Int[Tensor, " N"], noised: Int[Tensor, " N"], shard: VocabShard, dtype: torch.dtype
+) -> _Sums:
     """Combine this rank's sums with the others', in two collectives."""
     own = LogitSums(*(value.to(dtype) for value in own))
     (max_logit,) = shard.reduce(own.max_logit, op=torch.distributed.ReduceOp.MAX)
@@ -359,9 +392,9 @@ def _whole(own: LogitSums, clean: Tensor, noised: Tensor, shard: VocabShard, dty
 
 
 def _terms(
-    found: _Sums, log1p_sum: Tensor | None, tokens: LossInputs, job: _Job
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
-    """Return the terms [6, n], and the slopes of what is minimised in (log odds, log p_z, T)."""
+    found: _Sums, log1p_sum: Float[Tensor, " N"] | None, tokens: LossInputs, job: _Job
+) -> tuple[Float[Tensor, "6 N"], tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"] | None]]:
+    """Return the terms, and the slopes of what is minimised in (log odds, log p_z, T)."""
     spec = job.spec
     log_odds = torch.log(found.other.clamp(min=torch.finfo(found.other.dtype).tiny)) - found.clean_logit
     log_p_noised = found.noised_logit - found.clean_logit - log1p_exp(log_odds)
@@ -385,11 +418,11 @@ def _terms(
 
 def _gradient_arguments(
     found: _Sums,
-    fraction_sum: Tensor | None,
-    slopes: tuple[Tensor, Tensor, Tensor | None],
-    is_kept: Tensor,
-    rho: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    fraction_sum: Float[Tensor, " N"] | None,
+    slopes: tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"] | None],
+    is_kept: Bool[Tensor, " N"],
+    rho: Float[Tensor, " N"] | None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"] | None, Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Return the arguments of the last pass, from the loss's slopes in its sums (g_odds, g_z, g_T).
 
     With G = (g_z + g_T A) / Z, e_v = e^(l_v - max_logit) and s_v = y_v / (1 + y_v), d loss / d l_v is, for real v,

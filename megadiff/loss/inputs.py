@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import SURROGATE, Terms, Weighting, check_token_shapes
+from megadiff.diffusion.shapes import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class VocabShard:
     @classmethod
     def of(
         cls,
-        weight: Tensor,
+        weight: Float[Tensor, "V D"],
         process: NoiseProcess,
         *,
         start: int = 0,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> VocabShard:
-        """Return the shard of a head weight [V / tp, d]; a group of one rank communicates nothing."""
+        """Return the shard of a head weight; a group of one rank communicates nothing."""
         if group is not None and torch.distributed.get_world_size(group) == 1:
             group = None
         return cls(start, weight.shape[0], process.vocab_size, process.mask_id, group)
@@ -50,8 +51,8 @@ class VocabShard:
         column = self.mask_id - self.start
         return column if 0 <= column < self.num_valid else None
 
-    def local_index(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (column [n, 1], here [n, 1]): each id's local column, and whether it is here and not the mask.
+    def local_index(self, ids: Int[Tensor, " N"]) -> tuple[Int[Tensor, "N 1"], Bool[Tensor, "N 1"]]:
+        """Return (column, here): each id's local column, and whether it is here and not the mask.
 
         A column is in range even if the id is not here.
         """
@@ -59,13 +60,15 @@ class VocabShard:
         here = (column >= 0) & (column < self.num_valid) & (ids != self.mask_id).unsqueeze(-1)
         return column.clamp(0, max(0, self.num_valid - 1)), here
 
-    def mask_invalid(self, logits: Tensor) -> None:
-        """Set the mask's column and the padding of [n, width] to -inf, in place."""
+    def mask_invalid(self, logits: Float[Tensor, "N V"]) -> None:
+        """Set the mask's column and the padding to -inf, in place."""
         logits[:, self.num_valid :] = -torch.inf
         if self.mask_column is not None:
             logits[:, self.mask_column] = -torch.inf
 
-    def reduce(self, *values: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> tuple[Tensor, ...]:
+    def reduce(
+        self, *values: Float[Tensor, " N"], op: Any = torch.distributed.ReduceOp.SUM
+    ) -> tuple[Float[Tensor, " N"], ...]:
         """Combine per-token values over the group, in one collective."""
         if self.group is None:
             return values
@@ -85,8 +88,8 @@ class LossSpec:
 class LossOutput(NamedTuple):
     """Output of a loss kernel."""
 
-    loss: Tensor
-    """Sum of the optimised term over the computed tokens, a scalar; only this has a gradient."""
+    loss: Float[Tensor, ""]
+    """Sum of the optimised term over the computed tokens; only this has a gradient."""
     terms: Terms
     """Terms of every token, detached; 0 in every field for tokens that were not computed."""
     head_tokens: int | None = None
@@ -97,18 +100,18 @@ class LossOutput(NamedTuple):
 class LossInputs:
     """Tokens in the order of their hidden states."""
 
-    clean: Tensor
-    """Clean ids x, [...] int64."""
-    noised: Tensor
-    """Noised ids z, [...] int64."""
-    log_snr: Tensor
-    """Log-SNR lambda, [...]."""
-    active_indices: Tensor | None = None
-    """Positions of the computed tokens in the flattened axes, [n] int64; None for all of them. The same on every rank
+    clean: Int[Tensor, "*axes"]
+    """Clean ids x."""
+    noised: Int[Tensor, "*axes"]
+    """Noised ids z."""
+    log_snr: Float[Tensor, "*axes"]
+    """Log-SNR lambda."""
+    active_indices: Int[Tensor, " N"] | None = None
+    """Positions of the computed tokens in the flattened axes; None for all of them. The same on every rank
     that shares the vocabulary.
     """
 
-    def check(self, hidden: Tensor) -> None:
+    def check(self, hidden: Float[Tensor, "... D"]) -> None:
         """Refuse shapes that do not agree.
 
         Raises:
@@ -129,18 +132,20 @@ class LossInputs:
         """Return a slice of selected tokens."""
         return replace(self, clean=self.clean[part], noised=self.noised[part], log_snr=self.log_snr[part])
 
-    def indices(self, part: slice) -> slice | Tensor:
+    def indices(self, part: slice) -> slice | Int[Tensor, " N"]:
         """Return the positions of a slice of selected tokens among all tokens."""
         return part if self.active_indices is None else self.active_indices[part]
 
-    def scattered(self, values: Tensor) -> Tensor:
-        """Return values [n] of the computed tokens at their positions among all tokens, [...], with 0 elsewhere."""
+    def scattered(self, values: Float[Tensor, " N"]) -> Float[Tensor, " ..."]:
+        """Return values of the computed tokens at their positions among all tokens, with 0 elsewhere."""
         if self.active_indices is not None:
             values = values.new_zeros(self.clean.numel()).index_copy(0, self.active_indices, values)
         return values.reshape(self.clean.shape)
 
 
-def loss_token_indices(noised: Tensor, is_noisy: Tensor, process: NoiseProcess) -> Tensor | None:
+def loss_token_indices(
+    noised: Int[Tensor, "*axes"], is_noisy: Bool[Tensor, "*axes"], process: NoiseProcess
+) -> Int[Tensor, " N"] | None:
     """Return the positions of the tokens that can have a loss, in the flattened axes of `noised`; None for all.
 
     Only noisy tokens do, and under masked noise only masks: any other has weight 0. Call this with tensors on the CPU,

@@ -9,11 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megadiff.diffusion.objective import Terms, gidd_objective
+from megadiff.diffusion.shapes import Float
 from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard
 
 
 def plain_objective(
-    hidden: Tensor, weight: Tensor, tokens: LossInputs, spec: LossSpec, *, shard: VocabShard | None = None
+    hidden: Float[Tensor, "... D"],
+    weight: Float[Tensor, "V D"],
+    tokens: LossInputs,
+    spec: LossSpec,
+    *,
+    shard: VocabShard | None = None,
 ) -> LossOutput:
     """Compute the same as `fused_lm_head.fused_objective`; every rank of the group makes all the logits' columns.
 
@@ -40,12 +46,12 @@ class _Gathered(torch.autograd.Function):
     """All ranks' columns side by side; the backward pass keeps this rank's own, since all compute the same loss."""
 
     @staticmethod
-    def forward(ctx: Any, columns: Tensor, shard: VocabShard) -> Tensor:
+    def forward(ctx: Any, columns: Float[Tensor, "N local"], shard: VocabShard) -> Float[Tensor, "N V"]:
         parts = [torch.empty_like(columns) for _ in range(torch.distributed.get_world_size(shard.group))]
         torch.distributed.all_gather(parts, columns.contiguous(), group=shard.group)
         ctx.shard = shard
         return torch.cat(parts, dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Float[Tensor, "N V"]) -> tuple[Float[Tensor, "N local"], None]:
         return grad[:, ctx.shard.start : ctx.shard.start + ctx.shard.width].contiguous(), None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.shapes import Float, Int
 from megadiff.sampling.standalone import (
     CounterRNG,
     Settings,
@@ -38,21 +39,26 @@ OnStep = Callable[[int, float, Tensor], None]
 
 
 def reverse_posterior(
-    probs: Tensor, noised: Tensor, log_snr_t: Tensor | float, log_snr_s: Tensor | float, *, mixing: NoiseProcess
-) -> Tensor:
+    probs: Float[Tensor, "*axes V"],
+    noised: Int[Tensor, "*axes"],
+    log_snr_t: Float[Tensor, "*#axes"] | float,
+    log_snr_s: Float[Tensor, "*#axes"] | float,
+    *,
+    mixing: NoiseProcess,
+) -> Float[Tensor, "*axes V"]:
     """Return p(z_s | z_t) for the predicted clean distribution.
 
     Sequences that p makes impossible (a revealed token of probability 0, as temperature 0 gives under masked noise)
     keep z_t; rounding below 0 is clamped and sequences are normalised, so the result is never NaN.
 
     Args:
-        probs: [..., V] predicted clean distribution, 0 at the mask.
-        noised: [...] ids z_t.
-        log_snr_t, log_snr_s: lambda of the noisier and the cleaner level, numbers or [...].
+        probs: predicted clean distribution, 0 at the mask.
+        noised: ids z_t.
+        log_snr_t, log_snr_s: lambda of the noisier and the cleaner level.
         mixing: the noise.
 
     Returns:
-        [..., V] probabilities, of `probs`' dtype.
+        Probabilities in `probs`' dtype.
 
     Raises:
         ValueError: shapes that do not fit, or lambda_s below lambda_t.
@@ -85,12 +91,12 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    prompt: Tensor | None = None,
-    sequence_index: Tensor | None = None,
+    prompt: Int[Tensor, "{sequences} P"] | None = None,
+    sequence_index: Int[Tensor, " {sequences}"] | None = None,
     reuse_logits: bool = True,
     on_step: OnStep | None = None,
     device: torch.device | str = "cpu",
-) -> Tensor:
+) -> Int[Tensor, "{sequences} {length}"]:
     """Draw whole sequences of text at once, starting from noise at min_log_snr and ending without masks.
 
     This is the plain case of `standalone.generate`: one block, no end token.
@@ -103,14 +109,14 @@ def sample(
         grid, min_log_snr, max_log_snr: the levels visited (see `log_snr_steps`).
         temperature: temperature of the prediction's softmax; 0 takes the most probable token.
         top_k, top_p: keep only the k most probable tokens, or the fewest that together reach p.
-        prompt: [sequences, P] ids, P <= length, never changed; -1 marks a position to be generated (infilling).
-        sequence_index: [sequences] int64 that key each sequence's draws; default 0..sequences-1.
+        prompt: ids, P <= length, never changed; -1 marks a position to be generated (infilling).
+        sequence_index: numbers that key each sequence's draws; default 0..sequences-1.
         reuse_logits: skip the model if a step changed no token (its output would be the same).
         on_step: called as on_step(k, lambda_k, ids) before the step from level k and, with k = 0, at the end.
         device: device of the ids.
 
     Returns:
-        [sequences, length] int64 ids without any mask.
+        Ids without any mask.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -153,7 +159,8 @@ def sample(
     return found.sequences
 
 
-def prior(sequences: Tensor, length: int, log_snr: float, *, process: NoiseProcess, seed: int) -> Tensor:
-    """Noise to start from, [B, length]: masks or uniform real tokens by pi at this level; `sequences` [B] keys the
-    draws."""
+def prior(
+    sequences: Int[Tensor, " B"], length: int, log_snr: float, *, process: NoiseProcess, seed: int
+) -> Int[Tensor, "B {length}"]:
+    """Noise to start from: masks or uniform real tokens by pi at this level; `sequences` keys the draws."""
     return CounterRNG(seed, sequences, sequences.device).noise(length, log_snr, process)

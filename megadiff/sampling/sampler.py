@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.shapes import Int
 from megadiff.sampling.standalone import Denoise, Generated, Prediction, Settings, draw_tokens, generate, predict
 
 __all__ = ["Prediction", "draw_tokens", "predict"]
@@ -33,6 +34,6 @@ class Sampler:
         low, high = self.process.sampling_range
         return Settings(max_new_tokens, min_log_snr=low, max_log_snr=high, **values)
 
-    def generate(self, denoise: Denoise, prompt: Tensor, settings: Settings, **options: Any) -> Generated:
-        """Generate text after prompts [B, P]; options are those of `standalone.generate`."""
+    def generate(self, denoise: Denoise, prompt: Int[Tensor, "B P"], settings: Settings, **options: Any) -> Generated:
+        """Generate text after prompts; options are those of `standalone.generate`."""
         return generate(denoise, prompt, settings, self.process, **options)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,8 @@ from megadiff.diffusion import exact
 from megadiff.diffusion.config import NoiseConfig
 from megadiff.diffusion.processes import NoiseLaw
 from megadiff.diffusion.schedules import NoiseSchedule
+from megadiff.diffusion.shapes import Float, Tensor
 from megadiff.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NO_UNIFORM = -1000.0
 """log B without uniform noise: u is then 0 to the last bit, as with the masked shift of hybrid noise."""
@@ -178,7 +176,7 @@ class TimeSchedule(NoiseSchedule):
         log_snr = self.law.log_snr(low * (1.0 - u) + high * u, high * (1.0 - u) + low * u)
         return np.clip(log_snr, self.min_log_snr, self.max_log_snr)
 
-    def density(self, log_snr: Tensor) -> Tensor:
+    def density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return |dt / d lambda| = t (1 - t) / (1 - u (1 - w)): t uniform on all of (0, 1)."""
         import torch
 

@@ -11,33 +11,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # a configuration names a weighting, and must not wait for torch
-    from torch import Tensor
+from megadiff.diffusion.shapes import Float, Int, Tensor
 
+if TYPE_CHECKING:  # a configuration names a weighting, and must not wait for torch
     from megadiff.diffusion.noise_process import NoiseProcess
 
 
 class TokenTerms(NamedTuple):
-    """Terms of every token from which a weighting makes its loss, all of one shape; nats but for `weight`, `density`.
+    """Terms of every token from which a weighting makes its loss; nats but for `weight` and `density`.
 
     `kl`, `itakura_saito` and `cross_entropy` carry the gradient, and a loss is any differentiable function of them.
     """
 
     process: NoiseProcess
     """The noise."""
-    clean: Tensor
-    """Ids x, int64, none of them the mask."""
-    noised: Tensor
-    """Ids z, int64."""
-    log_snr: Tensor
+    clean: Int[Tensor, "*axes"]
+    """Ids x, none of them the mask."""
+    noised: Int[Tensor, "*axes"]
+    """Ids z."""
+    log_snr: Float[Tensor, "*axes"]
     """Noise level lambda of every token."""
-    weight: Tensor
+    weight: Float[Tensor, "*axes"]
     """Weight w of the bound's integrand (`NoiseProcess.weight`)."""
-    density: Tensor
+    density: Float[Tensor, "*axes"]
     """Density p(lambda) of the schedule, which the bound's integrand is divided by."""
-    kl: Tensor
+    kl: Float[Tensor, "*axes"]
     """KL(q || qhat)."""
-    itakura_saito: Tensor
+    itakura_saito: Float[Tensor, "*axes"]
     """IS(q_z, qhat_z); 0 where z is the mask."""
-    cross_entropy: Tensor
+    cross_entropy: Float[Tensor, "*axes"]
     """-log p_x, the cross-entropy of the predicted clean token."""

@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING
 from megadiff.diffusion.config import NoiseConfig, ObjectiveConfig
 from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.diffusion.processes.gidd_time import Settings as TimeSettings
+from megadiff.diffusion.shapes import Float, Int, Tensor
 from megadiff.diffusion.weightings import TokenTerms
 from megadiff.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megadiff.diffusion.noise_process import NoiseProcess
 
 MAX_WEIGHT = 2.0
 """The predecessor's `max_loss_weight`."""
 
 
-def loss(terms: TokenTerms, settings: ObjectiveConfig) -> Tensor:
+def loss(terms: TokenTerms, settings: ObjectiveConfig) -> Float[Tensor, " ..."]:
     """Return the dynamic weight in the place of w: weight (KL + itakura_saito_weight IS).
 
     Raises:
@@ -30,7 +29,9 @@ def loss(terms: TokenTerms, settings: ObjectiveConfig) -> Tensor:
     return weight * (terms.kl + settings.itakura_saito_weight * terms.itakura_saito)
 
 
-def dynamic_weight(process: NoiseProcess, log_snr: Tensor, clean: Tensor, noised: Tensor) -> Tensor:
+def dynamic_weight(
+    process: NoiseProcess, log_snr: Float[Tensor, "*axes"], clean: Int[Tensor, "*axes"], noised: Int[Tensor, "*axes"]
+) -> Float[Tensor, "*axes"]:
     """Return 2 at masks, 1 at uniform tokens and (B / V) e^(g lambda / 2) at clean ones, all at most MAX_WEIGHT.
 
     The released code puts sigmoid(-t) where the log-SNR is meant, which makes the last of them nearly constant; that is

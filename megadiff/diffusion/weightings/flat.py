@@ -25,22 +25,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megadiff.diffusion.config import ObjectiveConfig
+from megadiff.diffusion.shapes import Float, Int, Tensor
 from megadiff.diffusion.weightings import TokenTerms
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megadiff.diffusion.noise_process import NoiseProcess
 
 
-def loss(terms: TokenTerms, settings: ObjectiveConfig) -> Tensor:
+def loss(terms: TokenTerms, settings: ObjectiveConfig) -> Float[Tensor, " ..."]:
     """Return w_flat (-log p_x)."""
     del settings
     return flat_weight(terms.process, terms.log_snr, terms.clean, terms.noised) * terms.cross_entropy
 
 
-def flat_weight(process: NoiseProcess, log_snr: Tensor, clean: Tensor, noised: Tensor) -> Tensor:
-    """Return the probability that the noise has drawn each token, in the shape and dtype of `log_snr`."""
+def flat_weight(
+    process: NoiseProcess, log_snr: Float[Tensor, "*axes"], clean: Int[Tensor, "*axes"], noised: Int[Tensor, "*axes"]
+) -> Float[Tensor, "*axes"]:
+    """Return the probability that the noise has drawn each token, in the dtype of `log_snr`."""
     import torch
 
     if process.is_masked_limit:
