@@ -94,7 +94,7 @@ class LinearSchedule(NoiseSchedule):
         rest = 1.0 - u
         alpha_u = alpha_high * rest + alpha_low * u
         beta_u = beta_high * rest + beta_low * u
-        return np.clip(exact.log(alpha_u / beta_u), self.min_log_snr, self.max_log_snr)
+        return np.asarray(np.clip(exact.log(alpha_u / beta_u), self.min_log_snr, self.max_log_snr))
 
     @cached_property
     def _ends(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -121,7 +121,7 @@ class CosineSchedule(NoiseSchedule):
         u = np.asarray(u, dtype=np.float64)
         ends = exact.atan(exact.exp([-0.5 * self.max_log_snr, -0.5 * self.min_log_snr])) / (0.5 * math.pi)
         t = ends[0] * (1.0 - u) + ends[1] * u
-        return np.clip(-2.0 * exact.log_tan_half_pi(t), self.min_log_snr, self.max_log_snr)
+        return np.asarray(np.clip(-2.0 * exact.log_tan_half_pi(t), self.min_log_snr, self.max_log_snr))
 
     def density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return sqrt(alpha beta) / pi."""
@@ -140,7 +140,7 @@ class UniformSchedule(NoiseSchedule):
     def log_snr(self, u: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return lambda, linear in u."""
         u = np.asarray(u, dtype=np.float64)
-        return self.max_log_snr * (1.0 - u) + self.min_log_snr * u
+        return np.asarray(self.max_log_snr * (1.0 - u) + self.min_log_snr * u)
 
     def density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return 1 / (max - min): this distribution lives on the interval, so it is normalised already."""

@@ -354,7 +354,7 @@ def _chunk(
         scale = found.shift * (rho / found.total)
         log1p_sum, fraction_sum = shard.reduce(*passes.log1p_sums(scale))
     values, slopes = _terms(found, log1p_sum, tokens.part(part), job)
-    if gradients is not None:
+    if gradients is not None and slopes is not None:
         arguments = _gradient_arguments(found, fraction_sum, slopes, noised == clean, None if is_masked else rho)
         gradients.add(passes.gradient(scale, *arguments), states, weight, indices)
     return values
@@ -393,8 +393,8 @@ def _whole(
 
 def _terms(
     found: _Sums, log1p_sum: Float[Tensor, " N"] | None, tokens: LossInputs, job: _Job
-) -> tuple[Float[Tensor, "6 N"], tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"] | None]]:
-    """Return the terms, and the slopes of what is minimised in (log odds, log p_z, T)."""
+) -> tuple[Float[Tensor, "6 N"], tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"] | None] | None]:
+    """Return the terms, and in training the slopes of what is minimised in (log odds, log p_z, T)."""
     spec = job.spec
     log_odds = torch.log(found.other.clamp(min=torch.finfo(found.other.dtype).tiny)) - found.clean_logit
     log_p_noised = found.noised_logit - found.clean_logit - log1p_exp(log_odds)
@@ -409,11 +409,11 @@ def _terms(
             process=spec.process,
             weighting=spec.weighting,
         )
-        slopes: Any = (None,) * len(leaves)
+        slopes = None
         if job.is_training:
-            slopes = torch.autograd.grad(terms.minimised.sum(), leaves, allow_unused=True, materialize_grads=True)
-    values = torch.stack(list(terms)).detach()
-    return values, (slopes[0], slopes[1], slopes[2] if log1p_sum is not None else None)
+            found_slopes = torch.autograd.grad(terms.minimised.sum(), leaves, allow_unused=True, materialize_grads=True)
+            slopes = (found_slopes[0], found_slopes[1], None if log1p_sum is None else found_slopes[2])
+    return torch.stack(list(terms)).detach(), slopes
 
 
 def _gradient_arguments(

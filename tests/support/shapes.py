@@ -59,7 +59,7 @@ def install() -> None:
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Check nothing in the meantime: for shapes that the functions themselves have to refuse."""
+    """Check nothing in the meantime: for arguments that the functions themselves have to refuse."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield

@@ -174,7 +174,7 @@ class TimeSchedule(NoiseSchedule):
         u = np.asarray(u, dtype=np.float64)
         low, high = self.time_eps, 1.0 - self.time_eps
         log_snr = self.law.log_snr(low * (1.0 - u) + high * u, high * (1.0 - u) + low * u)
-        return np.clip(log_snr, self.min_log_snr, self.max_log_snr)
+        return np.asarray(np.clip(log_snr, self.min_log_snr, self.max_log_snr))
 
     def density(self, log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
         """Return |dt / d lambda| = t (1 - t) / (1 - u (1 - w)): t uniform on all of (0, 1)."""
