@@ -50,7 +50,7 @@ def test_a_wrong_result_is_refused(monkeypatch):
         PROCESS.uniform_prob(LEVELS)
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_every_name_in_an_annotation_of_a_shape_is_known(name):
     """An annotation with a name that exists for type checkers alone would be left unchecked in silence."""
     module = importlib.import_module(name)
