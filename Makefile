@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# These run with the shapes and dtypes of every call checked (tests/support/shapes.py).
+MATHEMATICS := tests/diffusion tests/loss tests/sampling
 
 .PHONY: demo test check docs bench clean help
 
@@ -27,7 +29,8 @@ demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/slurm
+	MEGADIFF_CHECK_SHAPES=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(MATHEMATICS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/slurm $(MATHEMATICS:%=--ignore=%)
 	$(BIN)/python -m pytest tests/slurm  # alone: a real scheduler loses patience on a busy machine
 
 check: $(STAMP)

@@ -14,14 +14,17 @@ from tests.support import shapes
 from tests.support.cuda_build import imitate_where_asked
 
 imitate_where_asked()
-shapes.install()
+CHECKS_SHAPES = os.environ.get("MEGADIFF_CHECK_SHAPES") == "1"
+if CHECKS_SHAPES:  # before anything imports the modules, so for whole runs of pytest
+    shapes.install()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` and nohup make all children ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # ranks are forked from here; a thread pool would not survive that
 
 
 def pytest_collection_finish():
-    shapes.check_named_tuples()
+    if CHECKS_SHAPES:
+        shapes.check_named_tuples()
 
 
 @pytest.fixture(scope="session")
