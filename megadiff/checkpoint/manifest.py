@@ -18,7 +18,8 @@ from megadiff.untrusted_files import UnreadableFileError, read_bytes
 FORMAT = 6
 """Version of the manifest; a change of meaning raises it. 2: the manifest has a checksum of its own. 3: it has the
 positions of the data's sources, which a program that does not know them would lose. 4: the configuration inside names
-the noise process and the settings of families by new keys. No other version is read.
+the noise process and the settings of families by new keys. 5: sequences, batches and schedules have the field's
+names. 6: `method.name` stands where `objective.name` did. No other version is read.
 """
 
 FILE_NAME = MANIFEST_NAME
@@ -33,6 +34,7 @@ MUST_MATCH = (
     "model",
     "noise",
     "objective",
+    "method",
     "conditioning",
     "batch.global_batch_size",
     "batch.rampup",
@@ -46,7 +48,7 @@ MUST_MATCH = (
 _NEVER_MATTERS = ("objective.loss_kernel",)
 """Settings among those that affect only the way of computing, not the result."""
 
-MAY_BE_ALLOWED = ("seed", "noise", "objective", "conditioning")
+MAY_BE_ALLOWED = ("seed", "noise", "objective", "method", "conditioning")
 """Settings among those that the user may allow to change, because the saved weights and optimizer state remain
 valid."""
 

@@ -1,6 +1,6 @@
 """The format of Megatron's indexed binaries, and its arrays of integers as files hold them.
 
-P.bin   the tokens of all sequences, one after another, in one integer type
+    P.bin   the tokens of all sequences, one after another, in one integer type
     P.idx   magic[9] version:u64=1 dtype:u8 sequences:u64 documents+1:u64
             lengths:i32[S]  pointers:i64[S] (byte offsets into P.bin)  documents:i64[D + 1] (sequence numbers, 0 .. S)
             and, in multimodal files only, modes:i8[S]

@@ -1,6 +1,6 @@
 """Reader of indexed tokens, this package's or Megatron's, that first checks every field and bound of the index.
 
-Everything is read with `pread` into fresh arrays (`stored_integers`): no array is a view of a mapped file, a file that
+Everything is read with `pread` into fresh arrays (`indexed_format`): no array is a view of a mapped file, a file that
 shrinks while it is read causes an error instead of a signal, and other threads can run meanwhile.
 """
 

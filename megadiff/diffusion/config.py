@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from megadiff.config.registry import Family
 from megadiff.config.section import Section
+from megadiff.errors import ConfigError
 
 PROCESSES = Family("megadiff.diffusion.processes", key="process")
 """The family of noise processes."""
@@ -114,6 +115,19 @@ def check_noise_and_objective(noise: NoiseConfig, objective: ObjectiveConfig) ->
     check = getattr(WEIGHTINGS.member(objective.weighting), "check", None)
     if check is not None:
         check(noise)
+
+
+def check_weighting_module(objective: ObjectiveConfig) -> None:
+    """Refuse a weighting whose module has no loss.
+
+    Raises:
+        ConfigError: with what is missing.
+    """
+    if not callable(getattr(WEIGHTINGS.member(objective.weighting), "loss", None)):
+        raise ConfigError(
+            f"objective.weighting: `{objective.weighting}` must have a function `loss(terms, settings)` that returns "
+            "what is minimised of every token, found none"
+        )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

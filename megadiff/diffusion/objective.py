@@ -25,11 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from megadiff.diffusion import schedules
-from megadiff.diffusion.config import WEIGHTINGS, ObjectiveConfig, objective_config
+from megadiff.diffusion.config import WEIGHTINGS, ObjectiveConfig, check_weighting_module, objective_config
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.shapes import Float, Int
 from megadiff.diffusion.weightings import TokenTerms
-from megadiff.errors import ConfigError
 
 LOG_RHO_LIMIT = 69.0
 """log 1e30: beyond it noise on real tokens is too small to matter and the masked limit's formulas are used."""
@@ -72,13 +71,9 @@ def build_weighting(settings: ObjectiveConfig) -> Weighting:
     Raises:
         ConfigError: the member of the family lacks a part of the contract.
     """
+    check_weighting_module(settings)
     member = WEIGHTINGS.member(settings.weighting)
-    loss: Callable[[TokenTerms, ObjectiveConfig], Tensor] | None = getattr(member, "loss", None)
-    if loss is None:
-        raise ConfigError(
-            f"objective.weighting: `{settings.weighting}` must have a function `loss(terms, settings)` that returns "
-            "what is minimised of every token, found none"
-        )
+    loss: Callable[[TokenTerms, ObjectiveConfig], Tensor] = member.loss
     return Weighting(loss, getattr(member, "reported_loss", loss), settings)
 
 

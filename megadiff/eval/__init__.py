@@ -1,5 +1,6 @@
 """Evaluation of trained models: the validation ELBO, likelihoods of texts, and the interface to lm-evaluation-harness.
 
-`validation` evaluates the bound during training with fixed noise. `likelihood` and `texts_likelihood` give likelihoods
-of texts with standard errors, and `harness` serves both these and continuations (`continuation`) to the harness.
+`validation` evaluates the bound during training with fixed noise. `estimators` has the estimators of likelihoods that
+training methods offer, over the sums of `likelihood` and `effective_count`; `texts_likelihood` applies them to files of
+texts, and `harness` serves them and continuations (`continuation`) to the harness.
 """

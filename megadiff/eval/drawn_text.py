@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
+from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.parallel.distributed_forward import DistributedForward
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
@@ -24,6 +25,7 @@ class DrawnText:
 
     Args:
         sampler: the sampler of the run's training method.
+        attention: the attention after a clean prompt (`Method.prompted_attention`).
         start: tokens that each sequence begins with (bos, if the training data have it).
         sequences, steps: number of sequences, and number of denoising steps.
         chunks: this rank's model chunks.
@@ -36,6 +38,7 @@ class DrawnText:
         steps: int,
         seq_length: int,
         sampler: Sampler,
+        attention: Callable[[Tensor, int], AttentionPattern],
         tokenizer: Tokenizer,
         start: Sequence[int] = (),
         chunks: Sequence[ModelChunk],
@@ -48,6 +51,7 @@ class DrawnText:
             topology=topology,
             device=device,
             shape=(sequences, seq_length),
+            attention=attention,
             vocab_size=sampler.process.vocab_size,
         )
         self._start = list(start)
@@ -55,7 +59,7 @@ class DrawnText:
 
     def __call__(self) -> str:
         """Draw the samples. Collective over the world; every rank returns the text, sequences numbered."""
-        ids = self._model.run(lambda ask: self._drawn(lambda ids, _: ask(ids)))
+        ids = self._model.run(self._drawn)
         texts = [printable(self._tokenizer.decode(sequence)) for sequence in ids.tolist()]
         return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)) + "\n"
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from megadiff.errors import ConfigError
 from megadiff.eval.continuation import GenerationConfig, GenerationRequest, continuations
-from megadiff.eval.estimators import EvaluatedModel, greedy
+from megadiff.eval.estimators import Estimator, EvaluatedModel, greedy
 from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, summed
 from megadiff.eval.texts_likelihood import SpecialTokens, is_cut, item_of, rolling_items, split_to_fit
 
@@ -110,7 +111,6 @@ class HarnessModel(LM):
         framing = SpecialTokens.like_the_data(model, prepend_bos=self._settings.prepend_bos)
         has_bos = framing.prepend_bos and not model.adds_start_token
         self._start, _ = SpecialTokens(prepend_bos=has_bos).ids(model.tokenizer)
-        self._estimator = model.estimator(self._settings.bound)
         self._speak, self._said = say, set[str]()
         self.answers: list[Answer] = []
         """Likelihoods returned so far, in the order of the requests."""
@@ -118,6 +118,10 @@ class HarnessModel(LM):
         """Continuations returned so far."""
         self._likelihoods: dict[Item, Likelihood] = {}
         self._pieces: list[Sequence[Item]] = []  # pieces of each answer, in the same order
+
+    @cached_property
+    def _estimator(self) -> Estimator:
+        return self._model.estimator(self._settings.bound)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, is_greedy) of the continuation of each request's context.

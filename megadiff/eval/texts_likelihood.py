@@ -22,8 +22,8 @@ def split_to_fit(item: Item, *, length: int, start: Sequence[int] = ()) -> list[
     """Return the item in pieces that fit into a sequence, each a factor of its likelihood; one piece if possible.
 
     A prompt that is too long loses its first tokens. A completion that fills a sequence by itself is scored window
-    after
-    window: the first after the last half sequence of the prompt, each later one after the half sequence before it.
+    after window: the first after the last half sequence of the prompt, each later one after the half sequence before
+    it.
 
     Args:
         item: prompt and completion, without the tokens before every prompt.

@@ -72,7 +72,7 @@ def export(
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged.
-        ConfigError: `output` is not empty.
+        ConfigError: `output` is not empty, or models of this training method cannot be exported.
         DataError: the tokenizer is missing, is not the one that the model was trained with, or cannot be exported.
     """
     folder = chosen(checkpoint)
@@ -80,6 +80,7 @@ def export(
     source = tokenizer or manifest.config["data"]["tokenizer"]
     text = matching_tokenizer(source, manifest.tokenizer_fingerprint, folder)
     method = method_of(manifest, text, where=folder)
+    use = method.export_config()
     weights = _Weights(folder, manifest, DTYPES[dtype] if dtype else None)
     with staged(output) as staging:
         # First, since it may be refused, and weights take long.
@@ -90,7 +91,7 @@ def export(
         parameters = sum(torch.Size(tensor.shape).numel() for tensor in weights.planned)
         stored = str(weights.planned[0].dtype).removeprefix("torch.")
         _write_code(staging)
-        _write_json(staging / CONFIG, config_of(manifest, text, method, dtype=stored))
+        _write_json(staging / CONFIG, config_of(manifest, text, use, dtype=stored))
         _write_json(staging / "generation_config.json", _generation_config(manifest, text))
         _write_json(staging / TRAINING, _training(manifest))
         card = model_card(

@@ -1,6 +1,6 @@
 """Files of an exported folder: their names, kinds and checksums.
 
-Every file in the list is compared, and every file that an import reads must be in it.
+Every file that `checksums.sha256` lists is compared, and every file that an import reads must be in it.
 """
 
 from __future__ import annotations

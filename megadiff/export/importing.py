@@ -348,7 +348,7 @@ def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, referen
 
 
 def _sections(source: _Source) -> dict[str, Any]:
-    """Return noise, conditioning and objective: the run's own sections if our export recorded them and they agree."""
+    """Return noise, conditioning, objective and method: the run's own if our export recorded them and they agree."""
     if source.released is None:
         return {
             "noise": noise_config().model_dump(mode="json"),

@@ -20,7 +20,6 @@ from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.processes.gidd_snr import GiddSnr
 from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.errors import CheckpointError, shown
-from megadiff.methods import Method
 from megadiff.model.config import ModelConfig
 
 CLASS = "GiddForDiffusionLM"
@@ -35,17 +34,14 @@ _COMPLETEP_RESID, _COMPLETEP_HEAD = 4.0, 512.0
 _TABLE_STEP = 0.05
 
 
-def config_of(manifest: Manifest, tokenizer: Tokenizer, method: Method, *, dtype: str) -> dict[str, Any]:
+def config_of(manifest: Manifest, tokenizer: Tokenizer, use: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
     """Return the whole `config.json` of a run's checkpoint.
 
     Args:
         manifest: the checkpoint's manifest.
         tokenizer: the run's tokenizer.
-        method: the run's training method.
+        use: the keys that say how the model is used (`Method.export_config`).
         dtype: type of the weights beside it, `bfloat16` or `float32`.
-
-    Raises:
-        ConfigError: models of this method cannot be exported.
     """
     model = ModelConfig.model_validate(manifest.config["model"])
     return {
@@ -61,7 +57,7 @@ def config_of(manifest: Manifest, tokenizer: Tokenizer, method: Method, *, dtype
         **model_keys(model),
         **_noise_keys(noise_config(**manifest.config["noise"])),
         "prepended_bos": manifest.prepended_bos,
-        **method.export_config(),
+        **use,
     }
 
 

@@ -4,7 +4,7 @@ A training checkpoint stacks the blocks: `decoder.layers.*` tensors begin with a
 values are one matrix of [heads, 3, head width] rows. Embedding and head have padding rows at their end. The released
 layout (`dvruette/gidd-*`) has one tensor per block and matrix, and no padding rows.
 
-Only torch's own reader accesses the shards, and it loads tensors alone (`weights_only`).
+Only torch's own reader accesses the shards of a training checkpoint, and it loads tensors alone (`weights_only`).
 
 A safetensors file is eight bytes of header length, a JSON header with each tensor's dtype, shape and offsets, and the
 tensors' bytes; so a file is written in one pass once the shapes are known (https://github.com/huggingface/safetensors).

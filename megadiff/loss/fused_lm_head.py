@@ -90,7 +90,7 @@ class LogitSums(NamedTuple):
 
 @runtime_checkable
 class ChunkPasses(Protocol):
-    """The passes over one chunk, in this order; `shares` is skipped for masked noise."""
+    """The passes over one chunk, in this order; `log1p_sums` is skipped for masked noise."""
 
     def sums(self) -> LogitSums:
         """Run the first pass."""

@@ -64,7 +64,7 @@ class MethodContext:
     """The section `objective`; of a checkpoint, without the keys that a weighting declares itself."""
     conditioning: ConditioningConfig
     loss_kernel: LossKernel
-    """The run's LM head with its loss (`objective.loss_kernel`)."""
+    """The LM head with its loss that `objective.loss_kernel` names, or for inference one that this machine has."""
     seed: int = 0
     """The run's seed."""
 
@@ -153,7 +153,8 @@ class Method(ABC):
             ConfigError: models of this method cannot be sampled.
         """
         raise ConfigError(
-            f"models trained by the method {type(self).__name__} cannot be sampled; use one that was trained by gidd"
+            f"models trained by the method {type(self).__name__} cannot be sampled; use one that was trained by gidd, "
+            "and in training set eval.samples to 0"
         )
 
     def export_config(self) -> dict[str, Any]:
@@ -174,7 +175,10 @@ def check_method_of(config: Any) -> None:
     Raises:
         ConfigError: in the words of the method's `check`.
     """
-    check = getattr(METHODS.member(config.method.name), "check", None)
+    member = METHODS.member(config.method.name)
+    if not callable(getattr(member, "build", None)):
+        raise ConfigError(_NO_METHOD.format(name=config.method.name, found="it has none"))
+    check = getattr(member, "check", None)
     if check is not None:
         check(config)
 
@@ -188,8 +192,12 @@ def build_method(settings: MethodConfig, context: MethodContext) -> Method:
     build = getattr(METHODS.member(settings.name), "build", None)
     method = build(settings, context) if callable(build) else None
     if not isinstance(method, Method):
-        raise ConfigError(
-            f"method.name is {settings.name}, whose module must have a function build(settings, context) that returns "
-            f"a megadiff.methods.Method; {'it has none' if build is None else f'found {type(method).__name__}'}"
-        )
+        found = "it has none" if build is None else f"found {type(method).__name__}"
+        raise ConfigError(_NO_METHOD.format(name=settings.name, found=found))
     return method
+
+
+_NO_METHOD = (
+    "method.name is {name}, whose module must have a function build(settings, context) that returns a "
+    "megadiff.methods.Method; {found}"
+)

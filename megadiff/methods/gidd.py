@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from megadiff.diffusion.config import check_weighting_module
 from megadiff.methods import Method, MethodConfig, MethodContext
 
 if TYPE_CHECKING:
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
     from megadiff.loss.inputs import LossOutput, VocabShard
     from megadiff.parallel.attention_pattern import AttentionPattern
     from megadiff.parallel.objective import DeviceBatch, DiffusionObjective
+    from megadiff.run.config import RunConfig
     from megadiff.sampling.sampler import Sampler
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a weighting without a loss, which would be found in the first step only.
+
+    Raises:
+        ConfigError: with what is missing.
+    """
+    check_weighting_module(config.objective)
 
 
 def build(settings: MethodConfig, context: MethodContext) -> Gidd:

@@ -118,7 +118,7 @@ class NextToken(Method):
         """
         raise ConfigError(
             "this model is an autoregressive control (method.name is next_token), which is measured but not sampled; "
-            "use a diffusion model, and leave out tasks whose output_type is generate_until"
+            "use a diffusion model (in the harness, leave out tasks whose output_type is generate_until)"
         )
 
     def export_config(self) -> dict[str, Any]:

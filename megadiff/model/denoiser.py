@@ -64,7 +64,7 @@ class Denoiser(MegatronModule):
 
     Args:
         config: megatron-core's settings.
-        spec: the Transformer block, `layer_spec.block_spec`.
+        spec: the Transformer block, `layers.block_spec`.
         vocab_size: entries of the embedding and the LM head, padding included.
         seq_length: number of tokens of a training sequence.
         rope_base: base of the rotary angles.

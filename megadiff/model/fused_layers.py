@@ -83,7 +83,7 @@ class UnbiasedNormedColumnLinear(NormedColumnLinear):
 
 
 class RowLinear(_Linear, TERowParallelLinear):
-    """A row-parallel matrix that adds its bias itself; see `local_layers.RowLinear`."""
+    """A row-parallel matrix that adds its bias itself; see `layers.RowLinear`."""
 
     def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, skip_bias_add=False, **kwargs)
@@ -97,7 +97,7 @@ class UnbiasedRowLinear(RowLinear):
 
 
 class FusedRMSNorm(engine.RMSNorm):
-    """Transformer Engine's RMSNorm with the gain stored as an offset, as `norms.RMSNorm`; it has no extra state."""
+    """Transformer Engine's RMSNorm with the gain stored as an offset, as `layers.RMSNorm`; it has no extra state."""
 
     get_extra_state = torch.nn.Module.get_extra_state
     set_extra_state = torch.nn.Module.set_extra_state

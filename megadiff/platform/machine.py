@@ -20,7 +20,7 @@ from megadiff.errors import PlatformError
 from megadiff.platform import megatron_on_cpu, transformer_engine, weight_gradients
 from megadiff.platform.quiet import silence_libraries
 
-VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
+LAUNCH_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def order_launches(*, tensor_ranks: int, environ: MutableMapping[str, str] | None = None) -> str | None:
@@ -37,14 +37,14 @@ def order_launches(*, tensor_ranks: int, environ: MutableMapping[str, str] | Non
     environ = os.environ if environ is None else environ
     if tensor_ranks == 1:
         return None
-    value = environ.get(VARIABLE)
+    value = environ.get(LAUNCH_QUEUES)
     if value is None:
-        environ[VARIABLE] = "1"
-        return f"{VARIABLE} was not set and is 1 now: tensor-parallel communication overlaps with computation"
+        environ[LAUNCH_QUEUES] = "1"
+        return f"{LAUNCH_QUEUES} was not set and is 1 now: tensor-parallel communication overlaps with computation"
     if value != "1":
         return (
-            f"{VARIABLE} is {value}: tensor-parallel communication may wait for the computation it should hide behind; "
-            "unset it or set it to 1"
+            f"{LAUNCH_QUEUES} is {value}: tensor-parallel communication may wait for the computation it should hide "
+            "behind; unset it or set it to 1"
         )
     return None
 

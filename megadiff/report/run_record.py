@@ -404,7 +404,7 @@ def _labels(folders: list[Path]) -> list[str]:
 
 
 def _read_attempts(path: Path) -> list[Attempt] | None:
-    """Read the attempts like `megadiff.train.attempts.read_attempts`, but leave a damaged file in place."""
+    """Read the attempts like `megadiff.train.goodput.read_attempts`, but leave a damaged file in place."""
     try:
         return _ATTEMPTS.validate_json(read_bytes(path, max_bytes=_MAX_BYTES))
     except (OSError, UnreadableFileError, ValidationError):

@@ -170,6 +170,7 @@ def _samples(prepared: RunContext, context: HookContext, goodput: Goodput) -> li
         steps=config.eval.sample_steps,
         seq_length=config.model.seq_length,
         sampler=context.method.sampler(),
+        attention=context.method.prompted_attention,
         tokenizer=prepared.tokenizer,
         start=[bos] if prepared.data.prepended_bos and bos is not None else [],
         chunks=context.wrapped,

@@ -141,6 +141,7 @@ def load_model(
             f"{text.name} ({text.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
         )
     machine = detect(platform, setting="--platform {}")
+    method = method_of(manifest, text, where=folder, platform=machine)
     machine.prepare_megatron()
     with process_group(machine, alone=True):
         topology = open_topology(Layout(1, 1, 1, 1, 1))
@@ -159,7 +160,7 @@ def load_model(
             folder=folder,
             manifest=manifest,
             model=model,
-            method=method_of(manifest, text, where=folder, platform=machine),
+            method=method,
             tokenizer=text,
             chunks=chunks,
             topology=topology,
@@ -182,15 +183,18 @@ def method_of(manifest: Manifest, tokenizer: Tokenizer, *, where: Path, platform
     """
     config = manifest.config
     with _complaining(where):
+        METHODS.member(config["method"]["name"])  # its own sentence says what is missing
         noise = noise_config(**config["noise"])
         # A weighting of the user's own is not needed here, and may be missing on this machine.
         shared = {key: value for key, value in config["objective"].items() if key in ObjectiveConfig.model_fields}
-        _, loss_kernel = choose_loss_kernel("auto", is_cpu=platform is None or platform.is_cpu)
+        objective = ObjectiveConfig.model_validate(shared)
+        wanted = "auto" if objective.loss_kernel == "triton" else objective.loss_kernel  # it may be missing here
+        _, loss_kernel = choose_loss_kernel(wanted, is_cpu=platform is None or platform.is_cpu)
         context = MethodContext(
             process=build_process(noise, vocab_size=manifest.vocab_size, mask_id=manifest.mask_id),
             tokenizer=tokenizer,
             noise=noise,
-            objective=ObjectiveConfig.model_validate(shared),
+            objective=objective,
             conditioning=ConditioningConfig.model_validate(config["conditioning"]),
             loss_kernel=loss_kernel,
             seed=config.get("seed", 0),
@@ -212,6 +216,9 @@ def _complaining(folder: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValidationError) as error:
         what = str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise CheckpointError(
             f"{folder / 'manifest.json'} describes no model of this version ({what}); use another checkpoint of the run"
         ) from None

@@ -127,3 +127,12 @@ def test_a_disk_that_refuses_to_read_one_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setattr(manifests, "read_bytes", failing)
     with pytest.raises(StorageError, match=rf"{name} cannot be read \(Input/output error\); check the disk"):
         read_manifest(tmp_path)
+
+
+def test_another_training_method_is_another_run(tmp_path):
+    saved = manifest(config={**CONFIG, "method": {"name": "gidd"}})
+    wanted = manifest(config={**CONFIG, "method": {"name": "next_token"}})
+    with pytest.raises(CheckpointError, match=r'method\.name: "gidd" -> "next_token"'):
+        check_same_run(saved, wanted, tmp_path)
+    changes = check_same_run(saved, wanted, tmp_path, allowed=["method"])
+    assert [change.key for change in changes] == ["method.name"]

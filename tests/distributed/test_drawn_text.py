@@ -11,15 +11,17 @@ import torch
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError
 from megadiff.eval.drawn_text import SEED
+from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.sampling.standalone import Settings, generate
 from megadiff.sampling.trace import printable
 from tests.support.commands import write_yaml
 from tests.support.ranks import on_ranks
-from tests.support.runs import GIDD_BLOCK, read_metrics, toy_config, toy_tree, train_on_rank
+from tests.support.runs import GIDD_BLOCK, read_metrics, toy_config, toy_tree, train_on_rank, wire_on_rank
 
 with quiet():
+    from megadiff.parallel.distributed_forward import DistributedForward
     from megadiff.run.load_model import load_model
 
 STEPS, ROWS, DENOISING = 4, 2, 6
@@ -94,6 +96,29 @@ def test_the_last_text_is_what_the_last_checkpoint_says(runs):
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:  # this process opens no process group
         one, two = pool.submit(_drawn_again, runs["one"].folder).result()
     assert _texts(runs["one"])["step_00000004.txt"] == f"[1] {one}\n\n[2] {two}\n"
+
+
+def _after_a_prompt(config):
+    """Return logits after a prompt of three tokens, as text is drawn and by the model itself in its own attention."""
+    run = wire_on_rank(config, 1)
+    ids = torch.arange(4, 20).repeat(ROWS, 1)
+    method, chunks = run.step.objective.objective, run.step.chunks
+    forward = DistributedForward(
+        chunks, topology=run.step.topology, device=torch.device("cpu"), shape=(ROWS, 16),
+        attention=method.prompted_attention, vocab_size=260,
+    )  # fmt: skip
+    found = []
+    forward.run(lambda ask: found.append(ask(ids, 3)) or ids)
+    run.close()
+    with torch.no_grad():
+        patterns = AttentionPattern.prefix(torch.tensor([3, 3])), AttentionPattern.full(2)
+        own, full = (chunks[0](ids, pattern.codes()).transpose(0, 1)[..., :260] for pattern in patterns)
+    return torch.equal(found[0], own), torch.equal(own, full)
+
+
+def test_text_is_drawn_after_a_prompt_as_the_model_was_trained(toy_corpus, tmp_path):
+    config = _config(toy_corpus, tmp_path, "prompted", conditioning__prompt=0.5)
+    assert on_ranks(1, _after_a_prompt, config)[0] == (True, False)
 
 
 def test_an_autoregressive_control_is_not_sampled(toy_corpus, tmp_path):

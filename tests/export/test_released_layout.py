@@ -28,7 +28,9 @@ def run_of(name):
 def config_json(name, dtype="bfloat16"):
     described = manifest(config=run_of(name).model_dump(mode="json", by_alias=True), vocab_size=VOCAB, mask_id=3)
     tokenizer = ByteTokenizer()  # of which the ids 0 to 2 matter
-    return config_of(described, tokenizer, method_of(described, tokenizer, where=REPOSITORY), dtype=dtype)
+    return config_of(
+        described, tokenizer, method_of(described, tokenizer, where=REPOSITORY).export_config(), dtype=dtype
+    )
 
 
 def test_the_3b_model_has_the_269_tensors_of_the_released_file():

@@ -59,7 +59,7 @@ class Positional(Gidd):
         return super().batch(clean, range(len(sample_index)), step_batch)
 
 
-class Wide(Gidd):
+class Narrow(Gidd):
     def batch(self, clean, sample_index, step_batch):
         batch = super().batch(clean, sample_index, step_batch)
         return batch._replace(noised=batch.noised.int())
@@ -87,7 +87,7 @@ class Twice(Gidd):
     [
         (Stateful, "depends on the order of the sequences"),
         (Positional, "depends on the order of the sequences"),
-        (Wide, "noised must be torch.int64"),
+        (Narrow, "noised must be torch.int64"),
         (Flat, r"log_snr must have shape \[B, L\]"),
         (TooLong, "a prefix is too long"),
         (Twice, "a position comes twice"),
