@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megadiff", "megadiff.*"]),
+    package_data={"megadiff.scaling": ["published/*.yaml"]},
     entry_points={"console_scripts": ["megadiff = megadiff.__main__:main"]},
     install_requires=[
         "torch>=2.10",

@@ -190,6 +190,9 @@ def test_the_installed_package_has_the_program_and_every_command(tmp_path):
     files = zipfile.ZipFile(wheel).namelist()
     assert {f"megadiff/cli/{command}.py" for command in COMMANDS} <= set(files)
     assert not [name for name in files if not name.startswith("megadiff")]
+    laws = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megadiff/scaling/published").iterdir()}
+    assert laws
+    assert laws <= set(files)
     subprocess.run([*pip, "install", *offline, "--target", site, wheel], check=True, timeout=200)
 
     def installed(*words: str) -> subprocess.CompletedProcess[str]:

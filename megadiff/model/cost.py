@@ -10,6 +10,8 @@ from typing import Literal
 
 from megadiff.errors import ConfigError
 from megadiff.loss import chunk_size
+from megadiff.scaling import flops
+from megadiff.scaling.flops import FlopCount
 
 QkNorm = Literal["full", "head", "none"]
 
@@ -98,16 +100,33 @@ def paper_parameters(shape: Shape) -> int:
     return counted.hidden_matrices + counted.norms + 2 * counted.biases
 
 
-def training_flops_per_token(shape: Shape) -> float:
-    """Return the model FLOPs of a token by the convention called `full`: 6 (P + V d) + 12 L d S.
+def flops_per_token(shape: Shape, count: FlopCount) -> float:
+    """Return the training FLOPs of a token by one of the counts of `megadiff.scaling.flops`."""
+    return flops.flops_per_token(
+        shape.layers,
+        shape.hidden,
+        shape.seq_length,
+        method=count,
+        vocab_size=shape.vocab_size,
+        params=paper_parameters(shape),
+    )
 
-    Forward and backward: 6 per matrix entry, the head's V d at every token included, and 12 L d S of attention.
-    Attention is bidirectional, so each token meets all S of its sequence and nothing is halved. Recomputation, norms,
-    the softmax and the embedding look-up are not counted, as usual for model FLOPs. What a step really computed is
-    `executed_flops`.
+
+def matrix_flops_per_token(shape: Shape) -> float:
+    """Return the FLOPs of a token's matrix products, 6 (E + V d) + 12 L d S with E entries of the layers' matrices.
+
+    Utilisation (MFU) is measured by it: the count `full` without norms and biases, which no matrix product computes
+    and which are a thousandth of it at width 1024. Recomputation, the softmax and the embedding look-up are not
+    counted, as usual for model FLOPs. What a step really computed is `executed_flops`.
     """
-    matrices = parameters(shape).hidden_matrices + shape.vocab_size * shape.hidden
-    return 6.0 * matrices + _attention_flops(shape)
+    return flops.flops_per_token(
+        shape.layers,
+        shape.hidden,
+        shape.seq_length,
+        method="full",
+        vocab_size=shape.vocab_size,
+        params=parameters(shape).hidden_matrices,
+    )
 
 
 def executed_flops(
@@ -143,16 +162,6 @@ def executed_flops(
     if "core_attn" in recompute_modules:
         again += shape.layers * scores
     return 3.0 * shape.layers * layer + 6.0 * vocab_entries * d * head_tokens + again
-
-
-def paper_flops_per_token(shape: Shape, method: Literal["deepseek", "chinchilla"] = "deepseek") -> float:
-    """Return the paper's M without embedding and head: 6 P + 12 L d S (`deepseek`, its main one) or 6 P
-    (`chinchilla`)."""
-    return 6.0 * paper_parameters(shape) + (_attention_flops(shape) if method == "deepseek" else 0.0)
-
-
-def _attention_flops(shape: Shape) -> float:
-    return 12.0 * shape.layers * shape.hidden * shape.seq_length
 
 
 @dataclass(frozen=True)

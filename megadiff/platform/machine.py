@@ -18,6 +18,7 @@ import torch
 
 from megadiff.errors import PlatformError
 from megadiff.platform import megatron_on_cpu, transformer_engine, weight_gradients
+from megadiff.platform.gpus import peak_of_device
 from megadiff.platform.quiet import silence_libraries
 
 LAUNCH_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -51,9 +52,6 @@ def order_launches(*, tensor_ranks: int, environ: MutableMapping[str, str] | Non
 
 Layers = Literal["local", "transformer_engine"]
 """Origin of the layers: megatron-core's own on torch kernels, or Transformer Engine's fused ones."""
-
-# Dense bf16 peak of the datasheets, in FLOP/s, by a part of the device's name.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def _cuda_platform(layers: Literal["auto", "local", "transformer_engine"]) -> Pl
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device)
-    peak = next((flops for part, flops in _PEAK_FLOPS.items() if part in name), None)
+    peak = peak_of_device(name)
     found = transformer_engine.find() if layers != "local" else transformer_engine.Found(None)
     if layers == "transformer_engine" and found.version is None:
         raise PlatformError(

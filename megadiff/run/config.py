@@ -187,7 +187,7 @@ class RunConfig(Section):
 
     def _flops_per_token(self) -> float:
         """6P + 12LdS: no embedding, no head, so no vocabulary is needed."""
-        return cost.paper_flops_per_token(self.shape(vocab_size=2))
+        return cost.flops_per_token(self.shape(vocab_size=2), "deepseek")
 
     def shape(self, *, vocab_size: int) -> cost.Shape:
         """Return the model's size for closed-form costs."""

@@ -106,7 +106,7 @@ def _log_hook(prepared: RunContext, context: HookContext, goodput: Goodput) -> L
         every=config.log.every,
         steps=config.steps,
         tokens_before=config.tokens_before,
-        flops_per_token=cost.training_flops_per_token(prepared.shape),
+        flops_per_token=cost.matrix_flops_per_token(prepared.shape),
         executed_flops=prepared.executed_flops,
         world_size=prepared.layout.world_size,
         platform=context.platform,

@@ -51,8 +51,8 @@ def describe_sizes(config: RunConfig, shape: cost.Shape) -> list[str]:
         f"parameters        {counted.total:,} ({counted.non_embedding:,} without embedding and head; "
         f"{cost.paper_parameters(shape):,} as the paper counts)",
         f"vocabulary        {shape.vocab_size:,} ids with the mask, padded to {entries:,} entries",
-        f"FLOPs per token   {cost.training_flops_per_token(shape):.5g} in full, "
-        f"{cost.paper_flops_per_token(shape):.5g} by 6P + 12LdS (no embedding, no head)",
+        f"FLOPs per token   {cost.matrix_flops_per_token(shape):.5g} in full, "
+        f"{cost.flops_per_token(shape, 'deepseek'):.5g} by 6P + 12LdS (no embedding, no head)",
     ]
 
 

@@ -11,11 +11,11 @@ from megadiff.model.cost import (
     Shape,
     bytes_per_rank,
     executed_flops,
+    flops_per_token,
+    matrix_flops_per_token,
     padded_vocab_size,
-    paper_flops_per_token,
     paper_parameters,
     parameters,
-    training_flops_per_token,
 )
 
 PAPER_SIZES = [
@@ -40,19 +40,19 @@ def test_the_papers_sizes_come_out_exactly(label, layers, hidden, heads, p_paper
     assert paper_parameters(shape) == p_paper
     assert parameters(shape).non_embedding == p_true
     assert parameters(shape).total == total
-    assert float(f"{paper_flops_per_token(shape):.4e}") == flops
+    assert float(f"{flops_per_token(shape, 'deepseek'):.4e}") == flops
 
 
 def test_both_methods_of_counting_flops_equal_the_authors_files():
     """L20-D1536 in the authors' CSVs: total_flops_per_tok and non_emb_flops_per_tok."""
     shape = paper_shape(20, 1536, 12)
-    assert paper_flops_per_token(shape, "deepseek") == 4_154_950_656
-    assert paper_flops_per_token(shape, "chinchilla") == 3_399_975_936
+    assert flops_per_token(shape, "deepseek") == 4_154_950_656
+    assert flops_per_token(shape, "chinchilla") == 3_399_975_936
 
 
 def test_flops_in_full_count_the_head_and_every_pair_of_positions():
     """L = 2, d = 4, f = 4, V = 10, S = 8: 6 (2 x 12 x 16 + 40) + 12 x 2 x 4 x 8."""
-    assert training_flops_per_token(Shape(2, 4, 2, 10, 8)) == 6 * (384 + 40) + 768
+    assert matrix_flops_per_token(Shape(2, 4, 2, 10, 8)) == 6 * (384 + 40) + 768
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_model_and_executed_flops_differ_by_skipped_and_repeated_work():
         return executed_flops(shape, tokens=8, head_tokens=head_tokens, pairs=pairs, vocab_entries=16, **options)
 
     assert executed() == layers + 6 * 16 * 4 * 8
-    assert training_flops_per_token(shape) * 8 == layers + 6 * 10 * 4 * 8
+    assert matrix_flops_per_token(shape) * 8 == layers + 6 * 10 * 4 * 8
     assert executed(head_tokens=3) == layers + 6 * 16 * 4 * 3
     assert executed(pairs=36) == executed() - 12 * 2 * 4 * (64 - 36)
     assert executed(recompute_layers=2) == executed() + layers / 3
@@ -188,7 +188,7 @@ def test_model_and_executed_flops_differ_by_skipped_and_repeated_work():
 def test_masked_noise_computes_the_head_at_half_the_tokens(layers, hidden, ratio):
     shape = paper_shape(layers, hidden, hidden // 64)
     done = executed_flops(shape, tokens=1, head_tokens=0.5, pairs=2048, vocab_entries=131_072)
-    assert training_flops_per_token(shape) / done == pytest.approx(ratio, abs=0.01)
+    assert matrix_flops_per_token(shape) / done == pytest.approx(ratio, abs=0.01)
 
 
 def test_a_fused_head_holds_a_chunk_of_logits_and_its_own_gradient():

@@ -37,7 +37,7 @@ _EPILOG = """examples:
 
 Each line is a separate run, wired as in training, on random sequences: AdamW, master weights in float32, sequences of
 2048 tokens, no recomputation if it fits. Model FLOPs are counted in full: a token's attention over its whole sequence,
-and the head at every position, even where masked noise does not compute it (`cost.training_flops_per_token`).
+and the head at every position, even where masked noise does not compute it (`cost.matrix_flops_per_token`).
 Recomputation never counts. MFU is relative to the datasheet's 989 TFLOP/s (dense bf16, also for FP8), "of ceiling" to
 a large bf16 product measured in the same run. A microbatch that does not fit in memory is halved. The last column
 names the kernels that ran; FP8 that no layer used is a failure. A run that would not end in time is left out, which is
@@ -187,7 +187,7 @@ def _check_precision(run: Any, precision: str) -> None:
 
 
 def _flops_per_token(config: RunConfig, model: Model) -> float:
-    return cost.training_flops_per_token(config.shape(vocab_size=model.vocab_size))
+    return cost.matrix_flops_per_token(config.shape(vocab_size=model.vocab_size))
 
 
 def _timed(run: Any, config: RunConfig, model: Model, platform: Platform, steps: int, clock: Clock) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class LogHook(Hook):
     tokens_before: Callable[[int], int]
     """Function that returns the number of tokens in the first n steps of the run, given n."""
     flops_per_token: float
-    """Model FLOPs of a token, by the convention `full` (`cost.training_flops_per_token`)."""
+    """FLOPs of the matrix products of a token (`cost.matrix_flops_per_token`)."""
     executed_flops: Callable[[list[float]], float]
     """Function from a step's or several steps' sums (`step_metrics`) to the FLOPs that were computed."""
     world_size: int
