@@ -40,9 +40,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from megadiff.config.load import dump_value
@@ -222,10 +222,12 @@ class Law(Section):
             names = list(self.parameters)
             found = [self._at(dict(zip(names, draw, strict=True)), x, y) for draw in self.draws]
             tail = 50 * (1 - self.confidence)
+            import numpy as np
+
             low, high = np.percentile(found, [tail, 100 - tail])
             return float(low), float(high)
         if self.covariance is not None:
-            error = self._standard_error(x, y) * _normal_quantile(self.confidence)
+            error = self._standard_error(x, y) * NormalDist().inv_cdf(0.5 + self.confidence / 2)
             middle = self.value(x, y)
             return middle * math.exp(-error), middle * math.exp(error)
         if self.form == "constant":
@@ -254,8 +256,9 @@ class Law(Section):
             ]
             up, down = (math.log(self._at(each, x, y)) for each in moved)
             slopes.append((up - down) / (2 * step))
-        gradient = np.array(slopes)
-        return float(math.sqrt(max(0.0, gradient @ np.array(self.covariance) @ gradient)))
+        rows = zip(slopes, self.covariance or (), strict=True)
+        variance = sum(one * sum(c * two for c, two in zip(row, slopes, strict=True)) for one, row in rows)
+        return math.sqrt(max(0.0, variance))
 
     def _at(self, values: Mapping[str, float], x: float, y: float) -> float:
         if self.form == "power":
@@ -385,9 +388,8 @@ class LawBook:
 
     @property
     def noises(self) -> list[str]:
-        """Noises of which the first file has a law of the compute-optimal loss."""
-        found = [law.noise for law in self.files[0].laws if law.quantity == "loss"]
-        return list(dict.fromkeys(found))
+        """Noises of whose loss the first file has a law."""
+        return list(dict.fromkeys(law.noise for law in self.files[0].laws if law.quantity == "loss"))
 
 
 @functools.cache
@@ -450,13 +452,10 @@ def compute_optimal(
     name = known_noise(noise, book.noises)
     if not (math.isfinite(flops) and flops > 0):
         raise ConfigError(f"a budget is a positive number of FLOPs, found {flops:g}")
-    loss, tokens, size, params = (
-        needed(book, quantity, name, method) for quantity in ("loss", "tokens", "flops_per_token", "params")
-    )
-    trained = tokens.value(flops)
-    batch = optimal_batch_tokens(trained, noise=name, laws=book)
-    rate = optimal_learning_rate(batch, noise=name, laws=book)
-    return Optimum(loss.value(flops), trained, size.value(flops), params.value(flops), batch, rate)
+    quantities: tuple[Quantity, ...] = ("loss", "tokens", "flops_per_token", "params")
+    loss, tokens, size, params = (needed(book, quantity, name, method).value(flops) for quantity in quantities)
+    batch = optimal_batch_tokens(tokens, noise=name, laws=book)
+    return Optimum(loss, tokens, size, params, batch, optimal_learning_rate(batch, noise=name, laws=book))
 
 
 def needed(
@@ -487,8 +486,8 @@ def optimal_learning_rate(batch_tokens: float, *, noise: str = "all", laws: LawB
     return needed(laws or published(), "learning_rate", noise).value(batch_tokens)
 
 
-def extrapolations(laws: Iterable[Law], values: Mapping[str, float]) -> list[str]:
-    """Return a phrase for each value that lies outside the range of a law that speaks of it."""
+def extrapolations(laws: Iterable[Law], values: Mapping[str, float]) -> dict[str, str]:
+    """Return a phrase for each value, by its name, that lies outside the range of a law that speaks of it."""
     found: dict[str, str] = {}
     for law in laws:
         for name, value in values.items():
@@ -497,11 +496,4 @@ def extrapolations(laws: Iterable[Law], values: Mapping[str, float]) -> list[str
                 side = "above" if value > limits[1] else "below"
                 end = limits[1] if value > limits[1] else limits[0]
                 found[name] = f"{name} {value:.3g} is {side} {end:.3g}, the end of what was measured"
-    return list(found.values())
-
-
-def _normal_quantile(confidence: float) -> float:
-    """Return the number of standard errors on either side of an interval of a normal distribution."""
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
+    return found

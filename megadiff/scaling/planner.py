@@ -1,0 +1,245 @@
+"""From a goal and the laws to the numbers of a run: size, tokens, batch, learning rate, steps, and what bounds cost.
+
+The optimum in real numbers and the shapes near it come from `goal`. For one shape, batch, learning rate and steps are
+rounded here, with every bound that bit and its price in loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from megadiff.scaling.flops import FlopCount
+from megadiff.scaling.frontier import Frontier, effective_tokens, wasted_by_batch
+from megadiff.scaling.goal import Aim, Bound, Goal, aim, annealing_ratio, laws_for, shape_flops, size_cost, sizes
+from megadiff.scaling.laws import Law, LawBook, extrapolations, needed, optimal_batch_tokens, optimal_learning_rate
+from megadiff.scaling.model_sizes import ModelSize
+
+MIN_STEPS = 5000
+"""Number of steps below which the laws have no runs."""
+
+_WARMUP_STEPS, _COOLDOWN = 2000, 0.2
+_LARGE_BATCH_TOKENS = 256 * 2048
+"""Number of tokens in a batch from which the paper's sweeps took beta2 = 0.98 in place of 0.99."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run."""
+
+    goal: Goal
+    frontier: Frontier
+    aim: Aim
+    size: ModelSize
+    tokens_wanted: float
+    """Number of training tokens before rounding to whole steps."""
+    batch_wanted: float
+    """Number of tokens in a batch by the law, before bounds and rounding."""
+    global_batch_size: int
+    """Number of sequences in a batch."""
+    learning_rate: float
+    """CompleteP's base rate."""
+    steps: int
+    loss: float
+    """Expected ELBO before the cooldown, in nats per token."""
+    annealing_ratio: float
+    """Loss before the cooldown over that after it."""
+    bounds: tuple[Bound, ...]
+    extrapolations: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def batch_tokens(self) -> int:
+        """Number of tokens in a batch."""
+        return self.global_batch_size * self.goal.seq_length
+
+    @property
+    def tokens(self) -> int:
+        """Number of training tokens in whole steps."""
+        return self.steps * self.batch_tokens
+
+    @property
+    def epochs(self) -> float | None:
+        """Number of passes through the tokens at hand; None if that number is not known."""
+        return None if self.goal.tokens is None else self.tokens / self.goal.tokens
+
+    @property
+    def beta2(self) -> float:
+        """Decay of the second moment."""
+        return 0.98 if self.batch_tokens >= _LARGE_BATCH_TOKENS else 0.99
+
+    @property
+    def warmup_steps(self) -> int:
+        """Number of steps of the warm-up: the paper's 2000, at most a fifth of the run."""
+        return min(_WARMUP_STEPS, self.steps // 5)
+
+    @property
+    def decay_steps(self) -> int:
+        """Number of steps of the cooldown."""
+        return round(_COOLDOWN * self.steps)
+
+    @property
+    def annealed_loss(self) -> float:
+        """Expected ELBO after the cooldown, in nats per token."""
+        return self.loss / self.annealing_ratio
+
+    def flops_per_token(self, count: FlopCount) -> float:
+        """Return the training FLOPs of a token."""
+        goal = self.goal
+        return self.size.flops_per_token(count, seq_length=goal.seq_length, vocab_size=goal.vocab_size)
+
+    def flops(self, count: FlopCount) -> float:
+        """Return the training FLOPs of the run."""
+        return self.tokens * self.flops_per_token(count)
+
+    @property
+    def size_cost(self) -> float:
+        """Share of the loss that the shape costs against the best size for the same budget."""
+        return size_cost(self.goal, self.frontier, self.aim, self.law_size)
+
+    @property
+    def law_size(self) -> float:
+        """Training FLOPs of a token by the laws' count."""
+        return self.flops_per_token(self.frontier.flop_count)
+
+    def second_method(self, book: LawBook) -> Frontier | None:
+        """Return the surface fit of the runs behind the laws; None if there is none, or if the plan is made by it."""
+        own = book.file_of(self.frontier.loss_law)
+        surface = book.law("loss", noise=self.goal.noise, flop_count=self.frontier.flop_count, form="surface")
+        if surface is None or self.frontier.size_law is None or book.file_of(surface).source != own.source:
+            return None
+        return Frontier(self.goal.noise, self.frontier.flop_count, surface, None)
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the ends of the interval of the loss before the cooldown; None if the laws have none."""
+        ends = self.frontier.interval(self.law_size, self.tokens)
+        middle = self.frontier.loss(self.law_size, self.tokens)
+        return None if ends is None else (self.loss * ends[0] / middle, self.loss * ends[1] / middle)
+
+
+def plan(goal: Goal, book: LawBook, size: ModelSize | None = None) -> Plan:
+    """Return the numbers of a run of one shape.
+
+    Args:
+        goal: what the plan starts from.
+        book: the laws.
+        size: the shape; by default the first of `sizes`.
+
+    Raises:
+        ConfigError: the goal cannot be reached, or a law is missing.
+    """
+    laws = laws_for(goal, book)
+    ratio = annealing_ratio(book, laws.noise)
+    aimed = aim(goal, laws, ratio)
+    shape = size or sizes(goal, laws, aimed)[0]
+    tokens = _tokens(goal, laws, aimed, shape, None if goal.loss is None else goal.loss * ratio)
+    batch_law = needed(book, "batch_tokens", laws.noise, estimator=goal.batch_estimator)
+    rate_law = needed(book, "learning_rate", laws.noise)
+    efficiency = efficiency_law(book)
+    wanted = optimal_batch_tokens(tokens, noise=laws.noise, laws=book, estimator=goal.batch_estimator)
+    sequences, why = _batch(goal, wanted, tokens, rate_law)
+    steps = _steps(goal, tokens / (sequences * goal.seq_length))
+    rate = optimal_learning_rate(sequences * goal.seq_length, noise=laws.noise, laws=book)
+    trained = steps * sequences * goal.seq_length
+    per_token = shape_flops(shape, goal, laws.flop_count)
+    worth = effective_tokens(trained, goal.tokens)
+    waste = wasted_by_batch(sequences * goal.seq_length / wanted, efficiency)
+    loss = laws.loss(per_token, worth / waste)
+    bounds = [*aimed.bounds]
+    if why:
+        bounds.append(Bound(why, loss / laws.loss(per_token, worth) - 1))
+    reached = {
+        "flops": per_token * trained,
+        "params": shape.params,
+        "tokens": trained,
+        "batch_tokens": sequences * goal.seq_length,
+        "learning_rate": rate,
+        "seq_length": goal.seq_length,
+        "vocab_size": goal.vocab_size,
+    }
+    used = [law for law in (laws.loss_law, laws.size_law, batch_law, rate_law) if law is not None]
+    outside = list(extrapolations(used, reached).values())
+    if steps < MIN_STEPS:
+        outside.append(f"steps {steps:,} are fewer than {MIN_STEPS:,}, the fewest that were measured")
+    if goal.tokens is not None and trained > goal.tokens:
+        outside.append("what repeated tokens are worth was measured for autoregressive models alone")
+    return Plan(
+        replace(goal, noise=laws.noise),
+        laws,
+        aimed,
+        shape,
+        tokens,
+        wanted,
+        sequences,
+        rate,
+        steps,
+        loss,
+        ratio,
+        tuple(bounds),
+        tuple(outside),
+        tuple(_remarks(book, used)),
+    )
+
+
+def _tokens(goal: Goal, laws: Frontier, aimed: Aim, shape: ModelSize, loss: float | None) -> float:
+    """Return the number of tokens that a shape is trained on."""
+    per_token = shape_flops(shape, goal, laws.flop_count)
+    if goal.budget is not None:
+        budget, count = goal.budget
+        tokens = budget / shape_flops(shape, goal, count)
+        return tokens if goal.tokens is None else min(tokens, goal.tokens * goal.max_epochs)
+    if goal.tokens is not None:
+        return goal.tokens
+    if loss is not None:
+        return laws.tokens_for_loss(per_token, loss)
+    return aimed.flops / per_token
+
+
+def _steps(goal: Goal, exact: float) -> int:
+    """Return whole steps: rounded up, but down where that would repeat tokens for less than a step."""
+    rounded = math.ceil(exact / goal.step_multiple - 1e-9) * goal.step_multiple
+    is_all = goal.tokens is not None and goal.budget is None
+    return rounded - goal.step_multiple if is_all and rounded > max(exact, goal.step_multiple) else rounded
+
+
+def efficiency_law(book: LawBook) -> Law | None:
+    """Return the hyperbola of steps over batch, of whatever noise; it is used for the price of a batch alone."""
+    laws = (law for file in book.files for law in file.laws if law.form == "hyperbola")
+    return next(laws, None)
+
+
+def _batch(goal: Goal, wanted: float, tokens: float, rate_law: Law) -> tuple[int, str]:
+    """Return the batch in sequences, and the bound that moved it from the law's, or an empty text."""
+    limits = {"": wanted, f"steps: at least {MIN_STEPS:,} are wanted": tokens / MIN_STEPS}
+    if goal.max_learning_rate is not None:
+        factor, exponent = rate_law.parameter("A"), rate_law.parameter("alpha")
+        largest = (goal.max_learning_rate / factor) ** (1 / exponent)
+        limits[f"learning rate: at most {goal.max_learning_rate:g}"] = largest
+    if goal.max_batch is not None:
+        limits[f"batch: at most {goal.max_batch:,} sequences"] = goal.max_batch * goal.seq_length
+    why, batch = min(limits.items(), key=lambda limit: limit[1])
+    exact = batch / goal.seq_length
+    multiple = goal.batch_multiple
+    sequences = max(1, round(exact / multiple)) * multiple
+    if why and sequences > exact * (1 + 1e-9) and sequences > multiple:
+        sequences -= multiple
+    by_law = wanted / goal.seq_length
+    if not why and multiple > 1 and abs(math.log(sequences / by_law)) > 0.1:
+        why = f"cluster: the batch is a multiple of {multiple:,} sequences"
+    if not why:
+        return sequences, ""
+    return sequences, f"{why}; {sequences:,} sequences in place of {by_law:,.0f}"
+
+
+def _remarks(book: LawBook, used: list[Law]) -> list[str]:
+    """Return a sentence for every file whose laws are provisional, and one for laws that come from several files."""
+    files = list(dict.fromkeys(book.file_of(law).name for law in used))
+    by_name = {file.name: file for file in book.files}
+    found = []
+    for name in files:
+        file = by_name[name]
+        if file.provisional or any(law.provisional for law in used if book.file_of(law) is file):
+            found.append(f"the laws of {name} are provisional ({len(file.excluded)} runs excluded)")
+    if len(files) > 1:
+        found.append(f"laws come from {' and '.join(files)}")
+    return found
