@@ -1,4 +1,4 @@
-"""From a plan's numbers to a run: the layout that fits its GPUs and is fastest, and the run description.
+"""A plan's numbers as a run: the layout that fits its GPUs and is fastest, and the run description.
 
 Sizes in bytes are those of `megadiff.model.cost` for local layers, the block of arXiv:2512.10858, bf16 with float32
 master weights, and an optimizer with two moments. No torch: a plan is made before anything that trains is loaded.
@@ -40,7 +40,7 @@ PAPER_RUN: dict[str, dict[str, Any]] = {
     "conditioning": {"preset": "as_released"},
     "optimizer": {"name": "laprop", "parametrisation": "completep", "eps_calibration": "sum"},
 }
-"""What the laws were measured with, as in `examples/presets/gidd.yaml`; settings with that default are left out."""
+"""Settings that the laws were measured with, as in `examples/presets/gidd.yaml`; those that are defaults are left out."""
 
 _PRECISION = cost.Precision(params="bf16", compute="bf16", master_weights=True, fp32_gradients=True, moments=2)
 _MODULES = ("core_attn", "mlp")

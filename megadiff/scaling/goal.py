@@ -41,7 +41,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a plan starts from; the first five are alternatives, of which one or two are given."""
+    """Starting point of a plan; budget, GPUs, tokens, size and loss are alternatives, of which one or two are given."""
 
     noise: str
     flops: float | None = None

@@ -1,4 +1,4 @@
-"""From a goal and the laws to the numbers of a run: size, tokens, batch, learning rate, steps, and what bounds cost.
+"""The numbers of a run, from a goal and the laws: size, tokens, batch, learning rate, steps, and what bounds cost.
 
 The optimum in real numbers and the shapes near it come from `goal`. For one shape, batch, learning rate and steps are
 rounded here, with every bound that bit and its price in loss.
