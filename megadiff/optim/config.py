@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from megadiff.config.registry import Family
 from megadiff.config.section import Section
+from megadiff.scaling.flops import FlopCount
 
 OPTIMIZERS = Family("megadiff.optim.members", key="name")
 """The optimizer family, whose contract is in the docstring of its package."""
@@ -51,7 +52,10 @@ class ScheduleConfig(Section):
     tokens: float | None = Field(default=None, gt=0)
     """Tokens of the whole run, rounded up to whole steps."""
     flops: float | None = Field(default=None, gt=0)
-    """Training FLOPs of the whole run without embedding and head (6P + 12LdS a token), rounded up to whole steps."""
+    """Training FLOPs of the whole run by `flop_count`, rounded up to whole steps."""
+    flop_count: FlopCount = "deepseek"
+    """Count of `flops`: `deepseek` is 6P + 12LdS a token without embedding and head, `chinchilla` 6P, and `full` 6(P +
+    Vd) + 12LdS with the head, which needs `data.vocab_size`."""
     warmup_steps: int = Field(default=2000, ge=0)
     """Steps over which the rate rises linearly from 0."""
     decay_steps: float = Field(default=0.0, ge=0)

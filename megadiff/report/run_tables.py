@@ -9,6 +9,7 @@ from typing import Any
 from megadiff.report.line_chart import exact, of_bytes, percent, short
 from megadiff.report.markup import escaped, paragraph, table
 from megadiff.report.run_record import RunRecord, differences, wall_time
+from megadiff.scaling.flops import FLOP_COUNTS
 from megadiff.train.metrics import finite, number
 
 _NONE = "\u2013"
@@ -19,7 +20,7 @@ def standing(runs: Sequence[RunRecord]) -> str:
     """Return a table with one row per run: state, progress, last and best figures."""
     heads = ("run", "state", "step", "tokens", "loss", "ELBO", "held-out ELBO", "best held-out", "bits per byte")
     heads += ("unigram", "bigram")
-    heads += ("tokens/s", "goodput", "skipped", "spikes")
+    heads += ("tokens/s", f"FLOPs ({' / '.join(FLOP_COUNTS)})", "goodput", "skipped", "spikes")
     overview = table(heads, [_standing_row(run) for run in runs], caption="State of the runs; nats per token")
     remarks = [
         f"{run.label}: {run.metrics.unreadable} line(s) of metrics.jsonl are damaged and left out."
@@ -61,10 +62,18 @@ def _standing_row(run: RunRecord) -> list[str]:
         _figure(newest.get("eval_unigram"), 4),
         _figure(newest.get("eval_bigram"), 4),
         _figure(statistics.median(rates) if rates else None),
+        _flops(training[-1].get("flops") if training else None),
         percent(wall_time(run.attempts).goodput) if run.attempts else _NONE,
         str(len(run.unusual) - spikes),
         str(spikes),
     ]
+
+
+def _flops(found: Any) -> str:
+    """Return the FLOPs of a run by three counts; none of runs that did not record them."""
+    counted = found if isinstance(found, dict) else {}
+    figures = [_figure(counted.get(count)) for count in FLOP_COUNTS]
+    return " / ".join(figures) if counted else _NONE
 
 
 def _state(run: RunRecord) -> str:

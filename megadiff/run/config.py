@@ -168,7 +168,8 @@ class RunConfig(Section):
         """Number of optimizer steps in the whole run."""
         if self.schedule.steps is not None:
             return self.schedule.steps
-        wanted = self.schedule.wanted_tokens(self._flops_per_token())
+        per_token = 1.0 if self.schedule.flops is None else self._flops_per_token()
+        wanted = self.schedule.wanted_tokens(per_token)
         assert wanted is not None
         return self.sizes.steps_for_samples(math.ceil(wanted / self.model.seq_length))
 
@@ -186,8 +187,15 @@ class RunConfig(Section):
         return f"schedule.{key} = {value:,}" if isinstance(value, int) else f"schedule.{key} = {value:g}"
 
     def _flops_per_token(self) -> float:
-        """6P + 12LdS: no embedding, no head, so no vocabulary is needed."""
-        return cost.flops_per_token(self.shape(vocab_size=2), "deepseek")
+        """Return the FLOPs of a token by the schedule's count.
+
+        Raises:
+            ConfigError: the count includes the head, and the vocabulary is not known.
+        """
+        count, vocab_size = self.schedule.flop_count, self.data.vocab_size
+        if count == "full" and vocab_size is None:
+            raise ConfigError("schedule.flop_count=full counts the head, whose size needs data.vocab_size; set that")
+        return cost.flops_per_token(self.shape(vocab_size=vocab_size or 2), count)
 
     def shape(self, *, vocab_size: int) -> cost.Shape:
         """Return the model's size for closed-form costs."""

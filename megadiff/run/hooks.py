@@ -17,6 +17,7 @@ from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import stopwatch
 from megadiff.run.context import RunContext
+from megadiff.scaling.flops import FLOP_COUNTS
 from megadiff.train.goodput import Goodput
 from megadiff.train.hooks import Hook, HookContext, MetricSinks
 from megadiff.train.hooks._listed import build_listed
@@ -107,6 +108,7 @@ def _log_hook(prepared: RunContext, context: HookContext, goodput: Goodput) -> L
         steps=config.steps,
         tokens_before=config.tokens_before,
         flops_per_token=cost.matrix_flops_per_token(prepared.shape),
+        flops_by_count={count: cost.flops_per_token(prepared.shape, count) for count in FLOP_COUNTS},
         executed_flops=prepared.executed_flops,
         world_size=prepared.layout.world_size,
         platform=context.platform,

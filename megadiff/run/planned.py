@@ -40,7 +40,7 @@ PAPER_RUN: dict[str, dict[str, Any]] = {
     "conditioning": {"preset": "as_released"},
     "optimizer": {"name": "laprop", "parametrisation": "completep", "eps_calibration": "sum"},
 }
-"""Settings that the laws were measured with, as in `examples/presets/gidd.yaml`; those that are defaults are left out."""
+"""Settings that the laws were measured with, as in `examples/presets/gidd.yaml`, without defaults."""
 
 _PRECISION = cost.Precision(params="bf16", compute="bf16", master_weights=True, fp32_gradients=True, moments=2)
 _MODULES = ("core_attn", "mlp")

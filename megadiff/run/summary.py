@@ -12,6 +12,7 @@ from megadiff.optim.member import load_member
 from megadiff.optim.rules import effective
 from megadiff.parallel.config import Layout
 from megadiff.run.config import RunConfig
+from megadiff.scaling.flops import FLOP_COUNTS
 
 
 class NoLayoutError(ConfigError):
@@ -51,8 +52,7 @@ def describe_sizes(config: RunConfig, shape: cost.Shape) -> list[str]:
         f"parameters        {counted.total:,} ({counted.non_embedding:,} without embedding and head; "
         f"{cost.paper_parameters(shape):,} as the paper counts)",
         f"vocabulary        {shape.vocab_size:,} ids with the mask, padded to {entries:,} entries",
-        f"FLOPs per token   {cost.matrix_flops_per_token(shape):.5g} in full, "
-        f"{cost.flops_per_token(shape, 'deepseek'):.5g} by 6P + 12LdS (no embedding, no head)",
+        f"FLOPs per token   {', '.join(f'{count} {cost.flops_per_token(shape, count):.5g}' for count in FLOP_COUNTS)}",
     ]
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
+from pydantic import ValidationError
 
 from megadiff.errors import ConfigError
 from megadiff.model import cost
 from megadiff.platform.quiet import quiet
-from megadiff.run.summary import NoLayoutError, fitting_ranks, lay_out_run, learning_rates, ranks_to_check
+from megadiff.run.summary import (
+    NoLayoutError,
+    describe_sizes,
+    fitting_ranks,
+    lay_out_run,
+    learning_rates,
+    ranks_to_check,
+)
 from tests.support.forked_command import call_forked
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, toy_config
@@ -130,3 +139,33 @@ def test_the_factor_between_the_setting_and_the_rate_is_shown(toy_corpus, tmp_pa
     assert "block matrices, 49,152 parameters: peak 0.01562 (0.5 x 1/32)" in text
     assert "peak 0.01 (0.5 x 0.02)" in text
     assert "biases" not in text
+
+
+def test_a_run_in_flops_is_as_long_as_its_count_makes_it(toy_corpus, tmp_path):
+    """Steps follow from each count by name; the default is the count without embedding and head."""
+
+    def of_length(**schedule):
+        settings = {"flops": 1e12, "warmup_steps": 0, **schedule}
+        return toy_config(toy_corpus, tmp_path, schedule=settings, data__vocab_size=260)
+
+    runs = {count: of_length(flop_count=count) for count in ("deepseek", "chinchilla", "full")}
+    for count, config in runs.items():
+        per_token = cost.flops_per_token(config.shape(vocab_size=260), count)
+        assert config.steps == math.ceil(1e12 / per_token / config.tokens_per_step)
+    assert runs["full"].steps < runs["deepseek"].steps < runs["chinchilla"].steps
+    assert of_length().steps == runs["deepseek"].steps
+
+
+def test_a_count_with_the_head_needs_the_vocabulary(toy_corpus, tmp_path):
+    with pytest.raises(
+        ValidationError, match=r"schedule\.flop_count=full counts the head, .* data\.vocab_size"
+    ):
+        toy_config(toy_corpus, tmp_path, schedule={"flops": 1e12, "warmup_steps": 0, "flop_count": "full"})
+
+
+def test_the_summary_has_three_counts_by_name(toy_corpus, tmp_path):
+    config = toy_config(toy_corpus, tmp_path)
+    shape = config.shape(vocab_size=260)
+    (line,) = [line for line in describe_sizes(config, shape) if line.startswith("FLOPs per token")]
+    counts = [f"{count} {cost.flops_per_token(shape, count):.5g}" for count in ("deepseek", "chinchilla", "full")]
+    assert line == f"FLOPs per token   {', '.join(counts)}"

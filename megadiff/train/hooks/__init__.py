@@ -250,7 +250,8 @@ def named_weights(chunks: Sequence[ModelChunk]) -> dict[str, Tensor]:
 def curves(line: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of a line by the name of their curve, for sinks that draw curves.
 
-    The names are `train/KEY`, `epochs/SOURCE`, `eval/KEY` without `eval_`, and the key itself for lines of other hooks.
+    The names are `train/KEY`, `epochs/SOURCE`, `flops/COUNT`, `eval/KEY` without `eval_`, and the key itself for lines
+    of other hooks.
     """
     begin = "train/" if "loss" in line else "eval/" if "eval_elbo" in line else ""
     found: dict[str, float] = {}

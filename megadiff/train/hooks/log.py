@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,6 +30,8 @@ class LogHook(Hook):
     """Function that returns the number of tokens in the first n steps of the run, given n."""
     flops_per_token: float
     """FLOPs of the matrix products of a token (`cost.matrix_flops_per_token`)."""
+    flops_by_count: Mapping[str, float]
+    """Training FLOPs of a token by the name of the count (`megadiff.scaling.flops`)."""
     executed_flops: Callable[[list[float]], float]
     """Function from a step's or several steps' sums (`step_metrics`) to the FLOPs that were computed."""
     world_size: int
@@ -68,6 +70,7 @@ class LogHook(Hook):
         return {
             "step": info.step,
             "tokens": self.tokens_before(info.step),
+            "flops": {name: self.tokens_before(info.step) * each for name, each in self.flops_by_count.items()},
             "epochs": self.epochs(info.step),
             **info.metrics,
             "lr": info.lr,

@@ -33,6 +33,7 @@ def log_hooks(path, every, steps, *, tokens_before=lambda step: 100 * step, **op
         steps=steps,
         tokens_before=tokens_before,
         flops_per_token=1e6,
+        flops_by_count={"deepseek": 2e6, "full": 3e6},
         executed_flops=lambda sums: 1e5 * sums[5],
         world_size=2,
         platform=detect("cpu"),
@@ -68,6 +69,7 @@ def test_a_line_has_the_promised_keys_token_means_and_recent_speed(tmp_path):
     assert line["loss"] == pytest.approx(1.0 / 6.0)
     assert (line["tokens"], line["noisy_tokens"], line["mfu"]) == (200, 6, None)
     assert "skipped" not in line
+    assert line["flops"] == {"deepseek": 200 * 2e6, "full": 200 * 3e6}
     assert line["tokens_per_s"] == pytest.approx(400.0)
     assert line["tflops_per_device"] == pytest.approx(400.0 * 1e6 / 2 / 1e12)
     # Step 2 alone, since step 1 has a line of its own: 6 units in 0.25 s.

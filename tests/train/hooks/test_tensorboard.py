@@ -53,6 +53,7 @@ def test_a_run_draws_every_curve(tmp_path):
         steps=1,
         tokens_before=lambda step: 100 * step,
         flops_per_token=1e6,
+        flops_by_count={"deepseek": 2e6, "full": 3e6},
         executed_flops=lambda sums: 1e5,
         world_size=1,
         platform=detect("cpu"),
