@@ -177,3 +177,11 @@ def test_a_plan_takes_less_than_a_second_of_cpu_and_loads_nothing_that_trains():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stderr.split() == []
     assert after.ru_utime - before.ru_utime < 1.0
+
+
+def test_the_page_shows_what_its_command_prints():
+    page = (REPOSITORY / "docs/scaling.md").read_text()
+    command = re.search(r"^megadiff plan (.*) --output plan\.yaml$", page, re.MULTILINE)
+    shown = re.search(r"^```text\n(optimum.*?)```", page, re.MULTILINE | re.DOTALL)
+    printed = plan(*shlex.split(command[1])).splitlines()
+    assert [line for line in shown[1].splitlines() if line not in printed] == []
