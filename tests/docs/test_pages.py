@@ -21,6 +21,7 @@ import yaml
 from megadiff.config.load import load_config
 from megadiff.config.other_names import key_elsewhere
 from megadiff.run.config import RunConfig
+from megadiff.scaling.laws import read_law_file
 from tests.docs.pages import REASONS, REPOSITORY, Block, blocks, name_of, pages, prose, start_of
 from tests.support.forked_shell import ForkedShell
 
@@ -135,7 +136,10 @@ def test_the_commands_of_a_page_work(name, shell, beginnings, tmp_path):
 
 @pytest.mark.parametrize("block", [block for block in ALL if block.language == "yaml"], ids=lambda block: block.place)
 def test_a_run_description_loads(block, tmp_path, monkeypatch):
-    """Read a whole description as it is, and a part of one with `base: my.yaml`; modules of the page can be named."""
+    """Read a whole description as it is, and a part of one with `base: my.yaml`; modules of the page can be named.
+
+    A block with laws is a law file.
+    """
     if block.reason is not None:
         assert block.reason in REASONS
         return
@@ -145,6 +149,10 @@ def test_a_run_description_loads(block, tmp_path, monkeypatch):
     (tmp_path / "my.yaml").write_text(file_of("my.yaml"), encoding="utf-8")
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     write_files(blocks(REPOSITORY / block.page), tmp_path)
+    if "laws" in yaml.safe_load(block.text):
+        (tmp_path / "laws.yaml").write_text(block.text, encoding="utf-8")
+        assert read_law_file(tmp_path / "laws.yaml").laws
+        return
     is_whole = not {"name", "base"}.isdisjoint(yaml.safe_load(block.text))
     (tmp_path / "page.yaml").write_text(block.text if is_whole else f"base: my.yaml\n{block.text}", encoding="utf-8")
     load_config(tmp_path / "page.yaml", [], RunConfig)

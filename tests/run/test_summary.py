@@ -157,9 +157,7 @@ def test_a_run_in_flops_is_as_long_as_its_count_makes_it(toy_corpus, tmp_path):
 
 
 def test_a_count_with_the_head_needs_the_vocabulary(toy_corpus, tmp_path):
-    with pytest.raises(
-        ValidationError, match=r"schedule\.flop_count=full counts the head, .* data\.vocab_size"
-    ):
+    with pytest.raises(ValidationError, match=r"schedule\.flop_count=full counts the head, .* data\.vocab_size"):
         toy_config(toy_corpus, tmp_path, schedule={"flops": 1e12, "warmup_steps": 0, "flop_count": "full"})
 
 
