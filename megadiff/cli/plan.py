@@ -287,11 +287,10 @@ def _loss_lines(made: Plan, book: LawBook) -> Iterator[str]:
     after = f"{made.annealed_loss:.3f}" + (
         "" if interval is None else f" [{interval[0] / ratio:.3f}, {interval[1] / ratio:.3f}]"
     )
-    level = (
-        f"; {100 * made.frontier.loss_law.confidence:g} % interval of the fit, without differences from run to run"
-        if interval is not None
-        else ""
-    )
+    law = made.frontier.loss_law
+    source = "exponent alone" if law.draws is None and law.covariance is None else "fit"
+    level = f"; {100 * law.confidence:g} % interval of the {source}, without differences from run to run"
+    level = "" if interval is None else level
     yield f"loss              {before} nats per token before the cooldown, {after} after it{level}"
     if (other := made.second_method(book)) is not None:
         expected = other.loss(made.law_size, made.tokens)

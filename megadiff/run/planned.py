@@ -147,7 +147,7 @@ def fitting_number(goal: Goal, book: LawBook, *, gpus_per_node: int) -> PlannedR
 def _layouts(exact: Plan, book: LawBook, ranks: int, gpus_per_node: int) -> Iterator[PlannedLayout]:
     """Yield the layouts of a shape on the ranks, whatever memory they need."""
     size, goal, hyperbola = exact.size, exact.goal, efficiency_law(book)
-    wanted = exact.batch_wanted / goal.seq_length
+    wanted = exact.global_batch_size
     for tensor in _divisors(math.gcd(ranks, math.gcd(size.heads, gpus_per_node))):
         for pipeline in _divisors(math.gcd(ranks // tensor, size.layers)):
             data = ranks // (tensor * pipeline)

@@ -280,8 +280,14 @@ def _best(goal: Goal, laws: Frontier, aimed: Aim) -> float:
 
 
 def size_cost(goal: Goal, laws: Frontier, aimed: Aim, size: float) -> float:
-    """Return the share of the loss that a size costs against the best one for the same budget."""
-    return _loss_at(goal, laws, size, aimed) / _best(goal, laws, aimed) - 1
+    """Return the share of the loss that a size costs against the best one for the same budget and data."""
+    return _loss_at(goal, laws, size, aimed) / _loss_at(goal, laws, best_size(goal, laws, aimed), aimed) - 1
+
+
+def best_size(goal: Goal, laws: Frontier, aimed: Aim) -> float:
+    """Return the best FLOPs per token for the aim's budget, whatever size or loss was given."""
+    is_bound_by_data = goal.budget is not None and goal.tokens is not None
+    return aimed.size if is_bound_by_data else laws.best_size(aimed.flops)
 
 
 def sizes(goal: Goal, laws: Frontier, aimed: Aim) -> list[ModelSize]:
@@ -320,13 +326,14 @@ def sizes(goal: Goal, laws: Frontier, aimed: Aim) -> list[ModelSize]:
 
 def size_range(goal: Goal, laws: Frontier, aimed: Aim) -> tuple[float, float]:
     """Return the smallest and the largest FLOPs per token within the tolerance of the optimum."""
-    limit = _best(goal, laws, aimed) * (1 + goal.tolerance)
+    middle_size = best_size(goal, laws, aimed)
+    limit = _loss_at(goal, laws, middle_size, aimed) * (1 + goal.tolerance)
     ends = []
     for side in (-1, 1):
         near, far = 0.0, math.log(1e3)
         for _ in range(60):
             middle = (near + far) / 2
-            is_within = _loss_at(goal, laws, aimed.size * math.exp(side * middle), aimed) <= limit
+            is_within = _loss_at(goal, laws, middle_size * math.exp(side * middle), aimed) <= limit
             near, far = (middle, far) if is_within else (near, middle)
-        ends.append(aimed.size * math.exp(side * near))
+        ends.append(middle_size * math.exp(side * near))
     return ends[0], ends[1]

@@ -157,7 +157,7 @@ class Law(Section):
     covariance: tuple[tuple[float, ...], ...] | None = None
     """Covariance of the parameters."""
     draws: tuple[tuple[float, ...], ...] | None = None
-    """Values of the parameters in each bootstrap."""
+    """Values of the parameters in each bootstrap, a few hundred at most."""
     valid: dict[str, tuple[float, float]] = Field(default_factory=dict)
     """Ranges that replace the file's for this law."""
     at_loss: float | None = None
@@ -495,5 +495,6 @@ def extrapolations(laws: Iterable[Law], values: Mapping[str, float]) -> dict[str
             if limits is not None and not limits[0] * (1 - 1e-6) <= value <= limits[1] * (1 + 1e-6):
                 side = "above" if value > limits[1] else "below"
                 end = limits[1] if value > limits[1] else limits[0]
-                found[name] = f"{name} {value:.3g} is {side} {end:.3g}, the end of what was measured"
+                at, to = (f"{each:,.0f}" if 100 <= each < 1e6 else f"{each:.3g}" for each in (value, end))
+                found[name] = f"{name} {at} is {side} {to}, the end of what was measured"
     return found

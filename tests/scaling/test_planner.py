@@ -177,6 +177,15 @@ def test_one_or_two_of_the_goals_determine_a_run(given, check):
     assert made.epochs is None or made.epochs <= 1 or "flops" in given
 
 
+def test_a_size_that_was_given_has_its_price_against_the_optimum():
+    made = plan(Goal("masked", flops=1e20, size=ModelSize(24, 3072)), BOOK)
+    laws, per_token = made.frontier, flops_per_token(24, 3072, 2048)
+    assert made.size_cost == pytest.approx(laws.loss(per_token, 1e20 / per_token) / laws.best_loss(1e20) - 1)
+    assert made.size_cost > 0.01
+    low, high = size_range(made.goal, laws, made.aim)
+    assert low < laws.best_size(1e20) < high < per_token
+
+
 def test_a_corpus_that_is_too_small_makes_the_model_larger_and_costs_loss():
     free = plan(Goal("uniform", flops=1e20), BOOK)
     bound = plan(Goal("uniform", flops=1e20, tokens=1e10), BOOK)
@@ -238,6 +247,7 @@ def test_every_extrapolation_is_named():
         *("flops", "params", "batch_tokens", "seq_length", "vocab_size")
     ]
     assert "flops 1e+22 is above 2e+20, the end of what was measured" in outside.extrapolations
+    assert "seq_length 4,096 is above 2,048, the end of what was measured" in outside.extrapolations
 
 
 @pytest.mark.parametrize(
