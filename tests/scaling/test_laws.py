@@ -342,6 +342,18 @@ def test_every_place_that_quotes_a_law_quotes_the_file():
     assert counted >= 20
 
 
+def test_rates_at_a_number_of_steps_are_quoted_from_the_file():
+    text = quoted()["examples/experiments/batch_size_sweep/README.md"]
+    found = re.search(r"(\S+) B\^(\S+) \(1e5 steps\) and (\S+) B\^(\S+) \(5e4\), B in sequences", text)
+    for steps, factor, exponent in ((100_000, *found.groups()[:2]), (50_000, *found.groups()[2:])):
+        law = published().law("learning_rate", noise="all", estimator=f"at_{steps}_steps")
+        assert float(factor) == pytest.approx(law.value(2048.0), rel=1e-5)
+        assert float(exponent) == pytest.approx(law.parameter("alpha"), abs=5e-4)
+    longest = published().law("learning_rate", noise="all", estimator="at_100000_steps")
+    assert (f"{longest.value(2048.0):.2f}", f"{longest.parameter('alpha'):.2f}") == ("0.08", "0.34")
+    assert "is about 0.08 B^0.34" in quoted()["docs/learning-rates.md"]
+
+
 def test_the_gain_of_a_cooldown_is_quoted_from_the_file():
     ratio = published().law("annealing_ratio", noise="all", form="constant")
     text = quoted()["examples/presets/gidd.yaml"]
