@@ -113,7 +113,7 @@ class Estimate(Section):
         return self
 
 
-class HeldOut(Section):
+class UnseenPoint(Section):
     """A prediction of a law that was fitted without the point it predicts."""
 
     at: float
@@ -166,7 +166,7 @@ class Law(Section):
     """Number of runs behind the law."""
     r_squared: float | None = Field(default=None, le=1)
     """Share of the variance that the fit explains."""
-    held_out: tuple[HeldOut, ...] = ()
+    held_out: tuple[UnseenPoint, ...] = ()
     """Predictions of points that the fit did not see."""
     provisional: bool = False
     """Whether runs are missing."""
