@@ -111,7 +111,7 @@ def test_a_large_run_takes_more_of_the_model_apart_on_smaller_gpus():
     assert narrow.bytes_per_rank < MEMORY_SHARE * 40e9 < wide.bytes_per_rank
 
 
-def test_the_fewest_gpus_that_hold_a_run_are_found_and_half_of_them_do_not():
+def test_the_fewest_gpus_that_hold_a_run_are_found():
     goal = Goal("uniform", flops=1e22, hardware=Hardware(gpu("h100"), 1, 0.4))
     found = fitting_number(goal, BOOK, gpus_per_node=8)
     assert found.layout.ranks > 1

@@ -135,7 +135,7 @@ def test_every_published_law_says_where_it_holds():
     ]
 
 
-def test_the_interval_of_an_exponent_opens_away_from_the_middle_of_the_range():
+def test_the_interval_opens_away_from_the_middle_of_the_range():
     law = published().law("loss", noise="uniform", flop_count="deepseek")
     low, high = law.interval(1e22)
     assert (low, high) == pytest.approx((law.value(1e22) * 1000**-0.00029, law.value(1e22) * 1000**0.00026))

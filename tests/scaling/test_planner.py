@@ -48,7 +48,7 @@ def test_the_papers_large_runs_follow_from_budget_shape_and_rounding(
     assert f"{made.learning_rate:.2f}" == f"{rate:.2f}"
 
 
-def test_the_laws_of_the_large_runs_give_the_published_losses_at_their_nominal_budget():
+def test_the_large_runs_have_the_published_losses_by_the_laws():
     for noise, flops, loss in (("masked", 1e21, 2.472), ("uniform", 1e21, 2.506), ("uniform", 1e22, 2.223)):
         assert frontier(BOOK, noise).best_loss(flops) == pytest.approx(loss, abs=1.5e-3)
 
@@ -80,7 +80,7 @@ def test_the_frontier_is_as_flat_as_the_reference_says(noise, curvature):
     assert second == pytest.approx(curvature, rel=0.01)
 
 
-def test_the_implied_surface_is_a_sum_of_two_powers_with_its_optimum_on_the_laws():
+def test_the_implied_surface_has_its_optimum_on_the_laws():
     laws = frontier(BOOK, "masked")
     alpha, beta = 0.04961 / 0.56629, 0.04961 / (1 - 0.56629)
     at = {(m, d): laws.loss(m, d) for m in (1e9, 1e10, 1e11) for d in (1e10, 1e11, 1e12)}
@@ -221,7 +221,7 @@ def test_bounds_on_batch_rate_and_steps_are_named_with_their_price():
     assert "steps 3,785 are fewer than 5,000, the fewest that were measured" in few.extrapolations
 
 
-def test_gpus_and_hours_are_a_budget_in_full_that_is_converted_at_the_shape():
+def test_gpus_and_hours_are_a_budget_converted_at_the_shape():
     goal = Goal("masked", hardware=Hardware(gpu("h100"), 64, 0.4, 24))
     made = plan(goal, BOOK)
     budget = 989e12 * 64 * 0.4 * 24 * 3600
@@ -287,7 +287,7 @@ def own_laws(**more) -> LawBook:
     return LawBook((LawFile(name="mine", source="runs/mine", laws=(surface,)), *BOOK.files))
 
 
-def test_a_surface_of_ones_own_plans_with_its_floor_and_names_where_the_rest_comes_from():
+def test_a_surface_of_ones_own_plans_and_names_the_other_laws():
     book = own_laws(provisional=True)
     made = plan(Goal("masked", flops=1e19), book)
     assert made.frontier.size_law is None
