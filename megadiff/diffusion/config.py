@@ -77,7 +77,8 @@ class ObjectiveConfig(Section):
     """Factor of the Itakura-Saito term in `loss`; 1 is the paper's. Never applied to the reported ELBO."""
 
     reduction: Literal["sum", "mean"] = "mean"
-    """mean: over the noisy tokens of the global batch; sum: over them, as the released code."""
+    """mean: the sum over the noisy tokens of the global batch, divided by their number; sum: undivided, as in the
+    released code."""
 
     loss_kernel: Literal["auto", "plain", "chunked", "triton"] = "auto"
     """Computation of output layer and objective: chunk by chunk, in plain torch (chunked) or in Triton kernels

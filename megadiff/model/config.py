@@ -47,7 +47,7 @@ class ModelConfig(Section):
     head_init: float = Field(default=0.0, ge=0)
     """Standard deviation of the output head; 0 makes the first prediction uniform."""
     vocab_multiple: int = Field(default=128, gt=0, le=65536)
-    """The vocabulary is padded with dead sequences to a multiple of this; it must not change between layouts."""
+    """The vocabulary is padded with dead entries to a multiple of this; it must not change between layouts."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:

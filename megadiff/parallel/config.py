@@ -141,7 +141,7 @@ def _must_divide(what: str, value: int, by: str, divisor: int) -> None:
     if value % divisor:
         lower = value - value % divisor
         near = f"{lower} or {lower + divisor}" if lower else f"{lower + divisor}"
-        raise ConfigError(f"{what} is {value}, which {by} = {divisor} does not divide; {near} would do")
+        raise ConfigError(f"{what} is {value}, which {by} = {divisor} does not divide; {what} of {near} would do")
 
 
 def _check_virtual_pipeline(pipeline: int, virtual: int, num_microbatches: int) -> None:

@@ -70,7 +70,11 @@ def lay_out_run(config: RunConfig, *, world_size: int, vocab_size: int) -> Layou
         if not fitting and world_size != replica:  # the mistake is independent of the ranks: report it for one replica
             return lay_out_run(config, world_size=replica, vocab_size=vocab_size)
         numbers = ", ".join(map(str, fitting))
-        ways = f"numbers of ranks that fit: {numbers} (--check --ranks {fitting[0]})" if fitting else "no number fits"
+        ways = (
+            f"numbers of ranks that fit: {numbers} (--check --ranks {fitting[0]})"
+            if fitting
+            else "this holds for every number of ranks"
+        )
         sizes = describe_sizes(config, config.shape(vocab_size=vocab_size))
         raise NoLayoutError(f"{error}; {ways}", sizes) from error
 

@@ -67,8 +67,8 @@ class HealthConfig(Section):
     """Consecutive steps with a loss or gradient that is not finite, each skipped, at which the run ends (exit code
     5)."""
     spike_window: int = Field(default=128, ge=8)
-    """Last steps that the running mean and deviation of loss and gradient norm are of; judged once half of them are
-    there."""
+    """Number of last steps over which mean and deviation of loss and gradient norm are taken; spikes are judged once
+    half of them are there."""
     spike_sigma: float = Field(default=6.0, gt=0)
     """Deviations above the mean from which a loss or gradient norm is a spike."""
     skip_spikes: bool = False

@@ -37,14 +37,22 @@ DESCRIPTIONS = [
     # what does not divide
     ("model.heads=5", 1, r"model\.hidden is 32, which model\.heads = 5 does not divide"),
     ("model.heads=32", 1, r"model\.hidden / model\.heads is 1, but rotary embeddings need an even width"),
-    ("parallel.tensor=3", 3, r"model\.heads is 4, which parallel\.tensor = 3 does not divide; 3 or 6 would do"),
+    (
+        "parallel.tensor=3",
+        3,
+        r"model\.heads is 4, which parallel\.tensor = 3 does not divide; model.heads of 3 or 6 would do",
+    ),
     (
         "parallel.tensor=3 model.heads=12 model.hidden=48 model.vocab_multiple=1",
         3,
-        r"the padded vocabulary is 260, which parallel\.tensor = 3 does not divide; 258 or 261 would do",
+        r"the padded vocabulary is 260, which parallel\.tensor = 3 does not divide; the padded vocabulary of 258 or 261 would do",
     ),
     ("parallel.pipeline=3", 3, r"model\.layers is 4, which .*parallel\.virtual_pipeline = 3 does not divide"),
-    ("batch.global_batch_size=7", 1, r"batch\.global_batch_size is 7, which .* = 2 does not divide; 6 or 8 would do"),
+    (
+        "batch.global_batch_size=7",
+        1,
+        r"batch\.global_batch_size is 7, which .* = 2 does not divide; batch.global_batch_size of 6 or 8 would do",
+    ),
     (
         "parallel.tensor=2",
         3,

@@ -75,7 +75,7 @@ def test_a_description_that_fits_no_ranks_still_has_sizes(toy_corpus, tmp_path):
     config = toy_config(toy_corpus, tmp_path, parallel__tensor=3)  # 4 heads
     with pytest.raises(NoLayoutError, match=r"model\.heads is 4, which parallel.tensor = 3 does not divide") as refused:
         build.check(config)
-    assert str(refused.value).endswith("; no number fits")
+    assert str(refused.value).endswith("; this holds for every number of ranks")
     assert refused.value.sizes[0].startswith("parameters")
 
 
