@@ -16,8 +16,8 @@ class CheckpointConfig(Section):
     """Step folder of another run to begin with, including weights, optimizer state and step count; this is how a
     cooldown branches from a trunk. Ignored once the run has checkpoints of its own."""
     keep: int = Field(default=2, ge=0)
-    """Number of newest complete checkpoints to keep, at least two (1 is refused); 0 keeps all. The last one before the cooldown is
-    kept as well, so that other cooldowns can branch from it."""
+    """Number of newest complete checkpoints to keep, at least two (1 is refused); 0 keeps all. The last one before the
+    cooldown is kept as well, so that other cooldowns can branch from it."""
     in_background: bool = Field(default=True, alias="async")
     """Whether files are written while training continues; training then pauses only for the copy to host memory."""
 
