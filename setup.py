@@ -31,6 +31,7 @@ setup(
         "safetensors>=0.5",
         "filelock>=3.12",
         "rich>=13",
+        "scipy>=1.11",
         "tensorboard>=2.15",
     ],
     extras_require={
@@ -48,7 +49,6 @@ setup(
             "hypothesis>=6.100",
             "jaxtyping>=0.2.36",
             "beartype>=0.19",
-            "scipy>=1.11",
             "matplotlib>=3.7",
             "transformers>=4.57,<6",
             "lm-eval>=0.4.9",

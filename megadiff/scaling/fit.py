@@ -63,8 +63,10 @@ class PowerLaw(Fit):
 
     def interval_at(self, x: float) -> tuple[float, float]:
         """Return the interval of the law's y at x."""
-        drawn = self.draws["floor"] + np.exp(self.draws["log_coefficient"] + self.draws["exponent"] * np.log(x))
-        low, high = spread_interval(np.log(float(self(x))), np.log(drawn), level=self.level, dof=self.dof)
+        logs = self.draws["log_coefficient"] + self.draws["exponent"] * np.log(x)
+        floor = self.draws["floor"]
+        drawn = np.logaddexp(logs, np.log(floor)) if self.floor > 0 else logs
+        low, high = spread_interval(np.log(float(self(x))), drawn, level=self.level, dof=self.dof)
         return float(np.exp(low)), float(np.exp(high))
 
 
@@ -190,6 +192,9 @@ def _power_law_of(
     )
 
 
+_ONE_SIGMA = float(stats.norm.cdf(-1))
+
+
 def power_law_from_draws(
     log_coefficient: float,
     exponent: float,
@@ -204,7 +209,10 @@ def power_law_from_draws(
     notes: tuple[str, ...] = (),
 ) -> PowerLaw:
     """Return a law whose line was fitted elsewhere, with draws [draws, 2] of (log coefficient, exponent)."""
-    stderr = (float(np.nanstd(drawn[:, 0])), float(np.nanstd(drawn[:, 1]))) if len(drawn) else (np.nan, np.nan)
+    stderr = (np.nan, np.nan)
+    if len(drawn):  # from quantiles: a draw with an almost flat bowl lies anywhere
+        low, high = np.quantile(drawn, [_ONE_SIGMA, 1 - _ONE_SIGMA], axis=0)
+        stderr = (float(high[0] - low[0]) / 2, float(high[1] - low[1]) / 2)
     fit = _power_law_of(
         log_coefficient=log_coefficient, exponent=exponent, drawn=drawn, stderr=stderr, dof=(dof, dof), level=level
     )
@@ -328,7 +336,7 @@ def _welch(slopes: list[tuple[float, float, float]]) -> tuple[float, float]:
 
 
 _SURFACE = ("E", "A", "B", "alpha", "beta")
-_STARTS = tuple(itertools.product((0.1, 0.3, 0.5, 0.8), (0.1, 0.3, 0.5, 0.8), (0.2, 0.5, 0.8), (0.3, 0.7)))
+_STARTS = tuple(itertools.product((0.1, 0.3, 0.6), (0.1, 0.3, 0.6), (0.2, 0.5, 0.8), (0.3, 0.7)))
 """Starting points of a surface: alpha, beta, E as a share of the lowest loss, share of the size in the rest."""
 _SAME_OBJECTIVE, _SAME_EXPONENT = 1e-4, 0.01
 """Differences of minima that count as the same: relative of the objective, absolute of the exponents."""
@@ -389,7 +397,7 @@ def surface(
         n: size, as parameters or as FLOPs per token, in any unit.
         d: training tokens, in any unit.
         loss: nats per token.
-        method: `lse` minimises the sum of Huber losses of the residuals of log L over a logsumexp, from 96 starts;
+        method: `lse` minimises the sum of Huber losses of the residuals of log L over a logsumexp, from 54 starts;
             `varpro` minimises squares of L, the linear part solved exactly for each pair of exponents.
         groups: the run of each point; points of one run are resampled together. None: every point is a run.
         delta: Huber's delta of `lse`, in units of log L.
@@ -492,11 +500,12 @@ def _resampled(
 ) -> tuple[Floats, float]:
     """Return the parameters of data sets whose runs are drawn with replacement, [draws, 5], and degrees of freedom."""
     runs, rng = int(codes.max()) + 1, np.random.default_rng(seed)
+    counts = np.array(
+        [np.bincount(rng.integers(0, runs, runs), minlength=runs)[codes] for _ in range(draws)], dtype=float
+    )
+    usable = np.array([_is_determined(problem, row) for row in counts])
     found = np.full((draws, 5), np.nan)
-    for row in range(draws):
-        counts = np.bincount(rng.integers(0, runs, runs), minlength=runs)[codes].astype(float)
-        if _is_determined(problem, counts):
-            found[row] = problem.refit(theta, counts)
+    found[usable] = problem.refits(theta, np.tile(problem.target, (int(usable.sum()), 1)), counts[usable])
     return found, float(runs - 5)
 
 
@@ -508,11 +517,7 @@ def _redrawn(
     residuals = problem.target - predicted
     noise = _run_noise(residuals, slopes, codes)(np.random.default_rng(seed), draws)
     dof = linear_fit(slopes, residuals, codes, draws=0, seed=seed).dof
-    kept, found = problem.target, np.empty((draws, 5))
-    for row in range(draws):
-        problem.target = predicted + noise[row]
-        found[row] = problem.refit(theta, None)
-    problem.target = kept
+    found = problem.refits(theta, predicted + noise, np.ones_like(noise))
     return found, float(dof.min())
 
 
@@ -573,9 +578,14 @@ class _LogSumExp:
         agreeing = sum(_is_same(end, (best[0], best[1])) for end in ends)
         return polished, _judged(True, len(ends), agreeing, objective * self.delta**2)
 
-    def refit(self, theta: Floats, counts: Floats | None) -> Floats:
-        """Return the minimum near `theta` with each point counted `counts` times."""
-        return self._descend_whitened(theta, counts)[0]
+    def refits(self, theta: Floats, targets: Floats, counts: Floats) -> Floats:
+        """Return the minima near `theta` for other targets, each point counted `counts` times, [draws, 5]."""
+        kept, found = self.target, np.empty((len(targets), 5))
+        for row, (target, count) in enumerate(zip(targets, counts, strict=True)):
+            self.target = target
+            found[row] = self._descend_whitened(theta, count)[0]
+        self.target = kept
+        return found
 
     def predict(self, theta: Floats) -> tuple[Floats, Floats]:
         """Return the predicted log losses and their derivatives, [n] and [n, 5]."""
@@ -625,17 +635,16 @@ class _VariableProjection:
     def __init__(self, x: Floats, y: Floats, loss: Floats, delta: float, tolerance: float) -> None:
         self.x, self.y, self.target = x, y, loss
 
-    def profile(self, exponents: Floats, counts: Floats | None = None) -> tuple[float, Floats]:
+    def profile(self, exponents: Floats) -> tuple[float, Floats]:
         """Return the sum of squares and (E, a, b) for one pair of exponents."""
         alpha, beta = exponents
         if not (0 < alpha < 5 and 0 < beta < 5):
             return np.inf, np.zeros(3)
-        weights = np.ones_like(self.x) if counts is None else counts
         basis = np.stack([np.ones_like(self.x), np.exp(-alpha * self.x), np.exp(-beta * self.y)])
-        gram, right = (basis * weights) @ basis.T, (basis * weights) @ self.target
+        gram, right = basis @ basis.T, basis @ self.target
         linear = _non_negative(gram, right)
         residual = self.target - linear @ basis
-        return float((weights * residual) @ residual), linear
+        return float(residual @ residual), linear
 
     def fit(self) -> tuple[Floats, Convergence]:
         """Return the minimum: a grid of exponents, then a descent from 16 starts and from the best of the grid.
@@ -648,13 +657,14 @@ class _VariableProjection:
         row, column = np.unravel_index(int(np.argmin(table)), table.shape)
         starts = [np.array([grid[row], grid[column]])]
         starts += [np.array(pair) for pair in itertools.product((0.1, 0.3, 0.5, 0.8), repeat=2)]
-        ends = [self._descend(start, None) for start in starts]
+        ends = [self._descend(start) for start in starts]
         best = min(ends, key=lambda end: end[1])
+        negligible = 1e-9 * float(((self.target - self.target.mean()) ** 2).sum())
         agreeing = sum(
-            end[1] <= best[1] * (1 + _SAME_OBJECTIVE) + 1e-18 and np.abs(end[0] - best[0]).max() < _SAME_EXPONENT
+            end[1] <= best[1] * (1 + _SAME_OBJECTIVE) + negligible and np.abs(end[0] - best[0]).max() < _SAME_EXPONENT
             for end in ends
         )
-        return self._theta(best[0], None), _judged(True, len(starts), agreeing, best[1])
+        return self._theta(best[0]), _judged(True, len(starts), int(agreeing), best[1])
 
     def predict(self, theta: Floats) -> tuple[Floats, Floats]:
         """Return the predicted losses and their derivatives, [n] and [n, 5]."""
@@ -662,24 +672,32 @@ class _VariableProjection:
         floor = np.full_like(a, np.exp(theta[2]))
         return a + b + floor, np.stack([a, b, floor, -a * self.x, -b * self.y], axis=1)
 
-    def refit(self, theta: Floats, counts: Floats | None) -> Floats:
-        """Return the minimum near `theta` with each point counted `counts` times."""
-        exponents, _ = self._descend(theta[3:], counts)
-        return self._theta(exponents, counts)
+    def refits(self, theta: Floats, targets: Floats, counts: Floats) -> Floats:
+        """Return the minima near `theta` for other targets, each point counted `counts` times, [draws, 5]."""
 
-    def _descend(self, start: Floats, counts: Floats | None) -> tuple[Floats, float]:
-        scale = max(self.profile(start, counts)[0], 1e-300)
+        def model(many: Floats) -> tuple[Floats, Floats]:
+            with np.errstate(all="ignore"):
+                a = np.exp(many[:, :1] - many[:, 3:4] * self.x)
+                b = np.exp(many[:, 1:2] - many[:, 4:5] * self.y)
+                floor = np.exp(np.broadcast_to(many[:, 2:3], a.shape))
+                return a + b + floor, np.stack([a, b, floor, -a * self.x, -b * self.y], axis=2)
+
+        start = np.maximum(theta, [-30, -30, -12, 0.001, 0.001])  # a term at zero has no slope to return by
+        return least_squares(model, targets, np.tile(start, (len(targets), 1)), weights=counts)[0]
+
+    def _descend(self, start: Floats) -> tuple[Floats, float]:
+        scale = max(self.profile(start)[0], 1e-300)
         simplex = start + np.array([[0.0, 0.0], [0.03, 0.0], [0.0, 0.03]])
         found = optimize.minimize(
-            lambda pair: self.profile(pair, counts)[0] / scale,
+            lambda pair: self.profile(pair)[0] / scale,
             start,
             method="Nelder-Mead",
             options={"xatol": 1e-7, "fatol": 1e-13, "maxiter": 800, "initial_simplex": simplex},
         )
         return found.x, float(found.fun * scale)
 
-    def _theta(self, exponents: Floats, counts: Floats | None) -> Floats:
-        E, a, b = np.maximum(self.profile(exponents, counts)[1], 1e-300)
+    def _theta(self, exponents: Floats) -> Floats:
+        E, a, b = np.maximum(self.profile(exponents)[1], 1e-300)
         return np.array([np.log(a), np.log(b), np.log(E), *exponents])
 
 

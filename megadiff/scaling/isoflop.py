@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from megadiff.scaling.fit import PowerLaw, power_law_from_draws
 from megadiff.scaling.resampling import LEVEL, FitError, Floats, as_points, group_codes, spread_interval, t_width
 
-SAME_BUDGET = 0.02
-"""Relative difference of FLOPs up to which points belong to one budget."""
+SAME_BUDGET, SAME_SIZE = 0.02, 0.05
+"""Relative differences up to which FLOPs are one budget, and FLOPs per token one size of a bowl."""
 MIN_SIZES, GOOD_SIZES, MIN_BUDGETS = 3, 5, 3
 
 
@@ -34,7 +34,7 @@ class Bowls:
         self.log_flops, self.log_size, self.present = log_flops, log_size, present
         self.rows = [np.flatnonzero(column) for column in present.T]
         self.centres = np.array([log_size[rows].mean() if len(rows) else 0.0 for rows in self.rows])
-        self.sizes = [len(np.unique(log_size[rows])) for rows in self.rows]
+        self.sizes = [_different(log_size[rows]) for rows in self.rows]
         self.designs = [
             np.vander(log_size[r] - c, 3, increasing=True) for r, c in zip(self.rows, self.centres, strict=True)
         ]
@@ -105,6 +105,11 @@ class Bowls:
         used = [len(rows) for rows, inverse in zip(self.rows, self.inverses, strict=True) if inverse is not None]
         freedom = sum(np.trace(part) for part in keep) * self.present.any(axis=1).sum() / sum(used)
         return correlation * np.outer(spread, spread), float(freedom)
+
+
+def _different(log_size: Floats) -> int:
+    """Return the number of sizes that differ by more than a few per cent from the next smaller one."""
+    return int((np.diff(np.sort(log_size)) > np.log1p(SAME_SIZE)).sum()) + 1 if len(log_size) else 0
 
 
 @dataclass(frozen=True)

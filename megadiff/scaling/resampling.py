@@ -204,7 +204,7 @@ Model = Callable[[Floats], tuple[Floats, Floats]]
 
 
 def least_squares(
-    model: Model, y: Floats, start: Floats, *, steps: int = 200
+    model: Model, y: Floats, start: Floats, *, weights: Floats | None = None, steps: int = 200
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """Fit many data sets at once by Levenberg and Marquardt's method.
 
@@ -212,14 +212,16 @@ def least_squares(
         model: a prediction that is not finite is outside the model's domain and never stepped to.
         y: [draws, n].
         start: [draws, p].
+        weights: weight of each square, [draws, n]; None weighs all alike.
         steps: most steps.
 
     Returns:
         parameters [draws, p], sums of squares [draws], and whether each fit stopped improving [draws].
     """
     theta, damping = start.copy(), np.full(len(start), 1e-3)
+    weights = np.ones_like(y) if weights is None else weights
     found, slopes = model(theta)
-    cost = _cost(y - found)
+    cost = _cost(y - found, weights)
     is_done = ~np.isfinite(cost)
     eye = np.eye(theta.shape[1])
     for _ in range(steps):
@@ -227,14 +229,15 @@ def least_squares(
         if not len(active):
             break
         J, r = slopes[active], (y - found)[active]
-        gram = np.einsum("dnp,dnq->dpq", J, J)
+        J_weighted = (J * weights[active][:, :, None]).transpose(0, 2, 1)
+        gram = J_weighted @ J
         scale = np.maximum(np.einsum("dpp->dp", gram), 1e-30)
         lifted = gram + eye * (damping[active, None] * scale)[:, :, None]
-        step = np.linalg.solve(lifted, np.einsum("dnp,dn->dp", J, r)[:, :, None])[:, :, 0]
+        step = np.linalg.solve(lifted, J_weighted @ r[:, :, None])[:, :, 0]
         tried = theta[active] + step
         with np.errstate(all="ignore"):
             value, slope = model(tried)
-        after = _cost(y[active] - value)
+        after = _cost(y[active] - value, weights[active])
         is_better = after <= cost[active]
         gain = np.where(is_better, cost[active] - after, np.inf)
         stopped = (gain <= 1e-14 * cost[active] + 1e-300) | (damping[active] > 1e12)
@@ -246,7 +249,7 @@ def least_squares(
     return theta, cost, is_done & np.isfinite(cost)
 
 
-def _cost(residuals: Floats) -> Floats:
+def _cost(residuals: Floats, weights: Floats) -> Floats:
     with np.errstate(all="ignore"):
-        total = (residuals**2).sum(axis=1)
+        total = (weights * residuals**2).sum(axis=1)
     return np.where(np.isfinite(total), total, np.inf)

@@ -130,13 +130,19 @@ def test_a_surface_without_noise_is_found_exactly(method):
     assert found(n, d) <= min(found(n * 1.01, d / 1.01), found(n / 1.01, d * 1.01))
 
 
-@pytest.mark.parametrize("method", ["lse", "varpro"])
-def test_intervals_of_a_surface_hold_the_truth(method):
+def test_intervals_of_a_surface_hold_the_truth():
     def intervals(rng):
-        return surface(N, D, planted_loss(rng), method, draws=40).intervals
+        return surface(N, D, planted_loss(rng), "varpro", draws=100).intervals
 
-    found = coverage(intervals, TRUTH, REPETITIONS // 10)
-    assert min(found.values()) >= 0.7, found
+    found = coverage(intervals, TRUTH, REPETITIONS // 4)
+    assert min(found.values()) >= 0.8, found
+
+
+def test_both_methods_give_like_errors():
+    loss = planted_loss(np.random.default_rng(0))
+    lse, varpro = (surface(N, D, loss, method, draws=100) for method in ("lse", "varpro"))
+    for name in ("alpha", "beta"):
+        assert lse.standard_errors[name] == pytest.approx(varpro.standard_errors[name], rel=0.5)
 
 
 def test_one_run_a_size_widens_the_intervals_of_a_surface():
@@ -153,7 +159,7 @@ def test_a_loose_tolerance_is_refused_and_never_gives_another_surface():
     loss = planted_loss(np.random.default_rng(0), noise=0.02)
     best = surface(N, D, loss, draws=0)
     refused = 0
-    for tolerance in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8):
+    for tolerance in (1e-1, 1e-2, 1e-4, 1e-6):
         try:
             found = surface(N, D, loss, draws=0, tolerance=tolerance)
         except FitError:
@@ -169,7 +175,7 @@ def test_a_loose_tolerance_is_refused_and_never_gives_another_surface():
 def test_the_scale_of_the_objective_changes_nothing():
     loss = planted_loss(np.random.default_rng(1), noise=0.01)
     once = surface(N, D, loss, draws=0)
-    tenfold = surface(np.tile(N, 10), np.tile(D, 10), np.tile(loss, 10), draws=0)
+    tenfold = surface(np.tile(N, 3), np.tile(D, 3), np.tile(loss, 3), draws=0)
     assert tenfold.alpha == pytest.approx(once.alpha, abs=1e-4)
 
 

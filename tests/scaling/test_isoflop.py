@@ -21,7 +21,7 @@ def test_the_laws_of_a_sweep_without_noise_are_found():
     assert found.laws["flops_per_token"](1e19) == pytest.approx(0.01761 * 1e19**0.56629, rel=0.02)
     assert (found.exponents_add_to, found.coefficients_multiply_to) == (pytest.approx(1), pytest.approx(1))
     assert [budget.excluded for budget in found.budgets] == [""] * 9
-    assert [budget.curvature for budget in found.budgets] == pytest.approx([0.01] * 9, rel=0.05)
+    assert [budget.curvature for budget in found.budgets] == pytest.approx([0.01] * 9, rel=0.1)
 
 
 def test_run_level_intervals_hold_the_exponents():
@@ -120,8 +120,8 @@ def test_budgets_are_told_apart_at_two_percent_and_never_rounded_to_a_digit():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda f, s, l, r: (f, s * (1 + 0.1 * (f > 1e19)), l, r), "has sizes from"),
-        (lambda f, s, l, r: (np.where(f > 1e20, 1e20, f), s, l, r), "two losses at a budget"),
+        (lambda f, s, *rest: (f, s * (1 + 0.1 * (f > 1e19)), *rest), "has sizes from"),
+        (lambda f, *rest: (np.where(f > 1e20, BUDGETS[-2], f), *rest), "two losses at a budget"),
     ],
 )
 def test_runs_that_contradict_themselves_are_refused(change, said):

@@ -1,0 +1,289 @@
+"""`megadiff fit_scaling`: from run folders or a CSV file to laws, with every run that is left out by name."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from megadiff.cli.fit_scaling import main
+from megadiff.errors import MegadiffError
+from megadiff.scaling.points import from_csv, from_runs, loss_at
+from tests.scaling.planted import MASKED, UNIFORM, sweep
+
+HEAD = "run,noise,flops,flops_per_token,loss"
+
+
+def fit(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["fit_scaling", *map(str, words)])
+    main()
+
+
+def rows_of(surface=MASKED, noise="masked", seed=0, luck=0.001):
+    columns = zip(*sweep(np.random.default_rng(seed), surface, noise=luck), strict=True)
+    return [f"{noise}-{run},{noise},{float(c)!r},{float(m)!r},{float(loss)!r}" for c, m, loss, run in columns]
+
+
+def write_csv(path, rows, head=HEAD):
+    path.write_text("\n".join([head, *rows]) + "\n")
+    return path
+
+
+def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
+    table = write_csv(tmp_path / "points.csv", [*rows_of(), *rows_of(UNIFORM, "uniform", 1)])
+    fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 60)
+    said = capsys.readouterr().out
+    assert "bowls: 9 of 9 vertices count" in said
+    assert "masked and uniform: cross at" in said
+    found = yaml.safe_load((tmp_path / "out/law.yaml").read_text())
+    assert (found["runs"], found["provisional"], found["excluded"]) == (18, False, [])
+    law = next(
+        law for law in found["laws"]
+        if (law["noise"], law["quantity"], law["estimator"]) == ("masked", "flops_per_token", "vertex")
+    )  # fmt: skip
+    low, high = law["parameters"]["alpha"]["interval"]
+    assert low < 0.56629 < high
+    assert law["flop_count"] == "deepseek"
+    assert law["valid"]["flops"] == pytest.approx([5e17, 2e20])
+    assert np.quantile(np.array(law["draws"])[:, 1], [0.16, 0.84]) == pytest.approx([low, high], abs=(high - low) / 2)
+    assert {law["estimator"] for law in found["laws"]} == {"vertex", "best_run", "lse", "varpro"}
+    assert json.loads((tmp_path / "out/fit.json").read_text())["budgets"]["masked"][0]["excluded"] == ""
+    with (tmp_path / "out/points.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 162
+    page = (tmp_path / "out/index.html").read_text()
+    assert page.count("<svg") == 4
+    assert "http-equiv" in page
+    assert "src=" not in page
+    assert {path.name for path in (tmp_path / "out/figures").glob("*.png")} == {
+        "bowls-masked.png", "bowls-uniform.png", "laws.png", "exponents.png"
+    }  # fmt: skip
+
+
+def test_columns_of_other_names_and_the_count_of_parameters(tmp_path, monkeypatch, capsys):
+    rows = [",".join([row.split(",")[2], str(float(row.split(",")[3]) / 6), row.split(",")[4]]) for row in rows_of()]
+    table = write_csv(tmp_path / "other.csv", rows, "Training FLOP,Model Size,final")
+    words = ("--columns", "params=Model Size", "flops=Training FLOP", "loss=final", "--draws", 20)
+    fit(monkeypatch, "--csv", table, *words, "--flop-count", "chinchilla", "--output", tmp_path / "out")
+    assert "surface (varpro)" in capsys.readouterr().out
+    with pytest.raises(MegadiffError, match="unless --flop-count is chinchilla"):
+        fit(monkeypatch, "--csv", table, *words, "--output", tmp_path / "out")
+
+
+GOOD = ["r1,m,1e18,1e9,3.0", "r2,m,1e18,2e9,2.9"]
+HOSTILE = {
+    "empty": (b"", "is empty"),
+    "only names": (HEAD.encode(), "nothing below it"),
+    "blank names": (b",,\n1,2,3\n", "is empty"),
+    "binary": (bytes(range(256)), "is not UTF-8 text"),
+    "nul": (f"{HEAD}\nr\0,m,1,2,3\n".encode(), "NUL characters"),
+    "utf16": (f"{HEAD}\n{GOOD[0]}".encode("utf-16"), "is not UTF-8 text"),
+    "no loss": (b"run,flops,tokens\na,1,2\n", "needs a column loss"),
+    "loss alone": (b"run,loss\na,1\n", "needs a column loss and two of"),
+    "same name twice": (b"loss,loss,flops,tokens\n1,2,3,4\n", "names the column `loss` twice"),
+    "short row": (f"{HEAD}\n{GOOD[0]}\nr2,m,1e18\n".encode(), "3 cells where the first row has 5"),
+    "long row": (f"{HEAD}\n{GOOD[0]},9\n".encode(), "6 cells where the first row has 5"),
+    "open quote": (f'{HEAD}\n"r1,m,1e18,1e9,3.0\n'.encode(), "is not a CSV file"),
+    "huge field": (f"{HEAD}\n{'x' * 200000},m,1e18,1e9,3.0\n".encode(), "is not a CSV file"),
+    "words": (f"{HEAD}\nr1,m,many,1e9,3.0\n".encode(), "its flops is `many`, no number"),
+    "all nan": (f"{HEAD}\nr1,m,1e18,1e9,nan\n".encode(), "r1: NaN"),
+    "all infinite": (f"{HEAD}\nr1,m,1e18,1e9,inf\n".encode(), "r1: diverged"),
+    "negative": (f"{HEAD}\nr1,m,1e18,-1e9,3.0\n".encode(), "not positive"),
+    "zero loss": (f"{HEAD}\nr1,m,1e18,1e9,0\n".encode(), "not positive"),
+    "contradiction": (b"run,flops,tokens,flops_per_token,loss\nr,1e18,1e9,1e8,3\n", "times flops_per_token x tokens"),
+    "too few": ("\n".join([HEAD, *GOOD]).encode(), "determine no law"),
+    "control characters": (f"{HEAD}\n\x1b[31mr1,m,\x1b[2J,1e9,3.0\n".encode(), "no number"),
+    "huge exponent": (f"{HEAD}\nr1,m,1e999,1e9,3.0\n".encode(), "r1: diverged"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_csv_is_answered_in_one_sentence(name, tmp_path, monkeypatch):
+    content, said = HOSTILE[name]
+    path = tmp_path / "points.csv"
+    path.write_bytes(content)
+    with pytest.raises(MegadiffError, match=said) as caught:
+        fit(monkeypatch, "--csv", path, "--output", tmp_path / "out")
+    assert caught.value.exit_code == 2
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_that_are_no_files_and_wrong_options(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    table = write_csv(tmp_path / "points.csv", GOOD)
+    for words, said in (
+        (("--csv", tmp_path / "fifo"), "is a FIFO"),
+        (("--csv", tmp_path), "is a folder"),
+        (("--csv", tmp_path / "none.csv"), "cannot be read"),
+        ((), "give run folders or --csv"),
+        (("--csv", table, "x"), "and not both"),
+        (("x", "--columns", "a=b"), "give --csv FILE too"),
+        (("--csv", table, "--columns", "loss"), "OURS=THEIRS"),
+        (("--csv", table, "--columns", "lss=loss"), "the columns are run"),
+        (("--csv", table, "--columns", "loss=final"), "has no column `final`"),
+        (("--csv", table, "--keep", "ugly"), "the reasons are diverged"),
+        (("--csv", table, "--level", "95"), "between 0.5 and 1"),
+        (("--csv", table, "--draws", "1"), "between 10 and"),
+        (("--csv", table, "--run-noise", "5"), "such as 0.001"),
+        (("--csv", table, "--output", table), "is a file"),
+        ((tmp_path / "nowhere",), "is no folder"),
+        ((tmp_path, "--budgets", "-1"), "positive numbers"),
+        ((tmp_path,), "unreadable"),
+    ):
+        with pytest.raises(MegadiffError, match=said):
+            fit(monkeypatch, *words)
+
+
+# Dirty sweeps
+
+FLOPS_A_STEP = 8e11
+SHAPES = [(2, 64), (3, 64), (3, 96), (4, 96), (4, 128), (5, 128), (6, 160)]
+
+
+def write_run(folder, layers, hidden, *, luck=1.0, steps=2000, change=None, lines=None, **settings):
+    """A run folder on the planted surface, evaluated every 20 steps, with a cooldown of 40 steps at the end."""
+    folder.mkdir(parents=True)
+    config = {
+        "name": folder.name, "seed": 0, "noise": {"shift": "masked"},
+        "model": {"layers": layers, "hidden": hidden, "seq_length": 64, "ffn_multiple": 4},
+        "method": {"name": "gidd"}, "batch": {"global_batch_size": 32},
+        "optimizer": {"lr": 0.1, "clip_grad": 1.0}, "schedule": {"steps": steps, "warmup_steps": 10},
+    }  # fmt: skip
+    for key, value in settings.items():
+        section, _, name = key.partition("__")
+        config[section] = {**config[section], name: value} if name else value
+    size = 6 * 12 * layers * hidden**2 + 12 * layers * hidden * 64
+    written = []
+    for step in range(20, (lines or steps) + 1, 20):
+        tokens = step * FLOPS_A_STEP / size
+        loss = float(MASKED(np.float64(size), np.float64(tokens))) * luck
+        rate = 0.1 if step <= steps - 40 else 0.05
+        written += [{"step": step, "tokens": tokens, "loss": loss, "lr": rate}]
+        written += [{"step": step, "eval_elbo": loss, "eval_elbo_stderr": 0.01}]
+    written = [change(line) if change else line for line in written]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    (folder / "data.json").write_text(json.dumps({"fingerprint": settings.get("data_is", "a" * 64)}))
+    return folder
+
+
+def clean_sweep(folder):
+    rng = np.random.default_rng(0)
+    return [
+        write_run(folder / f"{layers}x{hidden}", layers, hidden, luck=float(np.exp(0.001 * rng.standard_normal())))
+        for layers, hidden in SHAPES
+    ]
+
+
+def test_every_kind_of_dirty_run_is_left_out_by_name(tmp_path):
+    runs = clean_sweep(tmp_path)
+    late = {"change": lambda line: {**line, "eval_elbo": None} if line["step"] > 300 and "eval_elbo" in line else line}
+    worse = {"change": lambda line: {k: v * 2 if k in ("loss", "eval_elbo") and line["step"] > 300 else v
+                                     for k, v in line.items()}}  # fmt: skip
+    dirty = {
+        "NaN": write_run(tmp_path / "nan", 2, 96, **late),
+        "diverged": write_run(tmp_path / "worse", 2, 96, seed=1, **worse),
+        "unfinished": write_run(tmp_path / "short", 2, 96, seed=2, lines=1000),
+        "other settings": write_run(tmp_path / "clip", 2, 96, seed=3, optimizer__clip_grad=5.0),
+        "other data": write_run(tmp_path / "data", 2, 96, seed=4),
+        "duplicate": write_run(tmp_path / "twice", 2, 64),
+        "changed settings": write_run(tmp_path / "resumed", 2, 96, seed=5),
+        "unreadable": write_run(tmp_path / "bare", 2, 96, seed=6),
+        "too short": write_run(tmp_path / "brief", 2, 96, seed=7, steps=60),
+    }
+    (dirty["other data"] / "data.json").write_text(json.dumps({"fingerprint": "b" * 64}))
+    (dirty["changed settings"] / "log.txt").write_text(
+        "12:00 changed since     log.every: 1 -> 2\n12:00 changed since     optimizer.weight_decay: 0.0 -> 0.1\n"
+    )
+    (runs[0] / "log.txt").write_text("12:00 changed since     log.every: 1 -> 2\n")
+    (dirty["unreadable"] / "config.yaml").unlink()
+    found = from_runs([*runs, *dirty.values()], min_steps=100)
+    reasons = {left.run: left.reason for left in found.excluded}
+    assert reasons == {str(folder): reason for reason, folder in dirty.items()}
+    assert {point.run for point in found.counted} == {str(run) for run in runs}
+    kept = from_runs([*runs, dirty["unfinished"]], min_steps=100, kept=["unfinished"])
+    assert str(dirty["unfinished"]) in {point.run for point in kept.points}
+
+
+def test_points_lie_in_the_stable_stretch_and_give_the_planted_loss(tmp_path, monkeypatch, capsys):
+    runs = clean_sweep(tmp_path)
+    found = from_runs(runs, min_steps=100)
+    for point in found.counted:
+        planted = float(MASKED(np.float64(point.flops_per_token), np.float64(point.tokens)))
+        assert point.loss == pytest.approx(planted, rel=0.004)
+        assert 100 <= round(point.flops / FLOPS_A_STEP, 6) <= 1960
+        assert point.flops == pytest.approx(point.flops_per_token * point.tokens)
+    assert {point.noise for point in found.points} == {"masked"}
+    fit(monkeypatch, *runs, "--min-steps", 100, "--draws", 30, "--output", tmp_path / "out")
+    assert (tmp_path / "out/law.yaml").exists()
+    assert "masked: 7 runs" in capsys.readouterr().out
+
+
+def test_a_provisional_law_says_why(tmp_path, monkeypatch, capsys):
+    rows = [*rows_of(), "nan-run,masked,1e19,1e9,nan", "late,masked,1e19,2e9,3.0"]
+    head = HEAD + ",status"
+    rows = [row + (",running" if row.startswith("late") else ",") for row in rows]
+    fit(monkeypatch, "--csv", write_csv(tmp_path / "p.csv", rows, head), "--draws", 20, "--output", tmp_path / "out")
+    found = yaml.safe_load((tmp_path / "out/law.yaml").read_text())
+    assert found["provisional"]
+    assert {entry["run"]: entry["reason"] for entry in found["excluded"]} == {"nan-run": "NaN", "late": "unfinished"}
+    assert "left out: nan-run: NaN" in capsys.readouterr().out
+    assert any("NaN" in reason for reason in found["provisional_reasons"])
+
+
+def test_the_best_batch_of_a_grid_counts_and_its_edges_are_named(tmp_path, monkeypatch):
+    rows = []
+    for row in rows_of(luck=0.0005):
+        run, noise, flops, size, loss = row.split(",")
+        best = 10**-2.4 * (float(flops) / float(size)) ** 0.8225
+        for step in range(14, 27):
+            worse = float(loss) * (1 + 0.002 * np.log(2**step / best) ** 2)
+            rows.append(f"{run}-{step},{noise},{flops},{size},{float(worse)!r},{2**step},0.5")
+    table = write_csv(tmp_path / "grid.csv", rows, HEAD + ",batch_tokens,learning_rate")
+    gathered = from_csv(table)
+    assert len(gathered.counted) == 81
+    assert {point.excluded for point in gathered.points} == {"", "another batch or learning rate is better"}
+    fit(monkeypatch, "--csv", table, "--draws", 20, "--output", tmp_path / "out")
+    laws = yaml.safe_load((tmp_path / "out/law.yaml").read_text())["laws"]
+    law = next(law for law in laws if law["quantity"] == "batch_tokens" and law["size"] == "all")
+    assert law["parameters"]["alpha"]["value"] == pytest.approx(0.8225, abs=0.05)
+
+
+def test_a_loss_between_evaluations_is_interpolated_and_never_extrapolated():
+    tokens = np.geomspace(1e6, 1e8, 9)
+    loss, none = 20 * tokens**-0.1, np.full(9, np.nan)
+    assert loss_at(tokens, loss, none, 3e7, 1.25)[0] == pytest.approx(20 * 3e7**-0.1)
+    assert loss_at(tokens, loss, none, 3e7, 4.0)[0] == pytest.approx(20 * 3e7**-0.1)
+    assert loss_at(tokens, loss, none, 2e8, 4.0) is None
+    assert loss_at(tokens, loss, none, 5e5, 4.0) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metrics.jsonl", b"", "no rising count"),
+        ("metrics.jsonl", b"\xff\xfe garbage\n{]\n", "no rising count"),
+        ("metrics.jsonl", b'{"step": 1, "tokens": "many"}\n{"step": 2, "tokens": 9}\n', "no rising count"),
+        ("metrics.jsonl", b'{"step": 1, "tokens": 9}\n{"step": 2, "tokens": 5}\n', "no rising count"),
+        ("metrics.jsonl", b'{"step": 1' * 200000, "no rising count"),
+        ("config.yaml", b"- a\n- b\n", "not YAML"),
+        ("config.yaml", b"\xff\xff", "not YAML"),
+        ("config.yaml", b"a: [" * 5000, "not YAML"),
+        ("config.yaml", b"model: {layers: -3, hidden: x}\n", "no whole number"),
+    ],
+)
+def test_a_hostile_run_folder_is_left_out_and_the_others_are_fitted(name, content, said, tmp_path):
+    runs = clean_sweep(tmp_path)
+    bad = write_run(tmp_path / "bad", 2, 96, seed=9)
+    (bad / name).write_bytes(content)
+    found = from_runs([*runs, bad], min_steps=100)
+    assert [(left.run, left.reason) for left in found.excluded] == [(str(bad), "unreadable")]
+    assert said in found.excluded[0].detail
+    assert len({point.run for point in found.counted}) == 7
+    with pytest.raises(MegadiffError, match="none of 1 runs gives a point"):
+        from_runs([bad], min_steps=100)
