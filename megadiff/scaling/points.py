@@ -110,23 +110,37 @@ class _Run:
     def setting(self, key: str) -> Any:
         return self.settings.get(key)
 
-    def whole(self, key: str) -> int:
-        value = self.settings.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"its config.yaml has no whole number `{key}`")
-        return value
+
+def params_of(settings: Mapping[str, Any]) -> float:
+    """Return the parameters that the laws count, without embedding and head, of a run's flat settings.
+
+    The count is that of `megadiff.model.cost.paper_parameters`, which needs torch: MLP biases count twice.
+
+    Raises:
+        ValueError: a setting is missing or no positive whole number.
+    """
+    layers, d, heads = (_whole(settings, f"model.{name}") for name in ("layers", "hidden", "heads"))
+    wide = d * (_whole(settings, "model.ffn_multiple") if "model.ffn_multiple" in settings else 4)
+    gains = {"full": 2 * d, "none": 0}.get(str(settings.get("model.qk_norm", "head")), 2 * d // heads)
+    biases = 2 * (wide + d) if settings.get("model.mlp_bias") is True else 0
+    return float(layers * (4 * d * d + 2 * d * wide + 2 * d + gains + biases) + d)
 
 
-def _params(run: _Run) -> float:
-    layers, hidden = run.whole("model.layers"), run.whole("model.hidden")
-    wide = run.settings.get("model.ffn_multiple")
-    multiple = wide if isinstance(wide, int) and not isinstance(wide, bool) and wide > 0 else 4
-    return float(layers * (4 + 2 * multiple) * hidden**2)
+def flops_per_token_of(settings: Mapping[str, Any], count: str) -> float:
+    """Return the training FLOPs of a token, 6 P + 12 L d S for `deepseek` and 6 P for `chinchilla`.
+
+    Raises:
+        ValueError: a setting is missing or no positive whole number.
+    """
+    layers, d, length = (_whole(settings, f"model.{name}") for name in ("layers", "hidden", "seq_length"))
+    return 6 * params_of(settings) + (12.0 * layers * d * length if count == "deepseek" else 0.0)
 
 
-def _flops_per_token(run: _Run, count: str) -> float:
-    attention = 12.0 * run.whole("model.layers") * run.whole("model.hidden") * run.whole("model.seq_length")
-    return 6 * _params(run) + (attention if count == "deepseek" else 0.0)
+def _whole(settings: Mapping[str, Any], key: str) -> int:
+    value = settings.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 10**12:
+        raise ValueError(f"its config.yaml has no positive whole number `{key}`")
+    return value
 
 
 def from_runs(
@@ -163,7 +177,7 @@ def from_runs(
     ]
     left_out = {found.run for found in excluded}
     usable = [run for run in runs if run.name not in left_out and len(run.tokens)]
-    sizes = {run.name: _flops_per_token(run, flop_count) for run in usable}
+    sizes = {run.name: flops_per_token_of(run.settings, flop_count) for run in usable}
     chosen = sorted(budgets) if budgets else _budgets(usable, sizes)
     points = [point for run in usable for point in _points_of(run, sizes[run.name], chosen, window, flop_count)]
     bare = [run for run in usable if not any(point.run == run.name for point in points)]
@@ -321,7 +335,7 @@ def _problems(runs: Sequence[_Run], swept: Sequence[str]) -> list[tuple[str, str
         if problems[place] is not None:
             continue
         try:
-            _flops_per_token(run, "deepseek")
+            flops_per_token_of(run.settings, "deepseek")
         except ValueError as error:
             problems[place] = ("unreadable", str(error))
             continue
@@ -384,7 +398,7 @@ def _points_of(run: _Run, size: float, budgets: Sequence[float], window: float, 
             tokens=tokens,
             loss=found[0],
             loss_stderr=found[1],
-            params=_params(run),
+            params=params_of(run.settings),
             batch_tokens=float(batch * seq) if isinstance(batch, int) and isinstance(seq, int) else None,
             learning_rate=float(rate) if isinstance(rate, int | float) else None,
             seed=str(run.setting("seed")),

@@ -13,7 +13,7 @@ import yaml
 
 from megadiff.cli.fit_scaling import main
 from megadiff.errors import MegadiffError
-from megadiff.scaling.points import from_csv, from_runs, loss_at
+from megadiff.scaling.points import flops_per_token_of, from_csv, from_runs, loss_at
 from tests.scaling.planted import MASKED, UNIFORM, sweep
 
 HEAD = "run,noise,flops,flops_per_token,loss"
@@ -150,14 +150,14 @@ def write_run(folder, layers, hidden, *, luck=1.0, steps=2000, change=None, line
     folder.mkdir(parents=True)
     config = {
         "name": folder.name, "seed": 0, "noise": {"shift": "masked"},
-        "model": {"layers": layers, "hidden": hidden, "seq_length": 64, "ffn_multiple": 4},
+        "model": {"layers": layers, "hidden": hidden, "heads": 2, "seq_length": 64, "ffn_multiple": 4},
         "method": {"name": "gidd"}, "batch": {"global_batch_size": 32},
         "optimizer": {"lr": 0.1, "clip_grad": 1.0}, "schedule": {"steps": steps, "warmup_steps": 10},
     }  # fmt: skip
     for key, value in settings.items():
         section, _, name = key.partition("__")
         config[section] = {**config[section], name: value} if name else value
-    size = 6 * 12 * layers * hidden**2 + 12 * layers * hidden * 64
+    size = flops_per_token_of({f"model.{key}": value for key, value in config["model"].items()}, "deepseek")
     written = []
     for step in range(20, (lines or steps) + 1, 20):
         tokens = step * FLOPS_A_STEP / size
@@ -274,7 +274,7 @@ def test_a_loss_between_evaluations_is_interpolated_and_never_extrapolated():
         ("config.yaml", b"- a\n- b\n", "not YAML"),
         ("config.yaml", b"\xff\xff", "not YAML"),
         ("config.yaml", b"a: [" * 5000, "not YAML"),
-        ("config.yaml", b"model: {layers: -3, hidden: x}\n", "no whole number"),
+        ("config.yaml", b"model: {layers: -3, hidden: x}\n", "no positive whole number"),
     ],
 )
 def test_a_hostile_run_folder_is_left_out_and_the_others_are_fitted(name, content, said, tmp_path):
@@ -287,3 +287,15 @@ def test_a_hostile_run_folder_is_left_out_and_the_others_are_fitted(name, conten
     assert len({point.run for point in found.counted}) == 7
     with pytest.raises(MegadiffError, match="none of 1 runs gives a point"):
         from_runs([bad], min_steps=100)
+
+
+@pytest.mark.parametrize("norm", ["full", "head", "none"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_flops_per_token_are_those_that_the_trainer_counts(norm, has_bias):
+    from megadiff.model.cost import Shape, paper_flops_per_token
+
+    shape = Shape(layers=3, hidden=96, heads=4, vocab_size=2, seq_length=64, qk_norm=norm, mlp_bias=has_bias)
+    names = ("layers", "hidden", "heads", "seq_length", "qk_norm", "mlp_bias")
+    settings = {f"model.{name}": getattr(shape, name) for name in names} | {"model.ffn_multiple": 4}
+    for count in ("deepseek", "chinchilla"):
+        assert flops_per_token_of(settings, count) == paper_flops_per_token(shape, count)
