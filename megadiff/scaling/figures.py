@@ -90,7 +90,7 @@ def _bowls(figure: Any, fits: NoiseFits) -> None:
             axes.plot([budget.size], [budget.loss], "*", color="black", ms=9)
     axes.set_ylim(*_around([p.loss for p in fits.points]))
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per token M", ylabel="loss, nats per token", title=fits.noise)
-    axes.legend(fontsize="x-small", ncols=2)
+    axes.legend(fontsize="x-small", ncols=2, loc="upper right")
 
 
 def _around(values: list[float]) -> tuple[float, float]:
@@ -113,7 +113,7 @@ def _laws(figure: Any, solved: list[NoiseFits]) -> None:
                     axes.plot([budget.flops], [value], "o", color=colour, ms=4)
             axes.axvspan(high, high * 10, color="grey", alpha=0.08, lw=0)
         axes.set(xscale="log", yscale="log", xlabel="C, FLOPs", title=label)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left")
 
 
 def _exponents(figure: Any, solved: list[NoiseFits]) -> None:

@@ -36,7 +36,7 @@ def write_csv(path, rows, head=HEAD):
 
 def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
     table = write_csv(tmp_path / "points.csv", [*rows_of(), *rows_of(UNIFORM, "uniform", 1)])
-    fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 60)
+    fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30)
     said = capsys.readouterr().out
     assert "bowls: 9 of 9 vertices count" in said
     assert "masked and uniform: cross at" in said
