@@ -26,8 +26,8 @@ from rich.table import Table
 from megadiff.config.command_line import CommandParser
 from megadiff.config.load import load_config
 from megadiff.errors import MegadiffError, run_command
+from megadiff.metric_lines import read_metrics
 from megadiff.run.config import RunConfig
-from megadiff.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path("runs/demo-data")

@@ -26,10 +26,10 @@ from rich.table import Table
 from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError, TrainingError
+from megadiff.metric_lines import read_metrics
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.scaling.optimum import Optimum, grid_steps_apart, optimum
-from megadiff.train.metrics import read_metrics
 
 HEAD_DIM = 32
 FACTOR = 2.0

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError
-from megadiff.train.metrics import read_metrics
+from megadiff.metric_lines import read_metrics
 
 
 @dataclass(frozen=True)

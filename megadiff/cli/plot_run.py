@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError
-from megadiff.train.metrics import MAX_LINE_BYTES, number, parsed
+from megadiff.metric_lines import MAX_LINE_BYTES, number, parsed
 from megadiff.untrusted_files import UnreadableFileError, why
 from megadiff.untrusted_files import lines as lines_of
 

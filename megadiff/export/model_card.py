@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.checkpoint.manifest import Manifest
+from megadiff.metric_lines import Line, number, read_lines
 from megadiff.model.config import ModelConfig
-from megadiff.train.metrics import Line, number, read_lines
 from megadiff.untrusted_files import UnreadableFileError
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .-]*(_[A-Za-z0-9 .-]+)*")

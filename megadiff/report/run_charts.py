@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from megadiff.metric_lines import Line, number
 from megadiff.report.line_chart import Chart, Curve, Point
 from megadiff.report.run_record import AXIS_LABELS, Axis, RunRecord, levels, position_of
-from megadiff.train.metrics import Line, number
 
 _NOISY = "nats per noisy token"
 _BIN = "w (KL + IS), nats per token"

@@ -17,11 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 from megadiff.checkpoint.folder import step_folders, step_of, verify_files
 from megadiff.data.facts import DataFacts, read_data_facts
 from megadiff.errors import CheckpointError, DataError, StorageError
+from megadiff.metric_lines import MAX_LINE_BYTES, Line, finite, number, parsed
 from megadiff.report.line_chart import duration, percent
 from megadiff.report.markup import escaped, paragraph, table
 from megadiff.supervision.status import Status, read_status
 from megadiff.train.goodput import PHASES, Attempt
-from megadiff.train.metrics import MAX_LINE_BYTES, Line, finite, number, parsed
 from megadiff.untrusted_files import UnreadableFileError, lines, open_plain, read_bytes, why
 
 

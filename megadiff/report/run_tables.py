@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from megadiff.metric_lines import finite, number
 from megadiff.report.line_chart import exact, of_bytes, percent, short
 from megadiff.report.markup import escaped, paragraph, table
 from megadiff.report.run_record import RunRecord, differences, wall_time
 from megadiff.scaling.flops import FLOP_COUNTS
-from megadiff.train.metrics import finite, number
 
 _NONE = "\u2013"
 _UNUSUAL_SHOWN = 100

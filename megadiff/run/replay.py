@@ -32,6 +32,7 @@ from megadiff.diffusion.objective import Terms
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
 from megadiff.loss.inputs import LossOutput, VocabShard
 from megadiff.methods import Method
+from megadiff.metric_lines import read_metrics
 from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.objective import DeviceBatch, Objective
@@ -43,7 +44,6 @@ from megadiff.run.config import RunConfig
 from megadiff.run.context import RunContext, validate_run
 from megadiff.run.resume import saved_mixture
 from megadiff.train.health import Health, StepDecision
-from megadiff.train.metrics import read_metrics
 from megadiff.train.step import StepOutput, TrainStep
 
 log = logging.getLogger("megadiff")

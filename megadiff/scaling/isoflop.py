@@ -174,7 +174,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class LargestBudget:
     """Prediction of the largest budget by laws fitted without it."""
 
     flops: float
@@ -201,7 +201,7 @@ class IsoFlop:
     """Standard deviation of log loss between runs of one size at one budget; NaN if the data leave none."""
     dof: float
     runs: int
-    held_out: HeldOut | None
+    held_out: LargestBudget | None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -402,7 +402,7 @@ def _budget(
     )
 
 
-def _hold_out(log_flops: Floats, found: Vertices, drawn: Vertices, level: float, dof: float) -> HeldOut:
+def _hold_out(log_flops: Floats, found: Vertices, drawn: Vertices, level: float, dof: float) -> LargestBudget:
     last = int(np.flatnonzero(found.is_inside[0])[-1])
     is_within = True
     predicted = {}
@@ -418,7 +418,7 @@ def _hold_out(log_flops: Floats, found: Vertices, drawn: Vertices, level: float,
         spread = float(np.nanstd(differences[1])) if len(differences[1]) else np.nan
         is_within &= bool(abs(differences[0][0]) <= t_width(level, dof) * spread)
     loss, guess = float(np.exp(found.log_loss[0, last])), float(np.exp(predicted["log_loss"]))
-    return HeldOut(
+    return LargestBudget(
         flops=float(np.exp(log_flops[last])),
         loss=loss,
         predicted_loss=guess,

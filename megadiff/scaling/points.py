@@ -21,8 +21,8 @@ import numpy as np
 import yaml
 
 from megadiff.errors import DataError
+from megadiff.metric_lines import number, read_lines
 from megadiff.scaling.resampling import Floats
-from megadiff.train.metrics import number, read_lines
 from megadiff.untrusted_files import UnreadableFileError, read_bytes, read_json_object, read_text, why
 
 REASONS = (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megadiff.metric_lines import read_metrics
 from megadiff.optim.config import OPTIMIZERS, OptimizerConfig
 from megadiff.optim.member import Member, load_member
 from megadiff.optim.probe import refuse_unsavable
@@ -20,7 +21,6 @@ from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.testing.ranks import on_ranks
 from megadiff.testing.toy_run import toy_config, wire_on_rank, write_corpus
-from megadiff.train.metrics import read_metrics
 
 SAVED, STEPS = 2, 4
 """Step of the checkpoint that is carried over other layouts, and number of steps of a run."""

@@ -14,9 +14,9 @@ import numpy as np
 from megadiff.data.indexed_manifest import tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.metric_lines import read_metrics
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
-from megadiff.train.metrics import read_metrics
 
 with quiet():
     from megadiff.platform.machine import Platform, detect

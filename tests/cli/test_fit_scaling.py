@@ -254,7 +254,7 @@ def test_the_best_batch_of_a_grid_counts_and_its_edges_are_named(tmp_path, monke
     assert law["parameters"]["alpha"]["value"] == pytest.approx(0.8225, abs=0.05)
 
 
-def test_a_loss_between_evaluations_is_interpolated_and_never_extrapolated():
+def test_a_loss_is_interpolated_and_never_extrapolated():
     tokens = np.geomspace(1e6, 1e8, 9)
     loss, none = 20 * tokens**-0.1, np.full(9, np.nan)
     assert loss_at(tokens, loss, none, 3e7, 1.25)[0] == pytest.approx(20 * 3e7**-0.1)

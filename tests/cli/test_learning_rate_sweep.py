@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from megadiff.cli import learning_rate_sweep as sweep
+from megadiff.metric_lines import read_metrics
 from megadiff.scaling.optimum import optimum
-from megadiff.train.metrics import read_metrics
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_tree, wire_on_rank
 

@@ -15,7 +15,7 @@ import torch
 
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.errors import CheckpointError, ConfigError, DataError
-from megadiff.train.metrics import read_metrics
+from megadiff.metric_lines import read_metrics
 from tests.support.commands import REPOSITORY, call
 from tests.support.ranks import on_ranks
 from tests.support.runs import merged_sequences, toy_config, train_all, write_corpus

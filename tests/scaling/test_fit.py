@@ -41,7 +41,7 @@ def test_intervals_of_a_power_hold_the_truth():
     assert min(found.values()) >= 0.9, found
 
 
-def test_intervals_of_runs_that_share_their_luck_hold_the_truth_and_those_of_points_do_not():
+def test_intervals_of_runs_hold_the_truth_and_those_of_points_do_not():
     x = np.concatenate([np.geomspace(low, 3 * low, 4) for low in np.geomspace(1e9, 1e11, 12)])
     run = np.repeat(np.arange(12), 4)
 

@@ -33,7 +33,7 @@ def test_run_level_intervals_hold_the_exponents():
     assert min(found.values()) >= 0.9, found
 
 
-def test_intervals_of_points_are_too_narrow_for_runs_that_share_their_luck():
+def test_intervals_of_points_are_too_narrow_for_whole_runs():
     def intervals(rng):
         flops, size, loss, run = sweep(rng)
         jitter = 1 + 1e-9 * run  # every point a run of its own
@@ -59,7 +59,7 @@ def test_the_run_noise_is_measured():
     assert found[0].dof == pytest.approx(6)
 
 
-def test_a_window_of_sizes_a_budget_is_an_incomplete_sweep_that_still_fits():
+def test_an_incomplete_sweep_still_fits():
     rng = np.random.default_rng(1)
     flops, size, loss, run = sweep(rng, sizes=np.geomspace(5e7, 2e10, 15))
     near = np.abs(np.log(size / (0.01761 * flops**0.56629))) < np.log(6)
@@ -113,7 +113,7 @@ def test_a_stated_noise_gives_intervals_where_the_data_have_none():
     assert 0 < stated.laws["flops_per_token"].standard_errors["exponent"] < 0.2
 
 
-def test_budgets_are_told_apart_at_two_percent_and_never_rounded_to_a_digit():
+def test_budgets_two_percent_apart_are_told_apart():
     assert budget_codes(np.array([1.5e19, 2.4e19, 1.51e19, 2.41e19])).tolist() == [0, 1, 0, 1]
 
 

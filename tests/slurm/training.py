@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from megadiff.train.metrics import read_metrics
+from megadiff.metric_lines import read_metrics
 from tests.slurm.local_cluster import LocalCluster, wait_for
 
 COMPARED = ("loss", "elbo", "grad_norm", "lr")

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megadiff.train.metrics import read_metrics
+from megadiff.metric_lines import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

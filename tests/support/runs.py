@@ -10,9 +10,9 @@ from typing import Any
 
 from megadiff.data.loader import microbatch_samples
 from megadiff.diffusion.noising import NoisedBatch
+from megadiff.metric_lines import read_metrics
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
-from megadiff.train.metrics import read_metrics
 
 with quiet():
     from megadiff.testing.toy_run import platform_on_rank, toy_config, toy_tree, wire_on_rank, write_corpus

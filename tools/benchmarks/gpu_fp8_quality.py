@@ -17,7 +17,7 @@ import torch
 
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import MegadiffError, PlatformError, run_command
-from megadiff.train.metrics import read_metrics
+from megadiff.metric_lines import read_metrics
 
 _ROOT = Path(__file__).resolve().parents[2]
 _EPILOG = """example:

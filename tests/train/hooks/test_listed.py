@@ -13,12 +13,12 @@ import yaml
 
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError
+from megadiff.metric_lines import read_metrics
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.train.config import HOOKS, HookConfig
 from megadiff.train.hooks import HookContext, MetricSinks
 from megadiff.train.hooks._listed import build_listed
-from megadiff.train.metrics import read_metrics
 from tests.support.runs import toy_config, toy_tree
 from tests.support.whole_runs import Ranks, status
 

@@ -9,13 +9,13 @@ import re
 import pytest
 import torch
 
+from megadiff.metric_lines import read_metrics
 from megadiff.parallel.step_metrics import SIZE
 from megadiff.platform.machine import detect
 from megadiff.train.hooks import MetricSinks, StepInfo
 from megadiff.train.hooks.console import Console
 from megadiff.train.hooks.log import LogHook
 from megadiff.train.hooks.metrics_file import MetricsFile
-from megadiff.train.metrics import read_metrics
 
 
 def info(step, seconds=0.5, skipped=None, **changes):

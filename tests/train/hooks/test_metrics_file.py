@@ -7,8 +7,8 @@ import os
 
 import pytest
 
+from megadiff.metric_lines import read_metrics
 from megadiff.train.hooks.metrics_file import MetricsFile
-from megadiff.train.metrics import read_metrics
 
 
 def lines(*steps):

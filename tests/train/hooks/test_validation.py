@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from megadiff.metric_lines import read_metrics
 from megadiff.train.config import GoodputConfig
 from megadiff.train.goodput import Goodput
 from megadiff.train.hooks import MetricSinks
 from megadiff.train.hooks.metrics_file import MetricsFile
 from megadiff.train.hooks.validation import ValidationHook
-from megadiff.train.metrics import read_metrics
 
 
 @dataclass
