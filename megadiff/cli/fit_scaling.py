@@ -36,14 +36,14 @@ def main() -> None:
     arguments = _parser().parse_args()
     _check(arguments)
 
-    from megadiff.scaling import points
+    from megadiff.scaling import csv_points, points
     from megadiff.scaling.fit_results import fit_points
 
     unknown = [reason for reason in arguments.keep if reason not in points.REASONS]
     if unknown:
         raise ConfigError(f"--keep {unknown[0]}: the reasons are {', '.join(points.REASONS)}")
     if arguments.csv is not None:
-        gathered = points.from_csv(arguments.csv, _columns(arguments.columns), flop_count=arguments.flop_count)
+        gathered = csv_points.from_csv(arguments.csv, _columns(arguments.columns), flop_count=arguments.flop_count)
     else:
         gathered = points.from_runs(
             arguments.runs,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megadiff.scaling.fit import Groups, PowerLaw, Surface
+from megadiff.scaling.fit import PowerLaw, Surface
 from megadiff.scaling.resampling import (
     CLOSED_FORM,
     LEVEL,
@@ -15,6 +15,7 @@ from megadiff.scaling.resampling import (
     Fit,
     FitError,
     Floats,
+    Groups,
     as_points,
     group_codes,
     linear_fit,

@@ -18,6 +18,7 @@ from scipy import stats
 from megadiff.errors import MegadiffError
 
 Floats = NDArray[np.float64]
+Groups = Sequence[Any] | NDArray[Any] | None
 
 LEVEL = 0.95
 """Coverage of intervals unless another is given."""
@@ -253,3 +254,36 @@ def _cost(residuals: Floats, weights: Floats) -> Floats:
     with np.errstate(all="ignore"):
         total = (weights * residuals**2).sum(axis=1)
     return np.where(np.isfinite(total), total, np.inf)
+
+
+def judged(is_converged: bool, starts: int, agreeing: int, objective: float, why: str = "") -> Convergence:
+    """Return the evidence of convergence.
+
+    Raises:
+        FitError: the fit did not converge, or fewer than half of the starts agree.
+    """
+    if not is_converged:
+        raise FitError(f"the fit did not converge{why}; give more points, or a smaller tolerance")
+    if 2 * agreeing < starts:
+        raise FitError(
+            f"only {agreeing} of {starts} starts end in the lowest minimum{why}; a fit needs half of them: give a "
+            "smaller tolerance, or data that determine it"
+        )
+    return Convergence(True, starts, agreeing, objective, f"{agreeing} of {starts} starts agree")
+
+
+def run_noise(residuals: Floats, slopes: Floats, codes: NDArray[np.int64]) -> Any:
+    """Return a function that draws noise [draws, n]: of whole runs where they are given, else of single points."""
+    points, size = slopes.shape
+    runs = int(codes.max()) + 1
+    if runs == points:
+        spread = float(np.sqrt(residuals @ residuals / (points - size))) if points > size else np.nan
+        return lambda rng, draws: rng.standard_normal((draws, points)) * spread
+    keep = np.eye(points) - slopes @ np.linalg.pinv(slopes)
+    grown = np.zeros((runs, points))
+    for code in range(runs):
+        rows = np.flatnonzero(codes == code)
+        values, vectors = np.linalg.eigh(keep[np.ix_(rows, rows)])
+        root = np.where(values > 1e-9, 1 / np.sqrt(np.maximum(values, 1e-9)), 0.0)
+        grown[code, rows] = (vectors * root) @ vectors.T @ residuals[rows]
+    return lambda rng, draws: rng.standard_normal((draws, runs)) @ grown

@@ -13,7 +13,8 @@ import yaml
 
 from megadiff.cli.fit_scaling import main
 from megadiff.errors import MegadiffError
-from megadiff.scaling.points import flops_per_token_of, from_csv, from_runs, loss_at
+from megadiff.scaling.csv_points import from_csv
+from megadiff.scaling.points import flops_per_token_of, from_runs, loss_at
 from tests.scaling.planted import MASKED, UNIFORM, sweep
 
 HEAD = "run,noise,flops,flops_per_token,loss"
@@ -292,10 +293,10 @@ def test_a_hostile_run_folder_is_left_out_and_the_others_are_fitted(name, conten
 @pytest.mark.parametrize("norm", ["full", "head", "none"])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_flops_per_token_are_those_that_the_trainer_counts(norm, has_bias):
-    from megadiff.model.cost import Shape, paper_flops_per_token
+    from megadiff.model.cost import Shape, flops_per_token
 
     shape = Shape(layers=3, hidden=96, heads=4, vocab_size=2, seq_length=64, qk_norm=norm, mlp_bias=has_bias)
     names = ("layers", "hidden", "heads", "seq_length", "qk_norm", "mlp_bias")
     settings = {f"model.{name}": getattr(shape, name) for name in names} | {"model.ffn_multiple": 4}
     for count in ("deepseek", "chinchilla"):
-        assert flops_per_token_of(settings, count) == paper_flops_per_token(shape, count)
+        assert flops_per_token_of(settings, count) == flops_per_token(shape, count)
