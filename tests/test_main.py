@@ -58,7 +58,7 @@ def megadiff_program(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, dict[str, str]]:
-    """What `--help` prints in each of the three ways, by command; "" is `megadiff --help`."""
+    """Return the text of `--help` in each of the three ways, by command; "" is `megadiff --help`."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", THREE_WAYS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)

@@ -170,7 +170,7 @@ def _write(results: Results, folder: Path) -> None:
     import yaml
 
     from megadiff.files import write_atomically
-    from megadiff.scaling.fit_results import as_mapping
+    from megadiff.scaling.fit_results import as_mapping, plain
 
     folder.mkdir(parents=True, exist_ok=True)
     mapping = as_mapping(results)
@@ -180,8 +180,6 @@ def _write(results: Results, folder: Path) -> None:
         for fits in results.noises
         if fits.isoflop is not None
     }
-    from megadiff.scaling.fit_results import plain
-
     write_atomically(folder / "fit.json", json.dumps({**mapping, "budgets": plain(bowls)}, indent=1) + "\n")
     write_atomically(folder / "points.csv", _points_table(results.gathered))
     excluded = [["run", "reason", "detail"], *([e.run, e.reason, e.detail] for e in results.gathered.excluded)]

@@ -200,12 +200,12 @@ def _table(arguments: argparse.Namespace, book: LawBook) -> Iterator[str]:
         yield row(noise, cells)
         reached = {"flops": found.flops, "batch_tokens": batch, "learning_rate": rate}
         reached |= {"seq_length": goal.seq_length, "vocab_size": goal.vocab_size}
-        for name, said in extrapolations([laws.loss_law], reached).items():
-            outside.setdefault(name, f"{said} ({noise})")
+        for name, phrase in extrapolations([laws.loss_law], reached).items():
+            outside.setdefault(name, f"{phrase} ({noise})")
     yield ""
     yield "M* FLOPs per token and FLOPs by the count of the laws; L* is the ELBO in nats per token before the cooldown."
-    for said in outside.values():
-        yield f"extrapolated      {said}"
+    for phrase in outside.values():
+        yield f"extrapolated      {phrase}"
 
 
 def _lines(arguments: argparse.Namespace, run: PlannedRun, book: LawBook) -> Iterator[str]:
@@ -236,28 +236,28 @@ def _lines(arguments: argparse.Namespace, run: PlannedRun, book: LawBook) -> Ite
     yield from _machine_lines(arguments, run)
     for bound in made.bounds:
         yield f"bound             {bound.what}; costs {100 * bound.cost:.3f} % of the loss"
-    for said in made.extrapolations:
-        yield f"extrapolated      {said}"
-    for said in made.remarks:
-        yield f"remark            {said}"
+    for phrase in made.extrapolations:
+        yield f"extrapolated      {phrase}"
+    for sentence in made.remarks:
+        yield f"remark            {sentence}"
     if layout.recompute != "none":
         yield f"remark            {layout.recompute} recomputation lowers the utilisation that can be reached"
 
 
 def _goal_words(goal: Goal) -> str:
-    said = [f"{goal.noise} noise"]
+    words = [f"{goal.noise} noise"]
     if goal.budget is not None:
         budget, count = goal.budget
-        said.append(f"{budget:.3g} FLOPs (count {count})")
+        words.append(f"{budget:.3g} FLOPs (count {count})")
     if goal.tokens is not None:
-        said.append(f"{goal.tokens:.3g} tokens at hand")
+        words.append(f"{goal.tokens:.3g} tokens at hand")
     if goal.size is not None:
-        said.append(f"shape {goal.size.name}")
+        words.append(f"shape {goal.size.name}")
     if goal.params is not None:
-        said.append(f"{goal.params:.3g} parameters")
+        words.append(f"{goal.params:.3g} parameters")
     if goal.loss is not None:
-        said.append(f"loss {goal.loss:g} after the cooldown")
-    return ", ".join(said)
+        words.append(f"loss {goal.loss:g} after the cooldown")
+    return ", ".join(words)
 
 
 def _optimum_lines(made: Plan, book: LawBook) -> Iterator[str]:
@@ -334,7 +334,7 @@ def _write(arguments: argparse.Namespace, run: PlannedRun) -> None:
         f"megadiff plan {shlex.join(sys.argv[1:])}",
         f"Expected ELBO: {made.annealed_loss:.3f} nats per token after the cooldown, {made.loss:.3f} before it; "
         f"{made.flops('deepseek'):.3g} FLOPs (deepseek), {run.layout.ranks} GPUs, {run.hours:,.1f} hours.",
-        *(f"Extrapolated: {said}." for said in made.extrapolations),
+        *(f"Extrapolated: {phrase}." for phrase in made.extrapolations),
     ]
     above = None if base is None else os.path.relpath(base.resolve(), output.parent.resolve())
     text = description(run_tree(run, name=name, with_paper=base is None), comment=comment, base=above)

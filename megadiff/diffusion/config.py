@@ -180,6 +180,11 @@ class ConditioningConfig(Section):
         preset = data.get("preset") if isinstance(data, dict) else None
         return {**PRESETS[preset], **data} if isinstance(preset, str) and preset in PRESETS else data
 
+    @property
+    def trained_prompt_attention(self) -> Literal["block", "causal", "full"]:
+        """Attention between prompt positions that a model learns; `full` if no training sequence has a prompt."""
+        return self.prompt_attention if self.prompt > 0 else "full"
+
     @model_validator(mode="after")
     def _kinds_are_disjoint(self) -> ConditioningConfig:
         if self.per_token_noise + self.linear_noise > 1:

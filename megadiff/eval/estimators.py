@@ -133,7 +133,7 @@ class BoundEstimator(Estimator):
 
     @property
     def kind(self) -> str:
-        """`bound`, or `part of the bound` for an estimator that leaves out noise levels."""
+        """Name of the figure: `bound`, or `part of the bound` if the estimator leaves out noise levels."""
         return "bound" if self.settings.log_snr_range is None else "part of the bound"
 
     @property
@@ -193,17 +193,17 @@ class ExactEstimator(Estimator):
 
     @property
     def draws(self) -> int:
-        """One sequence for each text."""
+        """Number of sequences for each text: one."""
         return 1
 
     @property
     def kind(self) -> str:
-        """`exact`."""
+        """Name of the figure: `exact`."""
         return "exact"
 
     @property
     def coverage(self) -> str:
-        """`exact`."""
+        """Words about the figure: `exact`."""
         return "exact"
 
     def record(self) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def conditioning_from(config: ReleasedConfig) -> ConditioningConfig:
 
 def agree(config: Mapping[str, Any], noise: NoiseConfig, conditioning: ConditioningConfig) -> bool:
     """Return whether a `config.json` has the same noise and prompt attention as these sections."""
-    keys = {**_noise_keys(noise), "prompt_attention": _prompt_attention(conditioning.model_dump())}
+    keys = {**_noise_keys(noise), "prompt_attention": conditioning.trained_prompt_attention}
     given = {key: config.get(key) for key in keys} | {"noise_p_uniform": config.get("noise_p_uniform")}
     return given == {"noise_p_uniform": None, **keys}
 
@@ -264,10 +264,6 @@ def _noise_table(process: NoiseProcess) -> dict[str, Any]:
     logit = process.law.logit_u(log_snr, exact)
     slope = process.law.dlogit_u(log_snr, exact) + np.zeros_like(log_snr)
     return {"min_log_snr": low, "max_log_snr": high, "logit_u": logit.tolist(), "dlogit_u": slope.tolist()}
-
-
-def _prompt_attention(conditioning: Mapping[str, Any]) -> str:
-    return conditioning["prompt_attention"] if conditioning["prompt"] > 0 else "full"
 
 
 def _times_layers(model: ModelConfig) -> float:

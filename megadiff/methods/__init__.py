@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from megadiff.loss.inputs import LossOutput, VocabShard
     from megadiff.parallel.attention_pattern import AttentionPattern
     from megadiff.parallel.objective import DeviceBatch
+    from megadiff.run.config import RunConfig
     from megadiff.sampling.sampler import Sampler
 
 METHODS = Family("megadiff.methods")
@@ -166,14 +167,11 @@ class Method(ABC):
         raise ConfigError(f"models trained by the method {type(self).__name__} cannot be exported to Hugging Face")
 
 
-def check_method_of(config: Any) -> None:
+def check_method_of(config: RunConfig) -> None:
     """Refuse a run description that its method cannot train.
 
-    Args:
-        config: the `RunConfig`.
-
     Raises:
-        ConfigError: in the words of the method's `check`.
+        ConfigError: the module has no `build`, or its `check` refuses the description in its own words.
     """
     member = METHODS.member(config.method.name)
     if not callable(getattr(member, "build", None)):

@@ -108,7 +108,7 @@ class Gidd(Method):
         del length
         from megadiff.parallel.attention_pattern import AttentionPattern
 
-        if self.context.conditioning.prompt == 0:
+        if self.context.conditioning.trained_prompt_attention == "full":
             return AttentionPattern.full(len(prompt_lengths))
         return AttentionPattern.prefix(prompt_lengths, is_causal=self._is_causal_prompt)
 
@@ -130,11 +130,7 @@ class Gidd(Method):
 
     def export_config(self) -> dict[str, Any]:
         """Return the keys of a denoiser."""
-        conditioning = self.context.conditioning
-        return {
-            "is_causal": False,
-            "prompt_attention": conditioning.prompt_attention if conditioning.prompt > 0 else "full",
-        }
+        return {"is_causal": False, "prompt_attention": self.context.conditioning.trained_prompt_attention}
 
 
 def diffusion_bound(process: NoiseProcess, *, num_noise_levels: int, loss_kernel: LossKernel | None = None) -> EvalTask:

@@ -94,12 +94,11 @@ class NextToken(Method):
     def validation(self, *, num_noise_levels: int) -> EvalTask:
         """Return the exact likelihood, on the same tokens and under the same keys as a diffusion bound."""
         del num_noise_levels
+        from megadiff.diffusion.next_token import next_token_batch
         from megadiff.eval.validation import EvalTask
 
         def batch(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
             del index, level
-            from megadiff.diffusion.next_token import next_token_batch
-
             return next_token_batch(clean, start_id=self._start_id)
 
         return EvalTask(objective=self._objective, batch=batch, num_noise_levels=1)
@@ -123,8 +122,4 @@ class NextToken(Method):
 
     def export_config(self) -> dict[str, Any]:
         """Return the keys of a causal model."""
-        conditioning = self.context.conditioning
-        return {
-            "is_causal": True,
-            "prompt_attention": conditioning.prompt_attention if conditioning.prompt > 0 else "full",
-        }
+        return {"is_causal": True, "prompt_attention": self.context.conditioning.trained_prompt_attention}

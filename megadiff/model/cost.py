@@ -76,17 +76,17 @@ class Parameters:
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int = 128) -> int:
-    """Return the number of sequences of the embedding and the head, dead ones included; the same on every layout."""
+    """Return the number of entries of the embedding and the head, padding included; the same on every layout."""
     return -(-vocab_size // multiple) * multiple
 
 
 def parameters(shape: Shape, *, vocab_entries: int | None = None) -> Parameters:
-    """Return the parameters by role; `vocab_entries` counts padded sequences too (default: the true vocabulary)."""
-    d, sequences = shape.hidden, vocab_entries if vocab_entries is not None else shape.vocab_size
+    """Return the parameters by role; `vocab_entries` counts padding too (default: the true vocabulary)."""
+    d, entries = shape.hidden, vocab_entries if vocab_entries is not None else shape.vocab_size
     gains = {"full": 2 * d, "head": 2 * shape.head_dim, "none": 0}[shape.qk_norm]
     return Parameters(
-        embedding=sequences * d,
-        head=sequences * d,
+        embedding=entries * d,
+        head=entries * d,
         hidden_matrices=shape.layers * (4 * d * d + 2 * d * shape.ffn_hidden),
         norms=shape.layers * (2 * d + gains) + d,
         biases=shape.layers * (shape.ffn_hidden + d) if shape.mlp_bias else 0,

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.errors import DataError
+from megadiff.scaling.flops import FlopCount
 from megadiff.scaling.points import COLUMNS, REASONS, Exclusion, Gathered, Point, best_of_settings
 from megadiff.untrusted_files import UnreadableFileError, read_text, why
 
 _MAX_CSV_BYTES, _MAX_CSV_ROWS = 2**26, 200_000
 
 
-def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: str = "deepseek") -> Gathered:
+def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: FlopCount = "deepseek") -> Gathered:
     """Gather the points of a CSV file, a point a row.
 
     Args:
@@ -104,7 +105,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
-def _point_of(values: Mapping[str, str], run: str, count: str) -> tuple[tuple[str, str] | None, Point | None]:
+def _point_of(values: Mapping[str, str], run: str, count: FlopCount) -> tuple[tuple[str, str] | None, Point | None]:
     status = values.get("status", "").lower()
     if status and status not in ("finished", "ok", "done", "complete", "completed"):
         reason = next((known for known in REASONS if known.lower() in status), "unfinished")

@@ -82,7 +82,7 @@ class Frontier:
         return self.loss_law.value(size, flops / size)
 
     def loss(self, size: float, tokens: float) -> float:
-        """Return the loss of a model of this size, in FLOPs per token, after so much training."""
+        """Return the loss of a model of this size, in FLOPs per token, after this number of tokens."""
         if self.size_law is None:
             return self.loss_law.value(size, tokens)
         alpha, beta = self._exponents

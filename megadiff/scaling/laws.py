@@ -50,6 +50,7 @@ from megadiff.config.messages import validated
 from megadiff.config.nodes import Place, parse_yaml
 from megadiff.config.section import Section
 from megadiff.config.suggestions import did_you_mean
+from megadiff.diffusion.processes.gidd_snr import SHIFTS
 from megadiff.errors import ConfigError, shown
 from megadiff.files import write_atomically
 from megadiff.scaling.flops import FlopCount
@@ -58,7 +59,7 @@ from megadiff.untrusted_files import UnreadableFileError, read_text, why
 PUBLISHED = Path(__file__).with_name("published")
 """Folder of the published laws."""
 
-NOISES = ("masked", "low_uniform", "balanced", "high_uniform", "uniform")
+NOISES = tuple(SHIFTS)
 """Noises that the published laws cover, by the names of `noise.shift`."""
 
 Quantity = Literal[
@@ -467,11 +468,10 @@ def needed(
         ConfigError: the files have none.
     """
     law = book.law(quantity, noise=noise, flop_count=flop_count, estimator=estimator)
-    if law is None:
-        counted = f" by the count {flop_count}" if flop_count else ""
-        named = ", ".join(file.name for file in book.files)
-        raise ConfigError(f"no law of {quantity} for {noise} noise{counted} ({estimator}) is in the law files {named}")
-    return law
+    if law is not None:
+        return law
+    counted, named = f" by the count {flop_count}" if flop_count else "", ", ".join(file.name for file in book.files)
+    raise ConfigError(f"no law of {quantity} for {noise} noise{counted} ({estimator}) is in the law files {named}")
 
 
 def optimal_batch_tokens(

@@ -20,6 +20,7 @@ import yaml
 
 from megadiff.errors import DataError
 from megadiff.metric_lines import number, read_lines
+from megadiff.scaling.flops import FlopCount, flops_per_token
 from megadiff.scaling.resampling import Floats
 from megadiff.untrusted_files import UnreadableFileError, read_bytes, read_json_object, why
 
@@ -83,7 +84,7 @@ class Gathered:
 
     points: tuple[Point, ...]
     excluded: tuple[Exclusion, ...]
-    flop_count: str
+    flop_count: FlopCount
     source: str
     runs: int
     """Number of runs that were looked at."""
@@ -112,7 +113,8 @@ class _Run:
 def params_of(settings: Mapping[str, Any]) -> float:
     """Return the parameters that the laws count, without embedding and head, of a run's flat settings.
 
-    The count is that of `megadiff.model.cost.paper_parameters`, which needs torch: MLP biases count twice.
+    The count is that of `megadiff.model.cost.paper_parameters`, from the settings that a run folder records: MLP
+    biases count twice.
 
     Raises:
         ValueError: a setting is missing or no positive whole number.
@@ -124,14 +126,14 @@ def params_of(settings: Mapping[str, Any]) -> float:
     return float(layers * (4 * d * d + 2 * d * wide + 2 * d + gains + biases) + d)
 
 
-def flops_per_token_of(settings: Mapping[str, Any], count: str) -> float:
-    """Return the training FLOPs of a token, 6 P + 12 L d S for `deepseek` and 6 P for `chinchilla`.
+def flops_per_token_of(settings: Mapping[str, Any], count: FlopCount) -> float:
+    """Return the training FLOPs of a token of a run's flat settings, by `deepseek` or `chinchilla`.
 
     Raises:
         ValueError: a setting is missing or no positive whole number.
     """
     layers, d, length = (_whole(settings, f"model.{name}") for name in ("layers", "hidden", "seq_length"))
-    return 6 * params_of(settings) + (12.0 * layers * d * length if count == "deepseek" else 0.0)
+    return flops_per_token(layers, d, length, method=count, params=params_of(settings))
 
 
 def _whole(settings: Mapping[str, Any], key: str) -> int:
@@ -145,7 +147,7 @@ def from_runs(
     folders: Sequence[Path],
     *,
     budgets: Sequence[float] | None = None,
-    flop_count: str = "deepseek",
+    flop_count: FlopCount = "deepseek",
     min_steps: int = 5000,
     window: float = 1.25,
     kept: Iterable[str] = (),
@@ -380,7 +382,7 @@ def _budgets(runs: Sequence[_Run], sizes: Mapping[str, float], most: int = 12) -
     return sorted(found)
 
 
-def _points_of(run: _Run, size: float, budgets: Sequence[float], window: float, count: str) -> Iterable[Point]:
+def _points_of(run: _Run, size: float, budgets: Sequence[float], window: float, count: FlopCount) -> Iterable[Point]:
     batch, seq = run.setting("batch.global_batch_size"), run.setting("model.seq_length")
     rate = run.setting("optimizer.lr")
     for budget in budgets:

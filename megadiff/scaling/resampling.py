@@ -283,7 +283,5 @@ def run_noise(residuals: Floats, slopes: Floats, codes: NDArray[np.int64]) -> An
     grown = np.zeros((runs, points))
     for code in range(runs):
         rows = np.flatnonzero(codes == code)
-        values, vectors = np.linalg.eigh(keep[np.ix_(rows, rows)])
-        root = np.where(values > 1e-9, 1 / np.sqrt(np.maximum(values, 1e-9)), 0.0)
-        grown[code, rows] = (vectors * root) @ vectors.T @ residuals[rows]
+        grown[code, rows] = _inverse_root(keep[np.ix_(rows, rows)]) @ residuals[rows]
     return lambda rng, draws: rng.standard_normal((draws, runs)) @ grown

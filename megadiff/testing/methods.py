@@ -139,8 +139,6 @@ def check_batches(method: Method, *, length: int = 16) -> None:
     assert ((pattern.prefix_lengths >= 0) & (pattern.prefix_lengths <= length)).all(), "attention: a prefix is too long"
     counted = method.loss_tokens(whole)
     if counted is not None:
-        left_out = torch.ones(whole.noised.numel(), dtype=torch.bool)
-        left_out[counted] = False
         assert counted.unique().numel() == counted.numel(), "loss_tokens: a position comes twice"
         assert counted.numel() == 0 or int(counted.max()) < whole.noised.numel(), "loss_tokens: a position is too large"
 
