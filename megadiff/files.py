@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
@@ -22,13 +23,15 @@ def is_storage_failure(error: OSError) -> bool:
     return error.errno in _STORAGE_ERRORS
 
 
-def write_atomically(path: Path, content: str | bytes, *, is_durable: bool = True) -> None:
-    """Replace a small file in one step: a reader sees either the old or the new one, even after a power failure.
+def write_atomically(path: Path, content: str | bytes | Iterable[bytes], *, is_durable: bool = True) -> None:
+    """Replace a file in one step: a reader sees either the old or the new one, even after a power failure.
 
     The temporary file beside it has an unpredictable name and is created exclusively, so an existing symbolic link is
     never followed. If `path` itself is a link, the link is replaced and its target is left alone.
 
     Args:
+        path: the file.
+        content: all of it, or its parts in order.
         is_durable: wait until content and name are on the disk; without it a power failure may lose the new file.
 
     Raises:
@@ -38,7 +41,8 @@ def write_atomically(path: Path, content: str | bytes, *, is_durable: bool = Tru
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         with open(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             if is_durable:
                 os.fsync(file.fileno())

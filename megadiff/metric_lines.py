@@ -54,8 +54,10 @@ def parsed(raw: bytes | None) -> Line | None:
         line = None if raw is None else orjson.loads(raw)
     except orjson.JSONDecodeError:
         return None
-    is_step = isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] <= _MAX_STEP
-    return line if is_step and not is_deeper(line, MAX_DEPTH) else None
+    if raw is None or not (isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] <= _MAX_STEP):
+        return None
+    may_be_deep = raw.count(b"[") + raw.count(b"{") > MAX_DEPTH
+    return None if may_be_deep and is_deeper(line, MAX_DEPTH) else line
 
 
 def number(line: Line, key: str) -> float | None:
@@ -65,6 +67,8 @@ def number(line: Line, key: str) -> float | None:
 
 def finite(value: Any) -> float | None:
     """Return the value as a float if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+    if type(value) is not float:  # nearly all are: the rest is looked at more slowly
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        value = float(value)
+    return value if math.isfinite(value) else None

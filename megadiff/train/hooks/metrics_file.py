@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megadiff.files import AppendedFile, sync, write_atomically
+from megadiff.metric_lines import parsed
 from megadiff.train.hooks import MetricSink
-from megadiff.untrusted_files import UnreadableFileError, open_plain, parse_json
+from megadiff.untrusted_files import UnreadableFileError, open_plain
 
 log = logging.getLogger("megadiff")
+
+_PART_BYTES = 2**20
 
 
 class MetricsFile(MetricSink):
@@ -36,10 +41,7 @@ class MetricsFile(MetricSink):
             OSError: the disk refuses; nothing is lost.
         """
         self._path = path
-        lines = _content(path).splitlines(keepends=True)
-        is_kept = [after_step > 0 and _is_whole(line) and _step_of(line) <= after_step for line in lines]
-        _set_aside(superseded_path(path), [line for line, keep in zip(lines, is_kept, strict=True) if not keep])
-        write_atomically(path, b"".join(line for line, keep in zip(lines, is_kept, strict=True) if keep))
+        _drop_later_lines(path, after_step)
         self._file = AppendedFile(path)
 
     def write(self, line: dict[str, Any], step: int) -> None:
@@ -72,6 +74,50 @@ def superseded_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.superseded{path.suffix}")
 
 
+def _drop_later_lines(path: Path, after_step: int) -> None:
+    """Move every line but the whole ones of steps up to `after_step` to the file beside.
+
+    Lines are decoded once, and only those from the first moved one on are held in memory: a long run has millions of
+    lines, of which a resumption moves the last few.
+
+    Raises:
+        OSError: a disk refuses, or there is no plain file at the path.
+    """
+    start = 0
+    kept: list[bytes] = []
+    moved: list[bytes] = []
+    try:
+        with open_plain(path) as file:
+            for line in file:
+                if not (after_step > 0 and line.endswith(b"\n") and _is_up_to(after_step, line)):
+                    moved.append(line)
+                elif moved:
+                    kept.append(line)
+                else:
+                    start += len(line)
+    except FileNotFoundError:
+        return write_atomically(path, b"")
+    except UnreadableFileError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    _set_aside(superseded_path(path), moved)
+    if moved or path.is_symlink():  # the target of a link is another's file
+        write_atomically(path, itertools.chain(_beginning(path, start), kept))
+    return None
+
+
+def _is_up_to(after_step: int, line: bytes) -> bool:
+    found = parsed(line)
+    return found is not None and found["step"] <= after_step
+
+
+def _beginning(path: Path, size: int) -> Iterator[bytes]:
+    """Yield the first `size` bytes of a file in parts."""
+    with open_plain(path) as file:
+        while size > 0 and (part := file.read(min(size, _PART_BYTES))):
+            yield part
+            size -= len(part)
+
+
 def _set_aside(path: Path, lines: list[bytes]) -> None:
     """Append lines durably.
 
@@ -98,26 +144,6 @@ def _set_aside(path: Path, lines: list[bytes]) -> None:
     sync(path.parent)
 
 
-def _is_whole(line: bytes) -> bool:
-    """Return whether a line is complete and has a step; a killed machine can leave a torn last one."""
-    return line.endswith(b"\n") and _step_of(line) >= 0
-
-
-def _content(path: Path) -> bytes:
-    """Return the bytes of a file; none if there is no file.
-
-    Raises:
-        OSError: it cannot be read, or is no plain file.
-    """
-    try:
-        with open_plain(path) as file:
-            return file.read()
-    except FileNotFoundError:
-        return b""
-    except UnreadableFileError as error:
-        raise OSError(errno.EINVAL, str(error), str(path)) from None
-
-
 def _finite(value: Any) -> Any:
     """Return the same tree with None for every float that is not finite."""
     if isinstance(value, dict):
@@ -125,12 +151,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: bytes) -> int:
-    try:
-        parsed = parse_json(line)
-    except UnreadableFileError:
-        return -1
-    step = parsed.get("step", -1) if isinstance(parsed, dict) else -1
-    return step if isinstance(step, int) else -1

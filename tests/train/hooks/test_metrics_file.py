@@ -161,3 +161,23 @@ def test_a_link_in_the_place_of_the_file_beside_is_not_written_through(tmp_path)
         MetricsFile(path, after_step=1)
     assert (tmp_path / "precious").read_text() == "kept"
     assert path.read_text() == lines(1, 2)
+
+
+def test_a_file_of_which_nothing_moves_is_not_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(1, 2))
+    inode = path.stat().st_ino
+    MetricsFile(path, after_step=2).close()
+    assert (path.read_text(), path.stat().st_ino) == (lines(1, 2), inode)
+
+
+def test_a_link_in_the_place_of_the_file_is_replaced_and_its_target_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "elsewhere").write_text(lines(1, 2))
+    path.symlink_to(tmp_path / "elsewhere")
+    file = MetricsFile(path, after_step=2)
+    file.write({"step": 3, "loss": 0.0}, 3)
+    file.close()
+    assert (tmp_path / "elsewhere").read_text() == lines(1, 2)
+    assert not path.is_symlink()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
