@@ -16,8 +16,8 @@ literal `device="cuda"`, `.cuda()`, pinned memory,  `scope()`: a `TorchFunctionM
 `Tensor.type() == "torch.cuda.FloatTensor"` in the  construction and checkpoints only: it costs 2 to 3
 optimizer, dist_checkpointing                       microseconds per torch call, 25 % of a toy step (those of
                                                     clip_grads are avoided: `optim/optimizer.py`)
-`jit_fuser` = `torch.compile` on small functions    once: stance `force_eager`; Inductor would need a C++ compiler
-                                                    and five seconds per process
+`jit_fuser` = `torch.compile` on small functions    turned off as megatron is imported (`megatron_imports`), or else
+                                                    stance `force_eager`: Inductor would need a C++ compiler
 ==================================================  ==========================================================
 
 `torch.cuda.is_available()` stays False and `device_count()` 0. Neither torch's factories nor `torch.Tensor` are
@@ -74,7 +74,8 @@ def install() -> None:
         _check_version()
         random = importlib.import_module("megatron.core.tensor_parallel.random")
         schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
-    torch.compiler.set_stance("force_eager")
+    if importlib.import_module("megatron.core.jit").jit_fuser is torch.compile:  # imported before this package
+        torch.compiler.set_stance("force_eager")
     for name, stand_in in _facade().items():
         _replace(torch.cuda, name, stand_in)
     _replace(random, "_get_cuda_rng_state", _get_rng_state)
