@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -19,6 +21,9 @@ from megadiff.__main__ import commands, main, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = commands()
+SOURCES = sorted((ROOT / "megadiff").rglob("*.py"))
+NAME_SCRIPTS = {ROOT / "megadiff/cli/__init__.py", ROOT / "megadiff/cli/branch_cooldowns.py"}
+"""Files that know of the scripts: one describes them, the other starts the one of a checkout."""
 THREE_WAYS = """
 import contextlib, io, json, os, runpy, sys
 from megadiff.__main__ import commands, main
@@ -54,6 +59,14 @@ def megadiff_program(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megadiff", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
+
+
+def words_for_users(path: Path) -> str:
+    """Return the texts of a file's code, docstrings included; names and comments are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return "\n".join(
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +107,14 @@ def test_the_list_of_commands_has_a_line_each_and_loads_nothing_heavy(helps):
         (line,) = [line for line in lines if line.startswith(f"  {command} ")]
         assert line.endswith(summary(command))
         assert len(line) <= 120
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_messages_write_commands_as_the_installed_package_has_them(path):
+    words = words_for_users(path)
+    assert path in NAME_SCRIPTS or not re.findall(r"tools/\w+\.py|pretrain_dlm\.py", words)
+    named = re.findall(r"(?:^ +|`|run |-m )megadiff ([a-z_]+)", words, re.MULTILINE)
+    assert [name for name in named if name not in COMMANDS] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -37,7 +37,7 @@ def no_checkpoint(path: Path) -> str:
     """Return the message that refuses a path where a checkpoint is needed, with advice on what to give instead."""
     kind = what_it_is(path)
     if kind == "a Hugging Face folder":
-        command = f"python tools/convert_checkpoint.py import --input {shlex.quote(str(path))} --output NEW_FOLDER"
+        command = f"megadiff convert_checkpoint import --input {shlex.quote(str(path))} --output NEW_FOLDER"
         return f"{path} is a Hugging Face folder, not a checkpoint to train from; run `{command}` and give NEW_FOLDER"
     if kind == "a run folder":
         kind += f", so one of {path / 'checkpoints'}/step_* is meant"

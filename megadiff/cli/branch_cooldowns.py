@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megadiff.checkpoint.manifest import Manifest
 
 _EPILOG = """example:
-  python tools/branch_cooldowns.py --trunk runs/demo --lengths 50 100 200 \\
+  megadiff branch_cooldowns --trunk runs/demo --lengths 50 100 200 \\
       --launcher "torchrun --standalone --nproc-per-node 8"
 
 The branches have the trunk's own settings as recorded in its checkpoint, whatever file and overrides it was started

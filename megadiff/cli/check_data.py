@@ -17,7 +17,7 @@ from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
 
 _EPILOG = """example:
-  python tools/check_data.py data/train data/valid --tokenizer data/tokenizer --workers 2
+  megadiff check_data data/train data/valid --tokenizer data/tokenizer --workers 2
 
 The exit code is 0 if the data can be used for training, 2 if not. Without --tokenizer, ids are compared with the
 vocabulary and the mask in the manifest P.json; a file of Megatron's without a manifest has no hashes to compare.

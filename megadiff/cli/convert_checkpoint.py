@@ -12,8 +12,8 @@ from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError
 
 _EPILOG = """examples:
-  python tools/convert_checkpoint.py export --checkpoint runs/demo --output demo-hf --verify
-  python tools/convert_checkpoint.py import --input gidd-unif-3b --output checkpoints/gidd-unif-3b
+  megadiff convert_checkpoint export --checkpoint runs/demo --output demo-hf --verify
+  megadiff convert_checkpoint import --input gidd-unif-3b --output checkpoints/gidd-unif-3b
 
 Checkpoints of any layout can be read; an imported one can be loaded on any layout. It has only weights: a run that
 begins with it (checkpoint.start_from) starts at step 0 with new optimizer moments. --verify needs transformers
@@ -128,8 +128,8 @@ def _import(arguments: argparse.Namespace) -> None:
     if not found.is_checked:
         print(f"{arguments.input} has no checksums.sha256, so its files were taken as they are")
     print(
-        f"{found.folder}: {found.parameters:,} parameters, ready for checkpoint.start_from and tools/evaluate.py; the "
-        "optimizer's moments are not in such a folder, so a run begins at step 0 with new ones"
+        f"{found.folder}: {found.parameters:,} parameters, ready for checkpoint.start_from and `megadiff evaluate`; "
+        "the optimizer's moments are not in such a folder, so a run begins at step 0 with new ones"
     )
 
 

@@ -1,7 +1,7 @@
 """Check that activations and updates keep their size over widths and depths (CompleteP).
 
-    python tools/coordinate_check.py --output examples/coordinate_check/completep.txt
-    python tools/coordinate_check.py --widths 128 256 512 --depths 2 4 8 --grid cross --without hidden_lr   # exits 1
+    megadiff coordinate_check --output examples/coordinate_check/completep.txt
+    megadiff coordinate_check --widths 128 256 512 --depths 2 4 8 --grid cross --without hidden_lr   # exits 1
 
 Models of every size take a few optimizer steps on the same sequences. One table shows the measured sizes, a second one
 the log-log slopes over width and depth with the band that each must stay in. If one does not, the exit code is 1 and a

@@ -9,9 +9,9 @@ from pathlib import Path
 from megadiff.errors import ConfigError
 
 _EPILOG = """examples:
-  python tools/doctor.py
-  python tools/doctor.py --config examples/demo.yaml --ranks 8 parallel.tensor=4
-  srun -N 1 -n 1 python tools/doctor.py --config my.yaml --ranks 512 --json > doctor.json
+  megadiff doctor
+  megadiff doctor --config examples/demo.yaml --ranks 8 parallel.tensor=4
+  srun -N 1 -n 1 megadiff doctor --config my.yaml --ranks 512 --json > doctor.json
 
 The exit code is 0 if no check fails, otherwise 2.
 """

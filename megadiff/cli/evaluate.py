@@ -11,9 +11,9 @@ from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError
 
 _EPILOG = """examples:
-  python tools/evaluate.py elbo --model runs/demo --data data/valid --sequences 128 --noise-levels 8 --output elbo.json
-  python tools/evaluate.py likelihood --model runs/demo --data pairs.jsonl --prompt-key question --completion-key answer
-  python tools/evaluate.py likelihood --model runs/demo --data texts.jsonl --text-key text --output rolling.json
+  megadiff evaluate elbo --model runs/demo --data data/valid --sequences 128 --noise-levels 8 --output elbo.json
+  megadiff evaluate likelihood --model runs/demo --data pairs.jsonl --prompt-key question --completion-key answer
+  megadiff evaluate likelihood --model runs/demo --data texts.jsonl --text-key text --output rolling.json
 """
 
 

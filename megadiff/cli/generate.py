@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from megadiff.sampling.standalone import Generated, Settings
 
 _EPILOG = """examples:
-  python tools/generate.py --model runs/demo --num-tokens 64 --steps 64 --count 4
-  python tools/generate.py --model runs/demo --prompt "A list is" --temperature 0.8 --top-p 0.95
-  python tools/generate.py --model runs/demo --prompt "A list" --suffix "is returned." --num-tokens 12
-  python tools/generate.py --model runs/demo --sampler adaptive --block-length 32 --trace denoising.html
+  megadiff generate --model runs/demo --num-tokens 64 --steps 64 --count 4
+  megadiff generate --model runs/demo --prompt "A list is" --temperature 0.8 --top-p 0.95
+  megadiff generate --model runs/demo --prompt "A list" --suffix "is returned." --num-tokens 12
+  megadiff generate --model runs/demo --sampler adaptive --block-length 32 --trace denoising.html
 """
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 _KEPT = ("results", "groups", "n-samples", "n-shot", "versions", "higher_is_better", "config", "lm_eval_version")
 
 _EPILOG = """examples:
-  python tools/harness.py --model runs/demo --tasks arc_easy,hellaswag --batch-size 32 --output scores.json
-  python tools/harness.py --model runs/demo --tasks wikitext --noise-levels 32 --context 128
-  python tools/harness.py --model runs/demo --tasks my_task --include-path my_tasks --limit 100 --steps 64
+  megadiff harness --model runs/demo --tasks arc_easy,hellaswag --batch-size 32 --output scores.json
+  megadiff harness --model runs/demo --tasks wikitext --noise-levels 32 --context 128
+  megadiff harness --model runs/demo --tasks my_task --include-path my_tasks --limit 100 --steps 64
 
 This needs lm-eval: pip install '.[eval]'. The harness downloads tasks from the hub; --include-path adds a folder with
 your own task files. A diffusion model's likelihoods are lower bounds; their standard errors are in the JSON file.

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from megadiff.checkpoint.manifest import Manifest
 
 _EPILOG = """examples:
-  python tools/inspect_checkpoint.py runs/demo
-  python tools/inspect_checkpoint.py runs/demo/checkpoints/step_00000240 --tensors
+  megadiff inspect_checkpoint runs/demo
+  megadiff inspect_checkpoint runs/demo/checkpoints/step_00000240 --tensors
 
 Every file is read and its SHA-256 is compared with the manifest's. The exit code is 0 if every byte is as it was
 written; otherwise it is 2, and the message names the file. Only torch's index is unpickled, by an unpickler that allows

@@ -1,6 +1,6 @@
 """Find the best learning rate at several widths and depths with short runs of the real trainer.
 
-    python tools/learning_rate_sweep.py --config examples/learning_rate_sweep/sweep.yaml --sizes 64x2 256x2 64x8
+    megadiff learning_rate_sweep --config examples/learning_rate_sweep/sweep.yaml --sizes 64x2 256x2 64x8
 
 Under CompleteP the best rate should be the same at every size; under the standard parametrisation it should not. Runs
 are ordinary run folders and are trained one after the other in this process; finished runs are not repeated. They are

@@ -1,7 +1,7 @@
 """Compare the runs of an experiment by one of their settings, in a table and a figure.
 
-    python tools/plot_experiment.py runs/noise_interpolation/* --by noise.shift --output figure.png
-    python tools/plot_experiment.py runs/batch_size_sweep/* --by batch.global_batch_size --targets 3.4 3.2 --output
+    megadiff plot_experiment runs/noise_interpolation/* --by noise.shift --output figure.png
+    megadiff plot_experiment runs/batch_size_sweep/* --by batch.global_batch_size --targets 3.4 3.2 --output
     f.png
 
 The left half shows the held-out bound against tokens, with its standard error, a line per run. The right half shows the

@@ -1,6 +1,6 @@
 """Show the curves of one or more runs, in a table and a picture.
 
-    python tools/plot_run.py runs/masked runs/uniform --output curves.png
+    megadiff plot_run runs/masked runs/uniform --output curves.png
 
 The picture needs matplotlib; the table does not.
 """

@@ -9,7 +9,7 @@ from megadiff.data.documents import add_corpus_options, corpus_from, describe_fi
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 
 _EXAMPLE = """example:
-  python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \\
+  megadiff preprocess_data --input corpus/*.jsonl.zst --output-prefix data/corpus \\
       --tokenizer tokenizers/bpe-32k --append-eod --workers 8
 """
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from megadiff.run.replay import Replayed, ReplayedSequence
 
 _EPILOG = """examples:
-  python tools/replay.py --run runs/demo --step 120
-  python tools/replay.py --run runs/demo --step 120 --sequences 0 --save step_120.npz data.train=[data/train]
+  megadiff replay --run runs/demo --step 120
+  megadiff replay --run runs/demo --step 120 --sequences 0 --save step_120.npz data.train=[data/train]
 
 The run may have any layout. The replay starts from the newest checkpoint before the step, or from the first weights if
 there is none, and takes the steps in between in memory. The run folder is only read.

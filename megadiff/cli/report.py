@@ -12,9 +12,9 @@ from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError
 
 _EPILOG = """examples:
-  python tools/report.py runs/demo
-  python tools/report.py runs/masked runs/uniform --output compare.html
-  python tools/report.py runs/sweep/* --x steps --output sweep.html
+  megadiff report runs/demo
+  megadiff report runs/masked runs/uniform --output compare.html
+  megadiff report runs/sweep/* --x steps --output sweep.html
 
 Run folders are only read; a run that is still training may be among them. Open the page in any browser: it needs no
 network and loads nothing.

@@ -10,9 +10,9 @@ from typing import Any
 from megadiff.supervision.launch import end_with_launcher
 
 _EPILOG = """examples:
-  python pretrain_dlm.py --config examples/demo.yaml --check --ranks 8
-  python pretrain_dlm.py --keys noise
-  torchrun --nproc-per-node 8 pretrain_dlm.py --config examples/demo.yaml noise.shift=masked schedule.steps=500
+  megadiff train --config examples/demo.yaml --check --ranks 8
+  megadiff train --keys noise
+  torchrun --nproc-per-node 8 -m megadiff train --config examples/demo.yaml noise.shift=masked schedule.steps=500
 
 Run the same command again after an interruption: it goes on from the run folder's last complete checkpoint.
 """

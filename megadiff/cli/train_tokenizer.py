@@ -10,7 +10,7 @@ from megadiff.data.documents import add_corpus_options, corpus_from, describe_fi
 from megadiff.data.tokenizer_training import TYPES, train_tokenizer
 
 _EXAMPLE = """example:
-  python tools/train_tokenizer.py --input corpus/*.jsonl.zst --output tokenizers/bpe-32k --vocab-size 32768 --type bpe
+  megadiff train_tokenizer --input corpus/*.jsonl.zst --output tokenizers/bpe-32k --vocab-size 32768 --type bpe
 """
 
 

@@ -154,7 +154,7 @@ class IndexedReader:
 
         It covers every byte of the `.idx`, the tokenizer, the size of the `.bin`, its SHA-256 according to the
         manifest, and its tokens in 64 even spans: all of them up to 2**20 tokens. A byte changed elsewhere in a larger
-        `.bin` that kept its manifest is found by tools/check_data.py.
+        `.bin` that kept its manifest is found by `megadiff check_data`.
         """
         facts = (self.dtype.name, self.num_sequences, self.num_documents, self.num_tokens, self.tokenizer_fingerprint)
         recorded = self.manifest.bin_sha256 if self.manifest else None
@@ -203,9 +203,9 @@ class IndexedReader:
         near = megatron if idx_path(megatron).is_file() else None
         if near is None and not idx_path(self.prefix).is_file():
             near = similar_path(self.prefix, ending=".idx")
-        hint = f"did you mean {near}?" if near else "run tools/preprocess_data.py first"
+        hint = f"did you mean {near}?" if near else "run `megadiff preprocess_data` first"
         if Path(self.prefix).is_file():
-            hint = f"{self.prefix} is a file; make indexed data of it with tools/preprocess_data.py"
+            hint = f"{self.prefix} is a file; make indexed data of it with `megadiff preprocess_data`"
         named = f"wanted {wanted[0]} and {wanted[1]}"
         raise DataError(f"{self.prefix}: no indexed data; {named}, found no {' and no '.join(missing)}; {hint}")
 

@@ -1,4 +1,4 @@
-"""Complete scan of indexed data, which `tools/check_data.py` reports.
+"""Complete scan of indexed data, which `megadiff check_data` reports.
 
 Opening data checks the index and samples the tokens; a scan reads all tokens once, in order. It hashes what it reads
 while other threads check the ids, and lists all findings instead of stopping at the first.
@@ -125,7 +125,7 @@ def _compare_tokenizers(found: Scan, reader: IndexedReader, tokenizer: Tokenizer
         where, missing = f"{reader.prefix}.json", "there is no manifest, so no hashes to compare"
         if tokenizer is None:
             missing += ", and no --tokenizer, so no ids to compare with"
-        remedy = "preprocess with tools/preprocess_data.py to have one"
+        remedy = "preprocess with `megadiff preprocess_data` to have one"
         found.findings.append(Finding(where, missing, remedy, is_error=False))
     elif tokenizer is not None and manifest.tokenizer.fingerprint != tokenizer.fingerprint:
         made, given = manifest.tokenizer, tokenizer

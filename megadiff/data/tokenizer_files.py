@@ -65,7 +65,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
     found = "a folder without them" if Path(given).is_dir() else "another file" if Path(given).exists() else "nothing"
     near = similar_path(given) if found == "nothing" else None
-    remedy = f"did you mean {near}?" if near else "check the path or run tools/train_tokenizer.py"
+    remedy = f"did you mean {near}?" if near else "check the path or run `megadiff train_tokenizer`"
     raise DataError(f"{given}: wanted {wanted}, found {found}; {remedy}")
 
 

@@ -103,7 +103,7 @@ class HarnessModel(LM):
         if isinstance(model, str):
             raise ConfigError(
                 f"wanted an opened model, found the path {model!r}; open it with megadiff.export.opened.open_model, or "
-                "run tools/harness.py"
+                "run `megadiff harness`"
             )
         self._model, self._settings = model, settings or HarnessSettings()
         if batch_size is not None:

@@ -395,7 +395,7 @@ def _file_names(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
         return [WHOLE], None
     raise CheckpointError(
         f"{folder} holds no safetensors weights ({INDEX} or {WHOLE}): it is {what_it_is(folder)}; give a folder that "
-        "save_pretrained or tools/convert_checkpoint.py export wrote (other formats can run code and are not read)"
+        "save_pretrained or `megadiff convert_checkpoint export` wrote (other formats can run code and are not read)"
     )
 
 

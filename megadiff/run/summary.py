@@ -204,7 +204,7 @@ def memory_shortage(error: BaseException, config: RunConfig, layout: Layout, sha
         f"out of memory ({message or type(error).__name__}); the estimate for this layout is "
         f"{_gib(memory_per_rank(config, layout, shape).total)} a rank: lower batch.micro_batch_size "
         f"({config.batch.micro_batch_size}), raise parallel.tensor ({now.tensor}) or parallel.pipeline ({now.pipeline})"
-        f"{cut}, or take more memory; tools/doctor.py shows which of these would fit"
+        f"{cut}, or take more memory; `megadiff doctor` shows which of these would fit"
     )
 
 

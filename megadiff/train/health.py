@@ -139,7 +139,7 @@ class Health:
         return (
             f"step {step}: loss or gradient not finite {self._consecutive} consecutive steps ("
             f"health.non_finite_limit is {self._config.non_finite_limit}); the weights are those before them. Their "
-            f"samples are {first} to {last}; in the last step: {where}. Look at a step with tools/replay.py, "
+            f"samples are {first} to {last}; in the last step: {where}. Look at a step with `megadiff replay`, "
             "lower optimizer.lr or set optimizer.clip_grad, and resume from an earlier checkpoint"
         )
 

@@ -191,7 +191,7 @@ def test_a_kill_while_replacing_data_never_mixes_index_and_tokens(tmp_path, rena
     write_indexed(tmp_path / "p", [[7, 7, 7, 7]])
     command = [sys.executable, "-c", DIE_AT_RENAME, str(tmp_path / "p"), str(renames)]
     assert subprocess.run(command, cwd=os.getcwd(), check=False).returncode == -signal.SIGKILL
-    with pytest.raises(DataError, match=r"no indexed data; .*found no .*p\.idx; run tools/preprocess_data\.py first"):
+    with pytest.raises(DataError, match=r"no indexed data; .*found no .*p\.idx; run `megadiff preprocess_data` first"):
         IndexedReader(tmp_path / "p")
     write_indexed(tmp_path / "p", [[4, 5]])
     assert IndexedReader(tmp_path / "p").tokens(0, 2).tolist() == [4, 5]

@@ -27,7 +27,9 @@ LETTERS = ["[UNK]", "[MASK]", "[", "##M", "##A", "##S", "##K", "##]", "hi", "M",
 
 
 def test_nothing_and_the_wrong_thing_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"wanted the word `byte`, .* found nothing; check the path or run tools/train"):
+    with pytest.raises(
+        DataError, match=r"wanted the word `byte`, .* found nothing; check the path or run `megadiff train_tok"
+    ):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"found a folder without them"):
         load_tokenizer(tmp_path)

@@ -34,7 +34,7 @@ def test_every_mistake_of_the_description_is_a_finding(findings_of):
 def test_a_missing_tokenizer_fails_once_and_other_checks_name_it(one_finding, subject_of):
     subject = subject_of(data__tokenizer="nowhere/tokenizer")
     level, text, remedy = one_finding("tokenizer", subject)
-    assert (level, "found nothing" in text, "tools/train_tokenizer.py" in remedy) == ("FAIL", True, True)
+    assert (level, "found nothing" in text, "`megadiff train_tokenizer`" in remedy) == ("FAIL", True, True)
     assert one_finding("data", subject)[1:] == (
         "not checked: the data need the tokenizer, which cannot be loaded",
         "fix data.tokenizer first",
@@ -88,7 +88,7 @@ def test_a_vocabulary_hardly_used(findings_of, subject_of, corpus_without_facts,
 
 def test_data_that_are_not_there(findings_of, subject_of):
     level, text, remedy = findings_of("data", subject_of(data__train=["nowhere/text"]))[0]
-    assert (level, "nowhere/text.idx" in text, "tools/preprocess_data.py" in remedy) == ("FAIL", True, True)
+    assert (level, "nowhere/text.idx" in text, "`megadiff preprocess_data`" in remedy) == ("FAIL", True, True)
 
 
 def test_a_schedule_of_many_epochs_and_no_validation(findings_of, subject_of):

@@ -103,7 +103,7 @@ DESCRIPTIONS = [
     (
         "data.tokenizer=nowhere",
         1,
-        r"nowhere: wanted the word `byte`, .* found nothing; check the path or run tools/tra",
+        r"nowhere: wanted the word `byte`, .* found nothing; check the path or run `megadiff tra",
     ),
     (
         "data.vocab_size=300",
@@ -216,7 +216,7 @@ DATA = [
         lambda p: os.truncate(f"{p}.bin", 6000),
         rf"copy\.bin: wanted \d+ bytes, found 6000; .*cut short: {AGAIN}",
     ),
-    ("no bin", lambda p: os.remove(f"{p}.bin"), r"found no .*copy\.bin; run tools/preprocess_data\.py first"),
+    ("no bin", lambda p: os.remove(f"{p}.bin"), r"found no .*copy\.bin; run `megadiff preprocess_data` first"),
     (
         "manifest",
         lambda p: Path(f"{p}.json").write_text("{"),
@@ -284,7 +284,7 @@ CHECKPOINTS = [
 
 TOOLS = [
     (EVALUATE + " --model nowhere", r"nowhere: no such folder; give a run folder \(such as runs/NAME\)"),
-    (EVALUATE + " --data nowhere", r"nowhere: no indexed data; .*; run tools/preprocess_data\.py first"),
+    (EVALUATE + " --data nowhere", r"nowhere: no indexed data; .*; run `megadiff preprocess_data` first"),
     (EVALUATE + " --tokenizer nowhere", r"nowhere: wanted the word `byte`.*check the path"),
     (EVALUATE + " --output no/x.json", r"--output no/x\.json: there is no folder no; make it"),
     (EVALUATE + " --output {tmp}", r"--output .* is a folder; give the name of a file in"),

@@ -20,7 +20,7 @@ SPARE_BYTES = 2 * 2**30
 """For threads and their stacks, and less than one matrix of the model below."""
 REMEDY = (
     r"the estimate for this layout is [\d.e-]+ GiB a rank: lower batch\.micro_batch_size \(2\), raise parallel\.tensor "
-    r"\(1\) or parallel\.pipeline \(1\), set parallel\.distributed_optimizer=true, or take more memory; tools/doctor"
+    r"\(1\) or parallel\.pipeline \(1\), set parallel\.distributed_optimizer=true, or take more memory; `megadiff d"
 )
 
 

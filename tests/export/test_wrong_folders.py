@@ -36,7 +36,7 @@ def refused(*command):
 def test_starting_a_run_from_a_hugging_face_folder_suggests_importing_it(folder, description, check):
     said = refused("pretrain_dlm.py", "--config", description, f"checkpoint.start_from={folder}", *check)
     assert f"{folder} is a Hugging Face folder, not a checkpoint to train from" in said
-    assert f"run `python tools/convert_checkpoint.py import --input '{folder}' --output NEW_FOLDER`" in said
+    assert f"run `megadiff convert_checkpoint import --input '{folder}' --output NEW_FOLDER`" in said
 
 
 def test_the_command_it_names_makes_a_folder_to_start_from(folder, description, tmp_path):

@@ -32,7 +32,7 @@ def check(subject: Subject) -> Iterable[Finding]:
             valid_sequences=config.eval.sequences,
         )
     except DataError as error:
-        yield fail(str(error), "tools/preprocess_data.py makes data; data.train and data.valid name their prefixes")
+        yield fail(str(error), "`megadiff preprocess_data` makes data; data.train and data.valid name their prefixes")
         return
     yield ok(f"{len(opened.sources)} source(s) to train on, fingerprint {opened.fingerprint[:16]}")
     for line in (*describe_sources(opened, now=0, end=config.samples), *describe_validation(opened)):

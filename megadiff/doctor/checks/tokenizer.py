@@ -18,7 +18,7 @@ def check(subject: Subject) -> Iterable[Finding]:
     try:
         tokenizer = subject.tokenizer
     except DataError as error:
-        yield fail(str(error), "set data.tokenizer to what tools/train_tokenizer.py wrote, or to `byte`")
+        yield fail(str(error), "set data.tokenizer to what `megadiff train_tokenizer` wrote, or to `byte`")
         return
     assert tokenizer is not None
     size = tokenizer.vocab_size
