@@ -92,7 +92,7 @@ def chosen(path: Path) -> Path:
     if kind == "a Hugging Face folder":
         raise CheckpointError(no_checkpoint(path))
     what = "no complete checkpoint in it" if os.path.isdir(path) else kind
-    if kind == "no such folder" and (near := similar_path(path)) is not None:
+    if kind == "no such folder" and (near := similar_path(path, Path.is_dir)) is not None:
         what += f"; did you mean {near}?"
     raise CheckpointError(
         f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"

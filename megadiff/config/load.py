@@ -27,6 +27,9 @@ T = TypeVar("T", bound=Section)
 
 MAX_BYTES = 1_000_000
 
+_ENDINGS = (".yaml", ".yml")
+"""Endings of files that are suggested in the place of one that does not exist."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str], model: type[T]) -> T:
     """Read the run description at `path`, lay the overrides upon it and validate it as `model`.
@@ -157,9 +160,8 @@ def _text(path: Path, named_by: Place | None) -> str:
     try:
         return read_text(path, max_bytes=MAX_BYTES)
     except FileNotFoundError:
-        near = similar_path(path)
-        remedy = f"did you mean {near}?" if near else "check the path"
-        raise ConfigError(f"{subject} does not exist; {remedy}") from None
+        near = similar_path(path, lambda found: found.suffix in _ENDINGS)
+        raise ConfigError(f"{subject} does not exist{f'; did you mean {near}?' if near else ''}") from None
     except (OSError, UnreadableFileError) as error:
         raise ConfigError(f"{subject} {why(error)}; give the path of a YAML file in UTF-8") from None
 

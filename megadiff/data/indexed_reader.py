@@ -202,7 +202,7 @@ class IndexedReader:
         megatron = f"{self.prefix}_text_document"
         near = megatron if idx_path(megatron).is_file() else None
         if near is None and not idx_path(self.prefix).is_file():
-            near = similar_path(self.prefix, ending=".idx")
+            near = similar_path(self.prefix, Path.is_file, ending=".idx")
         hint = f"did you mean {near}?" if near else "run `megadiff preprocess_data` first"
         if Path(self.prefix).is_file():
             hint = f"{self.prefix} is a file; make indexed data of it with `megadiff preprocess_data`"

@@ -64,9 +64,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         "your own (mypkg.words)"
     )
     found = "a folder without them" if Path(given).is_dir() else "another file" if Path(given).exists() else "nothing"
-    near = similar_path(given) if found == "nothing" else None
+    near = similar_path(given, _could_hold_one) if found == "nothing" else None
     remedy = f"did you mean {near}?" if near else "check the path or run `megadiff train_tokenizer`"
     raise DataError(f"{given}: wanted {wanted}, found {found}; {remedy}")
+
+
+def _could_hold_one(path: Path) -> bool:
+    """Return whether a path has the looks of a tokenizer's."""
+    return path.is_dir() or path.suffix in _ENDINGS
 
 
 def _is_module(name: str) -> bool:

@@ -215,7 +215,7 @@ def test_a_word_is_read_as_its_field_wants_it(load, key, text, value):
         ("extra: \x01", "a.yaml:6: not valid YAML: the control character '\\x01'"),
         ("---\nb: 1", "a.yaml:6: not valid YAML: expected a single document in the stream, but found another document"),
         ("base: {a: 1}", "a.yaml:6: `base` wants a path or a list of paths, found a mapping"),
-        ("base: b.yaml", "a.yaml:6: the base file b.yaml does not exist; check the path"),
+        ("base: b.yaml", "a.yaml:6: the base file b.yaml does not exist"),
         ("base: .", "a.yaml:6: the base file . is a folder, not a plain file; give the path of a YAML file in UTF-8"),
         ("base: a.yaml", "a.yaml:6: base files go in a circle: a.yaml -> a.yaml"),
     ],
@@ -293,8 +293,19 @@ def test_an_alias_bomb_is_refused_before_it_is_built(refusal):
 
 def test_a_missing_file_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^gone\.yaml: the run description does not exist; check the path$"):
+    with pytest.raises(ConfigError, match=r"^gone\.yaml: the run description does not exist$"):
         load_config("gone.yaml", [], Run)
+
+
+@pytest.mark.parametrize("name", ["run.md", "run", "run.yaml.orig", "rum.txt"])
+def test_only_yaml_files_are_suggested_for_a_missing_one(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("name: x\n")
+    with pytest.raises(ConfigError, match=r"^rum\.yaml: the run description does not exist$"):
+        load_config("rum.yaml", [], Run)
+    (tmp_path / "run.yml").write_text("name: x\n")
+    with pytest.raises(ConfigError, match=r"^rum\.yaml: the run description does not exist; did you mean run\.yml\?$"):
+        load_config("rum.yaml", [], Run)
 
 
 def test_base_files_lie_under_the_file_and_overrides_on_top(load, tmp_path):

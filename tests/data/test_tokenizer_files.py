@@ -31,6 +31,12 @@ def test_nothing_and_the_wrong_thing_are_named(tmp_path):
         DataError, match=r"wanted the word `byte`, .* found nothing; check the path or run `megadiff train_tok"
     ):
         load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "nowhere.txt").write_text("x")
+    with pytest.raises(DataError, match=r"found nothing; check the path"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "nowhere.json").write_text("x")
+    with pytest.raises(DataError, match=r"found nothing; did you mean .*/nowhere\.json\?"):
+        load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"found a folder without them"):
         load_tokenizer(tmp_path)
     (tmp_path / "notes.md").write_text("x")

@@ -165,7 +165,7 @@ FILES = [
     ("a bomb", bomb(), r"bad\.yaml:\d: more than 50000 values once aliases are written out"),
     ("2 MB", b"#" * 2_000_000, r"bad\.yaml: .*2,000,000 bytes where at most 1,000,000 are wanted"),
     ("a circle", b"base: bad.yaml\n", r"bad\.yaml:1: base files go in a circle: .*bad\.yaml -> .*bad\.yaml"),
-    ("no base", b"base: nowhere.yaml\n", r"bad\.yaml:1: the base file .*nowhere\.yaml does not exist; check the path"),
+    ("no base", b"base: nowhere.yaml\n", r"bad\.yaml:1: the base file .*nowhere\.yaml does not exist"),
     ("a folder", None, r"bad\.yaml: the run description is a folder, not a plain file; give the path of a YAML file"),
 ]
 """Content of the file (None for a folder) and the sentence; the first word of an entry is its name."""
