@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megadiff.config import nodes, other_names, schema
 from megadiff.config.command_line import similar_key
-from megadiff.config.nodes import COMMAND_LINE, Node
+from megadiff.config.nodes import COMMAND_LINE, Node, Place
 from megadiff.config.section import Section
 from megadiff.config.suggestions import did_you_mean
 from megadiff.errors import ConfigError
@@ -162,16 +162,37 @@ def _unknown(mistake: Mistake, root: Node, model: type[Section]) -> str:
     """Return the sentence about a key that its section does not have."""
     node, name = mistake.node, str(mistake.path[-1])
     assert node is not None
-    kinds, parent = schema.kinds_at(model, mistake.path[:-1], root), root
-    for part in mistake.path[:-1]:
-        parent = parent.child(part) or parent
+    kinds, parent = schema.kinds_at(model, mistake.path[:-1], root), _at(mistake.path[:-1], root)
     sections = [section for kind in kinds if (section := schema.section_of(kind, parent)) is not None]
     if mistake.alternative is not None:
         sections = [section for section in sections if section.__name__ == mistake.alternative[1]] or sections
     keys = list(schema.keys_of(sections[0]))
     owners = [owner for kind in kinds for owner, section in schema.members_of(kind) if name in schema.keys_of(section)]
-    meant = f", a key of {', '.join(owners)}; " if owners else _meant(name, node, mistake.key, keys, model)
+    if owners:
+        meant = f", a key of {', '.join(owners)}{_chosen(mistake.key, node.place, kinds, parent, root)}; "
+    else:
+        meant = _meant(name, node, mistake.key, keys, model)
+        if meant == "; ":  # of a module outside the package, perhaps, which a file below named
+            meant = f"{_chosen(mistake.key, node.place, kinds, parent, root)}; "
     return f"{node.place}: unknown key `{mistake.key}`{meant}keys here: {', '.join(keys)}"
+
+
+def _chosen(full: str, given: Place, kinds: Sequence[Any], section: Node, root: Node) -> str:
+    """Return which member of its family a section names, and how to take back a key that another file gave.
+
+    The text is empty if no member is named, or in the same file as the key.
+    """
+    families = [family for kind in kinds if (family := schema.family_of(kind)) is not None]
+    chosen = section.child(families[0].key) if families else None
+    if chosen is None or given.source == chosen.place.source:
+        return ""
+    above, _, key = full.rpartition(".")
+    named = f", while `{above}.{families[0].key}` is {chosen.value} ({chosen.place})"
+    if given == COMMAND_LINE or (given.source == root.place.source and chosen.place != COMMAND_LINE):
+        return named  # nothing lies above the key
+    if chosen.place == COMMAND_LINE:
+        return f"{named}; take it back with {full}=null"
+    return f"{named}; take it back with `{key}: null` under `{above}` in {root.place.source}"
 
 
 def _meant(name: str, node: Node, full: str, keys: list[str], model: type[Section]) -> str:
@@ -231,10 +252,10 @@ def validated(tree: Node, model: type[T]) -> T:
             return model.model_validate(_values(tree, readings), strict=True, context={"strict": True})
         except ValidationError as error:
             mistakes = located(error.errors(include_url=False), tree)
-        is_filled = any([_filled(mistake, tree, model) for mistake in mistakes])
+        is_changed = any([_filled(mistake, tree, model) or _taken_back(mistake, tree) for mistake in mistakes])
         tried.append({(path, reading.kind) for path, reading in readings.items()})
         readings |= _readings(mistakes, readings, tree, model)
-        if not is_filled and {(path, reading.kind) for path, reading in readings.items()} in tried:
+        if not is_changed and {(path, reading.kind) for path, reading in readings.items()} in tried:
             raise ConfigError("\n".join(sentences(mistakes, tree, model)))
 
 
@@ -262,6 +283,25 @@ def _filled(mistake: Mistake, tree: Node, model: type[Section]) -> bool:
     if is_section:
         mistake.parent.value[str(mistake.path[-1])] = Node({}, mistake.parent.place)
     return is_section
+
+
+def _taken_back(mistake: Mistake, tree: Node) -> bool:
+    """Remove an unknown key whose null takes back what a file below gave to another member of its family."""
+    *above, key = mistake.path or ("",)
+    is_taken_back = mistake.kind == "extra_forbidden" and mistake.node is not None and mistake.node.takes_back
+    if is_taken_back and mistake.alternative is None:
+        section = _at(above, tree)
+        assert isinstance(section.value, dict)
+        del section.value[str(key)]
+        return True
+    return False
+
+
+def _at(path: Sequence[int | str], root: Node) -> Node:
+    """Return the innermost value that exists on a path."""
+    for part in path:
+        root = root.child(part) or root
+    return root
 
 
 def _values(node: Node, readings: Readings, path: KeyPath = ()) -> Any:

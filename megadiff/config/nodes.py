@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -88,6 +88,8 @@ class Node:
     value: str | list[Node] | dict[str, Node]
     place: Place
     is_quoted: bool = False
+    takes_back: bool = False
+    """Whether this is a null in the place of a value that a file below gave."""
 
     @property
     def is_null(self) -> bool:
@@ -121,6 +123,8 @@ class Node:
 
 def merge(under: Node | None, over: Node) -> Node:
     """Lay `over` upon `under`: mappings are merged key by key at every depth, anything else is replaced."""
+    if under is not None and over.is_null:
+        return replace(over, takes_back=True)
     if under is None or not (isinstance(under.value, dict) and isinstance(over.value, dict)):
         return over
     merged = {key: merge(under.value.get(key), node) for key, node in over.value.items()}

@@ -38,7 +38,8 @@ Every key of a run description. Generated from the schema by `python -m megadiff
 
 Values are taken from the defaults below, then from the files under `base:` in the order given, then from the YAML file
 itself, then from `key.sub=value` on the command line. `base` is a path, or a list of paths, relative to the file in
-which it is written. `megadiff train --keys [PREFIX]` prints this reference in the terminal.
+which it is written. Where a base file chose another noise process, optimizer or the like, `null` takes back a key that
+the one chosen now does not have. `megadiff train --keys [PREFIX]` prints this reference in the terminal.
 """
 
 

@@ -24,7 +24,7 @@ WEIGHTINGS = Family("megadiff.diffusion.weightings", key="weighting")
 class NoiseConfig(Section):
     """`noise: {process: gidd_snr, shift: balanced}`: the noise process with its settings.
 
-    `null` takes back what a base file gave.
+    `null` puts back the default of a key that a base file gave.
     """
 
     process: str = "gidd_snr"
@@ -34,8 +34,10 @@ class NoiseConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _null_takes_back(cls, data: Any) -> Any:
-        is_mapping = isinstance(data, Mapping)
-        return {key: value for key, value in data.items() if value is not None} if is_mapping else data
+        if not isinstance(data, Mapping):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {key: value for key, value in data.items() if value is not None or key not in known}
 
     @property
     def description(self) -> str:

@@ -287,7 +287,8 @@ def test_members_are_read_from_yaml_and_written_back(load):
         ),
         (
             "hooks.1.shift=2",
-            "command line: unknown key `hooks.1.shift`, a key of uniform; keys here: name, every",
+            "command line: unknown key `hooks.1.shift`, a key of uniform, while `hooks.1.name` is masked "
+            "(a.yaml:8); keys here: name, every",
         ),
         ("hooks.0.every=0", "command line: `hooks.0.every` must be greater than 0, found `0`"),
         ("hooks.2.every=1", "command line: missing required key `hooks.2.name`, which wants text"),
@@ -308,6 +309,58 @@ def test_a_mistake_in_a_members_keys_has_its_place(load, override, sentence):
     with pytest.raises(ConfigError) as caught:
         load(DESCRIPTION, override)
     assert str(caught.value) == sentence
+
+
+KEYS = "keys here: process, floor"
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "overrides", "sentence"),
+    [
+        (
+            "process: uniform, kind: a",
+            "process: masked",
+            [],
+            "b.yaml:1: unknown key `noise.kind`, a key of uniform, while `noise.process` is masked (a.yaml:2); take it "
+            f"back with `kind: null` under `noise` in a.yaml; {KEYS}",
+        ),
+        (
+            "process: noises_for_test.warm, warmth: 3",
+            "process: masked",
+            [],
+            "b.yaml:1: unknown key `noise.warmth`, while `noise.process` is masked (a.yaml:2); take it back with "
+            f"`warmth: null` under `noise` in a.yaml; {KEYS}",
+        ),
+        (
+            "floor: -2",
+            "process: uniform, kind: a",
+            ["noise.process=masked"],
+            "a.yaml:2: unknown key `noise.kind`, a key of uniform, while `noise.process` is masked (command line); "
+            f"take it back with noise.kind=null; {KEYS}",
+        ),
+        (
+            "process: masked",
+            "kind: a",
+            [],
+            "a.yaml:2: unknown key `noise.kind`, a key of uniform, while `noise.process` is masked (b.yaml:1); " + KEYS,
+        ),
+        ("floor: -2", "kind: null", [], f"a.yaml:2: unknown key `noise.kind`, a key of uniform; {KEYS}"),
+        ("flor: -2", "process: masked", [], f"b.yaml:1: unknown key `noise.flor`; did you mean `floor`? {KEYS}"),
+    ],
+)
+def test_a_key_of_the_base_s_member_is_named_with_its_remedy(load, tmp_path, base, own, overrides, sentence):
+    (tmp_path / "b.yaml").write_text(f"noise: {{{base}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(f"base: b.yaml\nnoise: {{{own}}}\n", *overrides)
+    assert str(caught.value) == sentence
+
+
+def test_null_takes_back_a_key_that_the_chosen_member_lacks(load, tmp_path):
+    (tmp_path / "b.yaml").write_text("noise: {process: uniform, kind: a, floor: -2, shift: 3}\n")
+    own = "base: b.yaml\nnoise: {process: masked, kind: null}\n"
+    assert load(own, "noise.shift=null").noise == Noise(process="masked", floor=-2)
+    with pytest.raises(ConfigError, match=r"^command line: unknown key `noise\.flor`; did you mean `floor`\? "):
+        load(own, "noise.shift=", "noise.flor=null")
 
 
 def test_a_key_left_out_of_a_member_has_the_place_of_its_section(load):

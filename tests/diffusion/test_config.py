@@ -65,10 +65,10 @@ def test_noise_that_cannot_be_is_refused(settings, message):
         noise_config(**settings)
 
 
-def test_null_takes_a_setting_back():
-    base = {"shift": "uniform", "schedule": "linear", "min_log_snr": -9}
-    noise = noise_config(**{**base, "process": "gidd_time", **dict.fromkeys(base)})
-    assert noise == noise_config(process="gidd_time")
+def test_null_puts_a_default_back():
+    assert noise_config(shift=None, schedule=None, min_log_snr=None, scale=0.5) == noise_config(scale=0.5)
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        noise_config(process="gidd_time", schedule=None)
 
 
 @pytest.mark.parametrize(
