@@ -135,3 +135,29 @@ def test_tests_mirror_the_package():
     }
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
     assert packages <= folders
+
+
+def nameless(root: Path) -> list[str]:
+    """Return the tests below a package's name that neither bear a module's name nor open with their subject."""
+    found = []
+    for path in sorted((root / "tests").rglob("test_*.py")):
+        folder, name = root / "megadiff" / path.parent.relative_to(root / "tests"), path.stem.removeprefix("test_")
+        if path.parent == root / "tests" or not folder.is_dir():
+            continue
+        has_module = any((folder / module).exists() for module in (f"{name}.py", f"_{name}.py", f"{name}/__init__.py"))
+        if not has_module and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))):
+            found.append(path.relative_to(root).as_posix())
+    return found
+
+
+def test_a_test_has_the_name_of_its_module_or_states_its_subject():
+    assert nameless(ROOT) == []
+
+
+def test_the_rule_of_names_sees_what_it_is_for(tmp_path):
+    for name in ("megadiff/loss/__init__.py", "megadiff/loss/here.py", "tests/loss/test_here.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "tests/loss/test_gone.py").write_text("import ast\n")
+    (tmp_path / "tests/loss/test_other.py").write_text('"""Another subject."""\n')
+    assert nameless(tmp_path) == ["tests/loss/test_gone.py"]

@@ -1,3 +1,5 @@
+"""Options of the commands that read a corpus, and what these report of its files."""
+
 import argparse
 import gzip
 

@@ -1,8 +1,10 @@
-"""A mixture that changes: every source goes on where it was, and no sequence comes again before every other has."""
+"""Blends, permutations and mixtures that change: every source goes on where it was, and no sequence comes again before
+every other has."""
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megadiff.data.config import DataConfig
-from megadiff.data.mixture import Mixture, next_mixture
+from megadiff.data.mixture import (
+    PATTERN_LENGTH,
+    Blend,
+    Mixture,
+    Permutation,
+    SizeBlend,
+    mixed,
+    next_mixture,
+    stream_key,
+)
 from megadiff.data.open import OpenData, open_data
 from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.errors import DataError
 from tests.data.corpora import write_indexed
 
 L = 4
@@ -218,3 +230,162 @@ def test_sharing_by_size_and_by_the_same_weights_are_different_mixtures(paths):
 def test_positions_of_other_sources_are_our_mistake(paths):
     with pytest.raises(ValueError, match="a mixture of other sources"):
         opened(paths, [("b", None)]).continued(opened(paths, [("c", None)]).mixture)
+
+
+weight_lists = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(weight_lists, st.integers(0, 2**32))
+def test_each_source_counts_0_1_2_without_gap_or_repeat(weights, seed):
+    blend = Blend(weights, seed=seed)
+    indices: list[list[int]] = [[] for _ in weights]
+    for sample in range(2 * PATTERN_LENGTH + 500):
+        place = blend.place(sample)
+        indices[place.source].append(place.index)
+    assert all(found == list(range(len(found))) for found in indices)
+
+
+@settings(max_examples=50, deadline=None)
+@given(weight_lists)
+def test_shares_are_exact_in_every_period(weights):
+    blend = Blend(weights, seed=1)
+    total = sum(blend.counts)
+    assert all(
+        abs(count - weight / sum(weights) * total) < 1 for count, weight in zip(blend.counts, weights, strict=True)
+    )
+    assert total in (1, PATTERN_LENGTH)
+
+
+def test_any_stretch_holds_the_sources_in_proportion():
+    """0.7, 0.2, 0.1 over stretches of 100 samples: never off by more than 3."""
+    blend = Blend([7, 2, 1], seed=9)
+    sources = [blend.place(i).source for i in range(PATTERN_LENGTH)]
+    for start in range(0, PATTERN_LENGTH - 100, 17):
+        window = sources[start : start + 100]
+        assert [abs(window.count(s) - want) <= 3 for s, want in enumerate((70, 20, 10))] == [True] * 3
+
+
+def test_a_place_does_not_depend_on_what_was_asked_before():
+    forward, backward = Blend([2, 1], seed=3), Blend([2, 1], seed=3)
+    samples = [0, 5, 10**12, 7, 9_999, 10_000]
+    assert [forward.place(i) for i in samples] == [backward.place(i) for i in reversed(samples)][::-1]
+
+
+def test_the_seed_moves_places_but_not_shares():
+    first, second = Blend([2, 1], seed=1), Blend([2, 1], seed=2)
+    assert first.counts == second.counts == [6667, 3333]
+    assert [first.place(i).source for i in range(50)] != [second.place(i).source for i in range(50)]
+
+
+def test_a_source_that_would_never_be_seen_is_refused():
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.weight: wanted at least 0.0001 .*found 1e-06; raise it"):
+        Blend([1.0, 1e-6], seed=0)
+
+
+size_lists = st.lists(st.integers(1, 60), min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size_lists, st.integers(0, 2**32))
+def test_sharing_by_size_gives_every_sequence_once_in_a_period(sizes, seed):
+    blend, counts = SizeBlend(sizes, seed=seed), [0] * len(sizes)
+    for sample in range(3 * sum(sizes)):
+        assert blend.drawn(sample) == counts
+        place = blend.place(sample)
+        assert place.index == counts[place.source]
+        counts[place.source] += 1
+        if (sample + 1) % sum(sizes) == 0:
+            assert counts == [(sample + 1) // sum(sizes) * size for size in sizes]
+    assert blend.shares == pytest.approx([size / sum(sizes) for size in sizes])
+
+
+def test_a_source_of_one_in_a_billion_comes_once_and_nothing_is_stored():
+    sizes = [10**9, 1, 10**9]
+    blend = SizeBlend(sizes, seed=5)
+    first, last = 0, sum(sizes)
+    while last - first > 1:  # the sample before which the small source has given nothing
+        middle = (first + last) // 2
+        first, last = (first, middle) if blend.drawn(middle)[1] else (middle, last)
+    assert blend.place(first) == (1, 0)
+    assert blend.drawn(sum(sizes)) == sizes
+    assert blend.place(first + 1).source != 1
+
+
+def test_sharing_by_size_keeps_proportions_everywhere_without_a_rhythm():
+    """0.7, 0.2, 0.1 over stretches of 100 samples: never off by more than 4; gaps between small ones vary."""
+    blend = SizeBlend([7000, 2000, 1000], seed=9)
+    sources = [blend.place(i).source for i in range(10_000)]
+    for start in range(0, 9_900, 17):
+        window = sources[start : start + 100]
+        assert [abs(window.count(s) - want) <= 4 for s, want in enumerate((70, 20, 10))] == [True] * 3
+    places = [i for i, source in enumerate(sources) if source == 2]
+    assert len({b - a for a, b in pairwise(places)}) > 5
+    other = SizeBlend([7000, 2000, 1000], seed=10)
+    assert [other.place(i).source for i in range(100)] != sources[:100]
+
+
+@settings(max_examples=20, deadline=None)
+@given(weight_lists, st.integers(0, 25_000))
+def test_what_a_weighted_blend_has_given_is_counted_exactly(weights, samples):
+    blend, counts = Blend(weights, seed=2), [0] * len(weights)
+    for sample in range(samples):
+        counts[blend.place(sample).source] += 1
+    assert blend.drawn(samples) == counts
+    assert blend.shares == pytest.approx([count / sum(blend.counts) for count in blend.counts])
+
+
+def test_samples_before_the_first_are_our_mistake():
+    for blend in (Blend([2, 1], seed=1), SizeBlend([2, 1], seed=1)):
+        with pytest.raises(IndexError, match="a sample index is 0 or more, got -1"):
+            blend.place(-1)
+    with pytest.raises(ValueError, match="sizes must be at least 1"):
+        SizeBlend([3, 0], seed=1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 700), st.integers(0, 2**64 - 1))
+def test_every_place_is_met_once(size, key):
+    permutation = Permutation(size, key)
+    assert sorted(permutation[i] for i in range(size)) == list(range(size))
+
+
+def test_a_huge_permutation_costs_no_memory_and_stays_inside():
+    permutation = Permutation(10**15 + 7, key=3)
+    places = {permutation[i] for i in range(1000)}
+    assert len(places) == 1000
+    assert all(0 <= place < 10**15 + 7 for place in places)
+
+
+def test_keys_give_unrelated_orders():
+    """Two random orders of 1,000 agree at one place on average."""
+    first, second = Permutation(1000, stream_key(1, "a")), Permutation(1000, stream_key(2, "a"))
+    assert sum(first[i] == second[i] for i in range(1000)) < 8
+    assert sum(first[i] == i for i in range(1000)) < 8
+
+
+def test_the_order_looks_uniform():
+    """Chi-squared of (tenth of i) against (tenth of its place) over 81 degrees of freedom: mean 81, deviation 12.7."""
+    size, cells = 10_000, [[0] * 10 for _ in range(10)]
+    permutation = Permutation(size, key=5)
+    for i in range(size):
+        cells[i // 1000][permutation[i] // 1000] += 1
+    chi_squared = sum((count - 100) ** 2 / 100 for sequence in cells for count in sequence)
+    assert 40 < chi_squared < 130
+
+
+def test_small_sizes_reach_every_order():
+    orders = {tuple(Permutation(3, key)[i] for i in range(3)) for key in range(200)}
+    assert len(orders) == 6
+
+
+def test_the_order_is_fixed_for_ever():
+    """Golden: a change here reorders the data of every run that is under way."""
+    permutation = Permutation(1000, stream_key(1234, "rows", "train.0", 0))
+    assert [permutation[i] for i in range(8)] == [395, 71, 363, 749, 166, 352, 717, 479]
+    assert mixed(0) == 0xE220A8397B1DCDAF  # the first output of splitmix64 seeded with 0
+
+
+def test_an_index_outside_is_refused():
+    with pytest.raises(IndexError, match="index 5 is outside 0 to 4"):
+        Permutation(5, 0)[5]

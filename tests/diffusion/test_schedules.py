@@ -1,4 +1,4 @@
-"""Rates: quantile, density and mass belong together."""
+"""Schedules of the noise level: quantile, density and mass belong together."""
 
 from __future__ import annotations
 

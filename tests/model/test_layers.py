@@ -1,3 +1,5 @@
+"""Norms of the layers: over a head, over all heads, and over shards of them."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
