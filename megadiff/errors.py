@@ -24,6 +24,13 @@ _NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 _MAX_LINES, _HEAD, _TAIL = 200, 3000, 800
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_PATIENCE_S = 3.0
+"""Seconds that a rank other than the first waits, so that the first rank can report the mistake.
+
+A mistake that every rank makes also ends the first rank, and the launcher then ends this one while it waits. A mistake
+of this rank alone is reported when the time is over.
+"""
+
 
 class MegadiffError(Exception):
     """A mistake that the user can correct; the command exits with its exit code, mostly 2, and prints only the message.
@@ -96,14 +103,6 @@ def _bounded(message: str) -> str:
         for line in kept
     ]
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], "\n".join(cut))
-
-
-_PATIENCE_S = 3.0
-"""Seconds that a rank other than the first waits, so that the first rank can report the mistake.
-
-A mistake that every rank makes also ends the first rank, and the launcher then ends this one while it waits. A mistake
-of this rank alone is reported when the time is over.
-"""
 
 
 def run_command(main: Callable[[], None]) -> None:

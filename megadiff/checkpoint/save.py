@@ -42,6 +42,8 @@ from megadiff.platform.quiet import quiet
 _OF_DAMAGED_FILES = (ValueError, TypeError, KeyError, ArithmeticError)
 """Exceptions that the library passes on when a small file does not contain what it should."""
 
+log = logging.getLogger("megadiff")
+
 
 @contextmanager
 def library_failures(what: str) -> Iterator[None]:
@@ -80,9 +82,6 @@ def every_rank_reports(problem: str | None, topology: Topology) -> str | None:
     """Return the problem of the first rank that has one, on every rank. Collective over the world."""
     found = topology.gather_to_main(problem)
     return topology.from_main(next((one for one in found or [] if one is not None), None))
-
-
-log = logging.getLogger("megadiff")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ _MAX_SUGGESTIONS = 6
 KeyPath = tuple[int | str, ...]
 """Keys and indices from the root of the tree."""
 
+T = TypeVar("T", bound=Section)
+
+_TEXT = ("string_type", "literal_error", "model_type")
+"""Errors that the text as it was typed may answer; of a section, one that a single word can be written for."""
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -219,12 +224,6 @@ def _meant_inside(entries: dict[str, Node], full: str, model: type[Section]) -> 
     pairs = [(f"{full}.{name}", similar_key(f"{full}.{name}", model)) for name in entries]
     meant = [f"`{theirs}` is `{ours}` here" for theirs, ours in pairs if ours is not None]
     return ", ".join(meant[:_MAX_SUGGESTIONS]) + ";" * bool(meant)
-
-
-T = TypeVar("T", bound=Section)
-
-_TEXT = ("string_type", "literal_error", "model_type")
-"""Errors that the text as it was typed may answer; of a section, one that a single word can be written for."""
 
 
 class Reading(NamedTuple):

@@ -27,6 +27,15 @@ _NOT_FINITE = re.compile(r"[-+]?\.?inf(?:inity)?|\.?nan", re.IGNORECASE)
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _MAX_DIGITS = 60
 
+MAX_NODES = 50_000
+"""Largest number of values in a file once its aliases are written out; a run description has a few hundred."""
+
+MAX_DEPTH = 40
+"""Deepest nesting of values."""
+
+MAX_CHARACTERS = 1_000_000
+"""Longest text that is given to the parser."""
+
 
 def as_integer(text: str) -> int | None:
     """Return the integer that `12`, `1_000`, `1e6` or `1.5e3` means; None for `1.5`, `1.0`, `010` and other text."""
@@ -55,16 +64,6 @@ def as_anything(text: str) -> object:
     if len(text) <= _MAX_DIGITS and _NUMBER.fullmatch(text):
         return int(text) if _INTEGER.fullmatch(text) else float(text)
     return float(text.replace(".", "")) if _NOT_FINITE.fullmatch(text) else text
-
-
-MAX_NODES = 50_000
-"""Largest number of values in a file once its aliases are written out; a run description has a few hundred."""
-
-MAX_DEPTH = 40
-"""Deepest nesting of values."""
-
-MAX_CHARACTERS = 1_000_000
-"""Longest text that is given to the parser."""
 
 
 @dataclass(frozen=True)

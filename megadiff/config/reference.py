@@ -42,6 +42,8 @@ which it is written. Where a base file chose another noise process, optimizer or
 the one chosen now does not have. `megadiff train --keys [PREFIX]` prints this reference in the terminal.
 """
 
+_TABLE = ("| key | type | default | bounds | meaning |", "|---|---|---|---|---|")
+
 
 @dataclass(frozen=True)
 class Key:
@@ -109,9 +111,6 @@ def markdown(model: type[Section]) -> str:
             cells = (f"`{key.name}`", key.takes, f"`{key.default}`", key.bounds, key.meaning)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines).replace("`required`", "required") + "\n"
-
-
-_TABLE = ("| key | type | default | bounds | meaning |", "|---|---|---|---|---|")
 
 
 def _sections(kind: Any) -> list[tuple[Any, str]]:

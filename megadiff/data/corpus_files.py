@@ -35,6 +35,23 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_SHOWN_KEYS = 8
 _PLAIN = json.JSONDecoder(parse_int=lambda digits: 0, parse_float=lambda digits: 0.0)
 
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+"""Suffixes of files with one JSON object per line."""
+
+_ZSTD_SLICE_BYTES = 2**10  # a 4-byte compressed block can expand to 128 KiB, so a slice expands to 32 MiB at most
+
+LONG_LINE_BYTES = 2**20
+"""JSON lines above this size are reduced to their top level while they are read."""
+
+CHUNK_BYTES = 2**20
+"""Size of the pieces in which bytes are passed on."""
+
+_BLOCK_BYTES = 2**17  # bytes of a long line that are processed together, with four bytes of arrays for each
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_STRUCTURE = np.zeros(256, dtype=np.int8)
+_STRUCTURE[list(b"[{")] = 1
+_STRUCTURE[list(b"]}")] = -1
+
 
 @dataclass(frozen=True)
 class Bad:
@@ -152,12 +169,6 @@ def _flattened(content: bytes) -> Any:
         return NotJson("nested too deeply")
 
 
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-"""Suffixes of files with one JSON object per line."""
-
-_ZSTD_SLICE_BYTES = 2**10  # a 4-byte compressed block can expand to 128 KiB, so a slice expands to 32 MiB at most
-
-
 class HashedFile(io.RawIOBase):
     """A file that counts and hashes the bytes read from it, so that hashing costs no second pass.
 
@@ -266,19 +277,6 @@ def _reporting_damage(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
         raise DataError(f"{path}: not a whole {kind} file ({error}); fetch or make it again") from error
     except OSError as error:
         raise DataError(f"{path}: reading failed ({error.strerror or error}); check the disk") from error
-
-
-LONG_LINE_BYTES = 2**20
-"""JSON lines above this size are reduced to their top level while they are read."""
-
-CHUNK_BYTES = 2**20
-"""Size of the pieces in which bytes are passed on."""
-
-_BLOCK_BYTES = 2**17  # bytes of a long line that are processed together, with four bytes of arrays for each
-_QUOTE, _BACKSLASH = ord('"'), ord("\\")
-_STRUCTURE = np.zeros(256, dtype=np.int8)
-_STRUCTURE[list(b"[{")] = 1
-_STRUCTURE[list(b"]}")] = -1
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ _MAX_LISTED = 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_BATCH_ROWS, _BATCH_BYTES = 256, 2**23
 
+_MAX_LISTED_FILES = 20
+
 
 class Document(NamedTuple):
     """One document and the place it was read from."""
@@ -368,9 +370,6 @@ def _column(table: Any, name: str, rows: int) -> Iterator[Any]:
         column = batch.column(0)
         for place in range(len(column)):
             yield column[place].as_py()
-
-
-_MAX_LISTED_FILES = 20
 
 
 def add_corpus_options(parser: argparse.ArgumentParser) -> None:

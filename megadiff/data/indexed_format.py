@@ -43,6 +43,11 @@ CODES: dict[np.dtype, int] = {dtype: code for code, dtype in DTYPES.items()}
 
 _UINT16_BELOW = 65500  # Megatron's own threshold, a little under 2 ** 16
 
+CHUNK = 2**20
+"""Number of integers, or bytes, in one piece."""
+
+REMEDY = "copy or preprocess the data again"
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the type in which Megatron stores ids of this vocabulary."""
@@ -67,12 +72,6 @@ def manifest_path(prefix: str | Path) -> Path:
 def without_suffix(prefix: str | Path) -> str:
     """Return the prefix P, also if given as `P.bin` or `P.idx`."""
     return str(prefix).removesuffix(".bin").removesuffix(".idx")
-
-
-CHUNK = 2**20
-"""Number of integers, or bytes, in one piece."""
-
-REMEDY = "copy or preprocess the data again"
 
 
 class StoredFile:

@@ -31,6 +31,9 @@ from megadiff.errors import DataError
 _ROUNDS = 8
 _WORD = 2**64 - 1
 
+PATTERN_LENGTH = 10_000
+"""Number of samples in a period; weights are met to within one part in this number."""
+
 
 def stream_key(*parts: str | int) -> int:
     """Hash names and numbers into a 64-bit key; different parts give different keys."""
@@ -73,10 +76,6 @@ class Permutation:
         for key in self._round_keys:
             left, right = right, left ^ (mixed(right ^ key) & self._half_mask)
         return (left << self._half_bits) | right
-
-
-PATTERN_LENGTH = 10_000
-"""Number of samples in a period; weights are met to within one part in this number."""
 
 
 class Place(NamedTuple):

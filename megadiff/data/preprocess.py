@@ -37,6 +37,11 @@ from megadiff.errors import DataError
 
 _LINE_EVERY_S = 10.0
 
+_BATCH_CHARACTERS = 2**19
+_BATCH_DOCUMENTS = 2**12
+_IN_FLIGHT_PER_WORKER = 3
+_MOST_DOCUMENT_TOKENS = 2**31 - 1
+
 
 class ProgressReport:
     """A progress report as a context manager; `update` may be called at any rate."""
@@ -69,12 +74,6 @@ class ProgressReport:
     ) -> None:
         if self._is_terminal:
             self._bar.stop()
-
-
-_BATCH_CHARACTERS = 2**19
-_BATCH_DOCUMENTS = 2**12
-_IN_FLIGHT_PER_WORKER = 3
-_MOST_DOCUMENT_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)

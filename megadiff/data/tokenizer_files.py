@@ -13,6 +13,9 @@ from megadiff.data.tokenizers import Tokenizer
 from megadiff.data.tokenizers._outside import OutsideTokenizer
 from megadiff.errors import ConfigError, DataError
 
+_FAMILY = "megadiff.data.tokenizers"
+_ENDINGS = (".json", ".model")
+
 
 def wrong_ids(ids: np.ndarray, *, vocab_size: int | None, mask_id: int | None) -> np.ndarray:
     """Return the places in `ids` ([n], as stored) that are negative, at or above V, or the mask: [m] int64."""
@@ -28,10 +31,6 @@ def wrong_ids(ids: np.ndarray, *, vocab_size: int | None, mask_id: int | None) -
     if is_mask is not None:
         wrong |= is_mask
     return np.flatnonzero(wrong)
-
-
-_FAMILY = "megadiff.data.tokenizers"
-_ENDINGS = (".json", ".model")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

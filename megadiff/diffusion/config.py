@@ -20,6 +20,17 @@ PROCESSES = Family("megadiff.diffusion.processes", key="process")
 WEIGHTINGS = Family("megadiff.diffusion.weightings", key="weighting")
 """The family of loss weightings."""
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "as_released": {"per_token_noise": 0.2, "prompt": 0.2, "pad_insertion": 0.0, "pad_insertion_law": "released"},
+    "as_described": {"per_token_noise": 0.5, "prompt": 0.2, "pad_insertion": 0.2},
+}
+"""Settings of `conditioning.preset`.
+
+`as_described` is the paper's text (section 4.1); `as_released` what its code does with default flags, where the value
+meant for empty tokens is passed as the share of independent noise and no empty token is ever inserted.
+"""
+
 
 class NoiseConfig(Section):
     """`noise: {process: gidd_snr, shift: balanced}`: the noise process with its settings.
@@ -131,15 +142,6 @@ def check_weighting_module(objective: ObjectiveConfig) -> None:
             f"objective.weighting: `{objective.weighting}` must have a function `loss(terms, settings)` that returns "
             "what is minimised of every token, found none"
         )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "as_released": {"per_token_noise": 0.2, "prompt": 0.2, "pad_insertion": 0.0, "pad_insertion_law": "released"},
-    "as_described": {"per_token_noise": 0.5, "prompt": 0.2, "pad_insertion": 0.2},
-}
-"""`as_described` is the paper's text (section 4.1); `as_released` what its code does with default flags, where the
-value meant for empty tokens is passed as the share of independent noise and no empty token is ever inserted."""
 
 
 class ConditioningConfig(Section):

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 Level = Literal["OK", "WARN", "FAIL"]
 
+CHECKS = "megadiff.doctor.checks"
+"""Package with the family of checks."""
+
+LIMIT_S = 60.0
+"""Timeout per check in seconds; a hung network file system never returns."""
+
+_COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -132,13 +140,6 @@ class Subject:
         return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
-CHECKS = "megadiff.doctor.checks"
-"""Package with the family of checks."""
-
-LIMIT_S = 60.0
-"""Timeout per check in seconds; a hung network file system never returns."""
-
-
 def examine(subject: Subject, *, package: str = CHECKS, limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """Yield all findings, check by check in the order of the checks' names."""
     for name in registry.names(package):
@@ -175,9 +176,6 @@ def _gather(package: str, name: str, subject: Subject, found: list[Finding]) -> 
 
 def _one_line(text: str) -> str:
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
-
-
-_COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 
 
 def plain_line(finding: Finding) -> str:

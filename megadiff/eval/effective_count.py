@@ -60,6 +60,12 @@ _ORDER = 6  # terms of the Taylor series around a point of the table: the rest i
 _LINEAR = 18.0  # below log p = -log rho - this, log(1 + rho p) is rho p
 _CHUNK = 2**15  # vocabulary entries read together on the CPU, to fit its cache; 2**7 times more on a GPU
 
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+_MAX_LOG_SNR = 40.0  # of a drawn level, in absolute value, when its share of masks is computed
+
 
 @dataclass(frozen=True)
 class _Levels:
@@ -207,13 +213,6 @@ def _value(polynomial: npt.NDArray[np.float64], s: Tensor) -> Tensor:
     return value * s
 
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-
-_LEVELS = 40.0  # bound on |log-SNR| of a drawn level when its share of masks is computed
-
-
 @dataclass(frozen=True)
 class Copies:
     """Noised copies of one text."""
@@ -328,5 +327,5 @@ def _replacements(words: Words, log_snr: FloatArray, process: NoiseProcess) -> I
     """Draw each token's replacement if it is noised at its copy's level ([K, 1]), [K, n]."""
     token = below(words[2], words[3], process.num_real).astype(np.int64)
     token += token >= process.mask_id
-    share = process.exact_uniform_prob(np.clip(log_snr, -_LEVELS, _LEVELS))
+    share = process.exact_uniform_prob(np.clip(log_snr, -_MAX_LOG_SNR, _MAX_LOG_SNR))
     return np.where(words[1] < threshold(share), token, process.mask_id)

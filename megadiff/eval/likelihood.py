@@ -29,6 +29,8 @@ Answer = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int], None]
 """Callback with the number of sequences that the model has just read; `sequences_read` gives their total."""
 
+_NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
 
 @dataclass(frozen=True)
 class Item:
@@ -221,9 +223,6 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float, float]:
     total, squares = float(parts.sum()), float(np.square(parts).sum())
     degrees = max(1.0, 3.0 * total**2 / squares - 2.0) if squares > 0 else math.inf
     return float(values.mean()), math.sqrt(total) / len(values) * _widening(degrees), degrees
-
-
-_NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def _widening(degrees: float) -> float:

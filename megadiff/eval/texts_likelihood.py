@@ -17,6 +17,8 @@ from megadiff.errors import ConfigError, DataError
 from megadiff.eval.estimators import Estimator, EvaluatedModel
 from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, sequences_read, summed
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 
 def split_to_fit(item: Item, *, length: int, start: Sequence[int] = ()) -> list[Item]:
     """Return the item in pieces that fit into a sequence, each a factor of its likelihood; one piece if possible.
@@ -45,9 +47,6 @@ def is_cut(item: Item, *, length: int, start: Sequence[int] = ()) -> bool:
 
 def _last(ids: tuple[int, ...], count: int) -> tuple[int, ...]:
     return ids[len(ids) - count :] if 0 < count < len(ids) else ids if count > 0 else ()
-
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_lines(path: Path, keys: Sequence[str]) -> list[tuple[str, ...]]:

@@ -24,8 +24,15 @@ WHOLE = "model.safetensors"
 WEIGHTS = ".safetensors"
 """Suffix of every weight file that is read."""
 
+CHECKSUMS = "checksums.sha256"
+
+MAX_OTHER_BYTES = 2**28
+"""Maximal size of a listed file without weights; the largest tokenizers have some tens of megabytes."""
+
 _READ = (CONFIG, TRAINING, INDEX, "tokenizer.json", "tokenizer_config.json")
 _READ_ENDINGS = (WEIGHTS, ".model")
+_MAX_LIST_BYTES = 2**22
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def read_files(folder: Path) -> list[str]:
@@ -80,14 +87,6 @@ def _stays(folder: Path, link: Path) -> bool:
     if target.parent == home:
         return True
     return home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-
-
-CHECKSUMS = "checksums.sha256"
-
-_MAX_BYTES = 2**22
-MAX_OTHER_BYTES = 2**28
-"""Maximal size of a listed file without weights; the largest tokenizers have some tens of megabytes."""
-_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def write_checksums(folder: Path, known: Mapping[str, FileEntry]) -> None:
@@ -159,7 +158,7 @@ def _listed(folder: Path) -> list[tuple[str, str]] | None:
     if path is None:
         return None
     try:
-        text = read_text(path, max_bytes=_MAX_BYTES)
+        text = read_text(path, max_bytes=_MAX_LIST_BYTES)
     except (UnreadableFileError, OSError) as error:
         raise CheckpointError(
             f"{path} {why(error)}; fetch it again, or remove it to take the files as they are"

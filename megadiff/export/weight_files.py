@@ -48,6 +48,12 @@ MODULES_WITH_EXTRA_STATE = (
 )
 """Linear layers for which megatron-core stores an (empty) object of Transformer Engine in every checkpoint."""
 
+_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_BLOCK_BYTES = 256 * 2**20
+_MAX_INDEX_BYTES = 2**26
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
 
 @dataclass(frozen=True)
 class TrainingTensor:
@@ -202,13 +208,6 @@ class _Into(DefaultLoadPlanner):
         """Do nothing: the tensor is a view of the target."""
 
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-_BLOCK_BYTES = 256 * 2**20
-_MAX_INDEX_BYTES = 2**26
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
 @dataclass(frozen=True)
 class Planned:
     """A tensor to be written."""
@@ -287,7 +286,7 @@ def _write_one(file: HashingFile, tensors: Sequence[Planned], fetch: Fetch) -> N
     place = 0
     for tensor in tensors:
         header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [place, place + tensor.bytes],
         }

@@ -51,6 +51,9 @@ from megadiff.loss import chunk_size
 from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard
 from megadiff.platform import float32_products
 
+_CACHE_ELEMENTS = 2**17
+"""Number of elements per block on the CPU, so that a pass's operations find them in the second-level cache."""
+
 
 def add_product(
     total: Float[Tensor, "V D"], a: Float[Tensor, "V N"], b: Float[Tensor, "N D"], *, is_first: bool
@@ -69,10 +72,6 @@ def add_product(
         total.copy_(a @ b)
     else:
         total.add_(a @ b)
-
-
-_CACHE_ELEMENTS = 2**17
-"""Number of elements per block on the CPU, so that a pass's operations find them in the second-level cache."""
 
 
 class LogitSums(NamedTuple):

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 METHODS = Family("megadiff.methods")
 """The family of training methods."""
 
+_NO_METHOD = (
+    "method.name is {name}, whose module must have a function build(settings, context) that returns a "
+    "megadiff.methods.Method; {found}"
+)
+
 
 class MethodConfig(Section):
     """`method: {name: gidd}`: how the model is trained, with the method's own settings."""
@@ -193,9 +198,3 @@ def build_method(settings: MethodConfig, context: MethodContext) -> Method:
         found = "it has none" if build is None else f"found {type(method).__name__}"
         raise ConfigError(_NO_METHOD.format(name=settings.name, found=found))
     return method
-
-
-_NO_METHOD = (
-    "method.name is {name}, whose module must have a function build(settings, context) that returns a "
-    "megadiff.methods.Method; {found}"
-)

@@ -20,6 +20,9 @@ LossFn = Callable[[Tensor, Tensor], Any]
 """Function (hidden states [sequence, batch, hidden], the same on every tensor rank; this rank's shard of the LM head's
 weight [V / tp, hidden]) -> anything. The gradient of the hidden states must be this rank's contribution."""
 
+DataParallelChunk = DistributedDataParallel
+"""A chunk inside megatron-core's wrapper, which holds its gradient buffers."""
+
 
 class ModelChunk(Protocol):
     """One pipeline stage's chunk of the model: bare, or inside its precision and data-parallel wrappers."""
@@ -58,10 +61,6 @@ class ModelChunk(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
         """Load the chunk's tensors."""
         ...
-
-
-DataParallelChunk = DistributedDataParallel
-"""A chunk inside megatron-core's wrapper, which holds its gradient buffers."""
 
 
 def run_microbatches(

@@ -23,6 +23,9 @@ from megadiff.platform.quiet import silence_libraries
 
 LAUNCH_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 
+Layers = Literal["local", "transformer_engine"]
+"""Origin of the layers: megatron-core's own on torch kernels, or Transformer Engine's fused ones."""
+
 
 def order_launches(*, tensor_ranks: int, environ: MutableMapping[str, str] | None = None) -> str | None:
     """Make kernels start in the order in which they were launched, if tensor-parallel overlap relies on that.
@@ -48,10 +51,6 @@ def order_launches(*, tensor_ranks: int, environ: MutableMapping[str, str] | Non
             "behind; unset it or set it to 1"
         )
     return None
-
-
-Layers = Literal["local", "transformer_engine"]
-"""Origin of the layers: megatron-core's own on torch kernels, or Transformer Engine's fused ones."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,16 @@ from torch.overrides import TorchFunctionMode
 
 from megadiff.errors import PlatformError
 
+SUPPORTED = ((0, 16), (0, 17))
+"""Half-open range of megatron-core versions (major, minor) that this module was checked against."""
+
+_CPU = torch.device("cpu")
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+
 
 def fix() -> None:
     """Make `CheckpointWithoutOutput()` mean "without FP8", as its callers intend. It is safe to call this again.
@@ -50,17 +60,6 @@ def fix() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     if random.CheckpointWithoutOutput.__init__.__defaults__ == (False,):
         random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-
-
-SUPPORTED = ((0, 16), (0, 17))
-"""Half-open range of megatron-core versions (major, minor) that this module was checked against."""
-
-_CPU = torch.device("cpu")
-_CUDA_TYPE_NAMES = {
-    torch.float32: "torch.cuda.FloatTensor",
-    torch.bfloat16: "torch.cuda.BFloat16Tensor",
-    torch.float16: "torch.cuda.HalfTensor",
-}
 
 
 def install() -> None:

@@ -10,6 +10,18 @@ from typing import NamedTuple
 
 from megadiff.report.markup import escaped
 
+POINTS_SHOWN = 300
+"""Largest number of points drawn for one curve, approximately."""
+
+_SMALLEST, _LARGEST = 1e-280, 1e280
+"""Bounds on the sizes of numbers that axes can show; their ratios and differences do not overflow."""
+
+_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+_WIDTH, _HEIGHT = 460, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 448, 10, 226
+_COLOURS, _DASHES = 6, 4
+
 
 class Point(NamedTuple):
     """One value on a curve."""
@@ -55,10 +67,6 @@ def _extremes(points: Sequence[Point], valued: Sequence[int], most: int) -> list
 
 def _first_gap(points: Sequence[Point], start: int, end: int) -> int | None:
     return next((place for place in range(start, end) if points[place].y is None), None)
-
-
-_SMALLEST, _LARGEST = 1e-280, 1e280
-"""Bounds on the sizes of numbers that axes can show; their ratios and differences do not overflow."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,6 @@ def _round_steps(low: float, high: float, most: int) -> list[float]:
     return [round(place * step, 12 - math.floor(math.log10(step))) for place in range(first, last + 1)]
 
 
-_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-
-
 def short(value: float, digits: int = 3) -> str:
     """Return a short form of a number.
 
@@ -167,14 +172,6 @@ def duration(seconds: float) -> str:
 def percent(share: float) -> str:
     """Return a fraction as a percentage."""
     return f"{100 * share:.1f} %"
-
-
-POINTS_SHOWN = 300
-"""Largest number of points drawn for one curve, approximately."""
-
-_WIDTH, _HEIGHT = 460, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 448, 10, 226
-_COLOURS, _DASHES = 6, 4
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ _PHASES = {
     "other": "#bbbbbb",
 }
 
+_NAMED = 4
+
 
 def _palette(colours: tuple[str, ...]) -> str:
     return "".join(f"--c{place}: {colour}; " for place, colour in enumerate(colours))
@@ -140,9 +142,6 @@ for (const plot of document.querySelectorAll("svg.plot")) {
 }
 """
 """Text of the script element."""
-
-
-_NAMED = 4
 
 
 def report_page(runs: Sequence[RunRecord], *, axis: Axis = "tokens", now: datetime) -> str:

@@ -24,6 +24,35 @@ from megadiff.supervision.status import Status, read_status
 from megadiff.train.goodput import PHASES, Attempt
 from megadiff.untrusted_files import UnreadableFileError, lines, open_plain, read_bytes, why
 
+Axis = Literal["tokens", "steps"]
+AXIS_LABELS: dict[Axis, str] = {"tokens": "tokens seen", "steps": "optimizer steps"}
+
+_MAX_SETTINGS_BYTES, _MAX_KEYS, _MAX_DEPTH, _MAX_CHARACTERS = 2**20, 5000, 12, 2000
+_MOST_TOKENS = 1e30
+
+_LABELS = ("name", "output_dir")
+"""Keys that identify the run and do not describe how it was made."""
+
+_SPIKE = re.compile(r" WARNING step (\d{1,18}): spike: (.{1,400})")
+_MAX_LOG_BYTES = 2**27
+
+_USE_NAMES = {  # in the order of drawing
+    "step": "steps that counted",
+    "setup": "setting up",
+    "wait_for_data": "waiting for data",
+    "evaluate": "evaluating",
+    "save_stall": "saving",
+    "lost": "steps taken again",
+    "down": "between attempts",
+    "other": "elsewhere",
+}
+_BAR_WIDTH = 1000
+
+_ATTEMPTS = TypeAdapter(list[Attempt])
+_MAX_GOODPUT_BYTES = 2**24
+_SAMPLE_NAME = re.compile(r"step_(\d{8,18})\.txt")
+_SAMPLES_SHOWN, _SAMPLE_BYTES = 12, 6000
+
 
 @dataclass(frozen=True)
 class MetricLines:
@@ -76,11 +105,6 @@ def _in_order(lines: dict[int, Line]) -> list[Line]:
     return [lines[step] for step in sorted(lines)]
 
 
-_MAX_SETTINGS_BYTES, _MAX_KEYS, _MAX_DEPTH, _MAX_CHARACTERS = 2**20, 5000, 12, 2000
-_LABELS = ("name", "output_dir")
-"""Keys that identify the run and do not describe how it was made."""
-
-
 def read_settings(path: Path) -> dict[str, str] | None:
     """Return the resolved tree of `config.yaml`, flattened; None if it is missing or not such a tree."""
     try:
@@ -120,11 +144,6 @@ def _said(value: Any) -> str:
     return str(value)[:_MAX_CHARACTERS]
 
 
-Axis = Literal["tokens", "steps"]
-_MOST_TOKENS = 1e30
-AXIS_LABELS: dict[Axis, str] = {"tokens": "tokens seen", "steps": "optimizer steps"}
-
-
 def position_of(axis: Axis, training: Iterable[Line]) -> Callable[[int], float | None]:
     """Return a function from a step to its position on the axis, or None if the position is not known.
 
@@ -148,10 +167,6 @@ def position_of(axis: Axis, training: Iterable[Line]) -> Callable[[int], float |
         return tokens0 + (tokens1 - tokens0) * (step - step0) / (step1 - step0)
 
     return place
-
-
-_SPIKE = re.compile(r" WARNING step (\d{1,18}): spike: (.{1,400})")
-_MAX_LOG_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -195,20 +210,6 @@ def _match(raw: bytes) -> re.Match[str] | None:
     return _SPIKE.search(raw.decode("utf-8", "replace")) if b": spike: " in raw else None
 
 
-# The order is that of drawing.
-_NAMES = {
-    "step": "steps that counted",
-    "setup": "setting up",
-    "wait_for_data": "waiting for data",
-    "evaluate": "evaluating",
-    "save_stall": "saving",
-    "lost": "steps taken again",
-    "down": "between attempts",
-    "other": "elsewhere",
-}
-_WIDTH = 1000
-
-
 @dataclass(frozen=True)
 class WallTime:
     """Seconds of wall time since the first start, by use."""
@@ -229,7 +230,7 @@ def wall_time(attempts: Sequence[Attempt]) -> WallTime:
     found["down"] = sum(attempt.down_s for attempt in attempts)
     total = sum(attempt.elapsed_s + attempt.down_s for attempt in attempts)
     found["other"] = max(0.0, total - sum(found.values()))
-    return WallTime(total, {name: found[name] for name in _NAMES})
+    return WallTime(total, {name: found[name] for name in _USE_NAMES})
 
 
 def goodput_part(runs: Sequence[RunRecord]) -> str:
@@ -255,19 +256,19 @@ def _bars(times: Sequence[tuple[RunRecord, WallTime]]) -> str:
 
 
 def _bar(label: str, time: WallTime) -> str:
-    summary = ", ".join(f"{_NAMES[name]} {duration(spent)}" for name, spent in time.parts_s.items() if spent)
+    summary = ", ".join(f"{_USE_NAMES[name]} {duration(spent)}" for name, spent in time.parts_s.items() if spent)
     drawn, left = "", 0.0
     whole = max(time.total_s, sum(time.parts_s.values()), 1e-9)
     for name, spent in time.parts_s.items():
-        width = _WIDTH * spent / whole
+        width = _BAR_WIDTH * spent / whole
         if width > 0:
-            title = f"{_NAMES[name]}: {duration(spent)}"
+            title = f"{_USE_NAMES[name]}: {duration(spent)}"
             drawn += (
                 f'<rect class="p-{name}" x="{left:.2f}" width="{width:.2f}" height="18"><title>{title}</title></rect>'
             )
         left += width
     return (
-        f'<svg class="bar" viewBox="0 0 {_WIDTH} 18" preserveAspectRatio="none" role="img" '
+        f'<svg class="bar" viewBox="0 0 {_BAR_WIDTH} 18" preserveAspectRatio="none" role="img" '
         f'aria-label="{escaped(f"{label}: {summary}")}">{drawn}</svg>'
     )
 
@@ -276,14 +277,14 @@ def _legend() -> str:
     items = "".join(
         f'<li><svg class="key" viewBox="0 0 26 10" aria-hidden="true"><rect class="p-{name}" width="26" height="10"/>'
         f"</svg>{title}</li>"
-        for name, title in _NAMES.items()
+        for name, title in _USE_NAMES.items()
     )
     return f'<ul class="legend">{items}</ul>'
 
 
 def _seconds(times: Sequence[tuple[RunRecord, WallTime]]) -> str:
     rows = [(escaped(run.label), *(duration(spent) for spent in time.parts_s.values())) for run, time in times]
-    return table(("run", *_NAMES.values()), rows, caption="Wall time by use")
+    return table(("run", *_USE_NAMES.values()), rows, caption="Wall time by use")
 
 
 def _attempts(known: Sequence[tuple[RunRecord, Sequence[Attempt]]]) -> str:
@@ -304,12 +305,6 @@ def _attempts(known: Sequence[tuple[RunRecord, Sequence[Attempt]]]) -> str:
     ]
     heads = ("run", "attempt", "ended", "last step", "steps taken", "lasted", "down before", "saves", "time a save")
     return table(heads, rows[-200:], caption="Attempts: process lives of the runs (the last 200)")
-
-
-_ATTEMPTS = TypeAdapter(list[Attempt])
-_MAX_BYTES = 2**24
-_SAMPLE = re.compile(r"step_(\d{8,18})\.txt")
-_SAMPLES_SHOWN, _SAMPLE_BYTES = 12, 6000
 
 
 @dataclass(frozen=True)
@@ -406,7 +401,7 @@ def _labels(folders: list[Path]) -> list[str]:
 def _read_attempts(path: Path) -> list[Attempt] | None:
     """Read the attempts like `megadiff.train.goodput.read_attempts`, but leave a damaged file in place."""
     try:
-        return _ATTEMPTS.validate_json(read_bytes(path, max_bytes=_MAX_BYTES))
+        return _ATTEMPTS.validate_json(read_bytes(path, max_bytes=_MAX_GOODPUT_BYTES))
     except (OSError, UnreadableFileError, ValidationError):
         return None
 
@@ -445,7 +440,7 @@ def _checkpoint(path: Path, state: str, why: str = "") -> Checkpoint | None:
 
 def _samples(folder: Path) -> list[Sample]:
     """Return the first, the last and some samples evenly spaced between them."""
-    found = {int(match[1]): path for path in folder.glob("step_*.txt") if (match := _SAMPLE.fullmatch(path.name))}
+    found = {int(match[1]): path for path in folder.glob("step_*.txt") if (match := _SAMPLE_NAME.fullmatch(path.name))}
     steps = sorted(found)
     if len(steps) > _SAMPLES_SHOWN:
         last = len(steps) - 1

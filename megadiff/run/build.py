@@ -66,6 +66,9 @@ from megadiff.train.step import TrainStep
 
 log = logging.getLogger("megadiff")
 
+_PATIENCE_S = 60.0
+"""Seconds for which a collective waits longer than the watchdog, whose report is the more precise one."""
+
 
 def check(config: RunConfig, *, ranks: int | None = None, resume_options: ResumeOptions | None = None) -> str:
     """Return what `--check` prints: the resolved configuration, the numbers derived from it, and where the run starts.
@@ -138,10 +141,6 @@ def run(config: RunConfig, resume_options: ResumeOptions | None = None, *, befor
             if (shortage := prepared.shortage(error)) is not None:
                 raise shortage from error
             raise
-
-
-_PATIENCE_S = 60.0
-"""Seconds for which a collective waits longer than the watchdog, whose report is the more precise one."""
 
 
 def build_trainer(

@@ -14,6 +14,14 @@ from megadiff.parallel.config import Layout
 from megadiff.run.config import RunConfig
 from megadiff.scaling.flops import FLOP_COUNTS
 
+_ROLE_NAMES = {
+    "hidden": "block matrices",
+    "embedding": "embedding",
+    "head": "output head",
+    "norm": "norm gains",
+    "bias": "biases",
+}
+
 
 class NoLayoutError(ConfigError):
     """A run that does not fit on a number of ranks; carries the sizes that do not depend on that number."""
@@ -140,15 +148,6 @@ class Work(Protocol):
     def pairs(self) -> float:
         """Number of (query, key) pairs whose attention score was computed in one layer."""
         ...
-
-
-_ROLE_NAMES = {
-    "hidden": "block matrices",
-    "embedding": "embedding",
-    "head": "output head",
-    "norm": "norm gains",
-    "bias": "biases",
-}
 
 
 def learning_rates(config: RunConfig, counted: cost.Parameters) -> list[str]:

@@ -26,6 +26,8 @@ from torch import Tensor
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.sampling.standalone import Step
 
+_KEY = (("given", "prompt"), ("kept", "kept"), ("revised", "written in this step"), ("noisy", "noise, not written"))
+
 
 class Fate(IntEnum):
     """State of a position, and the effect of the last step on it."""
@@ -286,9 +288,6 @@ def trace_page(frames: Sequence[Frame], *, token_text: Callable[[int], str], abo
 </body>
 </html>
 """
-
-
-_KEY = (("given", "prompt"), ("kept", "kept"), ("revised", "written in this step"), ("noisy", "noise, not written"))
 
 
 def _hash(text: str) -> str:

@@ -24,6 +24,9 @@ from megadiff.scaling.resampling import (
     spread_interval,
 )
 
+_EXCESS = 1.2
+"""Tokens at the critical batch, as a multiple of the fewest."""
+
 
 @dataclass(frozen=True)
 class Hyperbola(Fit):
@@ -43,9 +46,6 @@ class Hyperbola(Fit):
         power = (np.asarray(batch, dtype=float) / b_min) ** g
         with np.errstate(all="ignore"):
             return np.where(power > 1, self.estimates["s_min"] * (power / (power - 1)) ** (1 / g), np.inf)
-
-
-_EXCESS = 1.2
 
 
 def hyperbola(

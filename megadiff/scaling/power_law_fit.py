@@ -27,6 +27,8 @@ from megadiff.scaling.resampling import (
     t_width,
 )
 
+_ONE_SIGMA = float(stats.norm.cdf(-1))
+
 
 @dataclass(frozen=True)
 class PowerLaw(Fit):
@@ -185,9 +187,6 @@ def _power_law_of(
         level=level,
         dof=dof[1],
     )
-
-
-_ONE_SIGMA = float(stats.norm.cdf(-1))
 
 
 def power_law_from_draws(

@@ -23,6 +23,9 @@ Groups = Sequence[Any] | NDArray[Any] | None
 LEVEL = 0.95
 """Coverage of intervals unless another is given."""
 
+Model = Callable[[Floats], tuple[Floats, Floats]]
+"""Function from parameters [draws, p] to predictions [draws, n] and their derivatives [draws, n, p]."""
+
 
 class FitError(MegadiffError):
     """A fit that the data do not determine, or that did not converge."""
@@ -198,10 +201,6 @@ def _correlation(residuals: Floats, members: list[NDArray[np.int64]]) -> float:
     pairs = sum(len(rows) * (len(rows) - 1) for rows in members)
     share = min(max(products / pairs / max(float((residuals**2).mean()), 1e-300), 0.0), 0.99) if pairs else 0.0
     return share / (1 - share)
-
-
-Model = Callable[[Floats], tuple[Floats, Floats]]
-"""Function from parameters [draws, p] to predictions [draws, n] and their derivatives [draws, n, p]."""
 
 
 def least_squares(

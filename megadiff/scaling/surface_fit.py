@@ -34,6 +34,11 @@ _SAME_OBJECTIVE, _SAME_EXPONENT = 1e-4, 0.01
 _FURTHER = 1e-5
 """Relative decrease that a minimum must not allow; the tolerance that a caller gives does not change it."""
 
+_FEW_RUNS = 20
+"""Number of runs below which they are not drawn with replacement: too many draws would lack the outer sizes."""
+
+_SUBSETS = [list(rows) for count in (2, 1) for rows in itertools.combinations(range(3), count)]
+
 
 @dataclass(frozen=True)
 class Surface(Fit):
@@ -185,10 +190,6 @@ def _surface_estimates(theta: Floats, centre: tuple[float, float]) -> dict[str, 
             "data_exponent": alpha / total,
             "loss_exponent": -alpha * beta / total,
         }
-
-
-_FEW_RUNS = 20
-"""Number of runs below which they are not drawn with replacement: too many draws would lack the outer sizes."""
 
 
 def _resampled(
@@ -395,9 +396,6 @@ class _VariableProjection:
     def _theta(self, exponents: Floats) -> Floats:
         E, a, b = np.maximum(self.profile(exponents)[1], 1e-300)
         return np.array([np.log(a), np.log(b), np.log(E), *exponents])
-
-
-_SUBSETS = [list(rows) for count in (2, 1) for rows in itertools.combinations(range(3), count)]
 
 
 def _non_negative(gram: Floats, right: Floats) -> Floats:

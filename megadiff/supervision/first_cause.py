@@ -24,6 +24,8 @@ STACKS_SIGNAL = signal.SIGUSR1
 """Signal that makes a watched rank write its stacks, through a C handler that needs no interpreter lock."""
 _STACKS_S, _QUIET_S, _GONE_S = 1.0, 0.2, 5.0
 
+VERDICT = "first_cause.txt"
+
 
 def within(seconds: float, work: Callable[[], object]) -> bool:
     """Run work that may hang (a shared disk, a full pipe) in a thread; return whether it finished in time."""
@@ -95,9 +97,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-VERDICT = "first_cause.txt"
 
 
 @dataclass(frozen=True)

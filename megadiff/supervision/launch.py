@@ -32,6 +32,23 @@ from megadiff.untrusted_files import UnreadableFileError, read_json_object
 _NAME = ".lock.holder"
 _MAX_BYTES, _MAX_NUMBER = 4096, 2**62
 
+_MOST_ANCESTORS = 64
+_PR_SET_PDEATHSIG = 1
+_LOOK_EVERY_S = 0.5
+_SPEAKING_S = 1.0
+"""Time a watcher has to record why its rank ends, before the rank ends itself."""
+
+_OF_THE_LAUNCH = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+)
+_LOOPBACK = ("", "localhost", "::1")
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -93,13 +110,6 @@ class Holder:
         if self.is_here and not process.is_alive(self.pid, self.ticks):
             return f"pid {self.pid} on {self.host}, which is gone, left it to a process that it had started"
         return f"pid {self.pid} on {self.host}"
-
-
-_MOST_ANCESTORS = 64
-_PR_SET_PDEATHSIG = 1
-_LOOK_EVERY_S = 0.5
-_SPEAKING_S = 1.0
-"""Time a watcher has to record why its rank ends, before the rank ends itself."""
 
 
 @dataclass(frozen=True)
@@ -244,18 +254,6 @@ def _end_for_want_of(launcher: Launcher) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"error: {describe_loss(launcher)}\n".encode())
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-_OF_THE_LAUNCH = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_RESTART_COUNT",
-    "SLURM_JOB_ID",
-    "SLURM_STEP_ID",
-    "SLURM_RESTART_COUNT",
-)
-_LOOPBACK = ("", "localhost", "::1")
 
 
 @dataclass(frozen=True)

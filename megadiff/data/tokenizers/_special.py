@@ -20,6 +20,12 @@ BOS_NAMES = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "[CLS]")
 EOS_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 PAD_NAMES = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
 
+MAX_CONFIG_BYTES = 2**28
+"""Size of a `tokenizer_config.json` that is read at most."""
+
+SENTENCEPIECE_KEY = "made_from_sentencepiece"
+"""Key of an exported `tokenizer_config.json` that names the SentencePiece model its `tokenizer.json` was made from."""
+
 
 @dataclass(frozen=True)
 class SpecialIds:
@@ -95,13 +101,6 @@ def split_until_plain(
         )
     head = split_until_plain(text[:cut], encode, special, where)
     return head + split_until_plain(text[cut:], encode, special, where)
-
-
-MAX_CONFIG_BYTES = 2**28
-"""Size of a `tokenizer_config.json` that is read at most."""
-
-SENTENCEPIECE_KEY = "made_from_sentencepiece"
-"""Key of an exported `tokenizer_config.json` that names the SentencePiece model its `tokenizer.json` was made from."""
 
 
 def model_behind(folder: Path) -> Path | None:

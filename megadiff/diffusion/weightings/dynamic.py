@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 MAX_WEIGHT = 2.0
 """The predecessor's `max_loss_weight`."""
 
+_REFUSAL = (
+    "objective.weighting is dynamic, which is defined by the process gidd_time alone (it needs its B), but "
+    "noise.process is {process}: set noise.process to gidd_time, or objective.weighting to surrogate, elbo or flat"
+)
+
 
 def loss(terms: TokenTerms, settings: ObjectiveConfig) -> Float[Tensor, " ..."]:
     """Return the dynamic weight in the place of w: weight (KL + itakura_saito_weight IS).
@@ -59,9 +64,3 @@ def check(noise: NoiseConfig) -> None:
     """
     if not isinstance(noise, TimeSettings):
         raise ConfigError(_REFUSAL.format(process=noise.process))
-
-
-_REFUSAL = (
-    "objective.weighting is dynamic, which is defined by the process gidd_time alone (it needs its B), but "
-    "noise.process is {process}: set noise.process to gidd_time, or objective.weighting to surrogate, elbo or flat"
-)
