@@ -60,6 +60,13 @@ class Positional(Gidd):
         return super().batch(clean, range(len(sample_index)), step_batch)
 
 
+class BySize(Gidd):
+    """Noise that depends on the size of the microbatch, not on the order in it."""
+
+    def batch(self, clean, sample_index, step_batch):
+        return super().batch(clean, [sample + len(sample_index) for sample in sample_index], step_batch)
+
+
 class Narrow(Gidd):
     def batch(self, clean, sample_index, step_batch):
         batch = super().batch(clean, sample_index, step_batch)
@@ -78,6 +85,23 @@ class TooLong(Gidd):
         return replace(pattern, prefix_lengths=torch.full_like(pattern.prefix_lengths, 17))
 
 
+class OnePrefix(Gidd):
+    def attention(self, batch):
+        pattern = super().attention(batch)
+        return replace(pattern, prefix_lengths=pattern.prefix_lengths[:1])
+
+
+class OnePrompt(Gidd):
+    def batch(self, clean, sample_index, step_batch):
+        batch = super().batch(clean, sample_index, step_batch)
+        return batch._replace(prompt_length=batch.prompt_length[0])
+
+
+class Beyond(Gidd):
+    def loss_tokens(self, batch):
+        return torch.tensor([3, batch.noised.numel()])
+
+
 class Twice(Gidd):
     def loss_tokens(self, batch):
         return torch.tensor([3, 3, 5])
@@ -88,9 +112,13 @@ class Twice(Gidd):
     [
         (Stateful, "depends on the order of the sequences"),
         (Positional, "depends on the order of the sequences"),
+        (BySize, "noised of a sequence depends on its microbatch"),
         (Narrow, "noised must be torch.int64"),
         (Flat, r"log_snr must have shape \[B, L\]"),
         (TooLong, "a prefix is too long"),
+        (OnePrefix, "one prefix length a sequence"),
+        (OnePrompt, r"prompt_length must have shape \[B\]"),
+        (Beyond, "a position is too large"),
         (Twice, "a position comes twice"),
     ],
 )
