@@ -91,11 +91,11 @@ def chosen(path: Path) -> Path:
     kind = what_it_is(path)
     if kind == "a Hugging Face folder":
         raise CheckpointError(no_checkpoint(path))
-    what = "no complete checkpoint in it" if os.path.isdir(path) else kind
+    what = "no complete checkpoint in it;" if os.path.isdir(path) else f"{kind};"
     if kind == "no such folder" and (near := similar_path(path, Path.is_dir)) is not None:
-        what += f"; did you mean {near}?"
+        what += f" did you mean {near}?"
     raise CheckpointError(
-        f"{path}: {what}; give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
+        f"{path}: {what} give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
     )
 
 

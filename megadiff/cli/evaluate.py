@@ -84,7 +84,10 @@ def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
-        "measure", choices=["elbo", "likelihood"], help="the held-out evidence bound, or the likelihood of given texts"
+        "measure",
+        choices=["elbo", "likelihood"],
+        metavar="{elbo,likelihood}",  # as a refusal names it, too
+        help="the held-out evidence bound, or the likelihood of given texts",
     )
     parser.add_argument(
         "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"

@@ -80,11 +80,17 @@ def sentences(mistakes: Sequence[Mistake], root: Node, model: type[Section]) -> 
     """Return one sentence for each value that is wrong, files first, in the order of their lines."""
     by_path: dict[KeyPath, Mistake] = {}
     for mistake in _of_closest_alternatives(mistakes):
-        if mistake.path not in by_path or by_path[mistake.path].is_about_type:
+        is_effect = mistake.kind == "too_short" and any(_is_below(other, mistake) for other in mistakes)
+        if not is_effect and (mistake.path not in by_path or by_path[mistake.path].is_about_type):
             by_path[mistake.path] = mistake
     found = [((m.node or m.parent).place, _sentence(m, root, model)) for m in by_path.values()]
     found.sort(key=lambda pair: (pair[0] == COMMAND_LINE, pair[0].source, pair[0].line or 0))
     return [sentence for _, sentence in found]
+
+
+def _is_below(mistake: Mistake, other: Mistake) -> bool:
+    """Return whether a mistake is about an item of what another one is about."""
+    return len(mistake.path) > len(other.path) and mistake.path[: len(other.path)] == other.path
 
 
 def _located(detail: Any, root: Node) -> Mistake:
@@ -155,7 +161,14 @@ def _missing(mistake: Mistake, root: Node, model: type[Section]) -> str:
 
 def _wrong_type(mistake: Mistake, node: Node, kinds: Sequence[Any]) -> str:
     hint = ""
-    if isinstance(node.value, str):
+    families = [family for kind in kinds if (family := schema.family_of(kind)) is not None]
+    if isinstance(node.value, str) and families and (near := did_you_mean(node.value, families[0].names())):
+        hint = near.replace("`", f"`{mistake.key}.{families[0].key}=", 1)
+    elif isinstance(node.value, str) and not node.is_null and list(map(schema.is_list, kinds)) == [True]:
+        hint = f"; a list of one item is written [{node.value}]"
+    elif isinstance(node.value, str) and (meant := other_names.MEANT_BY_VALUE.get(node.value.lower())) is not None:
+        hint = did_you_mean(meant, [str(choice) for kind in kinds for choice in schema.choices(kind)])
+    elif isinstance(node.value, str):
         texts = [str(choice) for kind in kinds for choice in schema.choices(kind) if choice is not None]
         hint = did_you_mean(node.value, texts)
         if not hint and str in kinds and node.is_null and node.value:

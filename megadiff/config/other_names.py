@@ -176,6 +176,10 @@ NOT_A_KEY: dict[str, str] = {name: answer for answer, names in _NAMES_BY_ANSWER.
 """Sentences about what has no key, by names used elsewhere."""
 
 
+MEANT_BY_VALUE = {"gpu": "cuda", "bfloat16": "bf16", "float32": "fp32", "fp16": "bf16", "float16": "bf16"}
+"""Values as other trainers write them, and the value here; they are suggested where a key takes it."""
+
+
 def key_elsewhere(name: str) -> str | None:
     """Return the key that a name of another trainer means here, or None.
 

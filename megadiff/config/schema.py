@@ -85,6 +85,11 @@ def kinds_at(model: type[Section], path: Sequence[object], root: Node) -> tuple[
     return kinds
 
 
+def is_list(kind: Any) -> bool:
+    """Return whether an annotation takes a list."""
+    return (get_origin(kind) or kind) in _LISTS
+
+
 def choices(kind: Any) -> tuple[object, ...]:
     """Return the values that a `Literal` or an enumeration allows; nothing for any other type."""
     if isinstance(kind, type) and issubclass(kind, enum.Enum):

@@ -431,7 +431,7 @@ def known_noise(noise: str, noises: Sequence[str] = NOISES) -> str:
     name = noise.replace("-", "_")
     if name not in noises:
         near = did_you_mean(name, noises)
-        raise ConfigError(f"no law is known for the noise `{noise}`{near or ''}; there are {', '.join(noises)}")
+        raise ConfigError(f"no law is known for the noise `{noise}`{near or ';'} there are {', '.join(noises)}")
     return name
 
 

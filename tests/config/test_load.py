@@ -436,7 +436,7 @@ def test_a_word_is_read_as_whatever_type_its_field_has(load, key, text, value):
     ("line", "sentence"),
     [
         ("colour: blue", "a.yaml:1: `colour` wants one of red, on, found `blue`"),
-        ("names: a", "a.yaml:1: `names` wants a list, found `a`"),
+        ("names: a", "a.yaml:1: `names` wants a list, found `a`; a list of one item is written [a]"),
         ("pairs: [[1]]", "a.yaml:1: `pairs.0` wants 2 items, found 1"),
         ("pairs: [[1, a], [b, c]]", "a.yaml:1: `pairs.1.0` wants an integer, found `b`"),
         ("mode: false", "a.yaml:1: `mode` wants one of true, 1, 1e3, null or null, found `false`"),

@@ -288,7 +288,7 @@ def test_a_missing_file_and_two_laws_of_a_kind_are_refused(tmp_path):
             1e20,
             "maskd",
             "deepseek",
-            r"for the noise `maskd`; did you mean `masked`\?; there are masked, ",
+            r"for the noise `maskd`; did you mean `masked`\? there are masked, ",
         ),
         (0, "masked", "deepseek", "a budget is a positive number of FLOPs, found 0"),
         (math.inf, "masked", "deepseek", "a budget is a positive number of FLOPs, found inf"),
