@@ -162,6 +162,7 @@ def _write_settings(settings: dict[str, Any], trunk: Path, step: int, overrides:
     tree["checkpoint"] = {**tree["checkpoint"], "start_from": str(trunk.absolute())}
     steps = {"steps": step + length, "decay_steps": length, "tokens": None, "flops": None}
     tree["schedule"] = {**tree["schedule"], **steps}
+    tree["eval"] = {**tree["eval"], **_evaluations_until(settings, step + length)}
     with TemporaryDirectory() as place:
         before = Path(place) / "trunk.yaml"
         before.write_text(yaml.safe_dump(tree), encoding="utf-8")
@@ -175,6 +176,17 @@ def _write_settings(settings: dict[str, Any], trunk: Path, step: int, overrides:
             f"{path} cannot be written ({error.strerror or error}); choose another place with --set output_dir=..."
         ) from None
     return path
+
+
+def _evaluations_until(settings: dict[str, Any], last: int) -> dict[str, list[float]]:
+    """Return the trunk's evaluations at named steps and budgets that a run of `last` steps reaches."""
+    from megadiff.run.config import RunConfig
+
+    trunk = RunConfig.model_validate(settings)
+    return {
+        "at_steps": [step for step in trunk.eval.at_steps if step <= last],
+        "at_flops": [flops for flops in trunk.eval.at_flops if trunk.step_of_flops(flops) <= last],
+    }
 
 
 def _compared(config: Path, manifest: Manifest, *, takes_data: bool) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from megadiff.run.folder import (
 )
 from megadiff.run.hooks import build_hooks, hook_context
 from megadiff.run.resume import ResumeOptions, ResumeState, foresee_resumption, manifest_of, resume
-from megadiff.run.summary import lay_out_run, ranks_to_check, run_summary
+from megadiff.run.summary import evaluation_advice, lay_out_run, ranks_to_check, run_summary
 from megadiff.supervision.launch import Launch, end_with_launcher
 from megadiff.supervision.stopping import StopRequest
 from megadiff.supervision.watchdog import Watchdog
@@ -89,14 +89,19 @@ def check(config: RunConfig, *, ranks: int | None = None, resume_options: Resume
         prepared, step, origin = foresee_resumption(prepared, resume_options)
         lines = run_summary(config, prepared.layout, prepared.shape) + describe_data(prepared, step=step)
         lines += describe_baselines(baselines_of(prepared))
-        lines += [f"warning           {found}" for found in data_advice(prepared)] + origin
+        lines += [f"warning           {found}" for found in data_advice(prepared)]
+        lines += [*_warnings(config), *origin]
     except DataError as error:
         if config.data.vocab_size is None:
             raise
         layout = lay_out_run(config, world_size=world_size, vocab_size=config.data.vocab_size)
         lines = run_summary(config, layout, config.shape(vocab_size=config.data.vocab_size))
-        lines.append(f"not there yet     {error}")
+        lines += [*_warnings(config), f"not there yet     {error}"]
     return dump_config(config) + "\n" + "\n".join([*remarks, *lines])
+
+
+def _warnings(config: RunConfig) -> list[str]:
+    return [f"warning           {found}" for found in evaluation_advice(config)]
 
 
 def run(config: RunConfig, resume_options: ResumeOptions | None = None, *, before_s: float = 0.0) -> None:
@@ -236,6 +241,8 @@ def _log_and_write_data(prepared: RunContext, origin: ResumeState, topology: Top
         write_config(prepared.config)
         doubts = data_advice(prepared)
         for doubt in doubts:
+            log.warning(doubt)
+        for doubt in evaluation_advice(prepared.config):
             log.warning(doubt)
         write_facts(prepared.config, data_facts(prepared, step=origin.step, advice=doubts))
 

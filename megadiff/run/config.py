@@ -38,6 +38,9 @@ _LONGEST_NAME = 200
 files need.
 """
 
+_ROUNDING = 1e-12
+"""Relative error that is allowed to a budget of FLOPs, since products of large numbers are rounded."""
+
 
 class RunConfig(Section):
     """The resolved configuration of one training run."""
@@ -94,6 +97,25 @@ class RunConfig(Section):
             self.lr_schedule()
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_are_reached(self) -> RunConfig:
+        if late := [step for step in self.eval.at_steps if step > self.steps]:
+            raise ValueError(
+                f"eval.at_steps has {late[0]:,}, but the run ends after {self.steps:,} steps ({self.length_setting}); "
+                "leave it out, or train longer"
+            )
+        try:
+            late = [flops for flops in self.eval.at_flops if self.step_of_flops(flops) > self.steps]
+            end = self.tokens_before(self.steps) * self._flops_per_token() if late else 0.0
+        except ConfigError as error:
+            raise ValueError(str(error).replace("schedule.", "eval.at_flops with schedule.", 1)) from None
+        if late:
+            raise ValueError(
+                f"eval.at_flops has {late[0]:g} FLOPs, but the run reaches {end:.13g} ({self.length_setting}, counted "
+                f"as {self.schedule.flop_count}); leave it out, or train longer"
+            )
         return self
 
     @model_validator(mode="after")
@@ -185,6 +207,22 @@ class RunConfig(Section):
         given = {"steps": schedule.steps, "tokens": schedule.tokens, "flops": schedule.flops}
         key, value = next((key, value) for key, value in given.items() if value is not None)
         return f"schedule.{key} = {value:,}" if isinstance(value, int) else f"schedule.{key} = {value:g}"
+
+    def step_of_flops(self, flops: float) -> int:
+        """Return the first step after which the training FLOPs, by `schedule.flop_count`, reach a budget.
+
+        A budget that is itself the FLOPs of a step, printed or computed in another order, is reached by that step.
+
+        Raises:
+            ConfigError: the count includes the head, and the vocabulary is not known.
+        """
+        tokens = flops / self._flops_per_token()
+        return self.sizes.steps_for_samples(math.ceil(tokens * (1 - _ROUNDING) / self.model.seq_length))
+
+    @property
+    def evaluation_steps(self) -> frozenset[int]:
+        """The steps that `eval.at_steps` and `eval.at_flops` name."""
+        return frozenset(self.eval.at_steps) | {self.step_of_flops(flops) for flops in self.eval.at_flops}
 
     def _flops_per_token(self) -> float:
         """Return the FLOPs of a token by the schedule's count.

@@ -152,6 +152,7 @@ def _validation(
     )
     hook = ValidationHook(
         every=config.eval.every,
+        at_steps=config.evaluation_steps,
         steps=config.steps,
         first_step=context.first_step,
         evaluate=evaluator,
@@ -181,6 +182,7 @@ def _samples(prepared: RunContext, context: HookContext, goodput: Goodput) -> li
     )
     hook = SampleHook(
         every=config.eval.every,
+        at_steps=config.evaluation_steps,
         steps=config.steps,
         first_step=context.first_step,
         sample=sample,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Protocol
@@ -44,6 +45,7 @@ def run_summary(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[st
         f"{config.model.seq_length}, {layout.num_microbatches} microbatch(es) of {config.batch.micro_batch_size} per "
         f"replica){f', from {config.batch.rampup.start} sequences up' if config.batch.rampup else ''}",
         f"run               {config.steps:,} steps, {config.tokens_before(config.steps):,} tokens",
+        *evaluation_times(config),
         *learning_rates(config, cost.parameters(shape)),
         f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
         f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
@@ -62,6 +64,36 @@ def describe_sizes(config: RunConfig, shape: cost.Shape) -> list[str]:
         f"vocabulary        {shape.vocab_size:,} ids with the mask, padded to {entries:,} entries",
         f"FLOPs per token   {', '.join(f'{count} {cost.flops_per_token(shape, count):.5g}' for count in FLOP_COUNTS)}",
     ]
+
+
+def evaluation_times(config: RunConfig) -> list[str]:
+    """Return the line about the evaluations at named steps and budgets; none unless there are some."""
+    budgets = {flops: config.step_of_flops(flops) for flops in config.eval.at_flops}
+    reasons = {step: [f"{flops:g} FLOPs" for flops, at in budgets.items() if at == step] for step in budgets.values()}
+    if not config.evaluation_steps:
+        return []
+    named = [
+        f"{step:,} ({', '.join(reasons[step])})" if step in reasons else f"{step:,}"
+        for step in sorted(config.evaluation_steps)
+    ]
+    return [f"evaluation        also at step(s) {_first(named)}"]
+
+
+def evaluation_advice(config: RunConfig) -> list[str]:
+    """Return a warning about evaluations at named steps inside the warm-up; none if there are none there."""
+    warmup = config.schedule.warmup_steps
+    early = [f"{step:,}" for step in sorted(config.evaluation_steps) if step <= warmup]
+    if not early:
+        return []
+    return [
+        f"eval.at_steps and eval.at_flops name step(s) {_first(early)}, inside the learning rate's warm-up of "
+        f"{warmup:,} steps: such a loss is not that of its budget, and fits of scaling laws count nothing before "
+        f"3 x warm-up (step {3 * warmup:,})"
+    ]
+
+
+def _first(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def lay_out_run(config: RunConfig, *, world_size: int, vocab_size: int) -> Layout:

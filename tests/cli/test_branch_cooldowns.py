@@ -30,6 +30,8 @@ def trunk(toy_corpus, tmp_path_factory):
         data__valid=[],
         schedule={"steps": STEPS, "warmup_steps": 2, "decay_steps": COOLDOWN},
         checkpoint={"every": EVERY},
+        eval__at_steps=[9, 12],
+        eval__at_flops=[1e8, 1.5e8],
     )
     path = write_yaml(folder / "trunk.yaml", tree)
     ended = call_forked("pretrain_dlm.py", "--config", path, "optimizer.lr=0.005", "noise.shift=masked")
@@ -63,6 +65,8 @@ def test_a_branch_has_the_trunks_own_settings(trunk, tmp_path):
     config = yaml.safe_load((branch / "config.yaml").read_text())
     assert (config["optimizer"]["lr"], config["noise"]["shift"]) == (0.005, "masked")
     assert (config["schedule"]["steps"], config["schedule"]["decay_steps"]) == (11, 3)
+    reached = (config["eval"]["at_steps"], config["eval"]["at_flops"])
+    assert reached == ([9], [1e8]), "evaluations behind the branch's end are left out"
     lines = read_metrics(branch / "metrics.jsonl")
     assert [line["step"] for line in lines] == [9, 10, 11]
     assert lines[0]["lr"] == 0.005

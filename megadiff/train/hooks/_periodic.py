@@ -1,4 +1,4 @@
-"""Hooks that measure the model at intervals: before the first step, every few steps, and after the last."""
+"""Hooks that measure the model before the first step, every few steps, at given steps, and after the last."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from megadiff.train.hooks import Hook, Part, StepInfo
 
 @dataclass(kw_only=True)
 class PeriodicHook(Hook, ABC):
-    """A hook that runs before the first step, every `every` steps, and after the last; collective over the run."""
+    """A hook that runs before the first step, every `every` steps, at some more, and after the last.
+
+    It is collective over the run.
+    """
 
     section: ClassVar[Part] = "eval"
     collectives: ClassVar[bool] = True
     every: int
-    """Number of steps between calls of `run`; 0 for the first and the last alone."""
+    """Number of steps between calls of `run`; 0 for no regular ones."""
+    at_steps: frozenset[int] = frozenset()
+    """Further steps after which `run` is called."""
     steps: int
     """Number of steps of the whole run."""
     first_step: int
@@ -36,5 +41,6 @@ class PeriodicHook(Hook, ABC):
 
     def __call__(self, info: StepInfo) -> None:
         """Run if due."""
-        if (self.every and info.step % self.every == 0) or info.step == self.steps:
+        is_regular = self.every > 0 and info.step % self.every == 0
+        if is_regular or info.step in self.at_steps or info.step == self.steps:
             self.run(info.step)

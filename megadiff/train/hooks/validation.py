@@ -32,7 +32,7 @@ class Measurement(Protocol):
 
 @dataclass(kw_only=True)
 class ValidationHook(PeriodicHook):
-    """The held-out bound before the first step, every `every` steps (0: never between), and after the last."""
+    """The held-out bound at the steps of a `PeriodicHook`."""
 
     evaluate: Callable[[], Measurement]
     """Function that measures the bound; collective over the run."""
