@@ -5,11 +5,13 @@ Axes: R sequences, K noise levels per sequence.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,9 +25,13 @@ from megadiff.parallel.objective import DeviceBatch, Objective, ShardedObjective
 from megadiff.parallel.pipeline import ModelChunk, run_microbatches
 from megadiff.parallel.step_metrics import BIN_EDGES
 from megadiff.parallel.topology import Topology
+from megadiff.scaling.paired import EvaluationNoise, PerSequence
 
 SEED = 0
 """Seed of the evaluation noise, independent of the run's seed, so that runs are compared on the same noise."""
+
+_FINGERPRINT_DIGITS = 32
+"""Number of hexadecimal digits of a fingerprint of sequences, 128 bits."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class ValidationResult:
     """Bound and standard error of each source of the validation data."""
     log_snr_range: tuple[float, float] | None
     """Range of log-SNR that the bound covers (`diffusion_bound`); None for an exact likelihood."""
+    per_sequence: PerSequence = field(repr=False)
+    """The bound of every sequence, for comparisons of runs."""
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -147,6 +155,7 @@ class ValidationEvaluator:
         bound, stderr = _mean_and_error(per_sequence)
         ends = np.cumsum([len(source) for source in self.sources])[:-1]
         return ValidationResult(
+            per_sequence=PerSequence(self._fingerprint, self._noise, tuple(per_sequence.tolist())),
             elbo=bound,
             stderr=stderr,
             tokens=self.sequences.size,
@@ -158,6 +167,17 @@ class ValidationEvaluator:
                 for source, part in zip(self.sources, np.split(per_sequence, ends), strict=True)
             },
         )
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.sequences.shape).encode())
+        digest.update(self.sequences.astype("<u4").tobytes())
+        return digest.hexdigest()[:_FINGERPRINT_DIGITS]
+
+    @property
+    def _noise(self) -> EvaluationNoise | None:
+        ends = self.task.log_snr_range
+        return None if ends is None else EvaluationNoise(SEED, self.task.num_noise_levels, ends)
 
     def _bytes_per_token(self) -> float | None:
         known = [(source.bytes_per_token, len(source)) for source in self.sources]

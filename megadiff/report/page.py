@@ -192,7 +192,7 @@ def _sections(runs: Sequence[RunRecord], axis: Axis) -> str:
     missing = "" if over_training else paragraph("No run recorded figures by noise level.")
     parts = (
         section("standing", "Runs", run_tables.standing(runs)),
-        section("learning", "Learning", _grid(charts.learning()), run_tables.by_source(runs)),
+        section("learning", "Learning", _grid(charts.learning()), run_tables.by_source(runs), run_tables.paired(runs)),
         section("data", "Data", run_tables.data(runs)),
         section("levels", "By noise level", missing, _grid([charts.last_levels(), *over_training])),
         section("unusual", "Skipped steps and spikes", run_tables.unusual(runs)),

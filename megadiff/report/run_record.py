@@ -6,7 +6,7 @@ import itertools
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from megadiff.errors import CheckpointError, DataError, StorageError
 from megadiff.metric_lines import MAX_LINE_BYTES, Line, finite, number, parsed
 from megadiff.report.line_chart import duration, percent
 from megadiff.report.markup import escaped, paragraph, table
+from megadiff.scaling import paired
 from megadiff.supervision.status import Status, read_status
 from megadiff.train.goodput import PHASES, Attempt
 from megadiff.untrusted_files import UnreadableFileError, lines, open_plain, read_bytes, why
@@ -348,6 +349,8 @@ class RunRecord:
     samples: list[Sample]
     settings: dict[str, str] | None
     """Settings of the run; None if there is no readable `config.yaml`."""
+    per_sequence: dict[int, paired.PerSequence] = field(default_factory=dict)
+    """Bounds of single validation sequences by step; none if the run did not record them."""
     data: DataFacts | None = None
     """Facts about the run's data; None if there is no readable `data.json`."""
 
@@ -385,8 +388,16 @@ def _read_run(folder: Path, label: str) -> RunRecord:
         latest=_first_line(folder / "LATEST"),
         samples=_samples(folder / "samples"),
         settings=read_settings(folder / "config.yaml"),
+        per_sequence=_per_sequence(folder),
         data=read_data_facts(folder),
     )
+
+
+def _per_sequence(folder: Path) -> dict[int, paired.PerSequence]:
+    try:
+        return paired.read(folder)
+    except StorageError:
+        return {}
 
 
 def _labels(folders: list[Path]) -> list[str]:

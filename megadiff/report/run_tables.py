@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from megadiff.errors import DataError
 from megadiff.metric_lines import finite, number
 from megadiff.report.line_chart import exact, of_bytes, percent, short
 from megadiff.report.markup import escaped, paragraph, table
 from megadiff.report.run_record import RunRecord, differences, wall_time
 from megadiff.scaling.flops import FLOP_COUNTS
+from megadiff.scaling.paired import compare
 
 _NONE = "\u2013"
 _UNUSUAL_SHOWN = 100
@@ -102,6 +104,37 @@ def by_source(runs: Sequence[RunRecord]) -> str:
                 rows.append((escaped(run.label), escaped(source), _with_error(line)))
     heads = ("run", "source", "held-out ELBO")
     return table(heads, rows, caption="Last evaluation by source; nats per token") if rows else ""
+
+
+def paired(runs: Sequence[RunRecord]) -> str:
+    """Return a table that compares the last evaluation of each run with the first run's, sequence by sequence."""
+    first, *others = runs
+    if not others or not any(run.per_sequence for run in runs):
+        return ""
+    heads = ("run", "against", "at steps", "difference", "95 % interval", "error without pairs")
+    rows = [_paired_row(run, first) for run in others]
+    caption = "Last evaluations, differences over the same validation sequences; nats per token, below 0 is better"
+    return table(heads, rows, caption=caption)
+
+
+def _paired_row(run: RunRecord, first: RunRecord) -> tuple[str, ...]:
+    names = (escaped(run.label), escaped(first.label))
+    if not (run.per_sequence and first.per_sequence):
+        missing = first.label if run.per_sequence else run.label
+        return (*names, _NONE, escaped(f"{missing} has no record of single sequences"), _NONE, _NONE)
+    steps = [max(each.per_sequence) for each in (run, first)]
+    shown = " and ".join(f"{step:,}" for step in steps)
+    try:
+        found = compare(run.per_sequence[steps[0]], first.per_sequence[steps[1]])
+    except DataError as error:
+        return (*names, shown, escaped(str(error)), _NONE, _NONE)
+    return (
+        *names,
+        shown,
+        f"{found.difference:+.4f} \u00b1 {found.stderr:.4f}",
+        f"{found.low:+.4f} to {found.high:+.4f}",
+        f"{found.unpaired_stderr:.4f}",
+    )
 
 
 def data(runs: Sequence[RunRecord]) -> str:

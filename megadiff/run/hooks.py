@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from megadiff.data.baselines import Baselines
@@ -18,12 +20,14 @@ from megadiff.platform.machine import Platform
 from megadiff.platform.stopwatch import stopwatch
 from megadiff.run.context import RunContext
 from megadiff.scaling.flops import FLOP_COUNTS
+from megadiff.scaling.paired import FILE_NAME
 from megadiff.train.goodput import Goodput
 from megadiff.train.hooks import Hook, HookContext, MetricSinks
 from megadiff.train.hooks._listed import build_listed
 from megadiff.train.hooks.console import Console
 from megadiff.train.hooks.log import LogHook
 from megadiff.train.hooks.metrics_file import MetricsFile
+from megadiff.train.hooks.per_sequence_file import PerSequenceFile
 from megadiff.train.hooks.replicas import ReplicaCheck
 from megadiff.train.hooks.samples import SampleHook
 from megadiff.train.hooks.stragglers import StragglerHook, shared_cores, time_computation
@@ -50,15 +54,10 @@ def hook_context(
     """
     config, sinks = prepared.config, MetricSinks()
     if topology.is_main:
-        try:
+        with _writing_to(config.folder):
             if config.log.tensorboard:
                 sinks.add(TensorBoard(config.folder / "tensorboard", after_step=first_step))
             sinks.add(MetricsFile(config.folder / "metrics.jsonl", after_step=first_step))
-        except OSError as error:
-            raise StorageError(
-                f"the run folder {config.folder} cannot be written ({error.strerror or error}); free space there, or "
-                "set output_dir to another disk"
-            ) from None
     return HookContext(
         config=config,
         folder=config.folder,
@@ -71,6 +70,17 @@ def hook_context(
         wrapped=wrapped,
         sinks=sinks,
     )
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"the run folder {folder} cannot be written ({error.strerror or error}); free space there, or set "
+            "output_dir to another disk"
+        ) from None
 
 
 def build_hooks(
@@ -138,7 +148,7 @@ def _rank_checks(context: HookContext) -> list[Hook]:
 def _validation(
     prepared: RunContext, context: HookContext, goodput: Goodput, baselines: Baselines | None
 ) -> list[Hook]:
-    """Return the hook that evaluates; none without validation data."""
+    """Return the hook that evaluates, its file of single sequences open; none without validation data."""
     config, topology = prepared.config, context.topology
     if not prepared.data.valid:
         return []
@@ -150,6 +160,11 @@ def _validation(
         device=context.platform.device,
         micro_batch_size=config.batch.micro_batch_size,
     )
+    per_sequence: PerSequenceFile | None = None
+    if topology.is_main:
+        with _writing_to(config.folder):
+            per_sequence = PerSequenceFile(config.folder / FILE_NAME, after_step=context.first_step)
+        context.sinks.add(per_sequence)
     hook = ValidationHook(
         every=config.eval.every,
         at_steps=config.evaluation_steps,
@@ -157,6 +172,7 @@ def _validation(
         first_step=context.first_step,
         evaluate=evaluator,
         sinks=context.sinks,
+        per_sequence=per_sequence,
         goodput=goodput,
         baselines=baselines.as_metrics() if baselines is not None else {},
     )

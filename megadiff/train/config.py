@@ -12,6 +12,7 @@ _SECTION_OF_MEMBER = {
     "console": "log",
     "log": "log",
     "metrics_file": "log",
+    "per_sequence_file": "eval",
     "replicas": "health",
     "samples": "eval",
     "stragglers": "health",

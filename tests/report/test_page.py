@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from datetime import datetime, timezone
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from megadiff.data.facts import DataFacts, write_data_facts
 from megadiff.report.line_chart import Chart, Curve, Point
 from megadiff.report.page import report_page
 from megadiff.report.run_record import read_runs
+from megadiff.scaling.paired import EvaluationNoise, PerSequence
 from megadiff.train.goodput import Attempt, write_attempts
 from tests.report.folders import evaluation_line, training_line, write_run
 
@@ -259,3 +261,21 @@ def test_the_data_are_a_table_of_sources_with_their_epochs_and_doubts(tmp_path):
     assert "run: &lt;b&gt;small is repeated&lt;/b&gt;." in page
     write_run(tmp_path / "without", [training_line(1)])
     assert 'id="data"' not in report_page(read_runs([tmp_path / "without"]), now=NOW)
+
+
+def test_last_evaluations_are_compared_sequence_by_sequence(tmp_path):
+    draws = EvaluationNoise(0, 4, (-9.0, 9.0))
+    base = (3.0, 4.0, 5.0, 2.0)
+    bounds = {"a": base, "b": (2.9, 3.8, 4.9, 1.8), "c": base}
+    folders = []
+    for name, elbo in bounds.items():
+        folder = write_run(tmp_path / name, [training_line(10), evaluation_line(10)])
+        found = PerSequence("f" if name != "c" else "g", draws, elbo)
+        (folder / "validation.jsonl").write_text(json.dumps({"step": 10, **found.as_entries()}) + "\n")
+        folders.append(folder)
+    folders.append(write_run(tmp_path / "d", [training_line(10), evaluation_line(10)]))
+    page = page_of(*folders)
+    assert "<td>-0.1500 \u00b1 0.0289</td><td>-0.2418 to -0.0582</td><td>0.9224</td>" in page
+    assert "evaluated on different sequences (4 with the fingerprint g and 4 with f)" in page
+    assert "d has no record of single sequences" in page
+    assert "error without pairs" not in page_of(folders[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from megadiff.errors import ConfigError
 from megadiff.model import cost
 from megadiff.platform.quiet import quiet
 from megadiff.run.summary import evaluation_advice, evaluation_times
+from megadiff.scaling import paired
 from megadiff.scaling.flops import FLOP_COUNTS
 from tests.support.ranks import on_ranks
 from tests.support.runs import read_metrics, toy_config, train_all
@@ -104,6 +106,17 @@ def test_named_evaluations_come_once_also_over_a_resume(toy_corpus, tmp_path):
     assert evaluations[0] == evaluations[1]
     flops = {line["step"]: line["flops"]["deepseek"] for line in found[0] if "flops" in line}
     assert flops[5] < 5.5 * 128 * each <= flops[6]
+    kept = [(config.folder / "validation.jsonl").read_text() for config in configs]
+    assert kept[0] == kept[1]
+    figures = [paired.read(config.folder) for config in configs]
+    for line in evaluations[1]:
+        found = figures[1][line["step"]]
+        assert len(found.elbo) == 7
+        assert found.mean == pytest.approx(line["eval_elbo"], abs=1e-6)
+        assert paired.compare(found, figures[0][line["step"]]).difference == 0
+    set_aside = (configs[1].folder / "validation.superseded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in set_aside] == [5, 6, 8]
+    assert set_aside == kept[0].splitlines()[3:]
     drawn = sorted(path.name for path in (configs[1].folder / "samples").iterdir())
     assert drawn == [f"step_{step:08d}.txt" for step in (0, 3, 4, 5, 6, 8)]
     assert "also at step(s)" not in "".join(evaluation_times(toy_config(toy_corpus, tmp_path)))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megadiff.metric_lines import read_metrics
+from megadiff.scaling.paired import PerSequence
 from megadiff.train.config import GoodputConfig
 from megadiff.train.goodput import Goodput
 from megadiff.train.hooks import MetricSinks
@@ -18,6 +19,7 @@ from megadiff.train.hooks.validation import ValidationHook
 @dataclass
 class Found:
     elbo: float = 3.0
+    per_sequence = PerSequence("rows", None, (3.0, 3.0))
 
     def as_metrics(self):
         return {"eval_elbo": self.elbo}
