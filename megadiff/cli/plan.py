@@ -34,6 +34,8 @@ _EPILOG = """examples:
 """
 _DEFAULT_GPU, _DEFAULT_MFU = "H100", 0.4
 _COUNTS = ("deepseek", "chinchilla", "full")
+_WIDE = 512
+"""Width from which models are for GPUs, whose heads have 64 or 128 features."""
 _LONGEST_HOURS = 24
 
 
@@ -119,8 +121,8 @@ def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
         _check_positive(name, getattr(arguments, name))
     if arguments.mfu > 1:
         raise ConfigError(f"--mfu is a share of the peak, at most 1, found {arguments.mfu:g}")
-    if arguments.hidden is not None and arguments.hidden % 64:
-        raise ConfigError(f"--hidden must be a multiple of 64, the width of a head, found {arguments.hidden}")
+    if (hidden := arguments.hidden) is not None and (hidden % 2 or (hidden >= _WIDE and hidden % 64)):
+        raise ConfigError(f"--hidden must be even, and from {_WIDE} on a multiple of 64, found {hidden}")
     return arguments
 
 

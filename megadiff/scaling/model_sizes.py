@@ -1,7 +1,8 @@
 """Shapes that a model of a given size can have: the paper's block, with its heads and ratios of width to depth.
 
 The paper's models have 64 features of width for each layer up to width 1024, and 77 to 171 beyond. The usual ratio here
-is 64, growing with the root of the width from 1024 on; a shape has that within a factor of 1.6.
+is 64, growing with the root of the width from 1024 on; a shape has that within a factor of 1.6. Widths below 64, for
+studies on a CPU, have one layer and one head.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from megadiff.scaling.flops import FlopCount, flops_per_token, paper_params
 _SPREAD = 1.6
 """Largest factor between a shape's ratio of width to depth and the usual one."""
 _WIDTHS = (
+    *range(16, 64, 8),
     *range(64, 1024, 64),
     *range(1024, 2048, 128),
     *range(2048, 8192, 256),
@@ -24,7 +26,10 @@ _WIDTHS = (
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Depth and width of a model, with heads of 64 features up to width 1024 and of 128 beyond."""
+    """Depth and width of a model, with heads of 64 features up to width 1024 and of 128 beyond.
+
+    A width that is no multiple of these has the largest number of heads that are not narrower, all of an even width.
+    """
 
     layers: int
     hidden: int
@@ -33,7 +38,8 @@ class ModelSize:
     def heads(self) -> int:
         """Number of attention heads."""
         head_dim = 128 if self.hidden > 1024 and self.hidden % 128 == 0 else 64
-        return max(1, self.hidden // head_dim)
+        most = max(1, self.hidden // head_dim)
+        return next((heads for heads in range(most, 0, -1) if self.hidden % (2 * heads) == 0), 1)
 
     @property
     def params(self) -> int:

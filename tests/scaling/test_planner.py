@@ -145,6 +145,8 @@ def test_the_papers_own_shapes_are_among_those_considered():
     known = {(8, 512), (10, 640), (12, 768), (16, 1024), (20, 1536), (18, 3072), (19, 3072), (34, 4608)}
     assert known <= {(size.layers, size.hidden) for size in model_sizes()}
     assert [ModelSize(*shape).heads for shape in ((16, 1024), (20, 1536), (34, 4608))] == [16, 12, 36]
+    assert [ModelSize(1, width).heads for width in (16, 20, 24, 64, 80, 96, 192, 200)] == [1, 1, 1, 1, 1, 1, 3, 2]
+    assert (1, 16) in {(size.layers, size.hidden) for size in model_sizes()}
 
 
 def test_the_range_of_sizes_ends_where_the_tolerance_is_used_up():
