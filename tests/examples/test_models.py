@@ -1,4 +1,4 @@
-"""The paper's eight sizes as run descriptions: parameter counts exact, of the YAML and of the model it builds."""
+"""The eight sizes of the paper and a smaller one: exact parameters, of the run description and of the model built."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MODELS = Path(__file__).parents[2] / "examples" / "models"
 PRESETS = MODELS.parent / "presets"
 
 SIZES = {
+    "l6-d384": (6, 384, 6, 10_649_472, 10_642_560, 111_305_856, "1.2052e+08"),
     "l8-d512": (8, 512, 8, 25_223_680, 25_211_392, 159_429_120, "2.5201e+08"),
     "l10-d640": (10, 640, 10, 49_242_240, 49_223_040, 216_995_200, "4.5274e+08"),
     "l12-d768": (12, 768, 12, 85_064_448, 85_036_800, 286_363_392, "7.3688e+08"),
@@ -51,7 +52,7 @@ def vocabulary(config: RunConfig) -> int:
     return config.data.vocab_size
 
 
-def test_every_file_is_one_of_the_papers_sizes():
+def test_every_file_is_one_of_the_sizes():
     assert {path.stem for path in MODELS.glob("*.yaml")} == set(SIZES)
 
 
