@@ -51,13 +51,18 @@ def gradient_norm(gradients: Sequence[Tensor], *, group: ProcessGroup | None, de
         gradients: gradients of this rank; each element of the model's gradient is on one rank of the group alone.
         group: None for the whole world.
     """
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    if gradients:
-        pieces = [piece for gradient in gradients for piece in _pieces(gradient)]
-        norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-        squares = torch.stack(norms).double().square().sum()
+    squares = sum_of_squares(gradients, device=device)
     dist.all_reduce(squares, group=group)
     return squares.sqrt()
+
+
+def sum_of_squares(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
+    """Return the squared L2 norm of this rank's gradients, a float64 scalar on the device, without a host sync."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    pieces = [piece for gradient in gradients for piece in _pieces(gradient)]
+    norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
+    return torch.stack(norms).double().square().sum()
 
 
 def clip_grad_norm_(gradients: Sequence[Tensor], limit: float, *, norm: float) -> None:

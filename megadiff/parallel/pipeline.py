@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -104,6 +105,32 @@ def run_microbatches(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
+
+
+@contextmanager
+def unreduced(chunks: Sequence[DataParallelChunk]) -> Iterator[None]:
+    """Leave gradients of backward passes inside the block as they are on this replica.
+
+    They are summed over tensor ranks where each has a part, but neither over replicas nor divided. The chunks' gradient
+    buffers must be zeroed before the block, which makes them ready for a step.
+    """
+    config = chunks[0].config
+    kept = config.no_sync_func, config.finalize_model_grads_func
+
+    def finalize(model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+        del num_tokens
+        finalize_model_grads(model, None, *args, **kwargs)
+
+    with ExitStack() as stack:
+        for chunk in chunks:
+            stack.enter_context(chunk.no_sync())
+            chunk.finish_grad_sync = lambda *_, **__: None  # type: ignore[method-assign]
+            stack.callback(delattr, chunk, "finish_grad_sync")
+        config.no_sync_func, config.finalize_model_grads_func = None, finalize
+        try:
+            yield
+        finally:
+            config.no_sync_func, config.finalize_model_grads_func = kept
 
 
 def set_loss_reduction(chunks: Sequence[ModelChunk], topology: Topology, *, mean: bool) -> None:

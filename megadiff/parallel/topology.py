@@ -64,6 +64,12 @@ class Topology:
         dist.all_reduce(total)
         return total
 
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum the values of all ranks; every rank gets the result. Collective over the world."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
     def from_main(self, value: Any) -> Any:
         """Return the main rank's small Python value, on every rank. Collective over the world."""
         box = [value]

@@ -24,9 +24,13 @@ class RunCharts:
         both = list(zip(runs, self._positions, strict=True))
         self._training = [_placed(run.metrics.training, position) for run, position in both]
         self._evaluations = [_placed(run.metrics.evaluations, position) for run, position in both]
+        self._noise = [_placed(run.metrics.gradient_noise, position) for run, position in both]
 
     def learning(self) -> list[Chart]:
-        """Return charts of the held-out bound, bound and loss of training batches, gradient norm, and learning rate."""
+        """Return charts of the held-out bound, bound and loss of training batches, gradient norm, and learning rate.
+
+        Runs that measured their gradient noise have two more.
+        """
         skipped = self._skipped()
         foot = "Bars at the foot: steps that made no update." if skipped else ""
         return [
@@ -49,6 +53,7 @@ class RunCharts:
             ),
             self._chart("grad-norm", "Gradient norm before clipping", "norm", self._figure("grad_norm")),
             self._chart("lr", "Learning rate", "learning rate", self._figure("lr")),
+            *self._gradient_noise(),
         ]
 
     def speed(self) -> list[Chart]:
@@ -113,6 +118,27 @@ class RunCharts:
                 remark="Line: training batches that drew such noise levels. Dots: held-out.",
             )
             for place, edges in enumerate(bins)
+        ]
+
+    def _gradient_noise(self) -> list[Chart]:
+        """Return charts of the gradient noise scale and of the noise draws' part in it; none if no run measured it."""
+        if not any(run.metrics.gradient_noise for run in self._runs):
+            return []
+        scale, share = (
+            _curves(
+                self._runs,
+                self._noise,
+                lambda line, key=name: number(line, key),
+                error=lambda line, key=f"{name}_stderr": number(line, key),
+                has_dots=True,
+            )
+            for name in ("gradient_noise/scale", "gradient_noise/noise_share")
+        )
+        remark = "Bars: one standard error. A batch far below the scale wastes steps, one far above it wastes tokens."
+        shared = "The rest comes from which sequences a batch holds."
+        return [
+            self._chart("noise-scale", "Gradient noise scale", "sequences", scale, remark=remark),
+            self._chart("noise-share", "Gradient variance from noise draws", "share of it", share, remark=shared),
         ]
 
     def _held_out(self) -> list[Curve]:

@@ -57,10 +57,12 @@ _SAMPLES_SHOWN, _SAMPLE_BYTES = 12, 6000
 
 @dataclass(frozen=True)
 class MetricLines:
-    """Training and evaluation lines in the order of their steps, at most one of each kind per step."""
+    """Training and evaluation lines, and those of the gradient noise, in the order of their steps, at most one of each
+    kind per step."""
 
     training: list[Line]
     evaluations: list[Line]
+    gradient_noise: list[Line]
     unreadable: int
     """Number of lines left out because they are not a JSON object with a step; an incomplete last line is not
     counted."""
@@ -74,6 +76,7 @@ def read_metric_lines(path: Path) -> MetricLines:
     """
     training: dict[int, Line] = {}
     evaluations: dict[int, Line] = {}
+    gradient_noise: dict[int, Line] = {}
     unreadable = 0
     try:
         for raw in lines(path, max_bytes=MAX_LINE_BYTES):
@@ -81,13 +84,15 @@ def read_metric_lines(path: Path) -> MetricLines:
             if line is not None:
                 if "eval_elbo" in line:
                     evaluations[line["step"]] = line
-                elif "loss" in line or "tokens" in line:  # else: a line of a hook of the list
+                elif "loss" in line or "tokens" in line:
                     training[line["step"]] = line
+                elif "gradient_noise/scale" in line:  # else: a line of another hook of the list
+                    gradient_noise[line["step"]] = line
             elif raw is None or (raw.endswith(b"\n") and raw.strip()):  # else: being written, or cut short by a kill
                 unreadable += 1
     except (OSError, UnreadableFileError) as error:
         raise DataError(f"{path} {why(error)}; give a run folder") from None
-    return MetricLines(_in_order(training), _in_order(evaluations), unreadable)
+    return MetricLines(_in_order(training), _in_order(evaluations), _in_order(gradient_noise), unreadable)
 
 
 def levels(line: Line, key: str) -> list[tuple[float, float, float]]:

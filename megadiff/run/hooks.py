@@ -14,6 +14,7 @@ from megadiff.eval.drawn_text import DrawnText
 from megadiff.eval.validation import ValidationEvaluator
 from megadiff.methods import Method
 from megadiff.model import cost
+from megadiff.parallel.objective import ShardedObjective
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
@@ -22,6 +23,7 @@ from megadiff.run.context import RunContext
 from megadiff.scaling.flops import FLOP_COUNTS
 from megadiff.scaling.paired import FILE_NAME
 from megadiff.train.goodput import Goodput
+from megadiff.train.gradients import SequenceGradients
 from megadiff.train.hooks import Hook, HookContext, MetricSinks
 from megadiff.train.hooks._listed import build_listed
 from megadiff.train.hooks.console import Console
@@ -69,6 +71,17 @@ def hook_context(
         chunks=chunks,
         wrapped=wrapped,
         sinks=sinks,
+        gradients=SequenceGradients(
+            chunks=wrapped,
+            objective=ShardedObjective(method, topology),
+            batch=method.batch,
+            train=prepared.data.train.sequences,
+            validation=prepared.data.valid,
+            topology=topology,
+            device=platform.device,
+            seq_length=config.model.seq_length,
+            micro_batch_size=config.batch.micro_batch_size,
+        ),
     )
 
 

@@ -279,3 +279,13 @@ def test_last_evaluations_are_compared_sequence_by_sequence(tmp_path):
     assert "evaluated on different sequences (4 with the fingerprint g and 4 with f)" in page
     assert "d has no record of single sequences" in page
     assert "error without pairs" not in page_of(folders[0])
+
+
+def test_gradient_noise_is_drawn_for_runs_that_measured_it(tmp_path):
+    plain = write_run(tmp_path / "plain", [training_line(step) for step in (1, 2, 3)])
+    assert "Gradient noise scale" not in page_of(plain)
+    noise = {"gradient_noise/scale_stderr": 4.0, "gradient_noise/noise_share": 0.6}
+    lines = [{"step": step, "gradient_noise/scale": scale, **noise} for step, scale in ((2, 30.0), (3, None))]
+    found = page_of(plain, write_run(tmp_path / "run", [*(training_line(step) for step in (1, 2, 3)), *lines]))
+    assert "Gradient noise scale" in found
+    assert "Gradient variance from noise draws" in found

@@ -17,6 +17,7 @@ with quiet():
 pytestmark = pytest.mark.timeout(300)
 
 ENTRIES = {
+    "gradient_noise": {"name": "gradient_noise", "every": 2},
     "parameter_rms": {"name": "parameter_rms", "every": 2},
     "wandb": {"name": "wandb", "project": "test", "mode": "offline"},
 }

@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # a run description is checked without torch
     from megadiff.parallel.topology import Topology
     from megadiff.platform.machine import Platform
     from megadiff.run.config import RunConfig
+    from megadiff.train.gradients import SequenceGradients
 
 Part = Literal["step", "eval", "save"]
 """Parts of a run that have a time limit of their own (section `watchdog`)."""
@@ -208,6 +209,8 @@ class HookContext:
     """The data-parallel wrappers of `chunks`."""
     sinks: MetricSinks
     """All metric sinks of the run; `write` is the way to use them."""
+    gradients: SequenceGradients
+    """Gradients of sequences that a hook chooses, computed without touching the run's own."""
 
     def write(self, figures: Mapping[str, Any], step: int) -> None:
         """Write a line with these figures to every sink; does nothing on ranks other than the main one.

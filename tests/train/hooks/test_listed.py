@@ -176,7 +176,7 @@ def test_an_object_that_is_hook_and_sink_is_opened_and_closed_once(module):
     """Called as `Trainer` and `MetricSinks` call: the sink is opened first, a validation line precedes the hooks."""
     module("both", BOTH)
     config = SimpleNamespace(steps=3)
-    context = HookContext(config, *[None] * 2, SimpleNamespace(is_main=True), *[None] * 3, (), (), MetricSinks())
+    context = HookContext(config, *[None] * 2, SimpleNamespace(is_main=True), *[None] * 3, (), (), MetricSinks(), None)
     (hook,) = build_listed([HOOKS.build(HookConfig, name="outside.both", every=2)], context)
     with pytest.raises(ValueError, match="figures of a hook cannot be called loss"):
         context.write({"loss": 1.0}, 0)

@@ -1,0 +1,129 @@
+"""Gradients of chosen sequences, for measurements between steps that leave the run as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megadiff.data.batch_sizes import StepBatch
+from megadiff.diffusion.noising import NoisedBatch
+from megadiff.model.denoiser import gathered_weights
+from megadiff.parallel.objective import DeviceBatch, ShardedObjective
+from megadiff.parallel.pipeline import DataParallelChunk, Loss, run_microbatches, unreduced
+from megadiff.parallel.topology import Topology
+
+Source = Literal["train", "validation"]
+"""Kind of data that sequences are taken from."""
+
+_FIRST_DRAW = 2**48
+"""Sample index from which the noise of measurements is counted; a run ends far below it, so none is shared."""
+
+
+class ValidationSource(Protocol):
+    """Validation sequences of one source."""
+
+    def __len__(self) -> int: ...
+
+    def sequences(self, indices: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return clean sequences [B, L]."""
+        ...
+
+
+@dataclass(frozen=True)
+class SequenceGradients:
+    """Gradients of the run's own loss on sequences that a measurement chooses.
+
+    Each data-parallel replica computes those of its own microbatches; nothing is summed over replicas.
+    """
+
+    chunks: Sequence[DataParallelChunk]
+    """Data-parallel wrapped model chunks of this rank."""
+    objective: ShardedObjective
+    batch: Callable[[npt.NDArray[np.int64], list[int], StepBatch], NoisedBatch]
+    """The training method's function from clean sequences, sample indices and the step's batch to a microbatch."""
+    train: Callable[[Sequence[int]], npt.NDArray[np.int64]]
+    """Function from sample indices of the run to clean sequences [B, L]."""
+    validation: Sequence[ValidationSource]
+    """Validation data of the run; empty if there are none."""
+    topology: Topology
+    device: torch.device
+    seq_length: int
+    micro_batch_size: int
+
+    def clean(self, source: Source, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Return clean sequences [count, L]: of the run from a sample on, or of the validation data in a circle."""
+        if source == "train":
+            return self.train(list(range(first, first + count)))
+        places = [(kind, index) for kind in self.validation for index in range(len(kind))]
+        chosen = [places[(first + index) % len(places)] for index in range(count)]
+        return np.concatenate([kind.sequences([index]) for kind, index in chosen])
+
+    def noised(self, clean: npt.NDArray[np.int64], first_draw: int) -> NoisedBatch:
+        """Return the sequences as the training method makes them, each with a draw of its own.
+
+        Args:
+            clean: [B, L].
+            first_draw: number of the first sequence's draw; equal numbers give equal noise. Levels are not stratified
+                over the sequences, so that draws are independent.
+        """
+        index = [_FIRST_DRAW + first_draw + place for place in range(len(clean))]
+        return self.batch(clean, index, StepBatch(step=0, first_sample=0, sequences=1))
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Callable[[NoisedBatch], list[Tensor]]]:
+        """Yield a function from a microbatch to the gradient of its summed loss, and restore the run's gradients.
+
+        The function is collective over the ranks that hold one replica, and entering and leaving over the world. It
+        returns this rank's part of the gradient, valid until its next call; every entry of the model's gradient is on
+        one rank of the replica alone. The run's gradients wait in the host's memory meanwhile.
+        """
+        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        kept = [buffer.grad_data.to("cpu", copy=True) for buffer in buffers]
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        aliases = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None  # after an update it may be the buffer itself, which a backward pass would add twice
+        try:
+            with gathered_weights(self.chunks):
+                yield self._gradient
+        finally:
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            for buffer, content in zip(buffers, kept, strict=True):
+                buffer.grad_data.copy_(content)
+            for parameter, alias in zip(parameters, aliases, strict=True):
+                parameter.grad = alias
+
+    def _gradient(self, microbatch: NoisedBatch) -> list[Tensor]:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        layout = self.topology.layout
+        # The interleaved schedule needs a multiple of the stages: the others count with weight 0.
+        repeats = layout.pipeline if layout.virtual_pipeline > 1 else 1
+        placed = self.objective.place(microbatch, self.device)
+        with unreduced(self.chunks):
+            run_microbatches(
+                self.chunks,
+                [(placed, float(place == 0)) for place in range(repeats)],
+                forward=lambda chunk, item: self.objective.forward(chunk, item[0]),
+                loss=self._weighted_loss,
+                seq_length=self.seq_length,
+                micro_batch_size=self.micro_batch_size,
+            )
+        return [
+            parameter.main_grad  # type: ignore[attr-defined]
+            for chunk in self.chunks
+            for parameter in chunk.parameters()
+            if self.topology.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+        ]
+
+    def _weighted_loss(self, output: object, item: tuple[DeviceBatch, float]) -> Loss:
+        loss, tokens, _ = self.objective.report(output, item[0])  # type: ignore[arg-type]
+        return loss * item[1], tokens, None
