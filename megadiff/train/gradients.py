@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +84,9 @@ class SequenceGradients:
         returns this rank's part of the gradient, valid until its next call; every entry of the model's gradient is on
         one rank of the replica alone. The run's gradients wait in the host's memory meanwhile.
         """
-        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        buffers: list[Any] = []
+        for chunk in self.chunks:
+            buffers += cast(Any, chunk).buffers + chunk.expert_parallel_buffers  # lists, where torch has a method
         kept = [buffer.grad_data.to("cpu", copy=True) for buffer in buffers]
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         aliases = [parameter.grad for parameter in parameters]
