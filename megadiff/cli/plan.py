@@ -175,6 +175,7 @@ def _table(arguments: argparse.Namespace, book: LawBook) -> Iterator[str]:
     """Yield a table with the laws' own numbers for every noise, before any rounding."""
     from megadiff.scaling.goal import aim, annealing_ratio, laws_for
     from megadiff.scaling.laws import extrapolations, optimal_batch_tokens, optimal_learning_rate
+    from megadiff.scaling.planner import law_remarks
 
     heads = ("FLOPs", "M*", "D*", "L*", "after cooldown", "B* tokens", "sequences", "eta*", "steps")
     widths = (10, 10, 10, 7, 16, 11, 11, 6, 9)
@@ -184,6 +185,7 @@ def _table(arguments: argparse.Namespace, book: LawBook) -> Iterator[str]:
 
     yield row("noise", heads)
     outside: dict[str, str] = {}
+    remarks: dict[str, None] = {}
     for noise in book.noises:
         goal = _goal(arguments, noise)
         laws, ratio = laws_for(goal, book), annealing_ratio(book, noise)
@@ -204,10 +206,13 @@ def _table(arguments: argparse.Namespace, book: LawBook) -> Iterator[str]:
         reached |= {"seq_length": goal.seq_length, "vocab_size": goal.vocab_size}
         for name, phrase in extrapolations([laws.loss_law], reached).items():
             outside.setdefault(name, f"{phrase} ({noise})")
+        remarks |= dict.fromkeys(law_remarks(book, laws, arguments.batch_law))
     yield ""
     yield "M* FLOPs per token and FLOPs by the count of the laws; L* is the ELBO in nats per token before the cooldown."
     for phrase in outside.values():
         yield f"extrapolated      {phrase}"
+    for sentence in remarks:
+        yield f"remark            {sentence}"
 
 
 def _lines(arguments: argparse.Namespace, run: PlannedRun, book: LawBook) -> Iterator[str]:
@@ -265,9 +270,11 @@ def _goal_words(goal: Goal) -> str:
 def _optimum_lines(made: Plan, book: LawBook) -> Iterator[str]:
     """Yield the laws' own numbers for the budget, and the range of sizes."""
     from megadiff.scaling.goal import size_range
+    from megadiff.scaling.laws import LawBook
 
     laws, flops = made.frontier, made.aim.flops
-    params = book.law("params", noise=laws.noise, flop_count=laws.flop_count)
+    own = LawBook((book.file_of(laws.loss_law),))
+    params = own.law("params", noise=laws.noise, flop_count=laws.flop_count)
     counted = "" if params is None or laws.size_law is None else f", P* {params.value(flops):.3g} parameters"
     tokens, loss = laws.best_tokens(flops), laws.best_loss(flops)
     yield (
@@ -291,7 +298,8 @@ def _loss_lines(made: Plan, book: LawBook) -> Iterator[str]:
     )
     law = made.frontier.loss_law
     source = "exponent alone" if law.draws is None and law.covariance is None else "fit"
-    level = f"; {100 * law.confidence:g} % interval of the {source}, without differences from run to run"
+    runs = "" if book.file_of(law).runs else ", without differences from run to run"
+    level = f"; {100 * law.confidence:g} % interval of the {source}{runs}"
     level = "" if interval is None else level
     yield f"loss              {before} nats per token before the cooldown, {after} after it{level}"
     if (other := made.second_method(book)) is not None:

@@ -1,4 +1,4 @@
-"""The HTML page of a report: its parts, style and script in one file that loads nothing.
+"""The HTML page of a report: its parts, style and script in one file that loads nothing, as every page of megadiff.
 
 Its content security policy allows only the page's own style and script, by their hashes. The charts do not depend on
 the script, which only shows the values under the pointer.
@@ -154,9 +154,57 @@ def report_page(runs: Sequence[RunRecord], *, axis: Axis = "tokens", now: dateti
     """
     names = ", ".join(run.label for run in runs[:_NAMED])
     title = names + (f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else "")
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{_hash(STYLE)}'; script-src 'sha256-{_hash(SCRIPT)}'; "
-        "base-uri 'none'; form-action 'none'"
+    return document(
+        title,
+        f"{title}: training report",
+        f"Training report, written {now.isoformat(timespec='seconds')}",
+        _sections(runs, axis),
+        controls=_AXES,
+        navigation=_AXIS_LABELS,
+        script=SCRIPT,
+    )
+
+
+_AXES = """<input type="radio" name="axes" id="linear" checked>
+<input type="radio" name="axes" id="log">
+"""
+_AXIS_LABELS = """<nav aria-label="Axes of the charts"><label for="linear">linear axes</label>\
+<label for="log">logarithmic axes</label>
+</nav>
+"""
+
+
+def document(
+    heading: str,
+    title: str,
+    remark: str,
+    main: str,
+    *,
+    controls: str = "",
+    navigation: str = "",
+    script: str = "",
+    style: str = STYLE,
+) -> str:
+    """Return a whole page that loads nothing, under a policy that allows its own style and script alone.
+
+    Args:
+        heading: plain text of the first heading.
+        title: plain text of the window's title.
+        remark: plain text below the heading.
+        main: markup of the sections.
+        controls: markup before the header.
+        navigation: markup at the end of the header.
+        script: text of the script; empty for none.
+        style: text of the style element.
+    """
+    scripts = f"script-src 'sha256-{_hash(script)}'; " if script else ""
+    policy = f"default-src 'none'; style-src 'sha256-{_hash(style)}'; {scripts}base-uri 'none'; form-action 'none'"
+    ending = (
+        f"""<div id="tip" aria-hidden="true" hidden></div>
+<script>{script}</script>
+"""
+        if script
+        else ""
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -164,24 +212,18 @@ def report_page(runs: Sequence[RunRecord], *, axis: Axis = "tokens", now: dateti
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escaped(title)}: training report</title>
-<style>{STYLE}</style>
+<title>{escaped(title)}</title>
+<style>{style}</style>
 </head>
 <body>
-<input type="radio" name="axes" id="linear" checked>
-<input type="radio" name="axes" id="log">
-<header>
-<h1>{escaped(title)}</h1>
-<p class="remark">Training report, written {escaped(now.isoformat(timespec="seconds"))}</p>
-<nav aria-label="Axes of the charts"><label for="linear">linear axes</label><label for="log">logarithmic axes</label>
-</nav>
-</header>
+{controls}<header>
+<h1>{escaped(heading)}</h1>
+<p class="remark">{escaped(remark)}</p>
+{navigation}</header>
 <main>
-{_sections(runs, axis)}
+{main}
 </main>
-<div id="tip" aria-hidden="true" hidden></div>
-<script>{SCRIPT}</script>
-</body>
+{ending}</body>
 </html>
 """
 

@@ -6,39 +6,40 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megadiff.errors import DataError
 from megadiff.scaling.flops import FlopCount
-from megadiff.scaling.points import COLUMNS, REASONS, Exclusion, Gathered, Point, best_of_settings
+from megadiff.scaling.points import COLUMNS, REASONS, Exclusion, Gathered, Point, best_of_settings, without_repeats
 from megadiff.untrusted_files import UnreadableFileError, read_text, why
 
 _MAX_CSV_BYTES, _MAX_CSV_ROWS = 2**26, 200_000
+_NUMBERS = ("flops", "tokens", "flops_per_token", "params", "loss", "loss_stderr", "batch_tokens", "learning_rate",
+            "unique_tokens")  # fmt: skip
 
 
-def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: FlopCount = "deepseek") -> Gathered:
+def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: FlopCount | None = None) -> Gathered:
     """Gather the points of a CSV file, a point a row.
 
     Args:
         path: the file; its first row names the columns.
-        names: the file's name of each column of `COLUMNS` that is called otherwise.
-        flop_count: count of the file's FLOPs; `chinchilla` takes FLOPs per token as 6 times the parameters.
+        names: the file's name of each column of `COLUMNS` that is called otherwise or has another unit; `N*1e6` is the
+            column N in units of a million.
+        flop_count: count of the file's FLOPs; `chinchilla` takes FLOPs per token as 6 times the parameters. None takes
+            it where parameters are all that says the size or agree with the FLOPs, and `deepseek` otherwise.
 
     Raises:
         DataError: the file cannot be read, lacks columns, or has no usable row.
     """
     rows = _rows(path)
-    known = {own: (names or {}).get(own, own) for own in COLUMNS}
     head = list(rows[0][1]) if rows else []
-    for own, name in (names or {}).items():
-        if own not in COLUMNS:
-            raise DataError(f"--columns {own}={name}: the columns are {', '.join(COLUMNS)}")
-        if name not in head:
-            raise DataError(f"{path} has no column `{name}`; it has {', '.join(head[:12])}")
+    known, factors = _named(path, names or {}, head)
     has = {own for own, name in known.items() if name in head}
-    if "loss" not in has or len(has & {"flops", "tokens"} | has & {"flops_per_token"}) + ("params" in has) < 2:
+    is_by_size = bool(has & {"flops_per_token"}) or {"flops", "tokens"} <= has
+    count: FlopCount = flop_count or ("deepseek" if is_by_size else "chinchilla")
+    if "loss" not in has or len(has & {"flops", "tokens", "flops_per_token"}) + ("params" in has) < 2:
         raise DataError(
             f"{path} needs a column loss and two of flops, tokens and flops_per_token (or params), found "
             f"{', '.join(head[:12])}; --columns gives the names of others, as in --columns loss=final_loss"
@@ -48,7 +49,7 @@ def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: 
     for line, row in rows:
         values = {own: (row.get(known[own]) or "").strip() for own in has}
         run = values.get("run") or f"row {line}"
-        reason, point = _point_of(values, run, flop_count)
+        reason, point = _point_of(values, run, count, factors)
         if point is not None:
             key = (point.run, point.noise, point.flops, point.flops_per_token, point.seed) if "run" in has else (
                 point.noise, point.flops, point.flops_per_token, point.loss, point.batch_tokens, point.learning_rate,
@@ -71,7 +72,35 @@ def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: 
     if not points:
         raise DataError(f"{path}: every run is left out; {unique[0].run}: {unique[0].reason} ({unique[0].detail})")
     runs = len({point.run for point in points} | {found.run for found in unique})
-    return Gathered(tuple(best_of_settings(points)), tuple(unique), flop_count, path.name, runs)
+    if flop_count is None and all(_is_by_parameters(point) for point in points):
+        count = "chinchilla"
+    return Gathered(tuple(best_of_settings(without_repeats(points))), tuple(unique), count, path.name, runs)
+
+
+def _is_by_parameters(point: Point) -> bool:
+    """Return whether a point's FLOPs are 6 times parameters times tokens."""
+    return point.params is not None and abs(point.flops_per_token / (6 * point.params) - 1) < 0.01
+
+
+def _named(path: Path, names: Mapping[str, str], head: Sequence[str]) -> tuple[dict[str, str], dict[str, float]]:
+    """Return the file's name of each column, and the factors of those in other units."""
+    known, factors = {own: own for own in COLUMNS}, {}
+    for own, name in names.items():
+        if own not in COLUMNS:
+            raise DataError(f"--columns {own}={name}: the columns are {', '.join(COLUMNS)}")
+        if name not in head:
+            name, _, factor = name.rpartition("*")
+            try:
+                factors[own] = float(factor)
+            except ValueError:
+                name = names[own]
+            name = name.strip()
+            if not 0 < factors.get(own, 1.0) < math.inf or (own in factors and own not in _NUMBERS):
+                raise DataError(f"--columns {own}={names[own]}: a factor is a positive number of a column of numbers")
+        if name not in head:
+            raise DataError(f"{path} has no column `{name}`; it has {', '.join(head[:12])}")
+        known[own] = name
+    return known, factors
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
@@ -105,25 +134,18 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     return rows
 
 
-def _point_of(values: Mapping[str, str], run: str, count: FlopCount) -> tuple[tuple[str, str] | None, Point | None]:
+def _point_of(
+    values: Mapping[str, str], run: str, count: FlopCount, factors: Mapping[str, float]
+) -> tuple[tuple[str, str] | None, Point | None]:
     status = values.get("status", "").lower()
     if status and status not in ("finished", "ok", "done", "complete", "completed"):
         reason = next((known for known in REASONS if known.lower() in status), "unfinished")
         return (reason, f"its status is {status[:40]}"), None
     found: dict[str, float | None] = {}
-    for name in (
-        "flops",
-        "tokens",
-        "flops_per_token",
-        "params",
-        "loss",
-        "loss_stderr",
-        "batch_tokens",
-        "learning_rate",
-    ):
+    for name in _NUMBERS:
         text = values.get(name, "")
         try:
-            value = float(text) if text else None
+            value = float(text) * factors.get(name, 1.0) if text else None
         except ValueError:
             return ("unreadable", f"its {name} is `{text[:40]}`, no number"), None
         if value is not None and (math.isnan(value) or math.isinf(value)):
@@ -143,7 +165,7 @@ def _point_of(values: Mapping[str, str], run: str, count: FlopCount) -> tuple[tu
         tokens = flops / size
     if flops is None or size is None or tokens is None or found["loss"] is None:
         if found["params"] is not None and size is None:
-            return ("unreadable", "parameters alone give no FLOPs per token unless --flop-count is chinchilla"), None
+            return ("unreadable", f"parameters alone give no FLOPs per token by the count {count}"), None
         return ("unreadable", "it lacks a loss, or two of flops, tokens and flops_per_token"), None
     if not 0.98 < flops / (size * tokens) < 1.02:
         return ("unreadable", f"its flops are {flops / (size * tokens):.3g} times flops_per_token x tokens"), None
@@ -159,4 +181,5 @@ def _point_of(values: Mapping[str, str], run: str, count: FlopCount) -> tuple[tu
         batch_tokens=found["batch_tokens"],
         learning_rate=found["learning_rate"],
         seed=values.get("seed", ""),
+        unique_tokens=found["unique_tokens"],
     )

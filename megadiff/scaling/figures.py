@@ -1,134 +1,186 @@
-"""Figures of scaling fits, drawn with matplotlib: bowls, laws over compute, exponents."""
+"""Figures of scaling fits as PNG, SVG and PDF files, and as SVG for a page that is read in light and in dark.
+
+`law_figures` and `batch_figures` draw; this module chooses what there are data for, writes the files, and makes the SVG
+fit for a page: without style attributes, which a strict content security policy forbids, and with the page's colours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from megadiff.scaling import batch_figures, law_figures
+from megadiff.scaling.figure_style import QUIET, SERIES
+from megadiff.scaling.fit_results import Results
 
-from megadiff.scaling.fit_results import NoiseFits, Results
-
-_LAWS = {
-    "flops_per_token": "optimal FLOPs per token M*", "tokens": "optimal tokens D*", "loss": "loss L*, nats per token"
-}  # fmt: skip
+ENDINGS = ("png", "svg", "pdf")
 
 
-def draw_all(results: Results, folder: Path, endings: tuple[str, ...] = ("svg", "png")) -> list[Path]:
-    """Draw every figure that the results have data for; return the files of the first ending.
+@dataclass(frozen=True)
+class Drawn:
+    """One figure."""
+
+    name: str
+    """Name of its files without ending, and of its anchor in a page."""
+    section: str
+    """Section of a page that it belongs to."""
+    caption: str
+    inline: str
+    """SVG element for a page."""
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    name: str
+    section: str
+    caption: str
+    size: tuple[float, float]
+    draw: Callable[[Any], None]
+
+
+def draw_all(results: Results, folder: Path) -> list[Drawn]:
+    """Draw every figure that the results have data for, write its files, and return it for a page.
 
     Raises:
         OSError: the folder cannot be written.
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "megadiff"
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with matplotlib.rc_context({"svg.hashsalt": "megadiff", "legend.frameon": False, "axes.titlesize": "medium"}):
+        for sketch in _sketches(results):
+            figure = Figure(figsize=sketch.size, layout="constrained")
+            sketch.draw(figure)
+            svg = io.StringIO()
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+            (folder / f"{sketch.name}.svg").write_text(svg.getvalue(), encoding="utf-8")
+            figure.savefig(folder / f"{sketch.name}.png", dpi=110)
+            figure.savefig(folder / f"{sketch.name}.pdf", metadata={"CreationDate": None})
+            inline = inline_svg(svg.getvalue(), sketch.name, sketch.caption)
+            drawn.append(Drawn(sketch.name, sketch.section, sketch.caption, inline))
+    return drawn
+
+
+def _sketches(results: Results) -> Iterator[_Sketch]:
     solved = [fits for fits in results.noises if fits.isoflop is not None]
-    figures: dict[str, Callable[[Any], None]] = {}
     for fits in solved:
-        figures[f"bowls-{_safe(fits.noise)}"] = lambda figure, fits=fits: _bowls(figure, fits)
+        yield _Sketch(
+            f"bowls-{_safe(fits.noise)}", "bowls",
+            f"{fits.noise}: loss over size at equal compute. Stars: vertices that count, with their intervals; hollow "
+            "points: runs that another batch or learning rate beats; dotted: bowls whose vertex does not count.",
+            (7.5, 5), lambda figure, fits=fits: law_figures.bowls(figure, fits),
+        )  # fmt: skip
     if solved:
-        figures["laws"] = lambda figure: _laws(figure, solved)
-        figures["exponents"] = lambda figure: _exponents(figure, solved)
-    written = []
-    for name, draw in figures.items():
-        figure = pyplot.figure(figsize=(11, 4.2) if name in ("laws", "exponents") else (7, 5), layout="constrained")
-        draw(figure)
-        for ending in endings:
-            metadata = {"Date": None} if ending == "svg" else {}
-            figure.savefig(folder / f"{name}.{ending}", dpi=120, metadata=metadata)
-        pyplot.close(figure)
-        written.append(folder / f"{name}.{endings[0]}")
-    return written
+        yield _Sketch(
+            "laws", "laws", "Optimal size, tokens and loss over compute, with the band of the intervals; dashed and "
+            "hollow beyond the budgets that were run.", (11, 4.2), lambda figure: law_figures.laws(figure, solved),
+        )  # fmt: skip
+    for fits in results.noises:
+        if fits.surfaces:
+            yield _Sketch(
+                f"surface-{_safe(fits.noise)}", "surface",
+                f"{fits.noise}: lines of equal loss of the fitted surface, the runs' points, the frontier of the best "
+                "size at each budget, and the vertices of the bowls.",
+                (7, 5), lambda figure, fits=fits: law_figures.surface(figure, fits),
+            )  # fmt: skip
+    for fits in results.noises:
+        if fits.batches.iso_losses:
+            yield _Sketch(
+                f"hyperbolas-{_safe(fits.noise)}", "batch",
+                f"{fits.noise}: steps and batch that reach one loss, with their hyperbolas. Stars and the black line: "
+                "the fewest tokens; hollow squares: the batch at which tokens are 20 % more.",
+                (11, 4.2), lambda figure, fits=fits: batch_figures.hyperbolas(figure, fits),
+            )  # fmt: skip
+        if fits.batches.batch or fits.batches.rate:
+            yield _Sketch(
+                f"batch-{_safe(fits.noise)}", "batch",
+                f"{fits.noise}: best batch over tokens and best learning rate over batch, a line for each size; black: "
+                "all sizes together.",
+                (11, 4.4), lambda figure, fits=fits: batch_figures.batch_and_rate(figure, fits),
+            )  # fmt: skip
+    if solved or any(fits.surfaces for fits in results.noises):
+        yield _Sketch(
+            "residuals", "residuals", "Measured less fitted loss over compute: vertices against the law of the best "
+            "loss, and all points against the surface.",
+            (11, 3.8), lambda figure: law_figures.residuals(figure, list(results.noises)),
+        )  # fmt: skip
+    if solved:
+        yield _Sketch(
+            "exponents", "exponents", "Exponents of the laws: violins of the redrawn sweeps, bars of the intervals.",
+            (11, 3.6), lambda figure: law_figures.exponents(figure, solved),
+        )  # fmt: skip
+    if results.comparisons:
+        yield _Sketch(
+            "noises", "noises", "Best loss over compute side by side, and relative to the first; vertical lines and "
+            "shaded stretches: crossings and their intervals.",
+            (8, 6.5), lambda figure: law_figures.overlaid(figure, solved, results.comparisons),
+        )  # fmt: skip
+        yield _Sketch(
+            "compute-saved", "noises", f"Compute that each needs over that of {solved[0].noise} for the same loss, "
+            "with intervals; dashed where a law is used beyond its budgets.",
+            (8, 4.2), lambda figure: law_figures.compute_saved(figure, solved),
+        )  # fmt: skip
+    if len(results.gathered.branches) > 1:
+        yield _Sketch(
+            "cooldowns", "cooldowns", "Loss without a cooldown over the loss with one, a point for each branch; lines: "
+            "mean and interval of each noise.",
+            (8, 3.8), lambda figure: batch_figures.cooldowns(figure, results),
+        )  # fmt: skip
 
 
 def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:60]
 
 
-def _bowls(figure: Any, fits: NoiseFits) -> None:
-    from matplotlib import colormaps
-
-    assert fits.isoflop is not None
-    axes = figure.subplots()
-    budgets = fits.isoflop.budgets
-    for place, budget in enumerate(budgets):
-        colour = colormaps["viridis"](0.9 * place / max(len(budgets) - 1, 1))
-        own = [p for p in fits.points if abs(np.log(p.flops / budget.flops)) < 0.02]
-        for is_out, filled in ((False, colour), (True, "none")):
-            shown = [p for p in own if bool(p.excluded) == is_out]
-            axes.scatter(
-                [p.flops_per_token for p in shown],
-                [p.loss for p in shown],
-                s=16,
-                edgecolors=[colour],
-                facecolors=filled,
-            )
-        if not own or not np.isfinite(budget.coefficients).all():
-            continue
-        sizes = np.geomspace(min(p.flops_per_token for p in own), max(p.flops_per_token for p in own), 80)
-        u = np.log(sizes / budget.centre)
-        c0, c1, c2 = budget.coefficients
-        style = "-" if not budget.excluded else ":"
-        axes.plot(
-            sizes,
-            np.exp(np.clip(c0 + c1 * u + c2 * u * u, -50, 50)),
-            style,
-            color=colour,
-            lw=1,
-            label=f"{budget.flops:.2g} FLOPs",
-        )
-        if not budget.excluded:
-            low, high = budget.size_interval
-            if np.isfinite([low, high]).all():
-                axes.plot([low, high], [budget.loss] * 2, color="black", lw=1)
-            axes.plot([budget.size], [budget.loss], "*", color="black", ms=9)
-    axes.set_ylim(*_around([p.loss for p in fits.points]))
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs per token M", ylabel="loss, nats per token", title=fits.noise)
-    axes.legend(fontsize="x-small", ncols=2, loc="upper right")
+_CLASSES = {colour: f"c{place}" for place, colour in enumerate(SERIES)} | {QUIET: "quiet"}
+_STYLE = re.compile(r'\bstyle="([^"]*)"')
+_NAMES = (re.compile(r'\bid="([^"]*)"'), re.compile(r'href="#([^"]*)"'), re.compile(r"url\(#([^)]*)\)"))
 
 
-def _around(values: list[float]) -> tuple[float, float]:
-    return 0.98 * min(values), 1.02 * max(values)
+def inline_svg(text: str, name: str, label: str) -> str:
+    """Return matplotlib's SVG as an element for a page: no style attributes, names of its own, colours that follow it.
+
+    Black becomes the page's ink, the colours of series become its palette, and white backgrounds go.
+    """
+    from html import escape
+
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = _STYLE.sub(lambda match: _attributes(match[1]), svg)
+    for pattern, form in zip(_NAMES, ('id="{}-{}"', 'href="#{}-{}"', "url(#{}-{})"), strict=True):
+        svg = pattern.sub(lambda match, form=form: form.format(name, match[1]), svg)
+    start = svg.index(">")
+    box = re.search(r'viewBox="[^"]*"', svg[:start])
+    assert box is not None
+    opening = (
+        f'<svg class="drawing" {box[0]} xmlns="http://www.w3.org/2000/svg" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(label, quote=True)}"'
+    )
+    return opening + re.sub(r"\n\s*", "\n", svg[start:]).rstrip()
 
 
-def _laws(figure: Any, solved: list[NoiseFits]) -> None:
-    for axes, (name, label) in zip(figure.subplots(1, 3), _LAWS.items(), strict=True):
-        for place, fits in enumerate(solved):
-            assert fits.isoflop is not None
-            law, colour = fits.isoflop.laws[name], f"C{place}"
-            low, high = law.x_range
-            x = np.geomspace(low / 2, high * 10, 60)
-            axes.plot(x, law(x), color=colour, label=f"{fits.noise}: C^{law.exponent:.3f}")
-            ends = np.array([law.interval_at(at) for at in x])
-            axes.fill_between(x, ends[:, 0], ends[:, 1], color=colour, alpha=0.2, lw=0)
-            for budget in fits.isoflop.budgets:
-                if not budget.excluded:
-                    value = {"flops_per_token": budget.size, "tokens": budget.tokens, "loss": budget.loss}[name]
-                    axes.plot([budget.flops], [value], "o", color=colour, ms=4)
-            axes.axvspan(high, high * 10, color="grey", alpha=0.08, lw=0)
-        axes.set(xscale="log", yscale="log", xlabel="C, FLOPs", title=label)
-        axes.legend(fontsize="small", loc="upper left")
-
-
-def _exponents(figure: Any, solved: list[NoiseFits]) -> None:
-    for axes, (name, label) in zip(figure.subplots(1, 3), _LAWS.items(), strict=True):
-        names = []
-        for place, fits in enumerate(solved):
-            assert fits.isoflop is not None
-            law = fits.isoflop.laws[name]
-            names.append(fits.noise)
-            drawn = law.draws["exponent"]
-            if len(drawn) > 1 and np.ptp(drawn) > 0:
-                axes.violinplot([drawn], positions=[place], showextrema=False)
-            low, high = law.intervals["exponent"]
-            if np.isfinite([low, high]).all():
-                axes.plot([place, place], [low, high], color="black", lw=1)
-            axes.plot([place], [law.exponent], "ko", ms=4)
-        axes.set_xticks(range(len(names)), names)
-        axes.set(title=f"exponent of {label}")
+def _attributes(style: str) -> str:
+    """Return a style as attributes of the same meaning."""
+    pairs = [part.split(":", 1) for part in style.split(";") if ":" in part]
+    values = {key.strip(): value.strip() for key, value in pairs}
+    classes = dict.fromkeys(name for value in values.values() if (name := _CLASSES.get(value.lower())) is not None)
+    ink = "var(--ink)" if classes else "currentColor"
+    shown = {}
+    for key, value in values.items():
+        colour = value.lower()
+        if colour in _CLASSES:
+            shown[key] = "currentColor"
+        elif colour in ("#000000", "black"):
+            shown[key] = ink
+        elif colour in ("#ffffff", "white"):
+            shown[key] = "none"
+        else:
+            shown[key] = value
+    own = [f'class="{" ".join(classes)}"'] if classes else []
+    return " ".join([*own, *(f'{key}="{value}"' for key, value in shown.items())])

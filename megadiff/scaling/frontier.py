@@ -181,6 +181,12 @@ def _of_file(file: LawFile, noise: str, count: FlopCount) -> Frontier | None:
         alone.law(quantity, noise=noise, flop_count=count) for quantity in ("loss", "flops_per_token", "tokens")
     )
     if loss is not None and size is not None:
+        share, gamma = size.parameter("alpha"), -loss.parameter("alpha")
+        if not (0 < share < 1 and gamma > 0):
+            raise ConfigError(
+                f"the laws of {file.name} for {noise} noise cannot be planned with: M* must grow with an exponent "
+                f"between 0 and 1 and L* must fall, found {share:g} and {-gamma:g}; fit more runs"
+            )
         return Frontier(noise, count, loss, size, tokens)
     surface = alone.law("loss", noise=noise, flop_count=count, form="surface")
     return None if surface is None else Frontier(noise, count, surface, None)

@@ -177,7 +177,7 @@ def plan(goal: Goal, book: LawBook, size: ModelSize | None = None) -> Plan:
         ratio,
         tuple(bounds),
         tuple(outside),
-        tuple(_remarks(book, used)),
+        tuple(law_remarks(book, laws, goal.batch_estimator)),
     )
 
 
@@ -231,15 +231,33 @@ def _batch(goal: Goal, wanted: float, tokens: float, rate_law: Law) -> tuple[int
     return sequences, f"{why}; {sequences:,} sequences in place of {by_law:,.0f}"
 
 
-def _remarks(book: LawBook, used: list[Law]) -> list[str]:
-    """Return a sentence for every file whose laws are provisional, and one for laws that come from several files."""
-    files = list(dict.fromkeys(book.file_of(law).name for law in used))
-    by_name = {file.name: file for file in book.files}
+def law_remarks(book: LawBook, laws: Frontier, batch_estimator: str) -> list[str]:
+    """Return a sentence for every file whose laws are provisional, and one for each file that stands in for another."""
+    used = [
+        laws.loss_law,
+        laws.size_law,
+        needed(book, "batch_tokens", laws.noise, estimator=batch_estimator),
+        needed(book, "learning_rate", laws.noise),
+        book.law("annealing_ratio", noise=laws.noise, form="constant"),
+    ]
+    by_file: dict[int, list[Law]] = {}
+    for law in (law for law in used if law is not None):
+        file = next(place for place, file in enumerate(book.files) if any(own is law for own in file.laws))
+        by_file.setdefault(file, []).append(law)
     found = []
-    for name in files:
-        file = by_name[name]
-        if file.provisional or any(law.provisional for law in used if book.file_of(law) is file):
-            found.append(f"the laws of {name} are provisional ({len(file.excluded)} runs excluded)")
-    if len(files) > 1:
-        found.append(f"laws come from {' and '.join(files)}")
+    for place, laws in by_file.items():
+        file = book.files[place]
+        if file.provisional or any(law.provisional for law in laws):
+            reasons = "; ".join(file.provisional_reasons[:3])
+            more = len(file.provisional_reasons) - 3
+            rest = f" and {more} more" if more > 0 else ""
+            why = f"{reasons}{rest}" if reasons else f"{len(file.excluded)} runs excluded"
+            found.append(f"the laws of {file.name} are provisional ({why})")
+    first = min(by_file)
+    for place, laws in by_file.items():
+        if place != first:
+            names = " and ".join(dict.fromkeys(law.quantity for law in laws))
+            found.append(
+                f"{names} by the laws of {book.files[place].name}; {book.files[first].name} has none of its own"
+            )
     return found

@@ -153,6 +153,11 @@ def surface(
     )
 
 
+def floor_term(floor: float) -> str:
+    """Return the floor E with a plus sign, for a formula; nothing for a floor that is as good as zero."""
+    return f"{floor:.4g} + " if floor >= 1e-3 else ""
+
+
 def _check_spread(x: Floats, y: Floats) -> None:
     """Refuse points, [n] logarithms of sizes and tokens, that do not determine a surface."""
     for what, values in (("sizes", x), ("numbers of tokens", y)):

@@ -14,7 +14,8 @@ import yaml
 from megadiff.cli.fit_scaling import main
 from megadiff.errors import MegadiffError
 from megadiff.scaling.csv_points import from_csv
-from megadiff.scaling.points import flops_per_token_of, from_runs, loss_at
+from megadiff.scaling.points import from_runs
+from megadiff.scaling.run_curves import flops_per_token_of, loss_at
 from tests.scaling.planted import MASKED, UNIFORM, sweep
 
 HEAD = "run,noise,flops,flops_per_token,loss"
