@@ -68,7 +68,7 @@ def main() -> None:
     lines = summary(results)
     print("\n".join(lines))
     try:
-        _write(results, arguments.output, lines)
+        _write(results, arguments.output, lines, with_figures=not arguments.no_figures)
     except OSError as error:
         raise DataError(f"--output {arguments.output} cannot be written ({error.strerror or error})") from None
     print(f"{arguments.output}: law.yaml, fit.json, points.csv, excluded.csv, index.html")
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--drop-highest", type=int, default=0, metavar="N", help="points with the highest losses to leave out"
     )
     parser.add_argument("--run-noise", type=float, help="known standard deviation of log loss between seeds, as 0.001")
+    parser.add_argument("--no-figures", action="store_true", help="draw none; laws, tables and the page alone")
     parser.add_argument("--level", type=float, default=0.95, help="coverage of the intervals (default: 0.95)")
     parser.add_argument("--draws", type=int, default=1000, help="resampled sets of runs (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling")
@@ -143,7 +144,7 @@ def _columns(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _write(results: Results, folder: Path, lines: Sequence[str]) -> None:
+def _write(results: Results, folder: Path, lines: Sequence[str], *, with_figures: bool) -> None:
     """Write the laws, tables, figures and the page."""
     from megadiff.files import write_atomically
     from megadiff.report.fit_page import fit_page
@@ -151,11 +152,11 @@ def _write(results: Results, folder: Path, lines: Sequence[str]) -> None:
 
     found = write_fit(results, folder)
     drawn = []
-    if importlib.util.find_spec("matplotlib") is not None:
+    if with_figures and importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so no figures; pip install matplotlib")
+    elif with_figures:
         from megadiff.scaling.figures import draw_all
 
         drawn = draw_all(results, folder / "figures")
-    else:
-        print("matplotlib is not installed, so no figures; pip install matplotlib")
     page = fit_page(found, drawn, lines, now=datetime.now(timezone.utc))
     write_atomically(folder / "index.html", page)

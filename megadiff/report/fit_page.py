@@ -59,7 +59,7 @@ def fit_page(record: Record, figures: Sequence[Drawn], summary: Sequence[str], *
 
 
 def _figure(drawn: Drawn) -> str:
-    return f'<figure id="{drawn.name}">{drawn.inline}<figcaption>{escaped(drawn.caption)}</figcaption></figure>'
+    return f'<figure id="figure-{drawn.name}">{drawn.inline}<figcaption>{escaped(drawn.caption)}</figcaption></figure>'
 
 
 def _reservations(record: Record) -> str:

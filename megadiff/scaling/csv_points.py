@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from megadiff.scaling.points import COLUMNS, REASONS, Exclusion, Gathered, Point
 from megadiff.untrusted_files import UnreadableFileError, read_text, why
 
 _MAX_CSV_BYTES, _MAX_CSV_ROWS = 2**26, 200_000
+_MAX_HEAD = 100_000
 _NUMBERS = ("flops", "tokens", "flops_per_token", "params", "loss", "loss_stderr", "batch_tokens", "learning_rate",
             "unique_tokens")  # fmt: skip
 
@@ -74,7 +76,8 @@ def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: 
     runs = len({point.run for point in points} | {found.run for found in unique})
     if flop_count is None and all(_is_by_parameters(point) for point in points):
         count = "chinchilla"
-    return Gathered(tuple(best_of_settings(without_repeats(points))), tuple(unique), count, path.name, runs)
+    source = path.name if "run" in has else f"{path.name}, each row a run of its own"
+    return Gathered(tuple(best_of_settings(without_repeats(points))), tuple(unique), count, source, runs)
 
 
 def _is_by_parameters(point: Point) -> bool:
@@ -103,6 +106,12 @@ def _named(path: Path, names: Mapping[str, str], head: Sequence[str]) -> tuple[d
     return known, factors
 
 
+def _separator(text: str) -> str:
+    """Return the separator of the first line: a semicolon or a tab if it has them and no comma outside of quotes."""
+    first = re.sub(r'"[^"]*"', "", text.split("\n", 1)[0][:_MAX_HEAD])
+    return next((mark for mark in ";\t" if mark in first and "," not in first), ",")
+
+
 def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     try:
         text = read_text(path, max_bytes=_MAX_CSV_BYTES)
@@ -111,7 +120,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     if "\0" in text:
         raise DataError(f"{path} holds NUL characters; a CSV file is text")
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=_separator(text))
         head = [name.strip() for name in next(reader, [])]
         if not any(head):
             raise DataError(f"{path} is empty; its first row must name the columns")

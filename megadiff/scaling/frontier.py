@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megadiff.errors import ConfigError
 from megadiff.scaling.flops import FlopCount
@@ -41,6 +41,8 @@ class Frontier:
     """Power law of the best FLOPs per token; None if the loss is a surface."""
     tokens_law: Law | None = None
     """Power law of the best number of tokens; None to take FLOPs over FLOPs per token."""
+    repeat_scale: float = REPEAT_SCALE
+    """Number R* of repetitions after which more of them teach little."""
 
     @property
     def _exponents(self) -> tuple[float, float]:
@@ -171,7 +173,8 @@ def frontier(book: LawBook, noise: str, flop_count: FlopCount | None = None) -> 
     for file in book.files:
         for count in (flop_count,) if flop_count else ("deepseek", "chinchilla", "full"):
             if (found := _of_file(file, name, count)) is not None:
-                return found
+                repeats = book.law("repeat_scale", noise=name, form="constant")
+                return found if repeats is None else replace(found, repeat_scale=repeats.value())
     raise ConfigError(f"the law files have no law of the loss of {noise} noise by the count {flop_count}")
 
 
@@ -192,15 +195,16 @@ def _of_file(file: LawFile, noise: str, count: FlopCount) -> Frontier | None:
     return None if surface is None else Frontier(noise, count, surface, None)
 
 
-def effective_tokens(tokens: float, unique: float | None) -> float:
+def effective_tokens(tokens: float, unique: float | None, scale: float = REPEAT_SCALE) -> float:
     """Return the number of new tokens that are worth as much as `tokens` of which only `unique` differ.
 
-    With R = tokens / unique - 1 repetitions it is unique (1 + R* (1 - exp(-R / R*))), arXiv:2305.16264.
+    With R = tokens / unique - 1 repetitions it is unique (1 + R* (1 - exp(-R / R*))), arXiv:2305.16264, with R* the
+    `scale`.
     """
     if unique is None or tokens <= unique:
         return tokens
     repeats = tokens / unique - 1
-    return unique * (1 + REPEAT_SCALE * -math.expm1(-repeats / REPEAT_SCALE))
+    return unique * (1 + scale * -math.expm1(-repeats / scale))
 
 
 def wasted_by_batch(ratio: float, law: Law | None) -> float:

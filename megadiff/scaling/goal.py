@@ -187,7 +187,7 @@ def aim(goal: Goal, laws: Frontier, annealing_ratio: float) -> Aim:
             Bound(
                 f"tokens: the optimum wants {wanted:.3g} and {goal.tokens:.3g} are at hand; the model is "
                 f"{size / laws.best_size(flops):.3g} times larger and sees them {epochs:.3g} times",
-                laws.loss(size, effective_tokens(flops / size, goal.tokens)) / unbounded - 1,
+                laws.loss(size, effective_tokens(flops / size, goal.tokens, laws.repeat_scale)) / unbounded - 1,
             )
         )
     return Aim(size, flops, unbounded, tuple(bounds))
@@ -247,7 +247,9 @@ def _size_for_data(goal: Goal, laws: Frontier, flops: float) -> float:
     if unique is None or flops / size <= unique:
         return size
     smallest = max(size, flops / (goal.max_epochs * unique))
-    return _lowest(lambda m: laws.loss(m, effective_tokens(flops / m, unique)), smallest, smallest * 1e4)
+    return _lowest(
+        lambda m: laws.loss(m, effective_tokens(flops / m, unique, laws.repeat_scale)), smallest, smallest * 1e4
+    )
 
 
 def _lowest(value: Callable[[float], float], low: float, high: float) -> float:
@@ -272,7 +274,7 @@ def _nearest_by_params(params: float | None) -> ModelSize:
 
 def _loss_at(goal: Goal, laws: Frontier, size: float, aimed: Aim) -> float:
     """Return the loss that the aim's budget gives with another size."""
-    return laws.loss(size, effective_tokens(aimed.flops / size, goal.tokens))
+    return laws.loss(size, effective_tokens(aimed.flops / size, goal.tokens, laws.repeat_scale))
 
 
 def _best(goal: Goal, laws: Frontier, aimed: Aim) -> float:

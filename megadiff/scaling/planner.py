@@ -142,7 +142,7 @@ def plan(goal: Goal, book: LawBook, size: ModelSize | None = None) -> Plan:
     rate = optimal_learning_rate(sequences * goal.seq_length, noise=laws.noise, laws=book)
     trained = steps * sequences * goal.seq_length
     per_token = shape_flops(shape, goal, laws.flop_count)
-    worth = effective_tokens(trained, goal.tokens)
+    worth = effective_tokens(trained, goal.tokens, laws.repeat_scale)
     waste = wasted_by_batch(sequences * goal.seq_length / wanted, efficiency)
     loss = laws.loss(per_token, worth / waste)
     bounds = [*aimed.bounds]
@@ -161,7 +161,8 @@ def plan(goal: Goal, book: LawBook, size: ModelSize | None = None) -> Plan:
     outside = list(extrapolations(used, reached).values())
     if steps < MIN_STEPS:
         outside.append(f"steps {steps:,} are fewer than {MIN_STEPS:,}, the fewest that were measured")
-    if goal.tokens is not None and trained > goal.tokens:
+    is_own = book.law("repeat_scale", noise=laws.noise, form="constant") is not None
+    if goal.tokens is not None and trained > goal.tokens and not is_own:
         outside.append("what repeated tokens are worth was measured for autoregressive models alone")
     return Plan(
         replace(goal, noise=laws.noise),

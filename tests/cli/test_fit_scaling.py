@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import yaml
 
 from megadiff.cli.fit_scaling import main
+from megadiff.cli.plan import main as plan_command
 from megadiff.errors import MegadiffError
 from megadiff.scaling.csv_points import from_csv
+from megadiff.scaling.laws import LawBook, read_law_file
 from megadiff.scaling.points import from_runs
 from megadiff.scaling.run_curves import flops_per_token_of, loss_at
 from tests.scaling.planted import MASKED, UNIFORM, sweep
@@ -42,38 +46,102 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     said = capsys.readouterr().out
     assert "bowls: 9 of 9 vertices count" in said
     assert "masked and uniform: cross at" in said
-    found = yaml.safe_load((tmp_path / "out/law.yaml").read_text())
-    assert (found["runs"], found["provisional"], found["excluded"]) == (18, False, [])
-    law = next(
-        law for law in found["laws"]
-        if (law["noise"], law["quantity"], law["estimator"]) == ("masked", "flops_per_token", "vertex")
-    )  # fmt: skip
-    low, high = law["parameters"]["alpha"]["interval"]
+    found = read_law_file(tmp_path / "out/law.yaml")
+    assert (found.name, found.runs, found.provisional, found.excluded) == ("out", 18, False, ())
+    law = LawBook((found,)).law("flops_per_token", noise="masked", flop_count="deepseek")
+    low, high = law.parameters["alpha"].interval
     assert low < 0.56629 < high
-    assert law["flop_count"] == "deepseek"
-    assert law["valid"]["flops"] == pytest.approx([5e17, 2e20])
-    assert np.quantile(np.array(law["draws"])[:, 1], [0.16, 0.84]) == pytest.approx([low, high], abs=(high - low) / 2)
-    assert {law["estimator"] for law in found["laws"]} == {"vertex", "best_run", "lse", "varpro"}
-    assert json.loads((tmp_path / "out/fit.json").read_text())["budgets"]["masked"][0]["excluded"] == ""
+    assert law.valid["flops"] == pytest.approx([5e17, 2e20])
+    assert np.quantile(np.array(law.draws)[:, 1], [0.16, 0.84]) == pytest.approx([low, high], abs=(high - low) / 2)
+    assert {law.estimator for law in found.laws} == {"vertex", "best_run", "lse", "varpro"}
+    record = json.loads((tmp_path / "out/fit.json").read_text())
+    assert record["bowls"]["masked"]["budgets"][0]["excluded"] == ""
+    assert record["laws"][0]["convergence"]["converged"]
     with (tmp_path / "out/points.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 162
-    page = (tmp_path / "out/index.html").read_text()
-    assert page.count("<svg") == 4
-    assert "http-equiv" in page
-    assert "src=" not in page
-    assert {path.name for path in (tmp_path / "out/figures").glob("*.png")} == {
-        "bowls-masked.png", "bowls-uniform.png", "laws.png", "exponents.png"
+    drawn = {
+        "bowls-masked", "bowls-uniform", "laws", "surface-masked", "surface-uniform", "residuals", "exponents",
+        "noises", "compute-saved",
     }  # fmt: skip
+    for ending in ("png", "svg", "pdf"):
+        assert {path.stem for path in (tmp_path / "out/figures").glob(f"*.{ending}")} == drawn
+    check_page((tmp_path / "out/index.html").read_text(), drawn)
+    plans_the_planted_optimum(monkeypatch, capsys, tmp_path / "out/law.yaml")
+
+
+def check_page(page, drawn):
+    """The page loads nothing, obeys its own policy, and shows every figure and section."""
+    assert set(re.findall(r'<figure id="figure-([^"]+)"', page)) == drawn
+    assert page.count("<svg") == len(drawn)
+    assert re.search(r"""http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-""", page)
+    assert "unsafe-inline" not in page
+    assert not re.search(r"\sstyle=|\ssrc=|<script|href=\"http", page)
+    assert {"summary", "bowls", "laws", "surface", "residuals", "exponents", "noises", "left-out"} <= set(
+        re.findall(r'<section id="([^"]+)"', page)
+    )
+    assert 'fill="currentColor"' in page
+    assert 'class="c0"' in page
+    names = re.findall(r'\sid="([^"]+)"', page)
+    assert len(names) == len(set(names))
+    ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+
+
+def plans_the_planted_optimum(monkeypatch, capsys, laws):
+    """`megadiff plan` reads the fit, plans near the planted optimum, and names the laws that stand in."""
+    monkeypatch.setattr(sys, "argv", ["plan", "--laws", str(laws), "--flops", "1e20"])
+    plan_command()
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if line.startswith("masked")).split()
+    assert float(row[2]) == pytest.approx(0.01761 * 1e20**0.56629, rel=0.15)
+    assert float(row[4]) == pytest.approx(27.21883 * 1e20**-0.04961, rel=0.003)
+    assert "batch_tokens and learning_rate and annealing_ratio by the laws of gidd; out has none of its own" in table
+    monkeypatch.setattr(sys, "argv", ["plan", "--laws", str(laws), "--flops", "1e20", "--noise", "uniform"])
+    plan_command()
+    lines = capsys.readouterr().out
+    assert "second method     the surface fit expects" in lines
+    assert "without differences from run to run" not in lines
 
 
 def test_columns_of_other_names_and_the_count_of_parameters(tmp_path, monkeypatch, capsys):
     rows = [",".join([row.split(",")[2], str(float(row.split(",")[3]) / 6), row.split(",")[4]]) for row in rows_of()]
     table = write_csv(tmp_path / "other.csv", rows, "Training FLOP,Model Size,final")
-    words = ("--columns", "params=Model Size", "flops=Training FLOP", "loss=final", "--draws", 20)
-    fit(monkeypatch, "--csv", table, *words, "--flop-count", "chinchilla", "--output", tmp_path / "out")
-    assert "surface (varpro)" in capsys.readouterr().out
-    with pytest.raises(MegadiffError, match="unless --flop-count is chinchilla"):
+    words = ("--columns", "params=Model Size", "flops=Training FLOP", "loss=final", "--draws", 20, "--no-figures")
+    fit(monkeypatch, "--csv", table, *words, "--output", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "other.csv, each row a run of its own: FLOPs by the count chinchilla" in said
+    assert "over parameters, M = 6 P: " in said
+    assert not (tmp_path / "out/figures").exists()
+    words = (*words[:-3], "--flop-count", "deepseek", "--draws", 20)
+    with pytest.raises(MegadiffError, match="parameters alone give no FLOPs per token by the count deepseek"):
         fit(monkeypatch, "--csv", table, *words, "--output", tmp_path / "out")
+
+
+COLUMNS_OF_OTHERS = {
+    "parameters and FLOPs": ("N,C,loss", "{n}e6,{c},{loss}", ("params=N", "flops=C"), "chinchilla"),
+    "parameters and tokens in millions and billions": (
+        "Params (M),D [B],final loss", "{n},{d},{loss}",
+        ("params=Params (M)*1e6", "tokens=D [B]*1e9", "loss=final loss"), "chinchilla",
+    ),
+    "FLOPs and tokens": ("flops,tokens,loss", "{c},{d}e9,{loss}", (), "deepseek"),
+    "all three, which agree": ("params,flops,tokens,loss", "{n}e6,{c},{d}e9,{loss}", (), "chinchilla"),
+    "semicolons and a byte order mark": ("\ufeffparams;tokens;loss", "{n}e6;{d}e9;{loss}", (), "chinchilla"),
+    "tabs": ("params\ttokens\tloss", "{n}e6\t{d}e9\t{loss}", (), "chinchilla"),
+    "quoted names with commas": ('"size, M",tokens,loss', '"{n}",{d}e9,{loss}', ("params=size, M*1e6",), "chinchilla"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COLUMNS_OF_OTHERS)
+def test_a_data_set_of_others_is_read_by_the_names_of_its_columns(name, tmp_path):
+    head, form, names, count = COLUMNS_OF_OTHERS[name]
+    rows = []
+    for n, d in ((10, 1), (20, 2), (40, 4)):
+        rows.append(form.format(n=n, d=d, c=6 * n * 1e6 * d * 1e9, loss=3.5 - 0.1 * d))
+    path = write_csv(tmp_path / "other.csv", rows, head)
+    found = from_csv(path, dict(each.split("=", 1) for each in names))
+    assert found.flop_count == count
+    assert [point.tokens for point in found.points] == pytest.approx([1e9, 2e9, 4e9])
+    assert [point.flops_per_token for point in found.points] == pytest.approx([6e7, 1.2e8, 2.4e8])
+    assert [point.loss for point in found.points] == pytest.approx([3.4, 3.3, 3.1])
 
 
 GOOD = ["r1,m,1e18,1e9,3.0", "r2,m,1e18,2e9,2.9"]
@@ -99,6 +167,12 @@ HOSTILE = {
     "contradiction": (b"run,flops,tokens,flops_per_token,loss\nr,1e18,1e9,1e8,3\n", "times flops_per_token x tokens"),
     "too few": ("\n".join([HEAD, *GOOD]).encode(), "determine no law"),
     "control characters": (f"{HEAD}\n\x1b[31mr1,m,\x1b[2J,1e9,3.0\n".encode(), "no number"),
+    "5,000 digits": (f"{HEAD}\nr1,m,{'9' * 5000},1e9,3.0\n".encode(), "r1: diverged"),
+    "nested JSON": (b'[{"a": [{"b": {}}]}]\n[1]\n', "needs a column loss"),
+    "one huge line": (b"a" * 3_000_000, "is not a CSV file"),
+    "wrong separator": (b"run|flops|tokens|loss\na|1|2|3\n", "needs a column loss"),
+    "decimal commas": (b"run;flops;tokens;loss\na;1,5;2;3\n", "`1,5`, no number"),
+    "1e400": (f"{HEAD}\nr1,m,1e18,1e9,1e400\n".encode(), "r1: diverged"),
     "huge exponent": (f"{HEAD}\nr1,m,1e999,1e9,3.0\n".encode(), "r1: diverged"),
 }
 
@@ -128,6 +202,11 @@ def test_paths_that_are_no_files_and_wrong_options(tmp_path, monkeypatch):
         (("--csv", table, "--columns", "loss"), "OURS=THEIRS"),
         (("--csv", table, "--columns", "lss=loss"), "the columns are run"),
         (("--csv", table, "--columns", "loss=final"), "has no column `final`"),
+        (("--csv", table, "--columns", "loss=loss*0"), "a factor is a positive number"),
+        (("--csv", table, "--columns", "run=run*2"), "of a column of numbers"),
+        (("--csv", table, "--columns", "loss=loss*many"), r"has no column `loss\*many`"),
+        (("--csv", table, "--drop-highest", "2"), "leaves none of 2 points"),
+        (("--csv", table, "--flop-count", "kaplan"), "kaplan"),
         (("--csv", table, "--keep", "ugly"), "the reasons are diverged"),
         (("--csv", table, "--level", "95"), "between 0.5 and 1"),
         (("--csv", table, "--draws", "1"), "between 10 and"),
@@ -221,7 +300,7 @@ def test_points_lie_in_the_stable_stretch_and_give_the_planted_loss(tmp_path, mo
         assert 100 <= round(point.flops / FLOPS_A_STEP, 6) <= 1960
         assert point.flops == pytest.approx(point.flops_per_token * point.tokens)
     assert {point.noise for point in found.points} == {"masked"}
-    fit(monkeypatch, *runs, "--min-steps", 100, "--draws", 30, "--output", tmp_path / "out")
+    fit(monkeypatch, *runs, "--min-steps", 100, "--draws", 30, "--no-figures", "--output", tmp_path / "out")
     assert (tmp_path / "out/law.yaml").exists()
     assert "masked: 7 runs" in capsys.readouterr().out
 
@@ -230,30 +309,13 @@ def test_a_provisional_law_says_why(tmp_path, monkeypatch, capsys):
     rows = [*rows_of(), "nan-run,masked,1e19,1e9,nan", "late,masked,1e19,2e9,3.0"]
     head = HEAD + ",status"
     rows = [row + (",running" if row.startswith("late") else ",") for row in rows]
-    fit(monkeypatch, "--csv", write_csv(tmp_path / "p.csv", rows, head), "--draws", 20, "--output", tmp_path / "out")
-    found = yaml.safe_load((tmp_path / "out/law.yaml").read_text())
-    assert found["provisional"]
-    assert {entry["run"]: entry["reason"] for entry in found["excluded"]} == {"nan-run": "NaN", "late": "unfinished"}
+    fit(monkeypatch, "--csv", write_csv(tmp_path / "p.csv", rows, head), "--draws", 20, "--output", tmp_path / "out",
+        "--no-figures")  # fmt: skip
+    found = read_law_file(tmp_path / "out/law.yaml")
+    assert found.provisional
+    assert {left.run: left.reason for left in found.excluded} == {"nan-run": "NaN", "late": "unfinished"}
     assert "left out: nan-run: NaN" in capsys.readouterr().out
-    assert any("NaN" in reason for reason in found["provisional_reasons"])
-
-
-def test_the_best_batch_of_a_grid_counts_and_its_edges_are_named(tmp_path, monkeypatch):
-    rows = []
-    for row in rows_of(luck=0.0005):
-        run, noise, flops, size, loss = row.split(",")
-        best = 10**-2.4 * (float(flops) / float(size)) ** 0.8225
-        for step in range(14, 27):
-            worse = float(loss) * (1 + 0.002 * np.log(2**step / best) ** 2)
-            rows.append(f"{run}-{step},{noise},{flops},{size},{float(worse)!r},{2**step},0.5")
-    table = write_csv(tmp_path / "grid.csv", rows, HEAD + ",batch_tokens,learning_rate")
-    gathered = from_csv(table)
-    assert len(gathered.counted) == 81
-    assert {point.excluded for point in gathered.points} == {"", "another batch or learning rate is better"}
-    fit(monkeypatch, "--csv", table, "--draws", 20, "--output", tmp_path / "out")
-    laws = yaml.safe_load((tmp_path / "out/law.yaml").read_text())["laws"]
-    law = next(law for law in laws if law["quantity"] == "batch_tokens" and law["size"] == "all")
-    assert law["parameters"]["alpha"]["value"] == pytest.approx(0.8225, abs=0.05)
+    assert any("NaN" in reason for reason in found.provisional_reasons)
 
 
 def test_a_loss_is_interpolated_and_never_extrapolated():
