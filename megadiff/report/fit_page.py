@@ -45,8 +45,14 @@ def fit_page(record: Record, figures: Sequence[Drawn], summary: Sequence[str], *
         summary: the lines that the command printed.
         now: time of writing, with a time zone.
     """
-    tables = {"laws": _laws(record), "bowls": _budgets(record), "batch": _batches(record), "noises": _compared(record),
-              "cooldowns": _cooldowns(record), "residuals": _held_out(record)}  # fmt: skip
+    tables = {
+        "laws": _laws(record),
+        "bowls": _budgets(record),
+        "batch": _batches(record),
+        "noises": _compared(record) + _paired(record),
+        "cooldowns": _cooldowns(record),
+        "residuals": _held_out(record),
+    }
     parts = [section("summary", "Summary", "<pre>" + escaped("\n".join(summary)) + "</pre>"), _reservations(record)]
     for name, title in _TITLES.items():
         drawn = [_figure(each) for each in figures if each.section == name]
@@ -152,6 +158,19 @@ def _compared(record: Record) -> str:
         "M* exponents' difference",
     )
     return table(heads, rows, caption="Comparisons of laws") if rows else ""
+
+
+def _paired(record: Record) -> str:
+    rows = []
+    for found in record["paired"][:_MOST_ROWS]:
+        d = found["difference"]
+        names = [escaped(f"{found[f'{side}_noise']} ({found[side]})") for side in ("first", "second")]
+        ends = f"{d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
+        rows.append((_number(found["flops"]), escaped(found["what"]), *names, ends, _number(d["unpaired_stderr"], 2),
+                     f"{d['sequences']:,}"))  # fmt: skip
+    heads = ("C", "pair", "first", "second", "first less second, nats per token", "error if unpaired", "sequences")
+    caption = "Runs at equal compute over the same validation sequences: their differences, without the luck of runs"
+    return table(heads, rows, caption=caption) if rows else ""
 
 
 def _cooldowns(record: Record) -> str:

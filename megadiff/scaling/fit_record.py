@@ -229,6 +229,7 @@ def record(results: Results, name: str) -> dict[str, Any]:
             "best_settings": {fits.noise: [asdict(cell) for cell in fits.batches.cells] for fits in results.noises},
             "cooldowns": [asdict(branch) for branch in results.gathered.branches],
             "refusals": {fits.noise: [*fits.refusals, *fits.batches.refusals] for fits in results.noises},
+            "paired": [asdict(pair) for pair in results.paired],
             "comparisons": [
                 {"first": c.first, "second": c.second, "crossing": asdict(c.crossing),
                  "crossing_is_resolved": c.crossing.is_resolved, "speed_up": asdict(c.speed_up),
@@ -268,6 +269,13 @@ def summary(results: Results) -> list[str]:
             f"{c.first} and {c.second}: {where}; the second needs {c.speed_up.ratio:.3g} times the compute "
             f"{_ends(c.speed_up.interval, '.3g')} at a loss of {c.speed_up.loss:.4g}"
         )
+    for pair in results.paired:
+        if pair.what == "best":
+            d = pair.difference
+            lines.append(
+                f"best runs at {pair.flops:.3g} FLOPs over {d.sequences:,} sequences: {pair.first_noise} less "
+                f"{pair.second_noise} {d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token"
+            )
     return [*lines, *(f"provisional: {reason}" for reason in results.reservations)]
 
 

@@ -13,6 +13,7 @@ from megadiff.scaling.batch_laws import BatchLaws, batch_laws
 from megadiff.scaling.comparisons import Crossing, SpeedUp, annealing_ratio, crossing, repeats, speed_up
 from megadiff.scaling.fit import Surface, surface
 from megadiff.scaling.isoflop import IsoFlop, isoflop
+from megadiff.scaling.paired_runs import PairedRuns, paired_runs
 from megadiff.scaling.points import REPEATED, Branch, Gathered, Point
 from megadiff.scaling.resampling import LEVEL, Fit, FitError
 
@@ -57,6 +58,9 @@ class Results:
     noises: tuple[NoiseFits, ...]
     comparisons: tuple[Comparison, ...]
     level: float
+    paired: tuple[PairedRuns, ...] = ()
+    """Runs of two noises compared over the same validation sequences."""
+    paired_refusals: tuple[str, ...] = ()
 
     @property
     def reservations(self) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ class Results:
             for reason in dict.fromkeys(e.reason for e in self.gathered.excluded)
             if reason != "duplicate"
         ]
-        found += self.gathered.notes
+        found += (*self.gathered.notes, *self.paired_refusals)
         for fits in self.noises:
             found += [f"{fits.noise}: {sentence}" for sentence in (*fits.refusals, *fits.batches.edges)]
             if fits.isoflop is None:
@@ -116,7 +120,9 @@ def fit_points(
         raise FitError(f"these points determine no law: {'; '.join(noises[0].refusals)}")
     solved = [fits for fits in noises if fits.isoflop is not None]
     pairs = [(a, b) for place, a in enumerate(solved) for b in solved[place + 1 :]]
-    return Results(gathered, tuple(noises), tuple(_compared(a, b) for a, b in pairs), level)
+    paired, refusals = paired_runs(gathered.counted) if len(noises) > 1 else ([], [])
+    compared = tuple(_compared(a, b) for a, b in pairs)
+    return Results(gathered, tuple(noises), compared, level, tuple(paired), tuple(refusals))
 
 
 def _fits_of(

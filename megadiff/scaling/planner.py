@@ -246,18 +246,18 @@ def law_remarks(book: LawBook, laws: Frontier, batch_estimator: str) -> list[str
         file = next(place for place, file in enumerate(book.files) if any(own is law for own in file.laws))
         by_file.setdefault(file, []).append(law)
     found = []
-    for place, laws in by_file.items():
+    for place, own in by_file.items():
         file = book.files[place]
-        if file.provisional or any(law.provisional for law in laws):
+        if file.provisional or any(law.provisional for law in own):
             reasons = "; ".join(file.provisional_reasons[:3])
             more = len(file.provisional_reasons) - 3
             rest = f" and {more} more" if more > 0 else ""
             why = f"{reasons}{rest}" if reasons else f"{len(file.excluded)} runs excluded"
             found.append(f"the laws of {file.name} are provisional ({why})")
     first = min(by_file)
-    for place, laws in by_file.items():
+    for place, own in by_file.items():
         if place != first:
-            names = " and ".join(dict.fromkeys(law.quantity for law in laws))
+            names = " and ".join(dict.fromkeys(law.quantity for law in own))
             found.append(
                 f"{names} by the laws of {book.files[place].name}; {book.files[first].name} has none of its own"
             )

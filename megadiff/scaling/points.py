@@ -70,6 +70,8 @@ class Point:
     """Reason why the point is left out; empty if it counts."""
     unique_tokens: float | None = None
     """Number of different tokens among `tokens`; None if it is not known."""
+    step: float | None = None
+    """Step of the run at the budget, in real numbers; None if it is not known."""
 
     @property
     def is_candidate(self) -> bool:
@@ -325,6 +327,7 @@ def _points_of(run: RunCurve, size: float, budgets: Sequence[float], window: flo
             learning_rate=float(rate) if isinstance(rate, int | float) else None,
             seed=str(run.setting("seed")),
             unique_tokens=run.unique_tokens(tokens),
+            step=run.step_at(tokens),
         )
 
 

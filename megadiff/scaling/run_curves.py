@@ -50,6 +50,8 @@ class RunCurve:
     """Reason and evidence why the run cannot be used; None if it can."""
     end: tuple[float, float] | None = None
     """Tokens and loss at the end, after a cooldown if there is one."""
+    progress: tuple[Floats, Floats] | None = None
+    """Tokens and steps over the run."""
     unique: tuple[Floats, Floats] | None = None
     """Tokens, and the number of different ones among them, over the run; None if its epochs are not recorded."""
 
@@ -65,6 +67,10 @@ class RunCurve:
     def setting(self, key: str) -> Any:
         """Return a setting by its full key; None if there is none."""
         return self.settings.get(key)
+
+    def step_at(self, tokens: float) -> float | None:
+        """Return the step after which a number of tokens is reached, in real numbers."""
+        return None if self.progress is None else float(np.interp(tokens, *self.progress))
 
     def unique_tokens(self, tokens: float) -> float | None:
         """Return the number of different tokens among the first ones; None if it is not known."""
@@ -139,6 +145,9 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
     inside = [evaluations[step] for step in sorted(evaluations) if first <= step <= last]
     is_planned = bool(settings.get("eval.at_flops") or settings.get("eval.at_steps"))
     is_training_loss = len(inside) < (1 if is_planned else 2)
+    final = [line for step, line in sorted(evaluations.items()) if step >= 0.98 * steps[-1]][-1:]
+    if settings.get("checkpoint.start_from"):
+        is_training_loss = not final
     key = "elbo_isotropic" if any("elbo_isotropic" in line for line in trained) else "elbo"
     rows = [line for line in trained if first <= line["step"] <= last and key in line] if is_training_loss else inside
     loss = _losses(rows, key if is_training_loss else "eval_elbo")
@@ -147,8 +156,7 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
     facts = _data_facts(folder)
     fingerprint = facts.get("fingerprint")
     finite = np.isfinite(loss)
-    tail = [line for line in trained if key in line and line["step"] >= 0.98 * steps[-1]] if is_training_loss else [
-        line for step, line in sorted(evaluations.items()) if step >= 0.98 * steps[-1]][-1:]  # fmt: skip
+    tail = [line for line in trained if key in line and line["step"] >= 0.98 * steps[-1]] if is_training_loss else final
     end = float(np.mean(found)) if len(found := _losses(tail, key if is_training_loss else "eval_elbo")) else np.nan
     return RunCurve(
         name=str(folder),
@@ -160,6 +168,7 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
         data=fingerprint if isinstance(fingerprint, str) else "",
         problem=_own_problem(folder, settings, trained, evaluations, loss, first),
         end=(float(tokens[-1]), end) if np.isfinite(end) else None,
+        progress=(tokens, steps),
         unique=_unique(trained, facts),
     )
 
