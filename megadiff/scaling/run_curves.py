@@ -57,7 +57,7 @@ class RunCurve:
 
     @property
     def trunk(self) -> Path | None:
-        """Run folder from whose checkpoint the run started, as its settings name it; None if it started anew."""
+        """Run folder from whose checkpoint the run started, as its settings name it; None if it started from random weights."""
         start = self.settings.get("checkpoint.start_from")
         if not isinstance(start, str) or not start:
             return None

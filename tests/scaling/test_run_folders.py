@@ -27,7 +27,7 @@ def only_planned(line):
     return line if line["step"] in (420, 820, 1620) else {"step": line["step"]}
 
 
-def test_planned_evaluations_are_the_budgets_and_come_before_training_losses(tmp_path):
+def test_planned_evaluations_are_the_budgets_and_come_first(tmp_path):
     runs = [write_run(tmp_path / f"{a}x{b}", a, b, change=only_planned, **PLANNED) for a, b in SHAPES]
     found = from_runs(runs, min_steps=100)
     assert sorted({point.flops for point in found.points}) == BUDGETS

@@ -52,7 +52,7 @@ def gathered(points, **more):
     return Gathered(points, (), "deepseek", "planted points", len({point.run for point in points}), **more)
 
 
-def test_planted_batch_and_rate_laws_come_back_with_one_slope_for_all_sizes():
+def test_planted_batch_and_rate_laws_come_back_with_one_slope():
     found = batch_laws(list(grid_of_batches(luck=0.0002)))
     assert len({cell.size for cell in found.cells}) == 3
     law = found.batch["vertex"].pooled
@@ -86,7 +86,7 @@ def test_iso_loss_crossings_give_the_planted_hyperbola_and_critical_batch():
     assert found.token_optimal.exponent == pytest.approx(0, abs=0.05)
 
 
-def test_steps_to_a_loss_are_interpolated_at_the_best_rate_and_never_extrapolated():
+def test_steps_to_a_loss_are_interpolated_and_never_extrapolated():
     curves = {
         (8.0, 0.1): [(0.0, 2.0), (1.0, 1.0)],
         (8.0, 0.2): [(0.0, 2.0), (2.0, 1.0)],
