@@ -124,7 +124,8 @@ def test_laws_of_ones_own_plan_and_say_that_they_are_provisional(tmp_path):
     assert "remark            the laws of mine are provisional (1 runs excluded)" in out
     assert "by the laws of gidd; mine has none of its own" in out
     assert "second method" not in out
-    assert len([row for row in plan("--flops", "1e18", "--laws", str(tmp_path / "laws.yaml")).splitlines()]) == 4
+    table = plan("--flops", "1e18", "--laws", str(tmp_path / "laws.yaml")).splitlines()
+    assert [line.split()[0] for line in table if line] == ["noise", "masked", "M*", "remark", "remark"]
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,24 @@ def test_a_surface_of_ones_own_plans_and_names_the_other_laws():
     assert made.frontier.loss(size, 1e19 / size) < min(
         made.frontier.loss(size * factor, 1e19 / size / factor) for factor in (0.9, 1.1)
     )
-    assert made.remarks == ("the laws of mine are provisional (0 runs excluded)", "laws come from mine and gidd")
+    assert made.remarks == (
+        "the laws of mine are provisional (0 runs excluded)",
+        "batch_tokens and learning_rate and annealing_ratio by the laws of gidd; mine has none of its own",
+    )
     assert made.second_method(book) is None
     with pytest.raises(ConfigError, match=r"a loss of 1\.2294 is never reached: the law's floor is 1\.5"):
         plan(Goal("masked", loss=1.2), book)
+
+
+@pytest.mark.parametrize(("loss", "size"), [((30.0, -0.06), (0.1, 1.2)), ((30.0, 0.01), (0.1, 0.5))])
+def test_laws_that_have_no_optimum_are_refused(loss, size):
+    power = {"of": "flops", "form": "power", "noise": "masked", "flop_count": "deepseek"}
+    laws = tuple(
+        Law(quantity=name, parameters={"A": Estimate(value=a), "alpha": Estimate(value=b)}, **power)
+        for name, (a, b) in {"loss": loss, "flops_per_token": size}.items()
+    )
+    book = LawBook((LawFile(name="mine", source="runs", laws=laws), *BOOK.files))
+    with pytest.raises(
+        ConfigError, match=r"the laws of mine for masked noise cannot be planned with: .* fit more runs"
+    ):
+        plan(Goal("masked", flops=1e19), book)
