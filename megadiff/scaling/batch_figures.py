@@ -85,6 +85,27 @@ def _by_size(axes: Any, rows: Sequence[tuple[Cell, float, float]], slopes: Slope
         axes.text(0.5, 0.5, "not varied", transform=axes.transAxes, ha="center", color=QUIET)
 
 
+def noise_scales(figure: Any, results: Results) -> None:
+    """Draw the measured gradient noise scales over tokens, with their errors, laws and the laws of the best batch."""
+    axes = figure.subplots()
+    for place, fits in enumerate(results.noises):
+        own = [scale for scale in results.gathered.noise_scales if scale.noise == fits.noise]
+        if not own:
+            continue
+        x, y = np.array([(scale.tokens, scale.scale) for scale in own]).T
+        errors = np.nan_to_num([scale.stderr for scale in own])
+        low = np.minimum(errors, 0.9 * y)
+        axes.errorbar(x, y, yerr=np.array([low, errors]), fmt="o", ms=3, lw=0.8, color=series(place), label=fits.noise)
+        ends = np.array([x.min(), x.max()])
+        if fits.noise_scale is not None:
+            law = fits.noise_scale
+            axes.plot(ends, law(ends), color=series(place), lw=1.4, label=f"{fits.noise}: D^{law.exponent:.3f}")
+        if (slopes := fits.batches.batch.get("vertex")) is not None:
+            axes.plot(ends, slopes.pooled(ends), "--", color=series(place), lw=1, label=f"{fits.noise}: best batch")
+    axes.set(xscale="log", yscale="log", xlabel="D, tokens", ylabel="noise scale, tokens")
+    axes.legend(fontsize="small")
+
+
 def cooldowns(figure: Any, results: Results) -> None:
     """Draw the ratio of each branch over its tokens, with the mean and interval of each noise."""
     axes = figure.subplots()

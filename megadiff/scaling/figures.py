@@ -105,6 +105,11 @@ def _sketches(results: Results) -> Iterator[_Sketch]:
                 "all sizes together.",
                 (11, 4.4), lambda figure, fits=fits: batch_figures.batch_and_rate(figure, fits),
             )  # fmt: skip
+    if results.gathered.noise_scales:
+        yield _Sketch(
+            "noise-scale", "batch", "Gradient noise scale over the tokens trained on, with standard errors and laws; "
+            "dashed: laws of the best batch.", (8, 4.2), lambda figure: batch_figures.noise_scales(figure, results),
+        )  # fmt: skip
     if solved or any(fits.surfaces for fits in results.noises):
         yield _Sketch(
             "residuals", "residuals", "Measured less fitted loss over compute: vertices against the law of the best "

@@ -95,6 +95,8 @@ def _laws_of(fits: NoiseFits) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
     for method, law in fits.surfaces.items():
         yield _surface(law, method)
     yield from _of_batches(fits.batches)
+    if fits.noise_scale is not None:
+        yield _power(fits.noise_scale, "noise_scale", "tokens", "measured")
     for quantity, name, fit in (
         ("annealing_ratio", "ratio", fits.annealing),
         ("repeat_scale", "r_star", fits.repeats),
@@ -227,6 +229,7 @@ def record(results: Results, name: str) -> dict[str, Any]:
                 if fits.isoflop is not None
             },
             "best_settings": {fits.noise: [asdict(cell) for cell in fits.batches.cells] for fits in results.noises},
+            "noise_scales": [asdict(scale) for scale in results.gathered.noise_scales],
             "cooldowns": [asdict(branch) for branch in results.gathered.branches],
             "refusals": {fits.noise: [*fits.refusals, *fits.batches.refusals] for fits in results.noises},
             "paired": [asdict(pair) for pair in results.paired],
@@ -335,6 +338,9 @@ def _other_lines(fits: NoiseFits) -> Iterator[str]:
             f"hyperbola of {each.size} at a loss of {each.loss:.3f}: fewest tokens at a batch of {found['b_opt']:.3g}, "
             f"20 % more at {found['critical_batch']:.3g} {_ends(each.fit.intervals['critical_batch'], '.3g')}"
         )
+    if (law := fits.noise_scale) is not None:
+        interval = _ends(law.intervals["exponent"], ".4f")
+        yield f"gradient noise scale, tokens: {law.coefficient:.4g} D^{law.exponent:.4f} {interval}"
     if (fit := fits.annealing) is not None:
         yield (
             f"a cooldown divides the loss by {fit.estimates['ratio']:.4f} {_ends(fit.intervals['ratio'], '.4f')}, from "

@@ -11,11 +11,12 @@ import numpy as np
 
 from megadiff.scaling.batch_laws import BatchLaws, batch_laws
 from megadiff.scaling.comparisons import Crossing, SpeedUp, annealing_ratio, crossing, repeats, speed_up
-from megadiff.scaling.fit import Surface, surface
+from megadiff.scaling.fit import PowerLaw, Surface, power_law, surface
 from megadiff.scaling.isoflop import IsoFlop, isoflop
 from megadiff.scaling.paired_runs import PairedRuns, paired_runs
 from megadiff.scaling.points import REPEATED, Branch, Gathered, Point
 from megadiff.scaling.resampling import LEVEL, Fit, FitError
+from megadiff.scaling.run_curves import NoiseScale
 
 GOOD_BUDGETS, HELD_OUT_PERCENT = 5, 1.5
 
@@ -31,6 +32,8 @@ class NoiseFits:
     batches: BatchLaws
     annealing: Fit | None
     """Ratio of losses without a cooldown over those with one; None without branches."""
+    noise_scale: PowerLaw | None
+    """Gradient noise scale, in tokens, over the tokens trained on; None if the runs did not measure it."""
     repeats: Fit | None
     """R* of repeated data; None without runs that repeat theirs."""
     refusals: tuple[str, ...]
@@ -115,7 +118,8 @@ def fit_points(
     for noise in dict.fromkeys(point.noise for point in gathered.points):
         points = [point for point in gathered.points if point.noise == noise]
         branches = [branch for branch in gathered.branches if branch.noise == noise]
-        noises.append(_fits_of(noise, points, branches, level, draws, seed, run_noise))
+        scales = [scale for scale in gathered.noise_scales if scale.noise == noise]
+        noises.append(_fits_of(noise, points, branches, scales, level, draws, seed, run_noise))
     if not any(fits.isoflop or fits.surfaces or fits.batches.batch or fits.batches.iso_losses for fits in noises):
         raise FitError(f"these points determine no law: {'; '.join(noises[0].refusals)}")
     solved = [fits for fits in noises if fits.isoflop is not None]
@@ -129,6 +133,7 @@ def _fits_of(
     noise: str,
     points: Sequence[Point],
     branches: Sequence[Branch],
+    scales: Sequence[NoiseScale],
     level: float,
     draws: int,
     seed: int,
@@ -159,7 +164,11 @@ def _fits_of(
         if found is not None:
             surfaces[method] = found
     batches = batch_laws([point for point in points if point.is_candidate], level=level, seed=seed)
-    annealing = repeated = None
+    annealing = repeated = scale_law = None
+    if scales:
+        x, y = [scale.tokens for scale in scales], [scale.scale for scale in scales]
+        scale_runs = [scale.run for scale in scales]
+        scale_law = tried("noise scale", lambda: power_law(x, y, scale_runs, **options))
     if branches:
         unannealed, annealed = [b.unannealed for b in branches], [b.annealed for b in branches]
         trunks = [branch.trunk for branch in branches]
@@ -167,7 +176,7 @@ def _fits_of(
     again = [point for point in points if point.excluded == REPEATED]
     if again:
         repeated = tried("repeats", lambda: _repeats_of(again, surfaces, options))
-    return NoiseFits(noise, tuple(points), bowls, surfaces, batches, annealing, repeated, tuple(refusals))
+    return NoiseFits(noise, tuple(points), bowls, surfaces, batches, annealing, scale_law, repeated, tuple(refusals))
 
 
 def _repeats_of(points: Sequence[Point], surfaces: dict[str, Surface], options: dict[str, Any]) -> Fit:

@@ -58,6 +58,7 @@ Quantity = Literal[
     "annealing_ratio",
     "batch_efficiency",
     "repeat_scale",
+    "noise_scale",
 ]
 Variable = Literal["flops", "tokens", "params", "flops_per_token", "batch_tokens"]
 Form = Literal["power", "slope", "surface", "constant", "hyperbola"]

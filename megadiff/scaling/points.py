@@ -20,11 +20,12 @@ from megadiff.errors import DataError
 from megadiff.scaling.flops import FlopCount
 from megadiff.scaling.run_curves import (
     HARMLESS,
+    NoiseScale,
     RunCurve,
     flops_per_token_of,
     is_under,
     loss_at,
-    noise_of,
+    noise_name,
     params_of,
     read_run,
 )
@@ -113,6 +114,8 @@ class Gathered:
     source: str
     runs: int
     """Number of runs that were looked at."""
+    noise_scales: tuple[NoiseScale, ...] = ()
+    """Gradient noise scales of the runs that count."""
     branches: tuple[Branch, ...] = ()
     """Cooldown branches with their trunks."""
     notes: tuple[str, ...] = ()
@@ -178,6 +181,7 @@ def from_runs(
         flop_count=flop_count,
         source=f"{len(unique)} run folders",
         runs=len(read),
+        noise_scales=tuple(scale for run in usable for scale in run.noise_scales),
         branches=tuple(branches),
         notes=tuple(_mixed_losses(usable)),
         setting_ranges={"seq_length": (float(min(lengths)), float(max(lengths)))},
@@ -225,7 +229,9 @@ def pair_branches(
             excluded.append(Exclusion(branch.name, "no trunk", detail))
             continue
         batch = _batch_tokens(branch)
-        found.append(Branch(branch.name, trunk.name, noise_of(branch), tokens, unannealed[0], annealed, batch))
+        found.append(
+            Branch(branch.name, trunk.name, noise_name(branch.settings), tokens, unannealed[0], annealed, batch)
+        )
     return found, excluded
 
 
@@ -316,7 +322,7 @@ def _points_of(run: RunCurve, size: float, budgets: Sequence[float], window: flo
             continue
         yield Point(
             run=run.name,
-            noise=noise_of(run),
+            noise=noise_name(run.settings),
             flops=budget,
             flops_per_token=size,
             tokens=tokens,

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from megadiff.errors import DataError
-from megadiff.metric_lines import number, read_lines
+from megadiff.metric_lines import Line, number, read_lines
 from megadiff.scaling.flops import FlopCount, flops_per_token
 from megadiff.scaling.resampling import Floats
 from megadiff.untrusted_files import UnreadableFileError, read_bytes, read_json_object, why
@@ -29,6 +29,22 @@ HARMLESS = (
 
 _MAX_CONFIG_BYTES, _MAX_LOG_BYTES = 2**20, 2**27
 _CHANGED = re.compile(rb"changed since +([\w.]+)")
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """A gradient noise scale that a run measured."""
+
+    run: str
+    noise: str
+    tokens: float
+    """Tokens trained on by then."""
+    scale: float
+    """tr S / |G|^2 in tokens."""
+    stderr: float
+    """Standard error of the scale in tokens; NaN if it is not known."""
+    noise_share: float | None
+    """Part of tr S that comes from noise draws, about 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,8 @@ class RunCurve:
     """Reason and evidence why the run cannot be used; None if it can."""
     end: tuple[float, float] | None = None
     """Tokens and loss at the end, after a cooldown if there is one."""
+    noise_scales: tuple[NoiseScale, ...] = ()
+    """Gradient noise scales, where the run measured them in its stable stretch."""
     progress: tuple[Floats, Floats] | None = None
     """Tokens and steps over the run."""
     unique: tuple[Floats, Floats] | None = None
@@ -57,7 +75,7 @@ class RunCurve:
 
     @property
     def trunk(self) -> Path | None:
-        """Run folder from whose checkpoint the run started, as its settings name it; None if it started from random weights."""
+        """Run folder from whose checkpoint the run started, as its settings name it; None if it has no trunk."""
         start = self.settings.get("checkpoint.start_from")
         if not isinstance(start, str) or not start:
             return None
@@ -158,6 +176,7 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
     finite = np.isfinite(loss)
     tail = [line for line in trained if key in line and line["step"] >= 0.98 * steps[-1]] if is_training_loss else final
     end = float(np.mean(found)) if len(found := _losses(tail, key if is_training_loss else "eval_elbo")) else np.nan
+    gauged = [line for line in lines if "gradient_noise/scale_tokens" in line and first <= line["step"] <= last]
     return RunCurve(
         name=str(folder),
         settings=settings,
@@ -168,9 +187,26 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
         data=fingerprint if isinstance(fingerprint, str) else "",
         problem=_own_problem(folder, settings, trained, evaluations, loss, first),
         end=(float(tokens[-1]), end) if np.isfinite(end) else None,
+        noise_scales=_noise_scales(folder, settings, gauged, (steps, tokens)),
         progress=(tokens, steps),
         unique=_unique(trained, facts),
     )
+
+
+def _noise_scales(
+    folder: Path, settings: Mapping[str, Any], lines: Sequence[Line], progress: tuple[Floats, Floats]
+) -> tuple[NoiseScale, ...]:
+    """Return the measured scales, the last of each step."""
+    found = {}
+    for line in lines:
+        scale, tokens = number(line, "gradient_noise/scale_tokens"), float(np.interp(line["step"], *progress))
+        in_sequences, error = number(line, "gradient_noise/scale"), number(line, "gradient_noise/scale_stderr")
+        if scale is None or scale <= 0 or tokens <= 0:
+            continue
+        relative = error / in_sequences if error is not None and in_sequences else math.nan
+        share = number(line, "gradient_noise/noise_share")
+        found[line["step"]] = NoiseScale(str(folder), noise_name(settings), tokens, scale, scale * relative, share)
+    return tuple(found.values())
 
 
 def _losses(rows: Sequence[Mapping[str, Any]], key: str) -> Floats:
@@ -287,12 +323,12 @@ def is_under(key: str, sections: Iterable[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def noise_of(run: RunCurve) -> str:
-    """Return the name of a run's noise, or of its training method if that has none."""
-    method = run.setting("method.name")
+def noise_name(settings: Mapping[str, Any]) -> str:
+    """Return the name of a run's noise by its settings, or of its training method if that has none."""
+    method, shift = settings.get("method.name"), settings.get("noise.shift")
     if method == "next_token":
         return "next_token"
-    return str(run.setting("noise.shift") if run.setting("noise.shift") is not None else method or "all")
+    return str(shift if shift is not None else method or "all")
 
 
 _SLACK = math.log(1.02)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megadiff.scaling.fit import power_law
 from megadiff.scaling.paired_runs import paired_runs
 from megadiff.scaling.points import REPEATED, from_runs
 from megadiff.scaling.run_curves import flops_per_token_of
@@ -157,3 +158,25 @@ def test_objectives_side_by_side_are_compared_over_the_same_sequences(tmp_path):
     pairs, refusals = paired_runs(found.counted)
     assert len(refusals) == 1
     assert refusals[0].startswith("pairs of masked and next_token: the runs were evaluated on different sequences")
+
+
+def test_measured_noise_scales_get_a_law_over_tokens(tmp_path):
+    def gauged(line):
+        if "eval_elbo" not in line or line["step"] % 100:
+            return line
+        tokens = line["step"] * 1e6
+        return {**line, "gradient_noise/scale": tokens**0.5 / 64, "gradient_noise/scale_tokens": tokens**0.5,
+                "gradient_noise/scale_stderr": 0.1 * tokens**0.5 / 64, "gradient_noise/noise_share": 0.8}  # fmt: skip
+
+    runs = clean_sweep(tmp_path)
+    runs[0] = write_run(tmp_path / "gauged", 2, 64, change=gauged, lines=None, seed=1)
+    null = {"gradient_noise/scale": None, "gradient_noise/scale_tokens": None}
+    runs[1] = write_run(tmp_path / "null", 3, 64, change=lambda line: {**line, **null}, seed=1)
+    found = from_runs(runs, min_steps=100)
+    assert {scale.run for scale in found.noise_scales} == {str(runs[0])}
+    assert len(found.noise_scales) == 19
+    for scale in found.noise_scales:
+        assert (scale.noise, scale.noise_share) == ("masked", 0.8)
+        assert scale.stderr == pytest.approx(0.1 * scale.scale)
+    fitted = power_law([scale.tokens for scale in found.noise_scales], [scale.scale for scale in found.noise_scales])
+    assert fitted.exponent == pytest.approx(0.5, abs=0.01)

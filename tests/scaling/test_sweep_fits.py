@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+from datetime import datetime, timezone
 
 import numpy as np
 import pytest
 
+from megadiff.report.fit_page import fit_page
 from megadiff.scaling.batch_laws import batch_laws, steps_to
 from megadiff.scaling.csv_points import from_csv
+from megadiff.scaling.figures import draw_all
 from megadiff.scaling.fit_record import law_file, record, summary
 from megadiff.scaling.fit_results import fit_points
 from megadiff.scaling.laws import LawBook, published, read_law_file, write_law_file
 from megadiff.scaling.planner import Goal, plan
 from megadiff.scaling.points import BEATEN, Branch, Gathered, Point, best_of_settings, without_highest, without_repeats
+from megadiff.scaling.run_curves import NoiseScale
 from tests.scaling.planted import BUDGETS, MASKED, SIZES
 
 BATCHES = tuple(2.0**step for step in range(13, 24))
@@ -121,7 +126,11 @@ def planted_sweep():
         loss = float(MASKED(np.float64(size), np.float64(worth))) * math.exp(0.0003 * rng.standard_normal())
         points.append(Point(f"r{place}", "masked", size * unique * epochs, size, unique * epochs, loss, None,
                             size / 7.3, 2.0**17, 0.5, unique_tokens=unique))  # fmt: skip
-    return gathered(points, branches=tuple(branches), setting_ranges={"seq_length": (2048.0, 2048.0)})
+    scales = tuple(NoiseScale(f"s{place % 4}", "masked", tokens, 3 * tokens**0.6 * math.exp(0.02 * place % 4), 9.0, 0.8)
+                   for place, tokens in enumerate(np.geomspace(1e8, 1e10, 12)))  # fmt: skip
+    return gathered(
+        points, branches=tuple(branches), noise_scales=scales, setting_ranges={"seq_length": (2048.0, 2048.0)}
+    )
 
 
 def test_a_sweep_with_everything_becomes_a_law_file_that_plans_alone(tmp_path):
@@ -131,7 +140,7 @@ def test_a_sweep_with_everything_becomes_a_law_file_that_plans_alone(tmp_path):
     book = LawBook((read_law_file(tmp_path / "law.yaml"),))
     assert {law.quantity for law in file.laws} == {
         "flops_per_token", "tokens", "loss", "params", "batch_tokens", "learning_rate", "batch_efficiency",
-        "annealing_ratio", "repeat_scale",
+        "annealing_ratio", "repeat_scale", "noise_scale",
     }  # fmt: skip
     made = plan(Goal("masked", flops=1e19), book)
     size = 0.01761 * 1e19**0.56629
@@ -147,10 +156,15 @@ def test_a_sweep_with_everything_becomes_a_law_file_that_plans_alone(tmp_path):
     assert repeated.frontier.repeat_scale == r_star.value()
     lines = "\n".join(summary(results))
     for words in ("best batch (vertex)", "best learning rate (vertex)", "hyperbola of", "a cooldown divides the",
-                  "repeated data: R* = "):  # fmt: skip
+                  "repeated data: R* = ", "gradient noise scale, tokens: "):  # fmt: skip
         assert words in lines
     found = record(results, "own")
     assert len(found["cooldowns"]) == 6
+    assert len(found["noise_scales"]) == 12
+    drawn = [sketch for sketch in draw_all(results, tmp_path / "figures") if sketch.section in ("batch", "cooldowns")]
+    assert [sketch.name for sketch in drawn] == ["hyperbolas-masked", "batch-masked", "noise-scale", "cooldowns"]
+    page = fit_page(found, drawn, lines.split("\n"), now=datetime.now(timezone.utc))
+    assert set(re.findall(r'<section id="([^"]+)"', page)) >= {"batch", "cooldowns", "laws", "bowls"}
     assert any("same_slope_p_value" in law for law in found["laws"])
 
 
