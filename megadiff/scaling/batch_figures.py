@@ -35,10 +35,13 @@ def hyperbolas(figure: Any, fits: NoiseFits) -> None:
             seen = np.isfinite(steps) & (steps < 3 * max(found.steps))
             axes.plot(steps[seen], batch[seen], color=colour, lw=1.1)
             beyond = found.fit.estimates["critical_batch"]
-            if beyond <= max(found.batches) * 1.5:
+            if min(found.batches) / 1.5 <= beyond <= max(found.batches) * 1.5:
                 axes.plot([found.fit.steps(beyond)], [beyond], "s", color=colour, mfc="none", ms=6)
         inside = [found.fit.estimates for found in own if found.fit.is_inside]
-        axes.plot([e["s_opt"] for e in inside], [e["b_opt"] for e in inside], "*-", color="black", ms=8, lw=1.2)
+        axes.plot([e["s_opt"] for e in inside], [e["b_opt"] for e in inside], "*", color="black", ms=8)
+        if (law := fits.batches.token_optimal) is not None:
+            tokens = np.geomspace(*law.x_range, 20)
+            axes.plot(tokens / law(tokens), law(tokens), color="black", lw=1.2)
         axes.set(xscale="log", yscale="log", xlabel="steps", title=name)
         axes.legend(fontsize="x-small", title="loss", loc="upper right")
     panels[0].set_ylabel("batch, tokens")
@@ -77,7 +80,7 @@ def _by_size(axes: Any, rows: Sequence[tuple[Cell, float, float]], slopes: Slope
             axes.plot(ends, law(ends), color=colour, lw=1)
     if slopes is not None:
         ends = np.array(slopes.pooled.x_range)
-        same = "" if np.isnan(slopes.p_value) else f", one slope: p = {slopes.p_value:.2g}"
+        same = "" if np.isnan(slopes.p_value) else f"\none slope: p = {slopes.p_value:.2g}"
         axes.plot(ends, slopes.pooled(ends), color="black", lw=1.4, label=f"all: {slopes.pooled.exponent:.3f}{same}")
     if rows:
         axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -95,7 +95,7 @@ def _sketches(results: Results) -> Iterator[_Sketch]:
             yield _Sketch(
                 f"hyperbolas-{_safe(fits.noise)}", "batch",
                 f"{fits.noise}: steps and batch that reach one loss, with their hyperbolas. Stars and the black line: "
-                "the fewest tokens; hollow squares: the batch at which tokens are 20 % more.",
+                "the fewest tokens at each loss, and their law; hollow squares: batches at which they are 20 % more.",
                 (11, 4.2), lambda figure, fits=fits: batch_figures.hyperbolas(figure, fits),
             )  # fmt: skip
         if fits.batches.batch or fits.batches.rate:

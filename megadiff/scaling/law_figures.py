@@ -29,9 +29,7 @@ def bowls(figure: Any, fits: NoiseFits) -> None:
     for place, budget in enumerate(budgets):
         _bowl(axes, fits.points, budget, ordered(place, len(budgets)))
     losses = [point.loss for point in fits.points if not point.excluded]
-    beaten = [point.loss for point in fits.points if point.excluded == BEATEN]
     low, high = min(losses), max(losses)
-    high = max(high, min(max(beaten, default=0.0), 1.1 * high))
     axes.set_ylim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)
     axes.set(xscale="log", xlabel="M, FLOPs per token", ylabel="loss, nats per token", title=fits.noise)
     axes.legend(fontsize="x-small", title="C, FLOPs", loc="center left", bbox_to_anchor=(1.0, 0.5))
