@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megadiff.scaling.isoflop import Bowls, laws_of
 from megadiff.scaling.resampling import LEVEL, FitError, Floats, as_points, t_width
@@ -64,6 +65,25 @@ class SweepDesign:
 
 
 @dataclass(frozen=True)
+class RunsDesign:
+    """The runs of a sweep one by one, each with the budgets that it serves."""
+
+    budgets: tuple[float, ...]
+    """Budgets in FLOPs."""
+    sizes: tuple[float, ...]
+    """FLOPs per token of each run."""
+    served: tuple[tuple[float, ...], ...]
+    """Budgets of each run, a subset of `budgets`."""
+    run_noise: float
+    """Standard deviation of log loss between seeds, such as 0.001."""
+    point_noise: float = 0.0
+    """Standard deviation of log loss that every budget of a run has for itself, such as the evaluation's."""
+
+
+Design = SweepDesign | RunsDesign
+
+
+@dataclass(frozen=True)
 class Power:
     """The errors that a sweep can hope for, by law: `flops_per_token`, `tokens`, `loss`."""
 
@@ -84,7 +104,7 @@ class Power:
 
 
 def simulate(
-    design: SweepDesign, surface: LossSurface, *, draws: int = 400, seed: int = 0
+    design: Design, surface: LossSurface, *, draws: int = 400, seed: int = 0
 ) -> tuple[dict[str, Floats], Floats]:
     """Return the lines of each law, [draws, 2], and the number of vertices that count, [draws], of simulated sweeps."""
     bowls, fitted = _planted(design, surface)
@@ -97,15 +117,16 @@ def simulate(
 
 
 def predict(
-    design: SweepDesign, surface: LossSurface, other: LossSurface | None = None, *, draws: int = 400, seed: int = 0,
-    level: float = LEVEL,
+    design: Design, surface: LossSurface, other: LossSurface | None = None, *, other_design: Design | None = None,
+    draws: int = 400, seed: int = 0, level: float = LEVEL,
 ) -> Power:  # fmt: skip
     """Return the errors to expect of a sweep.
 
     Args:
         design: the runs.
         surface: the losses that the sweep samples.
-        other: the losses of another noise process, swept with the same design; gives `told_apart`.
+        other: the losses of another noise process; gives `told_apart`.
+        other_design: the runs of the other noise process, if they differ.
         draws: number of simulated sweeps.
         seed: seed of the simulation.
         level: coverage at which a difference counts.
@@ -116,13 +137,13 @@ def predict(
     laws, inner = simulate(design, surface, draws=draws, seed=seed)
     truth = _exponents(surface)
     usable = {name: line[np.isfinite(line[:, 1]), 1] for name, line in laws.items()}
-    if not len(usable["loss"]):
+    if len(usable["loss"]) < 2:
         raise FitError("no simulated sweep has three budgets with an inner optimum; widen the sizes or add budgets")
     bowls, _ = _planted(design, surface)
     last = [max(np.flatnonzero(row), default=-1) for row in bowls.present]
     told = None
     if other is not None:
-        theirs, _ = simulate(design, other, draws=draws, seed=seed + 1)
+        theirs, _ = simulate(other_design or design, other, draws=draws, seed=seed + 1)
         gaps = {name: truth[name] - value for name, value in _exponents(other).items()}
         dof = max(np.mean([len(rows) for rows in bowls.rows]) - 3, 1.0)
         width = t_width(level, 2 * float(dof))
@@ -140,6 +161,11 @@ def predict(
     )
 
 
+def sizes_at_budgets(design: Design, surface: LossSurface) -> list[int]:
+    """Return the number of different sizes at each budget."""
+    return _planted(design, surface)[0].sizes
+
+
 def _told_apart(first: Floats, second: Floats, gap: float, width: float) -> float:
     spread = np.hypot(np.nanstd(first), np.nanstd(second))
     with np.errstate(invalid="ignore"):
@@ -152,23 +178,38 @@ def _exponents(surface: LossSurface) -> dict[str, float]:
     return {"flops_per_token": size, "tokens": 1 - size, "loss": -surface.alpha * surface.beta / total}
 
 
-def _planted(design: SweepDesign, surface: LossSurface) -> tuple[Bowls, Floats]:
+def _planted(design: Design, surface: LossSurface) -> tuple[Bowls, Floats]:
     """Return the bowls of a design and the planted log losses, [runs, budgets]."""
     columns = as_points(budgets=design.budgets), as_points(sizes=design.sizes)
-    log_flops, sizes = np.log(np.sort(columns[0]["budgets"])), np.sort(columns[1]["sizes"])
-    if design.run_noise < 0 or design.point_noise < 0 or design.seeds < 1:
+    if design.run_noise < 0 or design.point_noise < 0 or (isinstance(design, SweepDesign) and design.seeds < 1):
         raise FitError("noises of 0 or more and at least one seed are wanted")
-    repeats = design.seeds * (1 if design.shares_runs else len(log_flops))
-    log_size = np.log(np.repeat(sizes, repeats))
-    present = np.ones((len(log_size), len(log_flops)), dtype=bool)
-    if not design.shares_runs:
-        own = np.tile(np.arange(repeats) // design.seeds, len(sizes))
-        present &= own[:, None] == np.arange(len(log_flops))[None]
-    if design.window is not None:
-        present &= np.abs(log_size[:, None] - _log_optimum(log_flops, surface)[None]) <= np.log(design.window)
+    log_flops = np.log(np.sort(columns[0]["budgets"]))
+    if isinstance(design, RunsDesign):
+        log_size = np.log(columns[1]["sizes"])
+        order = np.argsort(log_size, kind="stable")
+        served = [as_points(served=design.served[place])["served"] for place in order]
+        present = np.array([np.isin(log_flops, np.log(each)) for each in served])
+        log_size = log_size[order]
+    else:
+        log_size, present = _grid(design, np.log(np.sort(columns[1]["sizes"])), log_flops, surface)
     with np.errstate(divide="ignore"):
         losses = np.log(surface(np.exp(log_size)[:, None], np.exp(log_flops[None] - log_size[:, None])))
     return Bowls(log_flops, log_size, present), losses
+
+
+def _grid(
+    design: SweepDesign, log_sizes: Floats, log_flops: Floats, surface: LossSurface
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return the sizes of the runs of a grid, and whether a run serves a budget, [runs, budgets]."""
+    repeats = design.seeds * (1 if design.shares_runs else len(log_flops))
+    log_size = np.repeat(log_sizes, repeats)
+    present = np.ones((len(log_size), len(log_flops)), dtype=bool)
+    if not design.shares_runs:
+        own = np.tile(np.arange(repeats) // design.seeds, len(log_sizes))
+        present &= own[:, None] == np.arange(len(log_flops))[None]
+    if design.window is not None:
+        present &= np.abs(log_size[:, None] - _log_optimum(log_flops, surface)[None]) <= np.log(design.window)
+    return log_size, present
 
 
 def _log_optimum(log_flops: Floats, surface: LossSurface) -> Floats:

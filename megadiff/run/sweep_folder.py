@@ -1,0 +1,232 @@
+"""A sweep's folder: its manifest, a run description for each run, and rows for `slurm/submit sweep`. No torch.
+
+    FOLDER/sweep.json             the runs, with the budgets that each serves
+    FOLDER/base.yaml              the settings that all runs share
+    FOLDER/rows.txt               a line of settings for each run, which `slurm/submit sweep` takes with base.yaml
+    FOLDER/branches.txt           the same for cooldowns, which start from checkpoints of the runs above
+    FOLDER/descriptions/RUN.yaml  the whole description of a run
+    FOLDER/runs/RUN/              the run folder
+
+All but the run folders follow from the description of the sweep, to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megadiff.config.load import dump_config, load_config
+from megadiff.errors import ConfigError, StorageError
+from megadiff.files import write_atomically
+from megadiff.model import cost
+from megadiff.run.config import RunConfig
+from megadiff.scaling.flops import FlopCount
+from megadiff.scaling.laws import LawBook, law_book
+from megadiff.scaling.sweep import Shape, Sweep, read_sweep
+from megadiff.scaling.sweep_runs import BaseRun, Expansion, SweepRun, expand
+from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
+
+FORMAT = 1
+"""Version of the manifest's format."""
+_MANIFEST, _MAX_BYTES = "sweep.json", 2**26
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep with everything that follows from its description."""
+
+    path: Path
+    """Path of the description."""
+    sweep: Sweep
+    base: RunConfig
+    """The settings that all runs share."""
+    book: LawBook
+    expansion: Expansion
+    folder: Path
+    """The sweep's folder."""
+
+    @property
+    def runs(self) -> tuple[SweepRun, ...]:
+        """The runs, trunks before their branches."""
+        return self.expansion.runs
+
+
+def plan_sweep(path: Path, overrides: Sequence[str] = (), *, output: Path | None = None) -> SweepPlan:
+    """Read the description of a sweep and return its runs; nothing is written.
+
+    Args:
+        path: the description.
+        overrides: settings of the description, as `key=value`.
+        output: the sweep's folder; by default `output_dir/name`.
+
+    Raises:
+        ConfigError: a file is missing or wrong, or no run is left.
+    """
+    sweep = read_sweep(path, overrides)
+    folder = output or Path(sweep.output_dir) / sweep.name
+    fixed = [f"output_dir={json.dumps(str(folder / 'runs'))}", f"schedule.flop_count={sweep.budgets.flop_count}"]
+    base = load_config(sweep.run, [*sweep.settings, *fixed], RunConfig)
+    book = law_book(sweep.laws)
+    expansion = expand(sweep, _facts(base, sweep.run), book)
+    longest = max(run.steps for run in expansion.runs)
+    length = ["schedule.tokens=", "schedule.flops=", f"schedule.steps={longest}", "schedule.decay_steps=0"]
+    base = load_config(sweep.run, [*sweep.settings, *fixed, *length], RunConfig)
+    return SweepPlan(path, sweep, base, book, expansion, folder)
+
+
+def _facts(base: RunConfig, path: str) -> BaseRun:
+    vocab_size = base.data.vocab_size
+    if vocab_size is None:
+        from megadiff.data.tokenizer_files import load_tokenizer
+        from megadiff.errors import DataError
+
+        try:
+            vocab_size = load_tokenizer(base.data.tokenizer).vocab_size
+        except DataError as error:
+            raise ConfigError(f"{path}: FLOPs need data.vocab_size, or the tokenizer itself: {error}") from None
+    shape = base.shape(vocab_size=vocab_size)
+
+    def flops_per_token(at: Shape, count: FlopCount) -> float:
+        return cost.flops_per_token(replace(shape, **at._asdict()), count)
+
+    return BaseRun(
+        seq_length=base.model.seq_length,
+        warmup_steps=base.schedule.warmup_steps,
+        micro_batch_size=base.batch.micro_batch_size,
+        save_every=base.checkpoint.every,
+        flops_per_token=flops_per_token,
+    )
+
+
+def own_settings(plan: SweepPlan, run: SweepRun) -> list[str]:
+    """Return all settings of a run over `base.yaml`, as `key=value`."""
+    found = [f"name={run.name}", *run.settings]
+    if run.trunk is not None:
+        trunk = plan.folder / "runs" / run.trunk / "checkpoints" / f"step_{run.first_step:08d}"
+        found.append(f"checkpoint.start_from={json.dumps(str(trunk))}")
+    return found
+
+
+def write_sweep(plan: SweepPlan) -> list[str]:
+    """Write the folder, unless it holds this sweep already; return the names of runs that are new.
+
+    Runs may be added to a sweep that has begun, but none may change or go.
+
+    Raises:
+        ConfigError: the folder holds another sweep, or a setting is wrong for a run.
+        StorageError: the disk refuses.
+    """
+    manifest = _manifest(plan)
+    text = json.dumps(manifest, indent=1) + "\n"
+    before = _known_runs(plan, manifest)
+    if (plan.folder / _MANIFEST).exists() and (plan.folder / _MANIFEST).read_text(encoding="utf-8") == text:
+        return []
+    files = _files(plan)
+    try:
+        (plan.folder / "descriptions").mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(plan.folder / name, content, is_durable=False)
+        write_atomically(plan.folder / _MANIFEST, text)
+    except OSError as error:
+        raise StorageError(f"{plan.folder} cannot be written ({error.strerror or error})") from None
+    return [run.name for run in plan.runs if run.name not in before]
+
+
+def _manifest(plan: SweepPlan) -> dict[str, Any]:
+    base = {key: value for key, value in plan.base.model_dump(mode="json", by_alias=True).items() if key != "schedule"}
+    runs = [{**asdict(run), "shape": str(run.shape), "settings": own_settings(plan, run)} for run in plan.runs]
+    count = plan.sweep.budgets.flop_count
+    return {"format": FORMAT, "name": plan.sweep.name, "flop_count": count, "base": base, "runs": runs}
+
+
+def _known_runs(plan: SweepPlan, manifest: dict[str, Any]) -> set[str]:
+    """Return the names of the runs that the folder has already.
+
+    Raises:
+        ConfigError: one of them is another one now, or has gone.
+    """
+    if not (plan.folder / _MANIFEST).exists():
+        return set()
+    before = read_manifest(plan.folder)
+    remedy = "give another --output, or the description that the folder was written from"
+    changed = [key for key, value in manifest["base"].items() if before["base"].get(key) != value]
+    if changed:
+        raise ConfigError(f"{plan.folder} holds a sweep whose base run has another `{changed[0]}`; {remedy}")
+    now = {run["name"]: json.loads(json.dumps(run)) for run in manifest["runs"]}
+    for run in before["runs"]:
+        if run["name"] not in now:
+            raise ConfigError(f"{plan.folder} holds the run {run['name']}, which {plan.path} does not have; {remedy}")
+        if now[run["name"]] != run:
+            raise ConfigError(f"{plan.folder} holds another {run['name']} than {plan.path}; {remedy}")
+    return {run["name"] for run in before["runs"]}
+
+
+def _files(plan: SweepPlan) -> dict[str, str]:
+    """Return the content of every file but the manifest, each description read and checked."""
+    described = _described(plan)
+    folder = shlex.quote(str(plan.folder))
+    command = f"slurm/submit sweep --config {folder}/base.yaml --rows {folder}/{{}} --gpus-per-node 8 --time 4:00:00"
+    rows = {"rows.txt": [run for run in plan.runs if run.trunk is None]}
+    if branches := [run for run in plan.runs if run.trunk is not None]:
+        rows["branches.txt"] = branches
+    found = {"base.yaml": dump_config(plan.base)}
+    for name, runs in rows.items():
+        after = "" if name == "rows.txt" else " --dependency=afterok:JOB-OF-ROWS"
+        lines = [f"# {command.format(name)}{after}", *(shlex.join(own_settings(plan, run)) for run in runs)]
+        found[name] = "\n".join(lines) + "\n"
+    return found | {f"descriptions/{name}.yaml": dump_config(config) for name, config in described.items()}
+
+
+def _described(plan: SweepPlan) -> dict[str, RunConfig]:
+    """Return the configuration of each run.
+
+    Raises:
+        ConfigError: the settings of a run do not fit; the message begins with its name.
+    """
+    found = {}
+    for run in plan.runs:
+        fixed = [
+            f"output_dir={json.dumps(plan.base.output_dir)}",
+            f"schedule.flop_count={plan.base.schedule.flop_count}",
+        ]
+        cleared = ["schedule.tokens=", "schedule.flops=", "schedule.decay_steps=0"]
+        settings = [*plan.sweep.settings, *fixed, *cleared, *own_settings(plan, run)]
+        try:
+            config = load_config(plan.sweep.run, settings, RunConfig)
+        except ConfigError as error:
+            raise ConfigError(f"{run.name}: {error}") from None
+        if config.name != run.name or config.output_dir != plan.base.output_dir:
+            raise ConfigError(f"{run.name}: name and output_dir are the sweep's; leave them out of `settings`")
+        found[run.name] = config
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a sweep's folder, its runs with their entries checked.
+
+    Raises:
+        ConfigError: the folder is none of a sweep, or its manifest is damaged.
+    """
+    path = folder / _MANIFEST
+    try:
+        found = read_json_object(path, max_bytes=_MAX_BYTES)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder} is no folder of a sweep: it has no {_MANIFEST}; give the folder written by it"
+        ) from None
+    except (OSError, UnreadableFileError) as error:
+        raise ConfigError(f"{path} {why(error)}; write the sweep again") from None
+    runs = found.get("runs")
+    is_sound = isinstance(runs, list) and isinstance(found.get("base"), dict) and all(map(_is_run, runs))
+    if found.get("format") != FORMAT or not is_sound:
+        raise ConfigError(f"{path} is not the manifest of a sweep in format {FORMAT}; write the sweep again")
+    return found
+
+
+def _is_run(entry: Any) -> bool:
+    is_named = isinstance(entry, dict) and isinstance(entry.get("name"), str) and "/" not in entry["name"]
+    return is_named and isinstance(entry.get("steps"), int) and isinstance(entry.get("trunk"), str | None)
