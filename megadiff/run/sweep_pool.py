@@ -200,10 +200,11 @@ class Pool:
                 worker = self._workers[key.fd]
                 data = os.read(key.fd, 2**16)
                 worker.buffer += data
+                has_failed = False
                 while b"\n" in worker.buffer:
                     line, worker.buffer = worker.buffer.split(b"\n", 1)
-                    self._hear(worker, json.loads(line))
-                if not data:
+                    has_failed = self._hear(worker, json.loads(line)) or has_failed
+                if has_failed or not data:  # a worker ends with a run that fails
                     selector.unregister(key.fd)
                     self._lose(worker)
 
@@ -246,10 +247,11 @@ class Pool:
         selector.register(worker.replies, selectors.EVENT_READ)
         return worker
 
-    def _hear(self, worker: _Worker, reply: dict[str, Any]) -> None:
+    def _hear(self, worker: _Worker, reply: dict[str, Any]) -> bool:
+        """Take a worker's reply; return whether its run failed."""
         if "ready" in reply:
-            worker.is_ready = True
-            return
+            worker.is_ready, worker.begun = True, time.monotonic()
+            return False
         entry, worker.run = worker.run, None
         assert entry is not None
         if reply["error"] is not None and reply["code"] == ConfigError.exit_code:
@@ -258,6 +260,7 @@ class Pool:
                 self.say(f"{_SAME_MISTAKES} runs end with the same mistake, so no more are started")
                 self._is_closing = True
         self._end(entry, reply["error"], time.monotonic() - worker.begun)
+        return reply["error"] is not None
 
     def _lose(self, worker: _Worker) -> None:
         """Forget a worker that has ended, with the run it may have had."""

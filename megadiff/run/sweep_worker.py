@@ -76,6 +76,8 @@ def main() -> None:
     """Serve on the descriptors that the command line names."""
     commands, replies = (int(word) for word in sys.argv[1:3])
     serve(os.fdopen(commands, "rb"), os.fdopen(replies, "wb"))
+    sys.stderr.flush()
+    os._exit(1)  # whatever a failed run has left behind
 
 
 if __name__ == "__main__":

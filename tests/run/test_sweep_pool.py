@@ -1,0 +1,197 @@
+"""The local pool trains every run once, whatever happens to its workers, and to itself."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megadiff.run.sweep_folder import plan_sweep, write_sweep
+from megadiff.run.sweep_status import RunState, states
+from tests.support.sweeps import content_of, fork_worker, run_pool, said, start_pool, write_description
+
+KILLS = int(os.environ.get("MEGADIFF_SWEEP_KILLS", "3"))
+"""Number of times that the pool is killed; `MEGADIFF_SWEEP_KILLS=20` makes it a harder test."""
+NAME = "masked-L{}-D{}-b8-lr0.002-s0"
+
+
+def written(folder: Path, corpus: Path, **changes) -> Path:
+    """A sweep's folder."""
+    plan = plan_sweep(write_description(folder, corpus, **changes))
+    write_sweep(plan)
+    return plan.folder
+
+
+def by_name(folder: Path) -> dict[str, RunState]:
+    return {state.name: state for state in states(folder)}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    return {run.name: content_of(run) for run in sorted((folder / "runs").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy_corpus, tmp_path_factory) -> Path:
+    """A sweep that one worker has trained in one go, and a cooldown of one of its runs."""
+    folder = written(
+        tmp_path_factory.mktemp("undisturbed"), toy_corpus, cooldowns=[{"shapes": ["1x32x2"], "length": 0.4}]
+    )
+    run_pool(folder)
+    return folder
+
+
+def without_folder(content, folder: Path):
+    """The same with the sweep's own path cut out of the settings."""
+    return {
+        name: {**found, "config.yaml": found["config.yaml"].replace(str(folder), "")} for name, found in content.items()
+    }
+
+
+def test_every_run_is_finished_at_its_last_budget(undisturbed):
+    found = by_name(undisturbed)
+    branch = f"{NAME.format(1, 32)}-cooldown0.4"
+    assert {name: (each.state, each.step) for name, each in found.items()} == {
+        NAME.format(1, 16): ("finished", 29),
+        NAME.format(2, 16): ("finished", 15),
+        NAME.format(1, 32): ("finished", 8),
+        branch: ("finished", 8),
+    }
+    evaluated = [
+        line["step"] for line in content_of(undisturbed / "runs" / NAME.format(1, 16))["figures"] if "eval_elbo" in line
+    ]
+    assert evaluated == [0, 15, 29]
+    cooled = [line for line in content_of(undisturbed / "runs" / branch)["figures"] if "loss" in line]
+    assert [line["step"] for line in cooled] == [6, 7, 8]
+    assert cooled[0]["lr"] == 0.002 > cooled[1]["lr"] > cooled[2]["lr"] > 0
+
+
+def test_a_run_after_others_is_the_run_alone(undisturbed, toy_corpus, tmp_path):
+    """The last run of the warm worker, beside one that a fresh worker has trained first and alone."""
+    folder = written(
+        tmp_path, toy_corpus, sizes={"shapes": ["1x32x2"]}, cooldowns=[{"shapes": ["1x32x2"], "length": 0.4}]
+    )
+    run_pool(folder)
+    alone, after = without_folder(contents(folder), folder), without_folder(contents(undisturbed), undisturbed)
+    assert list(alone) == [NAME.format(1, 32), f"{NAME.format(1, 32)}-cooldown0.4"]
+    for name, content in alone.items():
+        assert content == after[name]
+
+
+def test_a_killed_pool_goes_on_bit_for_bit(undisturbed, toy_corpus, tmp_path):
+    folder = written(tmp_path, toy_corpus, cooldowns=[{"shapes": ["1x32x2"], "length": 0.4}])
+    draw, kills = random.Random(0), 0
+    while kills < KILLS:
+        pool = start_pool(folder, jobs=2)
+        pool.join(draw.uniform(0.3, 3.0))
+        if not pool.is_alive():
+            (folder / "runs" / draw.choice(sorted(by_name(folder)))).rename(tmp_path / f"removed-{kills}")
+        pool.kill()
+        pool.join()
+        kills += 1
+    run_pool(folder, jobs=2)
+    assert {state.state for state in states(folder)} == {"finished"}
+    assert without_folder(contents(folder), folder) == without_folder(contents(undisturbed), undisturbed)
+    assert "error" not in said(folder)
+
+
+def test_finished_runs_are_not_repeated(undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in (undisturbed / "runs").rglob("metrics.jsonl")}
+    shown = run_pool(undisturbed)
+    assert before == {path: path.stat().st_mtime_ns for path in (undisturbed / "runs").rglob("metrics.jsonl")}
+    assert shown.count("finished after step") == len(before)
+
+
+def test_a_killed_and_a_diverged_run_do_not_stop_the_others(toy_corpus, tmp_path):
+    """One worker is killed in its run, and one run has a rate that no loss survives."""
+    grid = [
+        {"sequences": [8], "learning_rates": [0.002]},
+        {"sequences": [8], "learning_rates": [1e30], "shapes": ["1x32x2"]},
+    ]
+    folder = written(tmp_path, toy_corpus, grid=grid, base={"optimizer__clip_grad": 0.0})
+    process = start_pool(folder)
+    first = folder / "runs" / NAME.format(1, 16)
+    end = time.monotonic() + 60
+    while not (first / "metrics.jsonl").exists():
+        assert time.monotonic() < end, said(folder)
+        time.sleep(0.01)
+    worker = next(child for child in psutil.Process(process.pid).children() if child.name() != "watcher")
+    worker.kill()
+    process.join(100)
+    found = by_name(folder)
+    diverged = "masked-L1-D32-b8-lr1e+30-s0"
+    assert {name: each.state for name, each in found.items()} == {
+        NAME.format(1, 16): "failed",
+        NAME.format(2, 16): "finished",
+        NAME.format(1, 32): "finished",
+        diverged: "diverged",
+    }
+    assert f"{NAME.format(1, 16)} failed: its worker ended (killed by SIGKILL)" in said(folder)
+    assert f"{diverged} diverged: " in said(folder)
+    assert process.exitcode == 1
+
+    again = run_pool(folder)
+
+    assert by_name(folder)[NAME.format(1, 16)].state == "finished"
+    assert again.count(diverged) == 1, "a run that diverged is not tried again"
+
+
+def test_a_pool_that_is_asked_to_stop_saves_its_runs(toy_corpus, tmp_path):
+    folder = written(tmp_path, toy_corpus, budgets={"flops": [4e7, 8e9]}, base={"checkpoint": {"every": 100000}})
+    pool = start_pool(folder, jobs=1)
+    run = folder / "runs" / NAME.format(1, 16)
+    end = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists():
+        assert time.monotonic() < end, said(folder)
+        time.sleep(0.01)
+    os.kill(pool.pid, signal.SIGINT)
+    pool.join(60)
+    assert pool.exitcode == 130, said(folder)
+    stopped = by_name(folder)[NAME.format(1, 16)]
+    assert (stopped.state, stopped.reason) == ("stopped", "SIGTERM")
+    assert (run / "checkpoints" / f"step_{stopped.step:08d}").is_dir()
+    assert by_name(folder)[NAME.format(1, 32)].state == "missing"
+
+
+def test_a_second_pool_on_a_folder_is_refused(toy_corpus, tmp_path):
+    folder = written(tmp_path, toy_corpus, budgets={"flops": [4e7, 8e9]})
+    first = start_pool(folder)
+    end = time.monotonic() + 60
+    while not (folder / "runs").exists():
+        assert time.monotonic() < end, said(folder)
+        time.sleep(0.01)
+    second = start_pool(folder)
+    second.join(60)
+    first.kill()
+    first.join()
+    assert second.exitcode == 2
+    assert f"error: another pool (pid {first.pid} on " in said(folder)
+
+
+def test_a_mistake_that_all_runs_share_ends_the_pool(toy_corpus, tmp_path):
+    folder = written(tmp_path, toy_corpus, base={"data__train": [str(tmp_path / "nothing")]}, seeds=[0, 1])
+    shown = run_pool(folder)
+    assert shown.count(" failed: ") == 3
+    assert "3 runs end with the same mistake, so no more are started" in shown
+
+
+def test_workers_that_do_not_start_are_said_to(toy_corpus, tmp_path):
+    def dead(number, commands, replies, lock):
+        def end(*_):
+            os._exit(3)
+
+        pid = os.fork()
+        if pid == 0:
+            end()
+        process = fork_worker.__globals__["ForkedProcess"](pid)
+        return process
+
+    folder = written(tmp_path, toy_corpus)
+    pool = start_pool(folder, start=dead)
+    pool.join(30)
+    assert pool.exitcode == 1
+    assert "error: a worker ended before its first run (exit code 3); " in said(folder)
