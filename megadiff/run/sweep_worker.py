@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -64,7 +65,7 @@ def train(description: Path) -> dict[str, Any]:
 def _listen(commands: BinaryIO, waiting: queue.SimpleQueue[bytes]) -> None:
     while line := commands.readline():
         waiting.put(line)
-    os._exit(0)  # whatever the main thread does: without its pool nobody would read the result
+    os.kill(os.getpid(), signal.SIGKILL)  # whatever the main thread does: the pool is gone, or needs no more workers
 
 
 def _reply(replies: BinaryIO, content: dict[str, Any]) -> None:

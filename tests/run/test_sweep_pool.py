@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,8 @@ import pytest
 
 from megadiff.run.sweep_folder import plan_sweep, write_sweep
 from megadiff.run.sweep_status import RunState, states
-from tests.support.sweeps import content_of, fork_worker, run_pool, said, start_pool, write_description
+from tests.support.runs import read_metrics
+from tests.support.sweeps import ForkedProcess, content_of, run_pool, said, start_pool, write_description
 
 KILLS = int(os.environ.get("MEGADIFF_SWEEP_KILLS", "3"))
 """Number of times that the pool is killed; `MEGADIFF_SWEEP_KILLS=20` makes it a harder test."""
@@ -31,8 +33,17 @@ def by_name(folder: Path) -> dict[str, RunState]:
     return {state.name: state for state in states(folder)}
 
 
-def contents(folder: Path) -> dict[str, object]:
-    return {run.name: content_of(run) for run in sorted((folder / "runs").iterdir())}
+def contents(folder: Path) -> dict[str, dict[str, object]]:
+    """All that counts of every run, with the sweep's own path cut out of the settings."""
+    found = {run.name: content_of(run) for run in sorted((folder / "runs").iterdir())}
+    return {name: {**each, "config": each["config"].replace(str(folder), "")} for name, each in found.items()}
+
+
+def wait_for(condition: Callable[[], object], folder: Path, *, timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, said(folder)
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +54,6 @@ def undisturbed(toy_corpus, tmp_path_factory) -> Path:
     )
     run_pool(folder)
     return folder
-
-
-def without_folder(content, folder: Path):
-    """The same with the sweep's own path cut out of the settings."""
-    return {
-        name: {**found, "config.yaml": found["config.yaml"].replace(str(folder), "")} for name, found in content.items()
-    }
 
 
 def test_every_run_is_finished_at_its_last_budget(undisturbed):
@@ -76,7 +80,7 @@ def test_a_run_after_others_is_the_run_alone(undisturbed, toy_corpus, tmp_path):
         tmp_path, toy_corpus, sizes={"shapes": ["1x32x2"]}, cooldowns=[{"shapes": ["1x32x2"], "length": 0.4}]
     )
     run_pool(folder)
-    alone, after = without_folder(contents(folder), folder), without_folder(contents(undisturbed), undisturbed)
+    alone, after = contents(folder), contents(undisturbed)
     assert list(alone) == [NAME.format(1, 32), f"{NAME.format(1, 32)}-cooldown0.4"]
     for name, content in alone.items():
         assert content == after[name]
@@ -95,7 +99,7 @@ def test_a_killed_pool_goes_on_bit_for_bit(undisturbed, toy_corpus, tmp_path):
         kills += 1
     run_pool(folder, jobs=2)
     assert {state.state for state in states(folder)} == {"finished"}
-    assert without_folder(contents(folder), folder) == without_folder(contents(undisturbed), undisturbed)
+    assert contents(folder) == contents(undisturbed)
     assert "error" not in said(folder)
 
 
@@ -115,10 +119,7 @@ def test_a_killed_and_a_diverged_run_do_not_stop_the_others(toy_corpus, tmp_path
     folder = written(tmp_path, toy_corpus, grid=grid, base={"optimizer__clip_grad": 0.0})
     process = start_pool(folder)
     first = folder / "runs" / NAME.format(1, 16)
-    end = time.monotonic() + 60
-    while not (first / "metrics.jsonl").exists():
-        assert time.monotonic() < end, said(folder)
-        time.sleep(0.01)
+    wait_for(lambda: read_metrics(first / "metrics.jsonl"), folder)
     worker = next(child for child in psutil.Process(process.pid).children() if child.name() != "watcher")
     worker.kill()
     process.join(100)
@@ -144,10 +145,7 @@ def test_a_pool_that_is_asked_to_stop_saves_its_runs(toy_corpus, tmp_path):
     folder = written(tmp_path, toy_corpus, budgets={"flops": [4e7, 8e9]}, base={"checkpoint": {"every": 100000}})
     pool = start_pool(folder, jobs=1)
     run = folder / "runs" / NAME.format(1, 16)
-    end = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists():
-        assert time.monotonic() < end, said(folder)
-        time.sleep(0.01)
+    wait_for(lambda: read_metrics(run / "metrics.jsonl"), folder)
     os.kill(pool.pid, signal.SIGINT)
     pool.join(60)
     assert pool.exitcode == 130, said(folder)
@@ -160,10 +158,7 @@ def test_a_pool_that_is_asked_to_stop_saves_its_runs(toy_corpus, tmp_path):
 def test_a_second_pool_on_a_folder_is_refused(toy_corpus, tmp_path):
     folder = written(tmp_path, toy_corpus, budgets={"flops": [4e7, 8e9]})
     first = start_pool(folder)
-    end = time.monotonic() + 60
-    while not (folder / "runs").exists():
-        assert time.monotonic() < end, said(folder)
-        time.sleep(0.01)
+    wait_for((folder / "runs").exists, folder)
     second = start_pool(folder)
     second.join(60)
     first.kill()
@@ -181,14 +176,8 @@ def test_a_mistake_that_all_runs_share_ends_the_pool(toy_corpus, tmp_path):
 
 def test_workers_that_do_not_start_are_said_to(toy_corpus, tmp_path):
     def dead(number, commands, replies, lock):
-        def end(*_):
-            os._exit(3)
-
         pid = os.fork()
-        if pid == 0:
-            end()
-        process = fork_worker.__globals__["ForkedProcess"](pid)
-        return process
+        return ForkedProcess(pid) if pid else os._exit(3)
 
     folder = written(tmp_path, toy_corpus)
     pool = start_pool(folder, start=dead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -16,13 +17,12 @@ from typing import Any
 from tests.support.commands import write_yaml
 from tests.support.runs import toy_tree
 
-COMPARED = ("config.yaml", "data.json")
 MEASURED = re.compile(r"_per_s$|_s$|tflops|peak_bytes|goodput|^mfu$|^hfu$|^attempts$|suggested_save_steps")
 """Keys of a line of metrics that depend on the clock or the process."""
 
 
 def write_description(folder: Path, corpus: Path, base: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A sweep of three sizes and one noise over toy data, whose runs take 8 to 29 steps; `base` changes the base run."""
+    """A sweep of three sizes over toy data, whose runs take 8 to 29 steps; `base` changes the base run."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "model__layers": 1,
@@ -68,13 +68,12 @@ def fork_worker(number: int, commands: int, replies: int, lock: int) -> ForkedPr
         return ForkedProcess(pid)
     try:
         os.setsid()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2 and int(name) not in (commands, replies, lock):
-                try:
+                with contextlib.suppress(OSError):
                     os.close(int(name))
-                except OSError:
-                    continue
         from megadiff.run.sweep_worker import serve
 
         serve(os.fdopen(commands, "rb"), os.fdopen(replies, "wb"))
@@ -83,7 +82,7 @@ def fork_worker(number: int, commands: int, replies: int, lock: int) -> ForkedPr
 
 
 def start_pool(folder: Path, jobs: int = 1, start: Any = fork_worker) -> Any:
-    """A pool over a written sweep in a forked process of its own; what it shows goes to `said` in the sweep's folder."""
+    """A pool over a written sweep in a forked process of its own; what it shows goes to `said` in the folder."""
     process = multiprocessing.get_context("fork").Process(target=_pool_main, args=(folder, jobs, start))
     process.start()
     return process
@@ -129,4 +128,4 @@ def content_of(run: Path) -> dict[str, Any]:
     last = run / "checkpoints" / (run / "LATEST").read_text().strip()
     weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.distcp")}
     assert weights
-    return {"figures": figures, "weights": weights} | {name: (run / name).read_text() for name in COMPARED}
+    return {"figures": figures, "weights": weights, "config": (run / "config.yaml").read_text()}
