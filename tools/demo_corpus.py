@@ -1,10 +1,12 @@
 """Write a small corpus of real English from the local Python installation, without any download.
 
-    python tools/demo_corpus.py --output data/demo
+    python tools/demo_corpus.py --output data/demo [--packages]
 
 Its sources are Python's documentation topics (`pydoc_data.topics`), the docstrings and long comments of the standard
-library (its .py files are parsed, never imported), its text files and its licence. It writes train.jsonl (about 95 %),
-valid.jsonl and LICENSE.txt. The split depends only on a hash of each text, so a text is always in the same part.
+library (its .py files are parsed, never imported), its text files and its licence. With --packages the installed
+packages are read in the same way, which gives some ten times more text and depends on what is installed. It writes
+train.jsonl (about 95 %), valid.jsonl and LICENSE.txt. The split depends only on a hash of each text, so a text is
+always in the same part.
 """
 
 from __future__ import annotations
@@ -32,6 +34,11 @@ documentation topics (pydoc_data/topics.py), docstrings, comments and text files
 Copyright Python Software Foundation and contributors, under the PSF License Agreement, version 2, and for the
 documentation's examples the Zero-Clause BSD licence. Markup was removed; the "source" of each line names its file.
 See https://docs.python.org/3/license.html. The installation's own licence text follows.
+
+"""
+PACKAGES_NOTE = """\
+Texts whose "source" begins with packages/ are docstrings, comments and text files of the packages installed at
+{packages}, each under the licence of its package.
 
 """
 
@@ -100,13 +107,21 @@ def is_valid(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < VALID_SHARE * 2**64
 
 
-def write_corpus(output: Path, library: Path) -> dict[str, tuple[int, int]]:
-    """Write the three files from the topics and a library's folder; return documents and characters by split."""
+def texts(library: Path, packages: Path | None) -> Iterator[tuple[str, str]]:
+    """Yield the topics, and the texts of a library's folder and of installed packages, as (source, text)."""
+    yield from topics()
+    yield from library_texts(library)
+    if packages is not None:
+        yield from ((f"packages/{source}", text) for source, text in library_texts(packages))
+
+
+def write_corpus(output: Path, library: Path, packages: Path | None = None) -> dict[str, tuple[int, int]]:
+    """Write the three files from all `texts`; return documents and characters by split."""
     seen: set[str] = set()
     counts = {"train": (0, 0), "valid": (0, 0)}
     parts = {split: output / f"{split}.jsonl.part" for split in counts}
     with parts["train"].open("w", encoding="utf-8") as train, parts["valid"].open("w", encoding="utf-8") as valid:
-        for source, raw in (*topics(), *library_texts(library)):
+        for source, raw in texts(library, packages):
             text = clean(raw)
             if text in seen or not is_english(text):
                 continue
@@ -117,6 +132,7 @@ def write_corpus(output: Path, library: Path) -> dict[str, tuple[int, int]]:
     licence = library / "LICENSE.txt"
     own = licence.read_text(encoding="utf-8") if licence.exists() else "(this installation carries no LICENSE.txt)\n"
     note = LICENCE_NOTE.format(version=sys.version.split()[0], library=library)
+    note += "" if packages is None else PACKAGES_NOTE.format(packages=packages)
     (output / "LICENSE.txt").write_text(note + own, encoding="utf-8")
     for split, part in parts.items():
         part.replace(output / f"{split}.jsonl")
@@ -127,12 +143,14 @@ def main() -> None:
     """Parse the command line and write the corpus."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="output folder, created if missing")
-    output = parser.parse_args().output
-    library = Path(sysconfig.get_path("stdlib"))
+    parser.add_argument("--packages", action="store_true", help="read the installed packages too (some minutes)")
+    arguments = parser.parse_args()
+    output, library = arguments.output, Path(sysconfig.get_path("stdlib"))
+    packages = Path(sysconfig.get_path("purelib")) if arguments.packages else None
     print(f"reading the documentation in {library} (some seconds)", flush=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        counts = write_corpus(output, library)
+        counts = write_corpus(output, library, packages)
     except OSError as error:
         raise DataError(f"{error.filename or output}: cannot be written or read: {error.strerror}") from None
     for split, (documents, characters) in counts.items():

@@ -140,7 +140,7 @@ def predict(
     if len(usable["loss"]) < 2:
         raise FitError("no simulated sweep has three budgets with an inner optimum; widen the sizes or add budgets")
     bowls, _ = _planted(design, surface)
-    last = [max(np.flatnonzero(row), default=-1) for row in bowls.present]
+    size = _extent(bowls)
     told = None
     if other is not None:
         theirs, _ = simulate(other_design or design, other, draws=draws, seed=seed + 1)
@@ -155,15 +155,31 @@ def predict(
         inner_budgets=float(inner.mean()),
         budgets=len(design.budgets),
         failed=float(1 - len(usable["loss"]) / draws),
-        runs=int(sum(place >= 0 for place in last)),
-        flops=float(sum(np.exp(bowls.log_flops[place]) for place in last if place >= 0)),
+        runs=size.runs,
+        flops=size.flops,
         told_apart=told,
     )
 
 
-def sizes_at_budgets(design: Design, surface: LossSurface) -> list[int]:
-    """Return the number of different sizes at each budget."""
-    return _planted(design, surface)[0].sizes
+@dataclass(frozen=True)
+class Extent:
+    """What a design takes."""
+
+    runs: int
+    flops: float
+    """FLOPs of all runs together."""
+    fewest_sizes: int
+    """Number of different sizes at the budget that has the fewest."""
+
+
+def extent(design: Design, surface: LossSurface) -> Extent:
+    """Return what a design takes; a run ends at the last budget that it serves."""
+    return _extent(_planted(design, surface)[0])
+
+
+def _extent(bowls: Bowls) -> Extent:
+    last = [int(places[-1]) for row in bowls.present if len(places := np.flatnonzero(row))]
+    return Extent(len(last), float(np.exp(bowls.log_flops[last]).sum()), min(bowls.sizes))
 
 
 def _told_apart(first: Floats, second: Floats, gap: float, width: float) -> float:

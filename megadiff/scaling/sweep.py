@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from megadiff.config.load import load_config
 from megadiff.config.section import Section
@@ -281,26 +281,30 @@ class Sweep(Section):
     def _are_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         return _seeds(seeds)
 
-    @model_validator(mode="after")
-    def _parts_name_each_other(self) -> Sweep:
-        names = [noise.name for noise in self.noises]
-        if not names or not self.grid:
-            raise ValueError("at least one noise and one entry of `grid` are wanted")
-        if len(set(names)) < len(names):
-            raise ValueError(f"the noise {next(name for name in names if names.count(name) > 1)} is there twice")
-        for part, selection in (("more_seeds", self.more_seeds), ("cooldowns", self.cooldowns)):
-            unknown = [name for each in selection for name in each.noises or () if name not in names]
+    @field_validator("noises")
+    @classmethod
+    def _noises_differ(cls, noises: tuple[SweptNoise, ...]) -> tuple[SweptNoise, ...]:
+        names = [noise.name for noise in noises]
+        if not names or len(set(names)) < len(names):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            raise ValueError("at least one noise is wanted" if twice is None else f"the noise {twice} is there twice")
+        return noises
+
+    @field_validator("grid", "more_seeds", "cooldowns")
+    @classmethod
+    def _selects_what_there_is(cls, entries: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        if info.field_name == "grid" and not entries:
+            raise ValueError("grid is empty; at least one entry is wanted")
+        noises, sizes = info.data.get("noises"), info.data.get("sizes")
+        if noises is None or sizes is None:
+            return entries  # they have mistakes of their own
+        named = {"noise": [noise.name for noise in noises], "shape": sizes.shapes}
+        for kind, known in named.items():
+            given = [name for entry in entries for name in getattr(entry, f"{kind}s", None) or ()]
+            unknown = [name for name in given if known is not None and name not in known]
             if unknown:
-                raise ValueError(f"{part} names the noise {unknown[0]}; this sweep has {', '.join(names)}")
-        if self.sizes.shapes is not None:
-            parts = {"grid": self.grid, "more_seeds": self.more_seeds, "cooldowns": self.cooldowns}
-            for part, entries in parts.items():
-                unknown = [shape for each in entries for shape in each.shapes or () if shape not in self.sizes.shapes]
-                if unknown:
-                    raise ValueError(
-                        f"{part} names the shape {unknown[0]}; this sweep has {', '.join(self.sizes.shapes)}"
-                    )
-        return self
+                raise ValueError(f"{info.field_name} names the {kind} {unknown[0]}; this sweep has {', '.join(known)}")
+        return entries
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:

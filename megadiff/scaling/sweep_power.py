@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megadiff.scaling.isoflop import GOOD_SIZES, MIN_BUDGETS, MIN_SIZES
 from megadiff.scaling.laws import LawBook
-from megadiff.scaling.power import LossSurface, Power, RunsDesign, SweepDesign, predict, sizes_at_budgets
+from megadiff.scaling.power import LossSurface, Power, RunsDesign, SweepDesign, extent, predict
 from megadiff.scaling.resampling import FitError
 from megadiff.scaling.sweep import Sweep
 from megadiff.scaling.sweep_runs import SweepRun
@@ -132,28 +132,31 @@ def _cheaper(design: RunsDesign, surface: LossSurface, power: Power, *, draws: i
     """
     wanted = power.standard_errors[EXPONENT]
     off = max(abs(power.biases[EXPONENT]), 0.5 * wanted)
-    found: list[tuple[float, SweepDesign, Power]] = []
-    for tried in _grids(design):
-        if min(sizes_at_budgets(tried, surface)) < GOOD_SIZES:
-            continue
+    affordable: list[tuple[float, SweepDesign]] = []
+    for grid in _grids(design):
+        its = extent(grid, surface)
+        if its.flops <= _WORTH_IT * power.flops and its.fewest_sizes >= GOOD_SIZES:
+            affordable.append((its.flops, grid))
+    for flops, grid in sorted(affordable, key=lambda each: each[0]):
         try:
-            its = predict(tried, surface, draws=draws, seed=seed)
+            found = predict(grid, surface, draws=draws, seed=seed)
         except FitError:
             continue
-        is_as_good = its.standard_errors[EXPONENT] <= _AS_GOOD * wanted and abs(its.biases[EXPONENT]) <= off
-        if is_as_good and its.failed <= power.failed + 0.01:
-            found.append((its.flops, tried, its))
-    best = min(found, key=lambda each: each[0], default=None)
-    if best is None or best[0] > _WORTH_IT * power.flops:
-        return "no regular grid of sizes, budgets and seeds is as certain for less"
-    flops, grid, its = best
+        is_as_good = found.standard_errors[EXPONENT] <= _AS_GOOD * wanted and abs(found.biases[EXPONENT]) <= off
+        if is_as_good and found.failed <= power.failed + 0.01:
+            return _words(grid, found, flops / power.flops)
+    return "no regular grid of sizes, budgets and seeds is as certain for less"
+
+
+def _words(grid: SweepDesign, found: Power, share: float) -> str:
+    """Return a grid with its error, runs, and share of the FLOPs."""
     window = "all of them at every budget" if grid.window is None else f"within {grid.window:g}x of the optimum"
     factor = (grid.sizes[-1] / grid.sizes[0]) ** (1 / (len(grid.sizes) - 1))
     seeds = "1 seed" if grid.seeds == 1 else f"{grid.seeds} seeds"
     return (
         f"{len(grid.sizes)} sizes from {grid.sizes[0]:.3g} to {grid.sizes[-1]:.3g} FLOPs a token, {factor:.3g}x apart, "
-        f"{window}, {len(grid.budgets)} budgets, {seeds}: standard error {its.standard_errors[EXPONENT]:.3f} with "
-        f"{its.runs} runs and {100 * flops / power.flops:.0f} % of the FLOPs"
+        f"{window}, {len(grid.budgets)} budgets, {seeds}: standard error {found.standard_errors[EXPONENT]:.3f} with "
+        f"{found.runs} runs and {100 * share:.0f} % of the FLOPs"
     )
 
 

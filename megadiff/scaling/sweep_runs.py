@@ -192,7 +192,11 @@ def _runs_of(
                     yield _run(sweep, noise, entry, shape, base, sequences, rate, seed, tuple(served), steps)
         if not has_run:
             remarks.add(f"{shape} serves no budget and is left out", noise.name)
-    named = [f"{flops:.3g} FLOPs in {number} runs" for flops, number in sorted(early.items()) if number]
+    named = [
+        f"{flops:.3g} FLOPs in {number} run{'s' if number > 1 else ''}"
+        for flops, number in sorted(early.items())
+        if number
+    ]
     if named:
         first = f"{WARMUPS * base.warmup_steps:,}"
         remarks.add(f"nothing counts before step {first}, {WARMUPS} warm-ups: {', '.join(named)}", noise.name)
