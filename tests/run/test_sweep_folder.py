@@ -1,0 +1,136 @@
+"""A sweep's folder follows from its description; what it holds is neither changed nor mixed with another sweep."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megadiff.config.load import load_config
+from megadiff.errors import ConfigError
+from megadiff.run.config import RunConfig
+from megadiff.run.sweep_folder import plan_sweep, read_manifest, write_sweep
+from megadiff.run.sweep_status import counts, states
+from megadiff.supervision.launch import Holder
+from megadiff.supervision.status import FAILED, FINISHED, NO_RESTART, RUNNING, STOPPED, Status, write_status
+from tests.support.sweeps import write_description
+
+COOLDOWN = [{"shapes": ["1x32x2"], "length": 0.4}]
+
+
+@pytest.fixture
+def plan(toy_corpus, tmp_path):
+    return plan_sweep(write_description(tmp_path, toy_corpus, noises=["masked", "next_token"], cooldowns=COOLDOWN))
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_description_writes_the_same_bytes(plan, tmp_path):
+    new = write_sweep(plan)
+    first = files(plan.folder)
+    for path in list(plan.folder.rglob("*.yaml")):
+        path.unlink()
+    (plan.folder / "sweep.json").unlink()
+    assert new == write_sweep(plan) == [run.name for run in plan.runs]
+    assert files(plan.folder) == first
+    assert write_sweep(plan) == []
+    assert len(plan.runs) == 8
+
+
+def test_a_row_and_a_description_are_the_same_run(plan):
+    """What `slurm/submit sweep` trains is what the local pool trains."""
+    write_sweep(plan)
+    rows = [
+        shlex.split(line)
+        for name in ("rows.txt", "branches.txt")
+        for line in (plan.folder / name).read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert len(rows) == len(plan.runs)
+    for row in rows:
+        config = load_config(plan.folder / "base.yaml", row, RunConfig)
+        assert config == load_config(plan.folder / f"descriptions/{config.name}.yaml", [], RunConfig)
+        assert config.folder == plan.folder / "runs" / config.name
+        assert config.schedule.decay_steps == 0 or config.checkpoint.start_from is not None
+    assert sum("checkpoint.start_from" in line for line in (plan.folder / "branches.txt").read_text().splitlines()) == 2
+
+
+def test_runs_may_be_added_but_not_changed(plan, toy_corpus, tmp_path):
+    write_sweep(plan)
+    more = plan_sweep(plan.path, ["seeds=[0, 1]"])
+    assert write_sweep(more) == [run.name for run in more.runs if run.seed == 1]
+    with pytest.raises(
+        ConfigError, match=r"holds the run masked-L1-D16-b8-lr0.002-s1, which .*sweep.yaml does not have"
+    ):
+        write_sweep(plan)
+    with pytest.raises(ConfigError, match=r"holds another masked-L1-D16-b8-lr0\.002-s0 than"):
+        write_sweep(plan_sweep(plan.path, ["seeds=[0, 1]", "budgets.flops=[4e7, 9e7]"]))
+    with pytest.raises(ConfigError, match="whose base run has another `optimizer`"):
+        write_sweep(plan_sweep(plan.path, ["seeds=[0, 1]", "settings=[optimizer.weight_decay=0.2]"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["noises=[{name: masked, settings: [name=b]}]"], "name and output_dir are the sweep's"),
+        (["settings=[optimizer.lrr=1]"], "unknown key `optimizer.lrr`"),
+        (["run=nothing.yaml"], "nothing.yaml: the run description does not exist"),
+        (["laws=nothing.yaml"], "nothing.yaml: the law file does not exist"),
+        (
+            ["noises=[{name: masked, settings: [model.layers=x]}]"],
+            "masked-L1-D16-b8-lr0.002-s0: .*`model.layers` wants",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(plan, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        write_sweep(plan_sweep(plan.path, overrides))
+    assert not (plan.folder / "sweep.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "base": {}, "runs": [{"name": "../x"}]}']
+)
+def test_a_damaged_manifest_is_refused(tmp_path, text):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ConfigError, match="write the sweep again"):
+        read_manifest(tmp_path)
+
+
+def test_another_folder_is_no_sweep(tmp_path):
+    with pytest.raises(ConfigError, match=r"is no folder of a sweep: it has no sweep.json"):
+        states(tmp_path)
+
+
+def test_states_are_read_from_the_run_folders(plan):
+    """One run in each state that a kill, a loss, a stop, a process of another machine, or nothing leaves behind."""
+    write_sweep(plan)
+    names = [run.name for run in plan.runs]
+    wanted = {
+        names[0]: ("finished", Status.now(FINISHED, step=plan.runs[0].steps, steps=plan.runs[0].steps)),
+        names[1]: ("diverged", Status.now(NO_RESTART, step=3, steps=15, reason="the loss is nan", exit_code=5)),
+        names[2]: ("failed", Status.now(FAILED, step=3, steps=8, reason="no space", exit_code=1)),
+        names[3]: ("interrupted", Status.now(RUNNING, step=4, steps=8)),
+        names[4]: ("running", Status.now(RUNNING, step=4, steps=29)),
+        names[5]: ("stopped", Status.now(STOPPED, step=4, steps=15, reason="SIGTERM")),
+        names[6]: ("missing", None),
+        names[7]: ("stopped", Status.now(FINISHED, step=2, steps=2)),
+    }
+    for name, (_, status) in wanted.items():
+        if status is not None:
+            folder = plan.folder / "runs" / name
+            folder.mkdir(parents=True)
+            write_status(folder, status)
+    Holder.this_process().write(plan.folder / "runs" / names[4])
+    (plan.folder / "runs" / names[4] / "metrics.jsonl").write_text(
+        json.dumps({"step": 7, "elbo": 5.5}) + "\n" + json.dumps({"step": 7, "eval_elbo": 5.25}) + '\n{"step": 8, "el'
+    )
+    found = {each.name: each for each in states(plan.folder)}
+    assert {name: each.state for name, each in found.items()} == {name: state for name, (state, _) in wanted.items()}
+    assert (found[names[4]].step, found[names[4]].loss) == (7, 5.25)
+    assert found[names[1]].reason == "the loss is nan"
+    assert counts(found.values()) == "1 finished, 1 running, 2 stopped, 1 interrupted, 1 failed, 1 diverged, 1 missing"
