@@ -12,6 +12,9 @@ import yaml
 
 from megadiff.config.load import load_config
 from megadiff.run.config import RunConfig
+from megadiff.run.sweep_folder import plan_sweep
+from megadiff.scaling.laws import read_law_file
+from tests.support.examples import kind_of_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "megadiff").rglob("*.py"))
@@ -86,10 +89,16 @@ def test_the_cuda_rule_sees_what_it_is_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=name_of)
-def test_every_example_is_a_run_description_or_the_base_of_one(path):
+def test_every_example_can_be_read(path):
+    """Run descriptions, the bases of some, descriptions of sweeps, and law files."""
     assert isinstance(yaml.safe_load(path.read_text()), dict)
-    if path.parent.name != "presets":
-        load_config(path, [], RunConfig)
+    readers = {
+        "run": lambda path: load_config(path, [], RunConfig),
+        "sweep": plan_sweep,
+        "laws": read_law_file,
+        "base": lambda path: None,
+    }
+    readers[kind_of_file(path)](path)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

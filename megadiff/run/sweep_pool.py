@@ -59,7 +59,7 @@ class Process(Protocol):
         ...
 
     def send_signal(self, sig: int, /) -> None:
-        """Signal the process, if it still runs."""
+        """Send a signal to the process, if it still runs."""
         ...
 
 

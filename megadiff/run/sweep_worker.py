@@ -74,7 +74,7 @@ def _reply(replies: BinaryIO, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Serve on the descriptors that the command line names."""
+    """Train on behalf of the pool that the descriptors of the command line lead to."""
     commands, replies = (int(word) for word in sys.argv[1:3])
     serve(os.fdopen(commands, "rb"), os.fdopen(replies, "wb"))
     sys.stderr.flush()

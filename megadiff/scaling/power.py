@@ -163,7 +163,7 @@ def predict(
 
 @dataclass(frozen=True)
 class Extent:
-    """What a design takes."""
+    """Runs and FLOPs that a design takes."""
 
     runs: int
     flops: float

@@ -298,10 +298,12 @@ class Sweep(Section):
         noises, sizes = info.data.get("noises"), info.data.get("sizes")
         if noises is None or sizes is None:
             return entries  # they have mistakes of their own
-        named = {"noise": [noise.name for noise in noises], "shape": sizes.shapes}
+        named: dict[str, list[str]] = {"noise": [noise.name for noise in noises]}
+        if sizes.shapes is not None:
+            named["shape"] = list(sizes.shapes)
         for kind, known in named.items():
             given = [name for entry in entries for name in getattr(entry, f"{kind}s", None) or ()]
-            unknown = [name for name in given if known is not None and name not in known]
+            unknown = [name for name in given if name not in known]
             if unknown:
                 raise ValueError(f"{info.field_name} names the {kind} {unknown[0]}; this sweep has {', '.join(known)}")
         return entries

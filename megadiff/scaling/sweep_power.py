@@ -1,4 +1,4 @@
-"""What a sweep can find out before it is paid for: errors of its exponents, and a cheaper design of equal power.
+"""Power of a described sweep before it is paid for: errors of its exponents, and a cheaper design of equal power.
 
 The runs of the description are simulated with the losses of the laws and a stated run-to-run noise, and fitted as
 `fit_scaling` fits them. Of the batches and learning rates of one size and seed a single run counts: the best one.
@@ -71,7 +71,7 @@ class SweepPower:
     by_noise: dict[str, Power | str]
     """Errors to expect for each noise, or a sentence on why there is no prediction."""
     apart: dict[tuple[str, str], float]
-    """Chance that the exponents of M* of two noises are told apart."""
+    """Chance that the exponents of M* of two noises are distinguished."""
     cheaper: str
     """Sentence about a cheaper design of equal power."""
 

@@ -22,7 +22,9 @@ from megadiff.config.load import load_config
 from megadiff.config.other_names import key_elsewhere
 from megadiff.run.config import RunConfig
 from megadiff.scaling.laws import read_law_file
+from megadiff.scaling.sweep import read_sweep
 from tests.docs.pages import REASONS, REPOSITORY, Block, blocks, name_of, pages, prose, start_of
+from tests.support.examples import kind_of
 from tests.support.forked_shell import ForkedShell
 
 LINKED = ("examples", "megadiff", "pretrain_dlm.py", "slurm", "tests", "tools", "docs", "CHANGELOG.md", "README.md")
@@ -149,9 +151,13 @@ def test_a_run_description_loads(block, tmp_path, monkeypatch):
     (tmp_path / "my.yaml").write_text(file_of("my.yaml"), encoding="utf-8")
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     write_files(blocks(REPOSITORY / block.page), tmp_path)
-    if "laws" in yaml.safe_load(block.text):
+    if kind_of(yaml.safe_load(block.text)) == "laws":
         (tmp_path / "laws.yaml").write_text(block.text, encoding="utf-8")
         assert read_law_file(tmp_path / "laws.yaml").laws
+        return
+    if kind_of(yaml.safe_load(block.text)) == "sweep":
+        (tmp_path / "sweep.yaml").write_text(block.text, encoding="utf-8")
+        assert read_sweep(tmp_path / "sweep.yaml").noises
         return
     is_whole = not {"name", "base"}.isdisjoint(yaml.safe_load(block.text))
     (tmp_path / "page.yaml").write_text(block.text if is_whole else f"base: my.yaml\n{block.text}", encoding="utf-8")

@@ -13,13 +13,14 @@ import pytest
 
 from megadiff.config.load import load_config
 from megadiff.run.config import RunConfig
+from tests.support.examples import kind_of_file
 
 FILE = Path(__file__).with_name("examples.json")
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = {
     str(path.relative_to(REPOSITORY)): path
     for path in sorted((REPOSITORY / "examples").rglob("*.yaml"))
-    if path.parent.name != "presets"  # parts of descriptions, to be named under `base:`
+    if kind_of_file(path) == "run"
 }
 LEAST: dict[str, Any] = {
     "name": "least",
