@@ -206,7 +206,7 @@ def _power_lines(power: SweepPower, arguments: argparse.Namespace) -> Iterator[s
             continue
         value, error = found.exponents, found.standard_errors
         cells = [f"{value[law]:.3f} +- {error[law]:.3f}" for law in ("flops_per_token", "tokens")]
-        loss = f"{value['loss']:.4f} +- {error['loss']:.4f}"
+        loss = f"{value['loss'] + found.biases['loss']:.4f} +- {error['loss']:.4f}"  # of a loss with its floor
         inner = f"{found.inner_budgets:.1f} of {found.budgets}"
         bias = f"{found.biases['flops_per_token']:+.3f}"
         yield f"{noise:13} {cells[0]:>15} {cells[1]:>15} {loss:>18} {bias:>8} {inner:>14}"

@@ -36,19 +36,22 @@ _MOST_RUNS = 200
 def surface_of(book: LawBook, noise: str, sweep: Sweep) -> LossSurface | None:
     """Return the losses that the laws expect of a noise by the sweep's count; None where they do not know it.
 
-    The surface with the optima of the laws of loss and size is taken, or, where they are missing, one that was fitted.
+    The first file that knows is taken: the surface with the optima of its laws of loss and size, or else the surface
+    that it has.
     """
     count = sweep.budgets.flop_count
-    loss = book.law("loss", noise=noise, flop_count=count)
-    size = book.law("flops_per_token", noise=noise, flop_count=count)
-    if loss is not None and size is not None:
-        lines = [(law.parameter("A"), law.parameter("alpha")) for law in (loss, size)]
-        return LossSurface.from_optimum(lines[0], lines[1])
-    fitted = book.law("loss", noise=noise, flop_count=count, form="surface")
-    if fitted is None:
-        return None
-    a, b, alpha, beta, floor = (fitted.parameter(name) for name in ("a", "b", "alpha", "beta", "E"))
-    return LossSurface(A=a, B=b, alpha=alpha, beta=beta, E=floor)
+    for file in book.files:
+        laws = LawBook((file,))
+        loss = laws.law("loss", noise=noise, flop_count=count)
+        size = laws.law("flops_per_token", noise=noise, flop_count=count)
+        if loss is not None and size is not None and "floor" not in loss.parameters:
+            lines = [(law.parameter("A"), law.parameter("alpha")) for law in (loss, size)]
+            return LossSurface.from_optimum(lines[0], lines[1])
+        fitted = laws.law("loss", noise=noise, flop_count=count, form="surface")
+        if fitted is not None:
+            a, b, alpha, beta, floor = (fitted.parameter(name) for name in ("a", "b", "alpha", "beta", "E"))
+            return LossSurface(A=a, B=b, alpha=alpha, beta=beta, E=floor)
+    return None
 
 
 def design_of(runs: Sequence[SweepRun], noise: str, run_noise: float) -> RunsDesign:
