@@ -128,10 +128,17 @@ def process_group(platform: Platform, *, alone: bool = False, timeout_s: float =
     except BaseException:
         # Destroying an NCCL group flushes it, waiting for peers that may be gone, so a failing rank skips it.
         if dist.is_initialized() and (dist.get_world_size() == 1 or dist.get_backend() == "gloo"):
-            dist.destroy_process_group()
+            _close_groups()
         raise
     if dist.is_initialized():
-        dist.destroy_process_group()
+        _close_groups()
+
+
+def _close_groups() -> None:
+    """Close the default group and let go of megatron-core's, which would keep their sockets open in a later run."""
+    dist.destroy_process_group()
+    state: Any = importlib.import_module("megatron.core.parallel_state")
+    state.destroy_model_parallel()
 
 
 def open_topology(layout: Layout, *, timeout_s: float = 1800.0) -> Topology:

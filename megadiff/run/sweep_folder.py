@@ -175,7 +175,7 @@ def _files(plan: SweepPlan) -> dict[str, str]:
         rows["branches.txt"] = branches
     found = {"base.yaml": dump_config(plan.base)}
     for name, runs in rows.items():
-        after = "" if name == "rows.txt" else " --dependency=afterok:JOB-OF-ROWS"
+        after = "" if name == "rows.txt" else " --dependency=afterany:JOB-OF-ROWS"
         lines = [f"# {command.format(name)}{after}", *(shlex.join(own_settings(plan, run)) for run in runs)]
         found[name] = "\n".join(lines) + "\n"
     return found | {f"descriptions/{name}.yaml": dump_config(config) for name, config in described.items()}

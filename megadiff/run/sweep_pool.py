@@ -33,6 +33,8 @@ WORKER_LOG = "workers.log"
 _LOCK = ".pool.lock"
 _LEAVING_S, _LOOK_EVERY_S = 15.0, 0.2
 _SAME_MISTAKES = 3
+_MOST_RUNS = 50
+"""Number of runs after which a worker is replaced: libraries keep a few descriptors open for every process group."""
 _ROOT = Path(__file__).resolve().parents[2]
 _OF_RANKS = (
     "RANK",
@@ -78,6 +80,8 @@ class _Worker:
     """Entry of the run that it trains."""
     begun: float = 0.0
     is_ready: bool = False
+    ended: int = 0
+    """Number of runs that it has trained."""
     buffer: bytes = b""
 
 
@@ -200,11 +204,11 @@ class Pool:
                 worker = self._workers[key.fd]
                 data = os.read(key.fd, 2**16)
                 worker.buffer += data
-                has_failed = False
+                leaves = False
                 while b"\n" in worker.buffer:
                     line, worker.buffer = worker.buffer.split(b"\n", 1)
-                    has_failed = self._hear(worker, json.loads(line)) or has_failed
-                if has_failed or not data:  # a worker ends with a run that fails
+                    leaves = self._hear(worker, json.loads(line)) or leaves
+                if leaves or not data:
                     selector.unregister(key.fd)
                     self._lose(worker)
 
@@ -248,7 +252,7 @@ class Pool:
         return worker
 
     def _hear(self, worker: _Worker, reply: dict[str, Any]) -> bool:
-        """Take a worker's reply; return whether its run failed."""
+        """Take a worker's reply; return whether it leaves: after a run that failed, and after many."""
         if "ready" in reply:
             worker.is_ready, worker.begun = True, time.monotonic()
             return False
@@ -260,7 +264,8 @@ class Pool:
                 self.say(f"{_SAME_MISTAKES} runs end with the same mistake, so no more are started")
                 self._is_closing = True
         self._end(entry, reply["error"], time.monotonic() - worker.begun)
-        return reply["error"] is not None
+        worker.ended += 1
+        return reply["error"] is not None or worker.ended >= _MOST_RUNS
 
     def _lose(self, worker: _Worker) -> None:
         """Forget a worker that has ended, with the run it may have had."""

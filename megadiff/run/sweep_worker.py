@@ -40,7 +40,6 @@ def serve(commands: BinaryIO, replies: BinaryIO) -> None:
         _reply(replies, found)
         if found["error"] is not None:
             return
-        gc.collect()
 
 
 def train(description: Path) -> dict[str, Any]:
@@ -59,6 +58,8 @@ def train(description: Path) -> dict[str, Any]:
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}", "code": 1}
+    finally:
+        gc.collect()  # models and process groups are parts of cycles, and keep memory, files and sockets
     return {"error": None, "code": 0}
 
 

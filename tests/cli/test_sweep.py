@@ -28,6 +28,11 @@ def test_a_sweep_is_written_checked_trained_and_watched(description, tmp_path):
     assert f"submit            slurm/submit sweep --config {folder}/base.yaml --rows {folder}/rows.txt" in written.out
     for path in sorted((folder / "descriptions").iterdir()):
         assert call_forked("pretrain_dlm.py", "--check", "--config", path).code == 0
+    rows = ("--config", folder / "base.yaml", "--rows", folder / "rows.txt", "--time", "10", "--dry-run")
+    submitted = call_forked("slurm/submit", "sweep", *rows)
+    assert submitted.code == 0, submitted.err
+    assert "--array=0-1 " in submitted.out
+    assert submitted.out.count("# task ") == 2
     missing = call_forked(SCRIPT, "status", folder)
     assert missing.out == "masked        2 missing\n"
 

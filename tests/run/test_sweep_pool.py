@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megadiff.run import sweep_pool
 from megadiff.run.sweep_folder import plan_sweep, write_sweep
 from megadiff.run.sweep_status import RunState, states
 from tests.support.runs import read_metrics
-from tests.support.sweeps import ForkedProcess, content_of, run_pool, said, start_pool, write_description
+from tests.support.sweeps import ForkedProcess, content_of, fork_worker, run_pool, said, start_pool, write_description
 
 KILLS = int(os.environ.get("MEGADIFF_SWEEP_KILLS", "3"))
 """Number of times that the pool is killed; `MEGADIFF_SWEEP_KILLS=20` makes it a harder test."""
@@ -101,6 +102,23 @@ def test_a_killed_pool_goes_on_bit_for_bit(undisturbed, toy_corpus, tmp_path):
     assert {state.state for state in states(folder)} == {"finished"}
     assert contents(folder) == contents(undisturbed)
     assert "error" not in said(folder)
+
+
+def test_a_worker_is_replaced_after_many_runs(toy_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_pool, "_MOST_RUNS", 1)
+    folder = written(tmp_path, toy_corpus, sizes={"shapes": ["1x32x2"]}, seeds=[0, 1])
+    started = tmp_path / "started"
+
+    def start(*words):
+        with started.open("a") as file:
+            file.write("one\n")
+        return fork_worker(*words)
+
+    pool = start_pool(folder, start=start)
+    pool.join(100)
+    assert pool.exitcode == 0, said(folder)
+    assert started.read_text().count("one") == 2
+    assert {state.state for state in states(folder)} == {"finished"}
 
 
 def test_finished_runs_are_not_repeated(undisturbed):
