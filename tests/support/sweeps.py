@@ -125,7 +125,7 @@ def content_of(run: Path) -> dict[str, Any]:
     """All of a run folder that must not depend on what happened to the run: figures, settings, and its last weights."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = [{key: value for key, value in line.items() if not MEASURED.search(key)} for line in lines]
-    last = run / "checkpoints" / (run / "LATEST").read_text().strip()
+    last = max((run / "checkpoints").glob("step_*"))  # LATEST is a hint, which a kill may leave behind
     weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in last.glob("*.distcp")}
     assert weights
     return {"figures": figures, "weights": weights, "config": (run / "config.yaml").read_text()}
