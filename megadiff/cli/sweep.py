@@ -1,4 +1,4 @@
-"""Write, train and watch the runs of a scaling sweep, and say beforehand what they cost and can find out.
+"""Write, train and watch the runs of a scaling sweep, and predict its cost and power.
 
 A description (YAML) names noises, model sizes, budgets, batches, learning rates and seeds. `write` makes run
 descriptions of it, and the rows that `slurm/submit sweep` takes; `run --local` trains here, in warm processes that
@@ -42,9 +42,7 @@ _DEFAULT_GPU, _DEFAULT_MFU, _DEFAULT_NOISE = "H100", 0.4, 0.002
 
 def main() -> None:
     """Read the command line and do what its first word names."""
-    top = CommandParser(
-        description=__doc__, epilog=_EPILOG, usage="%(prog)s {write,run,status} ... (%(prog)s write --help)"
-    )
+    top = CommandParser(description=__doc__, epilog=_EPILOG, usage="%(prog)s [-h] {write,run,status} ...")
     top.add_argument("action", choices=_ACTIONS, help="what to do")
     action = top.parse_args(sys.argv[1:2]).action
     arguments = _parser(action, top.prog).parse_intermixed_args(sys.argv[2:])
@@ -111,7 +109,7 @@ def _write(plan: SweepPlan) -> None:
         print(f"remark            {remark}")
     folder = plan.folder
     print(f"written           {folder}: {len(plan.runs)} runs, {len(new)} of them new")
-    print(f"check one         python pretrain_dlm.py --check --config {folder}/descriptions/{plan.runs[0].name}.yaml")
+    print(f"check one         megadiff train --check --config {folder}/descriptions/{plan.runs[0].name}.yaml")
     print(f"submit            {_first_line(folder / 'rows.txt')}")
     if any(run.trunk is not None for run in plan.runs):
         print(f"then              {_first_line(folder / 'branches.txt')}")
