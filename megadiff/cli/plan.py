@@ -54,7 +54,7 @@ def main() -> None:
         return
     from megadiff.run.planned import fitting_number, planned_run
 
-    goal = _goal(arguments, known_noise(arguments.noise, book.noises))
+    goal = _goal(arguments, known_noise(arguments.noise, book.plannable))
     make = fitting_number if arguments.gpus is None else planned_run
     run = make(goal, book, gpus_per_node=arguments.gpus_per_node)
     print("\n".join(_lines(arguments, run, book)))
@@ -348,16 +348,20 @@ def _write(arguments: argparse.Namespace, run: PlannedRun) -> None:
     ]
     above = None if base is None else os.path.relpath(base.resolve(), output.parent.resolve())
     text = description(run_tree(run, name=name, with_paper=base is None), comment=comment, base=above)
-    try:
-        write_atomically(output, text)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"--output {output} cannot be written ({reason}); name another one") from None
     from megadiff.config.load import load_config
     from megadiff.run.config import RunConfig
 
-    config = load_config(output, [], RunConfig)
-    config.layout(world_size=run.layout.ranks, vocab_size=made.goal.vocab_size)
+    draft = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")  # beside it, where its base is found
+    try:
+        write_atomically(draft, text)
+        config = load_config(draft, [], RunConfig)
+        config.layout(world_size=run.layout.ranks, vocab_size=made.goal.vocab_size)
+        draft.replace(output)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--output {output} cannot be written ({reason}); name another one") from None
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _submit(arguments: argparse.Namespace, run: PlannedRun) -> str:

@@ -20,6 +20,7 @@ from megadiff.scaling.goal import Goal, aim, laws_for, sizes
 from megadiff.scaling.laws import LawBook
 from megadiff.scaling.model_sizes import ModelSize
 from megadiff.scaling.planner import Plan, efficiency_law, plan
+from megadiff.scaling.sweep import NEXT_TOKEN
 from megadiff.train.goodput import best_interval
 
 Recompute = Literal["none", "selective", "full"]
@@ -146,7 +147,7 @@ def fitting_number(goal: Goal, book: LawBook, *, gpus_per_node: int) -> PlannedR
 
 def _layouts(exact: Plan, book: LawBook, ranks: int, gpus_per_node: int) -> Iterator[PlannedLayout]:
     """Yield the layouts of a shape on the ranks, whatever memory they need."""
-    size, goal, hyperbola = exact.size, exact.goal, efficiency_law(book)
+    size, goal, hyperbola = exact.size, exact.goal, efficiency_law(book, exact.goal.noise)
     wanted = exact.global_batch_size
     for tensor in _divisors(math.gcd(ranks, math.gcd(size.heads, gpus_per_node))):
         for pipeline in _divisors(math.gcd(ranks // tensor, size.layers)):
@@ -237,7 +238,7 @@ def run_tree(run: PlannedRun, *, name: str, with_paper: bool) -> dict[str, Any]:
     tree = {
         "name": name,
         "model": {**shape, **paper["model"]},
-        "noise": {"shift": goal.noise},
+        **({"method": {"name": NEXT_TOKEN}} if goal.noise == NEXT_TOKEN else {"noise": {"shift": goal.noise}}),
         "objective": dict(paper["objective"]),
         "conditioning": dict(paper["conditioning"]),
         "data": {**paths, "vocab_size": goal.vocab_size},

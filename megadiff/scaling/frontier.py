@@ -161,21 +161,24 @@ class Frontier:
 def frontier(book: LawBook, noise: str, flop_count: FlopCount | None = None) -> Frontier:
     """Return the frontier of a noise, from the first file that has laws for it.
 
+    A user's own file comes first, whatever its count of FLOPs; budgets of another count are converted.
+
     Args:
         book: the files.
         noise: name of the noise.
-        flop_count: count of FLOPs that the laws must have; by default that of the first laws found.
+        flop_count: count of FLOPs whose laws are preferred if a file has laws of several.
 
     Raises:
         ConfigError: there are none.
     """
-    name = known_noise(noise, book.noises)
+    name = known_noise(noise, book.plannable)
+    counts: tuple[FlopCount, ...] = ("deepseek", "chinchilla", "full")
     for file in book.files:
-        for count in (flop_count,) if flop_count else ("deepseek", "chinchilla", "full"):
+        for count in (flop_count, *counts) if flop_count else counts:
             if (found := _of_file(file, name, count)) is not None:
                 repeats = book.law("repeat_scale", noise=name, form="constant")
                 return found if repeats is None else replace(found, repeat_scale=repeats.value())
-    raise ConfigError(f"the law files have no law of the loss of {noise} noise by the count {flop_count}")
+    raise ConfigError(f"the law files have no law of the loss of {noise} noise together with its best size")
 
 
 def _of_file(file: LawFile, noise: str, count: FlopCount) -> Frontier | None:

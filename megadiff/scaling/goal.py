@@ -149,13 +149,8 @@ def check_goal(goal: Goal) -> None:
 
 
 def laws_for(goal: Goal, book: LawBook) -> Frontier:
-    """Return the frontier that answers a goal: of the count that is asked for if there are such laws, else any."""
-    if goal.budget is not None and goal.budget[1] != "full":
-        try:
-            return frontier(book, goal.noise, goal.flop_count)
-        except ConfigError:
-            pass
-    return frontier(book, goal.noise)
+    """Return the frontier that answers a goal: of the first file with its noise, by the budget's count if it can."""
+    return frontier(book, goal.noise, None if goal.budget is None else goal.budget[1])
 
 
 def annealing_ratio(book: LawBook, noise: str) -> float:

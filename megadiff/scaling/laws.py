@@ -144,6 +144,11 @@ class LawBook:
         """Noises of whose loss the first file has a law."""
         return list(dict.fromkeys(law.noise for law in self.files[0].laws if law.quantity == "loss"))
 
+    @property
+    def plannable(self) -> list[str]:
+        """Noises that can be planned for: those of the first file, and any if it has a law of all noises."""
+        return list(dict.fromkeys([*self.noises, *(NOISES if "all" in self.noises else ())]))
+
 
 @functools.cache
 def published() -> LawBook:
@@ -202,7 +207,7 @@ def compute_optimal(
         ConfigError: the budget is no positive number, or there is no law for the noise or the count.
     """
     book = laws or published()
-    name = known_noise(noise, book.noises)
+    name = known_noise(noise, book.plannable)
     if not (math.isfinite(flops) and flops > 0):
         raise ConfigError(f"a budget is a positive number of FLOPs, found {flops:g}")
     quantities: tuple[Quantity, ...] = ("loss", "tokens", "flops_per_token", "params")

@@ -9,10 +9,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from megadiff.errors import ConfigError
 from megadiff.scaling.flops import FlopCount
 from megadiff.scaling.frontier import Frontier, effective_tokens, wasted_by_batch
 from megadiff.scaling.goal import Aim, Bound, Goal, aim, annealing_ratio, laws_for, shape_flops, size_cost, sizes
-from megadiff.scaling.laws import Law, LawBook, extrapolations, needed, optimal_batch_tokens, optimal_learning_rate
+from megadiff.scaling.laws import (
+    Law,
+    LawBook,
+    extrapolations,
+    needed,
+    optimal_batch_tokens,
+    optimal_learning_rate,
+    published,
+)
 from megadiff.scaling.model_sizes import ModelSize
 
 MIN_STEPS = 5000
@@ -135,7 +144,7 @@ def plan(goal: Goal, book: LawBook, size: ModelSize | None = None) -> Plan:
     tokens = _tokens(goal, laws, aimed, shape, None if goal.loss is None else goal.loss * ratio)
     batch_law = needed(book, "batch_tokens", laws.noise, estimator=goal.batch_estimator)
     rate_law = needed(book, "learning_rate", laws.noise)
-    efficiency = efficiency_law(book)
+    efficiency = efficiency_law(book, laws.noise)
     wanted = optimal_batch_tokens(tokens, noise=laws.noise, laws=book, estimator=goal.batch_estimator)
     sequences, why = _batch(goal, wanted, tokens, rate_law)
     steps = _steps(goal, tokens / (sequences * goal.seq_length))
@@ -144,6 +153,12 @@ def plan(goal: Goal, book: LawBook, size: ModelSize | None = None) -> Plan:
     per_token = shape_flops(shape, goal, laws.flop_count)
     worth = effective_tokens(trained, goal.tokens, laws.repeat_scale)
     waste = wasted_by_batch(sequences * goal.seq_length / wanted, efficiency)
+    if math.isinf(waste):
+        raise ConfigError(
+            f"a batch of {sequences:,} sequences ({why}) is {wanted / (sequences * goal.seq_length):.3g} times smaller "
+            "than the best, below the smallest batch with which the hyperbola of the law file ever gets there; allow a "
+            "larger batch or plan more tokens"
+        )
     loss = laws.loss(per_token, worth / waste)
     bounds = [*aimed.bounds]
     if why:
@@ -157,8 +172,11 @@ def plan(goal: Goal, book: LawBook, size: ModelSize | None = None) -> Plan:
         "seq_length": goal.seq_length,
         "vocab_size": goal.vocab_size,
     }
-    used = [law for law in (laws.loss_law, laws.size_law, batch_law, rate_law) if law is not None]
-    outside = list(extrapolations(used, reached).values())
+    optimum = [law for law in (laws.loss_law, laws.size_law) if law is not None]
+    run = {name: value for name, value in reached.items() if name not in ("flops", "params")}
+    found = extrapolations(optimum, reached)
+    found |= {name: text for name, text in extrapolations([batch_law, rate_law], run).items() if name not in found}
+    outside = list(found.values())
     if steps < MIN_STEPS:
         outside.append(f"steps {steps:,} are fewer than {MIN_STEPS:,}, the fewest that were measured")
     is_own = book.law("repeat_scale", noise=laws.noise, form="constant") is not None
@@ -203,10 +221,18 @@ def _steps(goal: Goal, exact: float) -> int:
     return rounded - goal.step_multiple if is_all and rounded > max(exact, goal.step_multiple) else rounded
 
 
-def efficiency_law(book: LawBook) -> Law | None:
-    """Return the hyperbola of steps over batch, of whatever noise; it is used for the price of a batch alone."""
-    laws = (law for file in book.files for law in file.laws if law.form == "hyperbola")
-    return next(laws, None)
+def efficiency_law(book: LawBook, noise: str) -> Law | None:
+    """Return the hyperbola of steps over batch that prices a batch: the one with the middle g of a file.
+
+    It comes from the first file that has any, of this noise or of all noises; of the published ones, any noise will do.
+    """
+    for file in book.files:
+        is_published = any(file is each for each in published().files)
+        hyperbolas = [law for law in file.laws if law.form == "hyperbola"]
+        laws = [law for law in hyperbolas if is_published or law.noise in (noise, "all")]
+        if laws:
+            return sorted(laws, key=lambda law: law.parameter("g"))[len(laws) // 2]
+    return None
 
 
 def _batch(goal: Goal, wanted: float, tokens: float, rate_law: Law) -> tuple[int, str]:
@@ -252,9 +278,12 @@ def law_remarks(book: LawBook, laws: Frontier, batch_estimator: str) -> list[str
             reasons = "; ".join(file.provisional_reasons[:3])
             more = len(file.provisional_reasons) - 3
             rest = f" and {more} more" if more > 0 else ""
-            why = f"{reasons}{rest}" if reasons else f"{len(file.excluded)} runs excluded"
-            found.append(f"the laws of {file.name} are provisional ({why})")
+            excluded = f"{len(file.excluded)} runs excluded" if file.excluded else ""
+            why = f"{reasons}{rest}" if reasons else excluded
+            found.append(f"the laws of {file.name} are provisional" + (f" ({why})" if why else ""))
     first = min(by_file)
+    if laws.loss_law.noise == "all":
+        found.append(f"the laws of {book.file_of(laws.loss_law).name} name no noise; they are taken for {laws.noise}")
     for place, own in by_file.items():
         if place != first:
             names = " and ".join(dict.fromkeys(law.quantity for law in own))

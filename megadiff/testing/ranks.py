@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def on_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 240.0, **kwargs: Any) -> list[Any]:
+def on_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 600.0, **kwargs: Any) -> list[Any]:
     """Call `fn(*args, **kwargs)` on `world_size` ranks with a gloo default group; return the results by rank.
 
     Raises:

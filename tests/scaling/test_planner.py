@@ -13,7 +13,7 @@ from megadiff.scaling.frontier import effective_tokens, frontier, wasted_by_batc
 from megadiff.scaling.goal import Goal, Hardware, aim, laws_for, size_range, sizes
 from megadiff.scaling.laws import Estimate, Law, LawBook, LawFile, compute_optimal, published
 from megadiff.scaling.model_sizes import ModelSize, model_sizes
-from megadiff.scaling.planner import plan
+from megadiff.scaling.planner import efficiency_law, plan
 
 BOOK = published()
 HYPERBOLA = next(law for law in BOOK.files[0].laws if law.form == "hyperbola")
@@ -299,7 +299,7 @@ def test_a_surface_of_ones_own_plans_and_names_the_other_laws():
         made.frontier.loss(size * factor, 1e19 / size / factor) for factor in (0.9, 1.1)
     )
     assert made.remarks == (
-        "the laws of mine are provisional (0 runs excluded)",
+        "the laws of mine are provisional",
         "batch_tokens and learning_rate and annealing_ratio by the laws of gidd; mine has none of its own",
     )
     assert made.second_method(book) is None
@@ -319,3 +319,52 @@ def test_laws_that_have_no_optimum_are_refused(loss, size):
         ConfigError, match=r"the laws of mine for masked noise cannot be planned with: .* fit more runs"
     ):
         plan(Goal("masked", flops=1e19), book)
+
+
+def of_my_own(quantity: str, parameters: dict[str, float], **more) -> Law:
+    """Return a law of a user's own file."""
+    fields = {"form": "power", "of": "flops", "noise": "masked", "flop_count": "chinchilla"} | more
+    return Law(
+        quantity=quantity, parameters={name: Estimate(value=value) for name, value in parameters.items()}, **fields
+    )
+
+
+def with_my_laws(*laws: Law) -> LawBook:
+    return LawBook((LawFile(name="mine", source="runs/mine", laws=laws), *BOOK.files))
+
+
+def of_the_optimum(**more) -> tuple[Law, Law]:
+    loss = of_my_own("loss", {"A": 30.0, "alpha": -0.05}, **more)
+    return loss, of_my_own("flops_per_token", {"A": 0.1, "alpha": 0.5}, **more)
+
+
+def test_laws_of_ones_own_of_another_count_are_not_passed_over():
+    made = plan(Goal("masked", flops=1e20, flop_count="deepseek"), with_my_laws(*of_the_optimum()))
+    assert made.frontier.flop_count == "chinchilla"
+    assert made.flops("deepseek") == pytest.approx(1e20, rel=1e-3)
+    ratio = made.flops_per_token("chinchilla") / made.flops_per_token("deepseek")
+    assert made.aim.flops / 1e20 == pytest.approx(ratio, rel=0.03)  # at the best size, not at the shape beside it
+
+
+def test_laws_that_name_no_noise_plan_any_and_say_so():
+    made = plan(Goal("uniform", flops=1e20), with_my_laws(*of_the_optimum(noise="all")))
+    assert "the laws of mine name no noise; they are taken for uniform" in made.remarks
+    with pytest.raises(ConfigError, match=r"no law is known for the noise `unifrom`; did you mean `uniform`"):
+        plan(Goal("unifrom", flops=1e20), with_my_laws(*of_the_optimum(noise="all")))
+
+
+def hyperbola(g: float, noise: str = "masked") -> Law:
+    fields = {"form": "hyperbola", "of": None, "noise": noise, "size": f"size {g}"}
+    return of_my_own("batch_efficiency", {"S_min": 1e3, "B_min": 1e5, "g": g}, **fields)
+
+
+def test_the_middle_hyperbola_of_the_noise_prices_a_batch():
+    laws = [hyperbola(g) for g in (0.2, 3.0, 0.4)] + [hyperbola(0.9, "uniform")]
+    assert efficiency_law(with_my_laws(*laws), "masked").parameter("g") == 0.4
+    assert efficiency_law(with_my_laws(*laws[:3]), "uniform") is efficiency_law(BOOK, "uniform")
+
+
+def test_a_batch_that_never_gets_there_is_refused():
+    book = with_my_laws(*of_the_optimum(), hyperbola(3.0))
+    with pytest.raises(ConfigError, match=r"a batch of 100 sequences \(batch: at most 100 sequences.*allow a larger"):
+        plan(Goal("masked", flops=1e20, max_batch=100), book)

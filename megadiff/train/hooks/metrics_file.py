@@ -100,7 +100,7 @@ def _drop_later_lines(path: Path, after_step: int) -> None:
     except UnreadableFileError as error:
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     _set_aside(superseded_path(path), moved)
-    if moved or path.is_symlink():  # the target of a link is another's file
+    if moved or path.is_symlink() or path.stat().st_nlink > 1:  # a linked file is another's too, such as an archive's
         write_atomically(path, itertools.chain(_beginning(path, start), kept))
     return None
 

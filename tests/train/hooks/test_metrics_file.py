@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -171,10 +172,11 @@ def test_a_file_of_which_nothing_moves_is_not_written_again(tmp_path):
     assert (path.read_text(), path.stat().st_ino) == (lines(1, 2), inode)
 
 
-def test_a_link_in_the_place_of_the_file_is_replaced_and_its_target_kept(tmp_path):
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_link_in_the_place_of_the_file_is_replaced_and_its_target_kept(tmp_path, link):
     path = tmp_path / "metrics.jsonl"
     (tmp_path / "elsewhere").write_text(lines(1, 2))
-    path.symlink_to(tmp_path / "elsewhere")
+    link(path, tmp_path / "elsewhere")
     file = MetricsFile(path, after_step=2)
     file.write({"step": 3, "loss": 0.0}, 3)
     file.close()
