@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ WORKER_LOG = "workers.log"
 _LOCK = ".pool.lock"
 _LEAVING_S, _LOOK_EVERY_S = 15.0, 0.2
 _SAME_MISTAKES = 3
+_TRIES = 3
+"""Number of workers that may end before they begin a run until it counts as failed."""
 _MOST_RUNS = 50
 """Number of runs after which a worker is replaced: libraries keep a few descriptors open for every process group."""
 _ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +170,9 @@ class Pool:
         self._waiting: list[dict[str, Any]] = []
         self._workers: dict[int, _Worker] = {}
         self._mistakes: list[str] = []
+        self._tries: Counter[str] = Counter()
+        self._has_been_ready = self._has_announced = False
+        self._broken: PoolError | None = None
         self._total = self._ended = 0
         self._lock = -1
 
@@ -177,7 +183,7 @@ class Pool:
 
         Raises:
             ConfigError: another pool trains in the folder.
-            PoolError: a worker ends before its first run.
+            PoolError: a worker ends before any has begun a run.
         """
         with locked(self.folder) as self._lock, self._listening():
             self._states = {entry["name"]: state_of(self.folder, entry) for entry in self._entries}
@@ -193,13 +199,12 @@ class Pool:
     def _loop(self, selector: selectors.BaseSelector) -> None:
         while True:
             self._hand_out(selector)
+            self._announce()
             if not any(worker.run is not None for worker in self._workers.values()):
-                return
-            ready, before = [], len(self.signals)
-            while not ready and len(self.signals) == before:
-                ready = selector.select(timeout=_LOOK_EVERY_S)
-            if self.signals and not before:
-                self.say(f"{signal.Signals(self.signals[0]).name}: the runs save themselves; again to leave at once")
+                break
+            while not (ready := selector.select(timeout=_LOOK_EVERY_S)):
+                self._announce()
+            self._announce()
             for key, _ in ready:
                 worker = self._workers[key.fd]
                 data = os.read(key.fd, 2**16)
@@ -211,6 +216,14 @@ class Pool:
                 if leaves or not data:
                     selector.unregister(key.fd)
                     self._lose(worker)
+        if self._broken is not None:
+            raise self._broken
+
+    def _announce(self) -> None:
+        """Say once that a signal came."""
+        if self.signals and not self._has_announced:
+            self._has_announced = True
+            self.say(f"{signal.Signals(self.signals[0]).name}: the runs save themselves; again to leave at once")
 
     def _hand_out(self, selector: selectors.BaseSelector) -> None:
         """Give every worker that has none a run, and start workers as long as runs are left."""
@@ -222,6 +235,8 @@ class Pool:
             if not idle and len(self._workers) >= self.jobs:
                 return
             worker = idle.pop() if idle else self._begin(selector)
+            if self._is_closing:  # a signal has come since
+                return
             self._waiting.remove(entry)
             worker.run, worker.begun = entry, time.monotonic()
             path = self.folder / "descriptions" / f"{entry['name']}.yaml"
@@ -232,9 +247,15 @@ class Pool:
         return entry["trunk"] is None or self._states[entry["trunk"]].state == "finished"
 
     def _drop_orphans(self) -> None:
-        """Give up the branches of trunks that failed."""
+        """Give up the branches of trunks that failed, and leave out those of trunks that diverged, now or earlier."""
         busy = {worker.run["name"] for worker in self._workers.values() if worker.run is not None}
         alive = busy | {entry["name"] for entry in self._waiting}
+        diverged = {name for name, state in self._states.items() if state.state == "diverged"}
+        kept = [entry for entry in self._waiting if entry["trunk"] not in diverged]
+        if left_out := len(self._waiting) - len(kept):
+            self._waiting, self._total = kept, self._total - left_out
+            which = "branch of a diverged trunk is" if left_out == 1 else "branches of diverged trunks are"
+            self.say(f"{left_out} {which} left out")
         for entry in list(self._waiting):
             if not self._may_begin(entry) and entry["trunk"] not in alive:
                 self._waiting.remove(entry)
@@ -249,23 +270,30 @@ class Pool:
         worker = _Worker(number, process, commands=to_worker[1], replies=from_worker[0])
         self._workers[worker.replies] = worker
         selector.register(worker.replies, selectors.EVENT_READ)
+        if self.signals:  # while it was being started
+            process.send_signal(signal.SIGTERM if len(self.signals) == 1 else signal.SIGKILL)
         return worker
 
     def _hear(self, worker: _Worker, reply: dict[str, Any]) -> bool:
         """Take a worker's reply; return whether it leaves: after a run that failed, and after many."""
         if "ready" in reply:
-            worker.is_ready, worker.begun = True, time.monotonic()
+            self._has_been_ready = worker.is_ready = True
+            worker.begun = time.monotonic()
             return False
         entry, worker.run = worker.run, None
         assert entry is not None
         if reply["error"] is not None and reply["code"] == ConfigError.exit_code:
-            self._mistakes.append(reply["error"])
-            if self._mistakes.count(reply["error"]) >= _SAME_MISTAKES and not self._is_closing:
-                self.say(f"{_SAME_MISTAKES} runs end with the same mistake, so no more are started")
-                self._is_closing = True
+            self._count_mistake(reply["error"])
         self._end(entry, reply["error"], time.monotonic() - worker.begun)
         worker.ended += 1
         return reply["error"] is not None or worker.ended >= _MOST_RUNS
+
+    def _count_mistake(self, sentence: str) -> None:
+        """Begin no more runs once several have ended with the same mistake."""
+        self._mistakes.append(sentence)
+        if self._mistakes.count(sentence) >= _SAME_MISTAKES and not self._is_closing:
+            self.say(f"{_SAME_MISTAKES} runs end with the same mistake, so no more are started")
+            self._is_closing = True
 
     def _lose(self, worker: _Worker) -> None:
         """Forget a worker that has ended, with the run it may have had."""
@@ -273,21 +301,39 @@ class Pool:
         os.close(worker.replies)
         os.close(worker.commands)
         code = worker.process.wait()
-        if worker.run is None:
-            return
+        if worker.run is None or self.signals or self._broken is not None:
+            return  # one that was asked to stop while it was setting up loses nothing
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if not worker.is_ready and not self.signals:
-            raise PoolError(
-                f"a worker ended before its first run ({how}); {self.folder / WORKER_LOG} has its last words"
-            )
-        if self.signals:
-            return  # asked to stop while it was setting up; nothing is lost
+        if not worker.is_ready:
+            self._lose_unready(worker.run, how)
+            return
         run = self.folder / "runs" / worker.run["name"]
         status = read_status(run)
         if status is not None and status.state == RUNNING:
             with contextlib.suppress(OSError):
                 write_status(run, status.changed(FAILED, reason=f"the worker was {how}", exit_code=1))
         self._end(worker.run, f"its worker ended ({how})", time.monotonic() - worker.begun)
+
+    def _lose_unready(self, entry: dict[str, Any], how: str) -> None:
+        """Let the run of a worker that has ended before it could begin wait for another one, a few times.
+
+        Without any worker that has begun, none is likely to: then the pool ends, and those that run save themselves.
+        """
+        log = self.folder / WORKER_LOG
+        if not self._has_been_ready:
+            self._broken = PoolError(f"a worker ended before its first run ({how}); {log} has its last words")
+            self._is_closing = True
+            self._send(signal.SIGTERM)
+            return
+        name = entry["name"]
+        self._tries[name] += 1
+        if self._tries[name] < _TRIES:
+            self.say(f"a worker ended before its first run ({how}); {name} waits for another one")
+            self._waiting = sorted([*self._waiting, entry], key=_cost, reverse=True)
+            return
+        reason = f"{_TRIES} workers ended before they began it ({how}); {log} has their last words"
+        self._count_mistake(reason)
+        self._end(entry, reason, 0.0)
 
     def _end(self, entry: dict[str, Any], error: str | None, seconds: float) -> None:
         """Record and show how a run ended."""
@@ -316,8 +362,12 @@ class Pool:
         sent = signal.SIGKILL if self.signals else signal.SIGTERM
         self.signals.append(number)
         self._is_closing = True
+        self._send(sent)
+
+    def _send(self, number: int) -> None:
+        """Send a signal to every worker."""
         for worker in list(self._workers.values()):
-            worker.process.send_signal(sent)
+            worker.process.send_signal(number)
 
     def _close(self) -> None:
         """End the workers: one whose commands end leaves at once."""

@@ -111,6 +111,7 @@ def expand(sweep: Sweep, base: BaseRun, book: LawBook) -> Expansion:
     runs = [run for noise in sweep.noises for run in _runs_of(sweep, noise, shapes, base, book, remarks)]
     if not runs:
         raise ConfigError(f"{sweep.name}: no run serves any budget ({'; '.join(remarks.sentences())})")
+    unserved = _unserved(runs)
     runs = [run for trunk in runs for run in _with_branches(sweep, trunk, base)]
     seen: set[str] = set()
     for run in runs:
@@ -120,7 +121,7 @@ def expand(sweep: Sweep, base: BaseRun, book: LawBook) -> Expansion:
             )
         seen.add(run.name)
     _add_thin_budgets(runs, remarks)
-    return Expansion(tuple(runs), tuple(remarks.sentences()))
+    return Expansion(tuple(runs), (*remarks.sentences(), *unserved))
 
 
 class _Remarks:
@@ -319,6 +320,16 @@ def _with_branches(sweep: Sweep, run: SweepRun, base: BaseRun) -> list[SweepRun]
         first_step=first,
     )
     return [replace(run, settings=(*run.settings, *kept)), branch]
+
+
+def _unserved(runs: Sequence[SweepRun]) -> list[str]:
+    """Return the remark about runs that serve no budget, which only a fixed length keeps; none without such runs."""
+    found = [run for run in runs if not run.budgets]
+    if not found:
+        return []
+    shapes = ", ".join(dict.fromkeys(str(run.shape) for run in found))
+    which = "1 run serves no budget and is" if len(found) == 1 else f"{len(found)} runs serve no budget and are"
+    return [f"{which} trained for the `steps` of the grid alone: {shapes}"]
 
 
 def _add_thin_budgets(runs: Sequence[SweepRun], remarks: _Remarks) -> None:

@@ -192,13 +192,109 @@ def test_a_mistake_that_all_runs_share_ends_the_pool(toy_corpus, tmp_path):
     assert "3 runs end with the same mistake, so no more are started" in shown
 
 
-def test_workers_that_do_not_start_are_said_to(toy_corpus, tmp_path):
-    def dead(number, commands, replies, lock):
-        pid = os.fork()
-        return ForkedProcess(pid) if pid else os._exit(3)
+def dead_worker() -> ForkedProcess:
+    """A worker that has ended before it could begin."""
+    pid = os.fork()
+    if not pid:
+        os._exit(3)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return ForkedProcess(pid)
 
+
+def has_begun(folder: Path) -> bool:
+    """Whether any run has taken a step."""
+    return any(read_metrics(path) for path in (folder / "runs").glob("*/metrics.jsonl"))
+
+
+def test_workers_that_do_not_start_are_said_to(toy_corpus, tmp_path):
     folder = written(tmp_path, toy_corpus)
-    pool = start_pool(folder, start=dead)
+    pool = start_pool(folder, start=lambda *words: dead_worker())
     pool.join(30)
     assert pool.exitcode == 1
     assert "error: a worker ended before its first run (exit code 3); " in said(folder)
+
+
+def test_runs_save_themselves_when_the_first_worker_does_not_start(toy_corpus, tmp_path):
+    """The pool hears of the dead worker before the news that another one has begun."""
+    folder = written(tmp_path, toy_corpus, budgets={"flops": [4e7, 8e9]}, base={"checkpoint": {"every": 100000}})
+
+    def start(number, *words):
+        if number == 2:
+            wait_for(lambda: has_begun(folder), folder)
+        return fork_worker(number, *words) if number == 1 else dead_worker()
+
+    pool = start_pool(folder, jobs=3, start=start)
+    pool.join(60)
+    assert pool.exitcode == 1, said(folder)
+    assert "error: a worker ended before its first run (exit code 3); " in said(folder)
+    (saved,) = [state for state in states(folder) if state.state != "missing"]
+    assert (saved.state, saved.reason) == ("stopped", "SIGTERM")
+    assert (folder / "runs" / saved.name / "checkpoints" / f"step_{saved.step:08d}").is_dir()
+
+
+def test_a_worker_that_dies_before_its_run_is_replaced(toy_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_pool, "_MOST_RUNS", 1)
+    folder = written(tmp_path, toy_corpus, sizes={"shapes": ["1x32x2"]}, seeds=[0, 1])
+    started = []
+
+    def start(*words):
+        started.append(words)
+        return dead_worker() if len(started) in (2, 3) else fork_worker(*words)
+
+    pool = start_pool(folder, start=start)
+    pool.join(100)
+    assert pool.exitcode == 0, said(folder)
+    assert said(folder).count(f"(exit code 3); {NAME.format(1, 32)[:-1]}1 waits for another one") == 2
+    assert {state.state for state in states(folder)} == {"finished"}
+
+
+def test_a_run_that_no_worker_begins_is_named(toy_corpus, tmp_path, monkeypatch):
+    """Workers begin no more once the first has trained; after three such runs the pool gives up."""
+    monkeypatch.setattr(sweep_pool, "_MOST_RUNS", 1)
+    folder = written(tmp_path, toy_corpus, sizes={"shapes": ["1x32x2"]}, seeds=[0, 1, 2, 3, 4])
+    started = []
+
+    def start(*words):
+        started.append(words)
+        return dead_worker() if len(started) > 1 else fork_worker(*words)
+
+    pool = start_pool(folder, start=start)
+    pool.join(100)
+    assert pool.exitcode == 1, said(folder)
+    assert said(folder).count(" failed: 3 workers ended before they began it (exit code 3); ") == 3
+    assert "3 runs end with the same mistake, so no more are started" in said(folder)
+    assert [state.state for state in states(folder)].count("finished") == 1
+
+
+def test_a_signal_while_workers_start_is_heeded(toy_corpus, tmp_path):
+    folder = written(tmp_path, toy_corpus, budgets={"flops": [4e7, 8e9]}, base={"checkpoint": {"every": 100000}})
+
+    def start(number, *words):
+        if number == 1:
+            wait_for(lambda: has_begun(folder), folder)
+            os.kill(os.getpid(), signal.SIGINT)
+        return fork_worker(number, *words)
+
+    pool = start_pool(folder, jobs=3, start=start)
+    pool.join(60)
+    assert pool.exitcode == 130, said(folder)
+    assert said(folder).count("SIGINT: the runs save themselves; again to leave at once") == 1
+    assert sorted(state.state for state in states(folder)) == ["missing", "missing", "stopped"]
+
+
+def test_branches_of_diverged_runs_are_left_out(toy_corpus, tmp_path):
+    folder = written(
+        tmp_path,
+        toy_corpus,
+        base={"optimizer__clip_grad": 0.0},
+        sizes={"shapes": ["1x32x2"]},
+        grid=[{"sequences": [8], "learning_rates": [1e30]}],
+        cooldowns=[{"shapes": ["1x32x2"], "length": 0.4}],
+    )
+    for code in (1, 0):
+        pool = start_pool(folder)
+        pool.join(60)
+        assert pool.exitcode == code, said(folder)
+    assert said(folder).count("1 branch of a diverged trunk is left out") == 2
+    assert "not finished" not in said(folder)
+    assert [state.state for state in states(folder)] == ["diverged", "missing"]

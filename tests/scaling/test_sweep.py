@@ -99,6 +99,15 @@ def test_a_fixed_length_serves_the_budgets_that_it_reaches():
     assert [(run.steps, run.budgets) for run in long] == [(20000, (1e18, 4e18))]
 
 
+def test_runs_of_a_fixed_length_without_budget_are_counted():
+    grid = [{"sequences": [8], "learning_rates": [0.5, 1], "steps": 500, "shapes": ["8x512x8"]}, *TREE["grid"]]
+    cooldowns = [{"shapes": ["12x768x12"], "length": 0.2}]
+    found = expand(described(grid=grid, cooldowns=cooldowns), BASE, published())
+    said = "4 runs serve no budget and are trained for the `steps` of the grid alone: 8x512x8"
+    assert [text for text in found.remarks if "no budget" in text] == [said]
+    assert not any("no budget" in text for text in expand(described(), BASE, published()).remarks)
+
+
 def test_nothing_counts_before_three_warmups():
     grid, sizes = [{"sequences": [16384], "learning_rates": [1]}], {"shapes": ["8x512x8"]}
     found = expand(described(grid=grid, sizes=sizes), BASE, published())
