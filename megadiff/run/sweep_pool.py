@@ -220,7 +220,7 @@ class Pool:
             raise self._broken
 
     def _announce(self) -> None:
-        """Say once that a signal came."""
+        """Tell the user once that a signal came."""
         if self.signals and not self._has_announced:
             self._has_announced = True
             self.say(f"{signal.Signals(self.signals[0]).name}: the runs save themselves; again to leave at once")
@@ -315,7 +315,7 @@ class Pool:
         self._end(worker.run, f"its worker ended ({how})", time.monotonic() - worker.begun)
 
     def _lose_unready(self, entry: dict[str, Any], how: str) -> None:
-        """Let the run of a worker that has ended before it could begin wait for another one, a few times.
+        """Keep the run of a worker that has ended before it could begin for another one, a few times.
 
         Without any worker that has begun, none is likely to: then the pool ends, and those that run save themselves.
         """

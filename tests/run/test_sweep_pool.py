@@ -249,7 +249,7 @@ def test_a_worker_that_dies_before_its_run_is_replaced(toy_corpus, tmp_path, mon
 
 
 def test_a_run_that_no_worker_begins_is_named(toy_corpus, tmp_path, monkeypatch):
-    """Workers begin no more once the first has trained; after three such runs the pool gives up."""
+    """Workers begin nothing once the first has trained; after three such runs the pool gives up."""
     monkeypatch.setattr(sweep_pool, "_MOST_RUNS", 1)
     folder = written(tmp_path, toy_corpus, sizes={"shapes": ["1x32x2"]}, seeds=[0, 1, 2, 3, 4])
     started = []
