@@ -220,7 +220,7 @@ class Pool:
             raise self._broken
 
     def _announce(self) -> None:
-        """Tell the user once that a signal came."""
+        """Show once that a signal came."""
         if self.signals and not self._has_announced:
             self._has_announced = True
             self.say(f"{signal.Signals(self.signals[0]).name}: the runs save themselves; again to leave at once")
