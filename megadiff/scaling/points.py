@@ -143,10 +143,12 @@ def from_runs(
 
     Args:
         folders: run folders.
-        budgets: FLOPs; None chooses budgets a factor 2 apart that at least three sizes cover.
+        budgets: FLOPs; None takes those at which the runs were evaluated (`eval.at_flops`), or budgets a factor 2
+            apart, if at least three sizes cover them. A run that names its own gives no loss at another's.
         flop_count: `deepseek` or `chinchilla`.
         min_steps: points before this step, or before three times the warm-up, are not taken.
-        window: factor of tokens around a budget within which the curve is fitted.
+        window: factor of tokens around a budget within which the curve is fitted, and up to which two evaluations lie
+            apart between which a loss at a budget of `budgets` is interpolated.
         kept: reasons of `REASONS` for which runs are not left out.
         varied: settings beside `SWEPT` in which the runs may differ.
 
@@ -165,8 +167,19 @@ def from_runs(
     left_out = {found.run for found in excluded}
     usable = [run for run in runs if run.name not in left_out and len(run.tokens)]
     sizes = {run.name: flops_per_token_of(run.settings, flop_count) for run in usable}
-    chosen = sorted(budgets) if budgets else _budgets(usable, sizes, flop_count)
-    points = [point for run in usable for point in _points_of(run, sizes[run.name], chosen, window)]
+    own = {} if budgets else {run.name: found for run in usable if (found := _own_budgets(run, flop_count))}
+    chosen = sorted(budgets) if budgets else _budgets(usable, sizes, own)
+    points = [
+        point
+        for run in usable
+        for point in _points_of(
+            run,
+            sizes[run.name],
+            [budget for budget in chosen if _takes(own.get(run.name), budget)],
+            window,
+            widest=window if budgets or run.name in own else math.inf,
+        )
+    ]
     bare = [run for run in usable if not any(point.run == run.name for point in points)]
     excluded += [Exclusion(run.name, "too short", "its curve covers none of the budgets") for run in bare]
     branches, lost = pair_branches([run for run in read if run.trunk is not None], usable, window, kept)
@@ -275,34 +288,43 @@ def _problems(runs: Sequence[RunCurve], swept: Sequence[str]) -> list[tuple[str,
     return problems
 
 
-def _budgets(runs: Sequence[RunCurve], sizes: Mapping[str, float], count: FlopCount, most: int = 12) -> list[float]:
+def _own_budgets(run: RunCurve, count: FlopCount) -> list[float]:
+    """Return the budgets at which a run was to be evaluated, by the FLOP count of the fit; empty if it names none."""
+    named = run.setting("eval.at_flops")
+    if run.setting("schedule.flop_count") != count or not isinstance(named, list):
+        return []
+    return [float(budget) for budget in named if isinstance(budget, int | float) and 0 < budget < 1e40]
+
+
+def _takes(own: Sequence[float] | None, budget: float) -> bool:
+    """Return whether a run with these budgets of its own has a loss at a budget; one that names none has at any."""
+    return not own or any(math.isclose(each, budget, rel_tol=1e-6) for each in own)
+
+
+def _budgets(
+    runs: Sequence[RunCurve], sizes: Mapping[str, float], own: Mapping[str, Sequence[float]], most: int = 12
+) -> list[float]:
     """Return the budgets at which the runs were evaluated, or budgets a factor 2 apart, downward from the largest.
 
-    Three sizes must cover each.
+    Three sizes must cover each; a run with budgets of its own covers no others.
     """
-    if not runs:
-        return []
 
     def covered(budget: float) -> int:
         slack = 1.02
         return len({
             sizes[run.name] for run in runs
-            if run.tokens[0] / slack <= budget / sizes[run.name] <= run.tokens[-1] * slack
+            if _takes(own.get(run.name), budget)
+            and run.tokens[0] / slack <= budget / sizes[run.name] <= run.tokens[-1] * slack
         })  # fmt: skip
 
-    planned = {
-        float(budget)
-        for run in runs
-        if run.setting("schedule.flop_count") == count and isinstance(run.setting("eval.at_flops"), list)
-        for budget in run.setting("eval.at_flops")
-        if isinstance(budget, int | float) and 0 < budget < 1e40
-    }
+    planned = {budget for budgets in own.values() for budget in budgets}
     if found := [budget for budget in sorted(planned) if covered(budget) >= 3]:
         return found
     ends: dict[float, float] = {}
     for run in runs:
         size = sizes[run.name]
-        ends[size] = max(ends.get(size, 0.0), size * run.tokens[-1])
+        if run.name not in own:
+            ends[size] = max(ends.get(size, 0.0), size * run.tokens[-1])
     if len(ends) < 3:
         return []
     top = sorted(ends.values())[-3]
@@ -313,11 +335,11 @@ def _budgets(runs: Sequence[RunCurve], sizes: Mapping[str, float], count: FlopCo
     return sorted(found)
 
 
-def _points_of(run: RunCurve, size: float, budgets: Sequence[float], window: float) -> Iterable[Point]:
+def _points_of(run: RunCurve, size: float, budgets: Sequence[float], window: float, widest: float) -> Iterable[Point]:
     rate = run.setting("optimizer.lr")
     for budget in budgets:
         tokens = budget / size
-        found = loss_at(run.tokens, run.loss, run.stderr, tokens, window)
+        found = loss_at(run.tokens, run.loss, run.stderr, tokens, window, widest)
         if found is None:
             continue
         yield Point(

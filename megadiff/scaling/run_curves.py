@@ -336,12 +336,14 @@ _SLACK = math.log(1.02)
 
 
 def loss_at(
-    tokens: Floats, loss: Floats, stderr: Floats, at: float, window: float
+    tokens: Floats, loss: Floats, stderr: Floats, at: float, window: float, widest: float = math.inf
 ) -> tuple[float, float | None] | None:
     """Return the loss of a curve at a number of tokens, and its standard error; None if the curve does not cover it.
 
     The loss is a line of log loss over log tokens through the points within a factor `window`, or through the two
-    nearest on both sides if there are fewer than three. Two per cent beyond its ends still count as covered.
+    nearest on both sides if there are fewer than three. Two per cent beyond its ends still count as covered. Where
+    these two lie further apart in tokens than a factor `widest`, only a loss within two per cent of `at` counts: the
+    line lies above the curve.
     """
     if not len(tokens) or not np.log(tokens[0]) - _SLACK <= np.log(at) <= np.log(tokens[-1]) + _SLACK:
         return None
@@ -351,6 +353,8 @@ def loss_at(
         if len(tokens) == 1:
             return float(loss[0]), float(stderr[0]) if np.isfinite(stderr[0]) else None
         right = int(np.clip(np.searchsorted(x, 0.0), 1, len(x) - 1))
+        if x[right] - x[right - 1] > np.log(widest) and np.abs(x[right - 1 : right + 1]).min() > _SLACK:
+            return None
         slope = (y[right] - y[right - 1]) / (x[right] - x[right - 1])
         nearest = stderr[right - 1 if abs(x[right - 1]) < abs(x[right]) else right]
         return float(np.exp(y[right] - slope * x[right])), float(nearest) if np.isfinite(nearest) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -40,6 +41,25 @@ def test_planned_evaluations_are_the_budgets_and_come_first(tmp_path):
     assert found.setting_ranges == {"seq_length": (64.0, 64.0)}
     other = from_runs(runs, min_steps=100, flop_count="chinchilla")
     assert BUDGETS[0] not in {point.flops for point in other.points}
+
+
+def test_a_run_has_no_loss_at_a_budget_of_another_noise_alone(tmp_path):
+    between = FLOPS_A_STEP * 1158
+
+    def planned(line):
+        return line if "eval_elbo" in line and line["step"] == 1160 else only_planned(line)
+
+    runs = [write_run(tmp_path / "masked" / f"{a}x{b}", a, b, change=only_planned, **PLANNED) for a, b in SHAPES]
+    more = {**PLANNED, "eval": {"at_flops": sorted([*BUDGETS, between])}}
+    runs += [write_run(tmp_path / "uniform" / f"{a}x{b}", a, b, surface=UNIFORM, change=planned,
+                       noise={"shift": "uniform"}, **more) for a, b in SHAPES]  # fmt: skip
+    found = from_runs(runs, min_steps=100)
+    assert {point.noise for point in found.points if point.flops == between} == {"uniform"}
+    assert Counter(point.noise for point in found.points) == {"masked": 3 * len(SHAPES), "uniform": 4 * len(SHAPES)}
+    named = from_runs(runs, min_steps=100, budgets=[*BUDGETS, between])
+    assert {point.flops for point in named.points if point.noise == "masked"} == set(BUDGETS)
+    wider = from_runs(runs, min_steps=100, budgets=[between], window=2.0)
+    assert {point.noise for point in wider.points} == {"masked", "uniform"}
 
 
 def test_one_planned_evaluation_is_enough_and_runs_without_any_are_named(tmp_path):
