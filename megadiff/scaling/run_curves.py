@@ -18,6 +18,7 @@ import yaml
 from megadiff.errors import DataError
 from megadiff.metric_lines import Line, number, read_lines
 from megadiff.scaling.flops import FlopCount, flops_per_token
+from megadiff.scaling.noise_scale import MEASURED, Components, noise_share_of, scale_of, step_windows
 from megadiff.scaling.resampling import Floats
 from megadiff.untrusted_files import UnreadableFileError, read_bytes, read_json_object, why
 
@@ -33,12 +34,12 @@ _CHANGED = re.compile(rb"changed since +([\w.]+)")
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """A gradient noise scale that a run measured."""
+    """A gradient noise scale of a run, from its measurements within a factor of 2 in steps."""
 
     run: str
     noise: str
     tokens: float
-    """Tokens trained on by then."""
+    """Geometric mean of the tokens trained on by its measurements."""
     scale: float
     """tr S / |G|^2 in tokens."""
     stderr: float
@@ -176,7 +177,7 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
     finite = np.isfinite(loss)
     tail = [line for line in trained if key in line and line["step"] >= 0.98 * steps[-1]] if is_training_loss else final
     end = float(np.mean(found)) if len(found := _losses(tail, key if is_training_loss else "eval_elbo")) else np.nan
-    gauged = [line for line in lines if "gradient_noise/scale_tokens" in line and first <= line["step"] <= last]
+    gauged = [line for line in lines if f"gradient_noise/{MEASURED[0]}" in line and first <= line["step"] <= last]
     return RunCurve(
         name=str(folder),
         settings=settings,
@@ -196,17 +197,22 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
 def _noise_scales(
     folder: Path, settings: Mapping[str, Any], lines: Sequence[Line], progress: tuple[Floats, Floats]
 ) -> tuple[NoiseScale, ...]:
-    """Return the measured scales, the last of each step."""
-    found = {}
+    """Return the scales of windows of measurements; one in which the gradient drowns in its noise gives none."""
+    measured, found = {}, []
     for line in lines:
-        scale, tokens = number(line, "gradient_noise/scale_tokens"), float(np.interp(line["step"], *progress))
-        in_sequences, error = number(line, "gradient_noise/scale"), number(line, "gradient_noise/scale_stderr")
-        if scale is None or scale <= 0 or tokens <= 0:
-            continue
-        relative = error / in_sequences if error is not None and in_sequences else math.nan
-        share = number(line, "gradient_noise/noise_share")
-        found[line["step"]] = NoiseScale(str(folder), noise_name(settings), tokens, scale, scale * relative, share)
-    return tuple(found.values())
+        data, noise, signal = (number(line, f"gradient_noise/{name}") for name in MEASURED)
+        tokens = float(np.interp(line["step"], *progress))
+        if data is not None and noise is not None and signal is not None and tokens > 0:
+            measured[line["step"]] = tokens, Components(data, noise, signal)
+    for window in step_windows(measured):
+        tokens = float(np.exp(np.mean([math.log(measured[step][0]) for step in window])))
+        components = [measured[step][1] for step in window]
+        (scale, error), (share, _) = scale_of(components), noise_share_of(components)
+        if scale is not None and scale > 0:
+            length = _whole(settings, "model.seq_length")
+            stderr = math.nan if error is None else error * length
+            found.append(NoiseScale(str(folder), noise_name(settings), tokens, scale * length, stderr, share))
+    return tuple(found)
 
 
 def _losses(rows: Sequence[Mapping[str, Any]], key: str) -> Floats:

@@ -11,8 +11,9 @@ with, and the hook measures them apart.
 A measurement takes independent groups of R microbatches, each under K independent draws of noise, and needs three sums
 of squared norms of each group: of the gradients, of their sums over the draws of a microbatch, and of the sum over the
 group. These give unbiased estimates of both parts of tr S and of |G|^2 by the analysis of variance with random
-effects (`components`). Numerator and denominator are averaged over the groups of the last `window` measurements before
-the ratio is taken, and its standard error is a jackknife over these groups.
+effects (`components`). Numerator and denominator are averaged over the groups of the last `window` measurements, of
+those within a factor of 2 in steps, before the ratio is taken, and its standard error is a jackknife over these groups.
+The components of each measurement alone are written too, and are what a law over tokens is fitted to.
 
 A measurement is `groups` x `microbatches` x `draws` backward passes of one microbatch, each at most as long as a step.
 The 16 passes of the default every 2,000 steps are at most 0.8 % of the run on any layout; where a step has several
@@ -29,12 +30,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
+from megadiff.scaling.noise_scale import MEASURED, WIDEST, Components, mean_of, noise_share_of, scale_of
 from megadiff.train.hooks import Hook, HookContext, Part, StepInfo
 
 if TYPE_CHECKING:  # a run description is checked without torch
@@ -58,20 +60,9 @@ class Settings(Section):
     draws: int = Field(default=2, ge=2)
     """Number of draws of noise for each microbatch."""
     window: int = Field(default=8, ge=1)
-    """Number of last measurements that the figures are averaged over."""
+    """Largest number of last measurements that the figures are averaged over; those before half the steps never are."""
     source: Literal["train", "validation"] = "train"
     """Sequences to measure on: the next ones of the training data, or the validation data in turn."""
-
-
-class Components(NamedTuple):
-    """Unbiased estimates from one group, for the gradient of a sequence's summed loss."""
-
-    data: float
-    """Part of tr S that comes from which sequence it is."""
-    noise: float
-    """Part of tr S that comes from how the sequence was corrupted."""
-    signal: float
-    """|G|^2."""
 
 
 def build(settings: Any, context: HookContext) -> GradientNoise:
@@ -94,6 +85,8 @@ def build(settings: Any, context: HookContext) -> GradientNoise:
         log.warning(f"{message}; raise `every` to {math.ceil(settings.every * share / MOST_SHARE):,} for 1 %")
     elif context.topology.is_main:
         log.info(message)
+    if context.topology.is_main and (sentence := repeated_sequences(settings, context)):
+        log.warning(f"gradient noise    {sentence}")
     return GradientNoise(settings, context)
 
 
@@ -103,6 +96,31 @@ def cost_share(settings: Any, context: HookContext) -> float:
     in_step = batch.global_batch_size // (batch.micro_batch_size * layout.data) + layout.pipeline - 1
     passes = -(-settings.groups // layout.data) * settings.microbatches * settings.draws
     return passes * layout.pipeline / (in_step * settings.every)
+
+
+def repeated_sequences(settings: Any, context: HookContext) -> str:
+    """Return a sentence if measurements that are averaged share sequences; empty if all are different."""
+    config, every = context.config, settings.every
+    wanted = settings.groups * settings.microbatches * config.batch.micro_batch_size
+    if settings.source == "validation":
+        there = sum(len(kind) for kind in context.gradients.validation)
+        together = math.ceil(config.steps / every) - math.ceil(config.steps / WIDEST / every) + 1
+        if there >= wanted * together:
+            return ""
+        return (
+            f"the {there:,} validation sequences come around again within the {together:,} measurements of {wanted:,} "
+            "that are averaged together, so the standard errors are too small; raise `every` or eval.sequences"
+        )
+    last = (config.steps - 1) // every * every
+    pairs = [(step, after) for step, after in ((every, 2 * every), (last, config.steps)) if 0 < step < after]
+    before = config.sizes.samples_before
+    gap = min((before(after) - before(step) for step, after in pairs if after <= config.steps), default=wanted)
+    if gap >= wanted:
+        return ""
+    return (
+        f"a measurement takes {wanted:,} sequences, of which the next one takes some again after {gap:,}, so the "
+        "standard errors are too small; raise `every`, or let it divide the number of steps"
+    )
 
 
 class GradientNoise(Hook):
@@ -118,8 +136,8 @@ class GradientNoise(Hook):
 
     def __init__(self, settings: Any, context: HookContext) -> None:
         self._settings, self._context = settings, context
-        self._measured: list[list[Components]] = []
-        """Components by group of the last measurements."""
+        self._measured: dict[int, list[Components]] = {}
+        """Components by group of the last measurements, by step."""
 
     def __call__(self, info: StepInfo) -> None:
         """Measure, and write a line. Collective over the run."""
@@ -129,22 +147,25 @@ class GradientNoise(Hook):
             log.warning(f"step {info.step}: gradient noise not measured, since a gradient is not finite")
             return
         found = [components(group, settings.microbatches, settings.draws, size) for group in sums]
-        self._measured = [*self._measured, found][-settings.window :]
-        groups = [group for measured in self._measured for group in measured]
+        self._measured = last_measurements({**self._measured, info.step: found}, settings.window)
+        groups = [group for measured in self._measured.values() for group in measured]
         figures = summary(groups, seq_length=self._context.config.model.seq_length)
+        for name, value in zip(MEASURED, mean_of(found), strict=True):
+            figures[f"gradient_noise/{name}"] = value
         figures["gradient_noise/measurements"] = len(self._measured)
         self._context.write(figures, info.step)
         if self._context.topology.is_main:
             log.info(f"step {info.step:>7}/{self._context.config.steps} | {describe(figures)}")
 
     def state(self) -> dict[str, Any]:
-        """Return the components of the last measurements."""
-        return {"measured": [[list(group) for group in measured] for measured in self._measured]}
+        """Return the components of the last measurements, and their steps."""
+        measured = [[list(group) for group in groups] for groups in self._measured.values()]
+        return {"steps": list(self._measured), "measured": measured}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over the last measurements of a run that resumes."""
-        found = state.get("measured", [])
-        self._measured = [[Components(*group) for group in measured] for measured in found][-self._settings.window :]
+        """Take over the last measurements of a run that resumes; those whose steps are not known are left out."""
+        found = zip(state.get("steps", ()), state.get("measured", ()), strict=False)
+        self._measured = {step: [Components(*group) for group in groups] for step, groups in found}
 
     def _measure(self, step: int) -> list[list[float]]:
         """Return the three sums of squared norms of each group, over the whole model."""
@@ -155,7 +176,7 @@ class GradientNoise(Hook):
         size = gradients.micro_batch_size
         count = settings.groups * settings.microbatches
         start = context.config.sizes.samples_before(step)
-        first = start if settings.source == "train" else step // settings.every * count * size
+        first = start if settings.source == "train" else (-(-step // settings.every) - 1) * count * size
         sums = torch.zeros(settings.groups, 3, dtype=torch.float64, device=gradients.device)
         with gradients.borrowed() as gradient_of:
             for group in range(topology.data_rank, settings.groups, topology.layout.data):
@@ -166,6 +187,12 @@ class GradientNoise(Hook):
                     microbatches.append([gradients.noised(clean, draw[0] + k * size) for k in range(settings.draws)])
                 sums[group] = sums_of_squares(microbatches, gradient_of, device=gradients.device)
         return topology.sum_over_ranks(sums).tolist()
+
+
+def last_measurements(measured: Mapping[int, list[Components]], window: int) -> dict[int, list[Components]]:
+    """Return the last measurements by step, at most `window` and within a factor of 2 in steps."""
+    steps = sorted(measured)
+    return {step: measured[step] for step in steps[-window:] if WIDEST * step >= steps[-1]}
 
 
 def sums_of_squares(
@@ -230,9 +257,9 @@ def summary(groups: Sequence[Components], *, seq_length: int) -> dict[str, float
 
     A figure is None where the groups do not determine it: |G|^2 is estimated as 0 or less while it drowns in noise.
     """
-    scale, error = _with_jackknife(groups, lambda data, noise, signal: (data + noise, signal))
-    share, share_error = _with_jackknife(groups, lambda data, noise, signal: (noise, data + noise))
-    data, noise, signal = (sum(values) / len(groups) for values in zip(*groups, strict=True))
+    scale, error = scale_of(groups)
+    share, share_error = noise_share_of(groups)
+    data, noise, signal = mean_of(groups)
     return {
         "gradient_noise/scale": scale,
         "gradient_noise/scale_stderr": error,
@@ -254,19 +281,3 @@ def describe(figures: Mapping[str, float | None]) -> str:
     part = "" if share is None else f", {share:.0%} of its variance from noise draws"
     tokens = f"{figures['gradient_noise/scale_tokens']:,.0f} tokens"
     return f"gradient noise scale {scale:.4g}{spread} sequences ({tokens}){part}"
-
-
-def _with_jackknife(
-    groups: Sequence[Components], parts: Callable[[float, float, float], tuple[float, float]]
-) -> tuple[float | None, float | None]:
-    """Return a ratio of sums over groups and its jackknife standard error; None where a denominator is not above 0."""
-    pairs = [parts(*group) for group in groups]
-    top, bottom = (sum(values) for values in zip(*pairs, strict=True))
-    if bottom <= 0:
-        return None, None
-    others = [(top - own_top, bottom - own_bottom) for own_top, own_bottom in pairs]
-    if any(below <= 0 for _, below in others):
-        return top / bottom, None
-    ratios = [above / below for above, below in others]
-    mean, count = sum(ratios) / len(ratios), len(ratios)
-    return top / bottom, math.sqrt((count - 1) / count * sum((ratio - mean) ** 2 for ratio in ratios))

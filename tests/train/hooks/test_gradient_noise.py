@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megadiff.data.batch_sizes import BatchSizes
 from megadiff.errors import ConfigError
 from megadiff.platform.quiet import quiet
-from megadiff.train.hooks.gradient_noise import Components, components, cost_share, describe, summary
+from megadiff.scaling.noise_scale import Components
+from megadiff.train.hooks.gradient_noise import (
+    GradientNoise,
+    components,
+    cost_share,
+    describe,
+    last_measurements,
+    repeated_sequences,
+    summary,
+)
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, read_metrics, toy_config, wire_on_rank
 
@@ -113,6 +124,36 @@ def test_the_default_costs_less_than_one_percent_on_any_layout(data, pipeline, i
     layout = SimpleNamespace(data=data, pipeline=pipeline)
     context = SimpleNamespace(topology=SimpleNamespace(layout=layout), config=SimpleNamespace(batch=batch))
     assert 0 < cost_share(settings, context) <= 0.008
+
+
+def test_measurements_before_half_the_steps_are_not_averaged_in():
+    measured = {step: [Components(1.0, 2.0, 3.0)] for step in range(2000, 18000, 2000)}
+    assert list(last_measurements(measured, 8)) == [8000, 10000, 12000, 14000, 16000]
+    assert list(last_measurements(measured, 2)) == [14000, 16000]
+    hook, other = GradientNoise(None, None), GradientNoise(None, None)
+    hook._measured = measured
+    other.restore(json.loads(json.dumps(hook.state())))
+    assert other._measured == measured
+
+
+@pytest.mark.parametrize(
+    ("source", "every", "steps", "validation", "sentence"),
+    [
+        ("train", 2000, 5000, 0, ""),
+        ("train", 1, 5000, 0, "takes 32 sequences, of which the next one takes some again after 16,"),
+        ("train", 1999, 3999, 0, "takes some again after 16,"),
+        ("validation", 2000, 5000, 64, ""),
+        ("validation", 2000, 5000, 63, "the 63 validation sequences come around again within the 2 measurements of 32"),
+    ],
+)
+def test_measurements_that_share_sequences_are_warned_of(source, every, steps, validation, sentence):
+    settings = SimpleNamespace(every=every, groups=2, microbatches=4, source=source)
+    sizes = BatchSizes(16)
+    config = SimpleNamespace(steps=steps, sizes=sizes, batch=SimpleNamespace(micro_batch_size=4))
+    context = SimpleNamespace(config=config, gradients=SimpleNamespace(validation=[range(validation)]))
+    found = repeated_sequences(settings, context)
+    assert sentence in found
+    assert bool(found) == bool(sentence)
 
 
 ENTRY = {"name": "gradient_noise", "every": 2, "groups": 4, "microbatches": 4, "window": 2}
