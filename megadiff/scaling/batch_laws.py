@@ -11,9 +11,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 
+from megadiff.scaling.cells import budget_codes, cell_codes, size_codes
 from megadiff.scaling.fit import Hyperbola, PowerLaw, SlopesByGroup, hyperbola, power_law, slopes_by
 from megadiff.scaling.optimum import optimum
 from megadiff.scaling.points import Point, size_name
@@ -39,7 +41,7 @@ class Cell:
     batch_vertex: float
     """Vertex of the parabola of log loss over log batch; the best run's batch where there is none."""
     rate: float | None
-    """Learning rate of the best run; None if it is not known or was not varied inside its grid."""
+    """Best learning rate at the best batch; None if it is not known or lies at an edge of its grid."""
     rate_vertex: float | None
     """Vertex over the learning rates at the best batch; None as for `rate`."""
 
@@ -104,22 +106,28 @@ def batch_laws(points: Sequence[Point], *, level: float = LEVEL, seed: int = 0) 
     )
 
 
-def _means(points: Sequence[Point]) -> dict[_Setting, float]:
-    """Return the mean log loss of the seeds of each setting."""
-    found: dict[_Setting, list[float]] = {}
+def _by_setting(points: Sequence[Point]) -> dict[_Setting, list[Point]]:
+    """Return the points of each setting, seeds included."""
+    found: dict[_Setting, list[Point]] = {}
     for point in points:
         if point.batch_tokens is not None:
-            found.setdefault((point.batch_tokens, point.learning_rate), []).append(math.log(point.loss))
-    return {setting: sum(losses) / len(losses) for setting, losses in found.items()}
+            found.setdefault((point.batch_tokens, point.learning_rate), []).append(point)
+    return found
+
+
+def _mean_log_loss(points: Sequence[Point]) -> float:
+    return fmean(math.log(point.loss) for point in points)
 
 
 def _cells(points: Sequence[Point]) -> tuple[list[Cell], list[str]]:
-    members: dict[tuple[float, float], list[Point]] = {}
-    for point in points:
-        members.setdefault((point.flops_per_token, point.flops), []).append(point)
+    members: dict[tuple[int, int], list[Point]] = {}
+    keys = cell_codes([point.flops_per_token for point in points], [point.flops for point in points])
+    for key, point in zip(keys, points, strict=True):
+        members.setdefault(key, []).append(point)
     cells, edges = [], []
-    for (_, flops), own in sorted(members.items()):
-        means = _means(own)
+    for _, own in sorted(members.items()):
+        flops = own[0].flops
+        means = {setting: _mean_log_loss(seeds) for setting, seeds in _by_setting(own).items()}
         batches = sorted({batch for batch, _ in means})
         if len(batches) < 3:
             continue
@@ -132,10 +140,11 @@ def _cells(points: Sequence[Point]) -> tuple[list[Cell], list[str]]:
             continue
         losses = {rate: loss for (batch, rate), loss in means.items() if batch == found.rate and rate is not None}
         rates = optimum(losses) if len(losses) > 1 else None
-        if rates is not None and len(losses) > 2 and not rates.is_inside:
+        if rates is not None and not rates.is_inside:
             side = "smallest" if rates.rate == min(losses) else "largest"
             edges.append(f"edge optimum: the best learning rate of {place} is the {side} of its grid")
         best = min(own, key=lambda point: point.loss)
+        inside = rates if rates is not None and rates.is_inside else None
         cells.append(
             Cell(
                 size=size_name(best),
@@ -144,8 +153,8 @@ def _cells(points: Sequence[Point]) -> tuple[list[Cell], list[str]]:
                 tokens=best.tokens,
                 batch=found.rate,
                 batch_vertex=found.vertex,
-                rate=None if rates is None else rates.rate,
-                rate_vertex=rates.vertex if rates is not None and rates.is_inside else None,
+                rate=None if inside is None else inside.rate,
+                rate_vertex=None if inside is None else inside.vertex,
             )
         )
     return cells, edges
@@ -188,9 +197,9 @@ def _fitted(
 
 
 def _iso_losses(points: Sequence[Point], level: float, seed: int, refusals: list[str]) -> list[IsoLoss]:
-    by_size: dict[float, list[Point]] = {}
-    for point in points:
-        by_size.setdefault(point.flops_per_token, []).append(point)
+    by_size: dict[int, list[Point]] = {}
+    for size, point in zip(size_codes([point.flops_per_token for point in points]).tolist(), points, strict=True):
+        by_size.setdefault(size, []).append(point)
     found = []
     for _, own in sorted(by_size.items()):
         curves = _curves(own)
@@ -216,13 +225,13 @@ _Curve = list[tuple[float, float]]
 
 def _curves(points: Sequence[Point]) -> dict[_Setting, _Curve]:
     """Return the curve of each setting."""
-    by_flops: dict[float, list[Point]] = {}
-    for point in points:
-        by_flops.setdefault(point.flops, []).append(point)
     curves: dict[_Setting, _Curve] = {}
-    for _, own in sorted(by_flops.items()):
-        for setting, loss in _means(own).items():
-            curves.setdefault(setting, []).append((math.log(own[0].tokens / setting[0]), loss))
+    for setting, own in _by_setting(points).items():
+        codes = budget_codes([point.flops for point in own])
+        for code in range(int(codes.max()) + 1):
+            seeds = [point for point, each in zip(own, codes, strict=True) if each == code]
+            log_steps = fmean(math.log(point.tokens / setting[0]) for point in seeds)
+            curves.setdefault(setting, []).append((log_steps, _mean_log_loss(seeds)))
     return curves
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megadiff.scaling.cells import SAME_SIZE, budget_codes
 from megadiff.scaling.fit import PowerLaw, power_law_from_draws
 from megadiff.scaling.resampling import LEVEL, FitError, Floats, as_points, group_codes, spread_interval, t_width
 
-SAME_BUDGET, SAME_SIZE = 0.02, 0.05
-"""Relative differences up to which FLOPs are one budget, and FLOPs per token one size of a bowl."""
+_NEAR_SIZE = 0.05
+"""Relative difference up to which FLOPs per token are one size of a bowl."""
 MIN_SIZES, GOOD_SIZES, MIN_BUDGETS = 3, 5, 3
 
 
@@ -109,7 +110,7 @@ class Bowls:
 
 def _different(log_size: Floats) -> int:
     """Return the number of sizes that differ by more than a few per cent from the next smaller one."""
-    return int((np.diff(np.sort(log_size)) > np.log1p(SAME_SIZE)).sum()) + 1 if len(log_size) else 0
+    return int((np.diff(np.sort(log_size)) > np.log1p(_NEAR_SIZE)).sum()) + 1 if len(log_size) else 0
 
 
 @dataclass(frozen=True)
@@ -293,15 +294,6 @@ def isoflop(
     )
 
 
-def budget_codes(flops: Floats) -> NDArray[np.int64]:
-    """Return the number of each point's budget, ascending; a gap of more than 2 % begins another budget."""
-    order = np.argsort(flops, kind="stable")
-    steps = np.diff(np.log(flops[order])) > np.log1p(SAME_BUDGET)
-    codes = np.empty(len(flops), dtype=np.int64)
-    codes[order] = np.concatenate([[0], np.cumsum(steps)])
-    return codes
-
-
 def _design(columns: dict[str, Floats], codes: NDArray[np.int64]) -> tuple[Bowls, Floats]:
     """Return the bowls, and log losses [runs, budgets] with NaN where a run has none.
 
@@ -313,7 +305,7 @@ def _design(columns: dict[str, Floats], codes: NDArray[np.int64]) -> tuple[Bowls
     log_loss, log_size = np.full((runs, count), np.nan), np.empty(runs)
     for run in range(runs):
         sizes = np.log(columns["size"][codes == run])
-        if np.ptp(sizes) > 1e-6:
+        if np.ptp(sizes) > SAME_SIZE:
             raise FitError(f"run number {run} has sizes from {np.exp(sizes.min()):g} to {np.exp(sizes.max()):g}")
         log_size[run] = sizes[0]
     for run, budget, value in zip(codes, budgets, np.log(columns["loss"]), strict=True):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megadiff.errors import DataError
+from megadiff.scaling.cells import cell_codes
 from megadiff.scaling.flops import FlopCount
 from megadiff.scaling.run_curves import (
     HARMLESS,
@@ -402,14 +403,16 @@ def best_of_settings(points: Sequence[Point]) -> list[Point]:
 
     Seeds of one setting are compared by their mean and stay together.
     """
-    cells: dict[tuple[Any, ...], dict[tuple[Any, ...], list[int]]] = {}
-    for place, point in enumerate(points):
-        if point.excluded:
-            continue
-        cell = (point.noise, round(math.log(point.flops_per_token), 6), round(math.log(point.flops), 6))
-        cells.setdefault(cell, {}).setdefault((point.batch_tokens, point.learning_rate), []).append(place)
+    places = [place for place, point in enumerate(points) if not point.excluded]
+    members: dict[tuple[Any, ...], dict[tuple[Any, ...], list[int]]] = {}
+    for noise in dict.fromkeys(points[place].noise for place in places):
+        own = [place for place in places if points[place].noise == noise]
+        keys = cell_codes([points[place].flops_per_token for place in own], [points[place].flops for place in own])
+        for place, cell in zip(own, keys, strict=True):
+            setting = (points[place].batch_tokens, points[place].learning_rate)
+            members.setdefault((noise, *cell), {}).setdefault(setting, []).append(place)
     found = list(points)
-    for settings in cells.values():
+    for settings in members.values():
         means = {key: np.mean([points[place].loss for place in places]) for key, places in settings.items()}
         best = min(means, key=lambda key: means[key])
         for key, places in settings.items():

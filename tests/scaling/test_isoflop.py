@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megadiff.scaling.isoflop import budget_codes, isoflop
+from megadiff.scaling.cells import budget_codes
+from megadiff.scaling.isoflop import isoflop
 from megadiff.scaling.resampling import FitError
 from tests.scaling.planted import BUDGETS, MASKED, SIZES, coverage, sweep
 

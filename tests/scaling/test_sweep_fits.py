@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
@@ -109,6 +110,26 @@ def test_a_best_batch_at_the_edge_of_its_grid_is_named_and_makes_no_law():
     )
     two = [point for point in points if point.batch_tokens < 3e4]
     assert batch_laws(two).cells == ()
+
+
+def test_sizes_and_budgets_are_equal_up_to_rounding():
+    exact = list(grid_of_batches())
+    rounded = [replace(point, flops=point.flops * (1 + 0.01 * (place % 2)), flops_per_token=size)
+               for place, point in enumerate(exact)
+               for size in [point.flops_per_token * (1 + 1e-8 * (place % 3))]]  # fmt: skip
+    found, wanted = batch_laws(rounded), batch_laws(exact)
+    assert [cell.run for cell in found.cells] == [cell.run for cell in wanted.cells]
+    assert [point.excluded for point in best_of_settings(rounded)] == [p.excluded for p in best_of_settings(exact)]
+
+
+@pytest.mark.parametrize("rates", [(1.0, 1.41), (1.0, 1.41, 2.0)])
+def test_a_best_rate_at_the_edge_of_its_grid_is_named_and_makes_no_law(rates):
+    found = batch_laws(list(grid_of_batches(rates=rates)))
+    assert found.cells
+    assert {(cell.rate, cell.rate_vertex) for cell in found.cells} == {(None, None)}
+    assert found.rate == {}
+    named = [edge for edge in found.edges if "the best learning rate of" in edge and "is the smallest of" in edge]
+    assert len(named) == len(found.cells)
 
 
 def planted_sweep():
