@@ -276,9 +276,11 @@ def summary(results: Results) -> list[str]:
         if pair.what == "best":
             d = pair.difference
             lines.append(
-                f"best runs at {pair.flops:.3g} FLOPs over {d.sequences:,} sequences: {pair.first_noise} less "
-                f"{pair.second_noise} {d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token"
+                f"best settings at {pair.flops:.3g} FLOPs over {d.sequences:,} sequences: {pair.first.describe()} less "
+                f"{pair.second.describe()} {d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token"
             )
+    if any(pair.what == "best" for pair in results.paired):
+        lines.append("  these intervals are over sequences, between these runs; other seeds differ by the run noise")
     return [*lines, *(f"provisional: {reason}" for reason in results.reservations)]
 
 

@@ -17,7 +17,7 @@ Nothing here needs torch or numpy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -126,6 +126,32 @@ def compare(a: PerSequence, b: PerSequence) -> PairedDifference:
     Raises:
         DataError: the sequences or the draws of the noise differ, or a figure is not finite.
     """
+    _check_same(a, b)
+    if len(a.elbo) < 2:
+        raise DataError(f"a paired comparison needs at least 2 sequences, found {len(a.elbo)}")
+    differences = [one - other for one, other in zip(a.elbo, b.elbo, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        raise DataError("the bound of a sequence is not finite in one of the runs, so there is no difference to give")
+    mean, count = fmean(differences), len(differences)
+    error = stdev(differences, mean) / math.sqrt(count)
+    reach = _student_t(count - 1) * error
+    unpaired = math.sqrt((stdev(a.elbo) ** 2 + stdev(b.elbo) ** 2) / count)
+    return PairedDifference(mean, error, mean - reach, mean + reach, count, unpaired)
+
+
+def average(runs: Sequence[PerSequence]) -> PerSequence:
+    """Return the mean of the bound of every sequence over runs, such as the seeds of one setting.
+
+    Raises:
+        DataError: the sequences or the draws of the noise differ.
+    """
+    for other in runs[1:]:
+        _check_same(runs[0], other)
+    noise = next((run.noise for run in runs if run.noise is not None), None)
+    return PerSequence(runs[0].sequences, noise, tuple(map(fmean, zip(*(run.elbo for run in runs), strict=True))))
+
+
+def _check_same(a: PerSequence, b: PerSequence) -> None:
     if a.sequences != b.sequences or len(a.elbo) != len(b.elbo):
         raise DataError(
             f"the runs were evaluated on different sequences ({len(a.elbo):,} with the fingerprint {a.sequences[:8]} "
@@ -137,16 +163,6 @@ def compare(a: PerSequence, b: PerSequence) -> PairedDifference:
             f"the runs were evaluated under different noise ({a.noise.describe()}, and {b.noise.describe()}), so there "
             "are no pairs to compare; evaluate both with the same eval.num_noise_levels and range of log-SNR"
         )
-    if len(a.elbo) < 2:
-        raise DataError(f"a paired comparison needs at least 2 sequences, found {len(a.elbo)}")
-    differences = [one - other for one, other in zip(a.elbo, b.elbo, strict=True)]
-    if not all(map(math.isfinite, differences)):
-        raise DataError("the bound of a sequence is not finite in one of the runs, so there is no difference to give")
-    mean, count = fmean(differences), len(differences)
-    error = stdev(differences, mean) / math.sqrt(count)
-    reach = _student_t(count - 1) * error
-    unpaired = math.sqrt((stdev(a.elbo) ** 2 + stdev(b.elbo) ** 2) / count)
-    return PairedDifference(mean, error, mean - reach, mean + reach, count, unpaired)
 
 
 def _per_sequence(line: Mapping[str, Any]) -> PerSequence | None:
@@ -173,7 +189,7 @@ def _noise(found: Any) -> EvaluationNoise | None:
 
 
 def _student_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t: exact for 1 and 2 degrees, else Fisher's expansion (error < 2e-3)."""
+    """Return the 97.5 % quantile of Student's t: exact for 1 and 2 degrees, else Fisher's expansion (error < 4e-3)."""
     if freedom == 1:
         return math.tan(0.475 * math.pi)
     if freedom == 2:

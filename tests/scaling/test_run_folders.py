@@ -18,7 +18,7 @@ from megadiff.scaling.run_curves import flops_per_token_of
 from tests.scaling.planted import MASKED, UNIFORM
 from tests.scaling.run_folders import FLOPS_A_STEP, SHAPES, clean_sweep, write_run
 
-BUDGETS = [FLOPS_A_STEP * steps for steps in (418, 818, 1618)]
+BUDGETS = [FLOPS_A_STEP * steps for steps in (419.5, 819.5, 1619.5)]
 PLANNED = {"eval": {"at_flops": BUDGETS}, "schedule__flop_count": "deepseek"}
 
 
@@ -142,7 +142,7 @@ def test_tokens_of_several_sources_count_once_each(tmp_path):
     assert {point.excluded for point in points} >= {REPEATED}
 
 
-def keep_sequences(folder, shift, fingerprint="f" * 8):
+def keep_sequences(folder, fingerprint="f" * 8):
     """Write the figures of 64 sequences beside every evaluation: shared difficulty, and a loss of the run's own."""
     difficulty = np.random.default_rng(0).normal(0, 0.3, 64)
     rng = np.random.default_rng(sum(map(ord, str(folder.name))))
@@ -150,7 +150,7 @@ def keep_sequences(folder, shift, fingerprint="f" * 8):
     for text in (folder / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         if "eval_elbo" in line:
-            figures = (line["eval_elbo"] + shift + difficulty + rng.normal(0, 0.01, 64)).tolist()
+            figures = (line["eval_elbo"] + difficulty + rng.normal(0, 0.01, 64)).tolist()
             lines.append({"step": line["step"], "sequences": fingerprint, "noise": None, "elbo": figures})
     (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -160,7 +160,7 @@ def test_objectives_side_by_side_are_compared_over_the_same_sequences(tmp_path):
     runs += [write_run(tmp_path / "ar" / f"{a}x{b}", a, b, surface=UNIFORM, method__name="next_token", **PLANNED)
              for a, b in SHAPES]  # fmt: skip
     for run in runs:
-        keep_sequences(run, 0.0)
+        keep_sequences(run)
     found = from_runs(runs, min_steps=100)
     assert {point.noise for point in found.points} == {"masked", "next_token"}
     pairs, refusals = paired_runs(found.counted)
@@ -170,33 +170,61 @@ def test_objectives_side_by_side_are_compared_over_the_same_sequences(tmp_path):
         if pair.what != "best":
             d = pair.difference
             own = [next(point for point in found.points if point.run == run and point.flops == pair.flops)
-                   for run in (pair.first, pair.second)]  # fmt: skip
+                   for run in (*pair.first.runs, *pair.second.runs)]  # fmt: skip
             assert d.difference == pytest.approx(own[0].loss - own[1].loss, abs=0.015)
             assert d.stderr < d.unpaired_stderr / 10
             assert math.isclose(own[0].flops_per_token, own[1].flops_per_token)
-    keep_sequences(runs[0], 0.0, fingerprint="e" * 8)
+    keep_sequences(runs[0], fingerprint="e" * 8)
     pairs, refusals = paired_runs(found.counted)
     assert len(refusals) == 1
     assert refusals[0].startswith("pairs of masked and next_token: the runs were evaluated on different sequences")
 
 
+def test_seeds_are_averaged_and_other_steps_are_no_pairs(tmp_path):
+    runs = [write_run(tmp_path / f"m{seed}" / f"{a}x{b}", a, b, seed=seed, luck=1 + 0.01 * seed, **PLANNED)
+            for a, b in SHAPES[2:5] for seed in (0, 1)]  # fmt: skip
+    runs += [write_run(tmp_path / "ar" / f"{a}x{b}", a, b, surface=UNIFORM, method__name="next_token", **PLANNED)
+             for a, b in SHAPES[2:5]]  # fmt: skip
+    for run in runs:
+        keep_sequences(run)
+    found = from_runs(runs, min_steps=100)
+    pairs, refusals = paired_runs(found.counted)
+    assert (len(pairs), refusals) == (3 * 4, [])
+    for pair in pairs:
+        masked, other = ([point.loss for point in found.counted if point.run in side.runs and point.flops == pair.flops]
+                         for side in (pair.first, pair.second))  # fmt: skip
+        assert (len(masked), len(other)) == (2, 1)
+        assert pair.difference.difference == pytest.approx(np.mean(masked) - other[0], abs=0.01)
+        assert set(pair.first.steps) == set(pair.second.steps) <= {420, 820, 1620}
+    assert pairs[0].first.describe() == "masked (2 runs, step 420)"
+    apart = from_runs(runs, min_steps=100, budgets=[FLOPS_A_STEP * 418])
+    assert {point.noise for point in apart.counted} == {"masked", "next_token"}
+    assert paired_runs(apart.counted) == ([], [])
+
+
 def test_measured_noise_scales_get_a_law_over_tokens(tmp_path):
     def gauged(line):
+        """The line with a scale that is proportional to the step; averages of it are not read."""
         if "eval_elbo" not in line or line["step"] % 100:
             return line
-        tokens = line["step"] * 1e6
-        return {**line, "gradient_noise/scale": tokens**0.5 / 64, "gradient_noise/scale_tokens": tokens**0.5,
-                "gradient_noise/scale_stderr": 0.1 * tokens**0.5 / 64, "gradient_noise/noise_share": 0.8}  # fmt: skip
+        own = {"measured_trace_data": 2.0, "measured_trace_noise": 8.0, "measured_norm_squared": 1000 / line["step"],
+               "scale": 1.0, "scale_tokens": 64.0}  # fmt: skip
+        return {**line, **{f"gradient_noise/{name}": value for name, value in own.items()}}
 
     runs = clean_sweep(tmp_path)
-    runs[0] = write_run(tmp_path / "gauged", 2, 64, change=gauged, lines=None, seed=1)
-    null = {"gradient_noise/scale": None, "gradient_noise/scale_tokens": None}
-    runs[1] = write_run(tmp_path / "null", 3, 64, change=lambda line: {**line, **null}, seed=1)
-    found = from_runs(runs, min_steps=100)
+    runs[0] = write_run(tmp_path / "gauged", 2, 64, change=gauged, seed=1)
+    drowned = {"gradient_noise/measured_trace_data": 1.0, "gradient_noise/measured_trace_noise": 1.0,
+               "gradient_noise/measured_norm_squared": -1.0}  # fmt: skip
+    runs[1] = write_run(tmp_path / "drowned", 3, 64, change=lambda line: {**line, **drowned}, seed=1)
+    found = from_runs(runs, min_steps=200)
     assert {scale.run for scale in found.noise_scales} == {str(runs[0])}
-    assert len(found.noise_scales) == 19
-    for scale in found.noise_scales:
-        assert (scale.noise, scale.noise_share) == ("masked", 0.8)
-        assert scale.stderr == pytest.approx(0.1 * scale.scale)
+    size = flops_per_token(runs[0])
+    steps = [scale.tokens * size / FLOPS_A_STEP for scale in found.noise_scales]
+    windows = [(200, 300, 400), range(500, 1000, 100), range(1000, 2000, 100)]
+    assert steps == pytest.approx([math.exp(np.mean(np.log(window))) for window in windows])
+    for scale, step in zip(found.noise_scales, steps, strict=True):
+        assert (scale.noise, scale.noise_share) == ("masked", pytest.approx(0.8))
+        assert scale.scale == pytest.approx(64 * step / 100, rel=0.05)
+        assert 0 < scale.stderr < 0.3 * scale.scale
     fitted = power_law([scale.tokens for scale in found.noise_scales], [scale.scale for scale in found.noise_scales])
-    assert fitted.exponent == pytest.approx(0.5, abs=0.01)
+    assert fitted.exponent == pytest.approx(1.0, abs=0.03)
