@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import sys
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,8 @@ def fork_worker(number: int, commands: int, replies: int, lock: int) -> ForkedPr
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2 and int(name) not in (commands, replies, lock):
                 with contextlib.suppress(OSError):
-                    os.close(int(name))
+                    if stat.S_ISFIFO(os.fstat(int(name)).st_mode):  # others may be those of gloo's own threads
+                        os.close(int(name))
         from megadiff.run.sweep_worker import serve
 
         serve(os.fdopen(commands, "rb"), os.fdopen(replies, "wb"))
