@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -109,12 +110,14 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and end the process as every command of this package does.
 
     The exit code is 0 on success and that of a `MegadiffError`, whose message goes to stderr; it is 2 for a path that
-    no file can have, such as one that is too long, and 130 when interrupted. Any other exception is a bug of this
-    package and keeps its stack trace (exit code 1). Under a launcher that passes `TORCHELASTIC_ERROR_FILE`, as torchrun
-    does, the message is also written there, so that the launcher's own summary shows it, and only one rank prints it.
+    no file can have, such as one that is too long, 130 when interrupted, and 141 when the reader of the output, such as
+    `head`, has left. Any other exception is a bug of this package and keeps its stack trace (exit code 1). Under a
+    launcher that passes `TORCHELASTIC_ERROR_FILE`, as torchrun does, the message is also written there, so that the
+    launcher's own summary shows it, and only one rank prints it.
     """
     try:
         main()
+        sys.stdout.flush()
     except MegadiffError as error:
         _end(str(error), error.exit_code)
     except ModuleNotFoundError as error:
@@ -130,10 +133,22 @@ def run_command(main: Callable[[], None]) -> None:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_output_no_reader():
+            sys.exit(141)  # as a program ends that SIGPIPE kills
         if isinstance(error, OSError) and error.errno in _NO_PATH and error.filename is not None:
             _end(str(ConfigError(f"{error.filename}: {error.strerror}; check the path")), ConfigError.exit_code)
         _write_error_file(f"{type(error).__name__}: {error}")
         raise
+
+
+def _has_output_no_reader() -> bool:
+    """Return whether the reader of stdout has left; what could not be written is then dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+    return True
 
 
 def _is_own(module: str) -> bool:

@@ -32,6 +32,19 @@ def summary(tmp_path) -> str:
     return json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_output_whose_reader_has_left_ends_without_a_word(lines):
+    code = f"from megadiff.errors import *; run_command(lambda: print('line\\n' * {lines}))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=env, text=True, stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (141, "")
+
+
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
     err, process = ended(tmp_path, MISTAKE)
     assert (process.returncode, err) == (2, "error: the sentence\n")

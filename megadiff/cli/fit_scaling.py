@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from megadiff.scaling.fit_results import Results
 
 _EPILOG = """examples:
-  megadiff fit_scaling runs/sweep/* --output fits/masked
-  megadiff fit_scaling runs/sweep/* --budgets 1e17 3e17 1e18 --min-steps 0
+  megadiff fit_scaling runs/sweep/runs/* --output fits/masked
+  megadiff fit_scaling runs/sweep/runs/* --budgets 1e17 3e17 1e18 --min-steps 0
   megadiff fit_scaling --csv points.csv --columns params="N*1e6" tokens="D*1e9" loss=final_loss
   megadiff plan --laws fits/masked/law.yaml --noise masked --flops 1e20
 

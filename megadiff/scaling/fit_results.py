@@ -121,7 +121,9 @@ def fit_points(
         scales = [scale for scale in gathered.noise_scales if scale.noise == noise]
         noises.append(_fits_of(noise, points, branches, scales, level, draws, seed, run_noise))
     if not any(fits.isoflop or fits.surfaces or fits.batches.batch or fits.batches.iso_losses for fits in noises):
-        raise FitError(f"these points determine no law: {'; '.join(noises[0].refusals)}")
+        repeated = sum(point.excluded == REPEATED for point in noises[0].points)
+        why = [f"{repeated} point(s) saw their data more than 1.5 times and are left out"] if repeated else []
+        raise FitError(f"these points determine no law: {'; '.join([*why, *noises[0].refusals])}")
     solved = [fits for fits in noises if fits.isoflop is not None]
     pairs = [(a, b) for place, a in enumerate(solved) for b in solved[place + 1 :]]
     paired, refusals = paired_runs(gathered.counted) if len(noises) > 1 else ([], [])
