@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def parsed(raw: bytes | None) -> Line | None:
     return None if may_be_deep and is_deeper(line, MAX_DEPTH) else line
 
 
-def number(line: Line, key: str) -> float | None:
+def number(line: Mapping[str, Any], key: str) -> float | None:
     """Return a finite number of a line; None for what is missing, null or something else."""
     return finite(line.get(key))
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError
+from megadiff.platform.gpus import DEFAULT_GPU, DEFAULT_MFU, check_mfu
 
 if TYPE_CHECKING:
     from megadiff.run.planned import PlannedRun
@@ -32,7 +33,6 @@ _EPILOG = """examples:
   megadiff plan --noise uniform --loss 2.5 --layers 24 --hidden 2048
   megadiff plan --noise masked --flops 1e21 --laws runs/sweep/laws.yaml
 """
-_DEFAULT_GPU, _DEFAULT_MFU = "H100", 0.4
 _COUNTS = ("deepseek", "chinchilla", "full")
 _WIDE = 512
 """Width from which models are for GPUs, whose heads have 64 or 128 features."""
@@ -76,10 +76,10 @@ def _arguments() -> argparse.Namespace:
     goal.add_argument("--hidden", type=int, metavar="W", help="exact shape, with --layers")
     goal.add_argument("--loss", type=float, metavar="NATS", help="ELBO to reach after the cooldown, in nats per token")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--gpu", default=_DEFAULT_GPU, metavar="NAME", help="kind of GPU (default: %(default)s)")
+    machine.add_argument("--gpu", default=DEFAULT_GPU, metavar="NAME", help="kind of GPU (default: %(default)s)")
     machine.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: the fewest that hold the run)")
     machine.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: %(default)s")
-    machine.add_argument("--mfu", type=float, default=_DEFAULT_MFU, help="share of the peak (default: %(default)s)")
+    machine.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak (default: %(default)s)")
     model = parser.add_argument_group("laws and model")
     model.add_argument("--laws", type=Path, metavar="FILE", help="law file of your own, before the published laws")
     model.add_argument(
@@ -119,8 +119,7 @@ def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
         _check_positive(name, getattr(arguments, name))
     for name in ("max_epochs", "max_batch", "max_learning_rate", "batch_multiple", "step_multiple"):
         _check_positive(name, getattr(arguments, name))
-    if arguments.mfu > 1:
-        raise ConfigError(f"--mfu is a share of the peak, at most 1, found {arguments.mfu:g}")
+    check_mfu(arguments.mfu)
     if (hidden := arguments.hidden) is not None and (hidden % 2 or (hidden >= _WIDE and hidden % 64)):
         raise ConfigError(f"--hidden must be even, and from {_WIDE} on a multiple of 64, found {hidden}")
     return arguments

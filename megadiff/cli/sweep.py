@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError
+from megadiff.platform.gpus import DEFAULT_GPU, DEFAULT_MFU, check_mfu
 
 if TYPE_CHECKING:
     from megadiff.run.sweep_folder import SweepPlan
@@ -37,7 +38,7 @@ _ACTIONS = {
     "run": "Train the runs on this machine.",
     "status": "Show which runs are done, running, failed, diverged or missing.",
 }
-_DEFAULT_GPU, _DEFAULT_MFU, _DEFAULT_NOISE = "H100", 0.4, 0.002
+_DEFAULT_NOISE = 0.002
 
 
 def main() -> None:
@@ -72,8 +73,8 @@ def _parser(action: str, prog: str) -> CommandParser:
         parser.add_argument("--jobs", type=int, metavar="N", help="runs at the same time (default: one a core)")
     dry = parser.add_argument_group("before anything is done")
     dry.add_argument("--dry-run", action="store_true", help="print runs, cost and power, and do nothing")
-    dry.add_argument("--gpu", default=_DEFAULT_GPU, metavar="NAME", help="kind of GPU (default: %(default)s)")
-    dry.add_argument("--mfu", type=float, default=_DEFAULT_MFU, help="share of its peak (default: %(default)s)")
+    dry.add_argument("--gpu", default=DEFAULT_GPU, metavar="NAME", help="kind of GPU (default: %(default)s)")
+    dry.add_argument("--mfu", type=float, default=DEFAULT_MFU, help="share of its peak (default: %(default)s)")
     dry.add_argument(
         "--run-noise", type=float, default=_DEFAULT_NOISE, metavar="SD",
         help="standard deviation of log loss between seeds (default: %(default)s)",
@@ -90,8 +91,7 @@ def _plan(arguments: argparse.Namespace) -> SweepPlan:
     ):
         if value is not None and value <= 0:
             raise ConfigError(f"{option} must be above 0, found {value:g}")
-    if arguments.mfu > 1:
-        raise ConfigError(f"--mfu is a share of the peak, at most 1, found {arguments.mfu:g}")
+    check_mfu(arguments.mfu)
     if not 0 <= arguments.run_noise < 1:
         raise ConfigError(
             f"--run-noise is a standard deviation of log loss, such as 0.002, found {arguments.run_noise:g}"

@@ -22,14 +22,13 @@ from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.schedules import LINEAR
 from megadiff.eval.effective_count import Copies, copies_by_count, copies_by_level, copy_bounds
 from megadiff.sampling.standalone import CounterRNG
+from megadiff.scaling.paired import student_t_widening
 
 Answer = Callable[[Tensor, Tensor], Tensor]
 """A model: (ids [B, L] int64, prompt lengths [B] int64 on the CPU) -> logits [B, L, V or more]."""
 
 Progress = Callable[[int], None]
 """Callback with the number of sequences that the model has just read; `sequences_read` gives their total."""
-
-_NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,13 @@ def summed(items: Iterable[Item], found: Mapping[Item, Likelihood]) -> Likelihoo
     one estimate, and their errors add linearly.
     """
     parts = [(count, found[item]) for item, count in Counter(iter(items)).items()]  # iter: a mapping is counted too
-    variances = [(count * one.stderr / _widening(one.degrees)) ** 2 for count, one in parts]
+    variances = [(count * one.stderr / student_t_widening(one.degrees)) ** 2 for count, one in parts]
     variance = math.fsum(variances)
     spread = math.fsum(part**2 / one.degrees for part, (_, one) in zip(variances, parts, strict=True))
     degrees = variance**2 / spread if spread > 0 else math.inf  # Satterthwaite's rule
     return Likelihood(
         nll=math.fsum(count * one.nll for count, one in parts),
-        stderr=math.sqrt(variance) * _widening(degrees),
+        stderr=math.sqrt(variance) * student_t_widening(degrees),
         tokens=sum(count * one.tokens for count, one in parts),
         degrees=degrees,
     )
@@ -222,22 +221,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float, float]:
     parts = np.square(pairs[:, 0] - pairs[:, 1])
     total, squares = float(parts.sum()), float(np.square(parts).sum())
     degrees = max(1.0, 3.0 * total**2 / squares - 2.0) if squares > 0 else math.inf
-    return float(values.mean()), math.sqrt(total) / len(values) * _widening(degrees), degrees
-
-
-def _widening(degrees: float) -> float:
-    """Return Student's 97.5 % quantile over the normal one, by its expansion in 1 / degrees.
-
-    It is 0.6 % too small at 2 degrees and exact to three digits from 3 on (Abramowitz and Stegun, 26.7.5).
-    """
-    z = _NORMAL
-    terms = (
-        (z**2 + 1) / 4,
-        (5 * z**4 + 16 * z**2 + 3) / 96,
-        (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384,
-        (79 * z**8 + 776 * z**6 + 1482 * z**4 - 1920 * z**2 - 945) / 92160,
-    )
-    return 1.0 + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+    return float(values.mean()), math.sqrt(total) / len(values) * student_t_widening(degrees), degrees
 
 
 @dataclass

@@ -28,6 +28,20 @@ GPUS = (
 )
 
 
+DEFAULT_GPU, DEFAULT_MFU = "H100", 0.4
+"""GPU, and share of its peak that training reaches, of plans and costs that do not name theirs."""
+
+
+def check_mfu(share: float) -> None:
+    """Check the share of a peak that an option `--mfu` gives; that it is positive is left to the caller.
+
+    Raises:
+        ConfigError: it is above 1.
+    """
+    if share > 1:
+        raise ConfigError(f"--mfu is a share of the peak, at most 1, found {share:g}")
+
+
 def gpu(name: str) -> Gpu:
     """Return a GPU by its name, in capitals or not.
 

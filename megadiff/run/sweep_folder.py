@@ -33,6 +33,8 @@ from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
 FORMAT = 1
 """Version of the manifest's format."""
 _MANIFEST, _MAX_BYTES = "sweep.json", 2**26
+_OWN_LENGTH = ("schedule.tokens=", "schedule.flops=", "schedule.decay_steps=0")
+"""Settings that leave the length of a run to its own `schedule.steps`, without a cooldown."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,18 @@ def plan_sweep(path: Path, overrides: Sequence[str] = (), *, output: Path | None
     """
     sweep = read_sweep(path, overrides)
     folder = output or Path(sweep.output_dir) / sweep.name
-    fixed = [f"output_dir={json.dumps(str(folder / 'runs'))}", f"schedule.flop_count={sweep.budgets.flop_count}"]
+    fixed = _fixed(sweep, str(folder / "runs"))
     base = load_config(sweep.run, [*sweep.settings, *fixed], RunConfig)
     book = law_book(sweep.laws)
     expansion = expand(sweep, _facts(base, sweep.run), book)
     longest = max(run.steps for run in expansion.runs)
-    length = ["schedule.tokens=", "schedule.flops=", f"schedule.steps={longest}", "schedule.decay_steps=0"]
-    base = load_config(sweep.run, [*sweep.settings, *fixed, *length], RunConfig)
+    base = load_config(sweep.run, [*sweep.settings, *fixed, *_OWN_LENGTH, f"schedule.steps={longest}"], RunConfig)
     return SweepPlan(path, sweep, base, book, expansion, folder)
+
+
+def _fixed(sweep: Sweep, output_dir: str) -> list[str]:
+    """Return the settings that a sweep decides for every run."""
+    return [f"output_dir={json.dumps(output_dir)}", f"schedule.flop_count={sweep.budgets.flop_count}"]
 
 
 def _facts(base: RunConfig, path: str) -> BaseRun:
@@ -189,12 +195,8 @@ def _described(plan: SweepPlan) -> dict[str, RunConfig]:
     """
     found = {}
     for run in plan.runs:
-        fixed = [
-            f"output_dir={json.dumps(plan.base.output_dir)}",
-            f"schedule.flop_count={plan.base.schedule.flop_count}",
-        ]
-        cleared = ["schedule.tokens=", "schedule.flops=", "schedule.decay_steps=0"]
-        settings = [*plan.sweep.settings, *fixed, *cleared, *own_settings(plan, run)]
+        fixed = _fixed(plan.sweep, plan.base.output_dir)
+        settings = [*plan.sweep.settings, *fixed, *_OWN_LENGTH, *own_settings(plan, run)]
         try:
             config = load_config(plan.sweep.run, settings, RunConfig)
         except ConfigError as error:

@@ -209,9 +209,7 @@ def _iso_losses(points: Sequence[Point], level: float, seed: int, refusals: list
             steps = steps_to(curves, loss)
             name = size_name(own[0])
             try:
-                fit = hyperbola(
-                    list(steps.values()), list(steps), level=level, draws=_HYPERBOLA_DRAWS, seed=seed
-                )  # fmt: skip
+                fit = hyperbola(list(steps.values()), list(steps), level=level, draws=_HYPERBOLA_DRAWS, seed=seed)
             except FitError as error:
                 refusals.append(f"hyperbola of {name} at a loss of {loss:.3f}: {error}")
                 continue

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.files import write_atomically
-from megadiff.scaling.fit_record import law_file, record
+from megadiff.scaling.fit_record import law_file, record, written_laws
 from megadiff.scaling.fit_results import Results
 from megadiff.scaling.laws import write_law_file
 from megadiff.scaling.points import Gathered
@@ -27,7 +27,9 @@ def write_fit(results: Results, folder: Path) -> dict[str, Any]:
         FitError: there is no law that a law file can hold.
     """
     name = folder.resolve().name or "fits"
-    laws, found = law_file(results, name), record(results, name)
+    written = written_laws(results)
+    laws = law_file(results, name, written)
+    found = record(results, laws, written)
     folder.mkdir(parents=True, exist_ok=True)
     write_law_file(folder / "law.yaml", laws)
     write_atomically(folder / "fit.json", json.dumps(found, indent=1) + "\n")

@@ -25,18 +25,18 @@ Written = tuple[Law, dict[str, Any]]
 """A law, and evidence about it for which the law file has no key."""
 
 
-def law_file(results: Results, name: str) -> LawFile:
+def law_file(results: Results, name: str, written: Sequence[Written]) -> LawFile:
     """Return the laws as a file that `laws.write_law_file` writes and `megadiff plan --laws` reads.
 
     Args:
         results: fits.
         name: word for the file in messages.
+        written: their laws (`written_laws`).
 
     Raises:
         FitError: there is no law that the format can hold.
     """
-    laws = [law for law, _ in written_laws(results)]
-    if not laws:
+    if not written:
         raise FitError("these points determine no law that a law file can hold")
     gathered, reservations = results.gathered, results.reservations
     runs = len({point.run for point in gathered.counted})
@@ -49,7 +49,7 @@ def law_file(results: Results, name: str) -> LawFile:
         provisional=bool(reservations),
         provisional_reasons=reservations,
         excluded=tuple(Excluded(run=e.run, reason=e.reason, detail=e.detail) for e in gathered.excluded),
-        laws=tuple(laws),
+        laws=tuple(law for law, _ in written),
     )
 
 
@@ -204,16 +204,12 @@ def _held_out(found: IsoFlop) -> dict[str, tuple[UnseenPoint, ...]]:
     }
 
 
-def record(results: Results, name: str) -> dict[str, Any]:
+def record(results: Results, file: LawFile, written: Sequence[Written]) -> dict[str, Any]:
     """Return everything that was found as plain values: the law file without draws, and the evidence beside it."""
-    file = law_file(results, name).model_dump(mode="json", exclude={"laws"})
-    laws = [
-        {**law.model_dump(mode="json", exclude={"draws"}, exclude_none=True), **more}
-        for law, more in written_laws(results)
-    ]
+    laws = [{**law.model_dump(mode="json", exclude={"draws"}, exclude_none=True), **more} for law, more in written]
     return plain(
         {
-            **file,
+            **file.model_dump(mode="json", exclude={"laws"}),
             "runs_looked_at": results.gathered.runs,
             "laws": laws,
             "bowls": {
@@ -262,7 +258,7 @@ def summary(results: Results) -> list[str]:
     """Return the lines that the command prints about its fits."""
     lines = []
     for fits in results.noises:
-        lines.append(f"{fits.noise}: {len({point.run for point in fits.points if not point.excluded})} runs")
+        lines.append(f"{fits.noise}: {len({point.run for point in fits.counted})} runs")
         lines += [f"  {line}" for line in (*_bowl_lines(fits), *_surface_lines(fits, results), *_other_lines(fits))]
     for c in results.comparisons:
         resolved = "" if c.crossing.is_resolved else " (not resolved)"
@@ -293,7 +289,7 @@ def _bowl_lines(fits: NoiseFits) -> Iterator[str]:
     found = fits.isoflop
     if found is None:
         return
-    counted = sum(not budget.excluded for budget in found.budgets)
+    counted = len(found.counted)
     noise = "" if math.isnan(found.run_noise) else f"; run noise {100 * found.run_noise:.2g} % of the loss"
     yield f"bowls: {counted} of {len(found.budgets)} vertices count{noise}"
     for name, law in found.laws.items():

@@ -38,6 +38,11 @@ class NoiseFits:
     """R* of repeated data; None without runs that repeat theirs."""
     refusals: tuple[str, ...]
 
+    @property
+    def counted(self) -> list[Point]:
+        """Points that count."""
+        return [point for point in self.points if not point.excluded]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -79,7 +84,7 @@ class Results:
             if fits.isoflop is None:
                 continue
             found += [f"{fits.noise}: {sentence}" for sentence in _budget_notes(fits.isoflop)]
-            counted = sum(not budget.excluded for budget in fits.isoflop.budgets)
+            counted = len(fits.isoflop.counted)
             if counted < GOOD_BUDGETS:
                 found.append(f"{fits.noise}: the laws rest on {counted} budgets")
             held = fits.isoflop.held_out

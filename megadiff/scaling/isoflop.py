@@ -206,6 +206,11 @@ class IsoFlop:
     notes: tuple[str, ...] = field(default=())
 
     @property
+    def counted(self) -> list[Budget]:
+        """Budgets whose vertices count."""
+        return [budget for budget in self.budgets if not budget.excluded]
+
+    @property
     def exponents_add_to(self) -> float:
         """Sum of the exponents of size and tokens, 1 if C = M D holds exactly."""
         return self.laws["flops_per_token"].exponent + self.laws["tokens"].exponent

@@ -13,7 +13,7 @@ from megadiff.scaling.fit import PowerLaw
 from megadiff.scaling.fit_results import Comparison, NoiseFits
 from megadiff.scaling.isoflop import Budget
 from megadiff.scaling.points import BEATEN, Point
-from megadiff.scaling.resampling import FitError
+from megadiff.scaling.resampling import FitError, Floats
 from megadiff.scaling.surface_fit import floor_term
 
 _LAWS = {"flops_per_token": "M*, FLOPs per token", "tokens": "D*, tokens", "loss": "L*, nats per token"}
@@ -28,7 +28,7 @@ def bowls(figure: Any, fits: NoiseFits) -> None:
     budgets = fits.isoflop.budgets
     for place, budget in enumerate(budgets):
         _bowl(axes, fits.points, budget, ordered(place, len(budgets)))
-    losses = [point.loss for point in fits.points if not point.excluded]
+    losses = [point.loss for point in fits.counted]
     low, high = min(losses), max(losses)
     axes.set_ylim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)
     axes.set(xscale="log", xlabel="M, FLOPs per token", ylabel="loss, nats per token", title=fits.noise)
@@ -68,7 +68,7 @@ def laws(figure: Any, solved: Sequence[NoiseFits]) -> None:
             assert fits.isoflop is not None
             law, colour = fits.isoflop.laws[name], series(place)
             values += _law(axes, law, colour, f"{fits.noise}: C^{law.exponent:.3f}")
-            shown = [budget for budget in fits.isoflop.budgets if not budget.excluded]
+            shown = fits.isoflop.counted
             measured = {"flops_per_token": "size", "tokens": "tokens", "loss": "loss"}[name]
             y = [getattr(budget, measured) for budget in shown]
             axes.plot([budget.flops for budget in shown], y, "o", color=colour, ms=4)
@@ -79,7 +79,7 @@ def laws(figure: Any, solved: Sequence[NoiseFits]) -> None:
         axes.set_ylim(min(values) / 1.03, max(values) * 1.03 if name == "loss" else max(values) * 2)
         axes.legend(fontsize="small", loc="upper right" if name == "loss" else "upper left")
         if name == "loss":
-            _plain_log_ticks(axes)
+            _plain_loss_ticks(axes)
 
 
 def _law(axes: Any, law: PowerLaw, colour: str, label: str) -> list[float]:
@@ -95,13 +95,29 @@ def _law(axes: Any, law: PowerLaw, colour: str, label: str) -> list[float]:
     return [float(law(low)), float(law(high * _REACH))]
 
 
-def _plain_log_ticks(axes: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+def _plain_loss_ticks(axes: Any) -> None:
+    from matplotlib.ticker import ScalarFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=tuple(np.arange(1.0, 10.0, 0.25)), numticks=40))
-    if len([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]) > 9:
-        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), numticks=40))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    _plain_ticks(axes, np.arange(1.0, 10.0, 0.25), ScalarFormatter())
+    low, high = axes.get_ylim()
+    if len([tick for tick in axes.get_yticks() if low <= tick <= high]) > 9:
+        _plain_ticks(axes, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), ScalarFormatter())
+
+
+def _plain_ratio_ticks(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    low, high = axes.get_ylim()
+    multiples = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high / low < 100 else (1.0, 3.0)
+    _plain_ticks(axes, multiples, FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _plain_ticks(axes: Any, multiples: Sequence[float] | Floats, formatter: Any) -> None:
+    """Mark multiples of powers of ten on the logarithmic y axis, and write them with a formatter."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=tuple(multiples), numticks=40))
+    axes.yaxis.set_major_formatter(formatter)
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -109,7 +125,7 @@ def surface(figure: Any, fits: NoiseFits) -> None:
     """Draw lines of equal loss of the first surface over tokens and size, the points, and the frontier."""
     method, law = next(iter(fits.surfaces.items()))
     axes = figure.subplots()
-    counted = [point for point in fits.points if not point.excluded]
+    counted = fits.counted
     d, m = (np.array([getattr(point, name) for point in counted]) for name in ("tokens", "flops_per_token"))
     x, y = np.geomspace(d.min() / 2, d.max() * 2, 60), np.geomspace(m.min() / 2, m.max() * 2, 60)
     grid = law(*np.meshgrid(y, x, indexing="ij"))
@@ -122,7 +138,7 @@ def surface(figure: Any, fits: NoiseFits) -> None:
     best = np.array([law.optimum(c) for c in budgets])
     axes.plot(best[:, 1], best[:, 0], color="black", lw=1.4, label=f"frontier: M* ~ C^{law.size_exponent:.3f}")
     if fits.isoflop is not None:
-        stars = [budget for budget in fits.isoflop.budgets if not budget.excluded]
+        stars = fits.isoflop.counted
         axes.plot([b.tokens for b in stars], [b.size for b in stars], "*", color=series(1), ms=9, ls="none",
                   label="vertices of the bowls")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="D, tokens", ylabel="M, FLOPs per token", xlim=(x[0], x[-1]),
@@ -138,12 +154,12 @@ def residuals(figure: Any, noises: Sequence[NoiseFits]) -> None:
         colour = series(place)
         if fits.isoflop is not None:
             law = fits.isoflop.laws["loss"]
-            shown = [budget for budget in fits.isoflop.budgets if not budget.excluded]
+            shown = fits.isoflop.counted
             off = [100 * (budget.loss / float(law(budget.flops)) - 1) for budget in shown]
             left.plot([budget.flops for budget in shown], off, "o-", color=colour, ms=4, lw=0.8, label=fits.noise)
         if fits.surfaces:
             law = next(iter(fits.surfaces.values()))
-            counted = [point for point in fits.points if not point.excluded]
+            counted = fits.counted
             predicted = [float(law(point.flops_per_token, point.tokens)) for point in counted]
             off = [100 * (point.loss / value - 1) for point, value in zip(counted, predicted, strict=True)]
             right.plot([point.flops for point in counted], off, "o", color=colour, mfc="none", ms=4, label=fits.noise)
@@ -197,7 +213,7 @@ def overlaid(figure: Any, solved: Sequence[NoiseFits], comparisons: Sequence[Com
             axes.plot(x[is_inside], (law(x) / scale)[is_inside], color=colour, lw=1.5, label=fits.noise)
             if np.isfinite(ends).all():
                 axes.fill_between(x, ends[:, 0] / scale, ends[:, 1] / scale, color=colour, alpha=0.15, lw=0)
-        shown = [budget for budget in fits.isoflop.budgets if not budget.excluded]
+        shown = fits.isoflop.counted
         flops, losses = (np.array([getattr(budget, name) for budget in shown]) for name in ("flops", "loss"))
         top.plot(flops, losses, "o", color=colour, ms=4)
         below.plot(flops, losses / laws_of[0](flops), "o", color=colour, ms=4)
@@ -209,7 +225,7 @@ def overlaid(figure: Any, solved: Sequence[NoiseFits], comparisons: Sequence[Com
             left, right = max(found.interval[0], start), min(found.interval[1], end)
             axes.axvspan(left, right, color=QUIET, alpha=0.15, lw=0)
     top.set(xscale="log", yscale="log", ylabel="L*, nats per token")
-    _plain_log_ticks(top)
+    _plain_loss_ticks(top)
     gap = max(abs(law(x) / laws_of[0](x) - 1).max() for law in laws_of)
     below.set(ylim=(1 - 1.4 * gap - 1e-3, 1 + 1.4 * gap + 1e-3), xlim=(start, end), xlabel="C, FLOPs",
               ylabel=f"L* over that of {solved[0].noise}")  # fmt: skip
@@ -247,13 +263,3 @@ def compute_saved(figure: Any, solved: Sequence[NoiseFits]) -> None:
              ylabel="compute over that", ylim=(min(tops) / 1.6, max(tops) * 1.6))  # fmt: skip
     _plain_ratio_ticks(axes)
     axes.legend(fontsize="small")
-
-
-def _plain_ratio_ticks(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axes.get_ylim()
-    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high / low < 100 else (1.0, 3.0)
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=subs, numticks=40))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -48,6 +48,9 @@ from megadiff.config.section import Section
 from megadiff.errors import shown
 from megadiff.scaling.flops import FlopCount
 
+NEXT_TOKEN = "next_token"
+"""Name, among the noises, of the autoregressive method."""
+
 Quantity = Literal[
     "loss",
     "tokens",

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from megadiff.errors import DataError, StorageError
@@ -31,6 +31,7 @@ FILE_NAME = "validation.jsonl"
 """Name of the file in a run folder."""
 
 _MAX_LINE_BYTES = 2**27
+_NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _DIGITS = 6
 
 
@@ -188,18 +189,25 @@ def _noise(found: Any) -> EvaluationNoise | None:
     return None if low is None or high is None else EvaluationNoise(seed, levels, (low, high))
 
 
+def student_t_widening(degrees: float) -> float:
+    """Return Student's 97.5 % quantile over the normal one, by its expansion in 1 / degrees.
+
+    It is 0.6 % too small at 2 degrees and exact to three digits from 3 on (Abramowitz and Stegun, 26.7.5).
+    """
+    z = _NORMAL
+    terms = (
+        (z**2 + 1) / 4,
+        (5 * z**4 + 16 * z**2 + 3) / 96,
+        (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384,
+        (79 * z**8 + 776 * z**6 + 1482 * z**4 - 1920 * z**2 - 945) / 92160,
+    )
+    return 1.0 + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+
+
 def _student_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t: exact for 1 and 2 degrees, else Fisher's expansion (error < 4e-3)."""
+    """Return the 97.5 % quantile of Student's t: exact for 1 and 2 degrees, else by expansion (error < 4e-3)."""
     if freedom == 1:
         return math.tan(0.475 * math.pi)
     if freedom == 2:
         return 0.95 * math.sqrt(2 / (1 - 0.95**2))
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return _NORMAL * student_t_widening(freedom)

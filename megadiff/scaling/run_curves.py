@@ -18,6 +18,7 @@ import yaml
 from megadiff.errors import DataError
 from megadiff.metric_lines import Line, number, read_lines
 from megadiff.scaling.flops import FlopCount, flops_per_token
+from megadiff.scaling.law_format import NEXT_TOKEN
 from megadiff.scaling.noise_scale import MEASURED, Components, noise_share_of, scale_of, step_windows
 from megadiff.scaling.resampling import Floats
 from megadiff.untrusted_files import UnreadableFileError, read_bytes, read_json_object, why
@@ -172,7 +173,7 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
     loss = _losses(rows, key if is_training_loss else "eval_elbo")
     spread = _losses(rows, "" if is_training_loss else "eval_elbo_stderr")
     at = np.interp([line["step"] for line in rows], steps, tokens) if rows else empty
-    facts = _data_facts(folder)
+    facts = _read_json(folder / "data.json")
     fingerprint = facts.get("fingerprint")
     finite = np.isfinite(loss)
     tail = [line for line in trained if key in line and line["step"] >= 0.98 * steps[-1]] if is_training_loss else final
@@ -217,7 +218,7 @@ def _noise_scales(
 
 def _losses(rows: Sequence[Mapping[str, Any]], key: str) -> Floats:
     """Return a figure of each line; NaN where it is missing or not positive."""
-    values = [number(dict(line), key) for line in rows]
+    values = [number(line, key) for line in rows]
     return np.array([np.nan if value is None or value <= 0 else value for value in values], dtype=float)
 
 
@@ -230,7 +231,7 @@ def _unique(trained: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> t
             sizes[str(source.get("source"))] = size
     found = [(0.0, 0.0)]
     for line in trained:
-        epochs, tokens = line.get("epochs"), number(dict(line), "tokens")
+        epochs, tokens = line.get("epochs"), number(line, "tokens")
         if not isinstance(epochs, dict) or tokens is None:
             continue
         passes = {name: value for name in epochs if (value := number(epochs, name)) is not None and value > 0}
@@ -259,7 +260,7 @@ def _flat(tree: Any, prefix: str = "", depth: int = 0) -> Iterable[tuple[str, An
 
 def _end_of_stable_stretch(trained: Sequence[Mapping[str, Any]]) -> float:
     """Return the last step before the learning rate falls: the laws are of unannealed losses."""
-    rates = [(line["step"], rate) for line in trained if (rate := number(dict(line), "lr")) is not None]
+    rates = [(line["step"], rate) for line in trained if (rate := number(line, "lr")) is not None]
     if not rates:
         return math.inf
     top = max(rate for _, rate in rates)
@@ -268,9 +269,10 @@ def _end_of_stable_stretch(trained: Sequence[Mapping[str, Any]]) -> float:
     return after[-1] if falling else math.inf
 
 
-def _data_facts(folder: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file; an empty one where there is none that can be read."""
     try:
-        return read_json_object(folder / "data.json", max_bytes=_MAX_CONFIG_BYTES)
+        return read_json_object(path, max_bytes=_MAX_CONFIG_BYTES)
     except (OSError, UnreadableFileError):
         return {}
 
@@ -288,15 +290,15 @@ def _own_problem(
         return "other data", "it was resumed with other training data"
     if changed:
         return "changed settings", f"it was resumed with another {', '.join(sorted(set(changed)))}"
-    nulls = [line["step"] for line in trained if "loss" in line and number(dict(line), "loss") is None]
-    nulls += [step for step, line in evaluations.items() if number(dict(line), "eval_elbo") is None]
+    nulls = [line["step"] for line in trained if "loss" in line and number(line, "loss") is None]
+    nulls += [step for step, line in evaluations.items() if number(line, "eval_elbo") is None]
     if nulls:
         return "NaN", f"its loss is not finite at step {min(nulls)}"
-    losses = np.array([value for line in trained if (value := number(dict(line), "loss")) is not None])
+    losses = np.array([value for line in trained if (value := number(line, "loss")) is not None])
     measured = loss if len(loss) > 2 else losses
     if len(measured) > 2 and measured[-1] > 1.3 * measured.min():
         return "diverged", f"its loss ends at {measured[-1]:.3g}, {measured[-1] / measured.min():.2g} times its lowest"
-    status = _status(folder)
+    status = _read_json(folder / "status.json")
     if status.get("exit_code") == 5:
         return "diverged", "the run ended itself because of its loss"
     planned = status.get("steps") or settings.get("schedule.steps")
@@ -306,13 +308,6 @@ def _own_problem(
     if not len(loss) and not settings.get("checkpoint.start_from"):
         return "too short", f"it has no loss between step {first:,.0f} and its cooldown; see --min-steps"
     return None
-
-
-def _status(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(folder / "status.json", max_bytes=_MAX_CONFIG_BYTES)
-    except (OSError, UnreadableFileError):
-        return {}
 
 
 def _changed_settings(folder: Path) -> list[str]:
@@ -332,8 +327,8 @@ def is_under(key: str, sections: Iterable[str]) -> bool:
 def noise_name(settings: Mapping[str, Any]) -> str:
     """Return the name of a run's noise by its settings, or of its training method if that has none."""
     method, shift = settings.get("method.name"), settings.get("noise.shift")
-    if method == "next_token":
-        return "next_token"
+    if method == NEXT_TOKEN:
+        return NEXT_TOKEN
     return str(shift if shift is not None else method or "all")
 
 

@@ -20,7 +20,7 @@ def description(toy_corpus, tmp_path):
 
 
 def test_a_sweep_is_written_checked_trained_and_watched(description, tmp_path):
-    """With a worker that is started as a user's is."""
+    """The worker is started as that of a user is."""
     folder = tmp_path / "elsewhere"
     written = call_forked(SCRIPT, "write", description, "--output", folder, "seeds=[0]")
     assert written.code == 0, written.err

@@ -1,4 +1,4 @@
-"""What importing megatron-core costs a process without a GPU."""
+"""A process without a GPU imports megatron-core without torch's compiler."""
 
 from __future__ import annotations
 

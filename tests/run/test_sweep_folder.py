@@ -42,7 +42,7 @@ def test_the_same_description_writes_the_same_bytes(plan, tmp_path):
 
 
 def test_a_row_and_a_description_are_the_same_run(plan):
-    """What `slurm/submit sweep` trains is what the local pool trains."""
+    """`slurm/submit sweep` and the local pool train the same configurations."""
     write_sweep(plan)
     rows = [
         shlex.split(line)

@@ -17,7 +17,7 @@ from tests.support.sweeps import write_description
 
 
 def facts() -> dict[str, Any]:
-    """What one run could leave to the next."""
+    """Return the state of the process that one run could leave to the next."""
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)
     return {

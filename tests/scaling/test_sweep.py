@@ -66,7 +66,7 @@ def test_a_budget_has_the_sizes_near_its_optimum():
 
 
 def test_batches_and_rates_are_multiples_of_the_laws():
-    """At the geometric middle of the tokens, 2e18 / M: B* = 10^-2.4 D^0.8225 and eta* = 10^-2.06 B^0.3412."""
+    """Laws are read at the middle of the tokens, 2e18 / M: B* = 10^-2.4 D^0.8225 and eta* = 10^-2.06 B^0.3412."""
     grid = [{"batches_of_law": [0.5, 1, 2], "rates_of_law": [0.7, 1.4]}]
     runs = runs_of(noises=["next_token"], sizes={"shapes": ["8x512x8"]}, grid=grid)
     tokens = 2e18 / flops_per_token(8, 512, 2048)

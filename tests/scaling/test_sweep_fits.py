@@ -14,7 +14,7 @@ from megadiff.report.fit_page import fit_page
 from megadiff.scaling.batch_laws import batch_laws, steps_to
 from megadiff.scaling.csv_points import from_csv
 from megadiff.scaling.figures import draw_all
-from megadiff.scaling.fit_record import law_file, record, summary
+from megadiff.scaling.fit_record import law_file, record, summary, written_laws
 from megadiff.scaling.fit_results import fit_points
 from megadiff.scaling.laws import LawBook, published, read_law_file, write_law_file
 from megadiff.scaling.planner import Goal, plan
@@ -156,7 +156,7 @@ def planted_sweep():
 
 def test_a_sweep_with_everything_becomes_a_law_file_that_plans_alone(tmp_path):
     results = fit_points(planted_sweep(), draws=40)
-    file = law_file(results, "own")
+    file = law_file(results, "own", written := written_laws(results))
     write_law_file(tmp_path / "law.yaml", file)
     book = LawBook((read_law_file(tmp_path / "law.yaml"),))
     assert {law.quantity for law in file.laws} == {
@@ -179,7 +179,7 @@ def test_a_sweep_with_everything_becomes_a_law_file_that_plans_alone(tmp_path):
     for words in ("best batch (vertex)", "best learning rate (vertex)", "hyperbola of", "a cooldown divides the",
                   "repeated data: R* = ", "gradient noise scale, tokens: "):  # fmt: skip
         assert words in lines
-    found = record(results, "own")
+    found = record(results, file, written)
     assert len(found["cooldowns"]) == 6
     assert len(found["noise_scales"]) == 12
     drawn = [sketch for sketch in draw_all(results, tmp_path / "figures") if sketch.section in ("batch", "cooldowns")]

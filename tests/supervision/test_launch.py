@@ -1,4 +1,4 @@
-"""What is the same launch, who holds a run folder, and ranks that end when their launcher does, whatever they do.
+"""Launches that are the same, holders of a run folder, and ranks that end when their launcher does, in any state.
 
 A process without a launcher outlives its shell; a holder is named truly, also by a file that a killed process left.
 """

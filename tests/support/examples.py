@@ -1,4 +1,4 @@
-"""What the YAML files of `examples/` are."""
+"""The kinds of YAML files in `examples/`."""
 
 from __future__ import annotations
 

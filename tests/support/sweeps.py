@@ -104,7 +104,7 @@ def run_pool(folder: Path, jobs: int = 1, *, timeout_s: float = 200.0) -> str:
 
 
 def said(folder: Path) -> str:
-    """What all pools have shown."""
+    """Return the lines that all pools have shown."""
     return (folder / "said").read_text()
 
 

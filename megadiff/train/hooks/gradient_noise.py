@@ -36,7 +36,15 @@ from pydantic import Field
 
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
-from megadiff.scaling.noise_scale import MEASURED, WIDEST, Components, mean_of, noise_share_of, scale_of
+from megadiff.scaling.noise_scale import (
+    MEASURED,
+    WIDEST,
+    Components,
+    mean_of,
+    noise_share_of,
+    scale_of,
+    step_windows,
+)
 from megadiff.train.hooks import Hook, HookContext, Part, StepInfo
 
 if TYPE_CHECKING:  # a run description is checked without torch
@@ -191,8 +199,7 @@ class GradientNoise(Hook):
 
 def last_measurements(measured: Mapping[int, list[Components]], window: int) -> dict[int, list[Components]]:
     """Return the last measurements by step, at most `window` and within a factor of 2 in steps."""
-    steps = sorted(measured)
-    return {step: measured[step] for step in steps[-window:] if WIDEST * step >= steps[-1]}
+    return {step: measured[step] for step in step_windows(measured)[-1][-window:]}
 
 
 def sums_of_squares(
