@@ -66,22 +66,27 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides, RunConfig)
 
     from megadiff.platform.quiet import quiet
+    from megadiff.run.summary import NoLayoutError
 
     with quiet():
         from megadiff.parallel.topology import is_main_process
-        from megadiff.run import build
-        from megadiff.run.summary import NoLayoutError
-    from megadiff.supervision.process import age_s
+        from megadiff.run.resume import ResumeOptions
 
-    resume_options = build.ResumeOptions(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
+    resume_options = ResumeOptions(arguments.strict_resume, arguments.allow_change, arguments.allow_data_change)
     if arguments.check:
+        from megadiff.run.check import check
+
         try:
-            text = build.check(config, ranks=arguments.ranks, resume_options=resume_options)
+            text = check(config, ranks=arguments.ranks, resume_options=resume_options)
         except NoLayoutError as error:
             if is_main_process():
                 print("\n".join(error.sizes))
             raise
         if is_main_process():
             print(text)
-    else:
-        build.run(config, resume_options, before_s=age_s(os.getpid()))
+        return
+    with quiet():
+        from megadiff.run import build
+    from megadiff.supervision.process import age_s
+
+    build.run(config, resume_options, before_s=age_s(os.getpid()))

@@ -9,22 +9,19 @@ from functools import partial
 from typing import Any
 
 from megadiff.checkpoint.save import AsyncCheckpointer
-from megadiff.config.load import dump_config
 from megadiff.data.loader import DataShard, SequenceLoader
 from megadiff.diffusion.noising import NoisedBatch
-from megadiff.errors import ConfigError, DataError
 from megadiff.loss.choice import choose_loss_kernel
 from megadiff.methods import Method
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
-from megadiff.model.implementation import describe_kernels, open_tensor_overlap
 from megadiff.model.initialisation import initialise, role_of
+from megadiff.model.kernels import describe_kernels, open_tensor_overlap
 from megadiff.optim.optimizer import Optimizer, build_optimizer
 from megadiff.parallel.objective import Objective, ShardedObjective
 from megadiff.parallel.pipeline import set_loss_reduction
 from megadiff.parallel.topology import (
     Topology,
     is_main_process,
-    launched_world_size,
     open_topology,
     process_group,
     rank_from_environment,
@@ -52,8 +49,8 @@ from megadiff.run.folder import (
     write_facts,
 )
 from megadiff.run.hooks import build_hooks, hook_context
-from megadiff.run.resume import ResumeOptions, ResumeState, foresee_resumption, manifest_of, resume
-from megadiff.run.summary import evaluation_advice, lay_out_run, ranks_to_check, run_summary
+from megadiff.run.resume import ResumeOptions, ResumeState, manifest_of, resume
+from megadiff.run.summary import evaluation_advice, run_summary
 from megadiff.supervision.launch import Launch, end_with_launcher
 from megadiff.supervision.stopping import StopRequest
 from megadiff.supervision.watchdog import Watchdog
@@ -68,40 +65,6 @@ log = logging.getLogger("megadiff")
 
 _PATIENCE_S = 60.0
 """Seconds for which a collective waits longer than the watchdog, whose report is the more precise one."""
-
-
-def check(config: RunConfig, *, ranks: int | None = None, resume_options: ResumeOptions | None = None) -> str:
-    """Return what `--check` prints: the resolved configuration, the numbers derived from it, and where the run starts.
-
-    With `data.vocab_size` set, the numbers are available before tokenizer and data exist; the output names what is
-    missing. Without `ranks` and without a launcher, the run is laid out on the smallest number of ranks that fits.
-
-    Raises:
-        NoLayoutError: the run does not fit on this number of ranks, or on any.
-    """
-    if ranks is not None and ranks < 1:
-        raise ConfigError(f"--ranks must be at least 1, got {ranks}")
-    resume_options = resume_options or ResumeOptions()
-    resume_options.check(config)
-    world_size, remarks = ranks_to_check(config, ranks, launched=launched_world_size())
-    try:
-        prepared = validate_run(config, world_size=world_size)
-        prepared, step, origin = foresee_resumption(prepared, resume_options)
-        lines = run_summary(config, prepared.layout, prepared.shape) + describe_data(prepared, step=step)
-        lines += describe_baselines(baselines_of(prepared))
-        lines += [f"warning           {found}" for found in data_advice(prepared)]
-        lines += [*_warnings(config), *origin]
-    except DataError as error:
-        if config.data.vocab_size is None:
-            raise
-        layout = lay_out_run(config, world_size=world_size, vocab_size=config.data.vocab_size)
-        lines = run_summary(config, layout, config.shape(vocab_size=config.data.vocab_size))
-        lines += [*_warnings(config), f"not there yet     {error}"]
-    return dump_config(config) + "\n" + "\n".join([*remarks, *lines])
-
-
-def _warnings(config: RunConfig) -> list[str]:
-    return [f"warning           {found}" for found in evaluation_advice(config)]
 
 
 def run(config: RunConfig, resume_options: ResumeOptions | None = None, *, before_s: float = 0.0) -> None:

@@ -26,7 +26,7 @@ from megadiff.errors import ConfigError, DataError, ShortageError
 from megadiff.loss.choice import LossKernel
 from megadiff.methods import Method, MethodContext, build_method
 from megadiff.model import cost
-from megadiff.model.implementation import check_kernels
+from megadiff.model.kernels import check_kernels
 from megadiff.parallel.config import Layout
 from megadiff.parallel.step_metrics import work_of
 from megadiff.platform.machine import Platform, detect, order_launches

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import ValidationError
 
 import megadiff
 from megadiff.checkpoint.folder import newest_complete
-from megadiff.checkpoint.load import load, newest_sound
 from megadiff.checkpoint.manifest import (
     FORMAT,
     Change,
@@ -29,12 +27,14 @@ from megadiff.config.suggestions import did_you_mean
 from megadiff.data.mixture import Mixture, next_mixture
 from megadiff.data.review import change_advice, describe_change
 from megadiff.errors import CheckpointError, ConfigError
-from megadiff.optim.optimizer import Optimizer
-from megadiff.parallel.pipeline import ModelChunk
-from megadiff.parallel.topology import Topology
-from megadiff.platform.machine import Platform
 from megadiff.run.config import RunConfig
 from megadiff.run.context import RunContext
+
+if TYPE_CHECKING:
+    from megadiff.optim.optimizer import Optimizer
+    from megadiff.parallel.pipeline import ModelChunk
+    from megadiff.parallel.topology import Topology
+    from megadiff.platform.machine import Platform
 
 log = logging.getLogger("megadiff")
 
@@ -95,6 +95,8 @@ def resume(
         CheckpointError: no checkpoint is sound and belongs to this run.
         StorageError: it cannot be read.
     """
+    from megadiff.checkpoint.load import load, newest_sound  # only here: `--check` loads no megatron-core
+
     config = prepared.config
     own = newest_sound(config.folder, strict=resume_options.strict, topology=topology)
     if own is None and config.checkpoint.start_from is None:
@@ -246,7 +248,7 @@ def manifest_of(
         },
         versions={
             "megadiff": megadiff.__version__,
-            "torch": torch.__version__,
+            "torch": version("torch"),
             "megatron-core": version("megatron-core"),
         },
         mixture=prepared.data.mixture_at(samples).model_dump(mode="json"),

@@ -21,6 +21,7 @@ from megadiff.run.config import RunConfig
 with quiet():
     from megadiff.platform.machine import Platform, detect
     from megadiff.run import build
+    from megadiff.run.resume import ResumeOptions
     from megadiff.train.loop import Trainer
 
 
@@ -91,7 +92,7 @@ def platform_on_rank() -> Platform:
     return platform
 
 
-def wire_on_rank(config: RunConfig, world_size: int, resume_options: build.ResumeOptions | None = None) -> Trainer:
+def wire_on_rank(config: RunConfig, world_size: int, resume_options: ResumeOptions | None = None) -> Trainer:
     """Return the trainer as the training command builds it, on this rank."""
     config.folder.mkdir(parents=True, exist_ok=True)
     platform = platform_on_rank()

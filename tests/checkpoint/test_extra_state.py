@@ -33,7 +33,7 @@ def _save(config):
 
 def _load(config):
     """(whether each layer got its own state back, the step that layers without any go on from)."""
-    from megadiff.run.build import ResumeOptions
+    from megadiff.run.resume import ResumeOptions
 
     found: list[bool] = []
     with _keeping(found):

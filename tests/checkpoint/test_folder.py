@@ -135,7 +135,7 @@ def test_ranks_share_the_reading_and_leave_nothing_out(run):
 
 def loads(configs, **resume_options):
     """What resuming says of each folder, one after the other: an error, or the step it goes on from."""
-    from megadiff.run.build import ResumeOptions
+    from megadiff.run.resume import ResumeOptions
 
     said = []
     for config in configs:
@@ -323,13 +323,12 @@ def test_every_file_is_listed_with_what_is_read_back(run):
 
 def test_check_reports_what_the_run_would_resume_from_or_the_refusal(run):
     """So that a scheduler's first look finds it, before a thousand ranks are started."""
-    from megadiff.run import build
+    from megadiff.run.check import check
+    from megadiff.run.resume import ResumeOptions
 
-    said = build.check(run, ranks=1)
+    said = check(run, ranks=1)
     assert f"resumes from      {checkpoint(run, 6)} after step 6 of 6" in said
     with pytest.raises(CheckpointError, match=r"seed: 3 -> 4.*--allow-change seed"):
-        build.check(run.model_copy(update={"seed": 4}), ranks=1)
-    allowed = build.check(
-        run.model_copy(update={"seed": 4}), ranks=1, resume_options=build.ResumeOptions(allowed=["seed"])
-    )
+        check(run.model_copy(update={"seed": 4}), ranks=1)
+    allowed = check(run.model_copy(update={"seed": 4}), ranks=1, resume_options=ResumeOptions(allowed=["seed"]))
     assert "changed since     seed: 3 -> 4" in allowed

@@ -13,7 +13,7 @@ from megadiff.checkpoint.manifest import read_manifest
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture
 from megadiff.metric_lines import read_metrics
-from megadiff.run.build import ResumeOptions
+from megadiff.run.resume import ResumeOptions
 from tests.data.corpora import write_indexed
 from tests.support.commands import write_yaml
 from tests.support.forked_command import Ended, call_forked

@@ -1,4 +1,4 @@
-"""The layout changes nothing: ten steps of the real wiring on several ranks against one process."""
+"""The layout changes nothing: six steps of the real wiring on several ranks against one process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tests.support.runs import (
 )
 
 pytestmark = pytest.mark.timeout(1200)
+
+STEPS = 6
 
 TWO_RANKS = {
     "tp2": {"parallel__tensor": 2},
@@ -56,7 +58,7 @@ GIDD = {
     "objective__reduction": "sum",
     "eval__sequences": 5,
 }
-BF16 = {"precision__compute": "bf16", "schedule__steps": 6}
+BF16 = {"precision__compute": "bf16"}
 NEXT_TOKEN = {"method__name": "next_token"}
 VARIANTS = {**PLAIN, "gidd": GIDD, "next_token": NEXT_TOKEN, "bf16": BF16}
 
@@ -78,7 +80,14 @@ def trained(toy_corpus, tmp_path_factory):
 
     def on(world_size, layouts, cases):
         configs = [
-            toy_config(toy_corpus, output, name=f"{layout}-{variant}", **VARIANTS[variant], **layouts[layout])
+            toy_config(
+                toy_corpus,
+                output,
+                name=f"{layout}-{variant}",
+                schedule__steps=STEPS,
+                **VARIANTS[variant],
+                **layouts[layout],
+            )
             for layout, variant in cases
         ]
         ranks = on_ranks(world_size, train_all, configs, world_size, timeout_s=1000)
@@ -96,7 +105,7 @@ def trained(toy_corpus, tmp_path_factory):
 @pytest.mark.parametrize(("layout", "variant"), CASES)
 def test_a_layout_gives_the_curve_of_one_process(trained, layout, variant):
     one, many = trained["one", variant][0], trained[layout, variant][0]
-    assert [line["step"] for line in many.lines] == list(range(1, 11))
+    assert [line["step"] for line in many.lines] == list(range(1, STEPS + 1))
     for key, tolerance in {"loss": 1e-5, "elbo": 1e-5, "kl": 1e-5, "weight": 1e-6, "grad_norm": 1e-4}.items():
         difference = largest_relative_difference(many.curve(key), one.curve(key))
         assert difference <= tolerance, (key, difference)
@@ -106,7 +115,7 @@ def test_a_layout_gives_the_curve_of_one_process(trained, layout, variant):
 @pytest.mark.parametrize(("layout", "variant"), CASES)
 def test_all_ranks_together_see_one_process_noised_sequences_to_the_bit(trained, layout, variant):
     one = trained["one", variant][0].sequence_hashes
-    assert sorted(one) == list(range(80))
+    assert sorted(one) == list(range(8 * STEPS))
     assert merged_sequences(trained[layout, variant]) == one
 
 
@@ -114,7 +123,7 @@ def test_all_ranks_together_see_one_process_noised_sequences_to_the_bit(trained,
 def test_the_held_out_bound_is_the_same_on_every_layout(trained, layout, variant):
     """Before the first step with drawn weights, and after the last; 7 and 5 sequences divide by nothing here."""
     one, many = trained["one", variant][0].evaluations, trained[layout, variant][0].evaluations
-    assert [line["step"] for line in many] == [0, 10]
+    assert [line["step"] for line in many] == [0, STEPS]
     for key in ("eval_elbo", "eval_elbo_stderr"):
         assert many[0][key] == pytest.approx(one[0][key], rel=1e-6)
         assert many[1][key] == pytest.approx(one[1][key], rel=1e-5)

@@ -18,7 +18,7 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import read_metrics, toy_config, train_all
 
 with quiet():
-    from megadiff.run import build
+    from megadiff.run.check import check
 
 RAMPUP = {"start": 4, "increment": 2, "every_steps": 3}
 
@@ -73,7 +73,7 @@ def test_evaluations_inside_the_warm_up_are_named_once(toy_corpus, tmp_path, mon
     config = toy_config(toy_corpus, tmp_path, eval__at_steps=[9, 1, 2], schedule__warmup_steps=2)
     assert evaluation_times(config) == ["evaluation        also at step(s) 1, 2, 9"]
     assert len(evaluation_advice(config)) == 1
-    text = build.check(config)
+    text = check(config)
     assert text.count("warning           eval.at_steps and eval.at_flops name step(s) 1, 2, inside the learning") == 1
     assert evaluation_advice(toy_config(toy_corpus, tmp_path, eval__at_steps=[3], eval__every=1)) == []
 

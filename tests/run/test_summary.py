@@ -26,7 +26,7 @@ from tests.support.runs import GIDD_BLOCK, toy_config
 with quiet():
     from megadiff.model.initialisation import role_of
     from megadiff.optim.groups import parameter_groups
-    from megadiff.run import build
+    from megadiff.run.check import check
     from megadiff.run.resume import ResumeOptions
     from tests.support.toy_model import build_on_rank
 
@@ -50,17 +50,17 @@ def test_check_lays_out_on_the_fewest_ranks_that_fit(tensor_2, monkeypatch):
     """12 sequences in microbatches of 2 go on 1, 2, 3 or 6 replicas of 4 ranks."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert fitting_ranks(tensor_2, vocab_size=260) == [4, 8, 12, 24]
-    text = build.check(tensor_2)
+    text = check(tensor_2)
     assert "ranks             4, the fewest that fit; --ranks N lays the run out on N; 8, 12, 24 fit too" in text
     assert "layout            4 rank(s): tensor 2 x pipeline 2 x data 1" in text
-    assert "layout            12 rank(s): tensor 2 x pipeline 2 x data 3" in build.check(tensor_2, ranks=12)
+    assert "layout            12 rank(s): tensor 2 x pipeline 2 x data 3" in check(tensor_2, ranks=12)
 
 
 def test_a_launcher_s_number_of_ranks_is_what_is_checked(tensor_2, monkeypatch):
     assert ranks_to_check(tensor_2, None, launched=8) == (8, [])
     assert ranks_to_check(tensor_2, 12, launched=8) == (12, [])
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "layout            8 rank(s)" in build.check(tensor_2)
+    assert "layout            8 rank(s)" in check(tensor_2)
 
 
 def test_an_unfit_number_of_ranks_is_refused_with_those_that_fit(tensor_2):
@@ -74,7 +74,7 @@ def test_an_unfit_number_of_ranks_is_refused_with_those_that_fit(tensor_2):
 def test_a_description_that_fits_no_ranks_still_has_sizes(toy_corpus, tmp_path):
     config = toy_config(toy_corpus, tmp_path, parallel__tensor=3)  # 4 heads
     with pytest.raises(NoLayoutError, match=r"model\.heads is 4, which parallel.tensor = 3 does not divide") as refused:
-        build.check(config)
+        check(config)
     assert str(refused.value).endswith("; this holds for every number of ranks")
     assert refused.value.sizes[0].startswith("parameters")
 
@@ -96,7 +96,7 @@ def test_the_command_prints_sizes_and_then_the_reason(toy_corpus, tmp_path):
 )
 def test_a_key_that_no_description_has_cannot_be_allowed_to_change(tensor_2, key, hint):
     with pytest.raises(ConfigError) as refused:
-        build.check(tensor_2, ranks=4, resume_options=ResumeOptions(allowed=[key]))
+        check(tensor_2, ranks=4, resume_options=ResumeOptions(allowed=[key]))
     assert str(refused.value) == f"--allow-change {key}: a run description has no such key; did you mean `{hint}`?"
     for known in ("noise.p_uniform", "batch.micro_batch_size", "seed", "noise"):
         ResumeOptions(allowed=[known]).check(tensor_2)

@@ -26,7 +26,7 @@ from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 
 with quiet():
-    from megadiff.model.implementation import describe_kernels
+    from megadiff.model.kernels import describe_kernels
     from megadiff.parallel.topology import process_group
     from megadiff.run import build
     from megadiff.run.context import machine_for

@@ -46,7 +46,7 @@ def _refused(subject: Subject) -> Iterable[Finding]:
     if subject.config is None:
         return
     from megadiff.errors import PlatformError
-    from megadiff.model.implementation import check_kernels
+    from megadiff.model.kernels import check_kernels
 
     try:
         check_kernels(subject.config.parallel, subject.config.precision, subject.platform)
