@@ -22,6 +22,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` and nohup
 torch.set_num_threads(1)  # ranks are forked from here; a thread pool would not survive that
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the folders whose files take minutes each, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("distributed", "end_to_end"))
+
+
 def pytest_collection_finish():
     if CHECKS_SHAPES:
         shapes.check_named_tuples()

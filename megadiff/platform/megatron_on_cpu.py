@@ -16,6 +16,9 @@ literal `device="cuda"`, `.cuda()`, pinned memory,  `scope()`: a `TorchFunctionM
 `Tensor.type() == "torch.cuda.FloatTensor"` in the  construction and checkpoints only: it costs 2 to 3
 optimizer, dist_checkpointing                       microseconds per torch call, 25 % of a toy step (those of
                                                     clip_grads are avoided: `optim/optimizer.py`)
+`parallel_state.create_group`: 27 groups a rank, of   once: groups of the same ranks are one group, because each
+which many have the same ranks                      gloo group has threads of its own, and one of them wakes
+                                                    a hundred times a second
 `jit_fuser` = `torch.compile` on small functions    turned off as megatron is imported (`megatron_imports`), or else
                                                     stance `force_eager`: Inductor would need a C++ compiler
 ==================================================  ==========================================================
@@ -30,11 +33,13 @@ import importlib
 import logging
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megadiff.errors import PlatformError
@@ -73,6 +78,7 @@ def install() -> None:
         _check_version()
         random = importlib.import_module("megatron.core.tensor_parallel.random")
         schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+        state: Any = importlib.import_module("megatron.core.parallel_state")
     if importlib.import_module("megatron.core.jit").jit_fuser is torch.compile:  # imported before this package
         torch.compiler.set_stance("force_eager")
     for name, stand_in in _facade().items():
@@ -80,6 +86,8 @@ def install() -> None:
     _replace(random, "_get_cuda_rng_state", _get_rng_state)
     _replace(random, "_set_cuda_rng_state", _set_rng_state)
     _replace(schedules, "torch", _TorchWithCpuZeros())
+    if not isinstance(state.create_group, _SharedGroups):
+        _replace(state, "create_group", _SharedGroups(state.create_group))
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_drop_cpu_rng_notice)
 
 
@@ -112,6 +120,30 @@ def _replace(owner: Any, name: str, stand_in: Any) -> None:
             "install `megatron-core>=0.16,<0.17` with torch 2.10 or newer, or re-check that file"
         )
     setattr(owner, name, stand_in)
+
+
+class _SharedGroups:
+    """`parallel_state.create_group` which returns the group of the same ranks again while the default group is open.
+
+    Every rank calls it with the same lists in the same order, members and others alike, so all ranks agree on which
+    groups exist. Operations on a group keep the order in which the program starts them, whoever shares it.
+    """
+
+    def __init__(self, create: Callable[..., Any]) -> None:
+        self._create = create
+        self._world: Callable[[], Any] = lambda: None
+        self._groups: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if ranks is None:
+            return self._create(ranks, *args, **kwargs)
+        if self._world() is not dist.group.WORLD:
+            self._groups.clear()
+            self._world = weakref.ref(dist.group.WORLD, lambda _: self._groups.clear())  # and so are their sockets
+        key = tuple(ranks)
+        if key not in self._groups:
+            self._groups[key] = self._create(ranks, *args, **kwargs)
+        return self._groups[key]
 
 
 class _NullStream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import types
 from unittest.mock import patch
@@ -121,3 +122,32 @@ def test_an_installed_seam_answers_for_the_gpu_and_queues_nothing(toy_corpus, tm
 def test_the_parent_of_the_ranks_is_untouched():
     with pytest.raises((AssertionError, RuntimeError)):
         torch.cuda.current_device()
+
+
+def test_groups_of_the_same_ranks_are_one_until_the_world_closes(tmp_path):
+    """Two pairs of pairs: a rank alone, its tensor pair, its data pair, and all four."""
+    for first, second in on_ranks(4, _groups_of_two_worlds, tmp_path / "store"):
+        assert len(first) == len(second) == 4
+        assert not set(first) & set(second)
+
+
+def _groups_of_two_worlds(store):
+    import torch.distributed as dist
+
+    platform_on_rank()
+    from megatron.core import parallel_state as state
+
+    found, kept = [], []
+    for world in range(2):
+        if world:
+            dist.destroy_process_group()
+            state.destroy_model_parallel()
+            rank = int(os.environ["RANK"])
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+        state.initialize_model_parallel(tensor_model_parallel_size=2, create_gloo_process_groups=False)
+        groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+        kept += groups  # so that no identity is used twice
+        found.append([id(group) for group in groups])
+        assert state.get_tensor_model_parallel_group() is state.get_model_parallel_group()
+        assert dist.get_world_size(state.get_data_parallel_group()) == 2
+    return found
