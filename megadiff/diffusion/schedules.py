@@ -16,22 +16,20 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from megadiff.diffusion import exact
-from megadiff.diffusion.shapes import Float
+from megadiff.diffusion.shapes import Float, Tensor
 from megadiff.errors import ConfigError
 
 
 def alpha(log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Return the probability that a token is kept: sigmoid(lambda)."""
-    return torch.sigmoid(log_snr)
+    return log_snr.sigmoid()
 
 
 def beta(log_snr: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Return the probability that a token is noised: sigmoid(-lambda)."""
-    return torch.sigmoid(-log_snr)
+    return (-log_snr).sigmoid()
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class ResumeOptions:
         Raises:
             ConfigError: the first such key, with the most similar existing one.
         """
-        known = {*dotted_keys(RunConfig), *dotted_keys(config)}
+        known = {*dotted_keys(RunConfig), *dotted_keys(config)} if self.allowed else set()
         for key in self.allowed:
             if key not in known:
                 raise ConfigError(f"--allow-change {key}: a run description has no such key{did_you_mean(key, known)}")
