@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megadiff.scaling.fit_results import Results
+    from megadiff.scaling.points import Gathered
 
 _EPILOG = """examples:
-  megadiff fit_scaling runs/sweep/runs/* --output fits/masked
-  megadiff fit_scaling runs/sweep/runs/* --budgets 1e17 3e17 1e18 --min-steps 0
+  megadiff fit_scaling runs/sweep --output fits/sweep              # all runs of a sweep's folder
+  megadiff fit_scaling runs/sweep/runs/masked-* --budgets 1e17 3e17 1e18 --min-steps 0
   megadiff fit_scaling --csv points.csv --columns params="N*1e6" tokens="D*1e9" loss=final_loss
-  megadiff plan --laws fits/masked/law.yaml --noise masked --flops 1e20
+  megadiff plan --laws fits/sweep/law.yaml --noise masked --flops 1e20
 
 The output folder gets law.yaml, which `megadiff plan --laws` reads, fit.json, points.csv, excluded.csv, index.html and,
 with matplotlib, figures/. A law is provisional if runs were left out, a vertex lies at an edge, or a fit was refused;
@@ -37,9 +39,32 @@ def main() -> None:
     arguments = _parser().parse_args()
     _check(arguments)
 
+    from megadiff.scaling.fit_output import write_points
+    from megadiff.scaling.resampling import FitError
+
+    output: Path = arguments.output
+    gathered = _gathered(arguments)
+    print(f"{gathered.source}: FLOPs by the count {gathered.flop_count}")
+    for found in gathered.excluded:
+        print(f"left out: {found.run}: {found.reason}: {found.detail}")
+    try:
+        try:
+            _fit(arguments, gathered)
+        except FitError as error:
+            write_points(gathered, output)
+            before = ", and law.yaml there is of an earlier fit" if (output / "law.yaml").exists() else ""
+            raise FitError(
+                f"{error}; no law is written, but {output}/points.csv and excluded.csv have every point and every run "
+                f"left out, with the reason{before}"
+            ) from None
+    except OSError as error:
+        raise DataError(f"--output {output} cannot be written ({error.strerror or error})") from None
+    print(f"{output}: law.yaml, fit.json, points.csv, excluded.csv, index.html")
+
+
+def _gathered(arguments: argparse.Namespace) -> Gathered:
+    """Return the points of the runs or of the CSV file."""
     from megadiff.scaling import csv_points, points
-    from megadiff.scaling.fit_record import summary
-    from megadiff.scaling.fit_results import fit_points
 
     unknown = [reason for reason in arguments.keep if reason not in points.REASONS]
     if unknown:
@@ -48,8 +73,9 @@ def main() -> None:
         names = _columns(arguments.columns)
         gathered = csv_points.from_csv(arguments.csv, names, flop_count=arguments.flop_count)
     else:
+        found = [_run_folders(given) for given in arguments.runs]
         gathered = points.from_runs(
-            arguments.runs,
+            [run for runs, _ in found for run in runs],
             budgets=arguments.budgets,
             flop_count=arguments.flop_count or "deepseek",
             min_steps=arguments.min_steps,
@@ -57,27 +83,52 @@ def main() -> None:
             kept=arguments.keep,
             varied=arguments.vary,
         )
-    if arguments.drop_highest:
-        gathered = points.without_highest(gathered, arguments.drop_highest)
-    print(f"{gathered.source}: FLOPs by the count {gathered.flop_count}")
-    for found in gathered.excluded:
-        print(f"left out: {found.run}: {found.reason}: {found.detail}")
+        gathered = replace(gathered, notes=(*gathered.notes, *(note for _, notes in found for note in notes)))
+    if arguments.drop_highest and gathered.points:
+        return points.without_highest(gathered, arguments.drop_highest)
+    return gathered
+
+
+def _run_folders(given: Path) -> tuple[list[Path], list[str]]:
+    """Return a run folder, or those that have begun of a sweep's folder, with a note if others have not."""
+    from megadiff.run.sweep_folder import read_manifest, sweep_of
+
+    if (folder := sweep_of(given)) is None:
+        return [given], []
+    runs = [folder / "runs" / entry["name"] for entry in read_manifest(folder)["runs"]]
+    begun = [run for run in runs if run.is_dir()]
+    if not begun:
+        raise DataError(f"{folder} is a sweep of which no run has begun; `megadiff sweep status {folder}` shows them")
+    missing = len(runs) - len(begun)
+    return begun, [f"{missing} of the {len(runs)} runs of {folder} have not begun"] if missing else []
+
+
+def _fit(arguments: argparse.Namespace, gathered: Gathered) -> None:
+    """Fit, print a summary and write everything.
+
+    Raises:
+        FitError: nothing can be fitted, or no law can be written.
+        OSError: the disk refuses.
+    """
+    from megadiff.scaling.fit_record import summary
+    from megadiff.scaling.fit_results import fit_points
+
     results = fit_points(
         gathered, level=arguments.level, draws=arguments.draws, seed=arguments.seed, run_noise=arguments.run_noise
     )
     lines = summary(results)
     print("\n".join(lines))
-    try:
-        _write(results, arguments.output, lines, with_figures=not arguments.no_figures)
-    except OSError as error:
-        raise DataError(f"--output {arguments.output} cannot be written ({error.strerror or error})") from None
-    print(f"{arguments.output}: law.yaml, fit.json, points.csv, excluded.csv, index.html")
+    _write(results, arguments.output, lines, with_figures=not arguments.no_figures)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="run folders, with metrics.jsonl and config.yaml"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="run folders; a sweep's folder stands for all of its runs",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="points instead of run folders, one a row")
     parser.add_argument(
