@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megadiff.scaling.fit_results import Results
+    from megadiff.scaling.laws import LawBook
     from megadiff.scaling.points import Gathered
 
 _EPILOG = """examples:
@@ -43,13 +44,14 @@ def main() -> None:
     from megadiff.scaling.resampling import FitError
 
     output: Path = arguments.output
+    baseline = _baseline(arguments.baseline)
     gathered = _gathered(arguments)
     print(f"{gathered.source}: FLOPs by the count {gathered.flop_count}")
     for found in gathered.excluded:
         print(f"left out: {found.run}: {found.reason}: {found.detail}")
     try:
         try:
-            _fit(arguments, gathered)
+            _fit(arguments, gathered, baseline)
         except FitError as error:
             write_points(gathered, output)
             before = ", and law.yaml there is of an earlier fit" if (output / "law.yaml").exists() else ""
@@ -103,7 +105,16 @@ def _run_folders(given: Path) -> tuple[list[Path], list[str]]:
     return begun, [f"{missing} of the {len(runs)} runs of {folder} have not begun"] if missing else []
 
 
-def _fit(arguments: argparse.Namespace, gathered: Gathered) -> None:
+def _baseline(named: str | None) -> LawBook | None:
+    """Return the laws to draw beside the fit: those of a file, or the published ones."""
+    from megadiff.scaling.laws import LawBook, published, read_law_file
+
+    if named is None:
+        return None
+    return published() if named == "published" else LawBook((read_law_file(named),))
+
+
+def _fit(arguments: argparse.Namespace, gathered: Gathered, baseline: LawBook | None) -> None:
     """Fit, print a summary and write everything.
 
     Raises:
@@ -118,7 +129,7 @@ def _fit(arguments: argparse.Namespace, gathered: Gathered) -> None:
     )
     lines = summary(results)
     print("\n".join(lines))
-    _write(results, arguments.output, lines, with_figures=not arguments.no_figures)
+    _write(results, arguments.output, lines, baseline, with_figures=not arguments.no_figures)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
         "--drop-highest", type=int, default=0, metavar="N", help="points with the highest losses to leave out"
     )
     parser.add_argument("--run-noise", type=float, help="known standard deviation of log loss between seeds, as 0.001")
+    parser.add_argument(
+        "--baseline", metavar="FILE", help="law file to draw beside the fit's laws, or `published` for the paper's"
+    )
     parser.add_argument("--no-figures", action="store_true", help="draw none; laws, tables and the page alone")
     parser.add_argument("--level", type=float, default=0.95, help="coverage of the intervals (default: 0.95)")
     parser.add_argument("--draws", type=int, default=1000, help="resampled sets of runs (default: 1000)")
@@ -167,6 +181,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("give run folders or --csv FILE, and not both")
     if arguments.columns and arguments.csv is None:
         raise ConfigError("--columns names columns of a CSV file; give --csv FILE too")
+    if arguments.baseline is not None and arguments.no_figures:
+        raise ConfigError("--baseline draws laws into a figure; leave out --no-figures")
     if not 0.5 <= arguments.level < 1:
         raise ConfigError(f"--level is a coverage between 0.5 and 1, found {arguments.level:g}")
     if not 10 <= arguments.draws <= 100_000:
@@ -195,7 +211,9 @@ def _columns(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _write(results: Results, folder: Path, lines: Sequence[str], *, with_figures: bool) -> None:
+def _write(
+    results: Results, folder: Path, lines: Sequence[str], baseline: LawBook | None, *, with_figures: bool
+) -> None:
     """Write the laws, tables, figures and the page."""
     from megadiff.files import write_atomically
     from megadiff.report.fit_page import fit_page
@@ -208,6 +226,6 @@ def _write(results: Results, folder: Path, lines: Sequence[str], *, with_figures
     elif with_figures:
         from megadiff.scaling.figures import draw_all
 
-        drawn = draw_all(results, folder / "figures")
+        drawn = draw_all(results, folder / "figures", baseline)
     page = fit_page(found, drawn, lines, now=datetime.now(timezone.utc))
     write_atomically(folder / "index.html", page)

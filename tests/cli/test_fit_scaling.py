@@ -42,7 +42,7 @@ def write_csv(path, rows, head=HEAD):
 
 def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
     table = write_csv(tmp_path / "points.csv", [*rows_of(), *rows_of(UNIFORM, "uniform", 1)])
-    fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30)
+    fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30, "--baseline", "published")
     said = capsys.readouterr().out
     assert "bowls: 9 of 9 vertices count" in said
     assert "masked and uniform: cross at" in said
@@ -65,7 +65,8 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     }  # fmt: skip
     for ending in ("png", "svg", "pdf"):
         assert {path.stem for path in (tmp_path / "out/figures").glob(f"*.{ending}")} == drawn
-    check_page((tmp_path / "out/index.html").read_text(), drawn)
+    check_page(page := (tmp_path / "out/index.html").read_text(), drawn)
+    assert "dotted: the baseline" in page
     plans_the_planted_optimum(monkeypatch, capsys, tmp_path / "out/law.yaml")
 
 
@@ -212,6 +213,8 @@ def test_paths_that_are_no_files_and_wrong_options(tmp_path, monkeypatch):
         (("--csv", table, "--level", "95"), "between 0.5 and 1"),
         (("--csv", table, "--draws", "1"), "between 10 and"),
         (("--csv", table, "--run-noise", "5"), "such as 0.001"),
+        (("--csv", table, "--baseline", "none.yaml"), "none.yaml: the law file does not exist"),
+        (("--csv", table, "--baseline", "published", "--no-figures"), "leave out --no-figures"),
         (("--csv", table, "--output", table), "is a file"),
         ((tmp_path / "nowhere",), "is no folder"),
         ((tmp_path, "--budgets", "-1"), "positive numbers"),

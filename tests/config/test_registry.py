@@ -86,8 +86,9 @@ def test_a_name_nothing_answers_to_is_one_sentence(noises, name, sentence):
 
 
 def test_a_module_in_this_folder_is_said_to_be_here(noises, tmp_path, monkeypatch):
-    (tmp_path / "lies_here").mkdir()
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work/lies_here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # `python -m` adds this folder itself
     with pytest.raises(ConfigError, match=r"; `export PYTHONPATH=\.` adds this folder, which holds `lies_here`$"):
         registry.member(noises, "lies_here.x")
 

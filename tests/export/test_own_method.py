@@ -83,10 +83,10 @@ def test_a_module_that_is_gone_is_named_with_its_key(section, checkpoints, tmp_p
 
 def test_a_tokenizer_that_was_moved_can_be_given(checkpoints, tmp_path):
     folder = with_section(checkpoints["tp1"], tmp_path / "step", data={"tokenizer": "moved/tokenizer.json"})
-    said = r"manifest\.json: `data\.tokenizer`: moved/tokenizer\.json: wanted .*; --tokenizer gives the path"
+    said = r"manifest\.json: `data\.tokenizer`: moved/tokenizer\.json: .*; --tokenizer gives the path"
     with pytest.raises(MegadiffError, match=said), load_model(folder, platform="cpu"):
         pass
-    with pytest.raises(MegadiffError, match=r"^elsewhere: wanted"):
+    with pytest.raises(MegadiffError, match=r"^elsewhere: wanted "):
         export(folder, tmp_path / "out", tokenizer="elsewhere")
     assert export(folder, tmp_path / "out", tokenizer="byte").tensors > 0
 
