@@ -185,9 +185,10 @@ def _close(config: RunConfig, words: float, elapsed_s: float) -> None:
     ):  # fmt: skip
         table.add_row(*sequence)
     console.print(table)
+    activate = "" if sys.prefix == sys.base_prefix else f"  . {os.path.relpath(sys.prefix)}/bin/activate\n"
     console.print(
-        "try next\n"
-        f"  python tools/generate.py --model {config.folder} --prompt 'The object' --temperature 0.7\n"
+        f"try next\n{activate}"
+        f"  megadiff generate --model {config.folder} --prompt 'The object' --temperature 0.7\n"
         f"  python pretrain_dlm.py --config {CONFIG} name=balanced noise.shift=balanced\n"
         f"  tensorboard --logdir {config.output_dir}",
         markup=False,

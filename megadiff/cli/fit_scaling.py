@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megadiff.scaling.fit_results import Results
+    from megadiff.scaling.laws import LawBook
+    from megadiff.scaling.points import Gathered
 
 _EPILOG = """examples:
-  megadiff fit_scaling runs/sweep/runs/* --output fits/masked
-  megadiff fit_scaling runs/sweep/runs/* --budgets 1e17 3e17 1e18 --min-steps 0
+  megadiff fit_scaling runs/sweep --output fits/sweep              # all runs of a sweep's folder
+  megadiff fit_scaling runs/sweep/runs/masked-* --budgets 1e17 3e17 1e18 --min-steps 0
   megadiff fit_scaling --csv points.csv --columns params="N*1e6" tokens="D*1e9" loss=final_loss
-  megadiff plan --laws fits/masked/law.yaml --noise masked --flops 1e20
+  megadiff plan --laws fits/sweep/law.yaml --noise masked --flops 1e20
 
 The output folder gets law.yaml, which `megadiff plan --laws` reads, fit.json, points.csv, excluded.csv, index.html and,
 with matplotlib, figures/. A law is provisional if runs were left out, a vertex lies at an edge, or a fit was refused;
@@ -37,9 +40,33 @@ def main() -> None:
     arguments = _parser().parse_args()
     _check(arguments)
 
+    from megadiff.scaling.fit_output import write_points
+    from megadiff.scaling.resampling import FitError
+
+    output: Path = arguments.output
+    baseline = _baseline(arguments.baseline)
+    gathered = _gathered(arguments)
+    print(f"{gathered.source}: FLOPs by the count {gathered.flop_count}")
+    for found in gathered.excluded:
+        print(f"left out: {found.run}: {found.reason}: {found.detail}")
+    try:
+        try:
+            _fit(arguments, gathered, baseline)
+        except FitError as error:
+            write_points(gathered, output)
+            before = ", and law.yaml there is of an earlier fit" if (output / "law.yaml").exists() else ""
+            raise FitError(
+                f"{error}; no law is written, but {output}/points.csv and excluded.csv have every point and every run "
+                f"left out, with the reason{before}"
+            ) from None
+    except OSError as error:
+        raise DataError(f"--output {output} cannot be written ({error.strerror or error})") from None
+    print(f"{output}: law.yaml, fit.json, points.csv, excluded.csv, index.html")
+
+
+def _gathered(arguments: argparse.Namespace) -> Gathered:
+    """Return the points of the runs or of the CSV file."""
     from megadiff.scaling import csv_points, points
-    from megadiff.scaling.fit_record import summary
-    from megadiff.scaling.fit_results import fit_points
 
     unknown = [reason for reason in arguments.keep if reason not in points.REASONS]
     if unknown:
@@ -48,8 +75,9 @@ def main() -> None:
         names = _columns(arguments.columns)
         gathered = csv_points.from_csv(arguments.csv, names, flop_count=arguments.flop_count)
     else:
+        found = [_run_folders(given) for given in arguments.runs]
         gathered = points.from_runs(
-            arguments.runs,
+            [run for runs, _ in found for run in runs],
             budgets=arguments.budgets,
             flop_count=arguments.flop_count or "deepseek",
             min_steps=arguments.min_steps,
@@ -57,27 +85,61 @@ def main() -> None:
             kept=arguments.keep,
             varied=arguments.vary,
         )
-    if arguments.drop_highest:
-        gathered = points.without_highest(gathered, arguments.drop_highest)
-    print(f"{gathered.source}: FLOPs by the count {gathered.flop_count}")
-    for found in gathered.excluded:
-        print(f"left out: {found.run}: {found.reason}: {found.detail}")
+        gathered = replace(gathered, notes=(*gathered.notes, *(note for _, notes in found for note in notes)))
+    if arguments.drop_highest and gathered.points:
+        return points.without_highest(gathered, arguments.drop_highest)
+    return gathered
+
+
+def _run_folders(given: Path) -> tuple[list[Path], list[str]]:
+    """Return a run folder, or those that have begun of a sweep's folder, with a note if others have not."""
+    from megadiff.run.sweep_folder import read_manifest, sweep_of
+
+    if (folder := sweep_of(given)) is None:
+        return [given], []
+    runs = [folder / "runs" / entry["name"] for entry in read_manifest(folder)["runs"]]
+    begun = [run for run in runs if run.is_dir()]
+    if not begun:
+        raise DataError(f"{folder} is a sweep of which no run has begun; `megadiff sweep status {folder}` shows them")
+    missing = len(runs) - len(begun)
+    return begun, [f"{missing} of the {len(runs)} runs of {folder} have not begun"] if missing else []
+
+
+def _baseline(named: str | None) -> LawBook | None:
+    """Return the laws to draw beside the fit: those of a file, or the published ones."""
+    from megadiff.scaling.laws import LawBook, published, read_law_file
+
+    if named is None:
+        return None
+    return published() if named == "published" else LawBook((read_law_file(named),))
+
+
+def _fit(arguments: argparse.Namespace, gathered: Gathered, baseline: LawBook | None) -> None:
+    """Fit, print a summary and write everything.
+
+    Raises:
+        FitError: nothing can be fitted, or no law can be written.
+        OSError: the disk refuses.
+    """
+    from megadiff.scaling.fit_record import summary
+    from megadiff.scaling.fit_results import fit_points
+
     results = fit_points(
         gathered, level=arguments.level, draws=arguments.draws, seed=arguments.seed, run_noise=arguments.run_noise
     )
     lines = summary(results)
     print("\n".join(lines))
-    try:
-        _write(results, arguments.output, lines, with_figures=not arguments.no_figures)
-    except OSError as error:
-        raise DataError(f"--output {arguments.output} cannot be written ({error.strerror or error})") from None
-    print(f"{arguments.output}: law.yaml, fit.json, points.csv, excluded.csv, index.html")
+    _write(results, arguments.output, lines, baseline, with_figures=not arguments.no_figures)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="run folders, with metrics.jsonl and config.yaml"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="run folders; a sweep's folder stands for all of its runs",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="points instead of run folders, one a row")
     parser.add_argument(
@@ -104,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
         "--drop-highest", type=int, default=0, metavar="N", help="points with the highest losses to leave out"
     )
     parser.add_argument("--run-noise", type=float, help="known standard deviation of log loss between seeds, as 0.001")
+    parser.add_argument(
+        "--baseline", metavar="FILE", help="law file to draw beside the fit's laws, or `published` for the paper's"
+    )
     parser.add_argument("--no-figures", action="store_true", help="draw none; laws, tables and the page alone")
     parser.add_argument("--level", type=float, default=0.95, help="coverage of the intervals (default: 0.95)")
     parser.add_argument("--draws", type=int, default=1000, help="resampled sets of runs (default: 1000)")
@@ -116,6 +181,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("give run folders or --csv FILE, and not both")
     if arguments.columns and arguments.csv is None:
         raise ConfigError("--columns names columns of a CSV file; give --csv FILE too")
+    if arguments.baseline is not None and arguments.no_figures:
+        raise ConfigError("--baseline draws laws into a figure; leave out --no-figures")
     if not 0.5 <= arguments.level < 1:
         raise ConfigError(f"--level is a coverage between 0.5 and 1, found {arguments.level:g}")
     if not 10 <= arguments.draws <= 100_000:
@@ -144,7 +211,9 @@ def _columns(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _write(results: Results, folder: Path, lines: Sequence[str], *, with_figures: bool) -> None:
+def _write(
+    results: Results, folder: Path, lines: Sequence[str], baseline: LawBook | None, *, with_figures: bool
+) -> None:
     """Write the laws, tables, figures and the page."""
     from megadiff.files import write_atomically
     from megadiff.report.fit_page import fit_page
@@ -157,6 +226,6 @@ def _write(results: Results, folder: Path, lines: Sequence[str], *, with_figures
     elif with_figures:
         from megadiff.scaling.figures import draw_all
 
-        drawn = draw_all(results, folder / "figures")
+        drawn = draw_all(results, folder / "figures", baseline)
     page = fit_page(found, drawn, lines, now=datetime.now(timezone.utc))
     write_atomically(folder / "index.html", page)

@@ -29,6 +29,7 @@ _EPILOG = """examples:
   megadiff sweep write examples/scaling/paper.yaml --dry-run --gpu h100 --run-noise 0.001
   megadiff sweep write my-sweep.yaml --output runs/my-sweep        # then slurm/submit sweep, as it prints
   megadiff sweep run examples/scaling/mini.yaml --local --jobs 2   # the same command goes on after Ctrl-C or a kill
+  megadiff sweep run runs/mini --local                             # goes on with a written sweep, too
   megadiff sweep status runs/mini
 
 `megadiff sweep write --help` shows the options of one of them.
@@ -48,7 +49,10 @@ def main() -> None:
     action = top.parse_args(sys.argv[1:2]).action
     arguments = _parser(action, top.prog).parse_intermixed_args(sys.argv[2:])
     if action == "status":
-        _status(arguments)
+        _status(_folder_of(arguments.folder), shows_all=arguments.all)
+        return
+    if arguments.description.is_dir():
+        _go_on(arguments, action)
         return
     plan = _plan(arguments)
     if arguments.dry_run:
@@ -56,16 +60,17 @@ def main() -> None:
     elif action == "write":
         _write(plan)
     else:
-        _train(arguments, plan)
+        _start(arguments, plan)
 
 
 def _parser(action: str, prog: str) -> CommandParser:
     parser = CommandParser(prog=f"{prog} {action}", description=_ACTIONS[action])
     if action == "status":
-        parser.add_argument("folder", type=Path, help="the sweep's folder")
+        parser.add_argument("folder", type=Path, help="the sweep's folder, or its YAML file")
         parser.add_argument("--all", action="store_true", help="show finished and missing runs one by one too")
         return parser
-    parser.add_argument("description", type=Path, help="the sweep's YAML file")
+    or_folder = "; or the folder of a written sweep, to go on with it" if action == "run" else ""
+    parser.add_argument("description", type=Path, help=f"the sweep's YAML file{or_folder}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the description's")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the sweep (default: output_dir/name)")
     if action == "run":
@@ -84,13 +89,7 @@ def _parser(action: str, prog: str) -> CommandParser:
 
 
 def _plan(arguments: argparse.Namespace) -> SweepPlan:
-    for option, value in (
-        ("--mfu", arguments.mfu),
-        ("--draws", arguments.draws),
-        ("--jobs", vars(arguments).get("jobs")),
-    ):
-        if value is not None and value <= 0:
-            raise ConfigError(f"{option} must be above 0, found {value:g}")
+    _check_positive(arguments)
     check_mfu(arguments.mfu)
     if not 0 <= arguments.run_noise < 1:
         raise ConfigError(
@@ -99,6 +98,16 @@ def _plan(arguments: argparse.Namespace) -> SweepPlan:
     from megadiff.run.sweep_folder import plan_sweep
 
     return plan_sweep(arguments.description, arguments.overrides, output=arguments.output)
+
+
+def _check_positive(arguments: argparse.Namespace) -> None:
+    for option, value in (
+        ("--mfu", arguments.mfu),
+        ("--draws", arguments.draws),
+        ("--jobs", vars(arguments).get("jobs")),
+    ):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{option} must be above 0, found {value:g}")
 
 
 def _write(plan: SweepPlan) -> None:
@@ -119,24 +128,69 @@ def _first_line(path: Path) -> str:
     return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
-def _train(arguments: argparse.Namespace, plan: SweepPlan) -> None:
+def _start(arguments: argparse.Namespace, plan: SweepPlan) -> None:
+    """Write a sweep, unless that is done, and train it."""
+    _check_local(arguments)
+    from megadiff.run.sweep_folder import write_sweep
+
+    write_sweep(plan)
+    for remark in plan.expansion.remarks:
+        print(f"remark            {remark}")
+    _train(plan.folder, arguments.jobs)
+
+
+def _go_on(arguments: argparse.Namespace, action: str) -> None:
+    """Train a sweep that is written already.
+
+    Raises:
+        ConfigError: the folder is none of a sweep, or it is to be written, changed or predicted.
+    """
+    folder = _folder_of(arguments.description)
+    from megadiff.run.sweep_folder import read_manifest
+
+    read_manifest(folder)
+    given = [*arguments.overrides, *(["--output"] if arguments.output else []), *["--dry-run"] * arguments.dry_run]
+    if action == "write" or given:
+        what = f"`{given[0]}`" if given else "`write`"
+        raise ConfigError(
+            f"{folder} is a sweep that is written already, and {what} needs its description, a YAML file; "
+            f"`megadiff sweep run {folder} --local` goes on with it as it is"
+        )
+    _check_positive(arguments)
+    _check_local(arguments)
+    _train(folder, arguments.jobs)
+
+
+def _folder_of(sweep: Path) -> Path:
+    """Return the folder of a sweep, given by itself, by its folder `runs`, or by the description it follows from."""
+    from megadiff.run.sweep_folder import sweep_of
+
+    if sweep.is_file():
+        from megadiff.scaling.sweep import read_sweep
+
+        found = read_sweep(sweep)
+        return Path(found.output_dir) / found.name
+    return sweep_of(sweep) or sweep
+
+
+def _check_local(arguments: argparse.Namespace) -> None:
     if not arguments.local:
         raise ConfigError(
             "give --local to train on this machine; on a cluster, write the sweep with `megadiff sweep write` and hand "
             "its rows to `slurm/submit sweep`"
         )
-    from megadiff.run.sweep_folder import write_sweep
+
+
+def _train(folder: Path, jobs: int | None) -> None:
+    """Train what is left of a written sweep in the local pool."""
     from megadiff.run.sweep_pool import WORKER_LOG, Pool, PoolError, start_worker
     from megadiff.run.sweep_status import counts, states
 
-    write_sweep(plan)
-    for remark in plan.expansion.remarks:
-        print(f"remark            {remark}")
-    jobs = arguments.jobs or len(os.sched_getaffinity(0))
-    print(f"{plan.folder}: {counts(states(plan.folder))}; {jobs} at a time", flush=True)
-    pool = Pool(plan.folder, jobs, partial(print, flush=True), partial(start_worker, log=plan.folder / WORKER_LOG))
+    jobs = jobs or len(os.sched_getaffinity(0))
+    print(f"{folder}: {counts(states(folder))}; {jobs} at a time", flush=True)
+    pool = Pool(folder, jobs, partial(print, flush=True), partial(start_worker, log=folder / WORKER_LOG))
     found = pool.train()
-    print(f"{plan.folder}: {counts(found)}")
+    print(f"{folder}: {counts(found)}")
     if pool.signals:
         raise KeyboardInterrupt
     if pool.failures:
@@ -144,13 +198,13 @@ def _train(arguments: argparse.Namespace, plan: SweepPlan) -> None:
         raise PoolError(f"{len(pool.failures)} runs failed; the same command tries those again that may succeed{named}")
 
 
-def _status(arguments: argparse.Namespace) -> None:
+def _status(folder: Path, *, shows_all: bool) -> None:
     from megadiff.run.sweep_status import counts, states
 
-    found = states(arguments.folder)
+    found = states(folder)
     for noise in dict.fromkeys(each.noise for each in found):
         print(f"{noise:13} {counts(each for each in found if each.noise == noise)}")
-    shown = [each for each in found if arguments.all or each.state not in ("finished", "missing")]
+    shown = [each for each in found if shows_all or each.state not in ("finished", "missing")]
     if shown:
         print("\n" + "\n".join(_table(shown)))
 

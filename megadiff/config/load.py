@@ -42,6 +42,9 @@ def load_config(path: str | Path, overrides: Sequence[str], model: type[T]) -> T
         ConfigError: all mistakes found, a line each, each with its file and line or `command line`.
     """
     tree = _Files().tree(Path(path), named_by=None)
+    assert isinstance(tree.value, dict)
+    if (other := model.other_kind(tree.value)) is not None:
+        raise ConfigError(f"{path}: {other}")
     if (written := setting_without_equals(overrides)) is not None:
         raise ConfigError(f"{COMMAND_LINE}: {written}")
     for override in overrides:

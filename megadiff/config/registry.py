@@ -46,6 +46,7 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -205,7 +206,12 @@ def _outside(package: str, name: str) -> ModuleType:
         raise ConfigError(f"`{name}` is neither a name in {package} nor a dotted module such as my_pkg.my_part")
     top = name.split(".")[0]
     if importlib.util.find_spec(top) is None:
-        raise ConfigError(f"the module `{name}` cannot be found: no package `{top}` is installed or on PYTHONPATH")
+        is_here = Path(top).is_dir() or Path(f"{top}.py").is_file()
+        adds = f"`export PYTHONPATH=.` adds this folder, which holds `{top}`"
+        remedy = adds if is_here else f"add the folder that holds `{top}`, as in `export PYTHONPATH=FOLDER`"
+        raise ConfigError(
+            f"the module `{name}` cannot be found: no package `{top}` is installed or on PYTHONPATH; {remedy}"
+        )
     return _imported(name, f"the module `{name}`")
 
 

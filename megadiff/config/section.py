@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -14,3 +16,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def other_kind(cls, keys: Collection[str]) -> str | None:
+        """Return what a file with these top-level keys is, and what to do with it, if it is plainly of another kind."""
+        del keys
+        return None

@@ -63,6 +63,8 @@ class DataFacts(BaseModel):
     valid: list[ValidationFacts]
     advice: list[str]
     """Likely mistakes, one sentence each."""
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Number of token ids, the mask included; None in files of older runs."""
 
 
 def write_data_facts(folder: Path, facts: DataFacts) -> None:

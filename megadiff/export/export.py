@@ -15,9 +15,8 @@ from torch import Tensor
 
 from megadiff.checkpoint.folder import chosen, verify_files
 from megadiff.checkpoint.manifest import Manifest
-from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
+from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export import huggingface
 from megadiff.export.folder_files import CONFIG, TRAINING, write_checksums
 from megadiff.export.model_card import model_card
@@ -25,7 +24,7 @@ from megadiff.export.released_config import config_of
 from megadiff.export.weight_files import Planned, StoredTensors, TrainingTensor, training_tensors, write_weights
 from megadiff.files import sync
 from megadiff.model.config import ModelConfig
-from megadiff.run.load_model import method_of
+from megadiff.run.load_model import method_of, tokenizer_of
 from megadiff.sampling import standalone
 
 CODE = ("configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py")
@@ -77,8 +76,7 @@ def export(
     """
     folder = chosen(checkpoint)
     manifest = verify_files(folder, hashes=True)
-    source = tokenizer or manifest.config["data"]["tokenizer"]
-    text = matching_tokenizer(source, manifest.tokenizer_fingerprint, folder)
+    text = tokenizer_of(manifest, tokenizer, where=folder)
     method = method_of(manifest, text, where=folder)
     use = method.export_config()
     weights = _Weights(folder, manifest, DTYPES[dtype] if dtype else None)
@@ -106,22 +104,6 @@ def export(
         (staging / "README.md").write_text(card, encoding="utf-8")
         write_checksums(staging, entries)
     return Exported(output, folder, len(weights.planned), parameters, sum(tensor.bytes for tensor in weights.planned))
-
-
-def matching_tokenizer(source: str, fingerprint: str, where: Path) -> Tokenizer:
-    """Return the tokenizer at `source`, if it has the expected fingerprint.
-
-    Raises:
-        CheckpointError: it is a different one.
-        DataError: it cannot be read.
-    """
-    found = load_tokenizer(source)
-    if found.fingerprint != fingerprint:
-        raise CheckpointError(
-            f"{where} was trained with another tokenizer ({fingerprint[:SHOWN_DIGITS]}) than {found.name} "
-            f"({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
-        )
-    return found
 
 
 @contextmanager

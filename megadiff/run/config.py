@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,6 +78,16 @@ class RunConfig(Section):
     stop: StopConfig = StopConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     goodput: GoodputConfig = GoodputConfig()
+
+    @classmethod
+    def other_kind(cls, keys: Collection[str]) -> str | None:
+        """Return that a file is the description of a sweep, and which commands take one, if it plainly is one."""
+        if "model" in keys or len({"sizes", "budgets", "grid"} & set(keys)) < 2:
+            return None
+        return (
+            "this is the description of a sweep, not of a run; `megadiff sweep write` makes the descriptions of its "
+            "runs, with --dry-run it shows them, and `megadiff sweep run --local` trains them"
+        )
 
     @field_validator("name")
     @classmethod

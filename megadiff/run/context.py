@@ -187,6 +187,7 @@ def data_facts(prepared: RunContext, *, step: int, advice: Sequence[Advice]) -> 
         train=source_facts(data, now=config.sizes.samples_before(step), end=config.samples),
         valid=validation_facts(data),
         advice=[str(found) for found in advice],
+        vocab_size=prepared.tokenizer.vocab_size,
     )
 
 

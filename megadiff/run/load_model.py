@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -15,12 +15,13 @@ from torch import Tensor
 from megadiff.checkpoint.folder import chosen
 from megadiff.checkpoint.load import load
 from megadiff.checkpoint.manifest import Manifest, read_manifest
+from megadiff.config.registry import Family
 from megadiff.data.open import open_validation
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.diffusion.config import ConditioningConfig, ObjectiveConfig, noise_config
+from megadiff.diffusion.config import PROCESSES, ConditioningConfig, ObjectiveConfig, noise_config
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
-from megadiff.errors import SHOWN_DIGITS, CheckpointError
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, DataError
 from megadiff.eval.estimators import Estimator
 from megadiff.eval.likelihood import BoundSettings
 from megadiff.eval.validation import ValidationEvaluator, ValidationResult
@@ -133,13 +134,9 @@ def load_model(
     """
     folder = chosen(Path(path))
     manifest = read_manifest(folder)
-    named, model = _settings(folder, manifest)
-    text = load_tokenizer(tokenizer or named)
-    if text.fingerprint != manifest.tokenizer_fingerprint:
-        raise CheckpointError(
-            f"{folder} was trained with another tokenizer ({manifest.tokenizer_fingerprint[:SHOWN_DIGITS]}) than "
-            f"{text.name} ({text.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
-        )
+    with _complaining(folder):
+        model = ModelConfig.model_validate(manifest.config["model"])
+    text = tokenizer_of(manifest, tokenizer, where=folder)
     machine = detect(platform, setting="--platform {}")
     method = method_of(manifest, text, where=folder, platform=machine)
     machine.prepare_megatron()
@@ -168,6 +165,36 @@ def load_model(
         )
 
 
+def tokenizer_of(manifest: Manifest, given: str | None, *, where: Path) -> Tokenizer:
+    """Return the tokenizer of a checkpoint.
+
+    Args:
+        manifest: the checkpoint's manifest.
+        given: path in place of the one that the manifest records.
+        where: the checkpoint's folder, for messages.
+
+    Raises:
+        CheckpointError: it is not the one that the model was trained with.
+        DataError: it is missing or damaged.
+    """
+    with _complaining(where):
+        named = str(manifest.config["data"]["tokenizer"])
+    try:
+        found = load_tokenizer(given or named)
+    except DataError as error:
+        if given:
+            raise
+        is_file = not isinstance(error.__cause__, ConfigError)  # which a missing module raises
+        moved = "; --tokenizer gives the path of one that was moved" if is_file else ""
+        raise DataError(f"{where / 'manifest.json'}: `data.tokenizer`: {error}{moved}") from error
+    if found.fingerprint != manifest.tokenizer_fingerprint:
+        raise CheckpointError(
+            f"{where} was trained with another tokenizer ({manifest.tokenizer_fingerprint[:SHOWN_DIGITS]}) than "
+            f"{found.name} ({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
+        )
+    return found
+
+
 def method_of(manifest: Manifest, tokenizer: Tokenizer, *, where: Path, platform: Platform | None = None) -> Method:
     """Return the training method recorded in a checkpoint's manifest.
 
@@ -179,11 +206,12 @@ def method_of(manifest: Manifest, tokenizer: Tokenizer, *, where: Path, platform
 
     Raises:
         CheckpointError: the manifest describes none of this version.
-        ConfigError: the method's module is missing on this machine.
+        ConfigError: the module of the method or of the noise process is missing on this machine.
     """
     config = manifest.config
     with _complaining(where):
-        METHODS.member(config["method"]["name"])  # its own sentence says what is missing
+        _check_member(METHODS, config, "method", where)
+        _check_member(PROCESSES, config, "noise", where)
         noise = noise_config(**config["noise"])
         # A weighting of the user's own is not needed here, and may be missing on this machine.
         shared = {key: value for key, value in config["objective"].items() if key in ObjectiveConfig.model_fields}
@@ -203,10 +231,18 @@ def method_of(manifest: Manifest, tokenizer: Tokenizer, *, where: Path, platform
     return build_method(settings, context)
 
 
-def _settings(folder: Path, manifest: Manifest) -> tuple[str, ModelConfig]:
-    """Return the tokenizer's path and the model recorded in a checkpoint's manifest."""
-    with _complaining(folder):
-        return str(manifest.config["data"]["tokenizer"]), ModelConfig.model_validate(manifest.config["model"])
+def _check_member(family: Family, config: Mapping[str, Any], section: str, where: Path) -> None:
+    """Import the member of a family that a manifest's section names, if it names one.
+
+    Raises:
+        ConfigError: it is missing on this machine; the message names manifest and key.
+    """
+    if family.key not in config[section]:
+        return
+    try:
+        family.member(config[section][family.key])
+    except ConfigError as error:
+        raise ConfigError(f"{where / 'manifest.json'}: `{section}.{family.key}`: {error}") from error
 
 
 @contextmanager

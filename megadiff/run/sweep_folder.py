@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megadiff.config.load import dump_config, load_config
+from megadiff.data import indexed_manifest
+from megadiff.data.config import SourceConfig
 from megadiff.errors import ConfigError, StorageError
 from megadiff.files import write_atomically
 from megadiff.model import cost
@@ -105,7 +107,24 @@ def _facts(base: RunConfig, path: str) -> BaseRun:
         micro_batch_size=base.batch.micro_batch_size,
         save_every=base.checkpoint.every,
         flops_per_token=flops_per_token,
+        different_tokens=_different_tokens(base.data.train),
     )
+
+
+def _different_tokens(sources: Sequence[SourceConfig]) -> Callable[[float], float] | None:
+    """Return the number of different tokens among the first ones of a mixture; None if a source lacks a manifest."""
+    found = [indexed_manifest.read_manifest(Path(f"{source.path}.json")) for source in sources]
+    held = [manifest.tokens for manifest in found if manifest is not None]
+    if len(held) < len(sources) or not all(held):
+        return None
+    by_size = all(source.weight is None for source in sources)
+    weights = held if by_size else [1.0 if source.weight is None else source.weight for source in sources]
+
+    def different(tokens: float) -> float:
+        shares = [weight / sum(weights) for weight in weights]
+        return sum(min(tokens * share, size) for share, size in zip(shares, held, strict=True))
+
+    return different
 
 
 def own_settings(plan: SweepPlan, run: SweepRun) -> list[str]:
@@ -143,7 +162,8 @@ def write_sweep(plan: SweepPlan) -> list[str]:
 
 
 def _manifest(plan: SweepPlan) -> dict[str, Any]:
-    base = {key: value for key, value in plan.base.model_dump(mode="json", by_alias=True).items() if key != "schedule"}
+    base = plan.base.model_dump(mode="json", by_alias=True)
+    del base["schedule"]["steps"]  # of the longest run, which may be added later
     runs = [{**asdict(run), "shape": str(run.shape), "settings": own_settings(plan, run)} for run in plan.runs]
     count = plan.sweep.budgets.flop_count
     return {"format": FORMAT, "name": plan.sweep.name, "flop_count": count, "base": base, "runs": runs}
@@ -159,16 +179,50 @@ def _known_runs(plan: SweepPlan, manifest: dict[str, Any]) -> set[str]:
         return set()
     before = read_manifest(plan.folder)
     remedy = "give another --output, or the description that the folder was written from"
-    changed = [key for key, value in manifest["base"].items() if before["base"].get(key) != value]
-    if changed:
-        raise ConfigError(f"{plan.folder} holds a sweep whose base run has another `{changed[0]}`; {remedy}")
-    now = {run["name"]: json.loads(json.dumps(run)) for run in manifest["runs"]}
+    written = {"schedule": manifest["base"]["schedule"], **before["base"]}  # which older manifests do not have
+    if (changed := _difference(written, manifest["base"])) is not None:
+        raise ConfigError(f"{plan.folder} holds a sweep whose base run has {changed.describe(plan.path)}; {remedy}")
+    now = {run["name"]: run for run in json.loads(json.dumps(manifest["runs"]))}
     for run in before["runs"]:
         if run["name"] not in now:
             raise ConfigError(f"{plan.folder} holds the run {run['name']}, which {plan.path} does not have; {remedy}")
-        if now[run["name"]] != run:
-            raise ConfigError(f"{plan.folder} holds another {run['name']} than {plan.path}; {remedy}")
+        if (changed := _difference(_comparable(run), _comparable(now[run["name"]]))) is not None:
+            raise ConfigError(f"{plan.folder} holds the run {run['name']} with {changed.describe(plan.path)}; {remedy}")
     return {run["name"] for run in before["runs"]}
+
+
+class _Difference(NamedTuple):
+    """A value that differs between the written sweep and its description."""
+
+    key: str
+    written: Any
+    described: Any
+
+    def describe(self, path: Path) -> str:
+        """Return key and values, such as `steps` 15, while sweep.yaml has 17."""
+        written, described = (
+            value if isinstance(value, str) else json.dumps(value) for value in (self.written, self.described)
+        )
+        return f"`{self.key}` {written}, while {path} has {described}"
+
+
+def _difference(written: dict[str, Any], described: dict[str, Any]) -> _Difference | None:
+    """Return the first value, by its dotted key, that differs between two trees; None if they are equal."""
+    for key in dict.fromkeys([*described, *written]):
+        one, other = written.get(key), described.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            if (inner := _difference(one, other)) is not None:
+                return inner._replace(key=f"{key}.{inner.key}")
+        elif one != other:
+            return _Difference(key, one, other)
+    return None
+
+
+def _comparable(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a run with its settings by key."""
+    settings = run.get("settings")
+    pairs = [str(each).partition("=") for each in settings] if isinstance(settings, list) else []
+    return {**run, "settings": {key: value for key, _, value in pairs}}
 
 
 def _files(plan: SweepPlan) -> dict[str, str]:
@@ -207,6 +261,13 @@ def _described(plan: SweepPlan) -> dict[str, RunConfig]:
     return found
 
 
+def sweep_of(path: Path) -> Path | None:
+    """Return the folder of the sweep that a path names, by itself or by its folder `runs`; None if it names none."""
+    if (path / _MANIFEST).exists():
+        return path
+    return path.parent if path.name == "runs" and (path.parent / _MANIFEST).exists() else None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a sweep's folder, its runs with their entries checked.
 
@@ -218,7 +279,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = read_json_object(path, max_bytes=_MAX_BYTES)
     except FileNotFoundError:
         raise ConfigError(
-            f"{folder} is no folder of a sweep: it has no {_MANIFEST}; give the folder written by it"
+            f"{folder} is no folder of a sweep: it has no {_MANIFEST}; give one that `megadiff sweep write` has written"
         ) from None
     except (OSError, UnreadableFileError) as error:
         raise ConfigError(f"{path} {why(error)}; write the sweep again") from None

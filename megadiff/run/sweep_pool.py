@@ -271,7 +271,7 @@ class Pool:
         self._workers[worker.replies] = worker
         selector.register(worker.replies, selectors.EVENT_READ)
         if self.signals:  # while it was being started
-            process.send_signal(signal.SIGTERM if len(self.signals) == 1 else signal.SIGKILL)
+            process.send_signal(self.signals[0] if len(self.signals) == 1 else signal.SIGKILL)
         return worker
 
     def _hear(self, worker: _Worker, reply: dict[str, Any]) -> bool:
@@ -359,7 +359,7 @@ class Pool:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         del frame
-        sent = signal.SIGKILL if self.signals else signal.SIGTERM
+        sent = signal.SIGKILL if self.signals else number
         self.signals.append(number)
         self._is_closing = True
         self._send(sent)

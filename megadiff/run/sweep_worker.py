@@ -26,6 +26,7 @@ from megadiff.platform.quiet import quiet
 
 def serve(commands: BinaryIO, replies: BinaryIO) -> None:
     """Train the runs that are named until one fails or no more come; called in the main thread of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # between runs there is nothing to save, so it ends as by TERM
     import torch
 
     torch.set_num_threads(1)

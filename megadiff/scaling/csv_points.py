@@ -23,7 +23,7 @@ _NUMBERS = ("flops", "tokens", "flops_per_token", "params", "loss", "loss_stderr
 
 
 def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: FlopCount | None = None) -> Gathered:
-    """Gather the points of a CSV file, a point a row.
+    """Gather the points of a CSV file, a point a row, none at all if no row can be used.
 
     Args:
         path: the file; its first row names the columns.
@@ -33,7 +33,7 @@ def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: 
             it where parameters are all that says the size or agree with the FLOPs, and `deepseek` otherwise.
 
     Raises:
-        DataError: the file cannot be read, lacks columns, or has no usable row.
+        DataError: the file cannot be read, or lacks columns.
     """
     rows = _rows(path)
     head = list(rows[0][1]) if rows else []
@@ -65,16 +65,11 @@ def from_csv(path: Path, names: Mapping[str, str] | None = None, *, flop_count: 
             excluded.append(Exclusion(run, *reason))
         elif point is not None:
             points.append(point)
-    if not points:
-        detail = f"; {excluded[0].run}: {excluded[0].reason} ({excluded[0].detail})" if excluded else ""
-        raise DataError(f"{path} has no usable row of {len(rows)}{detail}")
     dropped = {found.run for found in excluded if found.reason not in ("duplicate",)} if "run" in has else set()
     points = [point for point in points if point.run not in dropped]
     unique = list({(found.run, found.reason): found for found in excluded}.values())
-    if not points:
-        raise DataError(f"{path}: every run is left out; {unique[0].run}: {unique[0].reason} ({unique[0].detail})")
     runs = len({point.run for point in points} | {found.run for found in unique})
-    if flop_count is None and all(_is_by_parameters(point) for point in points):
+    if flop_count is None and points and all(_is_by_parameters(point) for point in points):
         count = "chinchilla"
     source = path.name if "run" in has else f"{path.name}, each row a run of its own"
     return Gathered(tuple(best_of_settings(without_repeats(points))), tuple(unique), count, source, runs)

@@ -16,6 +16,7 @@ from typing import Any
 from megadiff.scaling import batch_figures, law_figures
 from megadiff.scaling.figure_style import QUIET, SERIES
 from megadiff.scaling.fit_results import Results
+from megadiff.scaling.laws import LawBook
 
 ENDINGS = ("png", "svg", "pdf")
 
@@ -42,8 +43,13 @@ class _Sketch:
     draw: Callable[[Any], None]
 
 
-def draw_all(results: Results, folder: Path) -> list[Drawn]:
+def draw_all(results: Results, folder: Path, baseline: LawBook | None = None) -> list[Drawn]:
     """Draw every figure that the results have data for, write its files, and return it for a page.
+
+    Args:
+        results: fits.
+        folder: folder of the files.
+        baseline: laws to draw beside those that were fitted.
 
     Raises:
         OSError: the folder cannot be written.
@@ -54,7 +60,7 @@ def draw_all(results: Results, folder: Path) -> list[Drawn]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     with matplotlib.rc_context({"svg.hashsalt": "megadiff", "legend.frameon": False, "axes.titlesize": "medium"}):
-        for sketch in _sketches(results):
+        for sketch in _sketches(results, baseline):
             figure = Figure(figsize=sketch.size, layout="constrained")
             sketch.draw(figure)
             svg = io.StringIO()
@@ -68,7 +74,8 @@ def draw_all(results: Results, folder: Path) -> list[Drawn]:
     return drawn
 
 
-def _sketches(results: Results) -> Iterator[_Sketch]:
+def _sketches(results: Results, baseline: LawBook | None) -> Iterator[_Sketch]:
+    count, dotted = results.gathered.flop_count, "" if baseline is None else "; dotted: the baseline's laws"
     solved = [fits for fits in results.noises if fits.isoflop is not None]
     for fits in solved:
         yield _Sketch(
@@ -80,7 +87,8 @@ def _sketches(results: Results) -> Iterator[_Sketch]:
     if solved:
         yield _Sketch(
             "laws", "laws", "Optimal size, tokens and loss over compute, with the band of the intervals; dashed and "
-            "hollow beyond the budgets that were run.", (11, 4.2), lambda figure: law_figures.laws(figure, solved),
+            f"hollow beyond the budgets that were run{dotted}.", (11, 4.2),
+            lambda figure: law_figures.laws(figure, solved, count, baseline),
         )  # fmt: skip
     for fits in results.noises:
         if fits.surfaces:

@@ -33,10 +33,20 @@ def write_fit(results: Results, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_law_file(folder / "law.yaml", laws)
     write_atomically(folder / "fit.json", json.dumps(found, indent=1) + "\n")
-    write_atomically(folder / "points.csv", _points_table(results.gathered))
-    excluded = [["run", "reason", "detail"], *([e.run, e.reason, e.detail] for e in results.gathered.excluded)]
-    write_atomically(folder / "excluded.csv", _as_csv(excluded))
+    write_points(results.gathered, folder)
     return found
+
+
+def write_points(gathered: Gathered, folder: Path) -> None:
+    """Write `points.csv` and `excluded.csv` into a folder, which need no law.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "points.csv", _points_table(gathered))
+    excluded = [["run", "reason", "detail"], *([e.run, e.reason, e.detail] for e in gathered.excluded)]
+    write_atomically(folder / "excluded.csv", _as_csv(excluded))
 
 
 def _points_table(gathered: Gathered) -> str:

@@ -117,8 +117,12 @@ def fit_points(
     """Fit what the points of each noise determine; what they do not is refused in a sentence, and the rest is fitted.
 
     Raises:
-        FitError: no fit of any noise is possible.
+        FitError: there is no point, or no fit of any noise is possible; the message names the first reasons.
     """
+    if not gathered.points:
+        named = "; ".join(f"{found.run}: {found.reason} ({found.detail})" for found in gathered.excluded[:4])
+        why = named or "no budget is covered by three sizes"
+        raise FitError(f"{gathered.source}: none of {gathered.runs} runs gives a point ({why})")
     noises = []
     for noise in dict.fromkeys(point.noise for point in gathered.points):
         points = [point for point in gathered.points if point.noise == noise]

@@ -11,12 +11,19 @@ from megadiff.scaling.comparisons import speed_up
 from megadiff.scaling.figure_style import QUIET, ordered, series
 from megadiff.scaling.fit import PowerLaw
 from megadiff.scaling.fit_results import Comparison, NoiseFits
+from megadiff.scaling.flops import FlopCount
 from megadiff.scaling.isoflop import Budget
+from megadiff.scaling.law_format import Quantity
+from megadiff.scaling.laws import LawBook
 from megadiff.scaling.points import BEATEN, Point
 from megadiff.scaling.resampling import FitError, Floats
 from megadiff.scaling.surface_fit import floor_term
 
-_LAWS = {"flops_per_token": "M*, FLOPs per token", "tokens": "D*, tokens", "loss": "L*, nats per token"}
+_LAWS: dict[Quantity, str] = {
+    "flops_per_token": "M*, FLOPs per token",
+    "tokens": "D*, tokens",
+    "loss": "L*, nats per token",
+}
 _REACH = 10.0
 """Factor of compute beyond the largest budget up to which laws are drawn."""
 
@@ -60,8 +67,17 @@ def _bowl(axes: Any, points: Sequence[Point], budget: Budget, colour: Any) -> No
     axes.plot([budget.size], [budget.loss], "*", color="black", ms=9)
 
 
-def laws(figure: Any, solved: Sequence[NoiseFits]) -> None:
-    """Draw optimal size, tokens and loss over compute, with bands, and what is extrapolated dashed and hollow."""
+def laws(
+    figure: Any, solved: Sequence[NoiseFits], flop_count: FlopCount = "deepseek", baseline: LawBook | None = None
+) -> None:
+    """Draw optimal size, tokens and loss over compute, with bands, and what is extrapolated dashed and hollow.
+
+    Args:
+        figure: an empty figure.
+        solved: fits with laws.
+        flop_count: their count of FLOPs.
+        baseline: laws to draw beside those of the same noises and count, dotted.
+    """
     for axes, (name, label) in zip(figure.subplots(1, 3), _LAWS.items(), strict=True):
         values: list[float] = []
         for place, fits in enumerate(solved):
@@ -75,6 +91,13 @@ def laws(figure: Any, solved: Sequence[NoiseFits]) -> None:
             ahead = law.x_range[1] * np.array([2.0, 4.0, 8.0])
             axes.plot(ahead, law(ahead), "o", color=colour, mfc="none", ms=4)
             values += [*y, *law(ahead)]
+            known = None if baseline is None else baseline.law(name, noise=fits.noise, flop_count=flop_count)
+            if baseline is not None and known is not None:
+                x = np.geomspace(law.x_range[0], law.x_range[1] * _REACH, 40)
+                theirs = [known.value(float(at)) for at in x]
+                label_of = f"{baseline.file_of(known).name}: C^{known.parameter('alpha'):.3f}"
+                axes.plot(x, theirs, ":", color=colour, lw=1.4, label=label_of)
+                values += [theirs[0], theirs[-1]]
         axes.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel=label)
         axes.set_ylim(min(values) / 1.03, max(values) * 1.03 if name == "loss" else max(values) * 2)
         axes.legend(fontsize="small", loc="upper right" if name == "loss" else "upper left")

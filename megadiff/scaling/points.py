@@ -30,6 +30,7 @@ from megadiff.scaling.run_curves import (
     params_of,
     read_run,
 )
+from megadiff.scaling.sweep_runs import REPEATED_EPOCHS
 
 REASONS = (
     "diverged", "unfinished", "changed settings", "other settings", "other data", "duplicate", "NaN", "unreadable",
@@ -50,7 +51,6 @@ COLUMNS = ("run", "noise", "flops", "tokens", "flops_per_token", "params", "loss
 BEATEN, REPEATED = "another batch or learning rate is better", "its data are repeated"
 OUTLIER = "its loss is among the highest"
 """Reasons for which a point is left out while its run is not."""
-_REPEATED_EPOCHS = 1.5
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def from_runs(
     kept: Iterable[str] = (),
     varied: Iterable[str] = (),
 ) -> Gathered:
-    """Gather the points of run folders.
+    """Gather the points of run folders, none at all if no run can be used.
 
     Args:
         folders: run folders.
@@ -154,7 +154,7 @@ def from_runs(
         varied: settings beside `SWEPT` in which the runs may differ.
 
     Raises:
-        DataError: no run can be used; the message names the first reasons.
+        DataError: one of them is no folder.
     """
     unique = list({folder.resolve(): folder for folder in folders}.values())
     read = [read_run(folder, min_steps) for folder in unique]
@@ -185,10 +185,6 @@ def from_runs(
     excluded += [Exclusion(run.name, "too short", "its curve covers none of the budgets") for run in bare]
     branches, lost = pair_branches([run for run in read if run.trunk is not None], usable, window, kept)
     excluded += lost
-    if not points:
-        named = "; ".join(f"{found.run}: {found.reason} ({found.detail})" for found in excluded[:4])
-        raise DataError(f"none of {len(read)} runs gives a point ({named or 'no budget is covered by three sizes'})")
-    lengths = [run.setting("model.seq_length") for run in usable]
     return Gathered(
         points=tuple(best_of_settings(without_repeats(points))),
         excluded=tuple(excluded),
@@ -198,8 +194,17 @@ def from_runs(
         noise_scales=tuple(scale for run in usable for scale in run.noise_scales),
         branches=tuple(branches),
         notes=tuple(_mixed_losses(usable)),
-        setting_ranges={"seq_length": (float(min(lengths)), float(max(lengths)))},
+        setting_ranges=_setting_ranges(usable),
     )
+
+
+def _setting_ranges(runs: Sequence[RunCurve]) -> dict[str, tuple[float, float]]:
+    """Return the smallest and largest sequence length and vocabulary; of runs that record no vocabulary, none."""
+    values = {
+        "seq_length": [float(run.setting("model.seq_length")) for run in runs],
+        "vocab_size": [run.vocab_size for run in runs if run.vocab_size is not None],
+    }
+    return {name: (min(found), max(found)) for name, found in values.items() if found}
 
 
 def _mixed_losses(runs: Sequence[RunCurve]) -> list[str]:
@@ -392,7 +397,7 @@ def without_repeats(points: Sequence[Point]) -> list[Point]:
     """Mark the points whose tokens were seen more than one and a half times: the laws are of new data."""
     return [
         replace(point, excluded=REPEATED)
-        if not point.excluded and point.unique_tokens and point.tokens > _REPEATED_EPOCHS * point.unique_tokens
+        if not point.excluded and point.unique_tokens and point.tokens > REPEATED_EPOCHS * point.unique_tokens
         else point
         for point in points
     ]

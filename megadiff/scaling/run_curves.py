@@ -72,6 +72,8 @@ class RunCurve:
     """Gradient noise scales, where the run measured them in its stable stretch."""
     progress: tuple[Floats, Floats] | None = None
     """Tokens and steps over the run."""
+    vocab_size: float | None = None
+    """Number of token ids; None if neither settings nor `data.json` record it."""
     unique: tuple[Floats, Floats] | None = None
     """Tokens, and the number of different ones among them, over the run; None if its epochs are not recorded."""
 
@@ -191,6 +193,7 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
         end=(float(tokens[-1]), end) if np.isfinite(end) else None,
         noise_scales=_noise_scales(folder, settings, gauged, (steps, tokens)),
         progress=(tokens, steps),
+        vocab_size=number(facts, "vocab_size") or number(settings, "data.vocab_size"),
         unique=_unique(trained, facts),
     )
 

@@ -20,7 +20,7 @@ One run with a constant learning rate serves all budgets of its size and ends at
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -266,6 +266,16 @@ class Sweep(Section):
     """Further seeds of chosen runs."""
     cooldowns: tuple[Cooldowns, ...] = ()
     """Cooldown branches of chosen runs."""
+
+    @classmethod
+    def other_kind(cls, keys: Collection[str]) -> str | None:
+        """Return that a file is the description of a run, and what a sweep does with one, if it plainly is one."""
+        if not {"model", "data", "optimizer"} & set(keys) or {"run", "sizes", "budgets", "grid"} & set(keys):
+            return None
+        return (
+            "this is the description of a run, not of a sweep; `megadiff train --config` trains it, and the "
+            "description of a sweep names it as `run`, beside noises, sizes, budgets and grid (see docs/scaling.md)"
+        )
 
     @field_validator("name")
     @classmethod

@@ -8,6 +8,7 @@ runs.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from megadiff.scaling.sweep import Neighbourhood, Shape, Sweep, SweptNoise, pars
 
 WARMUPS = 3
 """Multiple of the warm-up before which a loss does not count."""
+REPEATED_EPOCHS = 1.5
+"""Tokens trained on over different tokens above which a loss does not count: the laws are of new data."""
 _FEWEST_SIZES = 3
 _ROUNDING = 1e-12
 
@@ -35,6 +38,12 @@ class BaseRun:
     """Number of steps between checkpoints."""
     flops_per_token: Callable[[Shape, FlopCount], float]
     """Training FLOPs of a token of a shape."""
+    different_tokens: Callable[[float], float] | None = None
+    """Number of different tokens among the first ones that a run trains on; None if the data are not there yet."""
+
+    def repeats(self, tokens: float) -> bool:
+        """Return whether a run of this number of tokens is known to repeat its data too often to count."""
+        return self.different_tokens is not None and tokens > REPEATED_EPOCHS * self.different_tokens(tokens)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,7 @@ def _runs_of(
     sweep: Sweep, noise: SweptNoise, shapes: Sequence[Shape], base: BaseRun, book: LawBook, remarks: _Remarks
 ) -> Iterator[SweepRun]:
     """Yield the runs of one noise."""
-    early: dict[float, int] = {}
+    early, repeated = Counter[float](), Counter[float]()
     for shape in shapes:
         size = base.flops_per_token(shape, sweep.budgets.flop_count)
         near = _near_budgets(sweep, noise, size, book)
@@ -184,8 +193,8 @@ def _runs_of(
                 ends = {flops: _steps(flops, size, sequences, base.seq_length) for flops in near}
                 reached = [flops for flops in near if entry.steps is None or ends[flops] <= entry.steps]
                 served = [flops for flops in reached if ends[flops] >= WARMUPS * base.warmup_steps]
-                for flops in reached:
-                    early[flops] = early.get(flops, 0) + (flops not in served)
+                early.update(flops for flops in reached if flops not in served)
+                repeated.update(flops for flops in served if base.repeats(flops / size))
                 if not served and entry.steps is None:
                     continue
                 has_run = True
@@ -194,14 +203,22 @@ def _runs_of(
                     yield _run(sweep, noise, entry, shape, base, sequences, rate, seed, tuple(served), steps)
         if not has_run:
             remarks.add(f"{shape} serves no budget and is left out", noise.name)
-    named = [
-        f"{flops:.3g} FLOPs in {number} run{'s' if number > 1 else ''}"
-        for flops, number in sorted(early.items())
-        if number
-    ]
-    if named:
+    if early:
         first = f"{WARMUPS * base.warmup_steps:,}"
-        remarks.add(f"nothing counts before step {first}, {WARMUPS} warm-ups: {', '.join(named)}", noise.name)
+        remarks.add(f"nothing counts before step {first}, {WARMUPS} warm-ups: {_named(early)}", noise.name)
+    if repeated:
+        remarks.add(
+            f"data.train holds too little: a fit leaves out losses of tokens seen more than {REPEATED_EPOCHS:g} times, "
+            f"{_named(repeated)}",
+            noise.name,
+        )
+
+
+def _named(budgets: Counter[float]) -> str:
+    """Return budgets with their numbers of runs."""
+    return ", ".join(
+        f"{flops:.3g} FLOPs in {number} run{'s' if number > 1 else ''}" for flops, number in sorted(budgets.items())
+    )
 
 
 def _steps(flops: float, size: float, sequences: int, seq_length: int) -> int:

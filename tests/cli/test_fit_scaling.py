@@ -42,7 +42,7 @@ def write_csv(path, rows, head=HEAD):
 
 def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
     table = write_csv(tmp_path / "points.csv", [*rows_of(), *rows_of(UNIFORM, "uniform", 1)])
-    fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30)
+    fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30, "--baseline", "published")
     said = capsys.readouterr().out
     assert "bowls: 9 of 9 vertices count" in said
     assert "masked and uniform: cross at" in said
@@ -65,7 +65,8 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     }  # fmt: skip
     for ending in ("png", "svg", "pdf"):
         assert {path.stem for path in (tmp_path / "out/figures").glob(f"*.{ending}")} == drawn
-    check_page((tmp_path / "out/index.html").read_text(), drawn)
+    check_page(page := (tmp_path / "out/index.html").read_text(), drawn)
+    assert "dotted: the baseline" in page
     plans_the_planted_optimum(monkeypatch, capsys, tmp_path / "out/law.yaml")
 
 
@@ -190,6 +191,7 @@ def test_a_hostile_csv_is_answered_in_one_sentence(name, tmp_path, monkeypatch):
 
 
 def test_paths_that_are_no_files_and_wrong_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a refused fit leaves its tables
     os.mkfifo(tmp_path / "fifo")
     table = write_csv(tmp_path / "points.csv", GOOD)
     for words, said in (
@@ -211,6 +213,8 @@ def test_paths_that_are_no_files_and_wrong_options(tmp_path, monkeypatch):
         (("--csv", table, "--level", "95"), "between 0.5 and 1"),
         (("--csv", table, "--draws", "1"), "between 10 and"),
         (("--csv", table, "--run-noise", "5"), "such as 0.001"),
+        (("--csv", table, "--baseline", "none.yaml"), "none.yaml: the law file does not exist"),
+        (("--csv", table, "--baseline", "published", "--no-figures"), "leave out --no-figures"),
         (("--csv", table, "--output", table), "is a file"),
         ((tmp_path / "nowhere",), "is no folder"),
         ((tmp_path, "--budgets", "-1"), "positive numbers"),
@@ -218,6 +222,44 @@ def test_paths_that_are_no_files_and_wrong_options(tmp_path, monkeypatch):
     ):
         with pytest.raises(MegadiffError, match=said):
             fit(monkeypatch, *words)
+
+
+def test_without_a_law_the_tables_say_what_was_left_out(tmp_path, monkeypatch, capsys):
+    runs = [write_run(tmp_path / f"short{seed}", 2, 64, seed=seed, lines=1000) for seed in (0, 1)]
+    with pytest.raises(MegadiffError, match=r"none of 2 runs gives a point .*; no law is written, but .*points\.csv"):
+        fit(monkeypatch, *runs, "--min-steps", 100, "--output", tmp_path / "out")
+    assert "left out: " in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"points.csv", "excluded.csv"}
+    with (tmp_path / "out/points.csv").open() as file:
+        found = {row["run"]: row["excluded"] for row in csv.DictReader(file)}
+    assert found == {str(run): "unfinished: it took 1,000 of 2,000 steps" for run in runs}
+
+    (tmp_path / "out/law.yaml").write_text("format: 1\n")
+    table = write_csv(tmp_path / "points.csv", GOOD)
+    with pytest.raises(
+        MegadiffError, match=r"determine no law: .*, and law\.yaml there is of an earlier fit"
+    ) as caught:
+        fit(monkeypatch, "--csv", table, "--output", tmp_path / "out")
+    assert caught.value.exit_code == 2
+    with (tmp_path / "out/points.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["r1", "r2"]
+
+
+@pytest.mark.parametrize("named", [".", "runs"])
+def test_a_sweeps_folder_stands_for_its_runs(named, tmp_path, monkeypatch, capsys):
+    runs = clean_sweep(tmp_path / "runs")
+    entries = [{"name": run.name, "steps": 2000, "trunk": None} for run in runs]
+    late = {"name": "late", "steps": 2000, "trunk": None}
+    manifest = {"format": 1, "name": "s", "base": {}, "runs": [*entries, late]}
+    (tmp_path / "sweep.json").write_text(json.dumps(manifest))
+    words = ("--min-steps", 100, "--draws", 20, "--no-figures", "--output", tmp_path / "out")
+    fit(monkeypatch, tmp_path / named, *words)
+    assert "masked: 7 runs" in capsys.readouterr().out
+    reasons = read_law_file(tmp_path / "out/law.yaml").provisional_reasons
+    assert f"1 of the 8 runs of {tmp_path} have not begun" in reasons
+    (tmp_path / "sweep.json").write_text(json.dumps({**manifest, "runs": [late]}))
+    with pytest.raises(MegadiffError, match="is a sweep of which no run has begun"):
+        fit(monkeypatch, tmp_path / named, *words)
 
 
 # Dirty sweeps
@@ -262,9 +304,16 @@ def test_points_lie_in_the_stable_stretch_and_give_the_planted_loss(tmp_path, mo
         assert 100 <= round(point.flops / FLOPS_A_STEP, 6) <= 1960
         assert point.flops == pytest.approx(point.flops_per_token * point.tokens)
     assert {point.noise for point in found.points} == {"masked"}
+    for run in runs:
+        facts = json.loads((run / "data.json").read_text())
+        (run / "data.json").write_text(json.dumps({**facts, "vocab_size": 260}))
     fit(monkeypatch, *runs, "--min-steps", 100, "--draws", 30, "--no-figures", "--output", tmp_path / "out")
-    assert (tmp_path / "out/law.yaml").exists()
     assert "masked: 7 runs" in capsys.readouterr().out
+    words = ["plan", "--laws", tmp_path / "out/law.yaml", "--noise", "masked", "--flops", "1e15", "--seq-length", "64"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    plan_command()
+    said = capsys.readouterr().out
+    assert "extrapolated      vocab_size 131,072 is above 260, the end of what was measured" in said
 
 
 def test_a_provisional_law_says_why(tmp_path, monkeypatch, capsys):
@@ -311,8 +360,7 @@ def test_a_hostile_run_folder_is_left_out_and_the_others_are_fitted(name, conten
     assert [(left.run, left.reason) for left in found.excluded] == [(str(bad), "unreadable")]
     assert said in found.excluded[0].detail
     assert len({point.run for point in found.counted}) == 7
-    with pytest.raises(MegadiffError, match="none of 1 runs gives a point"):
-        from_runs([bad], min_steps=100)
+    assert from_runs([bad], min_steps=100).points == ()
 
 
 @pytest.mark.parametrize("norm", ["full", "head", "none"])

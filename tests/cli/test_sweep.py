@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megadiff.data.facts import read_data_facts
 from tests.support.commands import REPOSITORY, call
 from tests.support.forked_command import call_forked
 from tests.support.sweeps import write_description
@@ -33,15 +34,31 @@ def test_a_sweep_is_written_checked_trained_and_watched(description, tmp_path):
     assert submitted.code == 0, submitted.err
     assert "--array=0-1 " in submitted.out
     assert submitted.out.count("# task ") == 2
-    missing = call_forked(SCRIPT, "status", folder)
-    assert missing.out == "masked        2 missing\n"
+    for named in (folder, folder / "runs"):
+        (folder / "runs").mkdir(exist_ok=True)
+        assert call_forked(SCRIPT, "status", named).out == "masked        2 missing\n"
+    for words, said in (
+        (("write", folder), "and `write` needs its description"),
+        (("run", folder, "--local", "seeds=[1]"), "and `seeds=[1]` needs its description"),
+        (("run", folder, "--dry-run"), "and `--dry-run` needs its description"),
+        (("run", folder), "give --local to train on this machine"),
+        (("run", folder, "--local", "--jobs", "0"), "--jobs must be above 0"),
+    ):
+        refused = call_forked(SCRIPT, *words)
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1), refused.err
+        assert said in refused.err
 
-    code, out, err = call(SCRIPT, "run", description, "--output", folder, "--local", "--jobs", "1")
+    code, out, err = call(SCRIPT, "run", folder, "--local", "--jobs", "1")
 
     assert code == 0, err
     assert "2 missing; 1 at a time" in out
     assert "[2/2] masked-L1-D32-b8-lr0.002-s0 finished after step 8 of 8, " in out
+    facts = read_data_facts(folder / "runs/masked-L1-D32-b8-lr0.002-s0")
+    assert facts is not None
+    assert facts.vocab_size == 260
     finished = call_forked(SCRIPT, "status", folder, "--all")
+    by_description = call_forked(SCRIPT, "status", description)
+    assert f"{description.parent}/small is no folder of a sweep" in by_description.err
     assert finished.out.startswith("masked        2 finished\n")
     assert "masked-L1-D16-b8-lr0.002-s0  finished               29/29" in finished.out
 
@@ -92,6 +109,8 @@ def test_the_mini_study_has_seven_sizes_a_budget():
         (("write", "{}", "--dryrun"), "did you mean `--dry-run`?"),
         (("write", "nothing.yaml"), "nothing.yaml: the run description does not exist"),
         (("status", "/nothing"), "/nothing is no folder of a sweep"),
+        (("run", "docs", "--local"), "docs is no folder of a sweep: it has no sweep.json"),
+        (("write", "examples/demo.yaml"), "this is the description of a run, not of a sweep"),
     ],
 )
 def test_mistakes_have_one_sentence(description, words, said):

@@ -65,7 +65,8 @@ def test_a_dotted_name_is_a_module_from_outside(noises):
         ),
         (
             "no_such_pkg.x",
-            "the module `no_such_pkg.x` cannot be found: no package `no_such_pkg` is installed or on PYTHONPATH",
+            "the module `no_such_pkg.x` cannot be found: no package `no_such_pkg` is installed or on PYTHONPATH; add "
+            "the folder that holds `no_such_pkg`, as in `export PYTHONPATH=FOLDER`",
         ),
         (
             "noises_for_test.gone",
@@ -82,6 +83,14 @@ def test_a_name_nothing_answers_to_is_one_sentence(noises, name, sentence):
     with pytest.raises(ConfigError) as caught:
         registry.member(noises, name)
     assert str(caught.value) == sentence
+
+
+def test_a_module_in_this_folder_is_said_to_be_here(noises, tmp_path, monkeypatch):
+    (tmp_path / "work/lies_here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # `python -m` adds this folder itself
+    with pytest.raises(ConfigError, match=r"; `export PYTHONPATH=\.` adds this folder, which holds `lies_here`$"):
+        registry.member(noises, "lies_here.x")
 
 
 def test_a_family_that_is_no_package_is_our_own_mistake():
@@ -300,7 +309,7 @@ def test_members_are_read_from_yaml_and_written_back(load):
         (
             "hooks.0.name=no_such_pkg.x",
             "command line: `hooks.0.name`: the module `no_such_pkg.x` cannot be found: no package `no_such_pkg` is "
-            "installed or on PYTHONPATH",
+            "installed or on PYTHONPATH; add the folder that holds `no_such_pkg`, as in `export PYTHONPATH=FOLDER`",
         ),
         ("noise=3", "command line: `noise` wants a mapping of keys, found `3`"),
     ],

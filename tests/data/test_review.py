@@ -124,6 +124,7 @@ def test_facts_are_read_back_and_what_is_none_is_missing(paths, tmp_path):
         train=source_facts(data, now=0, end=310),
         valid=validation_facts(data),
         advice=["a doubt"],
+        vocab_size=260,
     )
     write_data_facts(tmp_path, facts)
     assert read_data_facts(tmp_path) == facts

@@ -3,7 +3,8 @@
 A mark is an HTML comment on the line before the fence; a reader of the rendered page does not see it.
 
     <!-- run -->                                   the block is run exactly as it is shown
-    <!-- run; cut: SCRIPT ARG...; cut: ... -->     the same, with arguments appended to every call of SCRIPT
+    <!-- run; cut: NAME ARG...; cut: ... -->       the same, with arguments appended to every call of the script NAME
+                                                   or of `megadiff NAME`
     <!-- exit code 2 -->                           the block is run and must end with this exit code
     <!-- tested by tests/FILE.py::NAME -->         another test runs what the block shows
     <!-- file: NAME -->                            the block is the text of a file that later blocks use
@@ -58,11 +59,11 @@ class Block:
 
     @property
     def cuts(self) -> dict[str, list[str]]:
-        """Arguments to append, by the name of the script."""
+        """Arguments to append, by the name of the script or of the command of `megadiff`."""
         found = {}
         for part in self.mark.split("; ")[1:]:
-            script, *arguments = part.removeprefix("cut: ").split()
-            found[script] = arguments
+            name, *arguments = part.removeprefix("cut: ").split()
+            found[name] = arguments
         return found
 
     @property

@@ -32,9 +32,9 @@ STARTS = ("corpus", "a trained run")
 SMALL = ("model.layers=2", "model.hidden=32", "model.heads=2", "model.seq_length=64", "batch.global_batch_size=4")
 SMALL += ("batch.micro_batch_size=2", "eval.sequences=4", "eval.num_noise_levels=2", "eval.samples=0", "log.every=1")
 PREPARATION = """
-python tools/train_tokenizer.py --input corpus/train/*.jsonl --output data/tokenizer --vocab-size 300
+megadiff train_tokenizer --input corpus/train/*.jsonl --output data/tokenizer --vocab-size 300
 for split in train valid; do
-    python tools/preprocess_data.py --input corpus/$split/*.jsonl --output-prefix data/$split \\
+    megadiff preprocess_data --input corpus/$split/*.jsonl --output-prefix data/$split \\
         --tokenizer data/tokenizer --append-eod
 done
 for name in my masked uniform; do
@@ -200,6 +200,8 @@ def test_options_of_commands_that_are_not_run_exist(block):
     """Look up the options of commands that need a cluster or the network in their programs."""
     for line in block.text.replace("\\\n", " ").splitlines():
         command = line.partition("#")[0].split()
+        if command[:1] == ["megadiff"]:
+            command[:2] = [f"megadiff/cli/{command[1]}.py"]
         scripts = [word for word in command if (REPOSITORY / word).is_file()]
         for script in scripts[:1]:
             source = (REPOSITORY / script).read_text(encoding="utf-8", errors="replace")

@@ -11,10 +11,10 @@ import pytest
 from megadiff.checkpoint.folder import chosen
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.data.tokenizers.byte import ByteTokenizer
-from megadiff.errors import ConfigError
+from megadiff.errors import ConfigError, MegadiffError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder
-from megadiff.run.load_model import method_of
+from megadiff.run.load_model import load_model, method_of
 
 UNEXPORTABLE = """
 from megadiff.errors import ConfigError
@@ -58,10 +58,37 @@ def test_an_export_is_refused_before_the_weights_are_read(checkpoints, own_metho
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_that_is_gone_is_named(checkpoints, tmp_path):
-    folder = with_section(checkpoints["tp1"], tmp_path / "step", method={"name": "method_that_is_gone.own"})
-    with pytest.raises(ConfigError, match=r"the module `method_that_is_gone\.own` cannot be found"):
-        method_of(read_manifest(folder), ByteTokenizer(), where=folder)
+GONE = {
+    "method": ("method.name", {"name": "part_that_is_gone.own"}),
+    "noise": ("noise.process", {"process": "part_that_is_gone.own", "steepness": 0.4}),
+    "data": ("data.tokenizer", {"tokenizer": "part_that_is_gone.own:words.txt"}),
+}
+
+
+@pytest.mark.parametrize("section", GONE)
+def test_a_module_that_is_gone_is_named_with_its_key(section, checkpoints, tmp_path):
+    """Evaluation, sampling and export find it missing where training would."""
+    key, content = GONE[section]
+    folder = with_section(checkpoints["tp1"], tmp_path / "step", **{section: content})
+    said = (
+        rf"^{folder}/manifest\.json: `{key}`: the module `part_that_is_gone\.own` cannot be found: no package "
+        r"`part_that_is_gone` is installed or on PYTHONPATH; add the folder that holds `part_that_is_gone`, as in "
+        r"`export PYTHONPATH=FOLDER`$"
+    )
+    with pytest.raises(MegadiffError, match=said), load_model(folder, platform="cpu"):
+        pass
+    with pytest.raises(MegadiffError, match=said):
+        export(folder, tmp_path / "out")
+
+
+def test_a_tokenizer_that_was_moved_can_be_given(checkpoints, tmp_path):
+    folder = with_section(checkpoints["tp1"], tmp_path / "step", data={"tokenizer": "moved/tokenizer.json"})
+    said = r"manifest\.json: `data\.tokenizer`: moved/tokenizer\.json: .*; --tokenizer gives the path"
+    with pytest.raises(MegadiffError, match=said), load_model(folder, platform="cpu"):
+        pass
+    with pytest.raises(MegadiffError, match=r"^elsewhere: wanted "):
+        export(folder, tmp_path / "out", tokenizer="elsewhere")
+    assert export(folder, tmp_path / "out", tokenizer="byte").tensors > 0
 
 
 def test_a_weighting_that_is_gone_is_not_needed(checkpoints, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megadiff.config.load import load_config
+from megadiff.data import indexed_manifest
 from megadiff.errors import ConfigError
 from megadiff.run.config import RunConfig
 from megadiff.run.sweep_folder import plan_sweep, read_manifest, write_sweep
@@ -67,10 +68,48 @@ def test_runs_may_be_added_but_not_changed(plan, toy_corpus, tmp_path):
         ConfigError, match=r"holds the run masked-L1-D16-b8-lr0.002-s1, which .*sweep.yaml does not have"
     ):
         write_sweep(plan)
-    with pytest.raises(ConfigError, match=r"holds another masked-L1-D16-b8-lr0\.002-s0 than"):
-        write_sweep(plan_sweep(plan.path, ["seeds=[0, 1]", "budgets.flops=[4e7, 9e7]"]))
-    with pytest.raises(ConfigError, match="whose base run has another `optimizer`"):
-        write_sweep(plan_sweep(plan.path, ["seeds=[0, 1]", "settings=[optimizer.weight_decay=0.2]"]))
+    run, base = r"the run masked-L1-D16-b8-lr0\.002-s0 with", "a sweep whose base run has"
+    for settings, said in {
+        "budgets.flops=[4e7, 9e7]": rf"{run} `budgets` \[40000000\.0, 80000000\.0\], while .*sweep\.yaml has \[4.*, 9",
+        "noises=[{name: masked, settings: [noise.scale=0.5]}, next_token]": (
+            rf"{run} `settings\.noise\.scale` null, while .*sweep\.yaml has 0\.5; give another --output, or the"
+        ),
+        "settings=[optimizer.weight_decay=0.2]": rf"{base} `optimizer\.weight_decay` 0\.1, while .*yaml has 0\.2;",
+        "settings=[schedule.warmup_steps=1]": rf"{base} `schedule\.warmup_steps` 2, while .*yaml has 1;",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            write_sweep(plan_sweep(plan.path, ["seeds=[0, 1]", settings]))
+
+
+def test_the_data_at_hand_are_counted_once_they_exist(plan, toy_corpus, tmp_path):
+    size = indexed_manifest.read_manifest(Path(f"{toy_corpus}.json")).tokens
+    many = [f"budgets.flops=[4e7, {2 * size * 1e5:g}]", "noises=[masked]", "cooldowns=[]"]
+    (said,) = [text for text in plan_sweep(plan.path, many).expansion.remarks if "data.train" in text]
+    assert said.endswith(f" times, {2 * size * 1e5:.3g} FLOPs in 3 runs")
+    assert not any("data.train" in text for text in plan.expansion.remarks)
+    missing = plan_sweep(plan.path, [*many, f"settings=['data.train=[{tmp_path}/none]']"])
+    assert not any("data.train" in text for text in missing.expansion.remarks)
+    twice = plan_sweep(plan.path, [*many, f"settings=['data.train=[{{path: {toy_corpus}, weight: 3}}, {toy_corpus}]']"])
+    assert any("data.train" in text for text in twice.expansion.remarks)
+
+
+def test_a_sweep_written_by_an_older_version_goes_on(plan):
+    """Its manifest records nothing of the schedule."""
+    write_sweep(plan)
+    path = plan.folder / "sweep.json"
+    manifest = json.loads(path.read_text())
+    assert "steps" not in manifest["base"].pop("schedule")
+    path.write_text(json.dumps(manifest))
+    assert write_sweep(plan) == []
+    assert "schedule" in json.loads(path.read_text())["base"]
+
+
+def test_a_description_of_the_other_kind_is_recognised(plan):
+    base = plan.path.parent / "base.yaml"
+    with pytest.raises(ConfigError, match=r"base\.yaml: this is the description of a run, not of a sweep; .* as `run`"):
+        plan_sweep(base)
+    with pytest.raises(ConfigError, match=r"sweep\.yaml: this is the description of a sweep, not of a run; `megadiff"):
+        load_config(plan.path, [], RunConfig)
 
 
 @pytest.mark.parametrize(

@@ -159,16 +159,17 @@ def test_a_killed_and_a_diverged_run_do_not_stop_the_others(toy_corpus, tmp_path
     assert again.count(diverged) == 1, "a run that diverged is not tried again"
 
 
-def test_a_pool_that_is_asked_to_stop_saves_its_runs(toy_corpus, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pool_that_is_asked_to_stop_saves_its_runs(toy_corpus, tmp_path, number):
     folder = written(tmp_path, toy_corpus, budgets={"flops": [4e7, 8e9]}, base={"checkpoint": {"every": 100000}})
     pool = start_pool(folder, jobs=1)
     run = folder / "runs" / NAME.format(1, 16)
     wait_for(lambda: read_metrics(run / "metrics.jsonl"), folder)
-    os.kill(pool.pid, signal.SIGINT)
+    os.kill(pool.pid, number)
     pool.join(60)
     assert pool.exitcode == 130, said(folder)
     stopped = by_name(folder)[NAME.format(1, 16)]
-    assert (stopped.state, stopped.reason) == ("stopped", "SIGTERM")
+    assert (stopped.state, stopped.reason) == ("stopped", number.name)
     assert (run / "checkpoints" / f"step_{stopped.step:08d}").is_dir()
     assert by_name(folder)[NAME.format(1, 32)].state == "missing"
 

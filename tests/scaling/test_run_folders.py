@@ -43,6 +43,18 @@ def test_planned_evaluations_are_the_budgets_and_come_first(tmp_path):
     assert BUDGETS[0] not in {point.flops for point in other.points}
 
 
+def test_the_vocabularies_of_the_runs_are_a_range_of_their_laws(tmp_path):
+    """A run's settings name its vocabulary, or its `data.json` does, and the settings say nothing."""
+    runs = clean_sweep(tmp_path)
+    named = write_run(tmp_path / "named", 2, 96, seed=1, data={"vocab_size": 300})
+    recorded = write_run(tmp_path / "recorded", 2, 96, seed=2, data={"vocab_size": None})
+    facts = json.loads((recorded / "data.json").read_text())
+    (recorded / "data.json").write_text(json.dumps({**facts, "vocab_size": 260}))
+    found = from_runs([*runs, named, recorded], min_steps=100)
+    assert found.excluded == ()
+    assert found.setting_ranges == {"seq_length": (64.0, 64.0), "vocab_size": (260.0, 300.0)}
+
+
 def test_a_run_has_no_loss_at_a_budget_of_another_noise_alone(tmp_path):
     between = FLOPS_A_STEP * 1158
 

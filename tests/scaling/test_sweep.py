@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,18 @@ def test_nothing_counts_before_three_warmups():
     found = expand(described(grid=grid, sizes=sizes), BASE, published())
     assert all(run.budgets == (4e18,) for run in found.runs)
     assert any("nothing counts before step 300, 3 warm-ups: 1e+18 FLOPs in 1 run" in text for text in found.remarks)
+
+
+def test_budgets_that_repeat_too_little_data_are_named():
+    """At 1e18 FLOPs the three sizes train on 4.0e9, 1.4e9 and 0.7e9 tokens, and on 4 times as many at 4e18."""
+    base = replace(BASE, different_tokens=lambda tokens: min(tokens, 2e9))
+    found = expand(described(), base, published())
+    said = "more than 1.5 times, 1e+18 FLOPs in 1 run, 4e+18 FLOPs in 2 runs"
+    assert [text for text in found.remarks if "data.train" in text and text.endswith(said)] == [
+        f"data.train holds too little: a fit leaves out losses of tokens seen {said}"
+    ]
+    assert found.runs == expand(described(), BASE, published()).runs
+    assert not any("data.train" in text for text in expand(described(), BASE, published()).remarks)
 
 
 def test_seeds_and_cooldowns_of_chosen_runs():

@@ -1,8 +1,7 @@
-"""A shell whose `python` and `torchrun` fork a process that has imported torch already, instead of starting one.
+"""A shell whose programs fork a process that has imported torch already: `python`, `torchrun` and `megadiff`.
 
 Everything else is bash's: loops, globs, quoting, exit codes. A command is the real program from its command line to its
-exit code; `torchrun --nproc-per-node N` becomes N forked ranks with the variables that torchrun sets, and `megadiff`
-is `python -m megadiff` in a process of its own.
+exit code; `torchrun --nproc-per-node N` becomes N forked ranks with the variables that torchrun sets.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,12 +25,10 @@ import tests.support.forked_command  # noqa: F401  imports what the commands nee
 
 _SHIM = """#!{python} -IS
 import json, os, socket, sys
-words = sys.argv[1:]
-if os.path.basename(sys.argv[0]) == "megadiff":
-    words = ["-m", "megadiff", *words]
-if not words or (words[0].startswith("-") and os.path.basename(sys.argv[0]) != "torchrun"):
+program, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+if program.startswith("python") and (not words or words[0].startswith("-")):
     os.execv({python!r}, [{python!r}, *words])  # -c, -m and the like: a process of its own
-request = json.dumps({{"program": os.path.basename(sys.argv[0]), "words": words, "env": dict(os.environ)}}).encode()
+request = json.dumps({{"program": program, "words": words, "env": dict(os.environ)}}).encode()
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     folder = os.open(".", os.O_RDONLY)
@@ -41,7 +38,7 @@ with socket.socket(socket.AF_UNIX) as server:
 sys.exit(code[0] if code else 1)
 """
 CUTS = "MEGADIFF_TEST_CUTS"
-"""Variable with the arguments that are appended, as JSON: by name of the script."""
+"""Variable with the arguments that are appended, as JSON: by name of the script, or of the command of `megadiff`."""
 
 
 class ForkedShell:
@@ -125,7 +122,8 @@ def _answer(connection: socket.socket) -> None:
         os.fchdir(descriptors[3])
         os.environ.clear()
         os.environ.update(wanted["env"])
-        code = _torchrun(wanted["words"]) if wanted["program"] == "torchrun" else run_script(wanted["words"])
+        run = {"torchrun": _torchrun, "megadiff": _run_megadiff}.get(wanted["program"], _run_script)
+        code = run(wanted["words"])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -133,19 +131,39 @@ def _answer(connection: socket.socket) -> None:
         os._exit(code)
 
 
-def run_script(words: Sequence[str]) -> int:
+def _run_script(words: Sequence[str]) -> int:
     """Run `python WORDS` in this process and return its exit code."""
+    script = Path(words[0])
+    path = [str(script.resolve().parent), *_python_path()]
+    return _ended(lambda: runpy.run_path(str(script), run_name="__main__"), words, script.name, path)
+
+
+def _run_megadiff(words: Sequence[str]) -> int:
+    """Run `megadiff WORDS` in this process, by its console script's function, and return its exit code."""
+    from megadiff.__main__ import main
+
+    return _ended(main, ["megadiff", *words], words[0] if words else "", _python_path())
+
+
+def _ended(run: Callable[[], object], words: Sequence[str], name: str, path: Sequence[str]) -> int:
+    """Run a program that reads `words`, and the arguments that belong to its name, and return its exit code.
+
+    Args:
+        run: the program.
+        words: its command line.
+        name: name to which `CUTS` may add arguments.
+        path: folders where modules are looked for first.
+    """
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  pytest has put its own in place
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
     cuts = json.loads(os.environ.get(CUTS, "{}"))
-    script = Path(words[0])
-    sys.argv = [*words, *cuts.get(script.name, [])]
-    sys.path[:0] = [str(script.resolve().parent), *map(os.path.abspath, filter(None, _python_path()))]
+    sys.argv = [*words, *cuts.get(name, [])]
+    sys.path[:0] = path
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        run()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:
@@ -158,7 +176,7 @@ def run_script(words: Sequence[str]) -> int:
 
 
 def _python_path() -> list[str]:
-    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [os.path.abspath(each) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
 
 
 def _torchrun(words: Sequence[str]) -> int:
@@ -182,7 +200,7 @@ def _torchrun(words: Sequence[str]) -> int:
                 RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
             )  # fmt: skip
-            os._exit(run_script(options))
+            os._exit(_run_script(options))
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     return int(any(codes))

@@ -64,16 +64,19 @@ class ForkedProcess:
 
 def fork_worker(number: int, commands: int, replies: int, lock: int) -> ForkedProcess:
     """Start a worker of a pool by a fork; it holds no other descriptor of the pool."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     pid = os.fork()
     if pid:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         return ForkedProcess(pid)
     try:
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the pool's own handler is not for it
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT}
+        )  # the pool's own handler is not for it
         for name in os.listdir("/proc/self/fd"):
             if int(name) > 2 and int(name) not in (commands, replies, lock):
                 with contextlib.suppress(OSError):
