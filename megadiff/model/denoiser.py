@@ -28,8 +28,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.direct_layer import DirectLayer, Rotation
 from megadiff.model.implementation import keep, modules_for, transformer_config
-from megadiff.model.layers import block_spec
+from megadiff.model.layers import block_spec, runs_alone
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.pipeline import LossFn
 from megadiff.parallel.topology import Topology
@@ -48,7 +49,9 @@ class LMHead(ColumnParallelLinear):
         """Return (logits [sequence, batch, V / tp], None) as the parent class does, or the result of `loss_fn`."""
         if loss_fn is None:
             return super().forward(input_)
-        if self.sequence_parallel:
+        if runs_alone(self):
+            whole = input_
+        elif self.sequence_parallel:
             whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             whole = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
@@ -107,7 +110,8 @@ class Denoiser(MegatronModule):
                 position_embedding_type="rope",
                 tp_group=self.pg_collection.tp,
             )
-        self.rotary_pos_emb = RotaryEmbedding(
+        rotary = Rotation if issubclass(spec.layer_specs[0].module, DirectLayer) else RotaryEmbedding
+        self.rotary_pos_emb = rotary(
             kv_channels=config.kv_channels,  # type: ignore[arg-type]
             rotary_percent=1.0,
             rotary_base=rope_base,
@@ -208,7 +212,7 @@ def build_chunks(
     """
     with quiet():
         config = transformer_config(model, parallel=parallel, precision=precision, platform=platform)
-        parts = modules_for(precision, platform)
+        parts = modules_for(parallel, precision, platform)
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # nothing draws from it; the embedding asks that it exists
     virtual = topology.layout.virtual_pipeline
     chunks = []
