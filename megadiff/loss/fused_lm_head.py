@@ -139,20 +139,17 @@ class TorchPasses:
 
     def sums(self) -> LogitSums:
         """Run the first pass; see the module's docstring."""
-        found = LogitSums(*(self._values.new_empty(len(self._values)) for _ in LogitSums._fields))
-        for rows in self._blocks():
-            values = self._values[rows]
-            self._shard.mask_invalid(values)
-            found.clean_logit[rows], found.noised_logit[rows] = (
-                self._read(values, self._clean, rows),
-                self._read(values, self._noised, rows),
-            )
-            max_logit = values.amax(dim=-1).clamp_(min=torch.finfo(values.dtype).min)
-            found.max_logit[rows] = max_logit
-            values.sub_(max_logit.unsqueeze(-1)).exp_()
-            self._put(values, self._clean, rows, torch.zeros_like(max_logit))
-            torch.sum(values, dim=-1, out=found.other[rows])
-        return found
+        found = [self._block_sums(rows) for rows in self._blocks()]
+        return found[0] if len(found) == 1 else LogitSums(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _block_sums(self, rows: slice) -> LogitSums:
+        values = self._values[rows]
+        self._shard.mask_invalid(values)
+        clean_logit, noised_logit = self._read(values, self._clean, rows), self._read(values, self._noised, rows)
+        max_logit = values.amax(dim=-1).clamp_(min=torch.finfo(values.dtype).min)
+        values.sub_(max_logit.unsqueeze(-1)).exp_()
+        self._put(values, self._clean, rows, torch.zeros_like(max_logit))
+        return LogitSums(max_logit, values.sum(dim=-1), clean_logit, noised_logit)
 
     def log1p_sums(self, scale: Float[Tensor, " N"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Run the second pass; see the module's docstring."""
@@ -348,13 +345,14 @@ def _chunk(
     passes = job.passes(states @ weight.t(), clean, noised, shard)
     found = _whole(passes.sums(), clean, noised, shard, log_snr.dtype)
     scale, log1p_sum, fraction_sum = found.shift, None, None
-    rho = torch.exp(job.spec.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
+    rho = None
     if not is_masked:
+        rho = torch.exp(job.spec.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
         scale = found.shift * (rho / found.total)
         log1p_sum, fraction_sum = shard.reduce(*passes.log1p_sums(scale))
     values, slopes = _terms(found, log1p_sum, tokens.part(part), job)
     if gradients is not None and slopes is not None:
-        arguments = _gradient_arguments(found, fraction_sum, slopes, noised == clean, None if is_masked else rho)
+        arguments = _gradient_arguments(found, fraction_sum, slopes, noised == clean, rho)
         gradients.add(passes.gradient(scale, *arguments), states, weight, indices)
     return values
 
@@ -385,8 +383,8 @@ def _whole(
     own = LogitSums(*(value.to(dtype) for value in own))
     (max_logit,) = shard.reduce(own.max_logit, op=torch.distributed.ReduceOp.MAX)
     shift = torch.exp(own.max_logit - max_logit)
-    clean_logit = torch.where(shard.local_index(clean)[1].squeeze(-1), own.clean_logit - max_logit, 0.0)
-    noised_logit = torch.where(shard.local_index(noised)[1].squeeze(-1), own.noised_logit - max_logit, 0.0)
+    clean_logit = torch.where(shard.is_here(clean), own.clean_logit - max_logit, 0.0)
+    noised_logit = torch.where(shard.is_here(noised), own.noised_logit - max_logit, 0.0)
     return _Sums(shift, *shard.reduce(own.other * shift, clean_logit, noised_logit))
 
 

@@ -6,10 +6,11 @@ ends in the final norm) and column-parallel output layer, so tensor, sequence an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -196,6 +197,21 @@ class _Bf16Chunk(Float16Module):
         return super().forward(*inputs, fp32_output=False, **kwargs)
 
 
+class _DataParallel(DistributedDataParallel):
+    """megatron-core's wrapper with a shorter hook after each parameter's gradient, where nothing overlaps with it."""
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        if self.ddp_config.overlap_grad_reduce:
+            return super()._make_backward_post_hook(param)
+
+        def add_to_buffer(*_: Any) -> None:
+            if param.grad is not None and not param.grad_added_to_main_grad:  # type: ignore[attr-defined]
+                param.main_grad.add_(param.grad)  # type: ignore[attr-defined]
+            param.grad = None
+
+        return add_to_buffer
+
+
 def build_chunks(
     model: ModelConfig,
     *,
@@ -251,9 +267,8 @@ def wrap_data_parallel(
     cast: list[Any] = list(chunks)
     if precision.compute == "bf16":
         cast = [_Bf16Chunk(config, chunk) for chunk in chunks]
-    wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(cast)
+    wrapped: list[DistributedDataParallel] = [
+        _DataParallel(config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(cast)
     ]
     if parallel.overlap_grad_reduce:
         # Without it every microbatch's backward pass, and not the step's last alone, would reduce the gradients.

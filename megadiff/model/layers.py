@@ -47,7 +47,10 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., hidden_size] to the same shape and dtype."""
-        return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+        weight = self.weight
+        if x.dtype == weight.dtype == torch.float32:
+            return torch.rms_norm(x, weight.shape, 1.0 + weight, self.eps)
+        return torch.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), self.eps).type_as(x)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):

@@ -61,7 +61,8 @@ class Topology:
         """
         counted = self.is_last_stage and self.tensor_rank == 0
         total = values.clone() if counted else torch.zeros_like(values)
-        dist.all_reduce(total)
+        if self.layout.world_size > 1:
+            dist.all_reduce(total)
         return total
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -87,6 +88,8 @@ class Topology:
 
     def largest(self, value: int) -> int:
         """Return the largest of all ranks' integers on every rank, without a device sync. Collective over the world."""
+        if self.layout.world_size == 1:
+            return value
         held = torch.tensor(value)
         dist.all_reduce(held, dist.ReduceOp.MAX, group=self.host_group)
         return int(held)
