@@ -28,8 +28,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megadiff.model.attention import common_attention
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.direct_layer import DirectLayer, Rotation
+from megadiff.model.direct_layer import CompiledBlock, DirectLayer, Rotation
 from megadiff.model.implementation import keep, modules_for, transformer_config
 from megadiff.model.layers import block_spec, runs_alone
 from megadiff.parallel.config import ParallelConfig
@@ -76,6 +77,7 @@ class Denoiser(MegatronModule):
         pre_process: whether this chunk starts with the embedding.
         post_process: whether this chunk ends with the final norm and the LM head.
         vp_stage: index of this chunk among the rank's virtual pipeline stages; None where a rank holds one chunk.
+        is_compiled: whether the layers are compiled for training steps; evaluation never compiles.
     """
 
     share_embeddings_and_output_weights = False
@@ -93,6 +95,7 @@ class Denoiser(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder  # read by megatron-core's pipeline schedules
@@ -127,6 +130,8 @@ class Denoiser(MegatronModule):
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
+        self.is_compiled = is_compiled
+        self._compiled = CompiledBlock(self.decoder)
         if post_process:
             self.output_layer = LMHead(
                 config.hidden_size,
@@ -164,9 +169,7 @@ class Denoiser(MegatronModule):
         """
         length = self.seq_length if input_ids is None else input_ids.shape[1]
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        hidden = self.decoder(
-            hidden_states=hidden, attention_mask=attention, rotary_pos_emb=self.rotary_pos_emb(length)
-        )
+        hidden = self._run_block(hidden, attention, self.rotary_pos_emb(length))
         if not self.post_process:
             return hidden
         if self.head_factor != 1.0:
@@ -175,6 +178,17 @@ class Denoiser(MegatronModule):
             return self.output_layer(hidden, loss_fn)
         logits, _ = self.output_layer(hidden)
         return logits
+
+    def _run_block(self, hidden: Tensor | None, attention: Tensor | None, rotation: Tensor) -> Tensor:
+        """Run the layers and the last norm, compiled if all sequences of a training step attend alike."""
+        if self.is_compiled and self.training and torch.is_grad_enabled():
+            codes = [] if attention is None else attention.tolist()
+            is_causal = common_attention(codes, length=rotation.shape[1])
+            if is_causal is not None:
+                states = hidden if self.pre_process else self.decoder.input_tensor
+                assert states is not None
+                return self._compiled(states, rotation, is_causal=is_causal)
+        return self.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotation)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -244,6 +258,7 @@ def build_chunks(
             pre_process=topology.is_first_stage and index == 0,
             post_process=topology.is_last_stage and index == virtual - 1,
             vp_stage=stage,
+            is_compiled=precision.compile,
         )
         chunks.append(chunk.to(platform.device))
     return chunks

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -71,6 +72,12 @@ class DirectLayer(TransformerLayer):
         attended = self.self_attention.core_attention(query, key, value, attention_mask)  # type: ignore[union-attr]
         return self._after_attention(attended, hidden_states), None
 
+    def attend_alike(self, hidden: Tensor, rotation: Tensor, *, is_causal: bool) -> Tensor:
+        """Run the layer on sequences that all attend to every token, or all causally; axes as in `forward`."""
+        attention: Any = self.self_attention
+        projections = self._before_attention(hidden, rotation)
+        return self._after_attention(attention.core_attention.attend(*projections, is_causal=is_causal), hidden)
+
     def _before_attention(self, hidden: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each [sequence, batch, heads, D]."""
         attention: Any = self.self_attention
@@ -89,6 +96,30 @@ class DirectLayer(TransformerLayer):
         if bias is not None:
             middle = middle + bias
         return self._add_branch(mlp.linear_fc2(mlp.activation_func(middle)), hidden, 0.0)
+
+
+class CompiledBlock:
+    """The layers of megatron-core's block and its last norm, compiled as one graph by `torch.compile`.
+
+    It is made on the first call, separately for full and for causal attention; shapes do not change during training.
+    """
+
+    def __init__(self, block: TransformerBlock) -> None:
+        self._block = block
+        self._run: Any = None
+
+    def __call__(self, hidden: Tensor, rotation: Tensor, *, is_causal: bool) -> Tensor:
+        """Run the block on hidden states [sequence, batch, hidden]."""
+        if self._run is None:  # the compiler takes seconds to import
+            options = {"compile_threads": 1}  # worker processes would outlive a stop request
+            self._run = torch.compile(_run_layers, dynamic=False, fullgraph=True, options=options)
+        return self._run(self._block, hidden, rotation, is_causal=is_causal)
+
+
+def _run_layers(block: Any, hidden: Tensor, rotation: Tensor, *, is_causal: bool) -> Tensor:
+    for layer in block.layers:
+        hidden = layer.attend_alike(hidden, rotation, is_causal=is_causal)
+    return hidden if block.final_layernorm is None else block.final_layernorm(hidden)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
