@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from tests.support.ranks import on_ranks
