@@ -153,11 +153,11 @@ class LossInputs:
         """Return the positions of a slice of selected tokens among all tokens."""
         return part if self.active_indices is None else self.active_indices[part]
 
-    def scattered(self, values: Float[Tensor, " N"]) -> Float[Tensor, " ..."]:
+    def scattered(self, values: Float[Tensor, "K N"]) -> Float[Tensor, "K ..."]:
         """Return values of the computed tokens at their positions among all tokens, with 0 elsewhere."""
         if self.active_indices is not None:
-            values = values.new_zeros(self.clean.numel()).index_copy(0, self.active_indices, values)
-        return values.reshape(self.clean.shape)
+            values = values.new_zeros(len(values), self.clean.numel()).index_copy(1, self.active_indices, values)
+        return values.reshape(-1, *self.clean.shape)
 
 
 def loss_token_indices(
