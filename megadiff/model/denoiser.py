@@ -23,8 +23,11 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module, MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -86,7 +89,7 @@ class Denoiser(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        spec: ModuleSpec,
+        spec: TransformerBlockSubmodules,
         *,
         vocab_size: int,
         seq_length: int,
@@ -114,7 +117,8 @@ class Denoiser(MegatronModule):
                 position_embedding_type="rope",
                 tp_group=self.pg_collection.tp,
             )
-        rotary = Rotation if issubclass(spec.layer_specs[0].module, DirectLayer) else RotaryEmbedding
+        layers: Any = spec.layer_specs
+        rotary = Rotation if issubclass(layers[0].module, DirectLayer) else RotaryEmbedding
         self.rotary_pos_emb = rotary(
             kv_channels=config.kv_channels,  # type: ignore[arg-type]
             rotary_percent=1.0,

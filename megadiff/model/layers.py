@@ -126,7 +126,7 @@ class RowLinear(RowParallelLinear):
     def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, skip_bias_add=False, **kwargs)
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         """`input_` [sequence, batch, in / tp] to ([sequence, batch, out], None)."""
         if not runs_alone(self):
             return super().forward(input_)
