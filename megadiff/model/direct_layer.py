@@ -111,6 +111,7 @@ class CompiledBlock:
     def __call__(self, hidden: Tensor, rotation: Tensor, *, is_causal: bool) -> Tensor:
         """Run the block on hidden states [sequence, batch, hidden]."""
         if self._run is None:  # the compiler takes seconds to import
+            torch.compiler.reset()  # it keeps few graphs of one function, and other models may have had theirs
             options: dict[str, Any] = {"compile_threads": 1}  # worker processes would outlive a stop request
             self._run = torch.compile(_run_layers, dynamic=False, fullgraph=True, options=options)
         return self._run(self._block, hidden, rotation, is_causal=is_causal)
