@@ -84,6 +84,7 @@ _NAMES_BY_KEY: dict[str, str] = {
     "parallel.recompute_layers": "recompute_num_layers",
     "parallel.tp_comm_overlap": "parallel.tensor_overlap tp_comm_overlap enable_async_tensor_parallel",
     "precision.compute": "dtype torch_dtype mixed_precision mixed_precision_param param_dtype params_dtype",
+    "precision.compile=true": "compile torch_compile use_compile",
     "precision.compute=bf16": "bf16 fp16 use_bf16 half_precision",
     "precision.fp8": "fp8_format fp8_recipe enable_fp8 use_fp8 float8",
     "optimizer.name": "optim optimizer_type optimizer_name",
@@ -165,7 +166,6 @@ _NAMES_BY_ANSWER: dict[str, str] = {
     "curves are written to metrics.jsonl and, with log.tensorboard, to TensorBoard": (
         "wandb use_wandb wandb_project wandb_run_name"
     ),
-    "models are not compiled by torch.compile": ("compile torch_compile use_compile"),
 }
 """Names used elsewhere for what no key of a run description sets, by the sentence that answers them."""
 

@@ -154,7 +154,7 @@ def terms_from_sums(
 
     Where log rho passes LOG_RHO_LIMIT: KL = -alpha log p_x, and only masks weigh.
     """
-    alpha, log_rho = schedules.alpha(log_snr), process.log_rho(log_snr)
+    alpha = schedules.alpha(log_snr)
     is_mask, is_kept = noised == process.mask_id, noised == clean
     zero = torch.zeros_like(alpha)
     weight = process.weight(log_snr, clean, noised)
@@ -164,6 +164,7 @@ def terms_from_sums(
     if sums.log1p_sum is None:
         kl, itakura_saito = masked_kl, masked_is
     else:
+        log_rho = process.log_rho(log_snr)
         log_rho_held = log_rho.clamp(max=LOG_RHO_LIMIT)
         c = alpha * torch.exp(-log_rho_held)
         log_e = log_rho_held - log1p_exp(-sums.log_odds) - log1p_exp(log_rho_held - nll)

@@ -31,7 +31,6 @@ The gradient needs none: each rank fills its own columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -139,31 +138,28 @@ class TorchPasses:
 
     def sums(self) -> LogitSums:
         """Run the first pass; see the module's docstring."""
-        found = LogitSums(*(self._values.new_empty(len(self._values)) for _ in LogitSums._fields))
-        for rows in self._blocks():
-            values = self._values[rows]
-            self._shard.mask_invalid(values)
-            found.clean_logit[rows], found.noised_logit[rows] = (
-                self._read(values, self._clean, rows),
-                self._read(values, self._noised, rows),
-            )
-            max_logit = values.amax(dim=-1).clamp_(min=torch.finfo(values.dtype).min)
-            found.max_logit[rows] = max_logit
-            values.sub_(max_logit.unsqueeze(-1)).exp_()
-            self._put(values, self._clean, rows, torch.zeros_like(max_logit))
-            torch.sum(values, dim=-1, out=found.other[rows])
-        return found
+        found = [self._block_sums(rows) for rows in self._blocks()]
+        return found[0] if len(found) == 1 else LogitSums(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _block_sums(self, rows: slice | None) -> LogitSums:
+        values = _part(self._values, rows)
+        self._shard.mask_invalid(values)
+        clean_logit, noised_logit = self._read(values, self._clean, rows), self._read(values, self._noised, rows)
+        max_logit = values.amax(dim=-1).clamp_(min=torch.finfo(values.dtype).min)
+        values.sub_(max_logit.unsqueeze(-1)).exp_()
+        self._put(values, self._clean, rows, torch.zeros_like(max_logit))
+        return LogitSums(max_logit, values.sum(dim=-1), clean_logit, noised_logit)
 
     def log1p_sums(self, scale: Float[Tensor, " N"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Run the second pass; see the module's docstring."""
         log1p_sum, fraction_sum = torch.empty_like(scale), torch.empty_like(scale)
         for rows in self._blocks():
-            values = self._values[rows]
-            values.mul_(scale[rows, None])
+            values = _part(self._values, rows)
+            values.mul_(_part(scale, rows).unsqueeze(-1))
             scratch = torch.log1p(values)
-            torch.sum(scratch, dim=-1, out=log1p_sum[rows])
+            torch.sum(scratch, dim=-1, out=_part(log1p_sum, rows))
             torch.div(values, torch.add(values, 1.0, out=scratch), out=scratch)
-            torch.sum(scratch, dim=-1, out=fraction_sum[rows])
+            torch.sum(scratch, dim=-1, out=_part(fraction_sum, rows))
         return log1p_sum, fraction_sum
 
     def gradient(
@@ -176,33 +172,39 @@ class TorchPasses:
     ) -> Float[Tensor, "N V"]:
         """Run the third pass; see the module's docstring."""
         for rows in self._blocks():
-            values = self._values[rows]
+            values = _part(self._values, rows)
             if log1p_slope is None:
-                values.mul_((scale * slope)[rows, None])
+                values.mul_(_part(scale * slope, rows).unsqueeze(-1))
             else:
                 factor = values + 1.0
-                torch.div(log1p_slope[rows, None], factor, out=factor)
-                values.mul_(factor.add_(slope[rows, None]))
-            column, here = self._noised
-            values.scatter_add_(-1, column[rows], noised_logit[rows, None] * here[rows])
-            self._put(values, self._clean, rows, clean_logit[rows])
+                torch.div(_part(log1p_slope, rows).unsqueeze(-1), factor, out=factor)
+                values.mul_(factor.add_(_part(slope, rows).unsqueeze(-1)))
+            column, here = (_part(place, rows) for place in self._noised)
+            values.scatter_add_(-1, column, _part(noised_logit, rows).unsqueeze(-1) * here)
+            self._put(values, self._clean, rows, _part(clean_logit, rows))
         return self._values.to(self._dtype)
 
-    def _blocks(self) -> Iterator[slice]:
+    def _blocks(self) -> list[slice | None]:
+        """Return the blocks of rows; None for all of them in one."""
         count, width = self._values.shape
         step = count if self._values.is_cuda else max(1, _CACHE_ELEMENTS // max(1, width))
-        return (slice(first, min(first + step, count)) for first in range(0, count, max(1, step)))
+        return [None] if step >= count else [slice(first, first + step) for first in range(0, count, step)]
 
     @staticmethod
-    def _read(values: Tensor, place: tuple[Tensor, Tensor], rows: slice) -> Tensor:
-        column, here = place
-        return values.gather(-1, column[rows]).masked_fill_(~here[rows], 0.0).squeeze(-1)
+    def _read(values: Tensor, place: tuple[Tensor, Tensor], rows: slice | None) -> Tensor:
+        column, here = (_part(found, rows) for found in place)
+        return values.gather(-1, column).masked_fill_(~here, 0.0).squeeze(-1)
 
     @staticmethod
-    def _put(values: Tensor, place: tuple[Tensor, Tensor], rows: slice, new: Tensor) -> None:
+    def _put(values: Tensor, place: tuple[Tensor, Tensor], rows: slice | None, new: Tensor) -> None:
         """Write one local entry per row without a device-to-host sync."""
-        column, here = place[0][rows], place[1][rows]
+        column, here = (_part(found, rows) for found in place)
         values.scatter_(-1, column, torch.where(here, new.unsqueeze(-1), values.gather(-1, column)))
+
+
+def _part(values: Tensor, rows: slice | None) -> Tensor:
+    """Return a block of rows; all of them, without a view, for None."""
+    return values if rows is None else values[rows]
 
 
 def fused_objective(
@@ -246,8 +248,8 @@ def fused_objective(
         chunk_tokens=chunk_tokens or _chunk_tokens(weight),
         is_training=torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
     )
-    loss, *terms = _FusedHead.apply(hidden.reshape(-1, hidden.shape[-1]), weight, job)
-    return LossOutput(loss, Terms(*(tokens.scattered(term) for term in terms)), job.tokens.clean.numel())
+    loss, terms = _FusedHead.apply(hidden.reshape(-1, hidden.shape[-1]), weight, job)
+    return LossOutput(loss, Terms(*tokens.scattered(terms).unbind(0)), job.tokens.clean.numel())
 
 
 @dataclass(frozen=True)
@@ -274,20 +276,21 @@ def _chunk_tokens(weight: Float[Tensor, "V D"]) -> int:
 
 
 class _FusedHead(torch.autograd.Function):
-    """Function (hidden, weight) -> (loss, terms of the N computed tokens); forward also makes the gradients."""
+    """Function (hidden, weight) -> (loss, `Terms` [6, N] of the N computed tokens); forward also makes the
+    gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], job: _Job
-    ) -> tuple[Float[Tensor, " ..."], ...]:
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "6 N"]]:
         """Compute loss, terms and gradients chunk by chunk."""
         gradients = _Gradients(hidden, weight, job.tokens) if job.is_training else None
         parts = [_chunk(hidden, weight, job, part, gradients) for part in job.chunks()]
         nothing = job.tokens.log_snr.new_zeros(len(Terms._fields), 0)
-        terms = Terms(*torch.cat([*parts, nothing], dim=1).unbind(0))
+        terms = parts[0] if len(parts) == 1 else torch.cat([*parts, nothing], dim=1)
         ctx.gradients, ctx.weight = gradients, weight
-        ctx.mark_non_differentiable(*terms)
-        return terms.minimised.sum(), *terms
+        ctx.mark_non_differentiable(terms)
+        return terms[Terms._fields.index("minimised")].sum(), terms
 
     @staticmethod
     @once_differentiable
@@ -341,20 +344,21 @@ def _chunk(
     hidden: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], job: _Job, part: slice, gradients: _Gradients | None
 ) -> Float[Tensor, "6 N"]:
     """Return the terms of a chunk's tokens; add their gradients to `gradients`."""
-    tokens, shard, is_masked = job.tokens, job.shard, job.spec.process.is_masked_limit
-    indices = tokens.indices(part)
+    shard, is_masked = job.shard, job.spec.process.is_masked_limit
+    indices, tokens = job.tokens.indices(part), job.tokens.part(part)
     states = hidden[indices]
-    clean, noised, log_snr = tokens.clean[part], tokens.noised[part], tokens.log_snr[part]
+    clean, noised, log_snr = tokens.clean, tokens.noised, tokens.log_snr
     passes = job.passes(states @ weight.t(), clean, noised, shard)
     found = _whole(passes.sums(), clean, noised, shard, log_snr.dtype)
     scale, log1p_sum, fraction_sum = found.shift, None, None
-    rho = torch.exp(job.spec.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
+    rho = None
     if not is_masked:
+        rho = torch.exp(job.spec.process.log_rho(log_snr).clamp(max=LOG_RHO_LIMIT))
         scale = found.shift * (rho / found.total)
         log1p_sum, fraction_sum = shard.reduce(*passes.log1p_sums(scale))
-    values, slopes = _terms(found, log1p_sum, tokens.part(part), job)
+    values, slopes = _terms(found, log1p_sum, tokens, job)
     if gradients is not None and slopes is not None:
-        arguments = _gradient_arguments(found, fraction_sum, slopes, noised == clean, None if is_masked else rho)
+        arguments = _gradient_arguments(found, fraction_sum, slopes, noised == clean, rho)
         gradients.add(passes.gradient(scale, *arguments), states, weight, indices)
     return values
 
@@ -382,11 +386,12 @@ def _whole(
     own: LogitSums, clean: Int[Tensor, " N"], noised: Int[Tensor, " N"], shard: VocabShard, dtype: torch.dtype
 ) -> _Sums:
     """Combine this rank's sums with the others', in two collectives."""
-    own = LogitSums(*(value.to(dtype) for value in own))
+    if own.max_logit.dtype != dtype:
+        own = LogitSums(*(value.to(dtype) for value in own))
     (max_logit,) = shard.reduce(own.max_logit, op=torch.distributed.ReduceOp.MAX)
     shift = torch.exp(own.max_logit - max_logit)
-    clean_logit = torch.where(shard.local_index(clean)[1].squeeze(-1), own.clean_logit - max_logit, 0.0)
-    noised_logit = torch.where(shard.local_index(noised)[1].squeeze(-1), own.noised_logit - max_logit, 0.0)
+    clean_logit = torch.where(shard.is_here(clean), own.clean_logit - max_logit, 0.0)
+    noised_logit = torch.where(shard.is_here(noised), own.noised_logit - max_logit, 0.0)
     return _Sums(shift, *shard.reduce(own.other * shift, clean_logit, noised_logit))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -40,31 +41,47 @@ class VocabShard:
             group = None
         return cls(start, weight.shape[0], process.vocab_size, process.mask_id, group)
 
-    @property
+    @cached_property
     def num_valid(self) -> int:
         """Number of columns here that are vocabulary rather than padding."""
         return max(0, min(self.width, self.vocab_size - self.start))
 
-    @property
+    @cached_property
     def mask_column(self) -> int | None:
         """Local column of the mask; None if another rank holds it."""
         column = self.mask_id - self.start
         return column if 0 <= column < self.num_valid else None
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether the columns are the whole vocabulary."""
+        return self.start == 0 and self.num_valid == self.vocab_size
 
     def local_index(self, ids: Int[Tensor, " N"]) -> tuple[Int[Tensor, "N 1"], Bool[Tensor, "N 1"]]:
         """Return (column, here): each id's local column, and whether it is here and not the mask.
 
         A column is in range even if the id is not here.
         """
+        if self.is_whole:
+            return ids.unsqueeze(-1), self.is_here(ids).unsqueeze(-1)
         column = (ids - self.start).unsqueeze(-1)
-        here = (column >= 0) & (column < self.num_valid) & (ids != self.mask_id).unsqueeze(-1)
-        return column.clamp(0, max(0, self.num_valid - 1)), here
+        return column.clamp(0, max(0, self.num_valid - 1)), self.is_here(ids).unsqueeze(-1)
+
+    def is_here(self, ids: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
+        """Return whether each id is here and not the mask."""
+        is_real = ids != self.mask_id
+        return is_real if self.is_whole else (ids >= self.start) & (ids < self.start + self.num_valid) & is_real
 
     def mask_invalid(self, logits: Float[Tensor, "N V"]) -> None:
         """Set the mask's column and the padding to -inf, in place."""
-        logits[:, self.num_valid :] = -torch.inf
+        end = self.num_valid
         if self.mask_column is not None:
-            logits[:, self.mask_column] = -torch.inf
+            if self.mask_column == end - 1:
+                end -= 1
+            else:
+                logits[:, self.mask_column] = -torch.inf
+        if end < logits.shape[1]:
+            logits[:, end:] = -torch.inf
 
     def reduce(
         self, *values: Float[Tensor, " N"], op: Any = torch.distributed.ReduceOp.SUM
@@ -136,11 +153,11 @@ class LossInputs:
         """Return the positions of a slice of selected tokens among all tokens."""
         return part if self.active_indices is None else self.active_indices[part]
 
-    def scattered(self, values: Float[Tensor, " N"]) -> Float[Tensor, " ..."]:
+    def scattered(self, values: Float[Tensor, "K N"]) -> Float[Tensor, "K ..."]:
         """Return values of the computed tokens at their positions among all tokens, with 0 elsewhere."""
         if self.active_indices is not None:
-            values = values.new_zeros(self.clean.numel()).index_copy(0, self.active_indices, values)
-        return values.reshape(self.clean.shape)
+            values = values.new_zeros(len(values), self.clean.numel()).index_copy(1, self.active_indices, values)
+        return values.reshape(-1, *self.clean.shape)
 
 
 def loss_token_indices(

@@ -39,7 +39,7 @@ def plain_objective(
         mixing=spec.process,
         weighting=spec.weighting,
     )
-    return LossOutput(terms.minimised.sum(), Terms(*(tokens.scattered(term.detach()) for term in terms)))
+    return LossOutput(terms.minimised.sum(), Terms(*tokens.scattered(torch.stack(terms).detach()).unbind(0)))
 
 
 class _Gathered(torch.autograd.Function):

@@ -6,6 +6,7 @@ Axes: S sequence, B batch, H heads of this tensor rank, D head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,12 +74,24 @@ class BidirectionalAttention(MegatronModule):
         Returns:
             [S, B, H * D].
         """
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        codes = [] if attention_mask is None else attention_mask.tolist()
+        is_causal = common_attention(codes, length=query.shape[0])
+        if is_causal is not None:
+            return self.attend(query, key, value, is_causal=is_causal)
+        out = self._with_prompts(*self._heads_first(query, key, value), codes)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+        """Attend with one pattern for all sequences: to every token, or causally; axes as in `forward`."""
+        out = self._attend(*self._heads_first(query, key, value), is_causal=is_causal)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _heads_first(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [B, H, S, D], the sink before keys and values."""
+        q, k, v = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         if self.sink_key is not None and self.sink_value is not None:
             k, v = _with_sink(k, self.sink_key), _with_sink(v, self.sink_value)
-        codes = [] if attention_mask is None else attention_mask.tolist()
-        out = self._with_prompts(q, k, v, codes) if any(codes) else self._attend(q, k, v)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return q, k, v
 
     def _with_prompts(self, q: Tensor, k: Tensor, v: Tensor, codes: list[int]) -> Tensor:
         """Attend sequence by sequence, or all at once if every sequence has the same prompt; k and v hold the sink, if
@@ -112,6 +125,21 @@ class BidirectionalAttention(MegatronModule):
         """Return the state, with the sink cut over tensor ranks by heads."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), sharded_offsets)
+
+
+def common_attention(codes: Sequence[int], *, length: int) -> bool | None:
+    """Return whether attention is causal, if all sequences have the same: full or causal over all tokens.
+
+    Args:
+        codes: those of an `AttentionPattern`; empty for full attention.
+        length: number of tokens of a sequence.
+
+    Returns:
+        None for every other pattern.
+    """
+    if not any(codes):
+        return False
+    return True if all(code == -length for code in codes) else None
 
 
 def _with_sink(x: Tensor, sink: Tensor) -> Tensor:

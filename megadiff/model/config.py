@@ -100,6 +100,11 @@ class PrecisionConfig(Section):
     fp8_first_last_bf16: int = Field(default=0, ge=0)
     """Number of blocks at either end that compute in bf16 all the same; not with `delayed`."""
 
+    compile: bool = False
+    """Whether to compile the blocks of training steps with `torch.compile`, which needs a C++ compiler and takes up to
+    a minute at the start; for small models on the CPU, without tensor parallelism, recomputation and overlapped
+    gathering. Steps whose sequences have clean prompts are not compiled. Results agree to rounding."""
+
     @model_validator(mode="after")
     def _fp8_fits(self) -> PrecisionConfig:
         if self.fp8 != "none" and self.compute != "bf16":

@@ -6,10 +6,11 @@ ends in the final norm) and column-parallel output layer, so tensor, sequence an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -22,14 +23,19 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module, MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megadiff.model.attention import common_attention
 from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.direct_layer import CompiledBlock, DirectLayer, Rotation
 from megadiff.model.implementation import keep, modules_for, transformer_config
-from megadiff.model.layers import block_spec
+from megadiff.model.layers import block_spec, runs_alone
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.pipeline import LossFn
 from megadiff.parallel.topology import Topology
@@ -48,7 +54,9 @@ class LMHead(ColumnParallelLinear):
         """Return (logits [sequence, batch, V / tp], None) as the parent class does, or the result of `loss_fn`."""
         if loss_fn is None:
             return super().forward(input_)
-        if self.sequence_parallel:
+        if runs_alone(self):
+            whole = input_
+        elif self.sequence_parallel:
             whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             whole = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
@@ -72,6 +80,7 @@ class Denoiser(MegatronModule):
         pre_process: whether this chunk starts with the embedding.
         post_process: whether this chunk ends with the final norm and the LM head.
         vp_stage: index of this chunk among the rank's virtual pipeline stages; None where a rank holds one chunk.
+        is_compiled: whether the layers are compiled for training steps; evaluation never compiles.
     """
 
     share_embeddings_and_output_weights = False
@@ -80,7 +89,7 @@ class Denoiser(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        spec: ModuleSpec,
+        spec: TransformerBlockSubmodules,
         *,
         vocab_size: int,
         seq_length: int,
@@ -89,6 +98,7 @@ class Denoiser(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder  # read by megatron-core's pipeline schedules
@@ -107,7 +117,9 @@ class Denoiser(MegatronModule):
                 position_embedding_type="rope",
                 tp_group=self.pg_collection.tp,
             )
-        self.rotary_pos_emb = RotaryEmbedding(
+        layers: Any = spec.layer_specs
+        rotary = Rotation if issubclass(layers[0].module, DirectLayer) else RotaryEmbedding
+        self.rotary_pos_emb = rotary(
             kv_channels=config.kv_channels,  # type: ignore[arg-type]
             rotary_percent=1.0,
             rotary_base=rope_base,
@@ -122,6 +134,8 @@ class Denoiser(MegatronModule):
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
+        self.is_compiled = is_compiled
+        self._compiled = CompiledBlock(self.decoder)
         if post_process:
             self.output_layer = LMHead(
                 config.hidden_size,
@@ -159,9 +173,7 @@ class Denoiser(MegatronModule):
         """
         length = self.seq_length if input_ids is None else input_ids.shape[1]
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        hidden = self.decoder(
-            hidden_states=hidden, attention_mask=attention, rotary_pos_emb=self.rotary_pos_emb(length)
-        )
+        hidden = self._run_block(hidden, attention, self.rotary_pos_emb(length))
         if not self.post_process:
             return hidden
         if self.head_factor != 1.0:
@@ -170,6 +182,17 @@ class Denoiser(MegatronModule):
             return self.output_layer(hidden, loss_fn)
         logits, _ = self.output_layer(hidden)
         return logits
+
+    def _run_block(self, hidden: Tensor | None, attention: Tensor | None, rotation: Tensor) -> Tensor:
+        """Run the layers and the last norm, compiled if all sequences of a training step attend alike."""
+        if self.is_compiled and self.training and torch.is_grad_enabled():
+            codes = [] if attention is None else attention.tolist()
+            is_causal = common_attention(codes, length=rotation.shape[1])
+            if is_causal is not None:
+                states = hidden if self.pre_process else self.decoder.input_tensor
+                assert states is not None
+                return self._compiled(states, rotation, is_causal=is_causal)
+        return self.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotation)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -192,6 +215,21 @@ class _Bf16Chunk(Float16Module):
         return super().forward(*inputs, fp32_output=False, **kwargs)
 
 
+class _DataParallel(DistributedDataParallel):
+    """megatron-core's wrapper with a shorter hook after each parameter's gradient, where nothing overlaps with it."""
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        if self.ddp_config.overlap_grad_reduce:
+            return super()._make_backward_post_hook(param)
+
+        def add_to_buffer(*_: Any) -> None:
+            if param.grad is not None and not param.grad_added_to_main_grad:  # type: ignore[attr-defined]
+                param.main_grad.add_(param.grad)  # type: ignore[attr-defined]
+            param.grad = None
+
+        return add_to_buffer
+
+
 def build_chunks(
     model: ModelConfig,
     *,
@@ -208,7 +246,7 @@ def build_chunks(
     """
     with quiet():
         config = transformer_config(model, parallel=parallel, precision=precision, platform=platform)
-        parts = modules_for(precision, platform)
+        parts = modules_for(parallel, precision, platform)
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # nothing draws from it; the embedding asks that it exists
     virtual = topology.layout.virtual_pipeline
     chunks = []
@@ -224,6 +262,7 @@ def build_chunks(
             pre_process=topology.is_first_stage and index == 0,
             post_process=topology.is_last_stage and index == virtual - 1,
             vp_stage=stage,
+            is_compiled=precision.compile,
         )
         chunks.append(chunk.to(platform.device))
     return chunks
@@ -247,9 +286,8 @@ def wrap_data_parallel(
     cast: list[Any] = list(chunks)
     if precision.compute == "bf16":
         cast = [_Bf16Chunk(config, chunk) for chunk in chunks]
-    wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(cast)
+    wrapped: list[DistributedDataParallel] = [
+        _DataParallel(config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(cast)
     ]
     if parallel.overlap_grad_reduce:
         # Without it every microbatch's backward pass, and not the step's last alone, would reduce the gradients.

@@ -22,6 +22,7 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megadiff.model.layers import LayerModules
@@ -115,6 +116,7 @@ class FusedRMSNorm(engine.RMSNorm):
 def fused_parts() -> LayerModules:
     """Return Transformer Engine's modules, whose parameter names are the ones checkpoints use."""
     return LayerModules(
+        layer=TransformerLayer,
         input_layernorm=IdentityOp,
         qkv=UnbiasedNormedColumnLinear,
         proj=UnbiasedRowLinear,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megadiff.model import fp8
@@ -94,8 +96,12 @@ def keep(weight: Tensor) -> Tensor:
     return weight
 
 
-def modules_for(precision: PrecisionConfig, platform: Platform) -> LayerModules:
-    """Return the modules of a block on this machine."""
-    if layers_for(precision, platform) == "local":
-        return local_parts()
-    return import_module("megadiff.model.fused_layers").fused_parts()
+def modules_for(parallel: ParallelConfig, precision: PrecisionConfig, platform: Platform) -> LayerModules:
+    """Return the modules of a block on this machine.
+
+    Parts of a layer are recomputed by megatron-core's own layer alone.
+    """
+    if layers_for(precision, platform) != "local":
+        return import_module("megadiff.model.fused_layers").fused_parts()
+    parts = local_parts()
+    return replace(parts, layer=TransformerLayer) if parallel.recompute == "selective" else parts

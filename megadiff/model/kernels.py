@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+
 from megadiff.errors import PlatformError
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.parallel.config import ParallelConfig
@@ -27,8 +31,8 @@ def check_kernels(parallel: ParallelConfig, precision: PrecisionConfig, platform
     """Refuse what this machine cannot do, before any process group exists.
 
     Raises:
-        PlatformError: FP8 or tensor overlap without Transformer Engine, FP8 on a GPU that has none, or a fusion of
-            weight gradients that was insisted on and cannot be.
+        PlatformError: FP8 or tensor overlap without Transformer Engine, FP8 on a GPU that has none, compiled blocks
+            where they cannot be, or a fusion of weight gradients that was insisted on and cannot be.
     """
     has_engine = layers_for(precision, platform) == "transformer_engine"
     wanted = {
@@ -41,9 +45,34 @@ def check_kernels(parallel: ParallelConfig, precision: PrecisionConfig, platform
             raise PlatformError(f"{setting} needs Transformer Engine's layers on a GPU, but {reason}; leave it out")
     if precision.fp8 != "none" and (problem := transformer_engine.fp8_problem(precision.fp8)) is not None:
         raise PlatformError(f"precision.fp8={precision.fp8} cannot be computed on {platform.device_name}: {problem}")
+    if precision.compile:
+        _check_compilation(parallel, platform)
     if parallel.gradient_accumulation_fusion is True and not fuses_weight_gradients(parallel, precision, platform):
         reason = platform.weight_gradients_problem or "it needs precision.compute=bf16 and master_weights=true"
         raise PlatformError(f"parallel.gradient_accumulation_fusion is true, but {reason}; set it to auto")
+
+
+def _check_compilation(parallel: ParallelConfig, platform: Platform) -> None:
+    """Refuse what compiled blocks cannot do, and a machine without a C++ compiler.
+
+    Raises:
+        PlatformError: either of them.
+    """
+    unsupported = {
+        f"platform={platform.kind}": not platform.is_cpu,
+        f"parallel.tensor={parallel.tensor}": parallel.tensor > 1,
+        f"parallel.recompute={parallel.recompute}": parallel.recompute != "none",
+        "parallel.overlap_param_gather=true": parallel.overlap_param_gather,
+    }
+    for setting, is_set in unsupported.items():
+        if is_set:
+            raise PlatformError(f"precision.compile does not work with {setting}; leave one of them out")
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise PlatformError(
+            f"precision.compile needs a C++ compiler, but {compiler} was not found; install it, name another in the "
+            "environment variable CXX, or leave precision.compile out"
+        )
 
 
 def open_tensor_overlap(
@@ -78,6 +107,8 @@ def describe_kernels(parallel: ParallelConfig, precision: PrecisionConfig, platf
     elif not platform.is_cpu and parallel.gradient_accumulation_fusion is not False:
         reason = platform.weight_gradients_problem or "no float32 gradients of bf16 products"
         parts.append(f"weight gradients added up apart ({reason})")
+    if precision.compile:
+        parts.append("blocks compiled for training")
     if parallel.tp_comm_overlap:
         parts.append("tensor-parallel communication overlapped")
     if parallel.recompute == "full":

@@ -21,12 +21,13 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megadiff.model.attention import BidirectionalAttention
 from megadiff.model.config import ModelConfig
+from megadiff.model.direct_layer import DirectLayer
 
 
 class RMSNorm(torch.nn.Module):
@@ -46,7 +47,10 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., hidden_size] to the same shape and dtype."""
-        return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+        weight = self.weight
+        if x.dtype == weight.dtype == torch.float32:
+            return torch.rms_norm(x, weight.shape, 1.0 + weight, self.eps)
+        return torch.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), self.eps).type_as(x)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):
@@ -88,7 +92,24 @@ class AllHeadsRMSNorm(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
 
-class UnbiasedColumnLinear(ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear):
+    """A column-parallel matrix that hands its bias on.
+
+    On a single tensor rank it is a plain product, without the parent's autograd functions for communication; the
+    products and their gradients are the same, bit for bit.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`input_` [sequence, batch, in] to ([sequence, batch, out / tp], bias or None)."""
+        if weight is None and runs_alone(self):
+            assert self.weight is not None
+            return F.linear(input_, self.weight), self.bias
+        return super().forward(input_, weight, runtime_gather_output)
+
+
+class UnbiasedColumnLinear(ColumnLinear):
     """A column-parallel matrix that never has a bias; megatron-core has one bias switch for attention and MLP."""
 
     def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
@@ -96,7 +117,7 @@ class UnbiasedColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """A row-parallel matrix that adds its bias itself.
+    """A row-parallel matrix that adds its bias itself; on a single tensor rank a plain product, as `ColumnLinear`.
 
     megatron-core's MLP hands its second bias on, to be fused with what follows. Recomputing such an MLP makes the bias
     an output of the recomputed part, and the backward pass then never ends.
@@ -105,21 +126,35 @@ class RowLinear(RowParallelLinear):
     def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, skip_bias_add=False, **kwargs)
 
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """`input_` [sequence, batch, in / tp] to ([sequence, batch, out], None)."""
+        if not runs_alone(self):
+            return super().forward(input_)
+        out = F.linear(input_, self.weight)
+        return (out if self.bias is None else out + self.bias), None
 
-class UnbiasedRowLinear(RowParallelLinear):
+
+class UnbiasedRowLinear(RowLinear):
     """A row-parallel matrix that never has a bias."""
 
     def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, bias=False, **kwargs)
 
 
+def runs_alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
+    """Return whether a matrix is whole on this rank and its weight gradient is accumulated by autograd."""
+    config = linear.config
+    return config.tensor_model_parallel_size == 1 and not config.gradient_accumulation_fusion
+
+
 def local_parts() -> LayerModules:
     """Return the modules that run on every machine."""
     return LayerModules(
+        layer=DirectLayer,
         input_layernorm=RMSNorm,
         qkv=UnbiasedColumnLinear,
         proj=UnbiasedRowLinear,
-        up=ColumnParallelLinear,
+        up=ColumnLinear,
         down=RowLinear,
         norm=RMSNorm,
         # megatron-core's names for the norms fused into Transformer Engine's linears, so that a checkpoint of either
@@ -138,6 +173,8 @@ class LayerModules:
     Whatever the parts, parameters have the same shapes, and the same names in a checkpoint.
     """
 
+    layer: Any
+    """megatron-core's `TransformerLayer`, or a subclass."""
     input_layernorm: Any
     """Before attention and before the MLP; `IdentityOp` where `qkv` and `up` normalise themselves."""
     qkv: Any
@@ -164,7 +201,7 @@ def _layer_spec(model: ModelConfig, parts: LayerModules) -> ModuleSpec:
     residual: Any = _scaled_residual(model.resid_factor)
     attention: Any = partial(BidirectionalAttention, sink=model.sink, softcap=model.softcap)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=parts.layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.input_layernorm,
             self_attention=ModuleSpec(

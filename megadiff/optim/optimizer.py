@@ -52,7 +52,8 @@ def gradient_norm(gradients: Sequence[Tensor], *, group: ProcessGroup | None, de
         group: None for the whole world.
     """
     squares = sum_of_squares(gradients, device=device)
-    dist.all_reduce(squares, group=group)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(squares, group=group)
     return squares.sqrt()
 
 
@@ -83,7 +84,9 @@ def _pieces(gradient: Tensor) -> Sequence[Tensor]:
     On CPU torch adds up the squares of a tensor one after the other: at 8 million elements the norm is 2e-4 too small,
     and depends on how the layout cuts the tensor. CUDA's kernel adds up pairs.
     """
-    return gradient.view(-1).split(_PIECE) if gradient.device.type == "cpu" else (gradient,)
+    if gradient.device.type != "cpu" or gradient.numel() <= _PIECE:
+        return (gradient,)
+    return gradient.view(-1).split(_PIECE)
 
 
 class ShardedOptimizer(DistributedOptimizer):
@@ -212,6 +215,8 @@ class Optimizer:
         self._device = device
         self.kernel = member.kernel(wrapped.optimizer)
         """Name of the update kernel, for the log."""
+        self._counted: list[torch.nn.Parameter] | None = None
+        """Parameters whose gradients this rank counts in the norm; found by the first step, where all have one."""
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -220,8 +225,11 @@ class Optimizer:
         Collective over the model group, over the world with the distributed optimizer.
         """
         self._wrapped.prepare_grads()
+        if self._counted is None:
+            counted = {id(gradient) for gradient in self._wrapped.get_main_grads_for_grad_norm()}
+            self._counted = [p for p in self._wrapped.get_parameters() if id(p.grad) in counted]
         return gradient_norm(
-            self._wrapped.get_main_grads_for_grad_norm(),
+            [p.grad for p in self._counted if p.grad is not None],
             group=self._wrapped.get_grad_stats_parallel_group(),
             device=self._device,
         )

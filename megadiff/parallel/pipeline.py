@@ -119,7 +119,7 @@ def unreduced(chunks: Sequence[DataParallelChunk]) -> Iterator[None]:
 
     def finalize(model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
         del num_tokens
-        finalize_model_grads(model, None, *args, **kwargs)
+        _reduce_gradients(model, *args, **kwargs)
 
     with ExitStack() as stack:
         for chunk in chunks:
@@ -137,12 +137,25 @@ def set_loss_reduction(chunks: Sequence[ModelChunk], topology: Topology, *, mean
     """Choose the divisor of the summed gradients: the global number of tokens (`mean`), or none (sum)."""
 
     def finalize(model: Any, num_tokens: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-        finalize_model_grads(model, None, *args, **kwargs)
+        _reduce_gradients(model, *args, **kwargs)
         if mean and num_tokens is not None:
             _divide(model, num_tokens, topology)
 
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize  # type: ignore[union-attr]
+
+
+def _reduce_gradients(chunks: Sequence[DataParallelChunk], *args: Any, **kwargs: Any) -> None:
+    """Sum gradients over replicas, and over tensor ranks where each has a part of a parameter's gradient.
+
+    On a single tensor rank the first is all that megatron-core's `finalize_model_grads` does here, but it looks at
+    every module of the model.
+    """
+    if chunks[0].config.tensor_model_parallel_size > 1:
+        finalize_model_grads(list(chunks), None, *args, **kwargs)  # type: ignore[arg-type]
+        return
+    for chunk in chunks:
+        chunk.finish_grad_sync()
 
 
 def _divide(chunks: Sequence[DataParallelChunk], num_tokens: Tensor, topology: Topology) -> None:
@@ -151,9 +164,11 @@ def _divide(chunks: Sequence[DataParallelChunk], num_tokens: Tensor, topology: T
     It replaces the end of megatron-core's `finalize_model_grads`, which checks on the device whether there are any and
     so makes the host wait once per chunk. Collective over the pipeline and the data group.
     """
-    last = dist.get_process_group_ranks(topology.pipeline_group)[-1]
-    dist.broadcast(num_tokens, src=last, group=topology.pipeline_group)
-    dist.all_reduce(num_tokens, group=topology.data_group)
+    if topology.layout.pipeline > 1:
+        last = dist.get_process_group_ranks(topology.pipeline_group)[-1]
+        dist.broadcast(num_tokens, src=last, group=topology.pipeline_group)
+    if topology.layout.data > 1:
+        dist.all_reduce(num_tokens, group=topology.data_group)
     scale = 1.0 / num_tokens.clamp(min=1)
     for chunk in chunks:
         chunk.scale_gradients(scale)  # type: ignore[arg-type]

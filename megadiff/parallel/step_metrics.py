@@ -80,16 +80,16 @@ def _sequence_facts(sequences: NoisedBatch) -> Tensor:
     """Return each sequence's contribution to the counts from `sequences` to `pad_insertion`, then 1 for its kind,
     float64."""
     length = sequences.is_noisy.shape[1]
-    is_kept = ~sequences.is_noisy.all(dim=1)
-    prompt = sequences.prompt_length.to(is_kept.device, non_blocking=True)
-    is_prompted = prompt > 0
-    is_isotropic = sequences.pattern == NoisePattern.ISOTROPIC
-    empty = length - 1 - sequences.source.diff(dim=1).count_nonzero(dim=1)
+    pattern, is_unconditioned = sequences.pattern, sequences.is_noisy.all(dim=1)
+    is_kept = ~is_unconditioned
+    is_prompted = sequences.prompt_length.to(is_kept.device, non_blocking=True) > 0
+    is_isotropic = pattern == NoisePattern.ISOTROPIC
+    facts = (pattern == NoisePattern.PER_TOKEN, pattern == NoisePattern.LINEAR, is_prompted, is_kept & ~is_prompted)
+    kinds = (is_isotropic & is_unconditioned, ~is_isotropic & is_unconditioned, is_kept)
+    drawn, kind = torch.stack((*facts, *kinds)).double().split((len(facts), len(kinds)))
+    empty = (length - 1 - sequences.source.diff(dim=1).count_nonzero(dim=1)).double()
     one = torch.ones_like(empty)
-    facts = (one, one * length, sequences.pattern == NoisePattern.PER_TOKEN, sequences.pattern == NoisePattern.LINEAR)
-    facts += (is_prompted, is_kept & ~is_prompted, empty)
-    facts += (is_isotropic & ~is_kept, ~is_isotropic & ~is_kept, is_kept)
-    return torch.stack([fact.double() for fact in facts])
+    return torch.cat((torch.stack((one, one * length)), drawn, empty.unsqueeze(0), kind))
 
 
 @cache

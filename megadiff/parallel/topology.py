@@ -59,9 +59,17 @@ class Topology:
 
         Collective over the world. Other stages, and tensor ranks other than 0, contribute nothing.
         """
+        return self.sum_with_votes(values.flatten(), 0.0)[:-1].view_as(values)
+
+    def sum_with_votes(self, values: torch.Tensor, vote: float) -> torch.Tensor:
+        """Return the sums of `sum_over_run` for values [N] and, as the last of [N + 1], the sum of every rank's vote.
+
+        Collective over the world: one all-reduce.
+        """
         counted = self.is_last_stage and self.tensor_rank == 0
-        total = values.clone() if counted else torch.zeros_like(values)
-        dist.all_reduce(total)
+        total = torch.cat((values if counted else torch.zeros_like(values), values.new_full((1,), vote)))
+        if self.layout.world_size > 1:
+            dist.all_reduce(total)
         return total
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -87,6 +95,8 @@ class Topology:
 
     def largest(self, value: int) -> int:
         """Return the largest of all ranks' integers on every rank, without a device sync. Collective over the world."""
+        if self.layout.world_size == 1:
+            return value
         held = torch.tensor(value)
         dist.all_reduce(held, dist.ReduceOp.MAX, group=self.host_group)
         return int(held)

@@ -44,21 +44,23 @@ class AgreedStop:
         self._request, self._topology = request, topology
         self._is_by_file = False
 
-    def reason(self) -> str | None:
+    def is_asked(self) -> bool:
+        """Return whether this rank was asked to stop; ranks may differ."""
+        return self._request is not None and self._request.reason() is not None
+
+    def reason(self, is_asked: bool) -> str | None:
         """Return why the run stops now, by the first rank that was asked; None to go on. Called once a step.
 
-        Collective over the world: one integer over the host's network, which waits for no device.
+        Collective over the world if the run stops, over the host's network.
+
+        Args:
+            is_asked: whether any rank was asked (`is_asked`); the same on every rank.
         """
-        if self._request is None:
+        if not is_asked or self._request is None:
             return None
-        own = self._request.reason()
-        ranks = self._topology.layout.world_size
-        first = self._topology.largest(ranks - self._topology.rank if own is not None else 0)
-        if not first:
-            return None
-        reasons = self._topology.from_main(self._topology.gather_to_main(own))
+        reasons = self._topology.from_main(self._topology.gather_to_main(self._request.reason()))
         self._is_by_file = any(reason is not None and reason.startswith(STOP_FILE) for reason in reasons)
-        return reasons[ranks - first]
+        return next(reason for reason in reasons if reason is not None)
 
     def honoured(self) -> None:
         """Remove a stop file that was seen, once the run has saved itself; a later file stops the next launch."""
@@ -124,13 +126,13 @@ class Trainer:
             for done in range(self.first_step, self.steps):
                 # The first step compiles kernels and opens communicators: it may take as long as setting up.
                 with self.watchdog.section("setup" if done == self.first_step else "step", step=done + 1):
-                    info = self._take_step(done)
+                    info, is_stop_asked = self._take_step(done)
                     for hook in self.hooks:
                         with self.watchdog.section(hook.section, step=done + 1):
                             self.watchdog.mark(_mark(hook))
                             hook(info)
                     self.watchdog.mark("agreement")
-                    stopped = self.stop.reason()
+                    stopped = self.stop.reason(is_stop_asked)
                 if stopped is not None:
                     break
             result = self._finish(self.steps if stopped is None else done + 1, stopped)
@@ -160,18 +162,19 @@ class Trainer:
                 self.watchdog.mark(_mark(hook))
                 hook.open()
 
-    def _take_step(self, done: int) -> StepInfo:
-        """Take the step after `done` steps."""
+    def _take_step(self, done: int) -> tuple[StepInfo, bool]:
+        """Take the step after `done` steps; return also whether some rank was asked to stop."""
         start = time.monotonic()
         lr = self.peak_lr * self.schedule.factor(done)
         self.watchdog.mark("data")
         microbatches = [next(self.microbatches) for _ in range(self.microbatches_of(done))]
         waited = time.monotonic() - start
-        output = self.step(microbatches, lr, mark=self.watchdog.mark)
+        output = self.step(microbatches, lr, mark=self.watchdog.mark, is_stop_asked=self.stop.is_asked)
         self.health.report(done + 1, output.decision, output.sources)
         seconds = time.monotonic() - start
         self.goodput.step_taken(done + 1, seconds, waited_s=waited)
-        return StepInfo(done + 1, output.sums, lr, output.grad_norm, seconds, output.decision.skip)
+        info = StepInfo(done + 1, output.sums, lr, output.grad_norm, seconds, output.decision.skip)
+        return info, output.is_stop_asked
 
     def _finish(self, step: int, stopped: str | None) -> TrainResult:
         """Save a run that was asked to stop, remove the stop file, and close the accounts."""

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from megadiff.errors import ConfigError
 from megadiff.model import fp8
 from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.direct_layer import DirectLayer
 from megadiff.model.implementation import (
     modules_for,
     transformer_config,
@@ -24,7 +25,12 @@ MODEL = ModelConfig(layers=8, hidden=256, heads=4, seq_length=128)
 
 
 def test_layers_on_a_cpu_are_local():
-    assert modules_for(BF16, CPU).qkv is UnbiasedColumnLinear
+    assert modules_for(ParallelConfig(), BF16, CPU).qkv is UnbiasedColumnLinear
+
+
+def test_parts_of_a_layer_are_recomputed_by_megatrons_own_layer():
+    assert modules_for(ParallelConfig(recompute="selective"), BF16, CPU).layer is DirectLayer.__base__
+    assert modules_for(ParallelConfig(recompute="full"), BF16, CPU).layer is DirectLayer
 
 
 @pytest.mark.parametrize(("recipe", "form"), [("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3")])

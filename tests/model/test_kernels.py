@@ -62,6 +62,31 @@ def test_a_gpu_without_fp8_refuses_in_the_librarys_words():
         check_kernels(ParallelConfig(), PrecisionConfig(fp8="tensorwise"), GPU)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "setting"),
+    [
+        ({"tensor": 2}, "parallel.tensor=2"),
+        ({"recompute": "full"}, "parallel.recompute=full"),
+        ({"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}, "overlap_param_g"),
+    ],
+)
+def test_compiled_blocks_refuse_what_they_cannot_do(parallel, setting):
+    compiled = PrecisionConfig(compute="fp32", compile=True)
+    with pytest.raises(
+        PlatformError, match=rf"^precision\.compile does not work with .*{setting}.*; leave one of them"
+    ):
+        check_kernels(ParallelConfig(**parallel), compiled, CPU)
+    with pytest.raises(PlatformError, match=r"^precision\.compile does not work with platform=cuda"):
+        check_kernels(ParallelConfig(), compiled, GPU)
+
+
+def test_compiled_blocks_need_a_compiler(monkeypatch):
+    compiled = PrecisionConfig(compute="fp32", compile=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(PlatformError, match="needs a C\\+\\+ compiler, but no-such-compiler was not found; install it"):
+        check_kernels(ParallelConfig(), compiled, CPU)
+
+
 def test_weight_gradients_are_fused_where_their_buffer_is_float32():
     assert fuses_weight_gradients(ParallelConfig(), BF16, GPU)
     assert not fuses_weight_gradients(ParallelConfig(gradient_accumulation_fusion=False), BF16, GPU)

@@ -7,12 +7,14 @@ import gc
 import os
 import platform as host
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from made_up import describe_made_up, prepare_made_up
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.config import noise_config
@@ -40,11 +43,14 @@ with quiet():
 _EPILOG = """examples:
   OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py
   OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py --vocab-size 32768 --only noise
+  OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py --size toy --rounds 41 --steps 3 --compile --counts
 
 One process and one thread, float32, AdamW, clipping at 1. Times are CPU seconds of the process, its loader thread
 included. Both sides of a ratio take turns, and their medians are compared. `plain` is a hand-written next-token model
 (nn.Linear, scaled_dot_product_attention, fused AdamW). Before anything is timed it takes the same steps from the same
-weights on the same sequences, and the benchmark fails unless its losses are those of megadiff.
+weights on the same sequences, and the benchmark fails unless its losses are those of megadiff. --compile adds a side
+with `precision.compile`, whose compilation is not timed. --counts prints the calls of Python functions and the
+outermost torch operations of a step, and how many of them a block adds for each microbatch.
 """
 
 _LR = 1e-4
@@ -82,7 +88,10 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="25m", help="model and batch (default 25m)")
     parser.add_argument("--vocab-size", type=int, help="another vocabulary, the mask included")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each side (default 9)")
+    parser.add_argument("--steps", type=int, default=1, help="steps of each side in a round (default 1)")
     parser.add_argument("--only", choices=("plain", "noise"), help="one of the two tables")
+    parser.add_argument("--compile", action="store_true", help="also time megadiff with precision.compile")
+    parser.add_argument("--counts", action="store_true", help="also count calls and operations")
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
     if arguments.vocab_size is not None:
@@ -92,10 +101,21 @@ def main() -> None:
         _print_setting(size)
         for kind in ("plain", "noise"):
             if arguments.only in (None, kind):
-                measure(size, Path(folder, kind), kind=kind, rounds=arguments.rounds)
+                measure(
+                    size,
+                    Path(folder, kind),
+                    kind=kind,
+                    rounds=arguments.rounds,
+                    steps=arguments.steps,
+                    is_compiled=arguments.compile,
+                )
+        if arguments.counts:
+            print_counts(size, Path(folder), is_compiled=arguments.compile)
 
 
-def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, float]:
+def measure(
+    size: Size, folder: Path, *, kind: str, rounds: int, steps: int = 1, is_compiled: bool = False
+) -> dict[str, float]:
     """Time the sides of one table, print it, and return each side's ratio to the last one.
 
     The default process group must be open.
@@ -104,18 +124,17 @@ def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, fl
         folder: a new folder for data and run.
         kind: `plain` for megadiff's next-token step against `PlainModel`'s; `noise` for diffusion steps against
             megadiff's next-token step.
-        rounds: number of timed steps of each side.
+        rounds: number of times that each side is timed.
+        steps: number of steps that are timed together.
+        is_compiled: add a side with compiled blocks to `plain`.
     """
     trainer = Wired.open(size, folder)
     try:
-        next_token = trainer.side("next_token")
         if kind == "plain":
-            plain = PlainTraining(size, trainer.prepared, trainer.run.step.chunks[0].module)
-            check_equal(next_token, plain)
-            sides = {"megadiff": next_token, "plain": plain}
+            sides = trainer.sides(size, is_compiled=is_compiled)
         else:
-            sides = {name: trainer.side("gidd", name) for name in _NOISES} | {"next token": next_token}
-        seconds, waited = _alternate(sides, rounds)
+            sides = {name: trainer.side("gidd", name) for name in _NOISES} | {"next token": trainer.side("next_token")}
+        seconds, waited = _alternate(sides, rounds, steps)
     finally:
         trainer.close()
     medians = {name: statistics.median(found) for name, found in seconds.items()}
@@ -127,16 +146,61 @@ def measure(size: Size, folder: Path, *, kind: str, rounds: int) -> dict[str, fl
     return {name: median / base for name, median in medians.items()}
 
 
+def print_counts(size: Size, folder: Path, *, is_compiled: bool) -> None:
+    """Print the calls and operations of a step of each side, and those that a block adds for each microbatch."""
+    found = []
+    for layers in (size.layers, size.layers + 1):
+        larger = replace(size, layers=layers)
+        trainer = Wired.open(larger, folder / f"counted{layers}")
+        try:
+            found.append({name: _counts(side) for name, side in trainer.sides(larger, is_compiled=is_compiled).items()})
+        finally:
+            trainer.close()
+    microbatches = size.sequences // size.micro_batch_size
+    for name, counts in found[0].items():
+        for what, count in counts.items():
+            added = (found[1][name][what] - count) / microbatches
+            print(f"{name:12} {count:6} {what} a step, {added:.0f} per block and microbatch")
+
+
+def _counts(side: Side) -> dict[str, int]:
+    """Return the number of calls of Python functions in a step, and of torch operations outside any other."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    side()  # compiles
+    gc.collect()
+    sys.setprofile(count)
+    try:
+        side()
+    finally:
+        sys.setprofile(None)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        side()
+    events: Any = profiled.events()
+    names = [(event.name, event.cpu_parent.name if event.cpu_parent else "") for event in events]
+    outermost = sum(name.startswith("aten::") and not parent.startswith("aten::") for name, parent in names)
+    return {"Python calls": calls, "operations": outermost}
+
+
 class MegadiffTraining:
     """megadiff's own step on sequences from its own loader."""
 
-    def __init__(self, step: TrainStep, sequences: Iterator[Any], microbatches: int) -> None:
+    def __init__(
+        self, step: TrainStep, sequences: Iterator[Any], microbatches: int, *, is_compiled: bool = False
+    ) -> None:
         self._step, self._sequences, self._microbatches = step, sequences, microbatches
+        self._is_compiled = is_compiled
         self.waited_s = 0.0
         """Wall time that the last step waited for its sequences."""
 
     def __call__(self) -> float:
         """Take a step and return its loss."""
+        model: Any = self._step.chunks[0].module
+        model.is_compiled = self._is_compiled
         began = time.perf_counter()
         sequences = [next(self._sequences) for _ in range(self._microbatches)]
         self.waited_s = time.perf_counter() - began
@@ -302,6 +366,18 @@ class Wired:
         )
         return MegadiffTraining(other, (microbatch.content for microbatch in loader), self.run.microbatches_of(0))
 
+    def sides(self, size: Size, *, is_compiled: bool) -> dict[str, Side]:
+        """Return the sides that are compared with the plain loop, which is the last; their first steps are equal."""
+        step, sequences, microbatches = self.run.step, self.run.microbatches, self.run.microbatches_of(0)
+        next_token = self.side("next_token")
+        plain = PlainTraining(size, self.prepared, step.chunks[0].module)
+        check_equal(next_token, plain)
+        sides: dict[str, Side] = {"megadiff": next_token}
+        if is_compiled:
+            sides["compiled"] = MegadiffTraining(step, sequences, microbatches, is_compiled=True)
+            check_equal(sides["compiled"], plain, steps=1)
+        return sides | {"plain": plain}
+
     def close(self) -> None:
         """Close the loaders and the run."""
         for loader in self.opened:
@@ -319,18 +395,21 @@ def check_equal(one: Side, other: Side, *, steps: int = 3) -> None:
         raise SystemExit("the two sides do not train the same model: nothing was timed")
 
 
-def _alternate(sides: Mapping[str, Side], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the CPU seconds of each side's steps and the wall seconds it waited for sequences; the sides take
-    turns."""
+def _alternate(
+    sides: Mapping[str, Side], rounds: int, steps: int = 1
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the CPU seconds of a step of each side and the wall seconds it waited for sequences; the sides take
+    turns of `steps` steps."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     waited: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
             gc.collect()
             began = time.process_time()
-            side()
+            for _ in range(steps):
+                side()
             if number:  # the first allocates
-                seconds[name].append(time.process_time() - began)
+                seconds[name].append((time.process_time() - began) / steps)
                 waited[name].append(side.waited_s)
     return seconds, waited
 
