@@ -50,6 +50,7 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW, _32, _11 = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(11)
 _ZERO, _52 = np.uint64(0), np.uint64(52)
+_2, _3, _4, _5, _6, _7, _8, _9 = (np.uint64(step) for step in range(2, 10))
 _MANTISSA, _HALF_EXPONENT = np.uint64(0x000FFFFFFFFFFFFF), np.uint64(0x3FE0000000000000)
 _BUCKET_BITS = np.uint64(64 - 10)
 _BUCKETS = 1024
@@ -66,20 +67,30 @@ _HALF_PI = 0.5 * math.pi
 _NEWTON_STEPS = 12
 
 _part = numba.njit(nogil=True, error_model="numpy")
+# Only what numba has inlined becomes vector code, and a loop within would keep the loop around it from that.
+_inline = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
-@_part
+@_inline
+def _round(first: Any, second: Any, k0: Any, k1: Any) -> Any:
+    """Return half a block each after a round, as `philox._half` has it; of a key the lower word alone counts."""
+    return ((second >> _32) * _M1) ^ ((first ^ k0) << _32), ((first >> _32) * _M0) ^ ((second ^ k1) << _32)
+
+
+@_inline
 def _block(position: Any, index: Any, key: Any) -> Any:
     """Return words 0-1 and words 2-3 of a block as two 64-bit numbers, the first of two on top."""
-    first, second = position << _32, (index << _32) | (index >> _32)
-    k0, k1 = key & _LOW, key >> _32
-    for _ in range(10):
-        first, second = (
-            ((second >> _32) * _M1) ^ ((first ^ k0) << _32),
-            ((first >> _32) * _M0) ^ ((second ^ k1) << _32),
-        )
-        k0, k1 = k0 + _W0, k1 + _W1
-    return first, second
+    k0, k1 = key, key >> _32
+    first, second = _round(position << _32, (index << _32) | (index >> _32), k0, k1)
+    first, second = _round(first, second, k0 + _W0, k1 + _W1)
+    first, second = _round(first, second, k0 + _2 * _W0, k1 + _2 * _W1)
+    first, second = _round(first, second, k0 + _3 * _W0, k1 + _3 * _W1)
+    first, second = _round(first, second, k0 + _4 * _W0, k1 + _4 * _W1)
+    first, second = _round(first, second, k0 + _5 * _W0, k1 + _5 * _W1)
+    first, second = _round(first, second, k0 + _6 * _W0, k1 + _6 * _W1)
+    first, second = _round(first, second, k0 + _7 * _W0, k1 + _7 * _W1)
+    first, second = _round(first, second, k0 + _8 * _W0, k1 + _8 * _W1)
+    return _round(first, second, k0 + _9 * _W0, k1 + _9 * _W1)
 
 
 @_part
@@ -88,7 +99,7 @@ def _uniform(position: Any, index: Any, key: Any) -> Any:
     return np.float64(first >> _11) * 2.0**-53
 
 
-@_part
+@_inline
 def _below(bits: Any, bound: Any) -> Any:
     return ((bits >> _32) * bound + (((bits & _LOW) * bound) >> _32)) >> _32
 
