@@ -11,10 +11,9 @@ import importlib.util
 import threading
 import warnings
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
-WORTH_TOKENS = 2**23
+WORTH_TOKENS = 2**22
 """Number of tokens that a process noises by numpy first. That takes about as long as loading numba."""
 
 
@@ -23,13 +22,13 @@ class Kernel:
     """Machine code of this process, loaded when enough tokens have been noised."""
 
     tokens: int = 0
-    module: ModuleType | Any = None
-    """`noise_kernel`, or None as long as numpy noises."""
+    module: Any = None
+    """`noise_plan`, or None as long as numpy noises."""
     is_settled: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def for_tokens(self, tokens: int) -> Any:
-        """Count tokens that are to be noised; return `noise_kernel`, or None if numpy is to noise them."""
+        """Count tokens that are to be noised; return `noise_plan`, or None if numpy is to noise them."""
         if not self.is_settled:
             self.tokens += tokens
             if self.tokens >= WORTH_TOKENS:
@@ -43,7 +42,7 @@ kernel = Kernel()
 
 
 def load() -> Any:
-    """Return `noise_kernel` with its code compiled; None without numba, and with a warning where numba fails."""
+    """Return `noise_plan` with its kernel compiled; None without numba, and with a warning where numba fails."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:
@@ -51,8 +50,8 @@ def load() -> Any:
 
         if numba.config.DISABLE_JIT:
             return None
-        from megadiff.diffusion import noise_kernel
+        from megadiff.diffusion import noise_plan
     except Exception as error:  # anything that numba, LLVM or the linker raise: numpy does the same work
         warnings.warn(f"training sequences are noised by numpy, since numba fails: {error}", stacklevel=2)
         return None
-    return noise_kernel
+    return noise_plan

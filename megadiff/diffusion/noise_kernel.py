@@ -13,32 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
-from megadiff.diffusion import conditioning as conditions
-from megadiff.diffusion import exact
-from megadiff.diffusion.config import ConditioningConfig
-from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.diffusion.philox import Stream
-from megadiff.diffusion.processes.gidd_snr import GiddSnr
-from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
-from megadiff.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSchedule, UniformSchedule
-
-# Numbers of a `Plan`, float64.
+# Numbers of a `noise_plan.Plan`, float64.
 PER_TOKEN, LINEAR, PROMPT, INFILLING, MAX_FRACTION, PAD_INSERTION = range(6)
 LOW_SNR, HIGH_SNR, SCHEDULE_0, SCHEDULE_1, SCHEDULE_2, SCHEDULE_3, LAW_0, LAW_1 = range(6, 14)
 
-# Numbers of a `Plan`, int64.
+# Numbers of a `noise_plan.Plan`, int64.
 VOCAB_SIZE, MASK_ID, PAD_ID, NOISE_KIND, SCHEDULE, RELEASED_LAW = range(6)
 
-# Keys of a `Plan`, by stream.
+# Keys of a `noise_plan.Plan`, by stream.
 ROW, EMPTY, INFILL, LOG_SNR, BATCH, NOISE = range(6)
-_STREAMS = ("row", "empty", "infill", "log_snr", "batch", "noise")
 
 MASKS, TOKENS, HYBRID_SNR, HYBRID_TIME_1, HYBRID_TIME = range(5)
 LINEAR_SCHEDULE, COSINE_SCHEDULE, UNIFORM_SCHEDULE, TIME_SCHEDULE = range(4)
@@ -66,9 +54,10 @@ _COS = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(9))
 _HALF_PI = 0.5 * math.pi
 _NEWTON_STEPS = 12
 
-_part = numba.njit(nogil=True, error_model="numpy")
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+_part = numba.njit(**_OPTIONS)
 # Only what numba has inlined becomes vector code, and a loop within would keep the loop around it from that.
-_inline = numba.njit(nogil=True, error_model="numpy", inline="always")
+_inline = numba.njit(inline="always", **_OPTIONS)
 
 
 @_inline
@@ -196,9 +185,7 @@ def _logit_u(log_snr: Any, noise: Any, floats: Any) -> Any:
     half = 0.5 * b
     if noise == HYBRID_TIME_1:
         at_half, square = _exp(a), _exp(-log_snr)
-        return _logit_u_at(
-            2.0 * _log(2.0 * square / (at_half + math.sqrt(at_half * at_half + 4.0 * square))), a, half
-        )
+        return _logit_u_at(2.0 * _log(2.0 * square / (at_half + math.sqrt(at_half * at_half + 4.0 * square))), a, half)
     s = -log_snr
     for _ in range(_NEWTON_STEPS):
         odds = _exp(_logit_u_at(s, a, half))
@@ -213,7 +200,7 @@ def _coins(log_snr: Any, noise: Any, floats: Any) -> Any:
     """Return the thresholds of a level's two coins; the second one is 0 where noise takes none."""
     level = np.float64(log_snr)
     keep = _threshold(_sigmoid(level))
-    if noise == MASKS or noise == TOKENS:
+    if noise in (MASKS, TOKENS):
         return keep, _ZERO
     return keep, _threshold(_sigmoid(_logit_u(level, noise, floats)))
 
@@ -225,9 +212,7 @@ def _fraction(r: Any, floats: Any) -> Any:
 
 
 @_part
-def _level(
-    sequence: Any, slots: Any, keys: Any, floats: Any, ints: Any
-) -> Any:
+def _level(sequence: Any, slots: Any, keys: Any, floats: Any, ints: Any) -> Any:
     """Return the one level of a sequence; `slots` are global batch (0: not stratified), origin and stride."""
     index = np.uint64(sequence)
     share = _uniform(_ZERO, index, keys[LOG_SNR])
@@ -241,7 +226,9 @@ def _level(
 
 
 @_part
-def _insert_empties(clean: Any, fraction: Any, index: Any, key: Any, ints: Any, keys: Any, filled: Any, source: Any) -> None:
+def _insert_empties(
+    clean: Any, fraction: Any, index: Any, key: Any, ints: Any, keys: Any, filled: Any, source: Any
+) -> None:
     """Insert a sequence's empty tokens where `conditioning.empty_positions` has them: the smallest of as many keys."""
     length, last = len(clean), _ZERO
     if ints[RELEASED_LAW]:
@@ -396,115 +383,17 @@ _SIGNATURE = (
 )
 
 
-def _compiled(function: Callable[..., bool]) -> Callable[..., bool]:
-    """Return the function as machine code, from numba's cache or compiled now.
+def compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
+    """Return a function as machine code, from numba's cache or compiled now.
 
-    The cache is `__pycache__` beside this file, else numba's folder in the user's cache folder, or what NUMBA_CACHE_DIR
-    names. Where none of them can be written, or what is there cannot be read, the code is compiled for this process.
+    The cache is in `__pycache__` beside the function's file, else in numba's folder of the user's cache folder, or
+    where NUMBA_CACHE_DIR says. Where none of them can be written, or what is there cannot be read, the code is compiled
+    for this process alone. Ranks that start together write the same file, each by a rename.
     """
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(_SIGNATURE, cache=True, **options)(function)
+        return numba.njit(signature, cache=True, **_OPTIONS)(function)
     except Exception:
-        return numba.njit(_SIGNATURE, **options)(function)
+        return numba.njit(signature, **_OPTIONS)(function)
 
 
-noise_sequences = _compiled(_noise_sequences)
-
-
-def noise(
-    tokens: npt.NDArray[np.int64],
-    sequences: npt.NDArray[np.int64],
-    run: tuple[int, str, NoiseProcess, ConditioningConfig, int | None],
-    strata: tuple[int, int, int] | None,
-) -> tuple[npt.NDArray[Any] | None, ...] | None:
-    """Return the arrays of a `NoisedBatch` in its order, its source None without inserted pads.
-
-    None stands for noise that the kernel does not know, and for input that is to be refused.
-
-    Args:
-        tokens: [B, L] ids.
-        sequences: [B] global sample indices.
-        run: arguments of `plan`.
-        strata: global batch, index of the first sample of one, and stride; None if levels are not stratified.
-    """
-    found, conditioning = plan(*run), run[3]
-    has_pads = conditioning.pad_insertion > 0
-    is_wrong = tokens.ndim != 2 or sequences.shape != tokens.shape[:1] or (has_pads and run[4] is None)
-    if found is None or is_wrong or (strata is not None and not 0 < strata[0] < 2**31):
-        return None
-    shape = tokens.shape
-    noised, log_snr, is_noisy = np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.bool_)
-    prompt, pattern = np.empty(shape[0], np.int64), np.empty(shape[0], np.int8)
-    filled, source = (np.empty(shape, np.int64), np.empty(shape, np.int64)) if has_pads else (_NOTHING, _NOTHING)
-    linear = linear_levels(shape[1], run[2].schedule) if conditioning.linear_noise > 0 else _NO_LEVELS
-    results = noised, filled, log_snr, is_noisy, prompt, pattern, source
-    if not noise_sequences(tokens, sequences, strata or _NO_STRATA, *found, linear, *results):
-        return None
-    return noised, filled if has_pads else tokens, log_snr, is_noisy, prompt, pattern, source if has_pads else None
-
-
-_NOTHING, _NO_LEVELS = np.empty((0, 0), np.int64), np.empty(0, np.float32)
-_NO_STRATA = 0, 0, 0
-
-
-class Plan(NamedTuple):
-    """Arguments of `noise_sequences` that stay the same throughout a run."""
-
-    keys: npt.NDArray[np.uint64]
-    floats: npt.NDArray[np.float64]
-    ints: npt.NDArray[np.int64]
-
-
-@lru_cache(maxsize=16, typed=True)
-def plan(
-    seed: int, prefix: str, process: NoiseProcess, conditioning: ConditioningConfig, pad_id: int | None
-) -> Plan | None:
-    """Return the kernel's numbers, or None for a law or a schedule that it does not know."""
-    law, schedule = _law(process), _schedule(process.schedule)
-    if law is None or schedule is None:
-        return None
-    keys = [low | high << 32 for low, high in (Stream(seed, f"{prefix}/{name}").key for name in _STREAMS)]
-    floats = (
-        *(conditioning.per_token_noise, conditioning.linear_noise, conditioning.prompt, conditioning.infilling),
-        *(conditioning.max_fraction, conditioning.pad_insertion),
-        *(process.schedule.min_log_snr, process.schedule.max_log_snr),
-        *(*schedule[1:], *law[1:]),
-    )
-    is_released = conditioning.pad_insertion_law == "released"
-    ints = process.vocab_size, process.mask_id, -1 if pad_id is None else pad_id, law[0], schedule[0], is_released
-    return Plan(np.array(keys, dtype=np.uint64), np.array(floats, dtype=np.float64), np.array(ints, dtype=np.int64))
-
-
-@lru_cache(maxsize=16)
-def linear_levels(length: int, schedule: NoiseSchedule) -> npt.NDArray[np.float32]:
-    """Return the levels of a linear sequence."""
-    return conditions.linear_log_snr(length, schedule).astype(np.float32)
-
-
-def _law(process: NoiseProcess) -> tuple[int, float, float] | None:
-    """Return the kind of noise and two numbers; a class derived from a known one may compute otherwise."""
-    law = process.law
-    if type(law) is GiddSnr:
-        kind = MASKS if law.is_masked_limit else TOKENS if law.is_uniform_limit else HYBRID_SNR
-        return kind, law.scale, law.shift
-    if type(law) is GiddTime:
-        kind = MASKS if law.is_masked_limit else HYBRID_TIME_1 if law.gamma == 1 else HYBRID_TIME
-        return kind, law.log_b, law.gamma
-    return None
-
-
-def _schedule(schedule: NoiseSchedule) -> tuple[int, float, float, float, float] | None:
-    """Return the kind of schedule and four numbers."""
-    if type(schedule) is LinearSchedule:
-        ends = np.array([schedule.max_log_snr, schedule.min_log_snr])
-        return LINEAR_SCHEDULE, *exact.sigmoid(ends), *exact.sigmoid(-ends)
-    if type(schedule) is CosineSchedule:
-        ends = exact.atan(exact.exp([-0.5 * schedule.max_log_snr, -0.5 * schedule.min_log_snr])) / (0.5 * math.pi)
-        return COSINE_SCHEDULE, *ends, 0.0, 0.0
-    if type(schedule) is UniformSchedule:
-        return UNIFORM_SCHEDULE, 0.0, 0.0, 0.0, 0.0
-    if type(schedule) is TimeSchedule and type(schedule.law) is GiddTime:
-        law = schedule.law
-        return TIME_SCHEDULE, schedule.time_eps, 1.0 - schedule.time_eps, law.log_b, 0.5 * law.gamma
-    return None
+noise_sequences = compiled(_noise_sequences, _SIGNATURE)

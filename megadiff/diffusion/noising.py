@@ -32,8 +32,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import compiled, exact
+from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, NoisePattern, SequenceDraws
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.noise_process import NoiseProcess

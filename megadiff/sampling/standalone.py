@@ -406,7 +406,13 @@ def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tup
 
 
 def reverse_step(
-    prediction: Prediction | LazyPrediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, process: Noise
+    prediction: Prediction | LazyPrediction,
+    ids: Tensor,
+    log_snr_t: float,
+    log_snr_s: float,
+    uniforms: Tensor,
+    *,
+    process: Noise,
 ) -> Tensor:
     """Draw z_s ~ p(z_s | z_t) for every token, [B, W], from three uniform numbers per token, [3, B, W].
 
@@ -678,9 +684,7 @@ class _Walk:
             )
             return torch.where(fixed, window, drawn)
         plain = LazyPrediction(logits, self.noise)
-        chosen = adaptive_candidates(
-            plain, window, self.levels[k], noise=self.noise, count=self.per_step, fixed=fixed
-        )
+        chosen = adaptive_candidates(plain, window, self.levels[k], noise=self.noise, count=self.per_step, fixed=fixed)
         if not bool(chosen.any()):
             return None
         return window.masked_scatter(chosen, draw_tokens(self._predict(logits), chosen, uniforms[0]))
