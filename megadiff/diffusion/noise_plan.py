@@ -34,7 +34,7 @@ def noise(
 ) -> tuple[npt.NDArray[Any] | None, ...] | None:
     """Return the arrays of a `NoisedBatch` in its order, its source None without inserted pads.
 
-    None stands for noise that the kernel does not know, and for input that is to be refused.
+    None stands for input that is to be refused.
 
     Args:
         tokens: [B, L] ids.
@@ -42,10 +42,10 @@ def noise(
         run: arguments of `plan`.
         strata: global batch, index of the first sample of one, and stride; None if levels are not stratified.
     """
-    found, conditioning = plan(*run), run[3]
+    conditioning = run[3]
     has_pads = conditioning.pad_insertion > 0
     is_wrong = tokens.ndim != 2 or sequences.shape != tokens.shape[:1] or (has_pads and run[4] is None)
-    if found is None or is_wrong or (strata is not None and not 0 < strata[0] < 2**31):
+    if is_wrong or (strata is not None and not 0 < strata[0] < 2**31):
         return None
     shape = tokens.shape
     noised, log_snr, is_noisy = np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.bool_)
@@ -53,7 +53,7 @@ def noise(
     filled, source = (np.empty(shape, np.int64), np.empty(shape, np.int64)) if has_pads else (_NOTHING, _NOTHING)
     linear = linear_levels(shape[1], run[2].schedule) if conditioning.linear_noise > 0 else _NO_LEVELS
     results = noised, filled, log_snr, is_noisy, prompt, pattern, source
-    if not noise_kernel.noise_sequences(tokens, sequences, strata or _NO_STRATA, *found, linear, *results):
+    if not noise_kernel.noise_sequences(tokens, sequences, strata or _NO_STRATA, *plan(*run), linear, *results):
         return None
     return noised, filled if has_pads else tokens, log_snr, is_noisy, prompt, pattern, source if has_pads else None
 
@@ -67,13 +67,9 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=16, typed=True)
-def plan(
-    seed: int, prefix: str, process: NoiseProcess, conditioning: ConditioningConfig, pad_id: int | None
-) -> Plan | None:
-    """Return the kernel's numbers, or None for a law or a schedule that it does not know."""
+def plan(seed: int, prefix: str, process: NoiseProcess, conditioning: ConditioningConfig, pad_id: int | None) -> Plan:
+    """Return the kernel's numbers."""
     law, schedule = _law(process), _schedule(process.schedule)
-    if law is None or schedule is None:
-        return None
     keys = [low | high << 32 for low, high in (Stream(seed, f"{prefix}/{name}").key for name in _STREAMS)]
     floats = (
         *(conditioning.per_token_noise, conditioning.linear_noise, conditioning.prompt, conditioning.infilling),
@@ -92,31 +88,31 @@ def linear_levels(length: int, schedule: NoiseSchedule) -> npt.NDArray[np.float3
     return conditions.linear_log_snr(length, schedule).astype(np.float32)
 
 
-def _law(process: NoiseProcess) -> tuple[int, float, float] | None:
-    """Return the kind of noise and two numbers; a class derived from a known one may compute otherwise."""
+def _law(process: NoiseProcess) -> tuple[int, float, float]:
+    """Return the kind of noise and two numbers."""
     law = process.law
-    if type(law) is GiddSnr:
+    if isinstance(law, GiddSnr):
         if law.is_masked_limit or law.is_uniform_limit:
             return noise_kernel.MASKS if law.is_masked_limit else noise_kernel.TOKENS, 0.0, 0.0
         return noise_kernel.HYBRID_SNR, law.scale, law.shift
-    if type(law) is GiddTime:
+    if isinstance(law, GiddTime):
         if law.is_masked_limit:
             return noise_kernel.MASKS, 0.0, 0.0
         return noise_kernel.HYBRID_TIME_1 if law.gamma == 1 else noise_kernel.HYBRID_TIME, law.log_b, law.gamma
-    return None
+    raise TypeError(f"the kernel does not know {type(law).__name__}")
 
 
-def _schedule(schedule: NoiseSchedule) -> tuple[int, float, float, float, float] | None:
+def _schedule(schedule: NoiseSchedule) -> tuple[int, float, float, float, float]:
     """Return the kind of schedule and four numbers."""
-    if type(schedule) is LinearSchedule:
+    if isinstance(schedule, LinearSchedule):
         ends = np.array([schedule.max_log_snr, schedule.min_log_snr])
         return noise_kernel.LINEAR_SCHEDULE, *exact.sigmoid(ends), *exact.sigmoid(-ends)
-    if type(schedule) is CosineSchedule:
+    if isinstance(schedule, CosineSchedule):
         ends = exact.atan(exact.exp([-0.5 * schedule.max_log_snr, -0.5 * schedule.min_log_snr])) / (0.5 * math.pi)
         return noise_kernel.COSINE_SCHEDULE, *ends, 0.0, 0.0
-    if type(schedule) is UniformSchedule:
+    if isinstance(schedule, UniformSchedule):
         return noise_kernel.UNIFORM_SCHEDULE, 0.0, 0.0, 0.0, 0.0
-    if type(schedule) is TimeSchedule and type(schedule.law) is GiddTime:
+    if isinstance(schedule, TimeSchedule):
         law = schedule.law
         return noise_kernel.TIME_SCHEDULE, schedule.time_eps, 1.0 - schedule.time_eps, law.log_b, 0.5 * law.gamma
-    return None
+    raise TypeError(f"the kernel does not know {type(schedule).__name__}")

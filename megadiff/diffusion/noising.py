@@ -144,7 +144,7 @@ def _noise_compiled(
 
     None where that is not loaded or does not know the noise, and for wrong input, which numpy's code refuses.
     """
-    kernel = compiled.kernel.for_tokens(math.prod(clean.shape))
+    kernel = compiled.kernel.for_tokens(math.prod(clean.shape), run[2])
     if kernel is None:
         return None
     tokens = _int64(clean.numpy() if isinstance(clean, Tensor) else clean)
