@@ -28,6 +28,10 @@ SHIFTS = (-1000.0, -2.0, 0.0, 2.0, 1000.0)
 OPTIONS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.7, "top_k": 3}, {"top_p": 0.8}, {"temperature": 0})
 
 
+def of_ids(probs: Tensor, ids: Tensor) -> Tensor:
+    return probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
 def plain_reverse_step(
     prediction: Prediction, ids: Tensor, t: float, s: float, uniforms: Tensor, process: NoiseProcess
 ) -> Tensor:
@@ -35,7 +39,7 @@ def plain_reverse_step(
     at_t, at_s = (torch.full(ids.shape, level, dtype=torch.float64) for level in (t, s))
     keep, fresh = reverse_kernel(ids, at_t, at_s, process)
     alpha, beta = torch.sigmoid(at_s), torch.sigmoid(-at_s)
-    marginal = alpha * prediction.at(ids).double() + beta * noise_probability(process, at_s, ids)
+    marginal = alpha * of_ids(prediction.probs, ids).double() + beta * noise_probability(process, at_s, ids)
     is_fresh = uniforms[1] * (keep * marginal + fresh) < fresh
     is_mask = (uniforms[2] - alpha) < beta * process.mask_prob(at_s)
     real = (uniforms[0] * process.num_real).long().clamp(max=process.num_real - 1)
@@ -79,7 +83,7 @@ def test_probabilities_and_draws_are_those_of_the_whole_vocabulary(options, monk
         process = HybridMixing(vocab, 3, 0.0)
         logits, ids, uniforms = case(vocab, 3, 5, torch.float32)
         whole, lazy = predict(logits, process, **options), LazyPrediction(logits, process, **options)
-        assert torch.equal(lazy.at(ids), whole.at(ids))
+        assert torch.equal(lazy.at(ids), of_ids(whole.probs, ids))
         where = uniforms[1] < 0.4
         assert torch.equal(lazy.rows(where.nonzero(as_tuple=True)), whole.probs[where])
         cumulative = whole.probs[where].double().cumsum(dim=-1)
@@ -95,7 +99,7 @@ def test_adaptive_candidates_are_those_of_the_whole_vocabulary(shift):
     logits, ids, uniforms = case(50, 3, 1, torch.float32)
     probs, fixed = predict(logits, process).probs, uniforms[0] < 0.3
     for level in (-9.0, 0.0, 5.0):
-        gain = (probs.max(dim=-1).values - probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)).double()
+        gain = (probs.max(dim=-1).values - of_ids(probs, ids)).double()
         at = torch.tensor(level, dtype=torch.float64)
         score = (gain * noise_probability(process, at, ids)).masked_fill(fixed, 0.0)
         ranked, order = score.sort(dim=-1, descending=True, stable=True)
@@ -123,13 +127,10 @@ def test_texts_do_not_depend_on_the_size_of_blocks(sampler, monkeypatch):
 
 def test_no_distribution_is_made_where_nothing_is_drawn(monkeypatch):
     """Under masked noise a revealed token stays and a mask has probability 0: only new tokens need a softmax."""
-    made = []
+    made, rows = [], LazyPrediction.rows
     monkeypatch.setattr(LazyPrediction, "rows", lambda self, where: made.append(len(where[0])) or rows(self, where))
     process = HybridMixing(9, 4, -1000.0)
     settings = Settings(max_new_tokens=50, max_denoising_steps=10)
     prompt = torch.tensor([[5], [7]])
     generate(lambda ids, _: torch.zeros(*ids.shape, 9), prompt, settings, process)
     assert sum(made) == 100
-
-
-rows = LazyPrediction.rows
