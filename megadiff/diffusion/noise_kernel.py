@@ -2,8 +2,8 @@
 
 One call noises a whole microbatch, sequence by sequence; its temporaries are a few arrays of one sequence. Every
 number is made by the same IEEE-exact operations in the same order as in `philox`, `exact`, `schedules`, `conditioning`
-and `noising` (numba contracts no multiplication and addition unless it is told to), so either code may do any part of
-a run. The tests hold the two together.
+and `noising` (by default numba contracts no multiplication and addition), so either code may do any part of a run. The
+tests hold the two together.
 
 Compiled code is cached on the disk. numba notices a change of this file alone, so no compiled function may depend on a
 value or a function of another module.

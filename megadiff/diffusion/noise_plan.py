@@ -34,7 +34,7 @@ def noise(
 ) -> tuple[npt.NDArray[Any] | None, ...] | None:
     """Return the arrays of a `NoisedBatch` in its order, its source None without inserted pads.
 
-    None stands for input that is to be refused.
+    None means input that is to be refused.
 
     Args:
         tokens: [B, L] ids.
