@@ -66,7 +66,7 @@ def load() -> Any:
     try:
         import numba
 
-        if numba.config.DISABLE_JIT:
+        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
             return None
         from megadiff.diffusion import noise_plan
     except Exception as error:  # anything that numba, LLVM or the linker raise: numpy does the same work

@@ -53,7 +53,8 @@ def noise(
     filled, source = (np.empty(shape, np.int64), np.empty(shape, np.int64)) if has_pads else (_NOTHING, _NOTHING)
     linear = linear_levels(shape[1], run[2].schedule) if conditioning.linear_noise > 0 else _NO_LEVELS
     results = noised, filled, log_snr, is_noisy, prompt, pattern, source
-    if not noise_kernel.noise_sequences(tokens, sequences, strata or _NO_STRATA, *plan(*run), linear, *results):
+    numbers = plan(*run)  # type: ignore[arg-type]
+    if not noise_kernel.noise_sequences(tokens, sequences, strata or _NO_STRATA, *numbers, linear, *results):
         return None
     return noised, filled if has_pads else tokens, log_snr, is_noisy, prompt, pattern, source if has_pads else None
 

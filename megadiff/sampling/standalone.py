@@ -30,8 +30,8 @@ Positions = tuple[Tensor, Tensor]
 """Indices of sequences and of positions of the window, [n] each."""
 
 _WORD = 0xFFFFFFFF
-_CPU_BLOCK, _GPU_BLOCK = 2**18, 2**26
-"""Number of probabilities that are made together; on a CPU few enough for its cache."""
+_CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26
+"""Number of probabilities that are made together; on a CPU for each thread, and few enough for its cache."""
 _RELEASED_NAMES = {
     "steps": "max_denoising_steps",
     "max_length": "max_new_tokens",
@@ -306,8 +306,10 @@ class LazyPrediction:
 
     def rows(self, where: Positions) -> Tensor:
         """Return the probabilities of some positions, [n, V]."""
-        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return predict(self.logits[where], self.noise, **options).probs
+        values = self.logits[where][:, : self.noise.vocab_size]  # a copy
+        if values.dtype != torch.float64:
+            values = values.to(torch.float32)
+        return _probabilities(values, self.noise, self.temperature, self.top_k, self.top_p)
 
     def at(self, ids: Tensor) -> Tensor:
         """Return the probability of the given ids, [B, W]."""
@@ -336,11 +338,17 @@ def predict(
     _check_logits(logits, noise)
     values = logits[..., : noise.vocab_size]
     values = values.clone() if values.dtype == torch.float64 else values.to(torch.float32, copy=True)
+    return Prediction(_probabilities(values, noise, temperature, top_k, top_p))
+
+
+def _probabilities(values: Tensor, noise: Noise, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Return what `predict` does from logits [..., V], which are written over."""
     values[..., noise.mask_id] = -torch.inf
     if temperature == 0:
         best = values.argmax(dim=-1, keepdim=True)
-        return Prediction(torch.zeros_like(values).scatter_(-1, best, 1.0))
-    values /= temperature
+        return torch.zeros_like(values).scatter_(-1, best, 1.0)
+    if temperature != 1:
+        values /= temperature
     if top_k is not None and top_k < noise.vocab_size - 1:
         values.masked_fill_(values < values.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
     probs = values.softmax(dim=-1)
@@ -348,8 +356,18 @@ def predict(
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         kept = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, order, kept)
-        probs /= probs.sum(dim=-1, keepdim=True)
-    return Prediction(probs)
+        probs /= _sums(probs)
+    return probs
+
+
+def _sums(probs: Tensor) -> Tensor:
+    """Return sums over the vocabulary, [..., 1], that do not depend on the number of positions.
+
+    torch shares the sum of a single position among its threads, which changes the last bit; of two it does not.
+    """
+    rows = probs.reshape(-1, probs.shape[-1])
+    found = (rows.expand(2, -1) if len(rows) == 1 else rows).sum(dim=-1)
+    return found[: len(rows)].view(*probs.shape[:-1], 1)
 
 
 def draw_tokens(prediction: Prediction | LazyPrediction, where: Tensor, uniforms: Tensor) -> Tensor:
@@ -374,7 +392,7 @@ def _invert(probs: Tensor, uniforms: Tensor) -> Tensor:
 
     Sums are in float64: in float32 the last tokens of a vocabulary of 131072 would get too much or too little.
     """
-    cumulative = probs.double().cumsum(dim=-1)
+    cumulative = probs.to(torch.float64, copy=True).cumsum_(dim=-1)
     target = uniforms.double().unsqueeze(-1) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
 
@@ -386,7 +404,8 @@ def _of_ids(probs: Tensor, ids: Tensor) -> Tensor:
 def _position_blocks(where: Tensor, vocab_size: int) -> Iterator[Positions]:
     """Yield the positions that are true in `where`, a few at a time."""
     sequence, place = where.nonzero(as_tuple=True)
-    size = max(1, (_CPU_BLOCK if where.device.type == "cpu" else _GPU_BLOCK) // vocab_size)
+    numbers = _CPU_BLOCK * torch.get_num_threads() if where.device.type == "cpu" else _GPU_BLOCK
+    size = max(1, numbers // vocab_size)
     yield from zip(sequence.split(size), place.split(size), strict=True)
 
 
