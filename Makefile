@@ -56,7 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmarks/training_step.py --rounds 7
 	$(BIN)/python tools/benchmarks/checkpoint_stall.py --saves 7
 	$(BIN)/python tools/benchmarks/cached_blocks.py --runs 5
-	$(BIN)/python tools/benchmarks/sampling.py --length 16 --steps 6
+	$(BIN)/python tools/benchmarks/sampling.py --length 16 --steps 8
 	$(BIN)/python tools/benchmarks/export_memory.py
 
 clean:
