@@ -35,6 +35,7 @@ setup(
         "tensorboard>=2.15",
     ],
     extras_require={
+        "fast": ["numba>=0.61"],  # noising in machine code
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "hf": ["transformers>=4.57,<6"],
         "eval": ["lm-eval>=0.4.9"],
@@ -56,6 +57,7 @@ setup(
             "ruff>=0.6",
             "pyright>=1.1.380",
             "import-linter>=2.0",
+            "numba>=0.61",
             "triton>=3.6; sys_platform == 'linux'",  # interpreted and compiled in tests; a CUDA torch brings its own
         ],
     },

@@ -32,8 +32,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megadiff.diffusion import compiled, exact
 from megadiff.diffusion import conditioning as conditions
-from megadiff.diffusion import exact
 from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, NoisePattern, SequenceDraws
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.noise_process import NoiseProcess
@@ -102,8 +102,15 @@ def noise_batch(
         DataError: a clean token that is the mask or lies outside the vocabulary.
         ConfigError: empty tokens without a pad id.
     """
-    tokens, sequences = _token_sequences(clean, sample_index, process)
     conditioning = conditioning or ConditioningConfig()
+    if stratified and global_batch is not None:
+        strata = global_batch, batch_origin, _stride(global_batch) if global_batch > 0 else 0
+    else:
+        strata = None
+    batch = _noise_compiled(clean, sample_index, (seed, prefix, process, conditioning, pad_id), strata)
+    if batch is not None:
+        return batch
+    tokens, sequences = _token_sequences(clean, sample_index, process)
     if conditioning.pad_insertion > 0 and pad_id is None:
         raise ConfigError("conditioning.pad_insertion inserts pad tokens: the tokenizer needs a pad id, or set it to 0")
     streams = _streams(seed, prefix)
@@ -113,7 +120,7 @@ def noise_batch(
     draws = conditions.draw_sequences(streams["row"], sequences, conditioning)
     level = _level(process.schedule.log_snr(quantiles).astype(np.float32)[:, None], process)
     length = tokens.shape[1]
-    source = torch.arange(length).expand(tokens.shape)
+    source = _positions(length).expand(tokens.shape)
     if conditioning.pad_insertion > 0 and pad_id is not None:
         counts = conditions.empty_counts(draws.empty_fraction, length, conditioning.pad_insertion_law)
         tokens, moved = _insert_empties(tokens, sequences, counts, streams["empty"], pad_id)
@@ -125,6 +132,29 @@ def noise_batch(
         noised[which], log_snr[which], is_noisy[which], prompt[which] = part
     arrays = noised, tokens, log_snr, is_noisy, prompt, draws.pattern
     return NoisedBatch(*(torch.from_numpy(array) for array in arrays), source=source)
+
+
+def _noise_compiled(
+    clean: npt.NDArray[np.integer] | Tensor,
+    sample_index: npt.ArrayLike | Tensor,
+    run: tuple[int, str, NoiseProcess, ConditioningConfig, int | None],
+    strata: tuple[int, int, int] | None,
+) -> NoisedBatch | None:
+    """Return what the rest of `noise_batch` returns, by machine code.
+
+    None where that is not loaded or does not know the noise, and for wrong input, which numpy's code refuses.
+    """
+    kernel = compiled.kernel.for_tokens(math.prod(clean.shape), run[2])
+    if kernel is None:
+        return None
+    tokens = _int64(clean.numpy() if isinstance(clean, Tensor) else clean)
+    index = np.asarray(sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index)
+    found = kernel.noise(tokens, index.astype(np.int64), run, strata)
+    if found is None:
+        return None
+    *arrays, source = found
+    place = _positions(tokens.shape[1]).expand(tokens.shape) if source is None else torch.from_numpy(source)
+    return NoisedBatch(*map(torch.from_numpy, arrays), source=place)
 
 
 def stratified_quantiles(
@@ -340,7 +370,7 @@ def _token_sequences(
     clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, process: NoiseProcess
 ) -> tuple[Int[IntArray, "B L"], Int[IntArray, " B"]]:
     """Return ids and indices as int64, checked."""
-    tokens = np.require(clean.numpy() if isinstance(clean, Tensor) else clean, dtype=np.int64, requirements=["C", "W"])
+    tokens = _int64(clean.numpy() if isinstance(clean, Tensor) else clean)
     index = sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index
     sequences = np.asarray(index).astype(np.int64)
     if tokens.ndim != 2 or sequences.shape != tokens.shape[:1]:
@@ -358,6 +388,17 @@ def _token_sequences(
             f"the data contain the mask token (id {process.mask_id}): they were made with another tokenizer"
         )
     return tokens, sequences
+
+
+def _int64(clean: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Return ids as a contiguous array of int64 that may be written to: the one given if it is such an array."""
+    return np.require(clean, dtype=np.int64, requirements=["C", "W"])
+
+
+@lru_cache
+def _positions(length: int) -> Tensor:
+    """Return 0, 1, ..., length - 1, for reading."""
+    return torch.arange(length)
 
 
 @lru_cache

@@ -26,7 +26,12 @@ Denoise = Callable[[Tensor, int], Tensor]
 is ignored.
 """
 
+Positions = tuple[Tensor, Tensor]
+"""Indices of sequences and of positions of the window, [n] each."""
+
 _WORD = 0xFFFFFFFF
+_CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26
+"""Number of probabilities that are made together; on a CPU for each thread, and few enough for its cache."""
 _RELEASED_NAMES = {
     "steps": "max_denoising_steps",
     "max_length": "max_new_tokens",
@@ -266,9 +271,52 @@ class Prediction:
 
     probs: Tensor
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids V, mask included."""
+        return self.probs.shape[-1]
+
+    def rows(self, where: Positions) -> Tensor:
+        """Return the probabilities of some positions, [n, V]."""
+        return self.probs[where]
+
+
+@dataclass(frozen=True)
+class LazyPrediction:
+    """The same distributions, made from logits where they are asked for: to the same bits as all of them at once.
+
+    Raises:
+        ValueError: as for `predict`.
+    """
+
+    logits: Tensor
+    noise: Noise
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_logits(self.logits, self.noise)
+        _check_truncation(self.temperature, self.top_k, self.top_p)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids V, mask included."""
+        return self.noise.vocab_size
+
+    def rows(self, where: Positions) -> Tensor:
+        """Return the probabilities of some positions, [n, V]."""
+        values = self.logits[where][:, : self.noise.vocab_size]  # a copy
+        if values.dtype != torch.float64:
+            values = values.to(torch.float32)
+        return _probabilities(values, self.noise, self.temperature, self.top_k, self.top_p)
+
     def at(self, ids: Tensor) -> Tensor:
         """Return the probability of the given ids, [B, W]."""
-        return self.probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        found = self.logits.new_zeros(ids.shape, dtype=torch.promote_types(self.logits.dtype, torch.float32))
+        for where in _position_blocks(torch.ones_like(ids, dtype=torch.bool), self.noise.vocab_size):
+            found[where] = _of_ids(self.rows(where), ids[where])
+        return found
 
 
 def predict(
@@ -287,15 +335,20 @@ def predict(
         ValueError: a negative temperature, top_k below 1, top_p outside (0, 1], or too few logits.
     """
     _check_truncation(temperature, top_k, top_p)
-    if logits.shape[-1] < noise.vocab_size:
-        raise ValueError(f"expected at least {noise.vocab_size} logits a token, got {logits.shape[-1]}")
+    _check_logits(logits, noise)
     values = logits[..., : noise.vocab_size]
     values = values.clone() if values.dtype == torch.float64 else values.to(torch.float32, copy=True)
+    return Prediction(_probabilities(values, noise, temperature, top_k, top_p))
+
+
+def _probabilities(values: Tensor, noise: Noise, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Return what `predict` does from logits [..., V], which are written over."""
     values[..., noise.mask_id] = -torch.inf
     if temperature == 0:
         best = values.argmax(dim=-1, keepdim=True)
-        return Prediction(torch.zeros_like(values).scatter_(-1, best, 1.0))
-    values /= temperature
+        return torch.zeros_like(values).scatter_(-1, best, 1.0)
+    if temperature != 1:
+        values /= temperature
     if top_k is not None and top_k < noise.vocab_size - 1:
         values.masked_fill_(values < values.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
     probs = values.softmax(dim=-1)
@@ -303,25 +356,57 @@ def predict(
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         kept = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter_(-1, order, kept)
-        probs /= probs.sum(dim=-1, keepdim=True)
-    return Prediction(probs)
+        probs /= _sums(probs)
+    return probs
 
 
-def draw_tokens(prediction: Prediction, where: Tensor, uniforms: Tensor) -> Tensor:
+def _sums(probs: Tensor) -> Tensor:
+    """Return sums over the vocabulary, [..., 1], that do not depend on the number of positions.
+
+    torch shares the sum of a single position among its threads, which changes the last bit; of two it does not.
+    """
+    rows = probs.reshape(-1, probs.shape[-1])
+    found = (rows.expand(2, -1) if len(rows) == 1 else rows).sum(dim=-1)
+    return found[: len(rows)].view(*probs.shape[:-1], 1)
+
+
+def draw_tokens(prediction: Prediction | LazyPrediction, where: Tensor, uniforms: Tensor) -> Tensor:
     """Draw tokens for the positions that are true in `where`, by inversion of the cumulative distribution.
 
     Args:
-        prediction: probabilities [B, W, V].
+        prediction: the distributions of all positions.
         where: [B, W] bool, n of them true.
         uniforms: [B, W] numbers on [0, 1), of which those at `where` are used.
 
     Returns:
-        [n] int64 ids of positive probability. Sums are in float64: in float32 the last tokens of a vocabulary of 131072
-        would get too much or too little.
+        [n] int64 ids of positive probability.
     """
-    cumulative = prediction.probs[where].double().cumsum(dim=-1)
-    target = uniforms[where].double().unsqueeze(-1) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=prediction.probs.shape[-1] - 1)
+    drawn = torch.zeros_like(where, dtype=torch.int64)
+    for some in _position_blocks(where, prediction.vocab_size):
+        drawn[some] = _invert(prediction.rows(some), uniforms[some])
+    return drawn[where]
+
+
+def _invert(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the token at which each cumulative distribution passes its number, [n].
+
+    Sums are in float64: in float32 the last tokens of a vocabulary of 131072 would get too much or too little.
+    """
+    cumulative = probs.to(torch.float64, copy=True).cumsum_(dim=-1)
+    target = uniforms.double().unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+
+
+def _of_ids(probs: Tensor, ids: Tensor) -> Tensor:
+    return probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _position_blocks(where: Tensor, vocab_size: int) -> Iterator[Positions]:
+    """Yield the positions that are true in `where`, a few at a time."""
+    sequence, place = where.nonzero(as_tuple=True)
+    numbers = _CPU_BLOCK * torch.get_num_threads() if where.device.type == "cpu" else _GPU_BLOCK
+    size = max(1, numbers // vocab_size)
+    yield from zip(sequence.split(size), place.split(size), strict=True)
 
 
 def noise_probability(noise: Noise, log_snr: Tensor, ids: Tensor) -> Tensor:
@@ -340,7 +425,13 @@ def reverse_kernel(ids: Tensor, at_t: Tensor, at_s: Tensor, noise: Noise) -> tup
 
 
 def reverse_step(
-    prediction: Prediction, ids: Tensor, log_snr_t: float, log_snr_s: float, uniforms: Tensor, *, process: Noise
+    prediction: Prediction | LazyPrediction,
+    ids: Tensor,
+    log_snr_t: float,
+    log_snr_s: float,
+    uniforms: Tensor,
+    *,
+    process: Noise,
 ) -> Tensor:
     """Draw z_s ~ p(z_s | z_t) for every token, [B, W], from three uniform numbers per token, [3, B, W].
 
@@ -349,25 +440,41 @@ def reverse_step(
     token, of the vocabulary or of the noise, the second chooses between keeping and redrawing, the third between signal
     and noise. If p makes both weights 0 (a revealed token whose probability truncation set to 0), the token stays: no
     sequence is ever empty.
+
+    The prediction is looked at only where it can change something. A token stays if it would stay at probability 0,
+    since a higher one makes staying more likely; a mask has probability 0.
     """
     at_t = torch.full(ids.shape, log_snr_t, dtype=torch.float64, device=ids.device)
     at_s = torch.full(ids.shape, log_snr_s, dtype=torch.float64, device=ids.device)
     keep, fresh = reverse_kernel(ids, at_t, at_s, process)
     alpha_s, beta_s = torch.sigmoid(at_s), torch.sigmoid(-at_s)
-    marginal = alpha_s * prediction.at(ids).double() + beta_s * noise_probability(process, at_s, ids)
-    is_fresh = uniforms[1] * (keep * marginal + fresh) < fresh
+    noise_at_s = beta_s * noise_probability(process, at_s, ids)
     is_signal = uniforms[2] < alpha_s
     is_mask = (uniforms[2] - alpha_s) < beta_s * process.mask_prob(at_s)
     count = process.vocab_size - 1
     real = (uniforms[0] * count).long().clamp(max=count - 1)
     real = real + (real >= process.mask_id).long()
     drawn = torch.where(is_mask, process.mask_id, real)
-    from_model = is_fresh & is_signal
-    drawn[from_model] = draw_tokens(prediction, from_model, uniforms[0])
+    is_fresh = uniforms[1] * (keep * noise_at_s + fresh) < fresh
+    for some in _position_blocks(is_fresh & (is_signal | (ids != process.mask_id)), process.vocab_size):
+        probs = prediction.rows(some)
+        marginal = alpha_s[some] * _of_ids(probs, ids[some]).double() + noise_at_s[some]
+        goes = uniforms[1][some] * (keep[some] * marginal + fresh[some]) < fresh[some]
+        is_fresh[some] = goes
+        redrawn = goes & is_signal[some]
+        drawn[some] = drawn[some].masked_scatter(redrawn, _invert(probs[redrawn], uniforms[0][some][redrawn]))
     return torch.where(is_fresh, drawn, ids)
 
 
-def adaptive_candidates(plain: Prediction, ids: Tensor, log_snr: float, *, noise: Noise, count: int) -> Tensor:
+def adaptive_candidates(
+    plain: Prediction | LazyPrediction,
+    ids: Tensor,
+    log_snr: float,
+    *,
+    noise: Noise,
+    count: int,
+    fixed: Tensor | None = None,
+) -> Tensor:
     """Return the positions, at most `count` per sequence, that the adaptive sampler rewrites: [B, W] bool.
 
     score = (max_v p(v) - p(z)) pi(z) with pi the noise's probability of the present token at the current level: under
@@ -380,10 +487,15 @@ def adaptive_candidates(plain: Prediction, ids: Tensor, log_snr: float, *, noise
         log_snr: the current level.
         noise: the noise process.
         count: maximal number of positions per sequence.
+        fixed: [B, W] bool, positions never to be rewritten.
     """
     level = torch.tensor(log_snr, dtype=torch.float64, device=ids.device)
-    gain = (plain.probs.max(dim=-1).values - plain.at(ids)).double()
-    score = gain * noise_probability(noise, level, ids)
+    score = noise_probability(noise, level, ids)
+    if fixed is not None:
+        score = score.masked_fill(fixed, 0.0)
+    for some in _position_blocks(score > 0, noise.vocab_size):
+        probs = plain.rows(some)
+        score[some] *= (probs.max(dim=-1).values - _of_ids(probs, ids[some])).double()
     ranked, order = score.sort(dim=-1, descending=True, stable=True)
     chosen = ranked > 0
     chosen[:, count:] = False
@@ -590,9 +702,8 @@ class _Walk:
                 self._predict(logits), window, self.levels[k], self.levels[k - 1], uniforms, process=self.noise
             )
             return torch.where(fixed, window, drawn)
-        plain = predict(logits, self.noise)
-        plain = Prediction(plain.probs.masked_fill(fixed.unsqueeze(-1), 0.0))  # a fixed position has nothing to gain
-        chosen = adaptive_candidates(plain, window, self.levels[k], noise=self.noise, count=self.per_step)
+        plain = LazyPrediction(logits, self.noise)
+        chosen = adaptive_candidates(plain, window, self.levels[k], noise=self.noise, count=self.per_step, fixed=fixed)
         if not bool(chosen.any()):
             return None
         return window.masked_scatter(chosen, draw_tokens(self._predict(logits), chosen, uniforms[0]))
@@ -615,9 +726,9 @@ class _Walk:
     def _are_ends(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(self.settings.end_ids, dtype=ids.dtype, device=ids.device))
 
-    def _predict(self, logits: Tensor) -> Prediction:
+    def _predict(self, logits: Tensor) -> LazyPrediction:
         s = self.settings
-        return predict(logits, self.noise, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        return LazyPrediction(logits, self.noise, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
 
     def _asked(self) -> Tensor:
         """Return the logits for the present window."""
@@ -649,7 +760,7 @@ class _Walk:
 
     def _seen(self, steps_left: int) -> Step:
         def confidence() -> Tensor:
-            return predict(self._asked(), self.noise).at(self._window())
+            return LazyPrediction(self._asked(), self.noise).at(self._window())
 
         return Step(steps_left, self.levels[steps_left], self.ids.clone(), self.start, self.stop, confidence)
 
@@ -663,6 +774,11 @@ def _leading(given: Tensor) -> int:
             "batch them by length, or set prefix_length"
         )
     return int(counts[0]) if len(counts) else given.shape[1]
+
+
+def _check_logits(logits: Tensor, noise: Noise) -> None:
+    if logits.shape[-1] < noise.vocab_size:
+        raise ValueError(f"expected at least {noise.vocab_size} logits a token, got {logits.shape[-1]}")
 
 
 def _check_truncation(temperature: float, top_k: int | None, top_p: float | None) -> None:

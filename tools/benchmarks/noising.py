@@ -22,6 +22,7 @@ from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.sequences import ValidationSequences
 from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.diffusion import compiled
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
@@ -33,9 +34,10 @@ from megadiff.errors import run_command
 _EPILOG = """example:
   OMP_NUM_THREADS=1 python tools/benchmarks/noising.py --sequences 1 4 16 64
 
-"reading" makes int64 sequences from indexed binaries that are cached in memory. "plain" is the same noising with every
-random word made by the definition, `philox4x32`. All times are CPU time of the process. Each round measures everything
-once. Ratios are medians of the ratios within a round, so that a busy machine affects both sides.
+"machine code" is what a long run uses where numba is installed (without it the column is empty), "numpy" what it uses
+otherwise. "reading" makes int64 sequences from indexed binaries that are cached in memory. "plain" is numpy's noising
+with every random word made by the definition, `philox4x32`. All times are CPU time of the process. Each round measures
+everything once. Ratios are medians of the ratios within a round, so that a busy machine affects both sides.
 """
 
 _KINDS = ("masked", "balanced", "uniform")
@@ -57,8 +59,11 @@ def main() -> None:
 
     print(f"{_processor()}, {os.cpu_count()} cores; Python {host.python_version()}, numpy {version('numpy')}")
     print(f"sequences of {arguments.length} tokens, vocabulary {arguments.vocab_size}, {arguments.repeats} rounds\n")
-    print("| sequences | conditioning | noise | s per million tokens | reading | plain / this | this / reading |")
-    print("|---:|---|---|---:|---:|---:|---:|")
+    print("Seconds per million tokens:\n")
+    print(
+        "| sequences | conditioning | noise | machine code | numpy | reading | numpy / machine code | plain / numpy |"
+    )
+    print("|---:|---|---|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         reader = _written(Path(folder) / "words", arguments.tokens, arguments.vocab_size)
         for sequences in arguments.sequences:
@@ -71,7 +76,7 @@ def _measured(reader: IndexedReader, sequences: int, arguments: argparse.Namespa
     length, calls = arguments.length, max(1, arguments.tokens // (sequences * arguments.length))
     source = ValidationSequences(reader, length, num_sequences=sequences * calls, name="words")
     clean = source.sequences([number % len(source) for number in range(sequences)])
-    million = sequences * calls * length / 1e6
+    million, code = sequences * calls * length / 1e6, compiled.load()
 
     def read(call: int) -> None:
         source.sequences([(call * sequences + sequence) % len(source) for sequence in range(sequences)])
@@ -80,17 +85,21 @@ def _measured(reader: IndexedReader, sequences: int, arguments: argparse.Namespa
         for kind in _KINDS:
             process = HybridMixing(arguments.vocab_size, _MASK, SHIFTS[kind])
             noise = _noising(clean, process, ConditioningConfig(preset=preset))
-            found: list[tuple[float, float, float]] = []
+            found: list[tuple[float, float, float, float]] = []
             for number in range(arguments.repeats + 1):
-                this, reading = _cpu_s(noise, calls) / million, _cpu_s(read, calls) / million
+                compiled.kernel = compiled.Kernel(module=code, is_settled=True)
+                fast, reading = _cpu_s(noise, calls) / million, _cpu_s(read, calls) / million
+                compiled.kernel = compiled.Kernel(is_settled=True)
+                numpy = _cpu_s(noise, calls) / million
                 with _plain_words():
                     plain = _cpu_s(noise, calls) / million
                 if number:  # the first round fills caches
-                    found.append((this, reading, plain))
-            this, reading = (statistics.median(times[place] for times in found) for place in (0, 1))
-            gain = statistics.median(plain / this for this, _, plain in found)
-            share = statistics.median(this / reading for this, reading, _ in found)
-            yield f"{preset} | {kind} | {this:.3f} | {reading:.4f} | {gain:.1f} | {share:.1f} |"
+                    found.append((fast, numpy, reading, plain))
+            fast, numpy, reading = (statistics.median(times[place] for times in found) for place in range(3))
+            gain = statistics.median(numpy / fast for fast, numpy, _, _ in found)
+            short = statistics.median(plain / numpy for _, numpy, _, plain in found)
+            shown = ("", "") if code is None else (f"{fast:.4f}", f"{gain:.1f}")
+            yield f"{preset} | {kind} | {shown[0]} | {numpy:.3f} | {reading:.4f} | {shown[1]} | {short:.1f} |"
 
 
 def _noising(
