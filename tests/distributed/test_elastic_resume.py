@@ -43,14 +43,17 @@ def _train(corpus, output, ranks, layout, until):
 
 
 class _AskedAfter:
-    """A request to stop, made after so many more steps."""
+    """A request to stop that every rank is given after a number of further steps."""
 
     def __init__(self, steps):
         self._left = steps
 
-    def reason(self):
+    def is_asked(self):
         self._left -= 1
-        return "asked" if self._left <= 0 else None
+        return self._left <= 0
+
+    def reason(self, is_asked):
+        return "asked" if is_asked else None
 
     def honoured(self):
         pass
