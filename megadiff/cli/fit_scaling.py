@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="RUN",
-        help="run folders; a sweep's folder stands for all of its runs",
+        help="run folders; a sweep's folder means all of its runs",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="points instead of run folders, one a row")
     parser.add_argument(

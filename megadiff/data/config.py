@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -24,6 +25,13 @@ class SourceConfig(Section):
     @classmethod
     def _path_alone(cls, given: Any) -> Any:
         return {"path": given} if isinstance(given, str) else given
+
+
+def given_weights(sources: Sequence[SourceConfig]) -> list[float] | None:
+    """Return the weights of sources, 1 for one without beside others with one; None if they share by size."""
+    if all(source.weight is None for source in sources):
+        return None
+    return [1.0 if source.weight is None else source.weight for source in sources]
 
 
 class DataConfig(Section):

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from megadiff.data.config import DataConfig, SourceConfig
+from megadiff.data.config import DataConfig, SourceConfig, given_weights
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture, Position, Source, first_mixture
 from megadiff.data.sequences import (
@@ -214,10 +214,7 @@ def open_data(
 def _distinct(
     entries: Sequence[SourceConfig], readers: Sequence[IndexedReader], seq_length: int
 ) -> tuple[tuple[TrainingSource, ...], tuple[float, ...] | None]:
-    """Return the sources, each content once, and their weights; None if no entry has one.
-
-    An entry without a weight beside others with one counts as 1.
-    """
+    """Return the sources, each content once, and their weights; None if no entry has one."""
     places: dict[str, list[int]] = {}
     for place, reader in enumerate(readers):
         places.setdefault(reader.content_fingerprint(), []).append(place)
@@ -232,9 +229,9 @@ def _distinct(
         )
         for (content, found), label in zip(places.items(), labels, strict=True)
     )
-    if all(entry.weight is None for entry in entries):
+    given = given_weights(entries)
+    if given is None:
         return sources, None
-    given = [1.0 if entry.weight is None else entry.weight for entry in entries]
     return sources, tuple(sum(given[place] for place in found) for found in places.values())
 
 

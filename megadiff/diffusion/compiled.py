@@ -11,8 +11,9 @@ import importlib.util
 import threading
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.processes.gidd_snr import GiddSnr
 from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
@@ -23,6 +24,17 @@ WORTH_TOKENS = 2**22
 
 _LAWS = frozenset((GiddSnr, GiddTime))
 _SCHEDULES = frozenset((LinearSchedule, CosineSchedule, UniformSchedule))
+
+
+class NoiseOfRun(NamedTuple):
+    """Settings of the noise that stay the same throughout a run."""
+
+    seed: int
+    prefix: str
+    """Prefix of the names of the random streams."""
+    process: NoiseProcess
+    conditioning: ConditioningConfig
+    pad_id: int | None
 
 
 @dataclass

@@ -11,15 +11,12 @@ import numpy.typing as npt
 
 from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import exact, noise_kernel
-from megadiff.diffusion.config import ConditioningConfig
+from megadiff.diffusion.compiled import NoiseOfRun
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.philox import Stream
 from megadiff.diffusion.processes.gidd_snr import GiddSnr
 from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
 from megadiff.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSchedule, UniformSchedule
-
-Run = tuple[int, str, NoiseProcess, ConditioningConfig, int | None]
-"""Arguments of `plan`: seed, prefix of the streams, noise, conditioning, id of a pad."""
 
 _STREAMS = ("row", "empty", "infill", "log_snr", "batch", "noise")
 _NOTHING, _NO_LEVELS = np.empty((0, 0), np.int64), np.empty(0, np.float32)
@@ -29,7 +26,7 @@ _NO_STRATA = 0, 0, 0
 def noise(
     tokens: npt.NDArray[np.int64],
     sequences: npt.NDArray[np.int64],
-    run: Run,
+    run: NoiseOfRun,
     strata: tuple[int, int, int] | None,
 ) -> tuple[npt.NDArray[Any] | None, ...] | None:
     """Return the arrays of a `NoisedBatch` in its order, its source None without inserted pads.
@@ -39,21 +36,21 @@ def noise(
     Args:
         tokens: [B, L] ids.
         sequences: [B] global sample indices.
-        run: arguments of `plan`.
+        run: settings of the noise.
         strata: global batch, index of the first sample of one, and stride; None if levels are not stratified.
     """
-    conditioning = run[3]
+    conditioning = run.conditioning
     has_pads = conditioning.pad_insertion > 0
-    is_wrong = tokens.ndim != 2 or sequences.shape != tokens.shape[:1] or (has_pads and run[4] is None)
+    is_wrong = tokens.ndim != 2 or sequences.shape != tokens.shape[:1] or (has_pads and run.pad_id is None)
     if is_wrong or (strata is not None and not 0 < strata[0] < 2**31):
         return None
     shape = tokens.shape
     noised, log_snr, is_noisy = np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.bool_)
     prompt, pattern = np.empty(shape[0], np.int64), np.empty(shape[0], np.int8)
     filled, source = (np.empty(shape, np.int64), np.empty(shape, np.int64)) if has_pads else (_NOTHING, _NOTHING)
-    linear = linear_levels(shape[1], run[2].schedule) if conditioning.linear_noise > 0 else _NO_LEVELS
+    linear = linear_levels(shape[1], run.process.schedule) if conditioning.linear_noise > 0 else _NO_LEVELS
     results = noised, filled, log_snr, is_noisy, prompt, pattern, source
-    numbers = plan(*run)  # type: ignore[arg-type]
+    numbers = plan(run)
     if not noise_kernel.noise_sequences(tokens, sequences, strata or _NO_STRATA, *numbers, linear, *results):
         return None
     return noised, filled if has_pads else tokens, log_snr, is_noisy, prompt, pattern, source if has_pads else None
@@ -67,9 +64,10 @@ class Plan(NamedTuple):
     ints: npt.NDArray[np.int64]
 
 
-@lru_cache(maxsize=16, typed=True)
-def plan(seed: int, prefix: str, process: NoiseProcess, conditioning: ConditioningConfig, pad_id: int | None) -> Plan:
+@lru_cache(maxsize=16)
+def plan(run: NoiseOfRun) -> Plan:
     """Return the kernel's numbers."""
+    seed, prefix, process, conditioning, pad_id = run
     law, schedule = _law(process), _schedule(process.schedule)
     keys = [low | high << 32 for low, high in (Stream(seed, f"{prefix}/{name}").key for name in _STREAMS)]
     floats = (

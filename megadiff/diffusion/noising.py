@@ -107,7 +107,9 @@ def noise_batch(
         strata = global_batch, batch_origin, _stride(global_batch) if global_batch > 0 else 0
     else:
         strata = None
-    batch = _noise_compiled(clean, sample_index, (seed, prefix, process, conditioning, pad_id), strata)
+    batch = _noise_compiled(
+        clean, sample_index, compiled.NoiseOfRun(seed, prefix, process, conditioning, pad_id), strata
+    )
     if batch is not None:
         return batch
     tokens, sequences = _token_sequences(clean, sample_index, process)
@@ -137,17 +139,17 @@ def noise_batch(
 def _noise_compiled(
     clean: npt.NDArray[np.integer] | Tensor,
     sample_index: npt.ArrayLike | Tensor,
-    run: tuple[int, str, NoiseProcess, ConditioningConfig, int | None],
+    run: compiled.NoiseOfRun,
     strata: tuple[int, int, int] | None,
 ) -> NoisedBatch | None:
     """Return what the rest of `noise_batch` returns, by machine code.
 
     None where that is not loaded or does not know the noise, and for wrong input, which numpy's code refuses.
     """
-    kernel = compiled.kernel.for_tokens(math.prod(clean.shape), run[2])
+    kernel = compiled.kernel.for_tokens(math.prod(clean.shape), run.process)
     if kernel is None:
         return None
-    tokens = _int64(clean.numpy() if isinstance(clean, Tensor) else clean)
+    tokens = _int64(clean)
     index = np.asarray(sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index)
     found = kernel.noise(tokens, index.astype(np.int64), run, strata)
     if found is None:
@@ -370,7 +372,7 @@ def _token_sequences(
     clean: npt.NDArray[np.integer] | Tensor, sample_index: npt.ArrayLike | Tensor, process: NoiseProcess
 ) -> tuple[Int[IntArray, "B L"], Int[IntArray, " B"]]:
     """Return ids and indices as int64, checked."""
-    tokens = _int64(clean.numpy() if isinstance(clean, Tensor) else clean)
+    tokens = _int64(clean)
     index = sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index
     sequences = np.asarray(index).astype(np.int64)
     if tokens.ndim != 2 or sequences.shape != tokens.shape[:1]:
@@ -390,9 +392,10 @@ def _token_sequences(
     return tokens, sequences
 
 
-def _int64(clean: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+def _int64(clean: npt.NDArray[np.integer] | Tensor) -> npt.NDArray[np.int64]:
     """Return ids as a contiguous array of int64 that may be written to: the one given if it is such an array."""
-    return np.require(clean, dtype=np.int64, requirements=["C", "W"])
+    ids = clean.numpy() if isinstance(clean, Tensor) else clean
+    return np.require(ids, dtype=np.int64, requirements=["C", "W"])
 
 
 @lru_cache

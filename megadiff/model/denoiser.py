@@ -134,8 +134,7 @@ class Denoiser(MegatronModule):
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
-        self.is_compiled = is_compiled
-        self._compiled = CompiledBlock(self.decoder)
+        self._compiled = CompiledBlock(self.decoder) if is_compiled else None
         if post_process:
             self.output_layer = LMHead(
                 config.hidden_size,
@@ -185,7 +184,7 @@ class Denoiser(MegatronModule):
 
     def _run_block(self, hidden: Tensor | None, attention: Tensor | None, rotation: Tensor) -> Tensor:
         """Run the layers and the last norm, compiled if all sequences of a training step attend alike."""
-        if self.is_compiled and self.training and torch.is_grad_enabled():
+        if self._compiled is not None and self.training and torch.is_grad_enabled():
             codes = [] if attention is None else attention.tolist()
             is_causal = common_attention(codes, length=rotation.shape[1])
             if is_causal is not None:

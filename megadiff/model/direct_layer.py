@@ -1,7 +1,7 @@
 """A Transformer layer that computes what megatron-core's does, without the branches that this package never takes.
 
-megatron-core's layer asks in every call for inference caches, packed sequences, offloading, quantisation, cross
-attention and CUDA graphs. In a small model that takes longer than the arithmetic.
+megatron-core's layer checks in every call for inference caches, packed sequences, offloading, quantisation, cross
+attention and CUDA graphs. In a small model the checks take longer than the arithmetic.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def _reduce_gradients(chunks: Sequence[DataParallelChunk], *args: Any, **kwargs:
     """Sum gradients over replicas, and over tensor ranks where each has a part of a parameter's gradient.
 
     On a single tensor rank the first is all that megatron-core's `finalize_model_grads` does here, but it looks at
-    every module of the model.
+    every module of the model. Embeddings tied across pipeline stages would need all of it.
     """
     if chunks[0].config.tensor_model_parallel_size > 1:
         finalize_model_grads(list(chunks), None, *args, **kwargs)  # type: ignore[arg-type]

@@ -139,7 +139,8 @@ class _SharedGroups:
             return self._create(ranks, *args, **kwargs)
         if self._world() is not dist.group.WORLD:
             self._groups.clear()
-            self._world = weakref.ref(dist.group.WORLD, lambda _: self._groups.clear())  # and so are their sockets
+            # Groups that were kept longer than the default group would keep their sockets open.
+            self._world = weakref.ref(dist.group.WORLD, lambda _: self._groups.clear())
         key = tuple(ranks)
         if key not in self._groups:
             self._groups[key] = self._create(ranks, *args, **kwargs)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from megadiff.config.load import dump_config, load_config
 from megadiff.data import indexed_manifest
-from megadiff.data.config import SourceConfig
+from megadiff.data.config import SourceConfig, given_weights
 from megadiff.errors import ConfigError, StorageError
 from megadiff.files import write_atomically
 from megadiff.model import cost
@@ -117,8 +117,7 @@ def _different_tokens(sources: Sequence[SourceConfig]) -> Callable[[float], floa
     held = [manifest.tokens for manifest in found if manifest is not None]
     if len(held) < len(sources) or not all(held):
         return None
-    by_size = all(source.weight is None for source in sources)
-    weights = held if by_size else [1.0 if source.weight is None else source.weight for source in sources]
+    weights = given_weights(sources) or held
 
     def different(tokens: float) -> float:
         shares = [weight / sum(weights) for weight in weights]

@@ -44,19 +44,19 @@ class AgreedStop:
         self._request, self._topology = request, topology
         self._is_by_file = False
 
-    def is_asked(self) -> bool:
-        """Return whether this rank was asked to stop; ranks may differ."""
+    def is_requested(self) -> bool:
+        """Return whether this rank was requested to stop; ranks may differ."""
         return self._request is not None and self._request.reason() is not None
 
-    def reason(self, is_asked: bool) -> str | None:
+    def reason(self, is_requested: bool) -> str | None:
         """Return why the run stops now, by the first rank that was asked; None to go on. Called once a step.
 
         Collective over the world if the run stops, over the host's network.
 
         Args:
-            is_asked: whether any rank was asked (`is_asked`); the same on every rank.
+            is_requested: whether any rank was requested to (`is_requested`); the same on every rank.
         """
-        if not is_asked or self._request is None:
+        if not is_requested or self._request is None:
             return None
         reasons = self._topology.from_main(self._topology.gather_to_main(self._request.reason()))
         self._is_by_file = any(reason is not None and reason.startswith(STOP_FILE) for reason in reasons)
@@ -126,13 +126,13 @@ class Trainer:
             for done in range(self.first_step, self.steps):
                 # The first step compiles kernels and opens communicators: it may take as long as setting up.
                 with self.watchdog.section("setup" if done == self.first_step else "step", step=done + 1):
-                    info, is_stop_asked = self._take_step(done)
+                    info, is_stop_requested = self._take_step(done)
                     for hook in self.hooks:
                         with self.watchdog.section(hook.section, step=done + 1):
                             self.watchdog.mark(_mark(hook))
                             hook(info)
                     self.watchdog.mark("agreement")
-                    stopped = self.stop.reason(is_stop_asked)
+                    stopped = self.stop.reason(is_stop_requested)
                 if stopped is not None:
                     break
             result = self._finish(self.steps if stopped is None else done + 1, stopped)
@@ -163,18 +163,18 @@ class Trainer:
                 hook.open()
 
     def _take_step(self, done: int) -> tuple[StepInfo, bool]:
-        """Take the step after `done` steps; return also whether some rank was asked to stop."""
+        """Take the step after `done` steps; return also whether some rank was requested to stop."""
         start = time.monotonic()
         lr = self.peak_lr * self.schedule.factor(done)
         self.watchdog.mark("data")
         microbatches = [next(self.microbatches) for _ in range(self.microbatches_of(done))]
         waited = time.monotonic() - start
-        output = self.step(microbatches, lr, mark=self.watchdog.mark, is_stop_asked=self.stop.is_asked)
+        output = self.step(microbatches, lr, mark=self.watchdog.mark, is_stop_requested=self.stop.is_requested)
         self.health.report(done + 1, output.decision, output.sources)
         seconds = time.monotonic() - start
         self.goodput.step_taken(done + 1, seconds, waited_s=waited)
         info = StepInfo(done + 1, output.sums, lr, output.grad_norm, seconds, output.decision.skip)
-        return info, output.is_stop_asked
+        return info, output.is_stop_requested
 
     def _finish(self, step: int, stopped: str | None) -> TrainResult:
         """Save a run that was asked to stop, remove the stop file, and close the accounts."""

@@ -31,8 +31,8 @@ class StepOutput(NamedTuple):
     """Decision about the update; the same on every rank."""
     sources: tuple[NonFiniteSource, ...] = ()
     """Ranks, samples and tensors that were not finite."""
-    is_stop_asked: bool = False
-    """Whether some rank was asked to stop; the same on every rank."""
+    is_stop_requested: bool = False
+    """Whether some rank was requested to stop; the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TrainStep:
         lr: float,
         *,
         mark: Callable[[str], None] = lambda _: None,
-        is_stop_asked: Callable[[], bool] = lambda: False,
+        is_stop_requested: Callable[[], bool] = lambda: False,
     ) -> StepOutput:
         """Run forward and backward, reduce, check the figures, and update the weights.
 
@@ -65,8 +65,8 @@ class TrainStep:
             microbatches: this data-parallel rank's microbatches, the same on its tensor and pipeline ranks.
             lr: learning rate of the step.
             mark: called with the name of each part of the step as it begins, in the same order on every rank.
-            is_stop_asked: called after the backward pass; whether this rank was asked to stop. The answers travel with
-                the sums, so ranks agree to stop without a collective of their own.
+            is_stop_requested: called after the backward pass; whether this rank was requested to stop. The answers
+                travel with the sums, so ranks agree to stop without a collective of their own.
         """
         mark("forward and backward")
         for chunk in self.chunks:
@@ -82,18 +82,18 @@ class TrainStep:
         )
         mark("update")
         reports = torch.stack(found) if found else torch.zeros(0, SIZE, dtype=torch.float64, device=self.device)
-        total = self.topology.sum_with_votes(reports.sum(0), float(is_stop_asked()))
+        total = self.topology.sum_with_votes(reports.sum(0), float(is_stop_requested()))
         sums = total[:SIZE]
         # The host waits for the device only here.
         figures = torch.stack((mean_loss(sums), self.optimizer.gradient_norm(), total[SIZE]))
-        loss, grad_norm, asked = figures.tolist()
+        loss, grad_norm, requests = figures.tolist()
         decision = self.check(loss, grad_norm)
         sources: tuple[NonFiniteSource, ...] = ()
         if decision.skip is None:
             self.optimizer.step(lr, norm=grad_norm)
         elif decision.skip == "non_finite":
             sources = non_finite_sources(reports, self.chunks, self.topology, micro_batch_size=self.micro_batch_size)
-        return StepOutput(sums, grad_norm, decision, sources, is_stop_asked=asked > 0)
+        return StepOutput(sums, grad_norm, decision, sources, is_stop_requested=requests > 0)
 
     def _gated_loss(self, output: LossOutput, placed: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss with its gradient multiplied by 1 if the loss is finite and by NaN if not.

@@ -42,18 +42,18 @@ def _train(corpus, output, ranks, layout, until):
     return {line["step"]: line for line in found[0].lines}, merged_sequences(found)
 
 
-class _AskedAfter:
+class _RequestedAfter:
     """A request to stop that every rank is given after a number of further steps."""
 
     def __init__(self, steps):
         self._left = steps
 
-    def is_asked(self):
+    def is_requested(self):
         self._left -= 1
         return self._left <= 0
 
-    def reason(self, is_asked):
-        return "asked" if is_asked else None
+    def reason(self, is_requested):
+        return "asked" if is_requested else None
 
     def honoured(self):
         pass
@@ -61,7 +61,7 @@ class _AskedAfter:
 
 def _train_until(config, ranks, until):
     def stop_there(run):
-        run.stop = _AskedAfter(until - run.first_step)
+        run.stop = _RequestedAfter(until - run.first_step)
 
     return train_on_rank(config, ranks, save=True, change=stop_there)
 

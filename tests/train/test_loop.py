@@ -44,7 +44,7 @@ def trainer_of(norms, *, first_step=0):
     answers = iter(norms)
     health = Health(HealthConfig(), sizes=BatchSizes(8))
 
-    def step(microbatches, lr, mark, is_stop_asked):
+    def step(microbatches, lr, mark, is_stop_requested):
         happened.append((microbatches, lr))
         norm = next(answers)
         return StepOutput(torch.zeros(1), norm, health.check(1.0, norm))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform as host
 import statistics
 import time
 from typing import Any
 
 import torch
+from processor import with_torch
 from torch import Tensor
 
 from megadiff.config.command_line import CommandParser
@@ -37,8 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="denoising steps of a block (default 8)")
     parser.add_argument("--runs", type=int, default=3, help="runs of each kind (default 3)")
     arguments = parser.parse_args()
-    where = host.processor() or host.machine()
-    print(f"machine   {where}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    print(f"machine   {with_torch()}")
     print(
         f"model     {arguments.layers} blocks of {arguments.hidden}, vocabulary {arguments.vocab_size}; prompt "
         f"{arguments.prompt}, {arguments.blocks} blocks of {arguments.block_length}, {arguments.steps} steps each; "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processor import processor
 from torch import Tensor
 from transcription import transcribed_loss
 
@@ -180,7 +181,7 @@ def _table(found: dict[str, list[dict[str, float]]], arguments: argparse.Namespa
         return statistics.median(run[key] for run in found[name])
 
     lines = [
-        f"{_processor()}, one thread, torch {torch.__version__}, Python {host.python_version()}; V = "
+        f"{processor()}, one thread, torch {torch.__version__}, Python {host.python_version()}; V = "
         f"{arguments.vocab_size}, {arguments.tokens} tokens, hidden {arguments.hidden}, float32, forward and backward",
         "",
         "| variant | CPU seconds, median of runs | least | of them the system's | extra peak MiB |",
@@ -200,13 +201,6 @@ def _table(found: dict[str, list[dict[str, float]]], arguments: argparse.Namespa
         memory = middle(ours, "extra_bytes") / max(1, middle(theirs, "extra_bytes"))
         lines.append(f"| {ours} / {theirs} | {time_ratio:.3f} | {memory:.3f} | {apart} |")
     return "\n".join(lines)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return host.machine()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from processor import processor
 
 from megadiff.config.command_line import CommandParser
 from megadiff.data.indexed_manifest import tokenizer_facts
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2**19, help="tokens of each measurement (default 524288)")
     arguments = parser.parse_args()
 
-    print(f"{_processor()}, {os.cpu_count()} cores; Python {host.python_version()}, numpy {version('numpy')}")
+    print(f"{processor()}, {os.cpu_count()} cores; Python {host.python_version()}, numpy {version('numpy')}")
     print(f"sequences of {arguments.length} tokens, vocabulary {arguments.vocab_size}, {arguments.repeats} rounds\n")
     print("Seconds per million tokens:\n")
     print(
@@ -155,14 +156,6 @@ def _written(prefix: Path, tokens: int, vocab_size: int) -> IndexedReader:
         writer.add_document(ids)
         writer.finish(tokenizer=tokenizer_facts(ByteTokenizer()), source_bytes=tokens)
     return IndexedReader(prefix)
-
-
-def _processor() -> str:
-    """Return the name of the processor from Linux's /proc/cpuinfo."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else host.processor() or host.machine()
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform as host
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from processor import with_torch
 from torch import Tensor
 
 from megadiff.config.command_line import CommandParser
@@ -40,8 +39,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="denoising steps (default 16)")
     parser.add_argument("--runs", type=int, default=5, help="runs of each kind (default 5)")
     arguments = parser.parse_args()
-    where = host.processor() or host.machine()
-    print(f"machine   {where}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    print(f"machine   {with_torch()}")
     print(
         f"model     {arguments.layers} blocks of {arguments.hidden}; {arguments.sequences} sequences of "
         f"{arguments.length}, {arguments.steps} steps; median of {arguments.runs}"

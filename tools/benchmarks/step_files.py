@@ -75,11 +75,11 @@ def _count(folder: Path) -> list[str]:
         trainer.hooks = [hook for hook in trainer.hooks if hook is not trainer.checkpoint]
         reason = trainer.stop.reason
 
-        def count_between_steps(is_asked: bool) -> str | None:
+        def count_between_steps(is_requested: bool) -> str | None:
             files.is_counting = 2 <= taken[0] < 5
             taken[0] += 1
             sys.setprofile(files if files.is_counting else None)
-            return "counted" if taken[0] > 5 else reason(is_asked)
+            return "counted" if taken[0] > 5 else reason(is_requested)
 
         taken = [1]
         trainer.stop.reason = count_between_steps

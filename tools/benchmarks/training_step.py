@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from made_up import describe_made_up, prepare_made_up
+from processor import processor
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -430,7 +431,7 @@ def _description(size: Size) -> dict[str, Any]:
 
 def _print_setting(size: Size) -> None:
     blocks, head = 12e-6 * size.layers * size.hidden**2, 1e-6 * size.vocab_size * size.hidden
-    print(f"machine      {_cpu_name()}, {os.cpu_count()} cores, one thread used")
+    print(f"machine      {processor()}, {os.cpu_count()} cores, one thread used")
     print(
         f"versions     Python {host.python_version()}, torch {torch.__version__}, "
         f"megatron-core {version('megatron-core')}"
@@ -442,13 +443,6 @@ def _print_setting(size: Size) -> None:
     print(
         f"step         {size.sequences} sequences of {size.seq_length} tokens, microbatches of {size.micro_batch_size}"
     )
-
-
-def _cpu_name() -> str:
-    """Return the name of the processor from Linux's /proc/cpuinfo."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), host.machine())
 
 
 if __name__ == "__main__":
