@@ -1,7 +1,7 @@
 """Pretraining of discrete diffusion language models on Megatron-Core."""
 
-from megadiff.platform import megatron_imports
+from megadiff.platform import without_compiler
 
 __version__ = "0.1.0"
 
-megatron_imports.install()
+without_compiler.install()

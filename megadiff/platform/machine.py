@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from megadiff.errors import PlatformError
-from megadiff.platform import megatron_on_cpu, transformer_engine, weight_gradients
+from megadiff.platform import megatron_on_cpu, transformer_engine, weight_gradients, without_compiler
 from megadiff.platform.gpus import peak_of_device
 from megadiff.platform.quiet import silence_libraries
 
@@ -96,6 +96,7 @@ class Platform:
         """Make megatron-core ready for this machine; to be called once, before any use of it."""
         silence_libraries()
         if self.is_cpu:
+            without_compiler.release_optimizers()
             megatron_on_cpu.install()
         elif self.weight_gradients is not None:
             weight_gradients.install()

@@ -19,7 +19,7 @@ optimizer, dist_checkpointing                       microseconds per torch call,
 `parallel_state.create_group`: 27 groups a rank, of   once: groups of the same ranks are one group, because each
 which many have the same ranks                      gloo group has threads of its own, and one of them wakes
                                                     a hundred times a second
-`jit_fuser` = `torch.compile` on small functions    turned off as megatron is imported (`megatron_imports`), or else
+`jit_fuser` = `torch.compile` on small functions    turned off as megatron is imported (`without_compiler`), or else
                                                     stance `force_eager`: Inductor would need a C++ compiler
 ==================================================  ==========================================================
 

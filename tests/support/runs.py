@@ -19,7 +19,6 @@ with quiet():
     from megadiff.train.hooks.checkpoint import CheckpointHook
     from megadiff.train.loop import Trainer
 
-__all__ = ["platform_on_rank", "toy_config", "toy_tree", "wire_on_rank", "write_corpus"]
 
 __all__ = ["platform_on_rank", "toy_config", "toy_tree", "wire_on_rank", "write_corpus"]
 

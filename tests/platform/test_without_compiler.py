@@ -1,0 +1,95 @@
+"""A process without a GPU imports megatron-core, and trains, without torch's compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megadiff.platform import without_compiler
+from tests.support.runs import toy_tree
+
+_AFTER = (
+    "import sys, warnings; warnings.simplefilter('ignore'); {imports}; import megatron.core.jit as jit; print({facts})"
+)
+
+
+def _facts(imports: str, facts: str) -> str:
+    command = [sys.executable, "-c", _AFTER.format(imports=imports, facts=facts)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="megatron-core compiles its small functions on a GPU")
+def test_without_a_gpu_the_model_is_imported_without_torchs_compiler():
+    facts = "'torch._inductor' in sys.modules, jit.jit_fuser is jit.noop_decorator"
+    assert _facts("import megadiff.run.build", facts) == "False True"
+
+
+def test_megatron_imported_first_compiles_and_is_told_not_to():
+    """The package cannot undo the decoration, so compiled functions are run as they are."""
+    imports = "import megatron.core, torch; from megadiff.platform import megatron_on_cpu; megatron_on_cpu.install()"
+    facts = "jit.jit_fuser is torch.compile, torch.compile(lambda x: x + 1)(torch.ones(1)).item()"
+    assert _facts(imports, facts) == "True 2.0"
+
+
+def test_the_finder_is_installed_once_and_leaves_other_modules_alone():
+    without_compiler.install()
+    finders = [finder for finder in sys.meta_path if isinstance(finder, without_compiler._WithoutCompiler)]
+    assert len(finders) == 1
+    assert finders[0].find_spec("megatron.core.utils", None) is None
+
+
+_STEPS = """
+import sys, torch
+from megadiff.platform import without_compiler
+if {released}:
+    without_compiler.release_optimizers()
+    without_compiler.release_optimizers()
+torch.manual_seed(0)
+drawn = [torch.randn(5, 3) for _ in range(4)]
+for build in (
+    lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+):
+    weight = torch.nn.Parameter(drawn[0].clone())
+    optimizer = build([weight])
+    for gradient in drawn[1:]:
+        optimizer.zero_grad()
+        weight.grad = gradient.clone()
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    print(weight.tolist(), torch.is_grad_enabled(), sorted(optimizer.state[weight]))
+print('torch._dynamo' in sys.modules)
+"""
+
+
+def test_released_optimizers_step_alike_without_the_compiler():
+    def lines(released: bool) -> list[str]:
+        command = [sys.executable, "-c", _STEPS.format(released=released)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    *figures, has_compiler = lines(True)
+    *figures_before, had_compiler = lines(False)
+    assert figures == figures_before
+    assert (has_compiler, had_compiler) == ("False", "True")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="megatron-core compiles its small functions on a GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "laprop"])
+def test_a_run_without_a_gpu_imports_no_compiler(tmp_path: Path, toy_corpus: Path, optimizer: str):
+    config = toy_tree(toy_corpus, tmp_path, schedule__steps=4, optimizer={"name": optimizer, "lr": 0.001})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    program = (
+        "import sys; from megadiff.cli.train import main; main(); "
+        "print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, "--config", str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "[]"
