@@ -19,7 +19,7 @@ setup(
     entry_points={"console_scripts": ["megadiff = megadiff.__main__:main"]},
     install_requires=[
         "torch>=2.10",
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16,<0.20",
         "psutil",  # megatron-core needs it to save a checkpoint and does not declare it
         "numpy>=1.26",
         "pyyaml>=6.0",

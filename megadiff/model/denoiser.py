@@ -264,6 +264,9 @@ def build_chunks(
             is_compiled=precision.compile,
         )
         chunks.append(chunk.to(platform.device))
+    # After the backward pass megatron-core adds up over tensor ranks the gradients of all norms of queries and keys if
+    # this is set, as only the gains need that which every rank holds whole (finalize_model_grads.py).
+    config.qk_layernorm = model.qk_norm == "head"
     return chunks
 
 

@@ -40,7 +40,7 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         layernorm_zero_centered_gamma=True,
-        qk_layernorm=model.qk_norm == "head",
+        qk_layernorm=model.qk_norm != "none",
         add_bias_linear=model.mlp_bias,
         activation_func=squared_relu,
         gated_linear_unit=False,

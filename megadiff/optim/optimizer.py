@@ -35,6 +35,7 @@ from megadiff.optim.resharding import in_the_form_of, keep_float32_state
 from megadiff.optim.rules import Scale
 from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
+from megadiff.platform import megatron_versions
 from megadiff.platform.machine import Platform
 
 _PIECE = 2**16
@@ -200,7 +201,7 @@ class ShardedOptimizer(DistributedOptimizer):
 
 def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what tells a parameter group from the others, here and in a checkpoint."""
-    return tuple(group[key] for key in param_group_identifier_keys)
+    return tuple(group.get(key) for key in param_group_identifier_keys)
 
 
 class Optimizer:
@@ -226,7 +227,7 @@ class Optimizer:
         """
         self._wrapped.prepare_grads()
         if self._counted is None:
-            counted = {id(gradient) for gradient in self._wrapped.get_main_grads_for_grad_norm()}
+            counted = {id(gradient) for gradient in megatron_versions.gradients_in_norm(self._wrapped)}
             self._counted = [p for p in self._wrapped.get_parameters() if id(p.grad) in counted]
         return gradient_norm(
             [p.grad for p in self._counted if p.grad is not None],

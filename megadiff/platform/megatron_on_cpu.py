@@ -1,4 +1,4 @@
-"""Changes that make megatron-core 0.16 run on CPU ranks over gloo; nothing here is called on CUDA.
+"""Changes that make megatron-core run on CPU ranks over gloo; nothing here is called on CUDA.
 
 The library's own options cover most of it (`use_cpu_initialization`, fusions off). The remaining sites are:
 
@@ -43,9 +43,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megadiff.errors import PlatformError
-
-SUPPORTED = ((0, 16), (0, 17))
-"""Half-open range of megatron-core versions (major, minor) that this module was checked against."""
+from megadiff.platform import megatron_versions
 
 _CPU = torch.device("cpu")
 _CUDA_TYPE_NAMES = {
@@ -75,7 +73,7 @@ def install() -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that TE, Apex and others are missing; the platform line shows that
-        _check_version()
+        megatron_versions.check()
         random = importlib.import_module("megatron.core.tensor_parallel.random")
         schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
         state: Any = importlib.import_module("megatron.core.parallel_state")
@@ -98,26 +96,11 @@ def scope() -> Iterator[None]:
         yield
 
 
-def _check_version() -> None:
-    try:
-        megatron = importlib.import_module("megatron.core")
-    except ImportError as error:
-        raise PlatformError(
-            f"megatron-core is not importable ({error}); install `megatron-core>=0.16,<0.17`"
-        ) from error
-    version = tuple(int(part) for part in megatron.__version__.split(".")[:2])
-    if not SUPPORTED[0] <= version < SUPPORTED[1]:
-        raise PlatformError(
-            f"megatron-core {megatron.__version__} is installed, but megadiff/platform/megatron_on_cpu.py was checked "
-            "against 0.16.x only; install `megatron-core>=0.16,<0.17`, or re-check every site listed in that file"
-        )
-
-
 def _replace(owner: Any, name: str, stand_in: Any) -> None:
     if not hasattr(owner, name):
         raise PlatformError(
             f"{owner.__name__} no longer has `{name}`, which megadiff/platform/megatron_on_cpu.py replaces on CPU; "
-            "install `megatron-core>=0.16,<0.17` with torch 2.10 or newer, or re-check that file"
+            f"install `{megatron_versions.REQUIREMENT}` with torch 2.10 or newer, or re-check that file"
         )
     setattr(owner, name, stand_in)
 

@@ -25,9 +25,9 @@ def quiet() -> Iterator[None]:
 def silence_libraries() -> None:
     """Drop the warnings that megatron-core and torch.distributed raise in every step, for the rest of the process.
 
-    They are meant for the developers of those libraries (deprecated names of collectives, CUDA advice on CPU) and cost
-    a
-    line per rank each. Warnings of this package and of all others are still shown.
+    They are meant for the developers of those libraries (deprecated names of collectives, CUDA advice on CPU, better
+    ways to build a layer) and cost a line per rank each. Warnings of this package and of all others are still shown.
     """
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     for module in (r"megatron\.", r"torch\.distributed"):
         warnings.filterwarnings("ignore", module=module)

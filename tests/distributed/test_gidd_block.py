@@ -11,7 +11,7 @@ from megadiff.run.config import RunConfig
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, Trained, toy_config, train_all, train_on_rank, write_corpus
 
-STEPS = 8
+STEPS = 5
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor": 2}),
     "tp2_sp": (2, {"tensor": 2, "sequence": True}),
@@ -31,7 +31,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(corpus: Path, folder: Path, optimizer: str, parallel: dict[str, Any], **dotted: Any) -> RunConfig:
     block = {f"model__{key}": value for key, value in GIDD_BLOCK.items()}
-    tree = {"optimizer": OPTIMIZERS[optimizer], "parallel": parallel, "data__valid": [], **block, **dotted}
+    small = {"model__layers": 2, "data__valid": []}
+    tree = {"optimizer": OPTIMIZERS[optimizer], "parallel": parallel, **small, **block, **dotted}
     return toy_config(corpus, folder, **{"schedule__steps": STEPS, **tree})
 
 

@@ -23,6 +23,16 @@ def _interleaved(config):
     return right.curve("grad_norm"), train_on_rank(config, 2, change=_batched).curve("grad_norm")
 
 
+def _sums_cut_gains(run):
+    run.step.chunks[0].config.qk_layernorm = True
+
+
+def _cut_gains(config):
+    """Gradient norms with gains of queries and keys that are cut over ranks, then with megatron-core's sum of them."""
+    right = train_on_rank(config, 2)
+    return right.curve("grad_norm"), train_on_rank(config, 2, change=_sums_cut_gains).curve("grad_norm")
+
+
 def _error_of(call, *args, **kwargs):
     try:
         call(*args, **kwargs)
@@ -75,6 +85,14 @@ def test_batched_p2p_between_two_interleaved_stages_gives_wrong_gradients(toy_co
     )
     right, wrong = on_ranks(2, _interleaved, config)[0]
     assert abs(wrong[0] / right[0] - 1) > 0.1
+
+
+def test_summing_cut_gains_over_tensor_ranks_gives_wrong_gradients(toy_corpus, tmp_path):
+    config = toy_config(
+        toy_corpus, tmp_path, parallel__tensor=2, model__qk_norm="full", schedule__steps=3, data__valid=[]
+    )
+    right, wrong = on_ranks(2, _cut_gains, config)[0]
+    assert largest_relative_difference(wrong, right) > 1e-4
 
 
 def test_the_default_sharding_type_cannot_be_saved(toy_corpus, tmp_path):

@@ -41,7 +41,7 @@ def test_this_environment_is_in_range(findings_of):
         ("torch", "2.9.1+cu128", "FAIL", "CVE-2026-24747"),
         ("torch", "2.10.0a0+nv26.1", "OK", "torch 2.10.0a0"),
         ("megatron_core", "0.15.2", "FAIL", "CVE-2026-24150"),
-        ("megatron_core", "0.17.0", "WARN", "newer than any"),
+        ("megatron_core", "0.20.0", "WARN", "newer than any"),
         ("numpy", "1.24.0", "FAIL", "numpy 1.24.0"),
         ("transformer_engine", "2.8.0", "FAIL", "megatron-core 0.16"),
         ("transformer_engine", "2.10.0", "OK", "transformer-engine 2.10.0"),

@@ -13,11 +13,12 @@ from tests.support.whole_runs import Ranks, curve, last_step, run_to_end, status
 
 pytestmark = pytest.mark.end_to_end
 
-STEPS = 60
+STEPS = 40
 
 
 def _config(corpus, output, name, **changes):
-    base = {"model__layers": 2, "parallel__tensor": 2, "data__valid": [], "schedule__steps": STEPS}
+    size = {"model__layers": 2, "batch__global_batch_size": 4, "schedule__steps": STEPS}
+    base = {**size, "parallel__tensor": 2, "data__valid": []}
     return toy_config(corpus, output, name=name, **{**base, **changes})
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from megadiff.doctor.examination import Finding, Subject, fail, ok, warn
+from megadiff.platform import megatron_versions
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class Range:
 _HOLES = "loading a file can corrupt memory or run code (CVE-2025-32434 below 2.6, CVE-2026-24747 below 2.10)"
 _RANGES = (
     Range("torch", (2, 10), None, _HOLES),
-    Range("megatron-core", (0, 16), (0, 17), "untried here; below 0.15.3 also CVE-2026-24150 and CVE-2026-24152"),
+    Range(
+        "megatron-core",
+        *megatron_versions.SUPPORTED,
+        "untried here; below 0.15.3 also CVE-2026-24150 and CVE-2026-24152",
+    ),
     Range("numpy", (1, 26), None, "untried here"),
-    Range("transformer-engine", (2, 9), (2, 12), "untried with megatron-core 0.16", is_needed=False),
+    Range("transformer-engine", (2, 9), (2, 12), "untried with megatron-core 0.16 to 0.19", is_needed=False),
 )
 
 

@@ -1,0 +1,60 @@
+"""The versions of megatron-core that this package works with, and what differs between them.
+
+Supported are 0.16 (Python 3.10 and newer) and 0.17 to 0.19 (Python 3.12 and newer by their own metadata). The layout,
+resume and checkpoint tests run on 0.16.1 and, by `make test-core`, on 0.19.2, which is unpacked beside the environment.
+Each place that treats them differently, or relies on what they have in common by luck:
+
+=============================================  =====================================================================
+place                                          difference
+=============================================  =====================================================================
+`gradients_in_norm` below                      0.19 renamed `get_main_grads_for_grad_norm`
+`model/implementation.py`, `qk_layernorm`      0.19 refuses norms of queries and keys in the layer's specification
+                                               unless this is set while it builds; both versions then add up the
+                                               gradients of these norms over tensor ranks, which is wrong for a gain
+                                               that is cut (`model/denoiser.py`, `build_chunks`, sets it back)
+`platform/quiet.py`                            0.19 logs advice to its developers once a rank and build
+`optim/optimizer.py`, `optim/resharding.py`    replace parts of the distributed optimizer by name
+`checkpoint/`                                  replaces parts of `dist_checkpointing` by name
+`platform/megatron_on_cpu.py`                  replaces functions by name, and fails loudly where one is missing
+=============================================  =====================================================================
+
+For a new version: raise `SUPPORTED`, run the tests of `tests/distributed`, `tests/checkpoint`, `tests/optim` and
+`tests/platform` on it, and compare the sites that these files name by line.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from megadiff.errors import PlatformError
+
+SUPPORTED = ((0, 16), (0, 20))
+"""Half-open range of versions (major, minor)."""
+REQUIREMENT = "megatron-core>=0.16,<0.20"
+"""What to install, in pip's words."""
+
+
+def check() -> None:
+    """Check that megatron-core is installed in a supported version.
+
+    Raises:
+        PlatformError: it is missing, or of another version.
+    """
+    try:
+        megatron = importlib.import_module("megatron.core")
+    except ImportError as error:
+        raise PlatformError(f"megatron-core is not importable ({error}); install `{REQUIREMENT}`") from error
+    version = tuple(int(part) for part in megatron.__version__.split(".")[:2])
+    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+        raise PlatformError(
+            f"megatron-core {megatron.__version__} is installed, but this package was checked against 0.16 to 0.19 "
+            f"only; install `{REQUIREMENT}`, or re-check every place listed in megadiff/platform/megatron_versions.py"
+        )
+
+
+def gradients_in_norm(optimizer: Any) -> list[Any]:
+    """Return the gradients that this rank counts in the global norm, from one of megatron-core's optimizers."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()

@@ -1,0 +1,40 @@
+"""The range of megatron-core's versions: refused outside, and the requirement that pip reads is the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from packaging.requirements import Requirement
+
+from megadiff.errors import PlatformError
+from megadiff.platform import megatron_versions
+from tests.support.commands import REPOSITORY
+
+
+@pytest.mark.parametrize("version", ["0.15.3", "0.20.0", "1.0.0"])
+def test_other_versions_of_megatron_are_refused(version: str) -> None:
+    with (
+        patch("megatron.core.__version__", version),
+        pytest.raises(
+            PlatformError, match=rf"megatron-core {version} is installed, but .* checked against 0\.16 to 0\.19 only"
+        ),
+    ):
+        megatron_versions.check()
+
+
+def test_a_missing_megatron_is_named_with_its_requirement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    with pytest.raises(
+        PlatformError, match=r"megatron-core is not importable .* install `megatron-core>=0\.16,<0\.20`"
+    ):
+        megatron_versions.check()
+
+
+def test_setup_and_the_check_name_the_same_range() -> None:
+    assert f'"{megatron_versions.REQUIREMENT}"' in Path(REPOSITORY, "setup.py").read_text()
+    wanted = Requirement(megatron_versions.REQUIREMENT).specifier
+    for (major, minor), is_supported in zip(megatron_versions.SUPPORTED, (True, False), strict=True):
+        assert wanted.contains(f"{major}.{minor}.1") == is_supported
