@@ -251,18 +251,19 @@ def build_chunks(
     chunks = []
     for index in range(virtual):
         stage = index if virtual > 1 else None
-        chunk = Denoiser(
-            config,
-            block_spec(model, parts, layers=get_num_layers_to_build(config, vp_stage=stage)),
-            vocab_size=model.padded_vocab_size(vocab_size),
-            seq_length=model.seq_length,
-            rope_base=model.rope_base,
-            head_factor=model.head_factor,
-            pre_process=topology.is_first_stage and index == 0,
-            post_process=topology.is_last_stage and index == virtual - 1,
-            vp_stage=stage,
-            is_compiled=precision.compile,
-        )
+        with platform.default_device():
+            chunk = Denoiser(
+                config,
+                block_spec(model, parts, layers=get_num_layers_to_build(config, vp_stage=stage)),
+                vocab_size=model.padded_vocab_size(vocab_size),
+                seq_length=model.seq_length,
+                rope_base=model.rope_base,
+                head_factor=model.head_factor,
+                pre_process=topology.is_first_stage and index == 0,
+                post_process=topology.is_last_stage and index == virtual - 1,
+                vp_stage=stage,
+                is_compiled=precision.compile,
+            )
         chunks.append(chunk.to(platform.device))
     # After the backward pass megatron-core adds up over tensor ranks the gradients of all norms of queries and keys if
     # this is set, as only the gains need that which every rank holds whole (finalize_model_grads.py).

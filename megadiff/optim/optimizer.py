@@ -250,6 +250,16 @@ class Optimizer:
             clip_grad_norm_(gradients, self._settings.clip_grad, norm=norm)
         self._wrapped.step_with_ready_grads()
 
+    def state_bytes(self) -> int:
+        """Return the bytes of this rank's moments and float32 master weights, as they are from the first step on."""
+        self._member.complete_state(self._wrapped.optimizer)
+        held = [value for state in self._wrapped.optimizer.state.values() for value in state.values()]
+        masters = getattr(self._wrapped, "fp32_from_float16_groups", ()) or getattr(
+            self._wrapped, "shard_fp32_from_float16_groups", ()
+        )
+        held += [weight for group in masters for weight in group if weight is not None]
+        return sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor))
+
     def zero_grad(self) -> None:
         """Clear the gradients of the last step."""
         self._wrapped.zero_grad()
@@ -315,7 +325,8 @@ def build_optimizer(
     member = load_member(settings.name)
     is_cut = distributed or topology.layout.tensor > 1
     with platform.scope():
-        refuse_unsavable(member, settings, scale, device=platform.device, is_cut=is_cut)
+        tried_on = platform.device if platform.has_values else torch.device("cpu")
+        refuse_unsavable(member, settings, scale, device=tried_on, is_cut=is_cut)
         base = member.build(parameter_groups(roles, settings, scale), settings)
         is_allocated = bool(base.state)
         config = MegatronOptimizerConfig(

@@ -144,6 +144,21 @@ def process_group(platform: Platform, *, alone: bool = False, timeout_s: float =
         _close_groups()
 
 
+@contextmanager
+def imagined_process_group(rank: int, world_size: int) -> Iterator[None]:
+    """Open a default group in which this process is one of `world_size` ranks and the others do not exist.
+
+    Collectives return at once and communicate nothing.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        _close_groups()
+
+
 def _close_groups() -> None:
     """Close the default group and let go of megatron-core's, which would keep their sockets open in a later run."""
     dist.destroy_process_group()
@@ -178,7 +193,7 @@ def open_topology(layout: Layout, *, timeout_s: float = 1800.0) -> Topology:
         pipeline_group=state.get_pipeline_model_parallel_group(),
         data_group=state.get_data_parallel_group(with_context_parallel=True),
         model_group=state.get_model_parallel_group(),
-        host_group=None if dist.get_backend() == "gloo" else _open_host_group(timeout_s),
+        host_group=None if dist.get_backend() in ("gloo", "fake") else _open_host_group(timeout_s),
     )
 
 

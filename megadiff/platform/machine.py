@@ -8,11 +8,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import resource
-from collections.abc import MutableMapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -80,6 +80,11 @@ class Platform:
         """Whether ranks run on CPU over gloo."""
         return self.kind == "cpu"
 
+    @property
+    def has_values(self) -> bool:
+        """Whether tensors here hold values; on the meta device of a dry run they have shapes and types alone."""
+        return self.device.type != "meta"
+
     def describe(self) -> str:
         """Return one line for the log: device, backend and available libraries."""
         found = [
@@ -101,6 +106,16 @@ class Platform:
         elif self.weight_gradients is not None:
             weight_gradients.install()
         megatron_on_cpu.fix()
+
+    @contextmanager
+    def on_meta(self) -> Iterator[Platform]:
+        """Give this platform with tensors that have shapes and types but no values and no memory, for a dry run."""
+        with megatron_on_cpu.on_meta():
+            yield replace(self, device=torch.device("meta"))
+
+    def default_device(self) -> AbstractContextManager[Any]:
+        """Return a context for code that names no device; it does nothing but on the meta device."""
+        return nullcontext() if self.has_values else self.device
 
     def scope(self) -> AbstractContextManager[None]:
         """Return a context for building megatron-core's optimizer and for its checkpoint calls; it does nothing on

@@ -45,7 +45,8 @@ from torch.overrides import TorchFunctionMode
 from megadiff.errors import PlatformError
 from megadiff.platform import megatron_versions
 
-_CPU = torch.device("cpu")
+_device = torch.device("cpu")
+"""The device of what megatron-core puts on a GPU: the CPU, or the meta device inside `on_meta`."""
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
@@ -96,6 +97,17 @@ def scope() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Put what megatron-core puts on a GPU on the meta device inside the block."""
+    global _device
+    before, _device = _device, torch.device("meta")
+    try:
+        yield
+    finally:
+        _device = before
+
+
 def _replace(owner: Any, name: str, stand_in: Any) -> None:
     if not hasattr(owner, name):
         raise PlatformError(
@@ -125,6 +137,8 @@ class _SharedGroups:
             # Groups that were kept longer than the default group would keep their sockets open.
             self._world = weakref.ref(dist.group.WORLD, lambda _: self._groups.clear())
         key = tuple(ranks)
+        if dist.get_backend() == "fake" and dist.get_rank() not in key:
+            return dist.GroupMember.NON_GROUP_MEMBER  # of a thousand ranks' groups, a dry run needs its own rank's
         if key not in self._groups:
             self._groups[key] = self._create(ranks, *args, **kwargs)
         return self._groups[key]
@@ -145,7 +159,7 @@ def _facade() -> dict[str, Any]:
     torch.compile refuses a function that it finds under two names with different rules.
     """
     return {
-        "current_device": lambda: _CPU,
+        "current_device": lambda: _device,
         "set_device": lambda *args, **kwargs: None,
         "synchronize": lambda *args, **kwargs: None,
         "empty_cache": lambda *args, **kwargs: None,
@@ -196,7 +210,7 @@ def _is_cuda(device: Any) -> bool:
 
 def _without_cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
     if _is_cuda(kwargs.get("device")):
-        kwargs = {**kwargs, "device": _CPU}
+        kwargs = {**kwargs, "device": _device}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     return kwargs
@@ -208,9 +222,9 @@ class _OnCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = _without_cuda(kwargs or {})
         if func is torch.Tensor.cuda:
-            return args[0]
+            return args[0].to(_device)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
+            args = (args[0], _device, *args[2:])
         return func(*args, **kwargs)

@@ -32,7 +32,7 @@ from megadiff.errors import PlatformError
 SUPPORTED = ((0, 16), (0, 20))
 """Half-open range of versions (major, minor)."""
 REQUIREMENT = "megatron-core>=0.16,<0.20"
-"""What to install, in pip's words."""
+"""The same range as a requirement of pip."""
 
 
 def check() -> None:

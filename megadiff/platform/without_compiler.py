@@ -60,6 +60,7 @@ def release_optimizers() -> None:
     torch without them is left as it is.
     """
     import torch
+    from torch import _compile
 
     for kind in (torch.optim.Optimizer, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
         for name, function in list(vars(kind).items()):
@@ -68,7 +69,7 @@ def release_optimizers() -> None:
                 continue
             if code.co_name == "_use_grad":
                 setattr(kind, name, _in_its_gradient_mode(plain))
-            elif code.co_name == "inner" and code.co_filename == torch._compile.__file__:
+            elif code.co_name == "inner" and code.co_filename == _compile.__file__:
                 plain.__dynamo_disable = plain
 
 

@@ -128,7 +128,7 @@ def build_trainer(
     config = prepared.config
     supervision = supervision or Supervision.none(config)
     topology = open_topology(prepared.layout, timeout_s=config.watchdog.longest_s + _PATIENCE_S)
-    chunks, wrapped, optimizer = build_trainables(prepared, platform, topology)
+    chunks, wrapped, optimizer = build_trainables(config, platform, topology, vocab_size=prepared.tokenizer.vocab_size)
     loss_kernel, method = build_loss(prepared, platform)
     _log_parts(prepared, platform, optimizer, loss_kernel)
     origin, prepared = resume(
@@ -241,20 +241,20 @@ def training_step(
 
 
 def build_trainables(
-    prepared: RunContext, platform: Platform, topology: Topology
+    config: RunConfig, platform: Platform, topology: Topology, *, vocab_size: int
 ) -> tuple[list[Denoiser], list[Any], Optimizer]:
     """Return model chunks with their first weights, their data-parallel wrappers, and the optimizer."""
-    config = prepared.config
     open_tensor_overlap(config.model, config.parallel, config.precision, micro_batch_size=config.batch.micro_batch_size)
     chunks = build_chunks(
         config.model,
-        vocab_size=prepared.tokenizer.vocab_size,
+        vocab_size=vocab_size,
         parallel=config.parallel,
         precision=config.precision,
         platform=platform,
         topology=topology,
     )
-    initialise(chunks, config.model, seed=config.seed, topology=topology)
+    if platform.has_values:
+        initialise(chunks, config.model, seed=config.seed, topology=topology)
     wrapped = wrap_data_parallel(chunks, parallel=config.parallel, precision=config.precision)
     set_loss_reduction(wrapped, topology, mean=config.objective.reduction == "mean")
     optimizer = build_optimizer(

@@ -219,6 +219,13 @@ def memory_per_rank(config: RunConfig, layout: Layout, shape: cost.Shape) -> cos
     return cost.bytes_per_rank(shape, _cost_layout(config, layout), _cost_precision(config), vocab_entries=entries)
 
 
+def memory_of_stage(config: RunConfig, layout: Layout, shape: cost.Shape, *, stage: int) -> cost.Memory:
+    """Return the estimated bytes on one pipeline stage's ranks."""
+    entries = config.model.padded_vocab_size(shape.vocab_size)
+    counted = _cost_layout(config, layout), _cost_precision(config)
+    return cost.stage_memory(shape, *counted, stage=stage, vocab_entries=entries)
+
+
 def memory_shortage(error: BaseException, config: RunConfig, layout: Layout, shape: cost.Shape) -> ShortageError | None:
     """Return the error to raise instead of a failed allocation on device or host; None for any other error.
 

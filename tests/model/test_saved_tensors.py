@@ -11,11 +11,11 @@ import torch
 
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.saved_tensors import saved_bytes
 from megadiff.parallel.config import Layout, ParallelConfig
 from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank
-from tests.support.saved_tensors import saved_bytes
 
 with quiet():
     from megadiff.model.denoiser import build_chunks, wrap_data_parallel

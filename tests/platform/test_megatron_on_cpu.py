@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import types
-from unittest.mock import patch
 
 import pytest
 import torch

@@ -13,12 +13,12 @@ def saved_bytes(forward: Callable[[], Any], *, apart_from: Iterable[Tensor]) -> 
     """Return the bytes of all tensors saved for the backward pass of `forward`, each storage once.
 
     Storages are looked at after the forward pass, so that what was freed meanwhile (a norm's output that is computed
-    again, for example) counts as nothing.
+    again, for example) counts as nothing. They may be on the meta device, where no two share an address either.
 
     Args:
         apart_from: tensors that are there anyway, such as parameters.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in apart_from}
+    known = {tensor.untyped_storage()._cdata for tensor in apart_from}
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def saved_bytes(forward: Callable[[], Any], *, apart_from: Iterable[Tensor]) -> 
     storages = {}
     for tensor in saved:
         storage = tensor.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage.nbytes() and storage._cdata not in known:
+            storages[storage._cdata] = storage.nbytes()
     del result
     return sum(storages.values())

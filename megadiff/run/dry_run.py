@@ -1,0 +1,352 @@
+"""Any rank of any layout, built on this machine without memory for it: what it holds, saves and communicates.
+
+The parts are the run's own (`run.build.build_trainables`), on torch's fake process group and meta device. One
+microbatch passes the layers of the rank's stage forward and backward, so what autograd saves and what tensor ranks
+exchange is counted and not estimated. Layers are the local ones, since Transformer Engine's need their GPU kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megadiff.data.loader import microbatch_samples
+from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.errors import ConfigError, DataError
+from megadiff.model import cost
+from megadiff.model.saved_tensors import saved_bytes
+from megadiff.parallel.config import Layout
+from megadiff.parallel.topology import imagined_process_group, open_topology
+from megadiff.platform.machine import Platform, detect
+from megadiff.run.build import build_trainables
+from megadiff.run.config import RunConfig
+from megadiff.run.summary import lay_out_run, memory_of_stage
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """Contents and work of one rank of a layout; sizes in bytes."""
+
+    rank: int
+    stage: int
+    tensor_rank: int
+    data_rank: int
+    layers: tuple[int, ...]
+    """Numbers of its blocks, from 0."""
+    built: cost.Memory
+    """Bytes of the parts built; the logits are the estimate's, since the output head is not run."""
+    estimated: cost.Memory
+    """Bytes by `model.cost`, which `--check` prints."""
+    tensor_calls: int
+    """Number of collectives between tensor ranks in one microbatch, forward and backward, without the head's."""
+    tensor_bytes: int
+    """Bytes that these collectives reduce or gather."""
+    pipeline_bytes: int
+    """Bytes sent to other stages for one microbatch, forward and backward."""
+    data_bytes: int
+    """Bytes of gradients reduced, and of weights gathered, between data ranks in each step."""
+    samples: tuple[range, ...]
+    """Indices of the sequences of step 1, by microbatch."""
+    vocabulary: range
+    """Entries of embedding and head that it holds; empty on a stage without either."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The ranks that were built, and what all share."""
+
+    layout: Layout
+    ranks: tuple[RankReport, ...]
+    bubble: float
+    """Share of a step in which a pipeline stage waits, for stages of equal time."""
+
+
+def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None, all_stages: bool = False) -> DryRun:
+    """Build ranks of a run on `world_size` ranks.
+
+    Args:
+        config: the run; its platform and kernels are not looked at.
+        chosen: ranks to build; None for the first tensor rank of the first and the last stage.
+        all_stages: build the first and the last tensor rank of every stage instead.
+
+    Raises:
+        ConfigError: the layout does not fit, or there is no such rank.
+        DataError: the tokenizer cannot be read, and `data.vocab_size` is not set.
+    """
+    vocab_size = _vocab_size(config)
+    layout = lay_out_run(config, world_size=world_size, vocab_size=vocab_size)
+    if chosen is None:
+        stages = range(layout.pipeline) if all_stages else sorted({0, layout.pipeline - 1})
+        tensor_ranks = sorted({0, layout.tensor - 1}) if all_stages else [0]
+        chosen = [stage * layout.tensor * layout.data + tensor for stage in stages for tensor in tensor_ranks]
+    for rank in chosen:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"there is no rank {rank} among {world_size}; give --rank a number below {world_size}")
+    platform = detect("cpu")
+    platform.prepare_megatron()
+    with platform.on_meta() as imagined:
+        built = _buildable(config)
+        reports = tuple(_build(built, layout, rank, vocab_size, imagined) for rank in chosen)
+    chunks = layout.virtual_pipeline * layout.num_microbatches
+    return DryRun(layout, reports, (layout.pipeline - 1) / (chunks + layout.pipeline - 1))
+
+
+def describe(found: DryRun) -> list[str]:
+    """Return the lines that the command prints."""
+    layout = found.layout
+    lines = [
+        f"layout            {layout.world_size:,} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline} x data "
+        f"{layout.data}, {layout.num_microbatches} microbatch(es) a step",
+        f"pipeline bubble   {found.bubble:.1%} of a step, for stages of equal time",
+        "built             local layers, on the meta device; `estimate` is what --check prints",
+    ]
+    for report in found.ranks:
+        lines += ["", *_describe_rank(report, layout)]
+    return lines
+
+
+def as_json(found: DryRun) -> str:
+    """Return every figure as JSON; ranges are their first and last number."""
+    return json.dumps(asdict(found), indent=1, default=lambda value: [value.start, value.stop - 1])
+
+
+def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
+    built, estimated = report.built, report.estimated
+    held = f"blocks {_ranges(report.layers)}" if report.layers else "no block"
+    rows = [(name, getattr(built, name), getattr(estimated, name)) for name in ("parameters", "gradients", "optimizer")]
+    rows.append(("activations", built.activations_per_microbatch, estimated.activations_per_microbatch))
+    rows.append(("total", built.total, estimated.total))
+    lines = [
+        f"rank {report.rank:<12,} stage {report.stage} of {layout.pipeline} ({held}), tensor rank {report.tensor_rank} "
+        f"of {layout.tensor}, data rank {report.data_rank} of {layout.data}"
+    ]
+    for name, ours, theirs in rows:
+        difference = f" ({ours / theirs - 1:+.1%})" if theirs and ours != theirs else ""
+        note = " of one microbatch" if name == "activations" else ""
+        lines.append(f"  {name:<15} {_gib(ours)}{note}, estimate {_gib(theirs)}{difference}")
+    microbatches = layout.num_microbatches
+    lines.append(
+        f"  tensor ranks    {_gib(report.tensor_bytes * microbatches)} a step in "
+        f"{report.tensor_calls * microbatches:,} collectives, the head's left out"
+    )
+    lines.append(f"  other stages    {_gib(report.pipeline_bytes * microbatches)} sent a step")
+    lines.append(f"  data ranks      {_gib(report.data_bytes)} a step")
+    if len(report.vocabulary):
+        lines.append(f"  vocabulary      entries {report.vocabulary.start:,} to {report.vocabulary.stop - 1:,}")
+    first = ", ".join(_span(samples) for samples in report.samples[:3])
+    lines.append(f"  step 1          sequences {first}{', ...' if len(report.samples) > 3 else ''}")
+    return lines
+
+
+def _build(config: RunConfig, layout: Layout, rank: int, vocab_size: int, platform: Platform) -> RankReport:
+    with imagined_process_group(rank, layout.world_size):
+        topology = open_topology(layout)
+        chunks, wrapped, optimizer = build_trainables(config, platform, topology, vocab_size=vocab_size)
+        estimated = memory_of_stage(config, layout, config.shape(vocab_size=vocab_size), stage=topology.stage)
+        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        gradients = {p.main_grad.untyped_storage()._cdata: p.main_grad for p in parameters}  # type: ignore[attr-defined]
+        gradient_bytes = sum(gradient.untyped_storage().nbytes() for gradient in gradients.values())
+        saved, counted = _microbatch(config, layout, wrapped, chunks, topology.is_first_stage)
+        in_flight = estimated.activations / max(1, estimated.activations_per_microbatch)
+        built = cost.Memory(
+            parameters=_bytes(parameters),
+            gradients=gradient_bytes,
+            optimizer=optimizer.state_bytes(),
+            activations_per_microbatch=saved,
+            activations=round(saved * in_flight),
+            logits=estimated.logits,
+        )
+        entries = config.model.padded_vocab_size(vocab_size) // layout.tensor
+        has_table = topology.is_first_stage or topology.is_last_stage
+        first = topology.tensor_rank * entries
+        return RankReport(
+            rank=rank,
+            stage=topology.stage,
+            tensor_rank=topology.tensor_rank,
+            data_rank=topology.data_rank,
+            layers=_layers(chunks),
+            built=built,
+            estimated=estimated,
+            tensor_calls=counted.calls.total(),
+            tensor_bytes=counted.bytes.total(),
+            pipeline_bytes=_sent(config, layout, topology.stage),
+            data_bytes=_exchanged(config, layout, gradient_bytes, _bytes(parameters)),
+            samples=_samples(config, layout, topology.data_rank),
+            vocabulary=range(first, first + entries) if has_table else range(0),
+        )
+
+
+def _layers(chunks: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers)
+
+
+def _samples(config: RunConfig, layout: Layout, data_rank: int) -> tuple[range, ...]:
+    """Return the indices of the sequences of step 1 that a data rank trains on, by microbatch."""
+    found = []
+    for microbatch in range(layout.num_microbatches):
+        samples = microbatch_samples(
+            0,
+            micro_batch_size=config.batch.micro_batch_size,
+            dp_rank=data_rank,
+            dp_size=layout.data,
+            microbatch=microbatch,
+        )
+        found.append(range(samples[0], samples[-1] + 1))
+    return tuple(found)
+
+
+def _buildable(config: RunConfig) -> RunConfig:
+    """Return the run without what needs a GPU or other ranks and changes nothing that is counted here."""
+    kernels = {"overlap_grad_reduce": False, "overlap_param_gather": False, "tp_comm_overlap": False}
+    parallel = config.parallel.model_copy(update={**kernels, "gradient_accumulation_fusion": False})
+    precision = config.precision.model_copy(update={"fp8": "none", "compile": False})
+    changed = {"parallel": parallel, "precision": precision, "platform": "cpu"}
+    return config.model_copy(update=changed)
+
+
+def _microbatch(
+    config: RunConfig, layout: Layout, wrapped: Sequence[Any], chunks: Sequence[Any], has_ids: bool
+) -> tuple[int, _Collectives]:
+    """Run every chunk of this rank once, forward and backward: bytes saved, and the collectives."""
+    model, batch = config.model, config.batch.micro_batch_size
+    dtype = torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
+    length = model.seq_length // (layout.tensor if config.parallel.sequence else 1)
+    saved, counted = 0, _Collectives()
+    for index, (chunk, inner) in enumerate(zip(wrapped, chunks, strict=True)):
+        ids = torch.zeros(batch, model.seq_length, dtype=torch.int64, device="meta")
+        if not (has_ids and index == 0):
+            states = torch.zeros(length, batch, model.hidden, dtype=dtype, device="meta")
+            inner.set_input_tensor(states.requires_grad_())
+        there = [*chunk.parameters(), *inner.buffers(), *(p.main_grad for p in chunk.parameters()), ids]
+        results: list[Tensor] = []
+
+        def forward(chunk: Any = chunk, ids: Tensor = ids, results: list[Tensor] = results) -> Tensor:
+            results.append(chunk(ids, None, loss_fn=lambda hidden, _: hidden))
+            return results[-1]
+
+        with _attention_without_scores(), counted, torch.device("meta"):
+            saved += saved_bytes(forward, apart_from=there)
+            (result,) = results
+            with chunk.no_sync():
+                result.backward(torch.zeros_like(result))
+    return saved, counted
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts the collectives inside it, and the bytes of the larger side of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            tensors = [tensor for value in args for tensor in _flat(value) if isinstance(tensor, Tensor)]
+            self.calls[name] += 1
+            self.bytes[name] += max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
+        return func(*args, **(kwargs or {}))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+class _FusedAttention(torch.autograd.Function):
+    """A substitute for a fused attention kernel, which saves what that saves.
+
+    These are queries, keys, values, the output, laid out in memory as the queries are, and the log of each softmax's
+    sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _WithoutScores(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _FusedAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _attention_without_scores() -> Iterator[None]:
+    """Replace attention, which on the meta device would save all scores as no fused kernel does."""
+    with _WithoutScores():
+        yield
+
+
+def _sent(config: RunConfig, layout: Layout, stage: int) -> int:
+    """Return the bytes that a rank sends for a microbatch: states to the next chunk, their gradient to the last."""
+    size = 2 if config.precision.compute == "bf16" else 4
+    states = config.batch.micro_batch_size * config.model.seq_length * config.model.hidden * size
+    if config.parallel.sequence:
+        states //= layout.tensor
+    chunks = layout.virtual_pipeline
+    forward = chunks - (stage == layout.pipeline - 1) if layout.pipeline > 1 else 0
+    backward = chunks - (stage == 0) if layout.pipeline > 1 else 0
+    return (forward + backward) * states
+
+
+def _exchanged(config: RunConfig, layout: Layout, gradients: int, parameters: int) -> int:
+    """Return the bytes that data ranks reduce and gather in a step."""
+    if layout.data == 1:
+        return 0
+    return gradients + (parameters if config.parallel.distributed_optimizer else 0)
+
+
+def _vocab_size(config: RunConfig) -> int:
+    """Return the number of ids: the tokenizer's, or `data.vocab_size` where the tokenizer is not there yet."""
+    try:
+        return load_tokenizer(config.data.tokenizer).vocab_size
+    except DataError as error:
+        if config.data.vocab_size is None:
+            raise DataError(f"data.tokenizer: {error}; or set data.vocab_size") from error
+        return config.data.vocab_size
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _span(numbers: range) -> str:
+    return f"{numbers.start:,} to {numbers.stop - 1:,}" if len(numbers) > 1 else f"{numbers.start:,}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return numbers in words, such as `0 to 3 and 8 to 11`."""
+    parts: list[range] = []
+    for number in numbers:
+        if parts and parts[-1].stop == number:
+            parts[-1] = range(parts[-1].start, number + 1)
+        else:
+            parts.append(range(number, number + 1))
+    return " and ".join(_span(part) for part in parts)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.3g} GiB"
