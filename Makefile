@@ -7,13 +7,13 @@ export OMP_NUM_THREADS ?= 1
 # These run with the shapes and dtypes of every call checked (tests/support/shapes.py).
 MATHEMATICS := tests/diffusion tests/loss tests/sampling
 
-.PHONY: demo test test-core check docs bench clean help
+.PHONY: demo test test-versions check docs bench clean help
 
 help:
 	@echo "make demo   real text -> tokenizer -> training on 8 CPU ranks, resumed on 2 -> held-out ELBO -> samples ->"
 	@echo "            Hugging Face"
 	@echo "make test   the test suite"
-	@echo "make test-core  layouts, resumes and checkpoints on the newest megatron-core supported"
+	@echo "make test-versions  what depends on them, with the newest megatron-core and with Transformer Engine's layers"
 	@echo "make check  ruff, pyright, import rules"
 	@echo "make docs   the pages of docs/ as a site in site/; a broken link is an error"
 	@echo "make bench  what a CPU can measure: noising, the output head, a training step, a save's stall, sampling, the cache of"
@@ -34,18 +34,23 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm $(MATHEMATICS:%=--ignore=%)
 	$(BIN)/python -m pytest tests/slurm  # alone: a real scheduler loses patience on a busy machine
 
-# The newest megatron-core supported, unpacked beside the environment: its metadata wants Python 3.12, its code does not.
-CORE := .core
-$(CORE)/.installed: $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --upgrade \
-	    --target $(CORE) megatron-core==0.19.2
+# Other versions of libraries, unpacked beside the environment: the newest megatron-core supported, whose metadata wants
+# Python 3.12 and whose code does not, and Transformer Engine without its compiled part.
+VERSIONS := .versions
+UNPACK := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade
+$(VERSIONS)/.installed: $(STAMP)
+	$(UNPACK) --ignore-requires-python --target $(VERSIONS)/core megatron-core==0.19.2
+	$(UNPACK) --target $(VERSIONS)/engine transformer_engine==2.11.0
 	@touch $@
 
-test-core: $(CORE)/.installed
-	MEGADIFF_OTHER_CORE=$(CURDIR)/$(CORE) $(BIN)/python -m pytest tests/checkpoint/test_other_core.py
-	PYTHONPATH=$(CURDIR)/$(CORE) $(BIN)/python -m pytest -n 2 --dist loadfile tests/platform tests/optim \
-	    tests/checkpoint/test_extra_state.py tests/checkpoint/test_safe_metadata.py tests/distributed/test_layouts.py tests/distributed/test_gidd_block.py \
-	    tests/distributed/test_resume.py tests/distributed/test_wrong_on_purpose.py
+test-versions: export MEGADIFF_OTHER_CORE := $(CURDIR)/$(VERSIONS)/core
+test-versions: export MEGADIFF_TRANSFORMER_ENGINE := $(CURDIR)/$(VERSIONS)/engine
+test-versions: $(VERSIONS)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/checkpoint/test_other_core.py tests/model/test_fused_layers.py
+	PYTHONPATH=$(MEGADIFF_OTHER_CORE) $(BIN)/python -m pytest -n 2 --dist loadfile tests/platform tests/optim \
+	    tests/checkpoint/test_extra_state.py tests/checkpoint/test_safe_metadata.py tests/model/test_fused_layers.py \
+	    tests/distributed/test_layouts.py tests/distributed/test_gidd_block.py tests/distributed/test_resume.py \
+	    tests/distributed/test_wrong_on_purpose.py tests/run/test_dry_run.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -74,4 +79,4 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmarks/export_memory.py
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(CORE) site build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(DOCS) $(VERSIONS) site build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

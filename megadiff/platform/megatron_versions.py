@@ -1,8 +1,8 @@
 """The versions of megatron-core that this package works with, and what differs between them.
 
 Supported are 0.16 (Python 3.10 and newer) and 0.17 to 0.19 (Python 3.12 and newer by their own metadata). The layout,
-resume and checkpoint tests run on 0.16.1 and, by `make test-core`, on 0.19.2, which is unpacked beside the environment.
-Each place that treats them differently, or relies on what they have in common by luck:
+resume and checkpoint tests run on 0.16.1 and, by `make test-versions`, on 0.19.2, which is unpacked beside the
+environment. Each place that treats them differently, or relies on what they have in common by luck:
 
 =============================================  =====================================================================
 place                                          difference

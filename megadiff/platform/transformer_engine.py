@@ -1,6 +1,7 @@
 """Transformer Engine on this machine: whether it can be used, and its communication buffers.
 
-It is imported only on machines with a GPU; CPU ranks use nothing from here except the refusal of `find`.
+It is imported only on machines with a GPU; CPU ranks use nothing from here except the refusal of `find`. A test builds its
+layers without one (`tests/model/test_fused_layers.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 SUPPORTED = ((2, 9), (2, 12))
-"""Half-open range of versions (major, minor) that megatron-core 0.16 and `model/fused_layers.py` were written for."""
+"""Half-open range of versions (major, minor) that megatron-core and `model/fused_layers.py` were checked against."""
 
 
 @dataclass(frozen=True)

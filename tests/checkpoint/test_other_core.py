@@ -1,7 +1,7 @@
 """Runs and checkpoints of two generations of megatron-core: the same curve, and each resumes what the other saved.
 
 `MEGADIFF_OTHER_CORE` names a folder that holds another version of megatron-core than the environment; `make
-test-core` installs one there and sets it.
+test-versions` installs one there and sets it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from tests.support.runs import GIDD_BLOCK, largest_relative_difference, read_met
 OTHER = os.environ.get("MEGADIFF_OTHER_CORE", "")
 pytestmark = [
     pytest.mark.end_to_end,
-    pytest.mark.skipif(not OTHER, reason="no other megatron-core: set MEGADIFF_OTHER_CORE, as `make test-core` does"),
+    pytest.mark.skipif(
+        not OTHER, reason="no other megatron-core: set MEGADIFF_OTHER_CORE, as `make test-versions` does"
+    ),
 ]
 CORES = {"own": [str(REPOSITORY)], "other": [OTHER, str(REPOSITORY)]}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
