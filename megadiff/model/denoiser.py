@@ -33,7 +33,7 @@ from torch import Tensor
 
 from megadiff.model.attention import common_attention
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.direct_layer import CompiledBlock, DirectLayer, Rotation
+from megadiff.model.direct_layer import CompiledBlock
 from megadiff.model.implementation import keep, modules_for, transformer_config
 from megadiff.model.layers import block_spec, runs_alone
 from megadiff.parallel.config import ParallelConfig
@@ -118,7 +118,7 @@ class Denoiser(MegatronModule):
                 tp_group=self.pg_collection.tp,
             )
         layers: Any = spec.layer_specs
-        rotary = Rotation if issubclass(layers[0].module, DirectLayer) else RotaryEmbedding
+        rotary = getattr(layers[0].module, "rotary_embedding", RotaryEmbedding)
         self.rotary_pos_emb = rotary(
             kv_channels=config.kv_channels,  # type: ignore[arg-type]
             rotary_percent=1.0,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -41,9 +42,15 @@ class DirectLayer(TransformerLayer):
     `Rotation`. Parts of the layer cannot be recomputed; the whole can.
     """
 
+    rotary_embedding = Rotation
+    """Class of the positions that `forward` takes; a layer without this attribute gets megatron-core's own."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         attention: Any = self.self_attention
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention, name) is None:  # megatron-core 0.19, where 0.16 has an identity
+                setattr(attention, name, IdentityOp())
         self._heads = (attention.num_attention_heads_per_partition, 3, attention.hidden_size_per_attention_head)
         self._add_branch: Any = self.mlp_bda(self.training, False)  # type: ignore[operator]
 

@@ -1,7 +1,7 @@
 """Transformer Engine on this machine: whether it can be used, and its communication buffers.
 
-It is imported only on machines with a GPU; CPU ranks use nothing from here except the refusal of `find`. A test builds its
-layers without one (`tests/model/test_fused_layers.py`).
+It is imported only on machines with a GPU; CPU ranks use nothing from here except the refusal of `find`. A test builds
+its layers without one (`tests/model/test_fused_layers.py`).
 """
 
 from __future__ import annotations
