@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megadiff.report.markup import escaped, paragraph, section, table
@@ -164,13 +165,18 @@ def _paired(record: Record) -> str:
     rows = []
     for found in record["paired"][:_MOST_ROWS]:
         d = found["difference"]
-        names = [escaped(f"{found[f'{side}_noise']} ({found[side]})") for side in ("first", "second")]
+        names = [escaped(_setting(found[side])) for side in ("first", "second")]
         ends = f"{d['difference']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}]"
         rows.append((_number(found["flops"]), escaped(found["what"]), *names, ends, _number(d["unpaired_stderr"], 2),
                      f"{d['sequences']:,}"))  # fmt: skip
     heads = ("C", "pair", "first", "second", "first less second, nats per token", "error if unpaired", "sequences")
     caption = "Runs at equal compute over the same validation sequences: their differences, without the luck of runs"
     return table(heads, rows, caption=caption) if rows else ""
+
+
+def _setting(side: Record) -> str:
+    """Return one side of a pair in words: its noise and its runs' names."""
+    return f"{side['noise']} ({', '.join(Path(run).name for run in side['runs'])})"
 
 
 def _cooldowns(record: Record) -> str:

@@ -6,12 +6,17 @@ import json
 import math
 import shutil
 from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from megadiff.report.fit_page import fit_page
 from megadiff.scaling.fit import power_law
+from megadiff.scaling.fit_record import law_file, record, summary, written_laws
+from megadiff.scaling.fit_results import fit_points
 from megadiff.scaling.paired_runs import paired_runs
 from megadiff.scaling.points import REPEATED, from_runs
 from megadiff.scaling.run_curves import flops_per_token_of
@@ -186,6 +191,12 @@ def test_objectives_side_by_side_are_compared_over_the_same_sequences(tmp_path):
             assert d.difference == pytest.approx(own[0].loss - own[1].loss, abs=0.015)
             assert d.stderr < d.unpaired_stderr / 10
             assert math.isclose(own[0].flops_per_token, own[1].flops_per_token)
+    results = fit_points(found, draws=20)
+    written = record(results, law_file(results, "own", laws := written_laws(results)), laws)
+    page = fit_page(written, [], summary(results), now=datetime.now(timezone.utc))
+    for pair in pairs:
+        for side in (pair.first, pair.second):
+            assert f"<td>{side.noise} ({Path(side.runs[0]).name})</td>" in page
     keep_sequences(runs[0], fingerprint="e" * 8)
     pairs, refusals = paired_runs(found.counted)
     assert len(refusals) == 1
