@@ -9,7 +9,7 @@ _EPILOG = """examples:
   megadiff dry_run --config run.yaml --ranks 1024 --all-stages parallel.tensor=8
   megadiff dry_run --config run.yaml --ranks 64 --rank 0 --rank 63
 
-It needs no GPU, no data, and some seconds and half a gigabyte of memory for each rank. A layout that the trainer would
+It needs no GPU and no data, half a gigabyte of memory, and some seconds for each rank. A layout that the trainer would
 refuse is refused here.
 """
 

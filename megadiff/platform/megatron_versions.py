@@ -2,7 +2,7 @@
 
 Supported are 0.16 (Python 3.10 and newer) and 0.17 to 0.19 (Python 3.12 and newer by their own metadata). The layout,
 resume and checkpoint tests run on 0.16.1 and, by `make test-versions`, on 0.19.2, which is unpacked beside the
-environment. Each place that treats them differently, or relies on what they have in common by luck:
+environment. These places treat them differently, or replace parts of the library by name:
 
 =============================================  =====================================================================
 place                                          difference
@@ -12,6 +12,9 @@ place                                          difference
                                                unless this is set while it builds; both versions then add up the
                                                gradients of these norms over tensor ranks, which is wrong for a gain
                                                that is cut (`model/denoiser.py`, `build_chunks`, sets it back)
+`model/direct_layer.py`                        0.19 has None where 0.16 has an identity for an absent norm
+`optim/optimizer.py`, `_identity`              0.19 identifies parameter groups by keys that groups may lack
+`platform/without_compiler.py`                 0.19 loads torch's compiler while it is imported
 `platform/quiet.py`                            0.19 logs advice to its developers once a rank and build
 `optim/optimizer.py`, `optim/resharding.py`    replace parts of the distributed optimizer by name
 `checkpoint/`                                  replaces parts of `dist_checkpointing` by name

@@ -4,7 +4,8 @@ This module uses the standard library alone until megatron is imported. Megatron
 functions with `jit_fuser`, which is `torch.compile`. The decoration alone imports torch's compiler, 2.5 CPU seconds of
 every process. Ranks without a GPU never compile these functions, so there the library's own `disable_jit_fuser` is
 called as soon as its module `megatron.core.jit` is imported, before any function is decorated. (Importing that module
-earlier than the rest is not possible: it imports the rest.)
+earlier than the rest is not possible: it imports the rest.) Version 0.19 also decorates a function with `torch.compile`
+itself, so there the compiler is loaded all the same.
 
 Torch's optimizers import the compiler too, 1.3 CPU seconds of every rank, only to mark where a compiled optimizer step
 would be interrupted. `release_optimizers` takes these marks away; the arithmetic of a step stays the library's.

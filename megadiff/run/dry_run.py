@@ -8,9 +8,7 @@ exchange is counted and not estimated. Layers are the local ones, since Transfor
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megadiff.data.loader import microbatch_samples
 from megadiff.data.tokenizer_files import load_tokenizer
@@ -30,7 +29,7 @@ from megadiff.parallel.topology import imagined_process_group, open_topology
 from megadiff.platform.machine import Platform, detect
 from megadiff.run.build import build_trainables
 from megadiff.run.config import RunConfig
-from megadiff.run.summary import lay_out_run, memory_of_stage
+from megadiff.run.summary import gib, lay_out_run, memory_of_stage
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class RankReport:
     built: cost.Memory
     """Bytes of the parts built; the logits are the estimate's, since the output head is not run."""
     estimated: cost.Memory
-    """Bytes by `model.cost`, which `--check` prints."""
+    """Bytes by `model.cost`, for local layers without FP8."""
     tensor_calls: int
-    """Number of collectives between tensor ranks in one microbatch, forward and backward, without the head's."""
+    """Number of collectives between tensor ranks in one microbatch, forward and backward, without those of the loss."""
     tensor_bytes: int
     """Bytes that these collectives reduce or gather."""
     pipeline_bytes: int
@@ -75,7 +74,7 @@ def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None,
     """Build ranks of a run on `world_size` ranks.
 
     Args:
-        config: the run; its platform and kernels are not looked at.
+        config: the run; its platform and its choice of kernels make no difference.
         chosen: ranks to build; None for the first tensor rank of the first and the last stage.
         all_stages: build the first and the last tensor rank of every stage instead.
 
@@ -108,7 +107,7 @@ def describe(found: DryRun) -> list[str]:
         f"layout            {layout.world_size:,} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline} x data "
         f"{layout.data}, {layout.num_microbatches} microbatch(es) a step",
         f"pipeline bubble   {found.bubble:.1%} of a step, for stages of equal time",
-        "built             local layers, on the meta device; `estimate` is what --check prints",
+        "built             local layers without FP8, on the meta device; `estimate` is the closed form for the same",
     ]
     for report in found.ranks:
         lines += ["", *_describe_rank(report, layout)]
@@ -133,14 +132,14 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
     for name, ours, theirs in rows:
         difference = f" ({ours / theirs - 1:+.1%})" if theirs and ours != theirs else ""
         note = " of one microbatch" if name == "activations" else ""
-        lines.append(f"  {name:<15} {_gib(ours)}{note}, estimate {_gib(theirs)}{difference}")
+        lines.append(f"  {name:<15} {gib(ours)}{note}, estimate {gib(theirs)}{difference}")
     microbatches = layout.num_microbatches
     lines.append(
-        f"  tensor ranks    {_gib(report.tensor_bytes * microbatches)} a step in "
-        f"{report.tensor_calls * microbatches:,} collectives, the head's left out"
+        f"  tensor ranks    {gib(report.tensor_bytes * microbatches)} a step in "
+        f"{report.tensor_calls * microbatches:,} collectives, the loss's left out"
     )
-    lines.append(f"  other stages    {_gib(report.pipeline_bytes * microbatches)} sent a step")
-    lines.append(f"  data ranks      {_gib(report.data_bytes)} a step")
+    lines.append(f"  other stages    {gib(report.pipeline_bytes * microbatches)} sent a step")
+    lines.append(f"  data ranks      {gib(report.data_bytes)} a step")
     if len(report.vocabulary):
         lines.append(f"  vocabulary      entries {report.vocabulary.start:,} to {report.vocabulary.stop - 1:,}")
     first = ", ".join(_span(samples) for samples in report.samples[:3])
@@ -177,8 +176,8 @@ def _build(config: RunConfig, layout: Layout, rank: int, vocab_size: int, platfo
             layers=_layers(chunks),
             built=built,
             estimated=estimated,
-            tensor_calls=counted.calls.total(),
-            tensor_bytes=counted.bytes.total(),
+            tensor_calls=counted.calls,
+            tensor_bytes=counted.bytes,
             pipeline_bytes=_sent(config, layout, topology.stage),
             data_bytes=_exchanged(config, layout, gradient_bytes, _bytes(parameters)),
             samples=_samples(config, layout, topology.data_rank),
@@ -206,7 +205,10 @@ def _samples(config: RunConfig, layout: Layout, data_rank: int) -> tuple[range, 
 
 
 def _buildable(config: RunConfig) -> RunConfig:
-    """Return the run without what needs a GPU or other ranks and changes nothing that is counted here."""
+    """Return the run with local layers on the CPU, without FP8, compiled blocks and overlapped communication.
+
+    FP8 copies of the weights are therefore not counted.
+    """
     kernels = {"overlap_grad_reduce": False, "overlap_param_gather": False, "tp_comm_overlap": False}
     parallel = config.parallel.model_copy(update={**kernels, "gradient_accumulation_fusion": False})
     precision = config.precision.model_copy(update={"fp8": "none", "compile": False})
@@ -219,13 +221,12 @@ def _microbatch(
 ) -> tuple[int, _Collectives]:
     """Run every chunk of this rank once, forward and backward: bytes saved, and the collectives."""
     model, batch = config.model, config.batch.micro_batch_size
-    dtype = torch.bfloat16 if config.precision.compute == "bf16" else torch.float32
     length = model.seq_length // (layout.tensor if config.parallel.sequence else 1)
     saved, counted = 0, _Collectives()
     for index, (chunk, inner) in enumerate(zip(wrapped, chunks, strict=True)):
         ids = torch.zeros(batch, model.seq_length, dtype=torch.int64, device="meta")
         if not (has_ids and index == 0):
-            states = torch.zeros(length, batch, model.hidden, dtype=dtype, device="meta")
+            states = torch.zeros(length, batch, model.hidden, dtype=inner.config.params_dtype, device="meta")
             inner.set_input_tensor(states.requires_grad_())
         there = [*chunk.parameters(), *inner.buffers(), *(p.main_grad for p in chunk.parameters()), ids]
         results: list[Tensor] = []
@@ -234,7 +235,7 @@ def _microbatch(
             results.append(chunk(ids, None, loss_fn=lambda hidden, _: hidden))
             return results[-1]
 
-        with _attention_without_scores(), counted, torch.device("meta"):
+        with _WithoutScores(), counted, torch.device("meta"):
             saved += saved_bytes(forward, apart_from=there)
             (result,) = results
             with chunk.no_sync():
@@ -247,24 +248,15 @@ class _Collectives(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+        self.calls = 0
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::").strip("_")
-            tensors = [tensor for value in args for tensor in _flat(value) if isinstance(tensor, Tensor)]
-            self.calls[name] += 1
-            self.bytes[name] += max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.calls += 1
+            self.bytes += max((_bytes([tensor]) for tensor in tensors), default=0)
         return func(*args, **(kwargs or {}))
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _flat(part)
-    else:
-        yield value
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -287,17 +279,12 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _WithoutScores(TorchFunctionMode):
+    """A mode that replaces attention, which on the meta device would save all scores as no fused kernel does."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _FusedAttention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _attention_without_scores() -> Iterator[None]:
-    """Replace attention, which on the meta device would save all scores as no fused kernel does."""
-    with _WithoutScores():
-        yield
 
 
 def _sent(config: RunConfig, layout: Layout, stage: int) -> int:
@@ -346,7 +333,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append(range(number, number + 1))
     return " and ".join(_span(part) for part in parts)
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.3g} GiB"

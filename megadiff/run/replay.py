@@ -265,7 +265,7 @@ def _open(run_folder: Path, step: int, prepared: RunContext, platform: Platform)
     """Return the run after its newest sound checkpoint before `step`, or at its beginning."""
     config, text = prepared.config, prepared.tokenizer
     topology = open_topology(prepared.layout)
-    chunks, wrapped, optimizer = build_trainables(config, platform, topology, vocab_size=prepared.tokenizer.vocab_size)
+    chunks, wrapped, optimizer = build_trainables(config, platform, topology, vocab_size=text.vocab_size)
     health = Health(config.health, sizes=config.sizes)
     folder, done = _nearest_checkpoint(run_folder, step, config, topology), 0
     prepared = _with_data_of_step(run_folder, step, prepared, folder)

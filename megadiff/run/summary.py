@@ -47,9 +47,9 @@ def run_summary(config: RunConfig, layout: Layout, shape: cost.Shape) -> list[st
         f"run               {config.steps:,} steps, {config.tokens_before(config.steps):,} tokens",
         *evaluation_times(config),
         *learning_rates(config, cost.parameters(shape)),
-        f"bytes per rank    {_gib(memory.total)}: parameters {_gib(memory.parameters)}, gradients "
-        f"{_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}, activations {_gib(memory.activations)}, "
-        f"logits {_gib(memory.logits)} (estimate for "
+        f"bytes per rank    {gib(memory.total)}: parameters {gib(memory.parameters)}, gradients "
+        f"{gib(memory.gradients)}, optimizer {gib(memory.optimizer)}, activations {gib(memory.activations)}, "
+        f"logits {gib(memory.logits)} (estimate for "
         f"{'Transformer Engine' if has_fused_layers(config) else 'local'} layers)",
     ]
 
@@ -240,7 +240,7 @@ def memory_shortage(error: BaseException, config: RunConfig, layout: Layout, sha
     cut = "" if now.distributed_optimizer else ", set parallel.distributed_optimizer=true"
     return ShortageError(
         f"out of memory ({message or type(error).__name__}); the estimate for this layout is "
-        f"{_gib(memory_per_rank(config, layout, shape).total)} a rank: lower batch.micro_batch_size "
+        f"{gib(memory_per_rank(config, layout, shape).total)} a rank: lower batch.micro_batch_size "
         f"({config.batch.micro_batch_size}), raise parallel.tensor ({now.tensor}) or parallel.pipeline ({now.pipeline})"
         f"{cut}, or take more memory; `megadiff doctor` shows which of these would fit"
     )
@@ -298,5 +298,6 @@ def _cost_precision(config: RunConfig) -> cost.Precision:
     )
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
+    """Return bytes in GiB, with three digits."""
     return f"{count / 2**30:.3g} GiB"

@@ -124,7 +124,9 @@ def test_the_held_out_bound_is_the_same_on_every_layout(trained, layout, variant
     """Before the first step with drawn weights, and after the last; 7 and 5 sequences divide by nothing here."""
     one, many = trained["one", variant][0].evaluations, trained[layout, variant][0].evaluations
     assert [line["step"] for line in many] == [0, STEPS]
-    for key, allowed in {"eval_elbo": 1e-6, "eval_elbo_stderr": 3e-6}.items():
+    # Next-token losses before training lie within 0.02 of each other, so float32's rounding shows in their spread.
+    stderr = 3e-6 if variant == "next_token" else 1e-6
+    for key, allowed in {"eval_elbo": 1e-6, "eval_elbo_stderr": stderr}.items():
         assert many[0][key] == pytest.approx(one[0][key], rel=allowed)
         assert many[1][key] == pytest.approx(one[1][key], rel=1e-5)
 

@@ -43,7 +43,7 @@ def _dry_run(path: Path, ranks: int, *words: str) -> Ended:
 
 
 def _measured(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What this real rank holds after a step, and what one microbatch saves."""
+    """Return what this real rank holds after a step, and the bytes that one microbatch saves."""
     run = wire_on_rank(config, world_size)
     run.step([next(run.microbatches) for _ in range(run.microbatches_of(0))], 1e-3)
     wrapped = run.step.optimizer._wrapped

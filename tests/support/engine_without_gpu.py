@@ -31,7 +31,7 @@ RECIPES = ("none", "delayed", "tensorwise", "blockwise")
 class _Name:
     """A substitute for anything that a compiled module has: an attribute, a function, a base class, a number."""
 
-    __members__: dict[str, Any] = {}  # noqa: RUF012
+    __members__: dict[str, Any] = {}  # noqa: RUF012  an enumeration of the compiled part has members
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -98,7 +98,7 @@ def install(folder: str) -> None:
 
 
 def used_names() -> list[str]:
-    """Names and signatures that this package needs and that are not there."""
+    """Return the names and signatures that this package needs and that are not there."""
     engine: Any = importlib.import_module("transformer_engine.pytorch")
     base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
     missing: list[str] = []
@@ -126,20 +126,26 @@ def used_names() -> list[str]:
 
 
 def _entries(chunks: list[Any]) -> dict[str, Any]:
-    """Tensors of a checkpoint by name: global shape, this rank's part, and type."""
+    """Return the tensors of a checkpoint by name and offset: global shape, this rank's part, and type.
+
+    All layers share a name and differ in their offset.
+    """
     found: dict[str, Any] = {}
     for chunk in chunks:
         for key, value in chunk.sharded_state_dict(metadata={"chained_optim_avoid_prefix": True}).items():
             if hasattr(value, "axis_fragmentations"):
                 place = [value.global_shape, value.global_offset, value.axis_fragmentations, value.local_shape]
-                found[value.key] = [*(list(part or ()) for part in place), str(value.dtype)]
+                found[f"{value.key} at {value.global_offset}"] = [
+                    *(list(part or ()) for part in place),
+                    str(value.dtype),
+                ]
             else:
                 found[getattr(value, "key", key)] = type(value).__name__
     return found
 
 
 def _built(block: dict[str, Any], parallel: dict[str, Any], recipe: str) -> dict[str, Any]:
-    """Entries of this rank's checkpoint with local layers and with Transformer Engine's, and the latter's types."""
+    """Return the entries of this rank's checkpoint with local layers and with Transformer Engine's, and their types."""
     from megadiff.model.config import ModelConfig, PrecisionConfig
     from megadiff.model.denoiser import build_chunks
     from megadiff.parallel.config import Layout, ParallelConfig
