@@ -38,8 +38,9 @@ test: $(STAMP)
 # Python 3.12 and whose code does not, and Transformer Engine without its compiled part.
 VERSIONS := .versions
 UNPACK := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade
-$(VERSIONS)/.installed: $(STAMP)
-	$(UNPACK) --ignore-requires-python --target $(VERSIONS)/core megatron-core==0.19.2
+CORE := 0.19.2
+$(VERSIONS)/.installed: $(STAMP) Makefile
+	$(UNPACK) --ignore-requires-python --target $(VERSIONS)/core megatron-core==$(CORE)
 	$(UNPACK) --target $(VERSIONS)/engine transformer_engine==2.11.0
 	@touch $@
 
@@ -47,7 +48,8 @@ test-versions: export MEGADIFF_OTHER_CORE := $(CURDIR)/$(VERSIONS)/core
 test-versions: export MEGADIFF_TRANSFORMER_ENGINE := $(CURDIR)/$(VERSIONS)/engine
 test-versions: $(VERSIONS)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/checkpoint/test_other_core.py tests/model/test_fused_layers.py
-	PYTHONPATH=$(MEGADIFF_OTHER_CORE) $(BIN)/python -m pytest -n 2 --dist loadfile tests/platform tests/optim \
+	MEGADIFF_CORE_VERSION=$(CORE) PYTHONPATH=$(MEGADIFF_OTHER_CORE) \
+	    $(BIN)/python -m pytest -n 2 --dist loadfile tests/platform tests/optim \
 	    tests/checkpoint/test_extra_state.py tests/checkpoint/test_safe_metadata.py tests/model/test_fused_layers.py \
 	    tests/model/test_direct_layer.py tests/model/test_layers.py tests/model/test_initialisation.py \
 	    tests/distributed/test_layouts.py tests/distributed/test_gidd_block.py tests/distributed/test_resume.py \

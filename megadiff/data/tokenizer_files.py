@@ -9,6 +9,7 @@ import numpy as np
 
 from megadiff.config import registry
 from megadiff.config.suggestions import similar_path
+from megadiff.data.config import DataConfig
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.data.tokenizers._outside import OutsideTokenizer
 from megadiff.errors import ConfigError, DataError
@@ -31,6 +32,25 @@ def wrong_ids(ids: np.ndarray, *, vocab_size: int | None, mask_id: int | None) -
     if is_mask is not None:
         wrong |= is_mask
     return np.flatnonzero(wrong)
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """Return a run's tokenizer.
+
+    Raises:
+        DataError: it cannot be loaded.
+        ConfigError: `data.vocab_size` is set and differs from its number of ids.
+    """
+    try:
+        tokenizer = load_tokenizer(config.tokenizer)
+    except DataError as error:
+        raise DataError(f"data.tokenizer: {error}") from error
+    if config.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"data.vocab_size is {config.vocab_size}, but the tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size} ids with its mask; set it to that or leave it out"
+        )
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

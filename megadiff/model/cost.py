@@ -173,6 +173,8 @@ class Layout:
     virtual_pipeline: int = 1
     context: int = 1
     data: int = 1
+    num_microbatches: int | None = None
+    """Number of microbatches of a step; None for as many as fill the pipeline."""
     sequence: bool = False
     """Sequence parallelism: the residual stream is split over the tensor group too."""
     micro_batch_size: int = 1
@@ -185,6 +187,19 @@ class Layout:
     """The logits of a microbatch never exist as a whole (`loss.fused_lm_head`)."""
     fused_layers: bool = False
     """Whether the layers are Transformer Engine's; otherwise they are megatron-core's own on torch kernels."""
+
+    def in_flight(self, stage: int) -> float:
+        """Return the number of microbatches whose activations a pipeline stage holds at once, counted over its chunks.
+
+        A stage starts its first backward pass after a warm-up of p - 1 - stage microbatches, or, with v > 1 chunks, of
+        2 (p - 1 - stage) + (v - 1) p chunks of microbatches (`get_pp_rank_microbatches` of megatron-core), and holds
+        the one that it then runs forward too. No more exist than the step has.
+        """
+        later = self.pipeline - 1 - stage
+        held = float(later + 1)
+        if self.virtual_pipeline > 1:
+            held = self.pipeline + (later - stage) / self.virtual_pipeline
+        return held if self.num_microbatches is None else min(held, self.num_microbatches)
 
 
 @dataclass(frozen=True)
@@ -204,14 +219,14 @@ class Precision:
 
 @dataclass(frozen=True)
 class Memory:
-    """Return the estimated bytes on the fullest rank."""
+    """Bytes that a rank holds, by what they are for."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations_per_microbatch: int
     activations: int
-    """Bytes of all microbatches in flight at once in the one-forward-one-backward schedule."""
+    """Bytes of all microbatches that are in flight at once (`Layout.in_flight`)."""
     logits: int
 
     @property
@@ -254,15 +269,12 @@ def stage_memory(
     per_token += last * _final_norm_bytes(shape, layout, precision)
     kept = tokens * per_token
     fp8_copies = 2 * layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.ffn_hidden) // layout.tensor
-    in_flight = layout.pipeline - stage
-    if layout.virtual_pipeline > 1:  # interleaving starts (pipeline - 1) more chunks before the first backward
-        in_flight += (layout.pipeline - 1) / layout.virtual_pipeline
     return Memory(
         parameters=held * _size(precision.params) + fp8_copies * precision.fp8,
         gradients=held * (4 if precision.fp32_gradients else _size(precision.params)),
         optimizer=-(-held * state_bytes // replicas),
         activations_per_microbatch=round(kept),
-        activations=round(kept * in_flight),
+        activations=round(kept * layout.in_flight(stage)),
         logits=_head(layout, precision, tokens, sequences // layout.tensor, shape.hidden) if last else 0,
     )
 

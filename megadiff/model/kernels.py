@@ -46,20 +46,21 @@ def check_kernels(parallel: ParallelConfig, precision: PrecisionConfig, platform
     if precision.fp8 != "none" and (problem := transformer_engine.fp8_problem(precision.fp8)) is not None:
         raise PlatformError(f"precision.fp8={precision.fp8} cannot be computed on {platform.device_name}: {problem}")
     if precision.compile:
-        _check_compilation(parallel, platform)
+        check_compilation(parallel, platform.kind)
+        _check_compiler()
     if parallel.gradient_accumulation_fusion is True and not fuses_weight_gradients(parallel, precision, platform):
         reason = platform.weight_gradients_problem or "it needs precision.compute=bf16 and master_weights=true"
         raise PlatformError(f"parallel.gradient_accumulation_fusion is true, but {reason}; set it to auto")
 
 
-def _check_compilation(parallel: ParallelConfig, platform: Platform) -> None:
-    """Refuse what compiled blocks cannot do, and a machine without a C++ compiler.
+def check_compilation(parallel: ParallelConfig, kind: str) -> None:
+    """Refuse what compiled blocks cannot do on a platform of this kind.
 
     Raises:
-        PlatformError: either of them.
+        PlatformError: the platform or a setting cannot be combined with `precision.compile`.
     """
     unsupported = {
-        f"platform={platform.kind}": not platform.is_cpu,
+        f"platform={kind}": kind == "cuda",
         f"parallel.tensor={parallel.tensor}": parallel.tensor > 1,
         f"parallel.recompute={parallel.recompute}": parallel.recompute != "none",
         "parallel.overlap_param_gather=true": parallel.overlap_param_gather,
@@ -67,6 +68,14 @@ def _check_compilation(parallel: ParallelConfig, platform: Platform) -> None:
     for setting, is_set in unsupported.items():
         if is_set:
             raise PlatformError(f"precision.compile does not work with {setting}; leave one of them out")
+
+
+def _check_compiler() -> None:
+    """Refuse a machine without a C++ compiler.
+
+    Raises:
+        PlatformError: none is found.
+    """
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         raise PlatformError(

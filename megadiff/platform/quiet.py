@@ -26,8 +26,10 @@ def silence_libraries() -> None:
     """Drop the warnings that megatron-core and torch.distributed raise in every step, for the rest of the process.
 
     They are meant for the developers of those libraries (deprecated names of collectives, CUDA advice on CPU, better
-    ways to build a layer) and cost a line per rank each. Warnings of this package and of all others are still shown.
+    ways to build a layer) and cost a line per rank each. Warnings of this package and of all others are still shown,
+    and so are those that megatron-core logs about checkpoints.
     """
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.WARNING)
     for module in (r"megatron\.", r"torch\.distributed"):
         warnings.filterwarnings("ignore", module=module)

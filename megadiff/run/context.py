@@ -19,10 +19,10 @@ from megadiff.data.review import (
     source_facts,
     validation_facts,
 )
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizer_files import tokenizer_of
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
-from megadiff.errors import ConfigError, DataError, ShortageError
+from megadiff.errors import ShortageError
 from megadiff.loss.choice import LossKernel
 from megadiff.methods import Method, MethodContext, build_method
 from megadiff.model import cost
@@ -92,15 +92,7 @@ def validate_run(config: RunConfig, *, world_size: int) -> RunContext:
     Raises:
         ConfigError, DataError: something is invalid; the message names it in one sentence.
     """
-    try:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    except DataError as error:
-        raise DataError(f"data.tokenizer: {error}") from error
-    if config.data.vocab_size not in (None, tokenizer.vocab_size):
-        raise ConfigError(
-            f"data.vocab_size is {config.data.vocab_size}, but the tokenizer {tokenizer.name} has "
-            f"{tokenizer.vocab_size} ids with its mask; set it to that or leave it out"
-        )
+    tokenizer = tokenizer_of(config.data)
     layout = lay_out_run(config, world_size=world_size, vocab_size=tokenizer.vocab_size)
     data = open_data(
         config.data,

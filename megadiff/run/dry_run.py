@@ -8,11 +8,13 @@ exchange is counted and not estimated. Layers are the local ones, since Transfor
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -20,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadiff.data.loader import microbatch_samples
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizer_files import tokenizer_of
 from megadiff.errors import ConfigError, DataError
 from megadiff.model import cost
+from megadiff.model.kernels import check_compilation
 from megadiff.model.saved_tensors import saved_bytes
 from megadiff.parallel.config import Layout
 from megadiff.parallel.topology import imagined_process_group, open_topology
@@ -45,7 +48,9 @@ class RankReport:
     built: cost.Memory
     """Bytes of the parts built; the logits are the estimate's, since the output head is not run."""
     estimated: cost.Memory
-    """Bytes by `model.cost`, for local layers without FP8."""
+    """Bytes by `model.cost`, for the local layers without FP8 that were built."""
+    configured: cost.Memory
+    """Bytes by `model.cost` for the run as configured: what `--check` reports for its fullest rank."""
     tensor_calls: int
     """Number of collectives between tensor ranks in one microbatch, forward and backward, without those of the loss."""
     tensor_bytes: int
@@ -54,6 +59,14 @@ class RankReport:
     """Bytes sent to other stages for one microbatch, forward and backward."""
     data_bytes: int
     """Bytes of gradients reduced, and of weights gathered, between data ranks in each step."""
+    tensor_group: tuple[int, ...]
+    """Ranks of its tensor group, in order."""
+    pipeline_group: tuple[int, ...]
+    """Ranks that hold the stages of its replica for its tensor rank, in order."""
+    data_group: tuple[int, ...]
+    """Ranks that hold the same parameters, in order."""
+    tokens: range
+    """Positions of each sequence whose hidden states it holds between attention and MLP."""
     samples: tuple[range, ...]
     """Indices of the sequences of step 1, by microbatch."""
     vocabulary: range
@@ -68,6 +81,8 @@ class DryRun:
     ranks: tuple[RankReport, ...]
     bubble: float
     """Share of a step in which a pipeline stage waits, for stages of equal time."""
+    first_batch: int
+    """Number of microbatches of step 1: fewer than the layout's under `batch.rampup`."""
 
 
 def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None, all_stages: bool = False) -> DryRun:
@@ -80,8 +95,11 @@ def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None,
 
     Raises:
         ConfigError: the layout does not fit, or there is no such rank.
-        DataError: the tokenizer cannot be read, and `data.vocab_size` is not set.
+        DataError: the tokenizer is damaged, or is not there and `data.vocab_size` is not set.
+        PlatformError: compiled blocks are wanted where they cannot be.
     """
+    if config.precision.compile:
+        check_compilation(config.parallel, config.platform)
     vocab_size = _vocab_size(config)
     layout = lay_out_run(config, world_size=world_size, vocab_size=vocab_size)
     if chosen is None:
@@ -94,10 +112,10 @@ def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None,
     platform = detect("cpu")
     platform.prepare_megatron()
     with platform.on_meta() as imagined:
-        built = _buildable(config)
-        reports = tuple(_build(built, layout, rank, vocab_size, imagined) for rank in chosen)
+        reports = tuple(_build(config, layout, rank, vocab_size, imagined) for rank in chosen)
     chunks = layout.virtual_pipeline * layout.num_microbatches
-    return DryRun(layout, reports, (layout.pipeline - 1) / (chunks + layout.pipeline - 1))
+    first_batch = config.sizes.num_microbatches(0, micro_batch_size=config.batch.micro_batch_size, dp_size=layout.data)
+    return DryRun(layout, reports, (layout.pipeline - 1) / (chunks + layout.pipeline - 1), first_batch)
 
 
 def describe(found: DryRun) -> list[str]:
@@ -105,7 +123,8 @@ def describe(found: DryRun) -> list[str]:
     layout = found.layout
     lines = [
         f"layout            {layout.world_size:,} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline} x data "
-        f"{layout.data}, {layout.num_microbatches} microbatch(es) a step",
+        f"{layout.data}, {layout.num_microbatches} microbatch(es) a step"
+        + (f", {found.first_batch} in step 1" if found.first_batch != layout.num_microbatches else ""),
         f"pipeline bubble   {found.bubble:.1%} of a step, for stages of equal time",
         "built             local layers without FP8, on the meta device; `estimate` is the closed form for the same",
     ]
@@ -115,24 +134,35 @@ def describe(found: DryRun) -> list[str]:
 
 
 def as_json(found: DryRun) -> str:
-    """Return every figure as JSON; ranges are their first and last number."""
-    return json.dumps(asdict(found), indent=1, default=lambda value: [value.start, value.stop - 1])
+    """Return every figure as JSON; ranges are their first and last number, null if empty."""
+    tree = asdict(found)
+    for counted, rank in zip(tree["ranks"], found.ranks, strict=True):
+        for name in ("built", "estimated", "configured"):
+            counted[name]["total"] = getattr(rank, name).total
+    return json.dumps(tree, indent=1, default=lambda span: [span.start, span.stop - 1] if span else None)
 
 
 def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
     built, estimated = report.built, report.estimated
     held = f"blocks {_ranges(report.layers)}" if report.layers else "no block"
     rows = [(name, getattr(built, name), getattr(estimated, name)) for name in ("parameters", "gradients", "optimizer")]
-    rows.append(("activations", built.activations_per_microbatch, estimated.activations_per_microbatch))
-    rows.append(("total", built.total, estimated.total))
+    rows += [
+        ("activations", built.activations, estimated.activations),
+        *([("logits", built.logits, estimated.logits)] if built.logits else []),
+        ("total", built.total, estimated.total),
+    ]
     lines = [
         f"rank {report.rank:<12,} stage {report.stage} of {layout.pipeline} ({held}), tensor rank {report.tensor_rank} "
         f"of {layout.tensor}, data rank {report.data_rank} of {layout.data}"
     ]
     for name, ours, theirs in rows:
         difference = f" ({ours / theirs - 1:+.1%})" if theirs and ours != theirs else ""
-        note = " of one microbatch" if name == "activations" else ""
+        note = f" ({gib(built.activations_per_microbatch)} a microbatch)" if name == "activations" else ""
         lines.append(f"  {name:<15} {gib(ours)}{note}, estimate {gib(theirs)}{difference}")
+    if report.configured != estimated:
+        lines.append(
+            f"  as configured   {gib(report.configured.total)} in all by the closed form ({_not_built(report)})"
+        )
     microbatches = layout.num_microbatches
     lines.append(
         f"  tensor ranks    {gib(report.tensor_bytes * microbatches)} a step in "
@@ -140,6 +170,11 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
     )
     lines.append(f"  other stages    {gib(report.pipeline_bytes * microbatches)} sent a step")
     lines.append(f"  data ranks      {gib(report.data_bytes)} a step")
+    for name in ("tensor", "pipeline", "data"):
+        if len(group := getattr(report, f"{name}_group")) > 1:
+            lines.append(f"  {name + ' group':<15} {_members(group)}")
+    if layout.tensor > 1:
+        lines.append(f"  tokens          {_span(report.tokens)} of each sequence between the parts of a block")
     if len(report.vocabulary):
         lines.append(f"  vocabulary      entries {report.vocabulary.start:,} to {report.vocabulary.stop - 1:,}")
     first = ", ".join(_span(samples) for samples in report.samples[:3])
@@ -147,16 +182,30 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
     return lines
 
 
-def _build(config: RunConfig, layout: Layout, rank: int, vocab_size: int, platform: Platform) -> RankReport:
+def _not_built(report: RankReport) -> str:
+    """Return the names of what the closed form counts for the run as configured and was not built."""
+    configured, estimated = report.configured, report.estimated
+    named = {
+        "FP8 copies of the weights": configured.parameters != estimated.parameters,
+        "Transformer Engine's layers": configured.activations_per_microbatch != estimated.activations_per_microbatch,
+    }
+    return ", ".join(name for name, is_there in named.items() if is_there)
+
+
+def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platform: Platform) -> RankReport:
+    config = _buildable(asked)
     with imagined_process_group(rank, layout.world_size):
         topology = open_topology(layout)
         chunks, wrapped, optimizer = build_trainables(config, platform, topology, vocab_size=vocab_size)
-        estimated = memory_of_stage(config, layout, config.shape(vocab_size=vocab_size), stage=topology.stage)
+        shape = config.shape(vocab_size=vocab_size)
+        estimated = memory_of_stage(config, layout, shape, stage=topology.stage)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         gradients = {p.main_grad.untyped_storage()._cdata: p.main_grad for p in parameters}  # type: ignore[attr-defined]
         gradient_bytes = sum(gradient.untyped_storage().nbytes() for gradient in gradients.values())
         saved, counted = _microbatch(config, layout, wrapped, chunks, topology.is_first_stage)
         in_flight = estimated.activations / max(1, estimated.activations_per_microbatch)
+        length = config.model.seq_length // (layout.tensor if config.parallel.sequence else 1)
+        start = length * topology.tensor_rank if config.parallel.sequence else 0
         built = cost.Memory(
             parameters=_bytes(parameters),
             gradients=gradient_bytes,
@@ -176,10 +225,15 @@ def _build(config: RunConfig, layout: Layout, rank: int, vocab_size: int, platfo
             layers=_layers(chunks),
             built=built,
             estimated=estimated,
+            configured=memory_of_stage(asked, layout, shape, stage=topology.stage),
             tensor_calls=counted.calls,
             tensor_bytes=counted.bytes,
             pipeline_bytes=_sent(config, layout, topology.stage),
             data_bytes=_exchanged(config, layout, gradient_bytes, _bytes(parameters)),
+            tensor_group=_ranks(topology.tensor_group),
+            pipeline_group=_ranks(topology.pipeline_group),
+            data_group=_ranks(topology.data_group),
+            tokens=range(start, start + length),
             samples=_samples(config, layout, topology.data_rank),
             vocabulary=range(first, first + entries) if has_table else range(0),
         )
@@ -192,10 +246,11 @@ def _layers(chunks: Sequence[Any]) -> tuple[int, ...]:
 def _samples(config: RunConfig, layout: Layout, data_rank: int) -> tuple[range, ...]:
     """Return the indices of the sequences of step 1 that a data rank trains on, by microbatch."""
     found = []
-    for microbatch in range(layout.num_microbatches):
+    micro = config.batch.micro_batch_size
+    for microbatch in range(config.sizes.num_microbatches(0, micro_batch_size=micro, dp_size=layout.data)):
         samples = microbatch_samples(
             0,
-            micro_batch_size=config.batch.micro_batch_size,
+            micro_batch_size=micro,
             dp_rank=data_rank,
             dp_size=layout.data,
             microbatch=microbatch,
@@ -308,16 +363,29 @@ def _exchanged(config: RunConfig, layout: Layout, gradients: int, parameters: in
 
 def _vocab_size(config: RunConfig) -> int:
     """Return the number of ids: the tokenizer's, or `data.vocab_size` where the tokenizer is not there yet."""
+    wanted = config.data.vocab_size
     try:
-        return load_tokenizer(config.data.tokenizer).vocab_size
+        return tokenizer_of(config.data).vocab_size
     except DataError as error:
-        if config.data.vocab_size is None:
-            raise DataError(f"data.tokenizer: {error}; or set data.vocab_size") from error
-        return config.data.vocab_size
+        if wanted is None:
+            raise DataError(f"{error}; or set data.vocab_size") from error
+        if os.path.lexists(config.data.tokenizer):
+            raise  # there, and damaged
+        return wanted
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def _members(group: Sequence[int]) -> str:
+    """Return the ranks of a group, which are evenly spaced, in words: `ranks 0 to 56 by 8`."""
+    step = f" by {group[1] - group[0]:,}" if group[1] - group[0] > 1 else ""
+    return f"ranks {group[0]:,} to {group[-1]:,}{step}"
 
 
 def _span(numbers: range) -> str:

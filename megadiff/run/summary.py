@@ -260,6 +260,7 @@ def _cost_layout(config: RunConfig, layout: Layout) -> cost.Layout:
         pipeline=layout.pipeline,
         virtual_pipeline=layout.virtual_pipeline,
         data=layout.data,
+        num_microbatches=layout.num_microbatches,
         sequence=config.parallel.sequence,
         micro_batch_size=config.batch.micro_batch_size,
         distributed_optimizer=config.parallel.distributed_optimizer,
@@ -274,7 +275,8 @@ def has_fused_layers(config: RunConfig) -> bool:
     """Return whether the layers will be Transformer Engine's, as far as is known before the device is opened."""
     if config.precision.compute != "bf16" or config.platform == "cpu" or config.transformer_impl == "local":
         return False
-    return config.transformer_impl == "transformer_engine" or find_spec("transformer_engine") is not None
+    is_wanted = config.transformer_impl == "transformer_engine" or config.precision.fp8 != "none"
+    return is_wanted or find_spec("transformer_engine") is not None
 
 
 def _fully_recomputed(config: RunConfig) -> int:

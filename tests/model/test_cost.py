@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 
 from megadiff.errors import ConfigError
@@ -17,6 +20,7 @@ from megadiff.model.cost import (
     paper_parameters,
     parameters,
 )
+from megadiff.platform.machine import detect
 
 PAPER_SIZES = [
     ("L8-D512", 8, 512, 8, 25_223_680, 25_211_392, 159_429_120, 2.5201e8),
@@ -206,6 +210,30 @@ def test_interleaving_holds_more_microbatches():
     shape = Shape(8, 64, 4, 256, 32)
     memory = bytes_per_rank(shape, Layout(pipeline=4, virtual_pipeline=2, fused_loss=True), Precision())
     assert memory.activations == memory.activations_per_microbatch * 5.5
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 5])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_microbatches_in_flight_follow_the_library_schedule(stages, chunks):
+    """The library counts those of the warm-up; one more is held when its forward pass has run."""
+    detect("cpu").prepare_megatron()
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    for microbatches, stage in product([stages, 2 * stages, 7 * stages], range(stages)):
+        group = SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage)
+        communicator = SimpleNamespace(
+            pp_group=group, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
+        )
+        total, is_all, warmup, _ = get_pp_rank_microbatches(microbatches, chunks, stages, p2p_communicator=communicator)
+        held = total if is_all else warmup + 1
+        layout = Layout(pipeline=stages, virtual_pipeline=chunks, num_microbatches=microbatches)
+        assert layout.in_flight(stage) * chunks == pytest.approx(held), (microbatches, stage)
+
+
+def test_a_step_of_few_microbatches_holds_no_more_than_it_has():
+    layout = Layout(pipeline=8, num_microbatches=2)
+    assert [layout.in_flight(stage) for stage in (0, 5, 6, 7)] == [2, 2, 2, 1]
+    assert Layout(pipeline=8).in_flight(0) == 8
 
 
 def test_heads_must_divide_the_width():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -38,3 +39,12 @@ def test_setup_and_the_check_name_the_same_range() -> None:
     wanted = Requirement(megatron_versions.REQUIREMENT).specifier
     for (major, minor), is_supported in zip(megatron_versions.SUPPORTED, (True, False), strict=True):
         assert wanted.contains(f"{major}.{minor}.1") == is_supported
+
+
+def test_the_version_wanted_is_the_one_under_test() -> None:
+    wanted = os.environ.get("MEGADIFF_CORE_VERSION")
+    if wanted is None:
+        pytest.skip("MEGADIFF_CORE_VERSION is not set; `make test-versions` sets it")
+    from megatron import core
+
+    assert core.__version__ == wanted

@@ -132,6 +132,87 @@ def test_ranges_of_sequences_and_vocabulary_are_those_of_the_rank(toy_corpus: Pa
     assert three["samples"] == [[2, 3], [6, 7]], "8 sequences a step, 2 at once, on two replicas"
     assert three["pipeline_bytes"] == seven["pipeline_bytes"] == 2 * 16 * 32 * 4
     assert "blocks 2 to 3" in ended.out
+    assert (three["tensor_group"], three["data_group"], three["pipeline_group"]) == ([2, 3], [1, 3], [3, 7])
+    assert "pipeline group  ranks 3 to 7 by 4" in ended.out
+
+
+BLOCK = 2 * 16 * 32 * 4
+"""Bytes of a toy microbatch's hidden states in float32."""
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_communication_is_that_of_the_blocks(toy_corpus: Path, tmp_path: Path, sequence: bool) -> None:
+    """Whole states: an all-reduce behind each of two branches, each way, and one for either vocabulary table.
+
+    Split states (Korthikanti et al., arXiv:2205.05198, section 4.2): an all-gather before and a reduce-scatter behind
+    each branch, each way, and the branch's input gathered once more for the gradient of its weights; beside them one
+    each way for the embedding and for the head.
+    """
+    tree = toy_tree(
+        toy_corpus,
+        tmp_path,
+        parallel={"tensor": 2, "sequence": sequence, "distributed_optimizer": True},
+        model__qk_norm="none",
+    )
+    out = tmp_path / "found.json"
+    ended = _dry_run(write_yaml(tmp_path / "run.yaml", tree), 4, "--output", str(out))
+    assert ended.code == 0, ended.err
+    (rank,) = json.loads(out.read_text())["ranks"]
+    layers = tree["model"]["layers"]
+    calls = 10 * layers + 4 if sequence else 4 * layers + 2
+    assert (rank["tensor_calls"], rank["tensor_bytes"]) == (calls, calls * BLOCK)
+    assert rank["data_bytes"] == rank["built"]["gradients"] + rank["built"]["parameters"]
+    assert rank["tokens"] == ([0, 7] if sequence else [0, 15])
+    microbatches = 4 // 2
+    assert f"in {calls * microbatches} collectives" in ended.out
+
+
+def test_a_rampup_starts_with_fewer_microbatches(toy_corpus: Path, tmp_path: Path) -> None:
+    rampup = {"start": 4, "increment": 2, "every_steps": 2}
+    tree = toy_tree(toy_corpus, tmp_path, batch__rampup=rampup)
+    out = tmp_path / "found.json"
+    ended = _dry_run(write_yaml(tmp_path / "run.yaml", tree), 1, "--output", str(out))
+    assert ended.code == 0, ended.err
+    found = json.loads(out.read_text())
+    assert found["ranks"][0]["samples"] == [[0, 1], [2, 3]]
+    assert (found["first_batch"], found["layout"]["num_microbatches"]) == (2, 4)
+    assert "4 microbatch(es) a step, 2 in step 1" in ended.out
+
+
+def test_what_was_configured_and_not_built_is_named(toy_corpus: Path, tmp_path: Path) -> None:
+    tree = toy_tree(toy_corpus, tmp_path, precision={"compute": "bf16", "fp8": "delayed"}, platform="cuda")
+    tree["model"].update(hidden=64, ffn_multiple=4)
+    tree["batch"].update(micro_batch_size=1)
+    out = tmp_path / "found.json"
+    ended = _dry_run(write_yaml(tmp_path / "run.yaml", tree), 1, "--output", str(out))
+    assert ended.code == 0, ended.err
+    (rank,) = json.loads(out.read_text())["ranks"]
+    copies = 2 * tree["model"]["layers"] * 12 * 64**2
+    assert rank["configured"]["parameters"] == rank["estimated"]["parameters"] + copies
+    assert rank["built"]["total"] == sum(
+        rank["built"][name] for name in ("parameters", "gradients", "optimizer", "activations", "logits")
+    )
+    assert "by the closed form (FP8 copies of the weights, Transformer Engine's layers)" in ended.out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__recompute": "selective", "parallel__recompute_modules": ["mlp", "layernorm"]},
+        {"model__softcap": 30.0},
+        {"precision__master_weights": False, "optimizer__name": "laprop", "optimizer__clip_grad": 0},
+    ],
+    ids=["selective", "softcap", "no master weights"],
+)
+def test_the_closed_form_agrees_on_single_settings(toy_corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    size = {"model__hidden": 256, "model__seq_length": 128, "batch__micro_batch_size": 1}
+    tree = toy_tree(toy_corpus, tmp_path, precision__compute="bf16", **size, **changes)
+    out = tmp_path / "found.json"
+    ended = _dry_run(write_yaml(tmp_path / "run.yaml", tree), 1, "--output", str(out))
+    assert ended.code == 0, ended.err
+    (rank,) = json.loads(out.read_text())["ranks"]
+    for name, tolerance in {"parameters": 0.005, "gradients": 0.005, "optimizer": 0.005, "activations": 0.1}.items():
+        assert rank["built"][name] == pytest.approx(rank["estimated"][name], rel=tolerance), name
 
 
 @pytest.mark.parametrize(
@@ -142,6 +223,9 @@ def test_ranges_of_sequences_and_vocabulary_are_those_of_the_rank(toy_corpus: Pa
         (4, ("--rank", "0", "--all-stages"), "--rank and --all-stages exclude each other"),
         (6, ("parallel.tensor=4",), "the run has 6 rank(s), but parallel.tensor=4 x parallel.pipeline=1 needs"),
         (4, ("data.tokenizer=nowhere",), "data.tokenizer: "),
+        (4, ("data.vocab_size=300",), "data.vocab_size is 300, but the tokenizer"),
+        (4, ("data.tokenizer=README.md", "data.vocab_size=300"), "data.tokenizer: "),
+        (4, ("precision.compile=true", "parallel.tensor=2"), "precision.compile does not work with parallel.tensor=2"),
     ],
 )
 def test_a_mistake_is_one_sentence(

@@ -1,4 +1,4 @@
-"""AdamW with the fastest kernel present: Transformer Engine's, Apex's, or torch's fused one."""
+"""AdamW with the fastest kernel present: Transformer Engine's or Apex's on a GPU, or torch's fused one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(groups: list[dict[str, Any]], settings: OptimizerConfig) -> Any:
 
     assert isinstance(settings, Settings)
     betas = (settings.beta1, settings.beta2)
-    if megatron.USING_PYTORCH_OPTIMIZER:
+    if _is_torchs([parameter for group in groups for parameter in group["params"]]):
         return torch.optim.AdamW(groups, betas=betas, fused=True)
     return megatron.Adam(groups, betas=betas, adam_w_mode=True)  # type: ignore[attr-defined]
 
@@ -28,16 +28,22 @@ def build(groups: list[dict[str, Any]], settings: OptimizerConfig) -> Any:
 def initial_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
     """Return zero moments, and a count of steps where the kernel keeps one for each parameter."""
     import torch
-    from megatron.core import optimizer as megatron
 
     state: dict[str, Any] = {}
-    if megatron.USING_PYTORCH_OPTIMIZER:
+    if _is_torchs([parameter]):
         # torch keeps `step` on the device only for kernels that read it there.
         on_device = group.get("fused") or group.get("capturable")
         state["step"] = torch.zeros((), device=parameter.device if on_device else torch.device("cpu"))
     for moment in ("exp_avg", "exp_avg_sq"):
         state[moment] = torch.zeros_like(parameter.data, dtype=torch.float32)
     return state
+
+
+def _is_torchs(parameters: list[Any]) -> bool:
+    """Return whether torch's kernel updates these parameters; the other libraries' kernels are for GPUs alone."""
+    from megatron.core import optimizer as megatron
+
+    return megatron.USING_PYTORCH_OPTIMIZER or any(not p.is_cuda for p in parameters)
 
 
 def kernel() -> str:
