@@ -264,6 +264,8 @@ def build_chunks(
                 vp_stage=stage,
                 is_compiled=precision.compile,
             )
+        for layer in chunk.decoder.layers:  # optimizers that update whole matrices take queries, keys, values apart
+            layer.self_attention.linear_qkv.weight.packed_rows = config.kv_channels  # type: ignore[union-attr]
         chunks.append(chunk.to(platform.device))
     # After the backward pass megatron-core adds up over tensor ranks the gradients of all norms of queries and keys if
     # this is set, as only the gains need that which every rank holds whole (finalize_model_grads.py).

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megadiff.optim.config import OptimizerConfig
+from megadiff.optim.pieces import mark_whole
 from megadiff.optim.rules import Rule, Scale, effective_eps, rules
 
 
@@ -18,7 +19,7 @@ def parameter_groups(
 
     Groups are distinguished by (lr_mult, wd_mult), which is how megatron-core matches them to a checkpoint
     (`param_group_identifier_keys` in optimizer/optimizer.py): roles with equal rules share a group. A group has an
-    `eps` if the optimizer has such a setting.
+    `eps` if the optimizer has such a setting. Each parameter is marked with its role (`megadiff.optim.pieces`).
 
     Args:
         parameters: (role, parameter) pairs of this rank.
@@ -27,6 +28,7 @@ def parameter_groups(
     by_rule: dict[Rule, list[torch.nn.Parameter]] = {rule: [] for rule in table.values()}
     eps = effective_eps(settings, scale)
     for role, parameter in parameters:
+        mark_whole(role, parameter)
         by_rule[table[role]].append(parameter)
     return [
         {

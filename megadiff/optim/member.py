@@ -33,6 +33,13 @@ class Member:
     """Names of the values in parameter groups that change from step to step, `step` among them."""
     is_elementwise: bool
     """Whether an element's update depends on that element's values alone."""
+    gathers: bool = False
+    """Whether a member that is not elementwise puts the pieces of cut tensors together itself."""
+
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether the member can be used where tensors are cut over ranks."""
+        return self.is_elementwise or self.gathers
 
     def build(self, groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.Optimizer:
         """Return the optimizer over these parameter groups."""
@@ -122,6 +129,7 @@ def member_of(module: ModuleType, name: str) -> Member:
         STEP in state_keys,
         (STEP, *(key for key in group_keys if key != STEP)),
         bool(getattr(module, "ELEMENTWISE", True)),
+        bool(getattr(module, "GATHERS", False)),
     )
 
 

@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 from megadiff.optim.config import OptimizerConfig
 from megadiff.optim.groups import parameter_groups
 from megadiff.optim.member import STEP, Member, load_member
+from megadiff.optim.pieces import mark_pieces
 from megadiff.optim.probe import refuse_unsavable
 from megadiff.optim.resharding import in_the_form_of, keep_float32_state
 from megadiff.optim.rules import Scale
@@ -367,4 +368,5 @@ def build_optimizer(
             member.complete_state(base)
         wrapped.grad_stats_parallel_group = stats_group
         wrapped.tp_group = topology.tensor_group
+        mark_pieces(wrapped, roles, topology)
     return Optimizer(wrapped, member, settings, platform.device)

@@ -39,7 +39,7 @@ def refuse_unsavable(
         ConfigError: the optimizer keeps what it does not declare, does not continue from what a checkpoint holds, or
             needs whole tensors where they are cut. The sentence names what to change.
     """
-    if is_cut and not member.is_elementwise:
+    if is_cut and not member.takes_pieces:
         raise ConfigError(
             f"{member} needs whole tensors (ELEMENTWISE = False), which are cut over ranks in this run; set "
             "parallel.distributed_optimizer=false and parallel.tensor=1"
@@ -68,7 +68,11 @@ def refuse_unsavable(
                 f"{member} does not begin with zeros as its state, or not with what its `initial_state` gives; let "
                 f"`initial_state(parameter, group)` in {member.module.__name__} return the state before the first step"
             )
-        if is_cut and not _agree(whole, trial.take(trial.start(cut=True), range(STEPS), cut=True)):
+        if (
+            is_cut
+            and member.is_elementwise
+            and not _agree(whole, trial.take(trial.start(cut=True), range(STEPS), cut=True))
+        ):
             raise ConfigError(
                 f"{member} updates an element by more than that element's values, so it needs whole tensors, which are "
                 "cut over ranks in this run; set parallel.distributed_optimizer=false and parallel.tensor=1"

@@ -60,7 +60,7 @@ class _Case:
 
         It begins with the saved step of the run on one rank.
         """
-        split = "parallel__tensor" if self.member.is_elementwise else "parallel__pipeline"
+        split = "parallel__tensor" if self.member.takes_pieces else "parallel__pipeline"
         start = self.config(folder, "whole").folder / _step_folder(SAVED)
         return self.config(folder, "away", checkpoint={"start_from": str(start)}, **{split: 2})
 
@@ -119,13 +119,13 @@ def _cases(name: str, settings: dict[str, Any], kinds: Sequence[str]) -> list[_C
         section,
         Scale(hidden=32, layers=2, tokens_per_step=128, reduction="mean"),
         device=torch.device("cpu"),
-        is_cut=member.is_elementwise,
+        is_cut=member.takes_pieces,
     )
     wrappers = [KINDS[kind] for kind in kinds]
     return [
         _Case(member, settings, is_distributed, compute)
         for compute, is_distributed in wrappers
-        if member.is_elementwise or not is_distributed
+        if member.takes_pieces or not is_distributed
     ]
 
 

@@ -60,7 +60,8 @@ GIDD = {
 }
 BF16 = {"precision__compute": "bf16"}
 NEXT_TOKEN = {"method__name": "next_token"}
-VARIANTS = {**PLAIN, "gidd": GIDD, "next_token": NEXT_TOKEN, "bf16": BF16}
+MUON = {"optimizer__name": "muon", "optimizer__lr": 1e-2}
+VARIANTS = {**PLAIN, "gidd": GIDD, "next_token": NEXT_TOKEN, "bf16": BF16, "muon": MUON}
 
 GIDD_LAYOUTS = ("tp2_sp", "pp2", "dp2_distopt", *EIGHT_RANKS)
 BF16_LAYOUTS = {"dp2_distopt": 1e-6, "pp2": 1e-6, "tp2": 1e-2}
@@ -70,6 +71,7 @@ CASES = [
     *((layout, noise) for layout in LAYOUTS for noise in NOISES),
     *((layout, "gidd") for layout in GIDD_LAYOUTS),
     *((layout, "next_token") for layout in ("tp2_sp", "pp2_vp2")),
+    *((layout, "muon") for layout in ("tp2", "pp2_vp2", "dp2_distopt", *EIGHT_RANKS)),
 ]
 
 

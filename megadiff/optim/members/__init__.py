@@ -12,7 +12,9 @@ A member is a module here, named by its file, or a module of the user's own, nam
         Names of the values in `param_groups` that a step changes and a resume needs. `step` may be left out.
     ELEMENTWISE: bool = True
         Whether an element of a tensor is updated by that element's values alone. If not, the optimizer cannot be used
-        where tensors are cut over ranks (`parallel.distributed_optimizer`, `parallel.tensor`).
+        where tensors are cut over ranks (`parallel.distributed_optimizer`, `parallel.tensor`), unless
+    GATHERS: bool = False
+        says that it puts the pieces of cut tensors together itself, with `megadiff.optim.pieces`, as `muon` does.
     def build(groups, settings) -> torch.optim.Optimizer
         The optimizer over parameter groups, each with its `params`, `lr`, `weight_decay` and, if there is a setting
         `eps`, `eps`. Before every step each group's `lr` is set for that step.

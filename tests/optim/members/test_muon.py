@@ -1,0 +1,136 @@
+"""Muon: the iteration against float64, cuts against whole matrices, the update against its definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megadiff.optim.members.muon import COEFFICIENTS, Settings, build, orthogonalise
+from megadiff.optim.pieces import Piece, mark_whole
+from tests.support.ranks import on_ranks
+
+SHAPES = {"wide": (12, 48), "tall": (48, 12), "square": (24, 24)}
+
+
+def _matrix(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    draw = np.random.default_rng(seed)
+    return torch.from_numpy(draw.normal(size=shape) * 10.0 ** draw.uniform(-2, 2, size=shape[1])).float()
+
+
+def _by_definition(matrix: Tensor, steps: int = 5) -> np.ndarray:
+    """Return the iteration's result in float64, from singular values alone."""
+    u, values, v = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    values = values / np.linalg.norm(values)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        values = a * values + b * values**3 + c * values**5
+    return (u * values) @ v
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_iteration_is_that_of_the_singular_values(shape):
+    matrix = _matrix(shape)
+    found = orthogonalise(matrix[None])[0]
+    assert np.abs(found.numpy() - _by_definition(matrix)).max() < 1e-4
+
+
+def test_singular_values_come_near_one():
+    matrix = torch.from_numpy(np.random.default_rng(1).normal(size=(64, 256))).float()
+    values = torch.linalg.svdvals(orthogonalise(matrix[None])[0])
+    assert 0.68 < values.min() < values.max() < 1.14
+    rounded = torch.linalg.svdvals(orthogonalise(matrix[None], dtype=torch.bfloat16)[0].float())
+    assert 0.65 < rounded.min() < rounded.max() < 1.2
+
+
+def _of_cuts() -> float:
+    """Return the largest difference on this rank between its cut of the whole result and the result of its cut."""
+    ranks, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    for shape in SHAPES.values():
+        matrix = torch.stack([_matrix(shape, seed) for seed in range(3)])
+        for dim in (0, 1):
+            cut = matrix.chunk(ranks, 1 + dim)[rank]
+            found = orthogonalise(cut, cut_dim=dim, group=dist.group.WORLD)
+            whole = torch.stack([torch.from_numpy(_by_definition(m)) for m in matrix]).chunk(ranks, 1 + dim)[rank]
+            worst = max(worst, float((found - whole).abs().max()))
+    return worst
+
+
+def test_cuts_are_made_orthogonal_together():
+    assert max(on_ranks(4, _of_cuts)) < 1e-4
+
+
+def _packed(heads: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return three matrices, and the weight in which each head has its rows of all three."""
+    three = torch.arange(3.0 * heads * rows * columns).view(3, heads * rows, columns)
+    blocks = [three[part, head * rows : (head + 1) * rows] for head in range(heads) for part in range(3)]
+    return three, torch.cat(blocks)
+
+
+def test_queries_keys_and_values_are_taken_apart():
+    three, weight = _packed(heads=2, rows=4, columns=6)
+    piece = Piece("hidden", weight.shape, packed_rows=4)
+    assert torch.equal(piece.matrices(weight), three)
+    assert torch.equal(piece.weight(three), weight)
+    assert piece.whole_shape == (8, 6)
+
+
+def _settings(**changes: object) -> Settings:
+    return Settings.model_validate({"name": "muon", "lr": 0.1, "eps": 1e-8, **changes})
+
+
+def _group(*parameters: torch.nn.Parameter, lr: float = 0.1, decay: float = 0.2) -> dict:
+    return {"params": list(parameters), "lr": lr, "weight_decay": decay, "eps": 1e-8}
+
+
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "standard": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "completep": lambda m, n: 0.2 * math.sqrt(m * n),
+}
+
+
+@pytest.mark.parametrize("parametrisation", SCALES)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_three_steps_follow_the_definition(parametrisation, nesterov):
+    theta = torch.nn.Parameter(_matrix((6, 10)))
+    mark_whole("hidden", theta)
+    optimizer = build([_group(theta)], _settings(parametrisation=parametrisation, nesterov=nesterov))
+    wanted, momentum = theta.detach().double().numpy(), np.zeros((6, 10))
+    for step in range(3):
+        gradient = _matrix((6, 10), seed=step + 1)
+        theta.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient.double().numpy()
+        ahead = 0.95 * momentum + 0.05 * gradient.double().numpy() if nesterov else momentum
+        orthogonal = _by_definition(torch.from_numpy(ahead))
+        wanted = wanted * (1 - 0.1 * 0.2) - 0.1 * SCALES[parametrisation](6, 10) * orthogonal
+        np.testing.assert_allclose(theta.detach().numpy(), wanted, rtol=1e-4, atol=2e-4)
+
+
+def test_other_parameters_are_updated_by_adamw():
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    mark_whole("norm", ours)
+    optimizer = build([_group(ours)], _settings(beta2=0.95))
+    plain = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.2)
+    for step in range(4):
+        for parameter, one in ((ours, optimizer), (theirs, plain)):
+            parameter.grad = torch.cos(torch.arange(7.0) + step)
+            one.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_a_step_does_not_depend_on_the_gradients_size():
+    theta, other = (torch.nn.Parameter(torch.zeros(4, 8)) for _ in range(2))
+    for parameter, size in ((theta, 1.0), (other, 1e-3)):
+        mark_whole("hidden", parameter)
+        parameter.grad = _matrix((4, 8)) * size
+        build([_group(parameter)], _settings()).step()
+    torch.testing.assert_close(theta, other, rtol=1e-3, atol=1e-5)
+    rms = theta.detach().square().mean().sqrt()
+    assert 0.7 * 0.02 < rms < 1.15 * 0.02, "the rate times `update_scale`"
+
