@@ -46,21 +46,25 @@ def check_kernels(parallel: ParallelConfig, precision: PrecisionConfig, platform
     if precision.fp8 != "none" and (problem := transformer_engine.fp8_problem(precision.fp8)) is not None:
         raise PlatformError(f"precision.fp8={precision.fp8} cannot be computed on {platform.device_name}: {problem}")
     if precision.compile:
-        check_compilation(parallel, platform.kind)
+        check_compilation(parallel, gpu=None if platform.is_cpu else platform.kind)
         _check_compiler()
     if parallel.gradient_accumulation_fusion is True and not fuses_weight_gradients(parallel, precision, platform):
         reason = platform.weight_gradients_problem or "it needs precision.compute=bf16 and master_weights=true"
         raise PlatformError(f"parallel.gradient_accumulation_fusion is true, but {reason}; set it to auto")
 
 
-def check_compilation(parallel: ParallelConfig, kind: str) -> None:
-    """Refuse what compiled blocks cannot do on a platform of this kind.
+def check_compilation(parallel: ParallelConfig, *, gpu: str | None = None) -> None:
+    """Refuse what compiled blocks cannot do.
+
+    Args:
+        parallel: the run's layout.
+        gpu: kind of the platform if it has GPUs.
 
     Raises:
         PlatformError: the platform or a setting cannot be combined with `precision.compile`.
     """
     unsupported = {
-        f"platform={kind}": kind == "cuda",
+        f"platform={gpu}": gpu is not None,
         f"parallel.tensor={parallel.tensor}": parallel.tensor > 1,
         f"parallel.recompute={parallel.recompute}": parallel.recompute != "none",
         "parallel.overlap_param_gather=true": parallel.overlap_param_gather,

@@ -24,7 +24,7 @@ PACKED = 3
 
 @dataclass(frozen=True)
 class Piece:
-    """What a parameter of the optimizer is a piece of."""
+    """The weight of which a parameter of the optimizer is a piece, and which piece it is."""
 
     role: str
     """Role of the weight: `hidden` for the blocks' matrices, `embedding`, `head`, `norm` or `bias`."""
@@ -95,7 +95,7 @@ def mark_pieces(wrapped: Any, roles: Iterable[tuple[str, torch.nn.Parameter]], t
         if held is None:
             continue
         dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) and is_cut else None  # type: ignore[attr-defined]
-        held.piece = Piece(
+        held.piece = Piece(  # type: ignore[attr-defined]
             role,
             parameter.shape,
             getattr(parameter, "packed_rows", None),

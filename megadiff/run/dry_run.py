@@ -99,7 +99,7 @@ def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None,
         PlatformError: compiled blocks are wanted where they cannot be.
     """
     if config.precision.compile:
-        check_compilation(config.parallel, config.platform)
+        check_compilation(config.parallel)
     vocab_size = _vocab_size(config)
     layout = lay_out_run(config, world_size=world_size, vocab_size=vocab_size)
     if chosen is None:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.support.machine_load import within
 from tests.support.runs import toy_config
 from tests.support.whole_runs import Ranks, curve, last_step, run_to_end, status
 
@@ -79,9 +80,10 @@ def test_a_hanging_rank_is_named_and_the_run_resumes_from_its_checkpoint(toy_cor
     struck = time.monotonic()
     codes = ranks.end(within_s=60)
     lasted = time.monotonic() - struck
-    assert codes[1] == -signal.SIGKILL
+    # Continued to write its stacks, it may meet the other's end before it is killed.
+    assert codes[1] in (-signal.SIGKILL, 1)
     assert codes[0] != 0
-    assert lasted <= limit + 2.0 + 2.0, lasted  # two seconds for a machine with less cores than ranks and watchers
+    assert lasted <= within(limit + 2.0 + 2.0), lasted  # two seconds for less cores than ranks and watchers
     log = (config.folder / "log.txt").read_text()
     stalled = r"first cause: rank 1 \(.*\) stalled: in section (step|save) \d+ .*; state T \(stopped\)"
     assert re.search(stalled, log), log

@@ -20,7 +20,7 @@ from megadiff.model.cost import (
     paper_parameters,
     parameters,
 )
-from megadiff.platform.machine import detect
+from tests.support.ranks import on_ranks
 
 PAPER_SIZES = [
     ("L8-D512", 8, 512, 8, 25_223_680, 25_211_392, 159_429_120, 2.5201e8),
@@ -212,22 +212,38 @@ def test_interleaving_holds_more_microbatches():
     assert memory.activations == memory.activations_per_microbatch * 5.5
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 3, 5])
-@pytest.mark.parametrize("stages", [2, 4])
-def test_microbatches_in_flight_follow_the_library_schedule(stages, chunks):
-    """The library counts those of the warm-up; one more is held when its forward pass has run."""
-    detect("cpu").prepare_megatron()
+IN_FLIGHT = list(product([1, 2, 3, 5], [2, 4], [1, 2, 7]))
+"""Chunks of a stage, stages, and microbatches of a step as multiples of the stages."""
+
+
+def _held_by_the_library():
+    """Return the chunks of microbatches that each stage of each case holds at most.
+
+    The library counts those of the warm-up; one more is held when its forward pass has run.
+    """
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
-    for microbatches, stage in product([stages, 2 * stages, 7 * stages], range(stages)):
-        group = SimpleNamespace(size=lambda: stages, rank=lambda stage=stage: stage)
-        communicator = SimpleNamespace(
-            pp_group=group, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None
-        )
-        total, is_all, warmup, _ = get_pp_rank_microbatches(microbatches, chunks, stages, p2p_communicator=communicator)
-        held = total if is_all else warmup + 1
-        layout = Layout(pipeline=stages, virtual_pipeline=chunks, num_microbatches=microbatches)
-        assert layout.in_flight(stage) * chunks == pytest.approx(held), (microbatches, stage)
+    found = []
+    for chunks, stages, multiple in IN_FLIGHT:
+        for stage in range(stages):
+            communicator = SimpleNamespace(
+                pp_group=SimpleNamespace(size=lambda stages=stages: stages, rank=lambda stage=stage: stage),
+                virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            )
+            total, is_all, warmup, _ = get_pp_rank_microbatches(
+                multiple * stages, chunks, stages, p2p_communicator=communicator
+            )
+            found.append(total if is_all else warmup + 1)
+    return found
+
+
+def test_microbatches_in_flight_follow_the_library_schedule():
+    (wanted,) = on_ranks(1, _held_by_the_library)
+    found = []
+    for chunks, stages, multiple in IN_FLIGHT:
+        layout = Layout(pipeline=stages, virtual_pipeline=chunks, num_microbatches=multiple * stages)
+        found += [layout.in_flight(stage) * chunks for stage in range(stages)]
+    assert found == pytest.approx(wanted)
 
 
 def test_a_step_of_few_microbatches_holds_no_more_than_it_has():

@@ -21,7 +21,7 @@ ELEMENTWISE = False
 GATHERS = True
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Those of Jordan et al., chosen so that five iterations bring singular values from 0.01 and more near 1."""
+"""Coefficients of Jordan et al., chosen so that five iterations bring singular values from 0.01 and more near 1."""
 _SMALLEST = 1e-7
 
 

@@ -133,4 +133,3 @@ def test_a_step_does_not_depend_on_the_gradients_size():
     torch.testing.assert_close(theta, other, rtol=1e-3, atol=1e-5)
     rms = theta.detach().square().mean().sqrt()
     assert 0.7 * 0.02 < rms < 1.15 * 0.02, "the rate times `update_scale`"
-
