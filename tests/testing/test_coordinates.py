@@ -69,6 +69,24 @@ def test_the_smallest_model_is_the_same_without_a_rule(checked, rule):
     assert checked[rule][0][128, 2] == pytest.approx(checked[None][0][128, 2], rel=1e-3)
 
 
+def _check_muon_on_rank():
+    from megadiff.optim.members.muon import Muon
+    from megadiff.testing.coordinates import check
+
+    platform_on_rank()
+    grid, preset = sizes([128, 256, 512], [2], "cross"), REPOSITORY / "examples/presets/gidd.yaml"
+    overrides = ["optimizer.name=muon", "optimizer.update_scale=2"]  # so that the blocks outweigh the embedding
+    found = [check(grid, preset, overrides=overrides)[1]]
+    Muon._scale = lambda _, rows, columns: 30.0 * max(rows, columns) ** 0.5  # type: ignore[method-assign]
+    return [*found, check(grid, preset, overrides=overrides)[1]]
+
+
+def test_muon_keeps_them_too_and_not_with_updates_of_one_size():
+    whole, sized = on_ranks(1, _check_muon_on_rank, timeout_s=280)[0]
+    assert whole == []
+    assert any(sentence.startswith("change of stream goes with width^-") for sentence in sized), sized
+
+
 def test_a_cross_holds_one_line_each_and_a_full_grid_all_pairs():
     assert GRID == [(128, 2), (128, 4), (128, 8), (256, 2), (512, 2)]
     assert len(sizes([128, 256], [2, 4, 8], "full")) == 6
