@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -55,13 +56,19 @@ def main() -> None:
         print(f"{name:<18} {statistics.median(seconds):.2f} CPU s (median of {len(seconds)})")
 
 
-def _commands(folder: Path) -> dict[str, list[str]]:
+def describe_toy_run(folder: Path) -> dict[str, Any]:
+    """Make data in the folder, and return the description of a run of one step on them."""
     text = folder / "text.jsonl"
     text.write_text("".join(f'{{"text": "line {i} of some text to read"}}\n' for i in range(200)))
     data = str(folder / "text")
     preprocess = ["preprocess_data", "--input", str(text), "--tokenizer", "byte", "--output-prefix", data]
     subprocess.run([sys.executable, "-m", "megadiff", *preprocess], check=True, capture_output=True)
-    tree = {**_RUN, "data": {"train": [data], "valid": [data], "tokenizer": "byte"}, "output_dir": str(folder / "runs")}
+    files = {"train": [data], "valid": [data], "tokenizer": "byte"}
+    return {**_RUN, "data": files, "output_dir": str(folder / "runs")}
+
+
+def _commands(folder: Path) -> dict[str, list[str]]:
+    tree = describe_toy_run(folder)
     good, misspelt, wrong = (folder / f"{name}.yaml" for name in ("good", "misspelt", "wrong"))
     good.write_text(yaml.safe_dump(tree))
     misspelt.write_text(yaml.safe_dump({**tree, "optimiser": {}}))
