@@ -52,7 +52,7 @@ test-versions: $(VERSIONS)/.installed
 	    $(BIN)/python -m pytest -n 2 --dist loadfile tests/platform tests/optim \
 	    tests/checkpoint/test_extra_state.py tests/checkpoint/test_safe_metadata.py tests/model/test_fused_layers.py \
 	    tests/model/test_direct_layer.py tests/model/test_layers.py tests/model/test_initialisation.py \
-	    tests/distributed/test_layouts.py tests/distributed/test_gidd_block.py tests/distributed/test_resume.py \
+	    tests/distributed/test_layouts.py tests/distributed/test_resume.py \
 	    tests/distributed/test_wrong_on_purpose.py tests/run/test_dry_run.py
 
 check: $(STAMP)

@@ -19,7 +19,7 @@ from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FILE_NAME, SUM_NAME, Manifest, read_manifest
 from megadiff.checkpoint.path_kinds import no_checkpoint, what_it_is
 from megadiff.config.suggestions import similar_path
-from megadiff.errors import CheckpointError, StorageError
+from megadiff.errors import CheckpointError, ConfigError, StorageError, shown
 from megadiff.files import sync
 from megadiff.supervision.status import read_status
 from megadiff.untrusted_files import UnreadableFileError, read_bytes
@@ -96,6 +96,17 @@ def chosen(path: Path) -> Path:
         what += f" did you mean {near}?"
     raise CheckpointError(
         f"{path}: {what} give a run folder (such as runs/NAME) or one of its checkpoints/step_* folders"
+    )
+
+
+def lost_since(run_folder: Path, found: Path) -> str | None:
+    """Return a sentence about a newer checkpoint that a run wrote and that is not there; None if there is none."""
+    hint = _hinted_step(run_folder)
+    if hint is None or hint <= step_of(found) or _was_seen_damaged(run_folder, hint):
+        return None
+    return (
+        f"LATEST names the checkpoint of step {hint}, which is not in {run_folder / 'checkpoints'}; the run goes on "
+        f"from step {step_of(found)}"
     )
 
 
@@ -328,6 +339,10 @@ def _entries(folder: Path) -> list[Path]:
     except OSError as error:
         if error.errno in _NOTHING_THERE:
             return []
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{shown(str(folder))} is too long for a path; give a shorter output_dir or name"
+            ) from None
         raise _unreadable(folder, error) from None
 
 

@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megadiff.checkpoint.folder import damaged, newest_complete, set_aside, step_of, verify_files
+from megadiff.checkpoint.folder import damaged, lost_since, newest_complete, set_aside, step_of, verify_files
 from megadiff.checkpoint.safe_metadata import read_index, unpickle_plain_objects_only
 from megadiff.checkpoint.save import library_failures, main_rank_reports
 from megadiff.checkpoint.snapshot import SavableOptimizer, model_key, sharded_state
@@ -55,6 +55,8 @@ def newest_sound(run_folder: Path, *, strict: bool, topology: Topology) -> Path 
             problem = problem_of(folder, topology) if folder is not None else None
             newer = [folder] if folder is not None and problem is not None else []
         if problem is None:
+            if topology.is_main and folder is not None and (lost := lost_since(run_folder, folder)) is not None:
+                log.warning(lost)
             return folder
         if strict:
             raise CheckpointError(f"{problem}; --strict-resume takes no older checkpoint; omit it to resume from one")

@@ -41,8 +41,9 @@ def no_checkpoint(path: Path) -> str:
         return f"{path} is a Hugging Face folder, not a checkpoint to train from; run `{command}` and give NEW_FOLDER"
     if kind == "a run folder":
         kind += f", so one of {path / 'checkpoints'}/step_* is meant"
-    there = "there is" if kind.startswith("no ") else "it is"
+    if kind.startswith("no "):
+        return f"{path}: there is {kind}; give a step_* folder written by a run"
     return (
         f"{path} is not a complete checkpoint: it has no {MANIFEST_NAME}; give a step_* folder written by a run "
-        f"({there} {kind})"
+        f"(it is {kind})"
     )

@@ -60,10 +60,16 @@ def main() -> None:
     arguments = parser.parse_with_settings()
 
     from megadiff.config.load import load_config
+    from megadiff.errors import ConfigError
     from megadiff.run.config import RunConfig
 
     refuse_unknown(arguments, RunConfig)
     config = load_config(arguments.config, arguments.overrides, RunConfig)
+    if arguments.ranks is not None and not arguments.check:
+        raise ConfigError(
+            f"--ranks {arguments.ranks} lays a run out with --check; to train on several ranks, start them with "
+            f"`torchrun --nproc-per-node {arguments.ranks} -m megadiff train ...`"
+        )
 
     from megadiff.platform.quiet import quiet
     from megadiff.run.summary import NoLayoutError

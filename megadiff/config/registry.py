@@ -43,8 +43,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
+import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -55,7 +58,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from megadiff.config.section import Section
 from megadiff.config.suggestions import did_you_mean
-from megadiff.errors import ConfigError
+from megadiff.errors import ConfigError, MegadiffError
 
 S = TypeVar("S", bound=Section)
 
@@ -86,6 +89,68 @@ def member(package: str, name: str) -> ModuleType:
             "by its dotted path"
         )
     return _imported(f"{package}.{name}", f"`{name}` in {package}")
+
+
+def call(module: ModuleType, function: str, *arguments: Any) -> Any:
+    """Call a function of a member, which may be a module of the user's own.
+
+    Raises:
+        ConfigError: the function of a module from outside cannot be called so, or raises anything.
+    """
+    if _is_own(module):
+        return getattr(module, function)(*arguments)
+    check_arguments(module, function, *arguments)
+    with naming(module, function):
+        return getattr(module, function)(*arguments)
+
+
+@contextmanager
+def naming(module: ModuleType, function: str) -> Iterator[None]:
+    """Turn any exception of a function of the user's module into a sentence with the line that raised it.
+
+    Raises:
+        ConfigError: the function raised something that is not an error of this package.
+    """
+    try:
+        yield
+    except MegadiffError:
+        raise
+    except Exception as error:
+        if _is_own(module):
+            raise
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        where = place_of(error, module.__file__ or "")
+        raise ConfigError(
+            f"`{function}` of the module {module.__name__} failed: {reason} ({where}); correct it or the setting that "
+            "it was given"
+        ) from error
+
+
+def _is_own(module: ModuleType) -> bool:
+    """Return whether a module is this package's."""
+    return module.__name__.split(".")[0] == __name__.split(".")[0]
+
+
+def check_arguments(module: ModuleType, function: str, *arguments: Any) -> None:
+    """Refuse a function that does not take these arguments, as that of a member of another family.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        inspect.signature(getattr(module, function)).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"`{function}` of the module {module.__name__} is called with {len(arguments)} argument(s) here, which it "
+            f"does not take ({error}); is the module meant for another key?"
+        ) from None
+
+
+def place_of(error: BaseException, file: str) -> str:
+    """Return file and line of the innermost frame of an exception in a file, or of its innermost frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+    return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 @dataclass(frozen=True)

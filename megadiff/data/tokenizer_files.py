@@ -105,4 +105,4 @@ def _from_outside(given: str, name: str, argument: str) -> Tokenizer:
         raise DataError(
             f"{given}: the module {name} has no function `build(argument)`; add one that returns a tokenizer"
         )
-    return OutsideTokenizer(module.build(argument), given)
+    return OutsideTokenizer(registry.call(module, "build", argument), given)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from megadiff.config.registry import call
 from megadiff.diffusion import exact, schedules
 from megadiff.diffusion.config import PROCESSES, NoiseConfig, ScheduledNoise
 from megadiff.diffusion.processes import NoiseLaw
@@ -184,7 +185,7 @@ def build_process(settings: NoiseConfig, *, vocab_size: int, mask_id: int) -> No
     """
     member = PROCESSES.member(settings.process)
     build = getattr(member, "build", None)
-    law = build(settings) if build is not None else None
+    law = call(member, "build", settings) if build is not None else None
     if not isinstance(law, NoiseLaw):
         raise ConfigError(
             f"noise.process: `{settings.process}` must have a function `build(settings)` that returns a "
@@ -199,9 +200,9 @@ def build_schedule(settings: NoiseConfig) -> NoiseSchedule:
     Raises:
         ConfigError: the process neither has a schedule nor takes one.
     """
-    own = getattr(PROCESSES.member(settings.process), "build_schedule", None)
-    if own is not None:
-        return own(settings)
+    member = PROCESSES.member(settings.process)
+    if hasattr(member, "build_schedule"):
+        return call(member, "build_schedule", settings)
     if not isinstance(settings, ScheduledNoise):
         raise ConfigError(
             f"noise.process: the `Settings` of `{settings.process}` must derive from "

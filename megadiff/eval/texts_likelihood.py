@@ -13,7 +13,7 @@ from typing import Any
 from megadiff.data.corpus_files import NotJson, parse_json_line, without_lone_surrogates
 from megadiff.data.preprocess import ProgressReport
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.errors import ConfigError, DataError
+from megadiff.errors import ConfigError, DataError, shown
 from megadiff.eval.estimators import Estimator, EvaluatedModel
 from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, sequences_read, summed
 
@@ -93,14 +93,14 @@ def _parsed(line: bytes, where: str) -> dict[str, Any]:
     if isinstance(value, NotJson):
         raise DataError(f"{where}: wanted a JSON object, found text that is none ({value.why})")
     if not isinstance(value, dict):
-        raise DataError(f"{where}: wanted a JSON object, found a {type(value).__name__}")
+        raise DataError(f"{where}: wanted a JSON object, found {shown(value)}")
     return value
 
 
 def _strings(value: dict[str, Any], keys: Sequence[str], where: str) -> tuple[str, ...]:
     for key in keys:
         if not isinstance(value.get(key), str):
-            found = "nothing" if key not in value else f"a {type(value[key]).__name__}"
+            found = "nothing" if key not in value else shown(value[key])
             raise DataError(f"{where}: wanted a string under {key!r}, found {found}; the keys here are {sorted(value)}")
     return tuple(without_lone_surrogates(value[key]) for key in keys)
 
@@ -271,7 +271,7 @@ def pairs_likelihood(
     total = summed(items, found)
     own = [found[item] for item in items]
     return {
-        "summary": f"{len(items)} completions of {total.tokens} tokens, {total.nll:.4f} +- {total.stderr:.4f} nats"
+        "summary": f"{len(items)} completion(s) of {total.tokens} tokens, {total.nll:.4f} +- {total.stderr:.4f} nats"
         + (f", {total.nll / total.tokens:.4f} per token" if total.tokens else "")
         + f" ({estimator.coverage})",
         **estimator.record(),
@@ -310,8 +310,8 @@ def rolling_likelihood(
     total = pooled(summed(windows, found), documents)
     error = total.as_json()["bits_per_byte_stderr"]
     return {
-        "summary": f"{len(documents)} documents of {total.bytes} bytes, {total.bits_per_byte:.4f} +- {error:.4f} bits "
-        f"per byte, word perplexity {total.word_perplexity:.4g}, byte perplexity {total.byte_perplexity:.4g}"
+        "summary": f"{len(documents)} document(s) of {total.bytes} bytes, {total.bits_per_byte:.4f} +- {error:.4f} "
+        f"bits per byte, word perplexity {total.word_perplexity:.4g}, byte perplexity {total.byte_perplexity:.4g}"
         f" ({estimator.coverage})",
         **estimator.record(),
         "prepend_bos": framing.prepend_bos,
@@ -324,7 +324,9 @@ def _measured(model: EvaluatedModel, estimator: Estimator, items: Sequence[Item]
     """Return each distinct item's likelihood; report the amount of work and the progress on stderr."""
     draws = estimator.draws
     count = sequences_read(items, draws=draws)
-    sys.stderr.write(f"measuring {count // draws:,} distinct texts, {draws} sequences each: {count:,} sequences\n")
+    if not count:
+        raise DataError("the texts have no token to score: all of them are empty; give at least one that is not")
+    sys.stderr.write(f"measuring {count // draws:,} distinct text(s), {draws} sequences each: {count:,} sequences\n")
     started, done = time.monotonic(), 0
     with ProgressReport("sequences", count) as report:
 

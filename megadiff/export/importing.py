@@ -238,8 +238,9 @@ def _source(folder: Path) -> _Source:
     released = read_released(config, where=str(folder / CONFIG)) if is_gidd else None
     if released is not None and released.noise_table is not None:
         raise CheckpointError(
-            f"{folder / CONFIG} holds a table of its noise (noise_table), from which text can be sampled but no run "
-            "continued; continue from the training checkpoint that was exported"
+            f"{folder / CONFIG} holds a table of its noise (noise_table), from which text can be sampled in "
+            "Transformers (examples/sample_exported.py) but no run continued; for anything else give the training "
+            "checkpoint that was exported"
         )
     return _Source(folder, config, released, _training(folder))
 
@@ -292,9 +293,11 @@ def _tokenizer(source: _Source, given: str | None) -> tuple[Tokenizer, str]:
     found = load_tokenizer(reference)
     wanted = training.tokenizer_fingerprint if training else None
     if wanted not in (None, found.fingerprint):
+        named = f" {shown(trained_with)}" if isinstance(trained_with, str) else ""
+        its = "the one in that folder" if reference == str(source.folder.resolve()) else reference
         raise CheckpointError(
-            f"{source.folder} was trained with another tokenizer ({shown(wanted, SHOWN_DIGITS)}) than {reference} "
-            f"({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
+            f"{source.folder} was trained with the tokenizer{named} ({str(wanted)[:SHOWN_DIGITS]}), which differs from "
+            f"{its} ({found.fingerprint[:SHOWN_DIGITS]}); give the one it was trained with by --tokenizer"
         )
     return found, reference
 

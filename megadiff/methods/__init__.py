@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megadiff.config.registry import Family
+from megadiff.config.registry import Family, call, check_arguments
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
 
@@ -181,9 +181,9 @@ def check_method_of(config: RunConfig) -> None:
     member = METHODS.member(config.method.name)
     if not callable(getattr(member, "build", None)):
         raise ConfigError(_NO_METHOD.format(name=config.method.name, found="it has none"))
-    check = getattr(member, "check", None)
-    if check is not None:
-        check(config)
+    check_arguments(member, "build", config.method, None)
+    if hasattr(member, "check"):
+        call(member, "check", config)
 
 
 def build_method(settings: MethodConfig, context: MethodContext) -> Method:
@@ -192,8 +192,9 @@ def build_method(settings: MethodConfig, context: MethodContext) -> Method:
     Raises:
         ConfigError: its module has no `build`, or what that returns is no `Method`.
     """
-    build = getattr(METHODS.member(settings.name), "build", None)
-    method = build(settings, context) if callable(build) else None
+    member = METHODS.member(settings.name)
+    build = getattr(member, "build", None)
+    method = call(member, "build", settings, context) if callable(build) else None
     if not isinstance(method, Method):
         found = "it has none" if build is None else f"found {type(method).__name__}"
         raise ConfigError(_NO_METHOD.format(name=settings.name, found=found))

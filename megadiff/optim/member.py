@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from megadiff.config.registry import call, check_arguments
 from megadiff.errors import ConfigError
 from megadiff.optim.config import OPTIMIZERS, OptimizerConfig
 
@@ -43,7 +44,7 @@ class Member:
 
     def build(self, groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.Optimizer:
         """Return the optimizer over these parameter groups."""
-        return self.module.build(groups, settings)
+        return call(self.module, "build", groups, settings)
 
     def kernel(self, built: torch.optim.Optimizer) -> str:
         """Return the name of the update kernel, for the log."""
@@ -52,9 +53,8 @@ class Member:
 
     def initial_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Return the state of a parameter before its first step."""
-        own = getattr(self.module, "initial_state", None)
-        if own is not None:
-            return own(parameter, group)
+        if hasattr(self.module, "initial_state"):
+            return call(self.module, "initial_state", parameter, group)
         import torch
 
         state: dict[str, Any] = {STEP: torch.zeros(())} if self.keeps_step else {}
@@ -120,6 +120,7 @@ def member_of(module: ModuleType, name: str) -> Member:
     """
     if not callable(getattr(module, "build", None)):
         raise ConfigError(f"the optimizer `{name}` has no function `build(groups, settings)` in {module.__name__}")
+    check_arguments(module, "build", [], None)
     state_keys = _names(module, name, "STATE_KEYS")
     group_keys = _names(module, name, "GROUP_STATE_KEYS")
     return Member(

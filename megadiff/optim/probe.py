@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megadiff.config.registry import naming
 from megadiff.errors import ConfigError
 from megadiff.optim.config import OptimizerConfig
 from megadiff.optim.groups import parameter_groups
@@ -105,7 +106,8 @@ class _Trial:
                 group["lr"] = self._settings.lr * group["lr_mult"] * (step + 1) / STEPS
             for parameter, gradient in zip(_parameters(optimizer), gradients, strict=True):
                 parameter.grad = gradient.clone()
-            optimizer.step()
+            with naming(self._member.module, "step"):
+                optimizer.step()
         return optimizer
 
     def resumed(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

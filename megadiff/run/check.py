@@ -27,6 +27,8 @@ def check(config: RunConfig, *, ranks: int | None = None, resume_options: Resume
     world_size, remarks = ranks_to_check(config, ranks, launched=launched_world_size())
     try:
         prepared = validate_run(config, world_size=world_size)
+        if "." in config.noise.process:  # a module of the user's own, which may not be a noise process
+            _ = prepared.process
         prepared, step, origin = foresee_resumption(prepared, resume_options)
         lines = run_summary(config, prepared.layout, prepared.shape) + describe_data(prepared, step=step)
         lines += describe_baselines(baselines_of(prepared))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.data.baselines import Baselines
-from megadiff.errors import StorageError
+from megadiff.errors import ConfigError, StorageError
 from megadiff.eval.drawn_text import DrawnText
 from megadiff.eval.validation import ValidationEvaluator
 from megadiff.methods import Method
@@ -90,6 +91,10 @@ def _writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise ConfigError(
+                f"{error.filename or folder} is a link or a folder, where the run writes a file; move it away"
+            ) from None
         raise StorageError(
             f"the run folder {folder} cannot be written ({error.strerror or error}); free space there, or set "
             "output_dir to another disk"

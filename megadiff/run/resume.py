@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 import megadiff
-from megadiff.checkpoint.folder import newest_complete
+from megadiff.checkpoint.folder import lost_since, newest_complete
 from megadiff.checkpoint.manifest import (
     FORMAT,
     Change,
@@ -135,10 +135,11 @@ def foresee_resumption(prepared: RunContext, resume_options: ResumeOptions) -> t
     if folder is None:
         return prepared, 0, []
     accepted = _accepted(prepared, resume_options, folder)
+    lost = lost_since(config.folder, folder)
     lines = [
         f"resumes from      {folder} after step {accepted.saved.step} of {config.steps}",
         *accepted.describe(),
-        *(f"warning           {doubt}" for doubt in accepted.doubts()),
+        *(f"warning           {doubt}" for doubt in ([lost] if lost else []) + accepted.doubts()),
     ]
     return accepted.prepared, accepted.saved.step if accepted.saved.has_optimizer else 0, lines
 

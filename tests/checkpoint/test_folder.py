@@ -77,6 +77,16 @@ def test_latest_is_a_hint_and_not_the_truth(run, hint, monkeypatch):
     assert folders.newest_complete(run.folder) == checkpoint(run, 6)
 
 
+def test_a_newer_checkpoint_that_is_gone_is_named(run):
+    newest = checkpoint(run, 6)
+    assert folders.lost_since(run.folder, newest) is None
+    (run.folder / "LATEST").write_text("step_00000009\n")
+    assert "LATEST names the checkpoint of step 9, which is not in" in folders.lost_since(run.folder, newest)
+    assert folders.lost_since(run.folder, newest).endswith("goes on from step 6")
+    shutil.copytree(newest, newest.with_name("step_00000009.bad"))
+    assert folders.lost_since(run.folder, newest) is None, "it was set aside, which was said then"
+
+
 def test_a_rename_that_a_network_file_system_shows_late_is_waited_for(run, monkeypatch):
     hidden = checkpoint(run, 6).rename(run.folder / "elsewhere")
     monkeypatch.setattr(folders.time, "sleep", lambda _: hidden.rename(checkpoint(run, 6)))

@@ -121,7 +121,7 @@ DESCRIPTIONS = [
     (
         "checkpoint.start_from=nowhere",
         1,
-        r"nowhere is not a complete checkpoint: .*no manifest\.json; give a step_\* folder",
+        r"nowhere: there is no such folder; give a step_\* folder",
     ),
 ]
 """Overrides, number of ranks, sentence."""
@@ -340,6 +340,8 @@ NATURAL = [
     ("pretrain_dlm.py --config {tmp}/a.txt", "a.txt"),
     ("pretrain_dlm.py --config {tmp}", "{tmp}: the run description is a folder, not a plain file"),
     ("pretrain_dlm.py {yaml}", "--config"),
+    ("pretrain_dlm.py --config {yaml} --ranks 4", "--ranks 4 lays a run out with --check; .*--nproc-per-node 4"),
+    (CHECK + f" output_dir={{tmp}}/{'x' * 300}", "is too long for a path; give a shorter output_dir or name"),
     (EVALUATE + " --data {tmp}/vaild", "--data: {tmp}/vaild: no indexed data"),
     (EVALUATE + " --data {data}x", "--data: {data}x: no indexed data; .*did you mean {data}?"),
     (EVALUATE + " --data {tmp}/a.txt", "--data: {tmp}/a.txt: .*is a file; make indexed data of it"),

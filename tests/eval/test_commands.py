@@ -102,7 +102,7 @@ def test_likelihoods_are_written_as_json_and_do_not_depend_on_the_batch(models, 
             "--micro-batch-size", batch, "--score-eos", "--output", output,
         )  # fmt: skip
         assert code == 0, err
-        assert "3 completions of 7 tokens" in out
+        assert "3 completion(s) of 7 tokens" in out
         found.append(json.loads(output.read_text()))
     one, eight = found
     assert [item["tokens"] for item in one["items"]] == [3, 2, 2]
@@ -161,7 +161,7 @@ def test_equal_texts_share_their_error_and_estimates_name_their_levels(models, p
         once, twenty = found["once", kind][0], found["twenty", kind][0]
         assert twenty["nll"] == pytest.approx(20 * once["nll"])
         assert twenty["nll_stderr"] == pytest.approx(20 * once["nll_stderr"])
-    assert "measuring 1 distinct texts, 16 sequences each: 16 sequences" in found["twenty", "text"][1].err
+    assert "measuring 1 distinct text(s), 16 sequences each: 16 sequences" in found["twenty", "text"][1].err
     mixed, (three, _, one) = found["mixed", "text"][0], found["mixed", "text"][0]["documents"]
     window, rest = three["nll_stderr"] / 3, one["nll"] - three["nll"] / 3
     assert rest > 0

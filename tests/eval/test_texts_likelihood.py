@@ -77,7 +77,7 @@ def test_lines_are_read_and_mistakes_are_named(tmp_path):
     path.write_text('{"prompt": "a", "completion": "b", "n": 1}\n\n{"prompt": "", "completion": "c"}\n')
     assert read_lines(path, ["prompt", "completion"]) == [("a", "b"), ("", "c")]
     for text, message in [
-        ('{"prompt": 3}\n', r"texts.jsonl:1: wanted a string under 'prompt', found a int; .*\['prompt'\]"),
+        ('{"prompt": 3}\n', r"texts.jsonl:1: wanted a string under 'prompt', found 3; .*\['prompt'\]"),
         ('{"a": "b"}\n', "wanted a string under 'prompt', found nothing"),
         ("[]\n", "wanted a JSON object, found a list"),
         ('{"prompt": "a"}\n{"prompt"\n', "texts.jsonl:2: wanted a JSON object, found text that is none"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from megadiff.config.registry import place_of
 from megadiff.errors import HookError, MegadiffError, StorageError
 from megadiff.files import is_storage_failure
 from megadiff.train.config import HOOKS, HookConfig
@@ -92,8 +91,8 @@ class _Caller:
             kind = StorageError if isinstance(error, OSError) and is_storage_failure(error) else HookError
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise kind(
-                f"hook `{self.name}` {event}: {reason} ({self._place(error)}); correct it or take it out of `hooks`, "
-                "then run the same command again"
+                f"hook `{self.name}` {event}: {reason} ({place_of(error, self.file)}); correct it or take it out of "
+                "`hooks`, then run the same command again"
             ) from error
 
     def open(self, part: Hook | MetricSink) -> None:
@@ -112,12 +111,6 @@ class _Caller:
             part.close()
         except Exception as error:
             log.warning(f"hook `{self.name}` could not be closed: {type(error).__name__}: {error}")
-
-    def _place(self, error: BaseException) -> str:
-        """Return file and line of the innermost frame in the entry's own module, or of the innermost frame."""
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = next((frame for frame in reversed(frames) if frame.filename == self.file), frames[-1])
-        return f"{Path(frame.filename).name}, line {frame.lineno}"
 
 
 class ListedHook(Hook):
