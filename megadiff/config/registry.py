@@ -5,7 +5,7 @@ member's name; a dotted path (`my_package.my_noise`) names a module of the user'
 and no list is kept. `names` lists the members without importing them, so a member whose optional library is missing
 hurts only the runs that use it.
 
-    registry.names("megadiff.optim.members")                # ["adamw", "laprop"]
+    registry.names("megadiff.optim.members")                # ["adamw", "laprop", "muon"]
     registry.member("megadiff.optim.members", "laprop")     # the module; ConfigError with a suggestion if unknown
 
 A section of the configuration lets a member declare the section's remaining keys:

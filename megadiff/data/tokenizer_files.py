@@ -34,17 +34,22 @@ def wrong_ids(ids: np.ndarray, *, vocab_size: int | None, mask_id: int | None) -
     return np.flatnonzero(wrong)
 
 
+class NoTokenizerError(DataError):
+    """There is nothing where a tokenizer should be."""
+
+
 def tokenizer_of(config: DataConfig) -> Tokenizer:
     """Return a run's tokenizer.
 
     Raises:
+        NoTokenizerError: there is none.
         DataError: it cannot be loaded.
         ConfigError: `data.vocab_size` is set and differs from its number of ids.
     """
     try:
         tokenizer = load_tokenizer(config.tokenizer)
     except DataError as error:
-        raise DataError(f"data.tokenizer: {error}") from error
+        raise type(error)(f"data.tokenizer: {error}") from error
     if config.vocab_size not in (None, tokenizer.vocab_size):
         raise ConfigError(
             f"data.vocab_size is {config.vocab_size}, but the tokenizer {tokenizer.name} has "
@@ -85,7 +90,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     found = "a folder without them" if Path(given).is_dir() else "another file" if Path(given).exists() else "nothing"
     near = similar_path(given, _could_hold_one) if found == "nothing" else None
     remedy = f"did you mean {near}?" if near else "check the path or run `megadiff train_tokenizer`"
-    raise DataError(f"{given}: wanted {wanted}, found {found}; {remedy}")
+    kind = NoTokenizerError if found == "nothing" else DataError
+    raise kind(f"{given}: wanted {wanted}, found {found}; {remedy}")
 
 
 def _could_hold_one(path: Path) -> bool:

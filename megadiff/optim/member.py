@@ -48,8 +48,9 @@ class Member:
 
     def kernel(self, built: torch.optim.Optimizer) -> str:
         """Return the name of the update kernel, for the log."""
-        named = getattr(self.module, "kernel", None)
-        return named() if named is not None else f"{type(built).__module__}.{type(built).__qualname__}"
+        if hasattr(self.module, "kernel"):
+            return call(self.module, "kernel", built)
+        return f"{type(built).__module__}.{type(built).__qualname__}"
 
     def initial_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Return the state of a parameter before its first step."""

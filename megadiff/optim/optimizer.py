@@ -368,5 +368,6 @@ def build_optimizer(
             member.complete_state(base)
         wrapped.grad_stats_parallel_group = stats_group
         wrapped.tp_group = topology.tensor_group
-        mark_pieces(wrapped, roles, topology)
+        if member.gathers:
+            mark_pieces(wrapped, roles, topology)
     return Optimizer(wrapped, member, settings, platform.device)

@@ -7,7 +7,8 @@ matrix lies whole on one rank or in parts on consecutive ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,10 @@ class Piece:
     """Ranks that have the other cuts; None where there are none."""
     parts: tuple[tuple[int, range], ...] = ()
     """Rank and flat elements of each part, in order, with the distributed optimizer, whose parameters are flat."""
+    owner: int | None = None
+    """Rank among those of `parts` that works on the whole weight; chosen so that all have about equally much to do."""
+    data_group: ProcessGroup | None = None
+    """Data-parallel ranks, which exchange the parts."""
 
     @property
     def whole_shape(self) -> tuple[int, int]:
@@ -62,12 +67,15 @@ class Piece:
         parts = matrices.view(PACKED, -1, self.packed_rows, self.shape[1])
         return parts.transpose(0, 1).reshape(self.shape)
 
-    def own(self, weight: Tensor, rank: int) -> Tensor:
-        """Return this rank's part of a weight, in the form of the parameter."""
-        if not self.parts:
-            return weight
-        elements = next(elements for holder, elements in self.parts if holder == rank)
-        return weight.reshape(-1)[elements.start : elements.stop]
+    @property
+    def is_split(self) -> bool:
+        """Whether several data-parallel ranks hold parts of the weight."""
+        return len(self.parts) > 1
+
+    def message(self, operation: Any, part: Tensor, peer: int | None) -> dist.P2POp:
+        """Return a message of `dist.isend` or `dist.irecv` between ranks that hold parts."""
+        assert peer is not None
+        return dist.P2POp(operation, part, peer, self.data_group)
 
 
 def piece_of(parameter: Tensor) -> Piece:
@@ -85,15 +93,20 @@ def mark_pieces(wrapped: Any, roles: Iterable[tuple[str, torch.nn.Parameter]], t
 
     Args:
         wrapped: megatron-core's wrapper of the optimizer.
-        roles: (role, parameter) of the model.
+        roles: (role, parameter) of the model, in the same order on all ranks of the data group.
         topology: the run's groups.
     """
     holders = _holders(wrapped, topology) if _is_distributed(wrapped) else {}
-    is_cut = topology.layout.tensor > 1
+    is_cut, work, marked = topology.layout.tensor > 1, Counter[int](), set[int]()
     for role, parameter in roles:
+        parts = holders.get(parameter, ())
+        owner = min((rank for rank, _ in parts), key=lambda rank: work[rank], default=None)
+        if owner is not None and role == "hidden":
+            work[owner] += parameter.numel()
         held = _held(wrapped, parameter)
         if held is None:
             continue
+        marked.add(id(held))
         dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) and is_cut else None  # type: ignore[attr-defined]
         held.piece = Piece(  # type: ignore[attr-defined]
             role,
@@ -101,40 +114,69 @@ def mark_pieces(wrapped: Any, roles: Iterable[tuple[str, torch.nn.Parameter]], t
             getattr(parameter, "packed_rows", None),
             dim,
             topology.tensor_group if dim is not None else None,
-            holders.get(parameter, ()),
+            parts,
+            owner,
+            topology.data_group,
         )
+    for group in wrapped.optimizer.param_groups:
+        assert all(id(parameter) in marked for parameter in group["params"]), "a parameter is of no known weight"
 
 
-def gather(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-    """Return the values of whole weights [r, c], given those of the pieces that this rank holds.
+def on_owners(
+    parameters: Sequence[Tensor], values: Sequence[Tensor], work: Callable[[Piece, Tensor], Tensor]
+) -> list[Tensor]:
+    """Return the parts, on this rank, of what `work` makes of whole weights.
 
-    Ranks that hold parts of one weight exchange them; all of them must call this for the same weights in one order.
+    The ranks that hold parts of a weight send them to one of them, which works on the whole and sends the results'
+    parts back. All of them must call this for the same weights in the same order.
 
     Args:
-        parameters: parameters of the optimizer.
-        values: a tensor of the form of each.
+        parameters: parameters of the optimizer whose weights are held in several parts.
+        values: a flat tensor for each, such as its gradient.
+        work: function of a piece and the whole [r, c] that returns a tensor of the same shape and type.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    whole: list[Tensor] = []
+    if not parameters:
+        return []
+    rank = dist.get_rank()
+    wholes: list[Tensor | None] = []
     messages: list[dist.P2POp] = []
     for parameter, value in zip(parameters, values, strict=True):
         piece = piece_of(parameter)
-        if len(piece.parts) <= 1:
-            whole.append(value.view(piece.shape))
+        if piece.owner != rank:
+            messages.append(piece.message(dist.isend, value, piece.owner))
+            wholes.append(None)
             continue
-        flat = value.new_empty(piece.shape.numel())
+        whole = value.new_empty(piece.shape.numel())
         for holder, elements in piece.parts:
-            part = flat[elements.start : elements.stop]
+            part = whole[elements.start : elements.stop]
             if holder == rank:
                 part.copy_(value)
-                others = (other for other, _ in piece.parts if other != rank)
-                messages += [dist.P2POp(dist.isend, part, other) for other in others]
             else:
-                messages.append(dist.P2POp(dist.irecv, part, holder))
-        whole.append(flat.view(piece.shape))
-    for work in dist.batch_isend_irecv(messages) if messages else ():
-        work.wait()
-    return whole
+                messages.append(piece.message(dist.irecv, part, holder))
+        wholes.append(whole)
+    _exchange(messages)
+    results: list[Tensor] = []
+    messages = []
+    for parameter, value, whole in zip(parameters, values, wholes, strict=True):
+        piece = piece_of(parameter)
+        if whole is None:
+            results.append(torch.empty_like(value))
+            messages.append(piece.message(dist.irecv, results[-1], piece.owner))
+            continue
+        made = work(piece, whole.view(piece.shape)).reshape(-1)
+        for holder, elements in piece.parts:
+            part = made[elements.start : elements.stop]
+            if holder == rank:
+                results.append(part)
+            else:
+                messages.append(piece.message(dist.isend, part, holder))
+    _exchange(messages)
+    return results
+
+
+def _exchange(messages: list[dist.P2POp]) -> None:
+    for request in dist.batch_isend_irecv(messages) if messages else ():
+        request.wait()
 
 
 def _is_distributed(wrapped: Any) -> bool:
@@ -146,7 +188,7 @@ def _held(wrapped: Any, parameter: Any) -> Tensor | None:
     if _is_distributed(wrapped):
         place = wrapped.model_param_group_index_map.get(parameter)
         return None if place is None else wrapped.optimizer.param_groups[place[0]]["params"][place[1]]
-    return getattr(parameter, "main_param", None) if hasattr(wrapped, "float16_groups") else parameter
+    return getattr(parameter, "main_param", parameter)
 
 
 def _holders(wrapped: Any, topology: Topology) -> dict[Any, tuple[tuple[int, range], ...]]:

@@ -8,7 +8,6 @@ exchange is counted and not estimated. Layers are the local ones, since Transfor
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megadiff.data.loader import microbatch_samples
-from megadiff.data.tokenizer_files import tokenizer_of
-from megadiff.errors import ConfigError, DataError
+from megadiff.data.tokenizer_files import NoTokenizerError, tokenizer_of
+from megadiff.errors import ConfigError
 from megadiff.model import cost
 from megadiff.model.kernels import check_compilation
 from megadiff.model.saved_tensors import saved_bytes
@@ -99,7 +98,7 @@ def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None,
         PlatformError: compiled blocks are wanted where they cannot be.
     """
     if config.precision.compile:
-        check_compilation(config.parallel)
+        check_compilation(config.parallel, gpu=config.platform if config.platform not in ("auto", "cpu") else None)
     vocab_size = _vocab_size(config)
     layout = lay_out_run(config, world_size=world_size, vocab_size=vocab_size)
     if chosen is None:
@@ -166,7 +165,7 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
     microbatches = layout.num_microbatches
     lines.append(
         f"  tensor ranks    {gib(report.tensor_bytes * microbatches)} a step in "
-        f"{report.tensor_calls * microbatches:,} collectives, the loss's left out"
+        f"{report.tensor_calls * microbatches:,} collectives, those of loss and update left out"
     )
     lines.append(f"  other stages    {gib(report.pipeline_bytes * microbatches)} sent a step")
     lines.append(f"  data ranks      {gib(report.data_bytes)} a step")
@@ -366,11 +365,9 @@ def _vocab_size(config: RunConfig) -> int:
     wanted = config.data.vocab_size
     try:
         return tokenizer_of(config.data).vocab_size
-    except DataError as error:
+    except NoTokenizerError as error:
         if wanted is None:
-            raise DataError(f"{error}; or set data.vocab_size") from error
-        if os.path.lexists(config.data.tokenizer):
-            raise  # there, and damaged
+            raise NoTokenizerError(f"{error}; or set data.vocab_size") from error
         return wanted
 
 

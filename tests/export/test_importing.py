@@ -167,7 +167,10 @@ SPOILT = {
         lambda f: edit(f / TRAINING, config={"model": {"layers": None}}),
         r"training.json is damaged \(config.model.layers must be an integer, found null\); fetch it again, or move",
     ),
-    "another tokenizer": (lambda f: edit(f / TRAINING, tokenizer_fingerprint="x"), "with the tokenizer 'byte' .x., which differs"),
+    "another tokenizer": (
+        lambda f: edit(f / TRAINING, tokenizer_fingerprint="x"),
+        "with the tokenizer 'byte' .x., which differs",
+    ),
 }
 
 

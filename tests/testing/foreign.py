@@ -71,7 +71,7 @@ def build(groups, settings):
     return torch.optim.SGD(groups, momentum=settings.momentum)
 
 
-def kernel():
+def kernel(optimizer):
     return "torch SGD"
 '''
 

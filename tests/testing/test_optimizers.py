@@ -31,6 +31,10 @@ def test_every_member_of_the_family() -> None:
     check_optimizer(*registry.names(OPTIMIZERS.package), kinds=["distributed"])
 
 
+def test_an_optimizer_of_whole_matrices_in_the_other_ways() -> None:
+    check_optimizer("muon", settings={"newton_schulz_precision": "bf16"}, kinds=["fp32", "bf16"])
+
+
 def test_one_moment_from_outside(theirs: Path) -> None:
     check_optimizer("theirs.lion", settings={"beta1": 0.9, "parametrisation": "completep"})
 

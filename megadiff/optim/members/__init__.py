@@ -12,16 +12,16 @@ A member is a module here, named by its file, or a module of the user's own, nam
         Names of the values in `param_groups` that a step changes and a resume needs. `step` may be left out.
     ELEMENTWISE: bool = True
         Whether an element of a tensor is updated by that element's values alone. If not, the optimizer cannot be used
-        where tensors are cut over ranks (`parallel.distributed_optimizer`, `parallel.tensor`), unless
+        where tensors are cut over ranks (`parallel.distributed_optimizer`, `parallel.tensor`), unless `GATHERS`.
     GATHERS: bool = False
-        says that it puts the pieces of cut tensors together itself, with `megadiff.optim.pieces`, as `muon` does.
+        Whether it puts the pieces of cut tensors together itself, with `megadiff.optim.pieces`, as `muon` does.
     def build(groups, settings) -> torch.optim.Optimizer
         The optimizer over parameter groups, each with its `params`, `lr`, `weight_decay` and, if there is a setting
         `eps`, `eps`. Before every step each group's `lr` is set for that step.
     def initial_state(parameter, group) -> dict[str, Tensor]
         State of a parameter before its first step. Optional; zeros of the declared keys unless it is given.
-    def kernel() -> str
-        Name of the kernel that runs on this machine, for the log. Optional.
+    def kernel(optimizer) -> str
+        Name of the kernel of an optimizer that was built, for the log. Optional.
 
 At the start of a run the member takes a few steps on tiny tensors (`megadiff.optim.probe`), so that state that is not
 declared, or that a checkpoint cannot hold, is refused before training. `megadiff.testing.check_optimizer` is the same

@@ -46,10 +46,7 @@ def _is_torchs(parameters: list[Any]) -> bool:
     return megatron.USING_PYTORCH_OPTIMIZER or any(not p.is_cuda for p in parameters)
 
 
-def kernel() -> str:
-    """Return the name of the kernel that `build` takes on this machine."""
-    from megatron.core import optimizer as megatron
-
-    if megatron.USING_PYTORCH_OPTIMIZER:
-        return "torch fused"
-    return megatron.Adam.__module__.split(".")[0]  # type: ignore[attr-defined]
+def kernel(optimizer: Any) -> str:
+    """Return the name of the kernel that `build` took."""
+    library = type(optimizer).__module__.split(".")[0]
+    return "torch fused" if library == "torch" else library

@@ -89,6 +89,6 @@ def build(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.opti
     return LaProp(groups, betas=(settings.beta1, settings.beta2))
 
 
-def kernel() -> str:
+def kernel(_: torch.optim.Optimizer) -> str:
     """Return the name of the kernel."""
     return "torch foreach"

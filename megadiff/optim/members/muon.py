@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.optim.adamw import adamw
 
 from megadiff.optim.config import AdamSettings, OptimizerConfig
-from megadiff.optim.pieces import gather, piece_of
+from megadiff.optim.pieces import Piece, on_owners, piece_of
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 ELEMENTWISE = False
@@ -22,7 +22,8 @@ GATHERS = True
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Coefficients of Jordan et al., chosen so that five iterations bring singular values from 0.01 and more near 1."""
-_SMALLEST = 1e-7
+_SMALLEST = 1e-30
+"""Added to a norm, so that a gradient of zeros gives an update of zeros."""
 
 
 class Settings(AdamSettings):
@@ -34,10 +35,11 @@ class Settings(AdamSettings):
     """Whether the update looks ahead by the momentum of one more step."""
     newton_schulz_steps: int = Field(default=5, ge=1)
     """Number of iterations that make a matrix nearly orthogonal."""
-    newton_schulz_precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the iterations' products."""
+    newton_schulz_precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the iterations' products; `auto` is bf16 on GPUs and fp32 elsewhere."""
     update_scale: float = Field(default=0.2, gt=0)
-    """Size of a matrix's update beside AdamW's: root mean square of its elements at rate 1 (`standard`)."""
+    """Root mean square of the elements of a matrix's update at rate 1; AdamW's is about 0.2 (`standard`). Under
+    `completep` the update has the spectral norm of a matrix of rank 1 with elements of this size."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -54,8 +56,8 @@ class Muon(torch.optim.Optimizer):
     s = update_scale sqrt(m n), so that the update's spectral norm is that of an aligned update by AdamW with elements
     of size `update_scale`, and lr / hidden transfers over widths as it does there.
 
-    Packed queries, keys and values are three matrices. Cuts of matrices over tensor ranks are made orthogonal together,
-    and parts on data-parallel ranks are gathered first: each rank that holds a part computes the whole matrix. The
+    Packed queries, keys and values are three matrices. Cuts of matrices over tensor ranks are made orthogonal
+    together; of parts on data-parallel ranks, one rank makes the whole matrix orthogonal for all that hold parts. The
     momentum is called `exp_avg`; `exp_avg_sq` of a matrix stays zero.
 
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon/.
@@ -84,30 +86,41 @@ class Muon(torch.optim.Optimizer):
         return result
 
     def _update_matrices(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        settings = self._settings
-        directions = []
-        for parameter in parameters:
-            state, gradient = self.state[parameter], parameter.grad
-            assert gradient is not None
-            state["step"] += 1
-            momentum = state["exp_avg"].lerp_(gradient.to(state["exp_avg"].dtype), 1 - settings.momentum)
-            looks_ahead = settings.nesterov
-            directions.append(
-                gradient.to(momentum.dtype).lerp(momentum, settings.momentum) if looks_ahead else momentum
-            )
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        for parameter, direction in zip(parameters, gather(parameters, directions), strict=True):
+        whole = [p for p in parameters if not piece_of(p).is_split]
+        split = [p for p in parameters if piece_of(p).is_split]
+        for parameter in whole:
             piece = piece_of(parameter)
-            orthogonal = orthogonalise(
-                piece.matrices(direction),
-                steps=settings.newton_schulz_steps,
-                dtype=torch.bfloat16 if settings.newton_schulz_precision == "bf16" else torch.float32,
-                cut_dim=piece.cut_dim,
-                group=piece.tensor_group,
-            )
-            update = piece.own(piece.weight(orthogonal), rank)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * self._scale(*piece.whole_shape))
+            orthogonal = self._orthogonal(piece, self._direction(parameter).view(piece.shape))
+            self._update(group, parameter, orthogonal.view_as(parameter))
+        directions = [self._direction(p) for p in split]
+        for parameter, orthogonal in zip(split, on_owners(split, directions, self._orthogonal), strict=True):
+            self._update(group, parameter, orthogonal)
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """Return the momentum, or with `nesterov` that of one more step with the same gradient."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        state["step"] += 1
+        decay, momentum = self._settings.momentum, state["exp_avg"]
+        momentum.lerp_(gradient.to(momentum.dtype), 1 - decay)
+        return gradient.to(momentum.dtype).lerp(momentum, decay) if self._settings.nesterov else momentum
+
+    def _orthogonal(self, piece: Piece, direction: Tensor) -> Tensor:
+        wanted = self._settings.newton_schulz_precision
+        is_bf16 = wanted == "bf16" or (wanted == "auto" and direction.is_cuda)
+        matrices = orthogonalise(
+            piece.matrices(direction),
+            steps=self._settings.newton_schulz_steps,
+            dtype=torch.bfloat16 if is_bf16 else torch.float32,
+            cut_dim=piece.cut_dim,
+            group=piece.tensor_group,
+        )
+        return piece.weight(matrices.to(direction.dtype))
+
+    def _update(self, group: dict[str, Any], parameter: Tensor, orthogonal: Tensor) -> None:
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        scale = self._scale(*piece_of(parameter).whole_shape)
+        parameter.add_(orthogonal.to(parameter.dtype), alpha=-group["lr"] * scale)
 
     def _scale(self, rows: int, columns: int) -> float:
         size = rows * columns if self._settings.parametrisation == "completep" else max(rows, columns)
@@ -158,8 +171,9 @@ def orthogonalise(
         [k, m, n] in `dtype`.
     """
     a, b, c = COEFFICIENTS
-    squares = _summed(matrices.float().square().sum((-2, -1), keepdim=True), group)
-    x = (matrices / (squares.sqrt() + _SMALLEST)).to(dtype)
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32).double()
+    norms = _summed(norms.square(), group).sqrt() if group is not None else norms
+    x = (matrices / (norms + _SMALLEST).to(matrices.dtype)).to(dtype)
     from_left = x.shape[-2] <= x.shape[-1] if cut_dim is None else cut_dim == 1
     for _ in range(steps):
         gram = _summed(x @ x.mT if from_left else x.mT @ x, group)
@@ -187,6 +201,6 @@ def initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]
     return {"step": torch.zeros(()), **moments}
 
 
-def kernel() -> str:
+def kernel(_: torch.optim.Optimizer) -> str:
     """Return the name of the kernel."""
     return "torch, Newton-Schulz"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadiff.optim.members.muon import COEFFICIENTS, Settings, build, orthogonalise
-from megadiff.optim.pieces import Piece, mark_whole
+from megadiff.optim.pieces import Piece, mark_whole, on_owners
 from tests.support.ranks import on_ranks
 
 SHAPES = {"wide": (12, 48), "tall": (48, 12), "square": (24, 24)}
@@ -78,6 +78,54 @@ def test_queries_keys_and_values_are_taken_apart():
     assert torch.equal(piece.matrices(weight), three)
     assert torch.equal(piece.weight(three), weight)
     assert piece.whole_shape == (8, 6)
+
+
+def _parts(size: int, cuts: list[int]) -> tuple[tuple[int, range], ...]:
+    """Return parts of consecutive ranks from the first element of each; ranks without elements hold none."""
+    ends = [*cuts[1:], size]
+    return tuple((rank, range(a, b)) for rank, (a, b) in enumerate(zip(cuts, ends, strict=True)) if b > a)
+
+
+SPLITS = [_parts(24, [0, 5, 6, 20]), _parts(24, [0, 0, 0, 7]), _parts(24, [0, 11, 24, 24]), _parts(24, [0, 1, 1, 1])]
+"""Four weights on four ranks: in four, two, two and two parts."""
+
+
+def _worked_on() -> list[tuple[int, list[int], list[float]]]:
+    """Return, for every weight of which this rank holds a part: its number, who worked on it, and the results."""
+    rank, held = dist.get_rank(), []
+    for number, parts in enumerate(SPLITS):
+        for holder, elements in parts:
+            if holder == rank:
+                parameter = torch.arange(24.0)[elements.start : elements.stop] + 100 * number
+                owner = parts[number % len(parts)][0]
+                parameter.piece = Piece("hidden", torch.Size((4, 6)), parts=parts, owner=owner)  # type: ignore[attr-defined]
+                held.append((number, parameter))
+    worked: list[int] = []
+
+    def work(piece: Piece, whole: Tensor) -> Tensor:
+        worked.append(int(whole[0, 0]) // 100)
+        return whole.flip(0) + piece.shape[1]
+
+    results = on_owners([p for _, p in held], [p for _, p in held], work)
+    return [(number, worked, result.tolist()) for (number, _), result in zip(held, results, strict=True)]
+
+
+def test_one_of_the_holders_works_on_a_weight_for_all():
+    by_rank = on_ranks(4, _worked_on)
+    for number, parts in enumerate(SPLITS):
+        wanted = (torch.arange(24.0).view(4, 6) + 100 * number).flip(0).reshape(-1) + 6
+        found = [(rank, worked, values) for rank in range(4) for n, worked, values in by_rank[rank] if n == number]
+        assert [value for _, _, values in found for value in values] == wanted.tolist()
+        owner = parts[number % len(parts)][0]
+        assert [rank for rank, worked, _ in found if number in worked] == [owner]
+
+
+def test_tiny_and_huge_gradients_are_directions_too():
+    matrix = torch.from_numpy(np.random.default_rng(1).normal(size=(64, 256))).float()
+    wanted = orthogonalise(matrix[None])
+    for size in (1e-17, 1e-10, 1e15):
+        torch.testing.assert_close(orthogonalise(matrix[None] * size), wanted, rtol=1e-3, atol=1e-4)
+    assert torch.equal(orthogonalise(torch.zeros(1, 4, 6)), torch.zeros(1, 4, 6))
 
 
 def _settings(**changes: object) -> Settings:
