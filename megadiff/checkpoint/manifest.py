@@ -188,11 +188,19 @@ def check_same_run(
     refused = [change for change in changes if _matters(change.key, allowed, allow_data)]
     if not refused:
         return [change for change in changes if change.key not in _NOT_WORTH_RECORDING]
-    listed = "; ".join(change.describe() for change in refused)
+    listed = "; ".join(
+        _describe_data(change, changes) if change.key == "data_fingerprint" else change.describe() for change in refused
+    )
     raise CheckpointError(
         f"{folder} belongs to another run; these settings differ (checkpoint -> this run): {listed}. "
         f"Give the run another `name`, or the settings it was started with{_ways_out(refused)}"
     )
+
+
+def _describe_data(change: Change, changes: Sequence[Change]) -> str:
+    """Return the description of other training data: of their list if it changed, else of their contents."""
+    named = [other.describe() for other in changes if _is_at_or_below(other.key, "data.train")]
+    return "; ".join(named) if named else f"{change.describe()} (the contents of data.train)"
 
 
 def check_allowed(allowed: Sequence[str]) -> None:

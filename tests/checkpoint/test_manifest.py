@@ -74,7 +74,7 @@ def test_every_difference_that_matters_is_listed(tmp_path):
     text = str(caught.value)
     assert (
         "batch.global_batch_size: 8 -> 16; model.layers: 2 -> 4; model.sink: null -> true; seed: 0 -> 1; "
-        'data_fingerprint: "d" -> "e". Give the run another `name`'
+        'data_fingerprint: "d" -> "e" (the contents of data.train). Give the run another `name`'
     ) in text
 
 
@@ -136,3 +136,11 @@ def test_another_training_method_is_another_run(tmp_path):
         check_same_run(saved, wanted, tmp_path)
     changes = check_same_run(saved, wanted, tmp_path, allowed=["method"])
     assert [change.key for change in changes] == ["method.name"]
+
+
+def test_sources_that_changed_are_named_instead_of_a_fingerprint(tmp_path):
+    before = {**CONFIG, "data": {"train": ["a"]}}
+    now = {**before, "data": {"train": ["a", "b"]}}
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(manifest(config=before), manifest(config=now, data_fingerprint="e"), tmp_path)
+    assert 'data.train: ["a"] -> ["a", "b"]. Give the run' in str(caught.value)
