@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from megadiff.cli.plot_run import check_picture
 from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError, TrainingError
@@ -97,6 +98,23 @@ def table(title: str, losses: Mapping[Size, Mapping[float, float]], best: Mappin
     return made
 
 
+def draw(panels: Mapping[str, Mapping[Size, Mapping[float, float]]], path: Path) -> None:
+    """Draw the bound against the rate, a panel for each title and a line for each size, its best point marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, losses) in zip(axes, panels.items(), strict=True):
+        for (width, depth), found in losses.items():
+            rates_of = sorted(found)
+            (line,) = axis.plot(rates_of, [found[rate] for rate in rates_of], label=f"width {width}, depth {depth}")
+            best = min(found, key=found.__getitem__)
+            axis.plot([best], [found[best]], "o", color=line.get_color())
+        axis.set(title=title, xscale="log", xlabel="optimizer.lr", ylabel="held-out ELBO, nats per token")
+        axis.legend()
+    figure.savefig(path)
+
+
 def main() -> None:
     """Parse the command line, train the missing runs, and print a table per parametrisation."""
     parser = SettingsParser(description=__doc__)
@@ -108,9 +126,12 @@ def main() -> None:
         "--count", type=int, default=6, help="number of rates, each twice the previous (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=1, help="number of runs to average (default: %(default)s)")
+    parser.add_argument("--figure", type=Path, help="picture of the table to write, such as rates.svg")
     arguments = parser.parse_with_settings()
     refuse_unknown(arguments, RunConfig)
-    console = Console(width=40 + 9 * arguments.count)
+    if arguments.figure is not None:
+        check_picture(arguments.figure)
+    console, panels = Console(width=40 + 9 * arguments.count), {}
     for name in arguments.parametrisations:
         runs = [(at, rate) for at in arguments.sizes for rate in rates(arguments.first, arguments.count)]
         losses: dict[Size, dict[float, float]] = {at: {} for at in arguments.sizes}
@@ -121,3 +142,7 @@ def main() -> None:
         console.print(table(f"{name}: held-out ELBO, nats per token, by learning rate", losses, best))
         apart = grid_steps_apart(best.values(), factor=FACTOR)
         console.print(f"{name}: best rates lie {apart:.0f} grid step(s) apart")
+        panels[name] = losses
+    if arguments.figure is not None:
+        draw(panels, arguments.figure)
+        console.print(f"figure: {arguments.figure}")

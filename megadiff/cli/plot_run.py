@@ -87,6 +87,18 @@ def draw(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
     figure.savefig(output, dpi=150, bbox_inches="tight")
 
 
+def check_picture(path: Path) -> None:
+    """Refuse a picture that could not be written.
+
+    Raises:
+        DataError: there is no folder for it, or matplotlib is not installed.
+    """
+    if not path.absolute().parent.is_dir():
+        raise DataError(f"{path}: there is no folder {path.parent}; make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DataError(f"{path}: matplotlib is not installed, so no picture; pip install matplotlib")
+
+
 def main() -> None:
     """Parse the command line, print the table and draw the curves."""
     parser = CommandParser(description=__doc__)
@@ -97,8 +109,7 @@ def main() -> None:
     Console().print(summary(runs))
     if arguments.output is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise DataError(f"{arguments.output}: matplotlib is not installed, so no picture; pip install matplotlib")
+    check_picture(arguments.output)
     try:
         draw(runs, arguments.output)
     except (OSError, ValueError) as error:

@@ -33,6 +33,15 @@ def test_the_table_marks_the_best_rate_and_an_edge():
     assert cells[2:5] == [["2.500*", "2.500"], ["2.750", "2.250*"], ["0.2", "0.4 (edge)"]]
 
 
+def test_a_picture_has_a_line_for_each_size(tmp_path):
+    pytest.importorskip("matplotlib")
+    losses = {(64, 2): {0.1: 3.0, 0.2: 2.5, 0.4: 2.75}, (128, 2): {0.1: 3.0, 0.2: 2.5, 0.4: 2.25}}
+    sweep.draw({"completep": losses, "standard": losses}, tmp_path / "rates.svg")
+    text = (tmp_path / "rates.svg").read_text()
+    assert text.count("width 128, depth 2") == 2
+    assert "held-out ELBO" in text
+
+
 @pytest.fixture
 def config(toy_corpus, tmp_path):
     """A run of three steps, as a file."""
