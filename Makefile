@@ -30,8 +30,8 @@ demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
-	MEGADIFF_CHECK_SHAPES=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(MATHEMATICS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm $(MATHEMATICS:%=--ignore=%)
+	MEGADIFF_CHECK_SHAPES=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(MATHEMATICS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm $(MATHEMATICS:%=--ignore=%)
 	$(BIN)/python -m pytest tests/slurm  # alone: a real scheduler loses patience on a busy machine
 
 # Other versions of libraries, unpacked beside the environment: the newest megatron-core supported, whose metadata wants
