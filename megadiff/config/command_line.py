@@ -39,6 +39,10 @@ class CommandParser(argparse.ArgumentParser):
         if (value := _WRONG_VALUE.fullmatch(message)) is not None:
             kind = "a number" if value["type"] == "float" else "an integer"
             message = f"argument {value['option']}: wants {kind}, found {value['found']}"
+        if "required: --config" in message:
+            given = [word for word in sys.argv[1:] if word.endswith((".yaml", ".yml"))]
+            if given:
+                raise ConfigError(f"{COMMAND_LINE}: {message}; did you mean `--config {given[0]}`?")
         _, found, unknown = message.partition("unrecognized arguments: ")
         near = difflib.get_close_matches(unknown.partition("=")[0].split(" ")[0], self.long_options(), n=1, cutoff=0.7)
         hint = f"; did you mean `{near[0]}`?" if found and near else f"; `{self.prog} --help` lists the options"

@@ -223,7 +223,8 @@ def _meant(name: str, node: Node, full: str, keys: list[str], model: type[Sectio
     if len(elsewhere) == 1:  # the right name on the wrong level
         return f"; did you mean `{elsewhere[0]}`? "
     if other_names.key_elsewhere(full) is None and (near := did_you_mean(name, keys)):
-        return f"{near} "
+        section = full[: len(full) - len(name)]
+        return f"{near.replace('`', f'`{section}', 1)} "
     similar = similar_key(full, model)
     return f"; did you mean `{similar}`? " if similar is not None else "; "
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,9 @@ from pydantic import Field, model_validator
 
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
+
+_MOST_CHOICES = 8
+"""Numbers that a message lists at most."""
 
 
 class ParallelConfig(Section):
@@ -114,11 +118,16 @@ def lay_out(
             f"--nproc-per-node) or change the layout"
         )
     data = world_size // replica
-    _must_divide("model.heads", heads, "parallel.tensor", tensor)
-    _must_divide("model.hidden", hidden, "parallel.tensor", tensor)
-    _must_divide("the MLP width (model.hidden x model.ffn_multiple)", ffn_hidden, "parallel.tensor", tensor)
-    _must_divide("the padded vocabulary", padded_vocab_size, "parallel.tensor", tensor)
-    _must_divide("model.layers", layers, "parallel.pipeline x parallel.virtual_pipeline", pipeline * virtual)
+    widths = {
+        "model.heads": heads,
+        "model.hidden": hidden,
+        "the MLP width (model.hidden x model.ffn_multiple)": ffn_hidden,
+        "the padded vocabulary": padded_vocab_size,
+    }
+    for what, width in widths.items():
+        _must_divide(what, width, "parallel.tensor", tensor, fitting=math.gcd(*widths.values()))
+    stages = "parallel.pipeline" if virtual == 1 else "parallel.pipeline x parallel.virtual_pipeline"
+    _must_divide("model.layers", layers, stages, pipeline * virtual, fitting=layers)
     _must_divide(
         "batch.global_batch_size",
         global_batch_size,
@@ -137,8 +146,25 @@ def lay_out(
     return Layout(tensor, pipeline, virtual, data, num_microbatches)
 
 
-def _must_divide(what: str, value: int, by: str, divisor: int) -> None:
+def _must_divide(what: str, value: int, by: str, divisor: int, *, fitting: int | None = None) -> None:
+    """Refuse a number that is not a multiple of a divisor.
+
+    Args:
+        what: name of the number.
+        value: the number.
+        by: name of the divisor.
+        divisor: the divisor.
+        fitting: number whose divisors are the values of `by` that would do; None to name numbers for `what` instead.
+
+    Raises:
+        ConfigError: it is no multiple.
+    """
     if value % divisor:
+        if fitting is not None:
+            choices = [str(choice) for choice in range(1, fitting + 1) if fitting % choice == 0]
+            shown = choices if len(choices) <= _MOST_CHOICES else [*choices[: _MOST_CHOICES - 1], choices[-1]]
+            named = f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
+            raise ConfigError(f"{what} is {value}, which {by} = {divisor} does not divide; {by} of {named} would do")
         lower = value - value % divisor
         near = f"{lower} or {lower + divisor}" if lower else f"{lower + divisor}"
         raise ConfigError(f"{what} is {value}, which {by} = {divisor} does not divide; {what} of {near} would do")

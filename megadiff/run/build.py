@@ -102,6 +102,11 @@ def run(config: RunConfig, resume_options: ResumeOptions | None = None, *, befor
                 opened.enter_context(process_group(platform, timeout_s=config.watchdog.longest_s + _PATIENCE_S))
                 platform.prepare_megatron()
                 trainer = build_trainer(prepared, platform, resume_options, supervision)
+            if trainer.first_step >= config.steps:
+                log.info(
+                    f"{config.name} has already taken its {config.steps:,} steps: nothing is trained; to go on, set "
+                    "schedule.steps above that, or give another run another `name`"
+                )
             standing.running(trainer.first_step)
             standing.ended(trainer.train())
         except BaseException as error:
@@ -201,7 +206,8 @@ def _log_and_write_data(prepared: RunContext, origin: ResumeState, topology: Top
     for line in describe_data(prepared, step=origin.step):
         log.info(line)
     if topology.is_main:
-        write_config(prepared.config)
+        if origin.step < prepared.config.steps:  # else nothing is trained, and the file stays that of what was
+            write_config(prepared.config)
         doubts = data_advice(prepared)
         for doubt in doubts:
             log.warning(doubt)

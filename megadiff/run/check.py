@@ -6,7 +6,14 @@ from megadiff.config.load import dump_config
 from megadiff.errors import ConfigError, DataError
 from megadiff.parallel.topology import launched_world_size
 from megadiff.run.config import RunConfig
-from megadiff.run.context import baselines_of, data_advice, describe_baselines, describe_data, validate_run
+from megadiff.run.context import (
+    RunContext,
+    baselines_of,
+    data_advice,
+    describe_baselines,
+    describe_data,
+    validate_run,
+)
 from megadiff.run.resume import ResumeOptions, foresee_resumption
 from megadiff.run.summary import evaluation_advice, lay_out_run, ranks_to_check, run_summary
 
@@ -27,8 +34,7 @@ def check(config: RunConfig, *, ranks: int | None = None, resume_options: Resume
     world_size, remarks = ranks_to_check(config, ranks, launched=launched_world_size())
     try:
         prepared = validate_run(config, world_size=world_size)
-        if "." in config.noise.process:  # a module of the user's own, which may not be a noise process
-            _ = prepared.process
+        _try_own_modules(prepared)
         prepared, step, origin = foresee_resumption(prepared, resume_options)
         lines = run_summary(config, prepared.layout, prepared.shape) + describe_data(prepared, step=step)
         lines += describe_baselines(baselines_of(prepared))
@@ -41,6 +47,30 @@ def check(config: RunConfig, *, ranks: int | None = None, resume_options: Resume
         lines = run_summary(config, layout, config.shape(vocab_size=config.data.vocab_size))
         lines += [*_warnings(config), f"not there yet     {error}"]
     return dump_config(config) + "\n" + "\n".join([*remarks, *lines])
+
+
+def _try_own_modules(prepared: RunContext) -> None:
+    """Use modules of the user's own as a run would at its start.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    config = prepared.config
+    if "." in config.noise.process:
+        _ = prepared.process
+    if "." in config.optimizer.name:
+        import torch
+
+        from megadiff.optim.member import load_member
+        from megadiff.optim.probe import refuse_unsavable
+
+        refuse_unsavable(
+            load_member(config.optimizer.name),
+            config.optimizer,
+            config.optimizer_scale,
+            device=torch.device("cpu"),
+            is_cut=config.parallel.distributed_optimizer or config.parallel.tensor > 1,
+        )
 
 
 def _warnings(config: RunConfig) -> list[str]:

@@ -189,8 +189,9 @@ def tokenizer_of(manifest: Manifest, given: str | None, *, where: Path) -> Token
         raise DataError(f"{where / 'manifest.json'}: `data.tokenizer`: {error}{moved}") from error
     if found.fingerprint != manifest.tokenizer_fingerprint:
         raise CheckpointError(
-            f"{where} was trained with another tokenizer ({manifest.tokenizer_fingerprint[:SHOWN_DIGITS]}) than "
-            f"{found.name} ({found.fingerprint[:SHOWN_DIGITS]}); give the first one's path with --tokenizer"
+            f"{where} was trained with another tokenizer ({named}, {manifest.tokenizer_fingerprint[:SHOWN_DIGITS]}) "
+            f"than {given or found.name} ({found.fingerprint[:SHOWN_DIGITS]}); "
+            + ("leave --tokenizer out, or give that one's path" if given else "give that one's path with --tokenizer")
         )
     return found
 

@@ -163,11 +163,28 @@ class _Accepted:
         return lines
 
     def doubts(self) -> list[str]:
-        """Return warnings about the change of the mixture."""
-        if self.mixture_before is None:
-            return []
-        found = change_advice(self.mixture_before, self.prepared.data, end=self.prepared.config.samples)
-        return [str(doubt) for doubt in found]
+        """Return warnings about a cooldown that was begun for another length, and about the change of the mixture."""
+        found = [cooled] if (cooled := self._cooled_before()) is not None else []
+        if self.mixture_before is not None:
+            changed = change_advice(self.mixture_before, self.prepared.data, end=self.prepared.config.samples)
+            found += [str(doubt) for doubt in changed]
+        return found
+
+    def _cooled_before(self) -> str | None:
+        """Return a warning if the checkpoint was saved while the learning rate fell towards an earlier end."""
+        config, step = self.prepared.config, self.saved.step
+        try:
+            before = RunConfig.model_validate(self.saved.config).lr_schedule()
+        except ValidationError:  # of another version, whose settings are compared as they stand
+            return None
+        began, now = before.decay_start, config.lr_schedule().decay_start
+        if began is None or not began < step < config.steps or (now is not None and now <= began):
+            return None
+        return (
+            f"the learning rate has been falling since step {began}, as this run was to end at step {before.steps}; it "
+            f"rises again now, and the curve is not that of a run of {config.steps} steps: for that, go on from a "
+            f"checkpoint up to step {began} (checkpoint.start_from, with another name)"
+        )
 
 
 def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path) -> _Accepted:

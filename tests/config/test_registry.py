@@ -288,7 +288,8 @@ def test_members_are_read_from_yaml_and_written_back(load):
         ("noise.kind=", "command line: `noise.kind` wants text, found nothing (null)"),
         (
             "noise.shfit=1",
-            "command line: unknown key `noise.shfit`; did you mean `shift`? keys here: process, floor, shift, kind",
+            "command line: unknown key `noise.shfit`; did you mean `noise.shift`? "
+            "keys here: process, floor, shift, kind",
         ),
         (
             "noise.floor=-13",
@@ -354,7 +355,7 @@ KEYS = "keys here: process, floor"
             "a.yaml:2: unknown key `noise.kind`, a key of uniform, while `noise.process` is masked (b.yaml:1); " + KEYS,
         ),
         ("floor: -2", "kind: null", [], f"a.yaml:2: unknown key `noise.kind`, a key of uniform; {KEYS}"),
-        ("flor: -2", "process: masked", [], f"b.yaml:1: unknown key `noise.flor`; did you mean `floor`? {KEYS}"),
+        ("flor: -2", "process: masked", [], f"b.yaml:1: unknown key `noise.flor`; did you mean `noise.floor`? {KEYS}"),
     ],
 )
 def test_a_key_of_the_base_s_member_is_named_with_its_remedy(load, tmp_path, base, own, overrides, sentence):
@@ -368,7 +369,7 @@ def test_null_takes_back_a_key_that_the_chosen_member_lacks(load, tmp_path):
     (tmp_path / "b.yaml").write_text("noise: {process: uniform, kind: a, floor: -2, shift: 3}\n")
     own = "base: b.yaml\nnoise: {process: masked, kind: null}\n"
     assert load(own, "noise.shift=null").noise == Noise(process="masked", floor=-2)
-    with pytest.raises(ConfigError, match=r"^command line: unknown key `noise\.flor`; did you mean `floor`\? "):
+    with pytest.raises(ConfigError, match=r"^command line: unknown key `noise\.flor`; did you mean `noise\.floor`\? "):
         load(own, "noise.shift=", "noise.flor=null")
 
 

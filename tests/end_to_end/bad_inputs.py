@@ -18,7 +18,11 @@ TRAIN_TOKENIZER = "tools/train_tokenizer.py --output {tmp}/t --vocab-size 300"
 
 DESCRIPTIONS = [
     # keys and types
-    ("optimizer.weigth_decay=0.1", 1, r"command line: unknown key `optimizer\.weigth_decay`; did you mean `weight_dec"),
+    (
+        "optimizer.weigth_decay=0.1",
+        1,
+        r"unknown key `optimizer\.weigth_decay`; did you mean `optimizer\.weight_decay`\?",
+    ),
     ("layers=4", 1, r"command line: unknown key `layers`; did you mean `model\.layers`"),
     ("model.layers=many", 1, r"command line: `model\.layers` wants an integer, found `many`$"),
     ("model=4", 1, r"`model` wants a mapping of keys, found `4`"),
@@ -40,14 +44,22 @@ DESCRIPTIONS = [
     (
         "parallel.tensor=3",
         3,
-        r"model\.heads is 4, which parallel\.tensor = 3 does not divide; model.heads of 3 or 6 would do",
+        r"model\.heads is 4, which parallel\.tensor = 3 does not divide; parallel\.tensor of 1, 2 or 4 would do",
     ),
     (
         "parallel.tensor=3 model.heads=12 model.hidden=48 model.vocab_multiple=1",
         3,
-        r"the padded vocabulary is 260, which .* = 3 does not divide; the padded vocabulary of 258 or 261 would do",
+        r"the padded vocabulary is 260, which .* = 3 does not divide; parallel\.tensor of 1, 2 or 4 would do",
     ),
-    ("parallel.pipeline=3", 3, r"model\.layers is 4, which .*parallel\.virtual_pipeline = 3 does not divide"),
+    (
+        (
+            "parallel.pipeline=3",
+            3,
+            r"model\.layers is 4, which parallel\.pipeline = 3 does not divide; .*\.pipeline of 1, 2 or 4 would do",
+        ),
+        3,
+        r"model\.layers is 4, which parallel\.pipeline = 3 does not divide; .*\.pipeline of 1, 2 or 4 would do",
+    ),
     (
         "batch.global_batch_size=7",
         1,
@@ -339,7 +351,7 @@ NATURAL = [
     ("pretrain_dlm.py --config {tmp}/rum.yaml", "did you mean {tmp}/run.yaml?"),
     ("pretrain_dlm.py --config {tmp}/a.txt", "a.txt"),
     ("pretrain_dlm.py --config {tmp}", "{tmp}: the run description is a folder, not a plain file"),
-    ("pretrain_dlm.py {yaml}", "--config"),
+    ("pretrain_dlm.py {yaml}", "did you mean `--config {tmp}/run.yaml`?"),
     ("pretrain_dlm.py --config {yaml} --ranks 4", "--ranks 4 lays a run out with --check; .*--nproc-per-node 4"),
     (CHECK + f" output_dir={{tmp}}/{'x' * 300}", "is too long for a path; give a shorter output_dir or name"),
     (EVALUATE + " --data {tmp}/vaild", "--data: {tmp}/vaild: no indexed data"),

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "a tokenizer as method": ({"method": {"name": "wrongs.words"}}, ("--check",), ANOTHER_KEY),
     "an optimizer that fails": (
         {"optimizer": {"name": "wrongs.fails", "lr": 0.1}},
-        (),
+        ("--check",),
         "`step` of the module wrongs.fails failed: KeyError: 'no such key' (fails.py, line ",
     ),
 }

@@ -18,7 +18,8 @@ log = logging.getLogger("megadiff")
 LOG_FIELDS = (
     "loss is what is minimised, elbo the bound (negative evidence lower bound) in nats per noisy token, mean weight "
     "should stay near 0.5; they are means over the steps since the line before, at noise levels drawn for each "
-    "step, so they scatter, and elbo may lie above log N; the held-out elbo is the one to compare"
+    "step, so they scatter, and elbo may lie above log N; the held-out elbo is the one to compare; lr is optimizer.lr "
+    "under the schedule, which each group of parameters multiplies by its own factor"
 )
 """Explanation of the line, logged once before the first."""
 
