@@ -52,11 +52,7 @@ DESCRIPTIONS = [
         r"the padded vocabulary is 260, which .* = 3 does not divide; parallel\.tensor of 1, 2 or 4 would do",
     ),
     (
-        (
-            "parallel.pipeline=3",
-            3,
-            r"model\.layers is 4, which parallel\.pipeline = 3 does not divide; .*\.pipeline of 1, 2 or 4 would do",
-        ),
+        "parallel.pipeline=3",
         3,
         r"model\.layers is 4, which parallel\.pipeline = 3 does not divide; .*\.pipeline of 1, 2 or 4 would do",
     ),
