@@ -89,7 +89,7 @@ def test_torchrun_shows_a_mistake_of_all_ranks_once_and_in_its_summary():
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
     code, _, err = finish(start(*launch, "pretrain_dlm.py", "--config", "examples/demo.yaml", "optimizer.lrr=3"))
     assert code == 1
-    assert err.count("unknown key `optimizer.lrr`; did you mean `lr`?") == 2
+    assert err.count("unknown key `optimizer.lrr`; did you mean `optimizer.lr`?") == 2
     assert err.count("error: command line: unknown key") == 1
     assert "exitcode  : 2" in err
     assert "traceback : command line: unknown key `optimizer.lrr`" in err

@@ -185,7 +185,7 @@ def test_the_program_runs_as_a_module():
     assert (done.returncode, done.stdout, done.stderr) == (0, f"megadiff {megadiff.__version__}\n", "")
     done = megadiff_program("train", "--config", "examples/demo.yaml", "optimizer.lrr=3")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "unknown key `optimizer.lrr`; did you mean `lr`?" in done.stderr
+    assert "unknown key `optimizer.lrr`; did you mean `optimizer.lr`?" in done.stderr
 
 
 def can_build() -> bool:

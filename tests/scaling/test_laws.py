@@ -236,7 +236,7 @@ laws:
         ("format: 1", "format: 2", "own.yaml: `format` must be 1, the law file format of this version, found `2`"),
         ("format: 1\n", "", "own.yaml: `format` must be 1, the law file format of this version, found none"),
         ("quantity: loss", "quantity: los", "own.yaml:5: `laws.0.quantity` "),
-        ("    noise: low", "    nose: low", "own.yaml:8: unknown key `laws.0.nose`; did you mean `noise`?"),
+        ("    noise: low", "    nose: low", "own.yaml:8: unknown key `laws.0.nose`; did you mean `laws.0.noise`?"),
         ("A: 27", "A: fast", "own.yaml:10: `laws.0.parameters.A`: a parameter is a number, or a mapping with `value`"),
         ("A: 27", "A: -27", "the factors A, a and b of a law must be positive"),
         ("A: 27", "A: .nan", "`laws.0.parameters.A` must be a finite number, found `.nan`"),
