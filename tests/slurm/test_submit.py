@@ -161,7 +161,7 @@ def test_evaluating_and_converting(tmp_path):
             ["--time=1", "--lead=9"],
             "stop.grace_period_s is 120, and the time limit 60 s: the run would stop before its first step",
         ),
-        (["--time=1:0:0", "optimizer.lrr=1"], "unknown key `optimizer.lrr`; did you mean `lr`?"),
+        (["--time=1:0:0", "optimizer.lrr=1"], "unknown key `optimizer.lrr`; did you mean `optimizer.lr`?"),
         (["--time=1:0:0", "output_dir=a\\b"], "Slurm cannot write to a file with a backslash in its name"),
     ],
 )
