@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megadiff.cli.plot_run import check_picture
+from megadiff.cli.plot_run import check_picture, writing_picture
 from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError, TrainingError
@@ -144,5 +144,6 @@ def main() -> None:
         console.print(f"{name}: best rates lie {apart:.0f} grid step(s) apart")
         panels[name] = losses
     if arguments.figure is not None:
-        draw(panels, arguments.figure)
+        with writing_picture(arguments.figure):
+            draw(panels, arguments.figure)
         console.print(f"figure: {arguments.figure}")

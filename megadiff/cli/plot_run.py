@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,19 @@ def check_picture(path: Path) -> None:
         raise DataError(f"{path}: matplotlib is not installed, so no picture; pip install matplotlib")
 
 
+@contextmanager
+def writing_picture(path: Path) -> Iterator[None]:
+    """Turn what matplotlib raises into a sentence.
+
+    Raises:
+        DataError: the picture cannot be written, or its ending is of no known format.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the picture cannot be written: {error}") from None
+
+
 def main() -> None:
     """Parse the command line, print the table and draw the curves."""
     parser = CommandParser(description=__doc__)
@@ -110,8 +125,6 @@ def main() -> None:
     if arguments.output is None:
         return
     check_picture(arguments.output)
-    try:
+    with writing_picture(arguments.output):
         draw(runs, arguments.output)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{arguments.output}: the picture cannot be written: {error}") from None
     print(f"curves: {arguments.output}")

@@ -118,11 +118,9 @@ def naming(module: ModuleType, function: str) -> Iterator[None]:
     except Exception as error:
         if _is_own(module):
             raise
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        where = place_of(error, module.__file__ or "")
         raise ConfigError(
-            f"`{function}` of the module {module.__name__} failed: {reason} ({where}); correct it or the setting that "
-            "it was given"
+            f"`{function}` of the module {module.__name__} failed: {account_of(error, module.__file__ or '')}; correct "
+            "it or the setting that it was given"
         ) from error
 
 
@@ -146,11 +144,12 @@ def check_arguments(module: ModuleType, function: str, *arguments: Any) -> None:
         ) from None
 
 
-def place_of(error: BaseException, file: str) -> str:
-    """Return file and line of the innermost frame of an exception in a file, or of its innermost frame."""
+def account_of(error: BaseException, file: str) -> str:
+    """Return an exception with file and line of its innermost frame in a file, or else of its innermost frame."""
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
-    return f"{Path(frame.filename).name}, line {frame.lineno}"
+    return f"{reason} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,22 @@ class Piece:
         """Whether several data-parallel ranks hold parts of the weight."""
         return len(self.parts) > 1
 
-    def message(self, operation: Any, part: Tensor, peer: int | None) -> dist.P2POp:
-        """Return a message of `dist.isend` or `dist.irecv` between ranks that hold parts."""
-        assert peer is not None
-        return dist.P2POp(operation, part, peer, self.data_group)
+    def own(self, whole: Tensor, rank: int) -> Tensor:
+        """Return the part of a flat whole that a rank holds, as a view."""
+        return next(whole[elements.start : elements.stop] for holder, elements in self.parts if holder == rank)
+
+    def with_owner(self, operation: Any, part: Tensor) -> dist.P2POp:
+        """Return a message of `dist.isend` or `dist.irecv` from a holder of a part to the owner, or back."""
+        assert self.owner is not None
+        return dist.P2POp(operation, part, self.owner, self.data_group)
+
+    def with_holders(self, operation: Any, whole: Tensor) -> list[dist.P2POp]:
+        """Return the owner's messages to or from the other holders, for their parts of a flat whole."""
+        return [
+            dist.P2POp(operation, whole[elements.start : elements.stop], holder, self.data_group)
+            for holder, elements in self.parts
+            if holder != self.owner
+        ]
 
 
 def piece_of(parameter: Tensor) -> Piece:
@@ -143,16 +155,12 @@ def on_owners(
     for parameter, value in zip(parameters, values, strict=True):
         piece = piece_of(parameter)
         if piece.owner != rank:
-            messages.append(piece.message(dist.isend, value, piece.owner))
+            messages.append(piece.with_owner(dist.isend, value))
             wholes.append(None)
             continue
         whole = value.new_empty(piece.shape.numel())
-        for holder, elements in piece.parts:
-            part = whole[elements.start : elements.stop]
-            if holder == rank:
-                part.copy_(value)
-            else:
-                messages.append(piece.message(dist.irecv, part, holder))
+        piece.own(whole, rank).copy_(value)
+        messages += piece.with_holders(dist.irecv, whole)
         wholes.append(whole)
     _exchange(messages)
     results: list[Tensor] = []
@@ -161,15 +169,11 @@ def on_owners(
         piece = piece_of(parameter)
         if whole is None:
             results.append(torch.empty_like(value))
-            messages.append(piece.message(dist.irecv, results[-1], piece.owner))
+            messages.append(piece.with_owner(dist.irecv, results[-1]))
             continue
         made = work(piece, whole.view(piece.shape)).reshape(-1)
-        for holder, elements in piece.parts:
-            part = made[elements.start : elements.stop]
-            if holder == rank:
-                results.append(part)
-            else:
-                messages.append(piece.message(dist.isend, part, holder))
+        results.append(piece.own(made, rank))
+        messages += piece.with_holders(dist.isend, made)
     _exchange(messages)
     return results
 

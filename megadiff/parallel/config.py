@@ -124,8 +124,9 @@ def lay_out(
         "the MLP width (model.hidden x model.ffn_multiple)": ffn_hidden,
         "the padded vocabulary": padded_vocab_size,
     }
+    common = math.gcd(*widths.values())
     for what, width in widths.items():
-        _must_divide(what, width, "parallel.tensor", tensor, fitting=math.gcd(*widths.values()))
+        _must_divide(what, width, "parallel.tensor", tensor, fitting=common)
     stages = "parallel.pipeline" if virtual == 1 else "parallel.pipeline x parallel.virtual_pipeline"
     _must_divide("model.layers", layers, stages, pipeline * virtual, fitting=layers)
     _must_divide(

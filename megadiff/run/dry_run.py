@@ -113,8 +113,8 @@ def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None,
     with platform.on_meta() as imagined:
         reports = tuple(_build(config, layout, rank, vocab_size, imagined) for rank in chosen)
     chunks = layout.virtual_pipeline * layout.num_microbatches
-    first_batch = config.sizes.num_microbatches(0, micro_batch_size=config.batch.micro_batch_size, dp_size=layout.data)
-    return DryRun(layout, reports, (layout.pipeline - 1) / (chunks + layout.pipeline - 1), first_batch)
+    bubble = (layout.pipeline - 1) / (chunks + layout.pipeline - 1)
+    return DryRun(layout, reports, bubble, _first_batch(config, layout))
 
 
 def describe(found: DryRun) -> list[str]:
@@ -203,8 +203,6 @@ def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platfor
         gradient_bytes = sum(gradient.untyped_storage().nbytes() for gradient in gradients.values())
         saved, counted = _microbatch(config, layout, wrapped, chunks, topology.is_first_stage)
         in_flight = estimated.activations / max(1, estimated.activations_per_microbatch)
-        length = config.model.seq_length // (layout.tensor if config.parallel.sequence else 1)
-        start = length * topology.tensor_rank if config.parallel.sequence else 0
         built = cost.Memory(
             parameters=_bytes(parameters),
             gradients=gradient_bytes,
@@ -232,7 +230,7 @@ def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platfor
             tensor_group=_ranks(topology.tensor_group),
             pipeline_group=_ranks(topology.pipeline_group),
             data_group=_ranks(topology.data_group),
-            tokens=range(start, start + length),
+            tokens=_tokens(config, layout, topology.tensor_rank),
             samples=_samples(config, layout, topology.data_rank),
             vocabulary=range(first, first + entries) if has_table else range(0),
         )
@@ -242,14 +240,26 @@ def _layers(chunks: Sequence[Any]) -> tuple[int, ...]:
     return tuple(layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers)
 
 
+def _first_batch(config: RunConfig, layout: Layout) -> int:
+    """Return the number of microbatches of step 1."""
+    return config.sizes.num_microbatches(0, micro_batch_size=config.batch.micro_batch_size, dp_size=layout.data)
+
+
+def _tokens(config: RunConfig, layout: Layout, tensor_rank: int) -> range:
+    """Return the positions of a sequence whose hidden states a tensor rank holds between attention and MLP."""
+    if not config.parallel.sequence:
+        return range(config.model.seq_length)
+    length = config.model.seq_length // layout.tensor
+    return range(length * tensor_rank, length * (tensor_rank + 1))
+
+
 def _samples(config: RunConfig, layout: Layout, data_rank: int) -> tuple[range, ...]:
     """Return the indices of the sequences of step 1 that a data rank trains on, by microbatch."""
     found = []
-    micro = config.batch.micro_batch_size
-    for microbatch in range(config.sizes.num_microbatches(0, micro_batch_size=micro, dp_size=layout.data)):
+    for microbatch in range(_first_batch(config, layout)):
         samples = microbatch_samples(
             0,
-            micro_batch_size=micro,
+            micro_batch_size=config.batch.micro_batch_size,
             dp_rank=data_rank,
             dp_size=layout.data,
             microbatch=microbatch,
@@ -275,7 +285,7 @@ def _microbatch(
 ) -> tuple[int, _Collectives]:
     """Run every chunk of this rank once, forward and backward: bytes saved, and the collectives."""
     model, batch = config.model, config.batch.micro_batch_size
-    length = model.seq_length // (layout.tensor if config.parallel.sequence else 1)
+    length = len(_tokens(config, layout, 0))
     saved, counted = 0, _Collectives()
     for index, (chunk, inner) in enumerate(zip(wrapped, chunks, strict=True)):
         ids = torch.zeros(batch, model.seq_length, dtype=torch.int64, device="meta")

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+from exported_model import exported_model
 from processor import with_torch
 from torch import Tensor
 
@@ -76,21 +77,15 @@ def _measure(arguments: argparse.Namespace, attention: str, *, see_tail: bool) -
 
 
 def _model(arguments: argparse.Namespace, attention: str) -> Any:
-    from megadiff.export.huggingface.configuration_gidd import GiddConfig
-    from megadiff.export.huggingface.modeling_gidd import GiddForDiffusionLM
-
-    torch.manual_seed(0)
-    config = GiddConfig(
+    return exported_model(
         vocab_size=arguments.vocab_size,
-        hidden_size=arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        max_position_embeddings=arguments.prompt + arguments.blocks * arguments.block_length,
-        head_init_scale=0.05,
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        length=arguments.prompt + arguments.blocks * arguments.block_length,
+        heads=arguments.heads,
         noise_type=1000.0,
         prompt_attention=attention,
     )
-    return GiddForDiffusionLM(config).eval()
 
 
 def _prompt(arguments: argparse.Namespace) -> Tensor:

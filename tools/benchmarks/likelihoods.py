@@ -12,14 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from exported_model import Timed, timed_model
 from processor import with_torch
 from startup import describe_toy_run
-from torch import Tensor
 
 from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.config import PROCESSES, NoiseConfig
@@ -65,21 +64,7 @@ def main() -> None:
         print(f"       260  balanced  {_figures(_requests(arguments))}")
 
 
-class _Timed:
-    """A model that adds up the time of its passes."""
-
-    def __init__(self, model: Callable[..., Tensor]) -> None:
-        self._model, self.taken = model, 0.0
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        """Return the model's result."""
-        began = time.process_time()
-        result = self._model(*arguments)
-        self.taken += time.process_time() - began
-        return result
-
-
-def _measure(model: _Timed, work: Callable[[], object], runs: int) -> list[tuple[float, float]]:
+def _measure(model: Timed, work: Callable[[], object], runs: int) -> list[tuple[float, float]]:
     """Return the seconds of forwards and of everything in each run, after one that is not counted."""
     found = []
     for _ in range(runs + 1):
@@ -95,26 +80,20 @@ def _figures(found: list[tuple[float, float]]) -> str:
 
 
 def _texts(arguments: argparse.Namespace, vocab_size: int, noise: str) -> list[tuple[float, float]]:
-    from megadiff.export.huggingface.configuration_gidd import GiddConfig
-    from megadiff.export.huggingface.modeling_gidd import GiddForDiffusionLM
-
-    torch.manual_seed(0)
-    config = GiddConfig(
-        vocab_size=vocab_size,
-        hidden_size=arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=max(1, arguments.hidden // 64),
-        max_position_embeddings=arguments.length,
-        head_init_scale=0.05,
+    model = timed_model(
+        vocab_size=vocab_size, layers=arguments.layers, hidden=arguments.hidden, length=arguments.length
     )
-    model = GiddForDiffusionLM(config).eval()
-    timed = _Timed(torch.no_grad()(lambda ids, _: model(ids).logits))
     draw = np.random.default_rng(0)
     texts = draw.integers(0, vocab_size - 1, size=(arguments.texts, arguments.length))
     items = [Item((), tuple(map(int, text))) for text in texts]
     process = build_process(PROCESSES.build(NoiseConfig, shift=noise), vocab_size=vocab_size, mask_id=vocab_size - 1)
     settings = BoundSettings(draws=arguments.draws)
-    return _measure(timed, lambda: bounds(items, timed, process=process, settings=settings), arguments.runs)
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        bounds(items, model, process=process, settings=settings)
+
+    return _measure(model, evaluate, arguments.runs)
 
 
 def _requests(arguments: argparse.Namespace) -> list[tuple[float, float]]:
@@ -129,7 +108,7 @@ def _requests(arguments: argparse.Namespace) -> list[tuple[float, float]]:
         train = [sys.executable, "-m", "megadiff", "train", "--config", str(description)]
         subprocess.run(train, check=True, capture_output=True)
         with load_model(Path(tree["output_dir"], tree["name"])) as opened:
-            timed = _Timed(opened.chunks[0])
+            timed = Timed(opened.chunks[0])
             settings = HarnessSettings(bound=BoundSettings(draws=arguments.draws), check_greedy=False)
             model = replace(opened, chunks=[timed])  # type: ignore[list-item]
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from exported_model import timed_model
 from processor import with_torch
-from torch import Tensor
 
 from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.processes.gidd_snr import SHIFTS
@@ -53,7 +53,9 @@ def main() -> None:
 
 def _measure(arguments: argparse.Namespace, vocab_size: int, noise: str) -> tuple[float, float, float]:
     """Return the median seconds of forwards, and the median ratios of a run to its forwards, whole and now."""
-    model = _Model(arguments, vocab_size)
+    model = timed_model(
+        vocab_size=vocab_size, layers=arguments.layers, hidden=arguments.hidden, length=arguments.length
+    )
     process = HybridNoise(vocab_size, vocab_size - 1, SHIFTS[noise])
     settings = Settings(arguments.length, max_denoising_steps=arguments.steps, reuse_logits=False)
     prompt = torch.empty(arguments.sequences, 0, dtype=torch.int64)
@@ -69,32 +71,6 @@ def _measure(arguments: argparse.Namespace, vocab_size: int, noise: str) -> tupl
             forwards.append(model.taken)
         assert torch.equal(texts[True], texts[False]), "a token differs"
     return statistics.median(forwards), statistics.median(ratios[True]), statistics.median(ratios[False])
-
-
-class _Model:
-    """The exported model, which adds up the time of its passes."""
-
-    def __init__(self, arguments: argparse.Namespace, vocab_size: int) -> None:
-        from megadiff.export.huggingface.configuration_gidd import GiddConfig
-        from megadiff.export.huggingface.modeling_gidd import GiddForDiffusionLM
-
-        torch.manual_seed(0)
-        config = GiddConfig(
-            vocab_size=vocab_size,
-            hidden_size=arguments.hidden,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=max(1, arguments.hidden // 64),
-            max_position_embeddings=arguments.length,
-            head_init_scale=0.05,
-        )
-        self.model, self.taken = GiddForDiffusionLM(config).eval(), 0.0
-
-    def __call__(self, ids: Tensor, _prefix_length: int) -> Tensor:
-        """Return logits."""
-        began = time.process_time()
-        logits = self.model(ids).logits
-        self.taken += time.process_time() - began
-        return logits
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megadiff.config.registry import place_of
+from megadiff.config.registry import account_of
 from megadiff.errors import HookError, MegadiffError, StorageError
 from megadiff.files import is_storage_failure
 from megadiff.train.config import HOOKS, HookConfig
@@ -89,10 +89,9 @@ class _Caller:
             if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise
             kind = StorageError if isinstance(error, OSError) and is_storage_failure(error) else HookError
-            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise kind(
-                f"hook `{self.name}` {event}: {reason} ({place_of(error, self.file)}); correct it or take it out of "
-                "`hooks`, then run the same command again"
+                f"hook `{self.name}` {event}: {account_of(error, self.file)}; correct it or take it out of `hooks`, "
+                "then run the same command again"
             ) from error
 
     def open(self, part: Hook | MetricSink) -> None:
