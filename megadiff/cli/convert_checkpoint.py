@@ -93,7 +93,7 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
             def logits(case: verify.Case) -> torch.Tensor:
                 return trained.denoise(case.ids, case.prompt_length)
 
-            yield verify.Trainer(logits, dict(chunk.named_parameters())["output_layer.weight"].data)
+            yield verify.Trainer(logits, chunk.head_weight.data)
 
     manifest = read_manifest(checkpoint)
     conditioning = manifest.config["conditioning"]

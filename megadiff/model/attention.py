@@ -1,6 +1,6 @@
 """Core attention without a mask: fused where the soft cap is off, honest and chunked where it is on.
 
-Axes: S sequence, B batch, H heads of this tensor rank, D head width.
+Axes: S sequence, B batch, H heads of queries and G of keys and values on this tensor rank, D head width.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class BidirectionalAttention(MegatronModule):
     """Substitute for megatron-core's `DotProductAttention`, which materialises all scores and needs a mask.
 
     Without `softcap` it is `scaled_dot_product_attention` (memory linear in S). A `sink` is one more key and value per
-    head, learned, neither normalised nor rotated, seen by every query: it is put before the keys, so the fused kernel
-    still applies.
+    head of queries, learned, neither normalised nor rotated, seen by every query: it is put before the keys, so the
+    fused kernel still applies. With fewer heads of keys and values G than of queries H, each serves H / G of them; the
+    soft cap and the sink repeat them.
 
     A sequence whose first P tokens are a clean prompt takes two calls instead of one with an [S, S] mask: the prompt's
     queries over the prompt alone (all of it, or causally), the rest over everything. Causal attention over the whole
@@ -43,13 +44,16 @@ class BidirectionalAttention(MegatronModule):
         *,
         sink: bool = False,
         softcap: float | None = None,
+        scale: float = 1.0,
         **_: Any,
     ) -> None:
+        """Take megatron-core's arguments of a core attention, and `scale`, a factor on the scores before the cap."""
         super().__init__(config=config)
         assert config.kv_channels is not None
         heads = config.num_attention_heads // config.tensor_model_parallel_size
         self.softcap = softcap
-        self.scale = 1.0 / math.sqrt(config.kv_channels)
+        self.scale = scale / math.sqrt(config.kv_channels)
+        self.queries_per_key = config.num_attention_heads // (config.num_query_groups or config.num_attention_heads)
         self.sink_key = self._sink(heads, config) if sink else None
         self.sink_value = self._sink(heads, config) if sink else None
 
@@ -67,7 +71,8 @@ class BidirectionalAttention(MegatronModule):
         """Attend.
 
         Args:
-            query, key, value: [S, B, H, D].
+            query: [S, B, H, D].
+            key, value: [S, B, G, D].
             attention_mask: None where every token sees every token; else [B] int64 on the CPU (reading it must not
                 wait for the device), the pattern's codes (`parallel.attention_pattern.AttentionPattern.codes`).
 
@@ -87,8 +92,10 @@ class BidirectionalAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _heads_first(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values [B, H, S, D], the sink before keys and values."""
+        """Return queries, keys and values [B, heads, S, D], the sink before keys and values."""
         q, k, v = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        if self.queries_per_key > 1 and (self.sink_key is not None or self.softcap is not None):
+            k, v = k.repeat_interleave(self.queries_per_key, 1), v.repeat_interleave(self.queries_per_key, 1)
         if self.sink_key is not None and self.sink_value is not None:
             k, v = _with_sink(k, self.sink_key), _with_sink(v, self.sink_value)
         return q, k, v
@@ -109,12 +116,15 @@ class BidirectionalAttention(MegatronModule):
         return torch.cat([prompt, self._attend(q[:, :, length:], k, v)], dim=2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False) -> Tensor:
-        """[B, H, Q, D] queries over [B, H, K, D] keys; causal means that query i sees keys up to K - Q + i."""
+        """[B, H, Q, D] queries over [B, G, K, D] keys; causal means that query i sees keys up to K - Q + i."""
         if self.softcap is not None:
             return capped_attention(q, k, v, scale=self.scale, softcap=self.softcap, is_causal=is_causal)
         extra = k.shape[2] - q.shape[2]
+        shares_keys = k.shape[1] != q.shape[1]
         if not is_causal or extra == 0:
-            return F.scaled_dot_product_attention(q, k, v, scale=self.scale, is_causal=is_causal)
+            return F.scaled_dot_product_attention(
+                q, k, v, scale=self.scale, is_causal=is_causal, enable_gqa=shares_keys
+            )
         # The fused causal kernel lines up first queries with first keys: a query for the sink's place, thrown away.
         padded = F.pad(q, (0, 0, extra, 0))
         return F.scaled_dot_product_attention(padded, k, v, scale=self.scale, is_causal=True)[:, :, extra:]

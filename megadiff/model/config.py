@@ -10,25 +10,80 @@ from megadiff.config.section import Section
 from megadiff.model import cost
 
 
+class RopeScaling(Section):
+    """`model.rope_scaling:` rotary frequencies for sequences longer than those that a model was first trained on."""
+
+    type: Literal["linear", "llama3", "yarn"]
+    """Divide all frequencies by `factor` (`linear`), or only slow ones, with a smooth step between `low_freq_factor`
+    and `high_freq_factor` turns (`llama3`) or a ramp between `beta_slow` and `beta_fast` turns (`yarn`)."""
+    factor: float = Field(ge=1)
+    """Ratio of the longest sequences to those of the first training."""
+    original_seq_length: int | None = Field(default=None, gt=0)
+    """Length of the first training's sequences, over which turns are counted; `llama3` and `yarn` need it."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """With `llama3`: frequencies of fewer turns than this are divided by `factor`."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    """With `llama3`: frequencies of more turns than this stay."""
+    beta_fast: float = Field(default=32.0, gt=0)
+    """With `yarn`: frequencies of more turns than this stay."""
+    beta_slow: float = Field(default=1.0, gt=0)
+    """With `yarn`: frequencies of fewer turns than this are divided by `factor`."""
+    attention_factor: float | None = Field(default=None, gt=0)
+    """With `yarn`: factor on rotated queries and keys; null for 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """With `yarn`: whether the ends of the ramp are rounded to whole frequencies."""
+
+    @model_validator(mode="after")
+    def _has_what_its_type_needs(self) -> RopeScaling:
+        if self.type != "linear" and self.original_seq_length is None:
+            raise ValueError(f"model.rope_scaling.type={self.type} needs model.rope_scaling.original_seq_length")
+        if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor is {self.low_freq_factor}; wanted less than high_freq_factor = "
+                f"{self.high_freq_factor}"
+            )
+        if self.type == "yarn" and self.beta_slow >= self.beta_fast:
+            raise ValueError(
+                f"model.rope_scaling.beta_slow is {self.beta_slow}; wanted less than beta_fast = {self.beta_fast}"
+            )
+        return self
+
+
 class ModelConfig(Section):
-    """`model:` a bidirectional pre-norm Transformer with RMSNorm, RoPE, squared-ReLU MLP and an untied head."""
+    """`model:` a bidirectional pre-norm Transformer with RMSNorm and rotary embeddings.
+
+    The defaults are the paper's MLP and head; with `kv_heads`, `mlp: swiglu` and the keys of biases and rotary
+    embeddings it is the block of Llama, Qwen and the diffusion models made from them.
+    """
 
     layers: int = Field(gt=0)
     """Number of Transformer blocks."""
     hidden: int = Field(gt=0)
     """Width of the residual stream."""
     heads: int = Field(gt=0)
-    """Attention heads; `hidden / heads` is the width of one."""
+    """Attention heads."""
+    kv_heads: int | None = Field(default=None, gt=0)
+    """Heads of keys and values, each shared by `heads / kv_heads` heads of queries; null for as many as `heads`."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Width of one head; null for `hidden / heads`."""
     seq_length: int = Field(gt=0)
     """Tokens per sequence."""
     ffn_multiple: int = Field(default=4, gt=0)
     """MLP width over `hidden`."""
+    ffn_hidden: int | None = Field(default=None, gt=0)
+    """MLP width; null for `ffn_multiple * hidden`."""
+    mlp: Literal["relu2", "gelu", "swiglu", "geglu"] = "relu2"
+    """The MLP's middle: relu(x)^2 or gelu(x), or with a further matrix silu(gate) * x or gelu(gate) * x."""
     mlp_bias: bool = False
-    """Whether the two MLP matrices have biases (GIDD: yes)."""
+    """Whether the MLP matrices have biases (GIDD: yes)."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases (Qwen 2: yes)."""
+    attention_out_bias: bool = False
+    """Whether the matrix after attention has a bias."""
     qk_norm: Literal["full", "head", "none"] = "head"
     """RMS normalisation of queries and keys: over all heads together (GIDD), per head, or not at all."""
     sink: bool = False
-    """A learned key and value per head that every query sees (GIDD: yes)."""
+    """A learned key and value per head of queries that every query sees (GIDD: yes)."""
     softcap: float | None = Field(default=None, gt=0)
     """Attention scores s become softcap * tanh(s / softcap) (GIDD: 30). Scores are then materialised chunk by chunk,
     which costs about twice the attention time and memory of a fused kernel."""
@@ -38,36 +93,56 @@ class ModelConfig(Section):
     """Factor on the logits; `completep` is 512 / hidden (GIDD)."""
     norm_eps: float = Field(default=1e-6, gt=0)
     """Added to the mean square in every RMSNorm."""
-    rope_base: int = Field(default=10000, gt=0)
+    rope_base: float = Field(default=10000.0, ge=1)
     """Base of the rotary frequencies (half-split layout)."""
+    rope_scaling: RopeScaling | None = None
+    """Change of the rotary frequencies for longer sequences."""
     init_scale: float = Field(default=0.4, ge=0)
     """Standard deviation of the block's matrices is this over sqrt(hidden)."""
     embed_init: float = Field(default=0.02, ge=0)
     """Standard deviation of the embedding."""
     head_init: float = Field(default=0.0, ge=0)
     """Standard deviation of the output head; 0 makes the first prediction uniform."""
+    tie_embeddings: bool = False
+    """Whether the output head is the embedding; `embed_init` then also draws the head."""
     vocab_multiple: int = Field(default=128, gt=0, le=65536)
     """The vocabulary is padded with dead entries to a multiple of this; it must not change between layouts."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
-        if self.hidden % self.heads:
+        if self.head_dim is None and self.hidden % self.heads:
             raise ValueError(f"model.hidden is {self.hidden}, which model.heads = {self.heads} does not divide")
-        if (self.hidden // self.heads) % 2:
-            raise ValueError(
-                f"model.hidden / model.heads is {self.hidden // self.heads}, but rotary embeddings need an even width"
-            )
+        if self.head_width % 2:
+            what = "model.hidden / model.heads" if self.head_dim is None else "model.head_dim"
+            raise ValueError(f"{what} is {self.head_width}, but rotary embeddings need an even width")
+        if self.heads % self.key_heads:
+            raise ValueError(f"model.heads is {self.heads}, which model.kv_heads = {self.kv_heads} does not divide")
         return self
 
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Width of one attention head."""
-        return self.hidden // self.heads
+        return self.hidden // self.heads if self.head_dim is None else self.head_dim
 
     @property
-    def ffn_hidden(self) -> int:
+    def key_heads(self) -> int:
+        """Number of heads of keys and of values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def mlp_width(self) -> int:
         """Width of the MLP."""
-        return self.ffn_multiple * self.hidden
+        return self.ffn_multiple * self.hidden if self.ffn_hidden is None else self.ffn_hidden
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate beside its first matrix."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of queries, keys and values that lie together in their common matrix, which has `key_heads` of them."""
+        return self.heads // self.key_heads * self.head_width, self.head_width, self.head_width
 
     @property
     def resid_factor(self) -> float:
@@ -78,6 +153,28 @@ class ModelConfig(Section):
     def head_factor(self) -> float:
         """`head_scale` as a number."""
         return 512.0 / self.hidden if self.head_scale == "completep" else float(self.head_scale)
+
+    def shape(self, *, vocab_size: int) -> cost.Shape:
+        """Return the model's size for closed-form costs."""
+        return cost.Shape(
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            vocab_size=vocab_size,
+            seq_length=self.seq_length,
+            ffn_multiple=self.ffn_multiple,
+            qk_norm=self.qk_norm,
+            sink=self.sink,
+            mlp_bias=self.mlp_bias,
+            softcap=self.softcap is not None,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            ffn_hidden=self.ffn_hidden,
+            mlp=self.mlp,
+            qkv_bias=self.qkv_bias,
+            attention_out_bias=self.attention_out_bias,
+            tie_embeddings=self.tie_embeddings,
+        )
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Return the number of entries of the embedding and the head for `vocab_size` real ids."""

@@ -14,6 +14,7 @@ from megadiff.scaling import flops
 from megadiff.scaling.flops import FlopCount
 
 QkNorm = Literal["full", "head", "none"]
+Mlp = Literal["relu2", "gelu", "swiglu", "geglu"]
 
 SCORE_BYTES = 256 * 2**20
 """Capped attention scores of one chunk of queries stay below this many bytes in float32 (`model.attention`)."""
@@ -34,20 +35,62 @@ class Shape:
     mlp_bias: bool = False
     softcap: bool = False
     """Whether attention scores are capped, and so formed as arrays."""
+    kv_heads: int | None = None
+    """Heads of keys and values; None for as many as of queries."""
+    head_dim: int | None = None
+    """Features of one attention head; None for hidden / heads."""
+    ffn_hidden: int | None = None
+    """Width of the MLP's middle; None for hidden * ffn_multiple."""
+    mlp: Mlp = "relu2"
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads:
+        if self.head_dim is None and self.hidden % self.heads:
             raise ConfigError(f"hidden {self.hidden} must be a multiple of heads {self.heads}")
 
     @property
-    def head_dim(self) -> int:
+    def head_width(self) -> int:
         """Features of one attention head."""
-        return self.hidden // self.heads
+        return self.hidden // self.heads if self.head_dim is None else self.head_dim
 
     @property
-    def ffn_hidden(self) -> int:
+    def query_width(self) -> int:
+        """Features of all heads of queries."""
+        return self.heads * self.head_width
+
+    @property
+    def key_width(self) -> int:
+        """Features of all heads of keys, and of all heads of values."""
+        return (self.kv_heads or self.heads) * self.head_width
+
+    @property
+    def mlp_width(self) -> int:
         """Width of the MLP's middle."""
-        return int(self.hidden * self.ffn_multiple)
+        return int(self.hidden * self.ffn_multiple) if self.ffn_hidden is None else self.ffn_hidden
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate beside its first matrix."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
+    def layer_matrices(self) -> int:
+        """Entries of the matrices of one layer."""
+        attention = 2 * self.query_width + 2 * self.key_width
+        return self.hidden * (attention + (2 + self.is_gated) * self.mlp_width)
+
+    @property
+    def cut_biases(self) -> int:
+        """Biases of one layer that tensor ranks share: those of queries, keys and values and of the MLP's middle."""
+        projections = (self.query_width + 2 * self.key_width) * self.qkv_bias
+        return projections + (1 + self.is_gated) * self.mlp_width * self.mlp_bias
+
+    @property
+    def whole_biases(self) -> int:
+        """Biases of one layer that every tensor rank holds: those on the residual stream."""
+        return self.hidden * (self.mlp_bias + self.attention_out_bias)
 
 
 @dataclass(frozen=True)
@@ -57,7 +100,7 @@ class Parameters:
     embedding: int
     head: int
     hidden_matrices: int
-    """The matrices of the layers: q, k, v, o, up, down."""
+    """The matrices of the layers: q, k, v, o, gate, up, down."""
     norms: int
     """Gains: two a layer and the final one, and those of q and k."""
     biases: int
@@ -83,19 +126,19 @@ def padded_vocab_size(vocab_size: int, *, multiple: int = 128) -> int:
 def parameters(shape: Shape, *, vocab_entries: int | None = None) -> Parameters:
     """Return the parameters by role; `vocab_entries` counts padding too (default: the true vocabulary)."""
     d, entries = shape.hidden, vocab_entries if vocab_entries is not None else shape.vocab_size
-    gains = {"full": 2 * d, "head": 2 * shape.head_dim, "none": 0}[shape.qk_norm]
+    gains = {"full": shape.query_width + shape.key_width, "head": 2 * shape.head_width, "none": 0}[shape.qk_norm]
     return Parameters(
         embedding=entries * d,
-        head=entries * d,
-        hidden_matrices=shape.layers * (4 * d * d + 2 * d * shape.ffn_hidden),
+        head=0 if shape.tie_embeddings else entries * d,
+        hidden_matrices=shape.layers * shape.layer_matrices,
         norms=shape.layers * (2 * d + gains) + d,
-        biases=shape.layers * (shape.ffn_hidden + d) if shape.mlp_bias else 0,
-        sink=shape.layers * 2 * d if shape.sink else 0,
+        biases=shape.layers * (shape.cut_biases + shape.whole_biases),
+        sink=shape.layers * 2 * shape.query_width if shape.sink else 0,
     )
 
 
 def paper_parameters(shape: Shape) -> int:
-    """Return the non-embedding parameters as the paper's notebooks count them: MLP biases twice, sinks not at all."""
+    """Return the non-embedding parameters as the paper's notebooks count them: biases twice, sinks not at all."""
     counted = parameters(shape)
     return counted.hidden_matrices + counted.norms + 2 * counted.biases
 
@@ -109,6 +152,7 @@ def flops_per_token(shape: Shape, count: FlopCount) -> float:
         method=count,
         vocab_size=shape.vocab_size,
         params=paper_parameters(shape),
+        attention_width=shape.query_width,
     )
 
 
@@ -126,6 +170,7 @@ def matrix_flops_per_token(shape: Shape) -> float:
         method="full",
         vocab_size=shape.vocab_size,
         params=parameters(shape).hidden_matrices,
+        attention_width=shape.query_width,
     )
 
 
@@ -153,12 +198,14 @@ def executed_flops(
         recompute_layers: layers of the whole model that are recomputed in full.
         recompute_modules: what is recomputed in every layer (`Layout.recompute_modules`).
     """
-    d, matrices = shape.hidden, parameters(shape).hidden_matrices / shape.layers
-    scores = 4.0 * d * (pairs + tokens * shape.sink)  # forward, one layer: q k^T and the weighted sum of values
+    d, matrices = shape.hidden, shape.layer_matrices
+    scores = (
+        4.0 * shape.query_width * (pairs + tokens * shape.sink)
+    )  # forward, one layer: q k^T and the weighted sum of values
     layer = 2.0 * matrices * tokens + scores
     again = recompute_layers * layer
     if "mlp" in recompute_modules:
-        again += shape.layers * 4.0 * d * shape.ffn_hidden * tokens
+        again += shape.layers * 2.0 * (2 + shape.is_gated) * d * shape.mlp_width * tokens
     if "core_attn" in recompute_modules:
         again += shape.layers * scores
     return 3.0 * shape.layers * layer + 6.0 * vocab_entries * d * head_tokens + again
@@ -257,7 +304,8 @@ def stage_memory(
     first, last = stage == 0, stage == layout.pipeline - 1
     layers = -(-shape.layers // layout.pipeline)
     held = layers * _layer_parameters(shape, layout.tensor)
-    held += (first + last) * sequences * shape.hidden // layout.tensor + last * shape.hidden
+    tables = first or last if shape.tie_embeddings else first + last
+    held += tables * sequences * shape.hidden // layout.tensor + last * shape.hidden
     replicas = layout.data * layout.context if layout.distributed_optimizer else 1
     state_bytes = 4 * precision.moments + 4 * (precision.master_weights and precision.params == "bf16")
     tokens = layout.micro_batch_size * shape.seq_length // layout.context
@@ -265,10 +313,10 @@ def stage_memory(
     per_token = (layers - inputs_only) * _layer_bytes(shape, layout, precision)
     per_token += inputs_only * _stream(shape, layout) * _size(precision.compute)
     if inputs_only:  # the angles of the rotary embedding, an input of every recomputed layer
-        per_token += 4 * shape.head_dim / layout.micro_batch_size
+        per_token += 4 * shape.head_width / layout.micro_batch_size
     per_token += last * _final_norm_bytes(shape, layout, precision)
     kept = tokens * per_token
-    fp8_copies = 2 * layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.ffn_hidden) // layout.tensor
+    fp8_copies = 2 * layers * shape.layer_matrices // layout.tensor
     return Memory(
         parameters=held * _size(precision.params) + fp8_copies * precision.fp8,
         gradients=held * (4 if precision.fp32_gradients else _size(precision.params)),
@@ -289,11 +337,9 @@ def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidde
 
 def _layer_parameters(shape: Shape, tensor: int) -> int:
     """Return the parameters of one layer on one rank; norm gains and the bias of `down` are whole on every rank."""
-    d, middle = shape.hidden, shape.ffn_hidden
-    split = (
-        4 * d * d + 2 * d * middle + middle * shape.mlp_bias + 2 * d * shape.sink + 2 * d * (shape.qk_norm == "full")
-    )
-    whole = 2 * d + d * shape.mlp_bias + 2 * shape.head_dim * (shape.qk_norm == "head")
+    gains = (shape.query_width + shape.key_width) * (shape.qk_norm == "full")
+    split = shape.layer_matrices + shape.cut_biases + 2 * shape.query_width * shape.sink + gains
+    whole = 2 * shape.hidden + shape.whole_biases + 2 * shape.head_width * (shape.qk_norm == "head")
     return split // tensor + whole
 
 
@@ -323,23 +369,29 @@ def _branch_norm_bytes(layout: Layout, precision: Precision) -> int:
 def _attention_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
     """Return the bytes per token of attention between its matrices, over all heads.
 
-    Queries, keys and values are views of one array of 3 d, which is kept whole as soon as one of them is. A sink copies
-    keys and values. The tables of the rotary embedding are made in each layer, for queries and keys apart.
+    Queries, keys and values are views of one array, which is kept whole as soon as one of them is. A sink copies keys
+    and values, and with fewer heads of them than of queries, sink and soft cap repeat them. The tables of the rotary
+    embedding are made in each layer, for queries and keys apart.
     """
-    d, size = shape.hidden, _size(precision.compute)
+    queries, keys, size = shape.query_width, shape.key_width, _size(precision.compute)
     is_fused, is_bf16 = layout.fused_layers, precision.compute == "bf16"
+    is_grouped = keys != queries
+    copies = shape.sink or (is_grouped and shape.softcap)
     reads_views = shape.qk_norm == "head" and not is_fused and not is_bf16  # float32 needs no copy to normalise
-    packed = 3 * size if not shape.sink or reads_views else 0
-    rotated = 2 * size  # queries and keys; with a sink the keys' copy takes their place
-    values = size if shape.sink else 0
-    norm = {"none": 0, "head": 8 + 8 * is_bf16, "full": 16}[shape.qk_norm]
+    packed = (queries + 2 * keys) * size if not copies or reads_views else 0
+    seen = queries if copies else keys  # of keys, and of values if they are not views of the common array
+    rotated, values = (queries + seen) * size, seen * size if copies else 0
+    norm = {"none": 0, "head": 4 + 4 * is_bf16, "full": 8}[shape.qk_norm] * (queries + keys)
     if is_fused and shape.qk_norm == "head":
-        norm = 2 * size
-    out = size + (1 if is_fused and precision.fp8 else 0)
+        norm = size * (queries + keys)
+    if reads_views and is_grouped and keys > shape.head_width * layout.tensor:  # queries that lie apart are copied
+        norm += queries * size
+    out = queries * (size + (1 if is_fused and precision.fp8 else 0))
     small = 4.0 * shape.heads  # the log of each softmax's sum
-    small += {"none": 0, "head": 8 * shape.heads, "full": 8 * layout.tensor}[shape.qk_norm]
-    small += 0 if is_fused else 4.0 * shape.head_dim * size * layout.tensor / layout.micro_batch_size
-    return d * (packed + rotated + values + norm + out) + small + _score_bytes(shape, layout, precision)
+    heads = shape.heads + (shape.kv_heads or shape.heads)
+    small += {"none": 0, "head": 4 * heads, "full": 8 * layout.tensor}[shape.qk_norm]
+    small += 0 if is_fused else 4.0 * shape.head_width * size * layout.tensor / layout.micro_batch_size
+    return packed + rotated + values + norm + out + small + _score_bytes(shape, layout, precision)
 
 
 def _score_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
@@ -357,11 +409,15 @@ def _score_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
 
 
 def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
-    """Return the bytes per token of the MLP between its matrices: relu, and its square, which the second one reads."""
+    """Return the bytes per token of the MLP between its matrices, and of what the last one reads.
+
+    Without a gate that is an input of the activation, relu or gelu; with one, gate, value and activated gate.
+    """
     if "mlp" in layout.recompute_modules:
         return 0.0
     size = _size(precision.compute)
-    return shape.ffn_hidden * (size + (1 if layout.fused_layers and precision.fp8 else size))
+    middle = (3 if shape.is_gated else 1) * size
+    return shape.mlp_width * (middle + (1 if layout.fused_layers and precision.fp8 else size))
 
 
 def _final_norm_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:

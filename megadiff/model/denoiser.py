@@ -29,13 +29,15 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megadiff.model.attention import common_attention
-from megadiff.model.config import ModelConfig, PrecisionConfig
+from megadiff.model.config import ModelConfig, PrecisionConfig, RopeScaling
 from megadiff.model.direct_layer import CompiledBlock
 from megadiff.model.implementation import keep, modules_for, transformer_config
 from megadiff.model.layers import block_spec, runs_alone
+from megadiff.model.rope import scaled_frequencies
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.pipeline import LossFn
 from megadiff.parallel.topology import Topology
@@ -50,18 +52,24 @@ class LMHead(ColumnParallelLinear):
     holding whole logits.
     """
 
-    def forward(self, input_: Tensor, loss_fn: LossFn | None = None) -> Any:  # type: ignore[override]
-        """Return (logits [sequence, batch, V / tp], None) as the parent class does, or the result of `loss_fn`."""
+    def forward(  # type: ignore[override]
+        self, input_: Tensor, loss_fn: LossFn | None = None, embedding: Tensor | None = None
+    ) -> Any:
+        """Return (logits [sequence, batch, V / tp], None) as the parent class does, or the result of `loss_fn`.
+
+        A head without a weight of its own takes the `embedding`.
+        """
         if loss_fn is None:
-            return super().forward(input_)
+            return super().forward(input_, weight=embedding)
         if runs_alone(self):
             whole = input_
         elif self.sequence_parallel:
             whole = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             whole = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        assert self.weight is not None
-        return loss_fn(whole, self.weight)
+        weight = self.weight if embedding is None else embedding
+        assert weight is not None
+        return loss_fn(whole, weight)
 
 
 class Denoiser(MegatronModule):
@@ -93,8 +101,10 @@ class Denoiser(MegatronModule):
         *,
         vocab_size: int,
         seq_length: int,
-        rope_base: int,
+        rope_base: float,
+        rope_scaling: RopeScaling | None = None,
         head_factor: float = 1.0,
+        is_tied: bool = False,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -122,10 +132,13 @@ class Denoiser(MegatronModule):
         self.rotary_pos_emb = rotary(
             kv_channels=config.kv_channels,  # type: ignore[arg-type]
             rotary_percent=1.0,
-            rotary_base=rope_base,
+            rotary_base=rope_base,  # type: ignore[arg-type]  it is only the base of a power
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=self.pg_collection.cp,
         )
+        if rope_scaling is not None:
+            angles = self.rotary_pos_emb
+            angles.inv_freq = scaled_frequencies(angles.inv_freq, rope_base, rope_scaling)
         self.decoder = TransformerBlock(
             config,
             spec,
@@ -143,11 +156,38 @@ class Denoiser(MegatronModule):
                 init_method=keep,
                 bias=False,
                 gather_output=False,
+                skip_weight_param_allocation=is_tied and pre_process,
                 tp_group=self.pg_collection.tp,
             )
-            self.output_layer.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
-        if pre_process:
-            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
+        self.share_embeddings_and_output_weights = is_tied
+        self._mark_tables()
+
+    def _mark_tables(self) -> None:
+        """Mark embedding and head for megatron-core's optimizers.
+
+        A tied head on another stage than the embedding is a copy: it has the same first weights, the gradients of both
+        are added up (`finalize_model_grads`), and the gradient norm counts the embedding alone.
+        """
+        for weight in self._tables():
+            weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+        if self.share_embeddings_and_output_weights and self.pre_process != self.post_process:
+            for weight in self._tables():
+                weight.shared_embedding = True  # type: ignore[attr-defined]
+                weight.shared = self.post_process  # type: ignore[attr-defined]
+
+    def _tables(self) -> list[Tensor]:
+        embedding = [self.embedding.word_embeddings.weight] if self.pre_process else []
+        head = [self.output_layer.weight] if self.post_process and self.output_layer.weight is not None else []
+        return [*embedding, *head]
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """Return this chunk's table of a tied model; megatron-core adds up the gradients of both stages' tables."""
+        return self._tables()[0]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The last stage's table of the head, [padded vocabulary / tensor ranks, hidden]."""
+        return self._tables()[-1]
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Set the hidden states that the previous pipeline stage sent; megatron-core's schedules call this."""
@@ -177,9 +217,11 @@ class Denoiser(MegatronModule):
             return hidden
         if self.head_factor != 1.0:
             hidden = hidden * self.head_factor
+        # A view, as the fused objective adds to the gradient buffer of a parameter, and returns the gradient of others.
+        embedding = None if self.output_layer.weight is not None else self.head_weight.view_as(self.head_weight)
         if loss_fn is not None:
-            return self.output_layer(hidden, loss_fn)
-        logits, _ = self.output_layer(hidden)
+            return self.output_layer(hidden, loss_fn, embedding)
+        logits, _ = self.output_layer(hidden, embedding=embedding)
         return logits
 
     def _run_block(self, hidden: Tensor | None, attention: Tensor | None, rotation: Tensor) -> Tensor:
@@ -202,8 +244,20 @@ class Denoiser(MegatronModule):
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state.pop(f"{prefix}output_layer._extra_state", None)
-        if self.post_process:
-            state[f"{prefix}output_layer.weight"].allow_shape_mismatch = True
+        head = f"{prefix}output_layer.weight"
+        if not self.post_process:
+            return state
+        if not self.share_embeddings_and_output_weights:
+            state[head].allow_shape_mismatch = True
+        elif self.pre_process:
+            state.pop(head, None)
+        else:  # as a copy of the first stage's embedding
+            state[head] = make_tp_sharded_tensor_for_checkpoint(
+                self.head_weight,
+                f"{prefix}embedding.word_embeddings.weight",
+                replica_id=(1, 0, self.pg_collection.dp_cp.rank()),
+                allow_shape_mismatch=True,
+            )
         return state
 
 
@@ -258,14 +312,18 @@ def build_chunks(
                 vocab_size=model.padded_vocab_size(vocab_size),
                 seq_length=model.seq_length,
                 rope_base=model.rope_base,
+                rope_scaling=model.rope_scaling,
                 head_factor=model.head_factor,
+                is_tied=model.tie_embeddings,
                 pre_process=topology.is_first_stage and index == 0,
                 post_process=topology.is_last_stage and index == virtual - 1,
                 vp_stage=stage,
                 is_compiled=precision.compile,
             )
-        for layer in chunk.decoder.layers:  # optimizers that update whole matrices take queries, keys, values apart
-            layer.self_attention.linear_qkv.weight.packed_rows = config.kv_channels  # type: ignore[union-attr]
+        for layer in chunk.decoder.layers:  # for optimizers that update whole matrices
+            layer.self_attention.linear_qkv.weight.packed_rows = model.qkv_rows  # type: ignore[union-attr]
+            if model.is_gated:
+                layer.mlp.linear_fc1.weight.packed_rows = (1, 1)  # type: ignore[union-attr]
         chunks.append(chunk.to(platform.device))
     # After the backward pass megatron-core adds up over tensor ranks the gradients of all norms of queries and keys if
     # this is set, as only the gains need that which every rank holds whole (finalize_model_grads.py).

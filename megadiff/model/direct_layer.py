@@ -15,6 +15,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+_ONE_OF_EACH = 3
+"""Number of heads that lie together if keys and values have as many heads as queries."""
+
 
 class Rotation(RotaryEmbedding):
     """Rotary embeddings as the factors that `DirectLayer` takes, computed once for every sequence length."""
@@ -51,7 +54,9 @@ class DirectLayer(TransformerLayer):
         for name in ("q_layernorm", "k_layernorm"):
             if getattr(attention, name) is None:  # megatron-core 0.19, where 0.16 has an identity
                 setattr(attention, name, IdentityOp())
-        self._heads = (attention.num_attention_heads_per_partition, 3, attention.hidden_size_per_attention_head)
+        groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+        together = attention.num_attention_heads_per_partition // groups  # queries of one key and value
+        self._heads = (groups, together + 2, width)
         self._add_branch: Any = self.mlp_bda(self.training, False)  # type: ignore[operator]
 
     def forward(  # type: ignore[override]
@@ -89,7 +94,11 @@ class DirectLayer(TransformerLayer):
         """Return queries, keys and values, each [sequence, batch, heads, D]."""
         attention: Any = self.self_attention
         mixed, _ = attention.linear_qkv(self.input_layernorm(hidden))  # type: ignore[operator]
-        query, key, value = mixed.view(*mixed.shape[:-1], *self._heads).unbind(-2)
+        packed = mixed.view(*mixed.shape[:-1], *self._heads)
+        if self._heads[1] == _ONE_OF_EACH:
+            query, key, value = packed.unbind(-2)
+        else:
+            query, key, value = packed[..., :-2, :].flatten(-3, -2), packed[..., -2, :], packed[..., -1, :]
         cos, sin = rotation.to(mixed.dtype).unbind(0)
         query = _rotate(attention.q_layernorm(query), cos, sin)
         return query, _rotate(attention.k_layernorm(key), cos, sin), value

@@ -53,7 +53,9 @@ def check_shapes(
     sides = {
         "model.hidden": (model.hidden, multiple),
         "model.hidden / parallel.tensor": (model.hidden // tensor, 16),
-        "the MLP width / parallel.tensor": (model.ffn_hidden // tensor, 16),
+        "model.heads x model.head_dim / parallel.tensor": (model.heads * model.head_width // tensor, 16),
+        "model.kv_heads x model.head_dim / parallel.tensor": (model.key_heads * model.head_width // tensor, 16),
+        "the MLP width / parallel.tensor": (model.mlp_width // tensor, 16),
         "batch.micro_batch_size x model.seq_length" + (" / parallel.tensor" if parts > 1 else ""): (
             tokens // parts,
             multiple,

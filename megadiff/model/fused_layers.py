@@ -76,25 +76,11 @@ class NormedColumnLinear(_Linear, TELayerNormColumnParallelLinear):
     """RMSNorm and a column-parallel matrix in one."""
 
 
-class UnbiasedNormedColumnLinear(NormedColumnLinear):
-    """The same, never with a bias."""
-
-    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, bias=False, **kwargs)
-
-
 class RowLinear(_Linear, TERowParallelLinear):
     """A row-parallel matrix that adds its bias itself; see `layers.RowLinear`."""
 
     def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, skip_bias_add=False, **kwargs)
-
-
-class UnbiasedRowLinear(RowLinear):
-    """A row-parallel matrix that never has a bias."""
-
-    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, bias=False, **kwargs)
 
 
 class FusedRMSNorm(engine.RMSNorm):
@@ -118,9 +104,7 @@ def fused_parts() -> LayerModules:
     return LayerModules(
         layer=TransformerLayer,
         input_layernorm=IdentityOp,
-        qkv=UnbiasedNormedColumnLinear,
-        proj=UnbiasedRowLinear,
-        up=NormedColumnLinear,
-        down=RowLinear,
+        column=NormedColumnLinear,
+        row=RowLinear,
         norm=FusedRMSNorm,
     )

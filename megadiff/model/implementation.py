@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -35,15 +36,16 @@ def transformer_config(
         num_layers=model.layers,
         hidden_size=model.hidden,
         num_attention_heads=model.heads,
-        ffn_hidden_size=model.ffn_hidden,
-        kv_channels=model.head_dim,
+        num_query_groups=model.key_heads,
+        ffn_hidden_size=model.mlp_width,
+        kv_channels=model.head_width,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         layernorm_zero_centered_gamma=True,
         qk_layernorm=model.qk_norm != "none",
         add_bias_linear=model.mlp_bias,
-        activation_func=squared_relu,
-        gated_linear_unit=False,
+        activation_func=ACTIVATIONS[model.mlp],
+        gated_linear_unit=False,  # a gate is a matter of `layers.gated_mlp` and its activation
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=keep,
@@ -89,6 +91,27 @@ def _recomputation(parallel: ParallelConfig, *, chunk_layers: int) -> dict[str, 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2."""
     return F.relu(x).square()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Map [..., 2 F], gates and values in turn, to silu(gate) * value, [..., F]."""
+    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gate) * value
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Map [..., 2 F], gates and values in turn, to gelu(gate) * value, [..., F]."""
+    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.gelu(gate) * value
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": squared_relu,
+    "gelu": F.gelu,
+    "swiglu": swiglu,
+    "geglu": geglu,
+}
+"""Function between the MLP's matrices, by the name in `model.mlp`."""
 
 
 def keep(weight: Tensor) -> Tensor:

@@ -42,9 +42,14 @@ def role_of(name: str) -> Role:
 
 
 def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """`named_parameters` of one model chunk with the layer numbers of the whole model (0-based)."""
+    """`named_parameters` of one model chunk with the layer numbers of the whole model (0-based).
+
+    A tied head, which a last stage without the embedding has, has the embedding's name.
+    """
     layers = chunk.decoder.layers  # type: ignore[union-attr]
     for name, parameter in chunk.named_parameters():
+        if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"
         yield _LAYER.sub(lambda m: f"decoder.layers.{layers[int(m[1])].layer_number - 1}.", name), parameter  # type: ignore[index,operator]
 
 

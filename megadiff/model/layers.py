@@ -28,6 +28,7 @@ from torch import Tensor
 from megadiff.model.attention import BidirectionalAttention
 from megadiff.model.config import ModelConfig
 from megadiff.model.direct_layer import DirectLayer
+from megadiff.model.rope import attention_factor
 
 
 class RMSNorm(torch.nn.Module):
@@ -62,11 +63,11 @@ class AllHeadsRMSNorm(torch.nn.Module):
     Source: arXiv:2512.10858's model (RMSNorm of q and k before the head split).
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        """`hidden_size` is one head's width, as megatron-core passes it."""
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, *, heads: int, **_: Any) -> None:
+        """Take one head's width as `hidden_size`, as megatron-core passes it, and the number of heads on all ranks."""
         super().__init__()
         self.eps = eps
-        self.features = hidden_size * config.num_attention_heads
+        self.features = hidden_size * heads
         self.is_cut = config.tensor_model_parallel_size > 1
         local = self.features // config.tensor_model_parallel_size
         self.weight = torch.nn.Parameter(torch.zeros(local, dtype=config.params_dtype))
@@ -93,7 +94,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """A column-parallel matrix that hands its bias on.
+    """A column-parallel matrix that hands its bias on, or adds it without `skip_bias_add`.
 
     On a single tensor rank it is a plain product, without the parent's autograd functions for communication; the
     products and their gradients are the same, bit for bit.
@@ -105,15 +106,11 @@ class ColumnLinear(ColumnParallelLinear):
         """`input_` [sequence, batch, in] to ([sequence, batch, out / tp], bias or None)."""
         if weight is None and runs_alone(self):
             assert self.weight is not None
-            return F.linear(input_, self.weight), self.bias
+            out = F.linear(input_, self.weight)
+            if self.skip_bias_add or self.bias is None:
+                return out, self.bias
+            return out + self.bias, None  # rounded twice in bf16, as the parent does
         return super().forward(input_, weight, runtime_gather_output)
-
-
-class UnbiasedColumnLinear(ColumnLinear):
-    """A column-parallel matrix that never has a bias; megatron-core has one bias switch for attention and MLP."""
-
-    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, bias=False, **kwargs)
 
 
 class RowLinear(RowParallelLinear):
@@ -134,11 +131,31 @@ class RowLinear(RowParallelLinear):
         return (out if self.bias is None else out + self.bias), None
 
 
-class UnbiasedRowLinear(RowLinear):
-    """A row-parallel matrix that never has a bias."""
+def with_bias(linear: Any, has_bias: bool) -> Any:
+    """Return a class of matrices with or without a bias, whatever megatron-core's one switch for all is."""
 
-    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, bias=False, **kwargs)
+    class Chosen(linear):
+        def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
+            super().__init__(*args, bias=has_bias, **kwargs)
+
+    Chosen.__name__ = linear.__name__
+    return Chosen
+
+
+def gated_mlp(matrices: MLPSubmodules) -> Any:
+    """Return a class of megatron-core's MLP with a gate, whose rows alternate with those of the first matrix.
+
+    megatron-core itself puts a rank's gates before the rest, so that a matrix means something else on every tensor
+    layout. Rows 2 i and 2 i + 1 here are gate i and value i: any cut between pairs is a smaller MLP.
+    """
+
+    class GatedMLP(MLP):
+        def __init__(self, config: TransformerConfig, *, pg_collection: Any = None, **_: Any) -> None:
+            assert config.ffn_hidden_size is not None
+            group = None if pg_collection is None else pg_collection.tp
+            super().__init__(config, matrices, ffn_hidden_size=2 * config.ffn_hidden_size, tp_group=group)
+
+    return GatedMLP
 
 
 def runs_alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
@@ -152,10 +169,8 @@ def local_parts() -> LayerModules:
     return LayerModules(
         layer=DirectLayer,
         input_layernorm=RMSNorm,
-        qkv=UnbiasedColumnLinear,
-        proj=UnbiasedRowLinear,
-        up=ColumnLinear,
-        down=RowLinear,
+        column=ColumnLinear,
+        row=RowLinear,
         norm=RMSNorm,
         # megatron-core's names for the norms fused into Transformer Engine's linears, so that a checkpoint of either
         # path loads in the other.
@@ -176,15 +191,11 @@ class LayerModules:
     layer: Any
     """megatron-core's `TransformerLayer`, or a subclass."""
     input_layernorm: Any
-    """Before attention and before the MLP; `IdentityOp` where `qkv` and `up` normalise themselves."""
-    qkv: Any
-    """Column-parallel, never with a bias."""
-    proj: Any
-    """Row-parallel, never with a bias."""
-    up: Any
-    """The MLP's first matrix, column-parallel, with a bias if the model has."""
-    down: Any
-    """The MLP's second matrix, row-parallel, with a bias if the model has, added by itself."""
+    """Before attention and before the MLP; `IdentityOp` where `column` normalises itself."""
+    column: Any
+    """Column-parallel: queries, keys and values, and the MLP's first matrix, which hands its bias on."""
+    row: Any
+    """Row-parallel, adding its bias itself: the matrix after attention and the MLP's last one."""
     norm: Any
     """The last norm, and that of queries and keys per head."""
     checkpoint_names: dict[str, str] = field(default_factory=dict)
@@ -197,9 +208,19 @@ def block_spec(model: ModelConfig, parts: LayerModules, *, layers: int) -> Any:
 
 
 def _layer_spec(model: ModelConfig, parts: LayerModules) -> ModuleSpec:
-    qk_norm = {"full": AllHeadsRMSNorm, "head": parts.norm, "none": IdentityOp}[model.qk_norm]
+    heads = {"q_layernorm": model.heads, "k_layernorm": model.key_heads}
+    one_head = {"head": parts.norm, "none": IdentityOp}.get(model.qk_norm)
+    norms: Any = {
+        name: one_head or ModuleSpec(module=AllHeadsRMSNorm, params={"heads": count}) for name, count in heads.items()
+    }
     residual: Any = _scaled_residual(model.resid_factor)
-    attention: Any = partial(BidirectionalAttention, sink=model.sink, softcap=model.softcap)
+    attention: Any = partial(
+        BidirectionalAttention, sink=model.sink, softcap=model.softcap, scale=attention_factor(model.rope_scaling) ** 2
+    )
+    matrices = MLPSubmodules(
+        linear_fc1=with_bias(parts.column, model.mlp_bias), linear_fc2=with_bias(parts.row, model.mlp_bias)
+    )
+    mlp: Any = gated_mlp(matrices) if model.is_gated else ModuleSpec(module=MLP, submodules=matrices)
     return ModuleSpec(
         module=parts.layer,
         submodules=TransformerLayerSubmodules(
@@ -208,16 +229,15 @@ def _layer_spec(model: ModelConfig, parts: LayerModules) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=parts.qkv,
+                    linear_qkv=with_bias(parts.column, model.qkv_bias),
                     core_attention=attention,
-                    linear_proj=parts.proj,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
+                    linear_proj=with_bias(parts.row, model.attention_out_bias),
+                    **norms,
                 ),
             ),
             self_attn_bda=residual,
             pre_mlp_layernorm=parts.input_layernorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=parts.up, linear_fc2=parts.down)),
+            mlp=mlp,
             mlp_bda=residual,
             sharded_state_dict_keys_map=parts.checkpoint_names,
         ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,9 +19,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megadiff.parallel.topology import Topology
-
-PACKED = 3
-"""Number of matrices (queries, keys, values) in a packed weight."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,9 @@ class Piece:
     """Role of the weight: `hidden` for the blocks' matrices, `embedding`, `head`, `norm` or `bias`."""
     shape: torch.Size
     """Shape of the weight on this tensor rank, of which the parameter has all elements or some."""
-    packed_rows: int | None = None
-    """Number of rows after which the next of the packed matrices begins; None for a weight that is one matrix."""
+    packed_rows: tuple[int, ...] = ()
+    """Rows of each of the matrices that a weight packs, which alternate from its first row to its last: (2, 1) for two
+    rows of one matrix, one of another, and so on. Empty for a weight that is one matrix."""
     cut_dim: int | None = None
     """Dimension that tensor ranks cut; None if each has the whole weight."""
     tensor_group: ProcessGroup | None = None
@@ -44,28 +43,40 @@ class Piece:
     data_group: ProcessGroup | None = None
     """Data-parallel ranks, which exchange the parts."""
 
-    @property
-    def whole_shape(self) -> tuple[int, int]:
-        """Rows and columns of one matrix over all tensor ranks."""
-        size = [self.shape[0] // (PACKED if self.packed_rows else 1), self.shape[1]]
+    def matrices(self, weight: Tensor) -> list[Tensor]:
+        """Return the matrices of a weight of `shape` [r, c], stacked where they have one size: each [k, m, c]."""
+        rows, columns = self.shape
+        if not self.packed_rows:
+            return [weight.view(1, rows, columns)]
+        repeated = weight.view(-1, sum(self.packed_rows), columns)
+        parts = repeated.split(self.packed_rows, dim=1)
+        return [
+            torch.stack([part.reshape(-1, columns) for part in parts[first : first + count]])
+            for first, count in self._equal_runs()
+        ]
+
+    def weight(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Return the weight [r, c] of its matrices: the inverse of `matrices`."""
+        if not self.packed_rows:
+            return matrices[0].view(self.shape)
+        single = [matrix for stack in matrices for matrix in stack]
+        columns = self.shape[1]
+        parts = [matrix.view(-1, rows, columns) for matrix, rows in zip(single, self.packed_rows, strict=True)]
+        return torch.cat(parts, dim=1).view(self.shape)
+
+    def whole_shape(self, matrices: Tensor) -> tuple[int, int]:
+        """Return rows and columns over all tensor ranks of each of the stacked `matrices`."""
+        size = [matrices.shape[1], matrices.shape[2]]
         if self.cut_dim is not None and self.tensor_group is not None:
             size[self.cut_dim] *= dist.get_world_size(self.tensor_group)
         return size[0], size[1]
 
-    def matrices(self, weight: Tensor) -> Tensor:
-        """Return the matrices of a weight of `shape` [r, c]: [1, r, c], or [3, r / 3, c] of a packed one."""
-        rows, columns = self.shape
-        if self.packed_rows is None:
-            return weight.view(1, rows, columns)
-        parts = weight.view(-1, PACKED, self.packed_rows, columns)
-        return parts.transpose(0, 1).reshape(PACKED, rows // PACKED, columns)
-
-    def weight(self, matrices: Tensor) -> Tensor:
-        """Return the weight [r, c] of its matrices: the inverse of `matrices`."""
-        if self.packed_rows is None:
-            return matrices.view(self.shape)
-        parts = matrices.view(PACKED, -1, self.packed_rows, self.shape[1])
-        return parts.transpose(0, 1).reshape(self.shape)
+    def _equal_runs(self) -> list[tuple[int, int]]:
+        """Return the first index and the length of each run of packed matrices of one size."""
+        runs: list[tuple[int, int]] = []
+        for _, run in groupby(self.packed_rows):
+            runs.append((sum(count for _, count in runs), len(list(run))))
+        return runs
 
     @property
     def is_split(self) -> bool:
@@ -97,7 +108,7 @@ def piece_of(parameter: Tensor) -> Piece:
 
 def mark_whole(role: str, parameter: Tensor) -> None:
     """Mark a parameter as the whole of a weight of this role."""
-    parameter.piece = Piece(role, parameter.shape, getattr(parameter, "packed_rows", None))  # type: ignore[attr-defined]
+    parameter.piece = Piece(role, parameter.shape, getattr(parameter, "packed_rows", ()))  # type: ignore[attr-defined]
 
 
 def mark_pieces(wrapped: Any, roles: Iterable[tuple[str, torch.nn.Parameter]], topology: Topology) -> None:
@@ -123,7 +134,7 @@ def mark_pieces(wrapped: Any, roles: Iterable[tuple[str, torch.nn.Parameter]], t
         held.piece = Piece(  # type: ignore[attr-defined]
             role,
             parameter.shape,
-            getattr(parameter, "packed_rows", None),
+            getattr(parameter, "packed_rows", ()),
             dim,
             topology.tensor_group if dim is not None else None,
             parts,

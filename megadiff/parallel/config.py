@@ -95,8 +95,9 @@ def lay_out(
     world_size: int,
     layers: int,
     heads: int,
+    kv_heads: int,
     hidden: int,
-    ffn_hidden: int,
+    mlp_width: int,
     padded_vocab_size: int,
     seq_length: int,
     global_batch_size: int,
@@ -120,8 +121,9 @@ def lay_out(
     data = world_size // replica
     widths = {
         "model.heads": heads,
+        "model.kv_heads": kv_heads,
         "model.hidden": hidden,
-        "the MLP width (model.hidden x model.ffn_multiple)": ffn_hidden,
+        "the MLP width (model.ffn_hidden, or model.hidden x model.ffn_multiple)": mlp_width,
         "the padded vocabulary": padded_vocab_size,
     }
     common = math.gcd(*widths.values())

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megadiff.parallel.topology import Topology
@@ -146,16 +147,22 @@ def set_loss_reduction(chunks: Sequence[ModelChunk], topology: Topology, *, mean
 
 
 def _reduce_gradients(chunks: Sequence[DataParallelChunk], *args: Any, **kwargs: Any) -> None:
-    """Sum gradients over replicas, and over tensor ranks where each has a part of a parameter's gradient.
+    """Sum gradients over replicas, and over ranks of a replica where each has a part of a parameter's gradient.
 
-    On a single tensor rank the first is all that megatron-core's `finalize_model_grads` does here, but it looks at
-    every module of the model. Embeddings tied across pipeline stages would need all of it.
+    On a single tensor rank, with embedding and head apart or on one stage, the first is all that megatron-core's
+    `finalize_model_grads` does here, but it looks at every module of the model.
     """
-    if chunks[0].config.tensor_model_parallel_size > 1:
+    config = chunks[0].config
+    has_copies = config.pipeline_model_parallel_size > 1 and _is_tied(chunks[0])
+    if config.tensor_model_parallel_size > 1 or has_copies:
         finalize_model_grads(list(chunks), None, *args, **kwargs)  # type: ignore[arg-type]
         return
     for chunk in chunks:
         chunk.finish_grad_sync()
+
+
+def _is_tied(chunk: DataParallelChunk) -> bool:
+    return get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights")
 
 
 def _divide(chunks: Sequence[DataParallelChunk], num_tokens: Tensor, topology: Topology) -> None:

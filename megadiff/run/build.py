@@ -14,7 +14,7 @@ from megadiff.diffusion.noising import NoisedBatch
 from megadiff.loss.choice import choose_loss_kernel
 from megadiff.methods import Method
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
-from megadiff.model.initialisation import initialise, role_of
+from megadiff.model.initialisation import global_parameters, initialise, role_of
 from megadiff.model.kernels import describe_kernels, open_tensor_overlap
 from megadiff.optim.optimizer import Optimizer, build_optimizer
 from megadiff.parallel.objective import Objective, ShardedObjective
@@ -265,7 +265,7 @@ def build_trainables(
     set_loss_reduction(wrapped, topology, mean=config.objective.reduction == "mean")
     optimizer = build_optimizer(
         wrapped,
-        [(role_of(name), parameter) for chunk in chunks for name, parameter in chunk.named_parameters()],
+        [(role_of(name), parameter) for chunk in chunks for name, parameter in global_parameters(chunk)],
         config.optimizer,
         scale=config.optimizer_scale,
         is_bf16=config.precision.compute == "bf16",

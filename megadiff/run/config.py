@@ -248,19 +248,7 @@ class RunConfig(Section):
 
     def shape(self, *, vocab_size: int) -> cost.Shape:
         """Return the model's size for closed-form costs."""
-        model = self.model
-        return cost.Shape(
-            layers=model.layers,
-            hidden=model.hidden,
-            heads=model.heads,
-            vocab_size=vocab_size,
-            seq_length=model.seq_length,
-            ffn_multiple=model.ffn_multiple,
-            qk_norm=model.qk_norm,
-            sink=model.sink,
-            mlp_bias=model.mlp_bias,
-            softcap=model.softcap is not None,
-        )
+        return self.model.shape(vocab_size=vocab_size)
 
     @property
     def optimizer_scale(self) -> Scale:
@@ -297,8 +285,9 @@ class RunConfig(Section):
             world_size=world_size,
             layers=self.model.layers,
             heads=self.model.heads,
+            kv_heads=self.model.key_heads,
             hidden=self.model.hidden,
-            ffn_hidden=self.model.ffn_hidden,
+            mlp_width=self.model.mlp_width,
             padded_vocab_size=self.model.padded_vocab_size(vocab_size),
             seq_length=self.model.seq_length,
             global_batch_size=global_batch_size,

@@ -1,6 +1,7 @@
 """Training FLOPs of a token, forward and backward, by three counts that are always named. No torch.
 
-Symbols: P parameters without embedding and head, V vocabulary entries, d width, L layers, S sequence length.
+Symbols: P parameters without embedding and head, V vocabulary entries, d width, L layers, S sequence length. Heads that
+are together wider or narrower than the model, by a setting, count in 12 L d S with their own width.
 
 | count | FLOPs per token | used for |
 |---|---|---|
@@ -36,6 +37,7 @@ def flops_per_token(
     method: FlopCount = "deepseek",
     vocab_size: int | None = None,
     params: float | None = None,
+    attention_width: int | None = None,
 ) -> float:
     """Return the training FLOPs of a token.
 
@@ -46,6 +48,7 @@ def flops_per_token(
         method: the count.
         vocab_size: V, which `full` needs.
         params: P; by default that of the paper's model (`paper_params`).
+        attention_width: width of all heads of queries together, by default d.
 
     Raises:
         ValueError: an unknown count, or `full` without a vocabulary.
@@ -55,7 +58,7 @@ def flops_per_token(
     counted = 6.0 * (paper_params(layers, hidden) if params is None else params)
     if method == "chinchilla":
         return counted
-    counted += 12.0 * layers * hidden * seq_length
+    counted += 12.0 * layers * (attention_width or hidden) * seq_length
     if method == "deepseek":
         return counted
     if vocab_size is None:

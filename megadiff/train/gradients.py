@@ -123,7 +123,8 @@ class SequenceGradients:
             parameter.main_grad  # type: ignore[attr-defined]
             for chunk in self.chunks
             for parameter in chunk.parameters()
-            if self.topology.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+            if (self.topology.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
+            and not getattr(parameter, "shared", False)  # a tied head on another stage than the embedding
         ]
 
     def _weighted_loss(self, output: object, item: tuple[DeviceBatch, float]) -> Loss:

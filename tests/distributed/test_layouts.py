@@ -7,6 +7,7 @@ import pytest
 from tests.support.ranks import on_ranks
 from tests.support.runs import (
     GIDD_BLOCK,
+    MODERN_BLOCK,
     NOISES,
     largest_relative_difference,
     merged_sequences,
@@ -61,7 +62,16 @@ GIDD = {
 BF16 = {"precision__compute": "bf16"}
 NEXT_TOKEN = {"method__name": "next_token"}
 MUON = {"optimizer__name": "muon", "optimizer__lr": 1e-2}
-VARIANTS = {**PLAIN, "gidd": GIDD, "next_token": NEXT_TOKEN, "bf16": BF16, "muon": MUON}
+MODERN = {"noise__shift": "balanced", **{f"model__{key}": value for key, value in MODERN_BLOCK.items()}}
+VARIANTS = {
+    **PLAIN,
+    "gidd": GIDD,
+    "next_token": NEXT_TOKEN,
+    "bf16": BF16,
+    "muon": MUON,
+    "modern": MODERN,
+    "modern muon": {**MODERN, **MUON},
+}
 
 GIDD_LAYOUTS = ("tp2_sp", "pp2", "dp2_distopt", *EIGHT_RANKS)
 BF16_LAYOUTS = {"dp2_distopt": 1e-6, "pp2": 1e-6, "tp2": 1e-2}
@@ -71,6 +81,8 @@ CASES = [
     *((layout, noise) for layout in LAYOUTS for noise in NOISES),
     *((layout, "gidd") for layout in GIDD_LAYOUTS),
     *((layout, "next_token") for layout in ("tp2_sp", "pp2_vp2")),
+    *((layout, "modern") for layout in ("tp2", "tp2_sp", "pp2", "pp2_vp2", "dp2_distopt_overlap", *EIGHT_RANKS)),
+    *((layout, "modern muon") for layout in ("tp2_sp", "dp2_distopt")),
     *((layout, "muon") for layout in ("tp2", "pp2_vp2", "dp2_distopt", *EIGHT_RANKS)),
 ]
 

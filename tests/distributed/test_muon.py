@@ -79,7 +79,8 @@ def _products(tensor: int) -> dict[str, Any]:
     (layer,) = chunks[0].decoder.layers
     attention, mlp = layer.self_attention, layer.mlp
     weight = attention.linear_qkv.weight
-    matrices = Piece("hidden", weight.shape, weight.packed_rows).matrices(weight.detach())
+    stacks = Piece("hidden", weight.shape, weight.packed_rows).matrices(weight.detach())
+    matrices = [matrix for stack in stacks for matrix in stack]
     states = torch.randn(5, 1, WIDTH, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = attention.get_query_key_value_tensors(states)[:3]

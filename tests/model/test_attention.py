@@ -32,7 +32,11 @@ def seen_by(prompt, is_causal):
 
 
 def dense(q, k, v, *, softcap=None, sink=None, prompts=(0,) * B, is_causal=False):
-    """softmax(cap(q.k / sqrt D)) v for [S, B, H, D], the sink merged as out = (e^lse o + e^s v_b) / (e^lse + e^s)."""
+    """softmax(cap(q.k / sqrt D)) v for [S, B, H, D], the sink merged as out = (e^lse o + e^s v_b) / (e^lse + e^s).
+
+    Head h of queries meets head h // (H / G) of G heads of keys and values.
+    """
+    together = H // k.shape[2]
 
     def cap(scores):
         return scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -41,9 +45,9 @@ def dense(q, k, v, *, softcap=None, sink=None, prompts=(0,) * B, is_causal=False
     for b, prompt in enumerate(prompts):
         seen = seen_by(prompt, is_causal)[:, 1:]
         for h in range(H):
-            scores = cap(q[:, b, h] @ k[:, b, h].T / math.sqrt(D)).masked_fill(~seen, -math.inf)
+            scores = cap(q[:, b, h] @ k[:, b, h // together].T / math.sqrt(D)).masked_fill(~seen, -math.inf)
             lse = scores.logsumexp(-1, keepdim=True)
-            plain = (scores - lse).exp() @ v[:, b, h]
+            plain = (scores - lse).exp() @ v[:, b, h // together]
             if sink is not None:
                 key, value = sink
                 weight = cap(q[:, b, h] @ key[h] / math.sqrt(D)).exp().unsqueeze(-1)
@@ -52,9 +56,13 @@ def dense(q, k, v, *, softcap=None, sink=None, prompts=(0,) * B, is_causal=False
     return out.reshape(S, B, H * D)
 
 
-def module(softcap, sink):
+def module(softcap, sink, groups=H):
     config = SimpleNamespace(
-        num_attention_heads=H, tensor_model_parallel_size=1, kv_channels=D, params_dtype=torch.float64
+        num_attention_heads=H,
+        num_query_groups=groups,
+        tensor_model_parallel_size=1,
+        kv_channels=D,
+        params_dtype=torch.float64,
     )
     built = BidirectionalAttention(config, 1, sink=sink, softcap=softcap)
     if sink:
@@ -62,6 +70,7 @@ def module(softcap, sink):
     return built
 
 
+@pytest.mark.parametrize("groups", [H, 1])
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
@@ -75,9 +84,9 @@ def module(softcap, sink):
         ((S, 1, 0), False),
     ],
 )
-def test_attention_is_the_dense_softmax(sink, softcap, prompts, is_causal):
-    q, k, v = (3 * drawn(S, B, H, D, seed=i) for i in range(3))
-    built = module(softcap, sink)
+def test_attention_is_the_dense_softmax(groups, sink, softcap, prompts, is_causal):
+    q, k, v = (3 * drawn(S, B, heads, D, seed=i) for i, heads in enumerate((H, groups, groups)))
+    built = module(softcap, sink, groups)
     codes = AttentionPattern.prefix(torch.tensor(prompts), is_causal=is_causal).codes()
     values = (built.sink_key.detach(), built.sink_value.detach()) if sink else None
     wanted = dense(q, k, v, softcap=softcap, sink=values, prompts=prompts, is_causal=is_causal)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.ranks import on_ranks
-from tests.support.runs import GIDD_BLOCK, platform_on_rank
+from tests.support.runs import GIDD_BLOCK, MODERN_BLOCK, platform_on_rank
 from tests.support.toy_model import model_config
 
 VOCAB = 100
@@ -26,6 +26,8 @@ BLOCKS = {
     "gidd": GIDD_BLOCK,
     "no norms of queries and keys": {"qk_norm": "none"},
     "narrow heads": {"hidden": 24, "heads": 4},
+    "llama": MODERN_BLOCK,
+    "shared keys, a cap, a sink": {**GIDD_BLOCK, "kv_heads": 2},
 }
 
 
@@ -36,19 +38,11 @@ def _megatrons_parts():
 
     from megadiff.model.layers import local_parts
 
-    class Unbiased(ColumnParallelLinear):
-        def __init__(self, *args, bias=False, **kwargs):
-            super().__init__(*args, bias=False, **kwargs)
-
-    class UnbiasedRow(RowParallelLinear):
-        def __init__(self, *args, bias=False, **kwargs):
-            super().__init__(*args, bias=False, **kwargs)
-
     class Row(RowParallelLinear):
         def __init__(self, *args, skip_bias_add=False, **kwargs):
             super().__init__(*args, skip_bias_add=False, **kwargs)
 
-    parts = {"qkv": Unbiased, "proj": UnbiasedRow, "up": ColumnParallelLinear, "down": Row}
+    parts = {"column": ColumnParallelLinear, "row": Row}
     return replace(local_parts(), layer=TransformerLayer, **parts)
 
 

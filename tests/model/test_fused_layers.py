@@ -54,7 +54,7 @@ def test_a_checkpoint_of_either_kind_of_layers_is_laid_out_alike(
         layers = [key for key in rank["local"] if "linear_fc1.weight" in key]
         assert len(layers) == (3 if layout == "pipeline" else 6)
         assert rank["transformer_engine"] == rank["local"]
-        assert {"NormedColumnLinear", "UnbiasedNormedColumnLinear", "UnbiasedRowLinear"} <= set(rank["types"])
+        assert {"NormedColumnLinear", "RowLinear"} <= set(rank["types"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -13,7 +13,7 @@ from megadiff.model.implementation import (
     modules_for,
     transformer_config,
 )
-from megadiff.model.layers import UnbiasedColumnLinear
+from megadiff.model.layers import ColumnLinear
 from megadiff.parallel.config import ParallelConfig
 from megadiff.platform.machine import detect
 from tests.support.runs import toy_config
@@ -25,7 +25,7 @@ MODEL = ModelConfig(layers=8, hidden=256, heads=4, seq_length=128)
 
 
 def test_layers_on_a_cpu_are_local():
-    assert modules_for(ParallelConfig(), BF16, CPU).qkv is UnbiasedColumnLinear
+    assert modules_for(ParallelConfig(), BF16, CPU).column is ColumnLinear
 
 
 def test_parts_of_a_layer_are_recomputed_by_megatrons_own_layer():

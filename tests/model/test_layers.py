@@ -51,7 +51,7 @@ def test_rms_norm_computes_in_float32_and_returns_the_inputs_type():
 
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_all_heads_norm_takes_one_statistic_over_all_heads(eps):
-    norm = AllHeadsRMSNorm(settings(), WIDTH, eps=eps)
+    norm = AllHeadsRMSNorm(settings(), WIDTH, eps=eps, heads=HEADS)
     x, offset = drawn(SEQUENCE, BATCH, HEADS, WIDTH), drawn(HEADS * WIDTH, seed=1)
     norm.weight.data = torch.from_numpy(offset).float()
     found = norm(torch.from_numpy(x).float())
@@ -67,7 +67,7 @@ def _all_heads_on_rank(x, offset, upstream, tensor):
 
     rank = open_topology(Layout(tensor, 1, 1, 1, 1)).tensor_rank
     heads = slice(rank * HEADS // tensor, (rank + 1) * HEADS // tensor)
-    norm = AllHeadsRMSNorm(settings(tensor), WIDTH)
+    norm = AllHeadsRMSNorm(settings(tensor), WIDTH, heads=HEADS)
     norm.weight.data = torch.from_numpy(offset.reshape(HEADS, WIDTH)[heads].reshape(-1)).float()
     local = torch.from_numpy(x[:, :, heads]).float().requires_grad_()
     out = norm(local)

@@ -25,6 +25,8 @@ VOCAB, BATCH = 500, 2
 MODEL = {"layers": 6, "hidden": 128, "heads": 4, "seq_length": 96}
 GIDD = {"qk_norm": "full", "sink": True, "mlp_bias": True}
 
+LLAMA = {"qk_norm": "none", "kv_heads": 2, "mlp": "swiglu", "ffn_hidden": 320, "qkv_bias": True}
+
 
 class Case(NamedTuple):
     """A build to count on, and its parallel settings."""
@@ -50,7 +52,15 @@ ONE = {
     ),
     "full": Case("bf16", {"recompute": "full"}),
     "full, some layers": Case("fp32", {"recompute": "full", "recompute_layers": 2}),
+    "bf16, llama's block": Case("bf16", model=LLAMA),
+    "float32, llama's block": Case("fp32", model=LLAMA),
+    "bf16, shared keys repeated": Case("bf16", model={"kv_heads": 2, "sink": True}),
+    "float32, shared keys repeated": Case("fp32", model={"kv_heads": 2, "sink": True, "qk_norm": "none"}),
+    "float32, one key normalised": Case("fp32", model={"kv_heads": 1}),
+    "float32, two keys normalised": Case("fp32", model={"kv_heads": 2}),
+    "bf16, gelu": Case("bf16", model={"mlp": "gelu"}),
     "mlp": Case("bf16", {"recompute": "selective"}),
+    "mlp, llama's block": Case("bf16", {"recompute": "selective"}, model=LLAMA),
     "mlp and norms": Case("bf16", {"recompute": "selective", "recompute_modules": ("mlp", "layernorm")}),
     "norms": Case("fp32", {"recompute": "selective", "recompute_modules": ("layernorm",)}),
     "attention": Case("bf16", {"recompute": "selective", "recompute_modules": ("core_attn",)}),
@@ -60,6 +70,7 @@ CUT = {
     "tensor, float32": Case("fp32", {"tensor": 2}),
     "sequence": Case("bf16", {"tensor": 2, "sequence": True}),
     "sequence, the paper's block": Case("bf16", {"tensor": 2, "sequence": True}, GIDD),
+    "sequence, llama's block": Case("bf16", {"tensor": 2, "sequence": True}, LLAMA),
     "sequence, full": Case("bf16", {"tensor": 2, "sequence": True, "recompute": "full"}),
 }
 PIPED = {
@@ -95,10 +106,7 @@ def _counted(cases: dict[str, Case]) -> dict[str, int]:
 def _estimated(case: Case, stage: int) -> int:
     parallel = ParallelConfig.model_validate(dict(case.parallel))
     model = ModelConfig.model_validate({**MODEL, **case.model})
-    shape = cost.Shape(
-        model.layers, model.hidden, model.heads, VOCAB, model.seq_length, model.ffn_multiple, model.qk_norm,
-        model.sink, model.mlp_bias, model.softcap is not None,
-    )  # fmt: skip
+    shape = model.shape(vocab_size=VOCAB)
     full = parallel.recompute_layers or model.layers // parallel.pipeline
     layout = cost.Layout(
         tensor=parallel.tensor,

@@ -34,6 +34,22 @@ GIDD_BLOCK = {
 """The paper's block, every option of it."""
 
 
+MODERN_BLOCK = {
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 12,
+    "mlp": "swiglu",
+    "ffn_hidden": 40,
+    "mlp_bias": True,
+    "qkv_bias": True,
+    "attention_out_bias": True,
+    "tie_embeddings": True,
+    "rope_base": 500000.0,
+    "rope_scaling": {"type": "yarn", "factor": 2.0, "original_seq_length": 8},
+}
+"""The block that public models share, every option of it."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """Record of one rank of a run."""

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
     s = update_scale sqrt(m n), so that the update's spectral norm is that of an aligned update by AdamW with elements
     of size `update_scale`, and lr / hidden transfers over widths as it does there.
 
-    Packed queries, keys and values are three matrices. Cuts of matrices over tensor ranks are made orthogonal
+    Packed queries, keys and values are three matrices, and so are a gate and what it multiplies two. Cuts of matrices over tensor ranks are made orthogonal
     together; of parts on data-parallel ranks, one rank makes the whole matrix orthogonal for all that hold parts. The
     momentum is called `exp_avg`; `exp_avg_sq` of a matrix stays zero.
 
@@ -106,21 +106,24 @@ class Muon(torch.optim.Optimizer):
         return gradient.to(momentum.dtype).lerp(momentum, decay) if self._settings.nesterov else momentum
 
     def _orthogonal(self, piece: Piece, direction: Tensor) -> Tensor:
+        """Return the update s o of a whole weight."""
         wanted = self._settings.newton_schulz_precision
         is_bf16 = wanted == "bf16" or (wanted == "auto" and direction.is_cuda)
-        matrices = orthogonalise(
-            piece.matrices(direction),
-            steps=self._settings.newton_schulz_steps,
-            dtype=torch.bfloat16 if is_bf16 else torch.float32,
-            cut_dim=piece.cut_dim,
-            group=piece.tensor_group,
-        )
-        return piece.weight(matrices.to(direction.dtype))
+        made = []
+        for matrices in piece.matrices(direction):
+            orthogonal = orthogonalise(
+                matrices,
+                steps=self._settings.newton_schulz_steps,
+                dtype=torch.bfloat16 if is_bf16 else torch.float32,
+                cut_dim=piece.cut_dim,
+                group=piece.tensor_group,
+            )
+            made.append(orthogonal.to(direction.dtype) * self._scale(*piece.whole_shape(matrices)))
+        return piece.weight(made)
 
-    def _update(self, group: dict[str, Any], parameter: Tensor, orthogonal: Tensor) -> None:
+    def _update(self, group: dict[str, Any], parameter: Tensor, direction: Tensor) -> None:
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        scale = self._scale(*piece_of(parameter).whole_shape)
-        parameter.add_(orthogonal.to(parameter.dtype), alpha=-group["lr"] * scale)
+        parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"])
 
     def _scale(self, rows: int, columns: int) -> float:
         size = rows * columns if self._settings.parametrisation == "completep" else max(rows, columns)

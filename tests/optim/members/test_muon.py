@@ -65,19 +65,26 @@ def test_cuts_are_made_orthogonal_together():
     assert max(on_ranks(4, _of_cuts)) < 1e-4
 
 
-def _packed(heads: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return three matrices, and the weight in which each head has its rows of all three."""
-    three = torch.arange(3.0 * heads * rows * columns).view(3, heads * rows, columns)
-    blocks = [three[part, head * rows : (head + 1) * rows] for head in range(heads) for part in range(3)]
-    return three, torch.cat(blocks)
+def _packed(rows: tuple[int, ...], repeats: int, columns: int) -> tuple[list[Tensor], Tensor]:
+    """Return matrices, and the weight in which each repeat has its rows of all of them."""
+    sizes = [repeats * height for height in rows]
+    drawn = torch.arange(float(sum(sizes) * columns)).view(-1, columns).split(sizes)
+    blocks = [
+        one[k * height : (k + 1) * height] for k in range(repeats) for one, height in zip(drawn, rows, strict=True)
+    ]
+    return list(drawn), torch.cat(blocks)
 
 
-def test_queries_keys_and_values_are_taken_apart():
-    three, weight = _packed(heads=2, rows=4, columns=6)
-    piece = Piece("hidden", weight.shape, packed_rows=4)
-    assert torch.equal(piece.matrices(weight), three)
-    assert torch.equal(piece.weight(three), weight)
-    assert piece.whole_shape == (8, 6)
+@pytest.mark.parametrize(("rows", "stacks"), [((4, 4, 4), [3]), ((8, 4, 4), [1, 2]), ((1, 1), [2]), ((2, 1), [1, 1])])
+def test_packed_matrices_are_taken_apart(rows: tuple[int, ...], stacks: list[int]) -> None:
+    """Queries, keys and values with as many heads or fewer, and a gate beside its values."""
+    wanted, weight = _packed(rows, repeats=2, columns=6)
+    piece = Piece("hidden", weight.shape, packed_rows=rows)
+    found = piece.matrices(weight)
+    assert [len(stack) for stack in found] == stacks
+    assert all(torch.equal(one, other) for one, other in zip((m for s in found for m in s), wanted, strict=True))
+    assert torch.equal(piece.weight(found), weight)
+    assert piece.whole_shape(found[0]) == (2 * rows[0], 6)
 
 
 def _parts(size: int, cuts: list[int]) -> tuple[tuple[int, range], ...]:
