@@ -23,14 +23,15 @@ from megadiff.export.model_card import model_card
 from megadiff.export.released_config import config_of
 from megadiff.export.weight_files import Planned, StoredTensors, TrainingTensor, training_tensors, write_weights
 from megadiff.files import sync
+from megadiff.model import rope
 from megadiff.model.config import ModelConfig
 from megadiff.run.load_model import method_of, tokenizer_of
 from megadiff.sampling import standalone
 
 CODE = ("configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py")
 """Files of `megadiff.export.huggingface` that are shipped."""
-SAMPLER = "sampling_gidd.py"
-"""Name under which `megadiff/sampling/standalone.py` is shipped."""
+COPIES = {"sampling_gidd.py": standalone, "rope_gidd.py": rope}
+"""Modules of the package that are shipped, by the names of their copies."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -140,7 +141,7 @@ class _Weights:
     model: ModelConfig = field(init=False)
     planned: list[Planned] = field(init=False)
     _made_of: dict[str, TrainingTensor] = field(init=False, default_factory=dict)
-    _fused: tuple[TrainingTensor | None, Tensor] = field(init=False, default=(None, torch.empty(0)))
+    _packed: tuple[TrainingTensor | None, Tensor] = field(init=False, default=(None, torch.empty(0)))
 
     def __post_init__(self) -> None:
         self.model = ModelConfig.model_validate(self.manifest.config["model"])
@@ -154,8 +155,8 @@ class _Weights:
                     f"describes a model with {(*stack, *tensor.shape)}; take another checkpoint of the run"
                 )
             dtype = self.dtype or self._stored.dtype(tensor.key)
-            for name in tensor.released:
-                self.planned.append(Planned(name, tensor.released_shape, dtype))
+            for name, shape in zip(tensor.released, tensor.released_shapes, strict=True):
+                self.planned.append(Planned(name, shape, dtype))
                 self._made_of[name] = tensor
 
     def fetch(self, on_tensor: Callable[[str], None]) -> Callable[[Planned], Iterator[Tensor]]:
@@ -164,7 +165,7 @@ class _Weights:
         def blocks(planned: Planned) -> Iterator[Tensor]:
             on_tensor(planned.name)
             tensor = self._made_of[planned.name]
-            if tensor.heads:
+            if tensor.packed_rows:
                 yield self._part(tensor, tensor.released.index(planned.name), planned.dtype)
                 return
             for start in range(0, planned.shape[0], planned.rows_at_once):
@@ -180,19 +181,20 @@ class _Weights:
         return found.view(rows, *tensor.shape[1:])
 
     def _part(self, tensor: TrainingTensor, part: int, dtype: torch.dtype) -> Tensor:
-        """Return the queries, keys or values; their common matrix is read once for the three."""
-        if self._fused[0] != tensor:
-            self._fused = (None, torch.empty(0))
-            self._fused = (tensor, self._read(tensor, 0, tensor.shape[0], dtype))
-        rows = self._fused[1].view(tensor.heads, 3, -1, *tensor.shape[1:])
-        return rows[:, part].reshape(tensor.released_shape)
+        """Return one of several tensors that are packed in one, which is read once for all of them."""
+        if self._packed[0] != tensor:
+            self._packed = (None, torch.empty(0))
+            self._packed = (tensor, self._read(tensor, 0, tensor.shape[0], dtype))
+        return tensor.part(self._packed[1], part)
 
 
 def _write_code(folder: Path) -> None:
     source = Path(huggingface.__file__).parent
     for name in CODE:
         shutil.copyfile(source / name, folder / name)
-    shutil.copyfile(standalone.__file__, folder / SAMPLER)
+    for name, module in COPIES.items():
+        assert module.__file__ is not None
+        shutil.copyfile(module.__file__, folder / name)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Import of a Hugging Face folder as a training checkpoint, to continue training, evaluate or sample.
 
-It reads GIDD folders (this package's or the released `dvruette/gidd-*`) and the autoregressive ones described in
-`next_token_source`. Only safetensors are read, and no code of the folder is run.
+It reads GIDD folders (this package's or the released `dvruette/gidd-*`) and those of the public models described in
+`architectures`. Only safetensors are read, and no code of the folder is run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megadiff.diffusion.config import (
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, shown
 from megadiff.export.export import staged
 from megadiff.export.folder_files import CONFIG, TRAINING, Checksums, check_files, plain_file
-from megadiff.export.next_token_source import NextTokenSource, next_token_dtype
+from megadiff.export.public_source import PublicSource
 from megadiff.export.released_config import (
     ReleasedConfig,
     agree,
@@ -116,7 +116,7 @@ class _Source:
     folder: Path
     config: dict[str, Any]
     released: ReleasedConfig | None
-    """Keys of a GIDD folder; None for an autoregressive one."""
+    """Keys of a GIDD folder; None for one of a public model."""
     training: _Training | None
     """Facts about the run that this package's export adds."""
 
@@ -156,20 +156,21 @@ def import_folder(
     sums.compare(weights=False)
     source = _source(folder)
     with WeightFiles(folder) as files:
-        next_token = None if source.released else NextTokenSource(source.config, files, where=source.where)
-        model = next_token.model if next_token else _model(source)
+        public = None if source.released else PublicSource(source.config, files, where=source.where)
+        model = public.model if public else _model(source)
         text, reference = _tokenizer(source, tokenizer)
-        if next_token is not None:
-            vocab_size = next_token.vocab_size(text)
+        if public is not None:
+            vocab_size = public.vocab_size(text)
         else:
             vocab_size = _vocab_size(source, text)
             _check_shapes(source, files, model, vocab_size)
         if seq_length is not None:
             model = model.model_copy(update={"seq_length": seq_length})
-        manifest = _manifest(source, model, text, reference, vocab_size)
+        method = public.method if public else None
+        manifest = _manifest(source, model, text, reference, vocab_size, method)
         sums.compare(weights=True)
         tensors = list(training_tensors(model, vocab_size=vocab_size))
-        fetch = _Fetch(next_token, files, on_tensor)
+        fetch = _Fetch(public, files, on_tensor)
         with staged(output) as staging:
             write_training_checkpoint(
                 staging,
@@ -187,21 +188,16 @@ def import_folder(
 class _Fetch:
     """Reader of training tensors from the folder's files."""
 
-    def __init__(
-        self, next_token: NextTokenSource | None, files: WeightFiles, on_tensor: Callable[[str], None]
-    ) -> None:
-        self._next_token, self._files, self._on_tensor = next_token, files, on_tensor
+    def __init__(self, public: PublicSource | None, files: WeightFiles, on_tensor: Callable[[str], None]) -> None:
+        self._public, self._files, self._on_tensor = public, files, on_tensor
         self._dtypes: dict[str, torch.dtype] = {}
 
     def __call__(self, tensor: TrainingTensor) -> Tensor:
         self._on_tensor(tensor.released[0])
-        if self._next_token is not None:
-            found = self._next_token.read(tensor)
-        elif tensor.heads:
-            rows = [self._files.read(name).unflatten(0, (tensor.heads, -1)) for name in tensor.released]
-            found = torch.stack(rows, dim=1).flatten(0, 2)
+        if self._public is not None:
+            found = self._public.read(tensor)
         else:
-            found = self._files.read(tensor.released[0])
+            found = tensor.packed([self._files.read(name) for name in tensor.released])
         found = found.to(self.dtype(tensor))
         dead = tensor.shape[0] - found.shape[0]
         return torch.cat([found, found.new_zeros(dead, *found.shape[1:])]) if dead else found.contiguous()
@@ -209,12 +205,9 @@ class _Fetch:
     def dtype(self, tensor: TrainingTensor) -> torch.dtype:
         """Return the type in which a tensor is written: as it is stored, the same for all blocks."""
         if tensor.key not in self._dtypes:
-            stored = self._files.dtype(tensor.released[0]) if self._has(tensor) else torch.float32
-            self._dtypes[tensor.key] = next_token_dtype(tensor, stored) if self._next_token else stored
+            found = self._public.dtype(tensor) if self._public else self._files.dtype(tensor.released[0])
+            self._dtypes[tensor.key] = found
         return self._dtypes[tensor.key]
-
-    def _has(self, tensor: TrainingTensor) -> bool:
-        return tensor.released[0] in self._files.shapes
 
 
 def _check_folder(folder: Path) -> None:
@@ -326,7 +319,10 @@ def _check_shapes(source: _Source, files: WeightFiles, model: ModelConfig, vocab
             )
 
 
-def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, reference: str, vocab_size: int) -> Manifest:
+def _manifest(
+    source: _Source, model: ModelConfig, tokenizer: Tokenizer, reference: str, vocab_size: int, method: str | None
+) -> Manifest:
+    """Return the manifest; `method` is the training method of a public model."""
     return Manifest.model_validate(
         {
             "format": FORMAT,
@@ -334,7 +330,11 @@ def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, referen
             "samples": 0,
             "tokens": 0,
             "has_optimizer": False,
-            "config": {**_sections(source), "model": model.model_dump(mode="json"), "data": {"tokenizer": reference}},
+            "config": {
+                **_sections(source, method),
+                "model": model.model_dump(mode="json"),
+                "data": {"tokenizer": reference},
+            },
             "vocab_size": vocab_size,
             "mask_id": tokenizer.mask_id,
             "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -350,14 +350,17 @@ def _manifest(source: _Source, model: ModelConfig, tokenizer: Tokenizer, referen
     )
 
 
-def _sections(source: _Source) -> dict[str, Any]:
-    """Return noise, conditioning, objective and method: the run's own if our export recorded them and they agree."""
+def _sections(source: _Source, method: str | None) -> dict[str, Any]:
+    """Return noise, conditioning, objective and method: the run's own if our export recorded them and they agree.
+
+    Public diffusion models are of masked noise.
+    """
     if source.released is None:
         return {
-            "noise": noise_config().model_dump(mode="json"),
+            "noise": noise_config(shift="masked").model_dump(mode="json"),
             "conditioning": ConditioningConfig().model_dump(mode="json"),
             "objective": ObjectiveConfig().model_dump(mode="json"),
-            "method": {"name": "next_token"},
+            "method": {"name": method},
         }
     name = "next_token" if source.released.is_causal else "gidd"
     noise = noise_from(source.released, where=source.where)

@@ -30,6 +30,9 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": f"modeling_gidd.{CLASS}",
 }
 
+_ACTIVATIONS = {"relu2": ("relu2", False), "gelu": ("gelu", False), "swiglu": ("silu", True), "geglu": ("gelu", True)}
+"""Activation, and whether it gates a further matrix, by the name in `model.mlp`."""
+
 _COMPLETEP_RESID, _COMPLETEP_HEAD = 4.0, 512.0
 _TABLE_STEP = 0.05
 
@@ -67,8 +70,8 @@ def model_keys(model: ModelConfig) -> dict[str, Any]:
         "hidden_size": model.hidden,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "head_dim": model.head_dim,
-        "intermediate_size": model.ffn_hidden,
+        "head_dim": model.head_width,
+        "intermediate_size": model.mlp_width,
         "max_position_embeddings": model.seq_length,
         "resid_scale": _times_layers(model),
         "head_scaling": model.head_factor,
@@ -82,11 +85,26 @@ def model_keys(model: ModelConfig) -> dict[str, Any]:
         "qk_norm": model.qk_norm,
         "attention_bias": model.sink,
         "mlp_bias": model.mlp_bias,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tie_embeddings,
         "rope_theta": float(model.rope_base),
         "rope_scaling": None,
         "attn_performer": "eager",
+        **_other_blocks(model),
     }
+
+
+def _other_blocks(model: ModelConfig) -> dict[str, Any]:
+    """Return the keys that the released files lack, where the model differs from theirs."""
+    activation, is_gated = _ACTIVATIONS[model.mlp]
+    keys = {
+        "num_key_value_heads": (model.key_heads, model.heads),
+        "hidden_act": (activation, "relu2"),
+        "gated_mlp": (is_gated, False),
+        "qkv_bias": (model.qkv_bias, False),
+        "attention_out_bias": (model.attention_out_bias, False),
+        "rotary_scaling": (None if model.rope_scaling is None else model.rope_scaling.model_dump(), None),
+    }
+    return {key: value for key, (value, released) in keys.items() if value != released}
 
 
 class ReleasedConfig(BaseModel):
@@ -116,6 +134,12 @@ class ReleasedConfig(BaseModel):
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     use_qk_norm: bool = True
     qk_norm: Literal["full", "head", "none"] | None = None
+    num_key_value_heads: int | None = Field(default=None, gt=0, le=2**16)
+    hidden_act: Literal["relu2", "gelu", "silu"] = "relu2"
+    gated_mlp: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    rotary_scaling: dict[str, Any] | None = None
     attention_bias: bool = True
     mlp_bias: bool = True
     tie_word_embeddings: bool = False
@@ -174,7 +198,6 @@ def model_from(config: ReleasedConfig, *, where: str) -> ModelConfig:
         CheckpointError: a key requires something that this model does not have.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    ffn = config.intermediate_size or 4 * hidden
     resid, head, init = config.resid_scale, config.head_scaling, config.init_scale
     tree = {
         "layers": layers,
@@ -193,14 +216,36 @@ def model_from(config: ReleasedConfig, *, where: str) -> ModelConfig:
         "head_init": config.head_init_scale,
     }
     try:
-        tree["ffn_multiple"] = _whole(ffn / hidden, "intermediate_size / hidden_size")
-        tree["rope_base"] = _whole(_rope_theta(config), "rope_theta")
+        tree |= _mlp_of(config) | _attention_of(config)
+        tree["rope_base"] = _rope_theta(config)
         model = ModelConfig.model_validate(tree)
     except ValueError as error:
         why = first_complaint(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(f"{where} describes a model that cannot be trained here: {why}") from None
-    _refuse_other_models(config, model, where)
+    _refuse_other_models(config, where)
     return model
+
+
+def _mlp_of(config: ReleasedConfig) -> dict[str, Any]:
+    hidden, width = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+    found = [name for name, kind in _ACTIVATIONS.items() if kind == (config.hidden_act, config.gated_mlp)]
+    if not found:
+        raise ValueError(f"hidden_act is {config.hidden_act} with gated_mlp={config.gated_mlp}")
+    is_multiple = width % hidden == 0
+    return {"mlp": found[0], "ffn_multiple": width // hidden} if is_multiple else {"mlp": found[0], "ffn_hidden": width}
+
+
+def _attention_of(config: ReleasedConfig) -> dict[str, Any]:
+    heads = config.num_attention_heads
+    is_usual = config.head_dim is None or config.head_dim * heads == config.hidden_size
+    return {
+        "kv_heads": None if config.num_key_value_heads == heads else config.num_key_value_heads,
+        "head_dim": None if is_usual else config.head_dim,
+        "qkv_bias": config.qkv_bias,
+        "attention_out_bias": config.attention_out_bias,
+        "tie_embeddings": config.tie_word_embeddings,
+        "rope_scaling": config.rotary_scaling,
+    }
 
 
 def noise_from(config: ReleasedConfig, *, where: str) -> NoiseConfig:
@@ -275,26 +320,18 @@ def _times_layers(model: ModelConfig) -> float:
     return next((value for value in tried if value / model.layers == model.resid_factor), near)
 
 
-def _whole(value: float, key: str) -> int:
-    if value != int(value) or value < 1:
-        raise ValueError(f"{key} is {value}, wanted a whole number")
-    return int(value)
-
-
 def _rope_theta(config: ReleasedConfig) -> float:
     found = config.rope_theta or (config.rope_parameters or {}).get("rope_theta", 10000.0)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 1 <= found < 2**53:
-        raise ValueError(f"rope_theta is {shown(found)}, wanted a whole number")
-    return found
+        raise ValueError(f"rope_theta is {shown(found)}, wanted a number of at least 1")
+    return float(found)
 
 
-def _refuse_other_models(config: ReleasedConfig, model: ModelConfig, where: str) -> None:
+def _refuse_other_models(config: ReleasedConfig, where: str) -> None:
     scaling = config.rope_scaling or config.rope_parameters or {}
     wrong = {
         "weight_scaling": config.weight_scaling != 1.0,
-        "tie_word_embeddings": config.tie_word_embeddings,
         "rope_scaling": scaling.get("rope_type", "default") != "default",
-        "head_dim": config.head_dim not in (None, model.head_dim),
     }
     for key, is_wrong in wrong.items():
         if is_wrong:

@@ -1,8 +1,9 @@
 """Tensors of a model and their files: names and shapes, safetensors read and written one tensor at a time.
 
 A training checkpoint stacks the blocks: `decoder.layers.*` tensors begin with a dimension of L. Queries, keys and
-values are one matrix of [heads, 3, head width] rows. Embedding and head have padding rows at their end. The released
-layout (`dvruette/gidd-*`) has one tensor per block and matrix, and no padding rows.
+values are one matrix, in which each head of keys has its queries, itself and its values together; the rows of a gate
+and of what it multiplies alternate. Embedding and head have padding rows at their end. The released layout
+(`dvruette/gidd-*`) has one tensor per block and matrix, and no padding rows.
 
 Only torch's own reader accesses the shards of a training checkpoint, and it loads tensors alone (`weights_only`).
 
@@ -66,8 +67,8 @@ class TrainingTensor:
     """Names of the corresponding released tensors: q, k and v, or one."""
     layer: int | None = None
     """Index in the stacked tensor."""
-    heads: int = 0
-    """Number of heads whose rows are interleaved, for three released tensors."""
+    packed_rows: tuple[int, ...] = ()
+    """Rows of each of several released tensors that alternate in this one; empty for a single one."""
     rows: int | None = None
     """Number of rows without padding, for a table over the vocabulary."""
 
@@ -78,10 +79,24 @@ class TrainingTensor:
         return inner if self.layer is None else (self.layer, *inner)
 
     @property
-    def released_shape(self) -> tuple[int, ...]:
+    def released_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each released tensor."""
-        rows = self.shape[0] // len(self.released) if self.rows is None else self.rows
-        return (rows, *self.shape[1:])
+        if not self.packed_rows:
+            return ((self.rows or self.shape[0], *self.shape[1:]),)
+        repeats = self.shape[0] // sum(self.packed_rows)
+        return tuple((repeats * rows, *self.shape[1:]) for rows in self.packed_rows)
+
+    def packed(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the tensor that is made of the released ones."""
+        if not self.packed_rows:
+            return parts[0]
+        apart = [part.unflatten(0, (-1, rows)) for part, rows in zip(parts, self.packed_rows, strict=True)]
+        return torch.cat(apart, dim=1).flatten(0, 1)
+
+    def part(self, whole: Tensor, index: int) -> Tensor:
+        """Return one of the released tensors that are packed in this one."""
+        repeated = whole.unflatten(0, (-1, sum(self.packed_rows)))
+        return repeated.split(self.packed_rows, dim=1)[index].reshape(self.released_shapes[index])
 
 
 def training_tensors(model: ModelConfig, *, vocab_size: int) -> Iterator[TrainingTensor]:
@@ -96,44 +111,64 @@ def training_tensors(model: ModelConfig, *, vocab_size: int) -> Iterator[Trainin
     for layer in range(model.layers):
         yield from _block(model, layer)
     yield TrainingTensor("decoder.final_layernorm.weight", (model.hidden,), ("model.norm.weight",))
-    yield TrainingTensor("output_layer.weight", table, ("lm_head.weight",), rows=vocab_size)
+    if not model.tie_embeddings:
+        yield TrainingTensor("output_layer.weight", table, ("lm_head.weight",), rows=vocab_size)
 
 
 def released_shapes(model: ModelConfig, *, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor of the released layout."""
     return {
-        name: tensor.released_shape
+        name: shape
         for tensor in training_tensors(model, vocab_size=vocab_size)
-        for name in tensor.released
+        for name, shape in zip(tensor.released, tensor.released_shapes, strict=True)
     }
 
 
+def is_gain(released: str) -> bool:
+    """Return whether a released tensor is the gain of a norm, stored as an offset from 1."""
+    return released.endswith("norm.weight")
+
+
 def _block(model: ModelConfig, layer: int) -> Iterator[TrainingTensor]:
-    hidden, ffn = model.hidden, model.ffn_hidden
-    norm_width = {"full": hidden, "head": model.head_dim, "none": 0}[model.qk_norm]
-    sink = (model.heads, model.head_dim)
+    hidden, queries = model.hidden, model.heads * model.head_width
+    keys = model.key_heads * model.head_width
+    norms = {"full": (queries, keys), "head": (model.head_width,) * 2, "none": None}[model.qk_norm]
+    sink = (model.heads, model.head_width)
     released = f"model.layers.{layer}."
-    attention = [f"{released}self_attn.{name}_proj.weight" for name in "qkv"]
+    middle = ("gate_proj", "up_proj") if model.is_gated else ("up_proj",)
 
     def plain(key: str, shape: tuple[int, ...], name: str) -> TrainingTensor:
         return TrainingTensor(f"decoder.layers.{key}", shape, (released + name,), layer)
 
+    def packed(key: str, shape: tuple[int, ...], names: Sequence[str], rows: tuple[int, ...]) -> TrainingTensor:
+        return TrainingTensor(f"decoder.layers.{key}", shape, tuple(released + name for name in names), layer, rows)
+
+    def projections(kind: str, *columns: int) -> TrainingTensor:
+        names = [f"self_attn.{name}_proj.{kind}" for name in "qkv"]
+        return packed(f"self_attention.linear_qkv.{kind}", (queries + 2 * keys, *columns), names, model.qkv_rows)
+
+    def first_of_mlp(kind: str, *columns: int) -> TrainingTensor:
+        names, shape = [f"mlp.{name}.{kind}" for name in middle], (len(middle) * model.mlp_width, *columns)
+        return packed(f"mlp.linear_fc1.{kind}", shape, names, (1, 1) if model.is_gated else ())
+
     yield plain("self_attention.linear_qkv.layer_norm_weight", (hidden,), "attn_layernorm.weight")
-    yield TrainingTensor(
-        "decoder.layers.self_attention.linear_qkv.weight", (3 * hidden, hidden), tuple(attention), layer, model.heads
-    )
-    yield plain("self_attention.linear_proj.weight", (hidden, hidden), "self_attn.o_proj.weight")
-    if norm_width:
-        yield plain("self_attention.q_layernorm.weight", (norm_width,), "self_attn.q_norm.weight")
-        yield plain("self_attention.k_layernorm.weight", (norm_width,), "self_attn.k_norm.weight")
+    yield projections("weight", hidden)
+    if model.qkv_bias:
+        yield projections("bias")
+    yield plain("self_attention.linear_proj.weight", (hidden, queries), "self_attn.o_proj.weight")
+    if model.attention_out_bias:
+        yield plain("self_attention.linear_proj.bias", (hidden,), "self_attn.o_proj.bias")
+    if norms:
+        yield plain("self_attention.q_layernorm.weight", (norms[0],), "self_attn.q_norm.weight")
+        yield plain("self_attention.k_layernorm.weight", (norms[1],), "self_attn.k_norm.weight")
     if model.sink:
         yield plain("self_attention.core_attention.sink_key", sink, "self_attn.k_bias")
         yield plain("self_attention.core_attention.sink_value", sink, "self_attn.v_bias")
     yield plain("mlp.linear_fc1.layer_norm_weight", (hidden,), "mlp_layernorm.weight")
-    yield plain("mlp.linear_fc1.weight", (ffn, hidden), "mlp.up_proj.weight")
+    yield first_of_mlp("weight", hidden)
     if model.mlp_bias:
-        yield plain("mlp.linear_fc1.bias", (ffn,), "mlp.up_proj.bias")
-    yield plain("mlp.linear_fc2.weight", (hidden, ffn), "mlp.down_proj.weight")
+        yield first_of_mlp("bias")
+    yield plain("mlp.linear_fc2.weight", (hidden, model.mlp_width), "mlp.down_proj.weight")
     if model.mlp_bias:
         yield plain("mlp.linear_fc2.bias", (hidden,), "mlp.down_proj.bias")
 
@@ -347,13 +382,18 @@ class WeightFiles:
         """Return one tensor."""
         return self._files[name].get_tensor(name)
 
-    def check_layers(self, wanted: int, *, where: str) -> None:
+    def check_layers(self, wanted: int, *, where: str, layers: re.Pattern[str] = _LAYER) -> None:
         """Compare a number of layers with the names of the tensors, before it is used.
+
+        Args:
+            wanted: the number.
+            where: where it comes from, for messages.
+            layers: pattern of the names of a layer's tensors, whose first group is the layer's number.
 
         Raises:
             CheckpointError: the weights have more or fewer layers.
         """
-        found = {match[1] for name in self.shapes if (match := _LAYER.match(name))}
+        found = {match[1] for name in self.shapes if (match := layers.match(name))}
         if len(found) != wanted:
             raise CheckpointError(
                 f"{where} has num_hidden_layers={wanted}, but the weight files beside it hold {len(found)} layers; "

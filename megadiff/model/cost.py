@@ -199,9 +199,7 @@ def executed_flops(
         recompute_modules: what is recomputed in every layer (`Layout.recompute_modules`).
     """
     d, matrices = shape.hidden, shape.layer_matrices
-    scores = (
-        4.0 * shape.query_width * (pairs + tokens * shape.sink)
-    )  # forward, one layer: q k^T and the weighted sum of values
+    scores = 4.0 * shape.query_width * (pairs + tokens * shape.sink)  # forward, one layer: q k^T and the sum of values
     layer = 2.0 * matrices * tokens + scores
     again = recompute_layers * layer
     if "mlp" in recompute_modules:

@@ -138,7 +138,7 @@ class Denoiser(MegatronModule):
         )
         if rope_scaling is not None:
             angles = self.rotary_pos_emb
-            angles.inv_freq = scaled_frequencies(angles.inv_freq, rope_base, rope_scaling)
+            angles.inv_freq = scaled_frequencies(angles.inv_freq, rope_base, **rope_scaling.model_dump())
         self.decoder = TransformerBlock(
             config,
             spec,

@@ -28,7 +28,7 @@ from torch import Tensor
 from megadiff.model.attention import BidirectionalAttention
 from megadiff.model.config import ModelConfig
 from megadiff.model.direct_layer import DirectLayer
-from megadiff.model.rope import attention_factor
+from megadiff.model.rope import attention_factor_of
 
 
 class RMSNorm(torch.nn.Module):
@@ -214,9 +214,9 @@ def _layer_spec(model: ModelConfig, parts: LayerModules) -> ModuleSpec:
         name: one_head or ModuleSpec(module=AllHeadsRMSNorm, params={"heads": count}) for name, count in heads.items()
     }
     residual: Any = _scaled_residual(model.resid_factor)
-    attention: Any = partial(
-        BidirectionalAttention, sink=model.sink, softcap=model.softcap, scale=attention_factor(model.rope_scaling) ** 2
-    )
+    scaling = model.rope_scaling
+    scale = 1.0 if scaling is None else attention_factor_of(**scaling.model_dump()) ** 2  # of queries times keys
+    attention: Any = partial(BidirectionalAttention, sink=model.sink, softcap=model.softcap, scale=scale)
     matrices = MLPSubmodules(
         linear_fc1=with_bias(parts.column, model.mlp_bias), linear_fc2=with_bias(parts.row, model.mlp_bias)
     )

@@ -27,11 +27,19 @@ class GiddConfig(PretrainedConfig):
         use_qk_norm: whether queries and keys are normalised.
         qk_norm: (not in released files) `full`: over all heads together; `head`: each head separately; `none`. Takes
             precedence over `use_qk_norm`, which chooses between `full` and `none`.
+        num_key_value_heads: (not in released files) heads of keys and values; `None` means num_attention_heads.
+        hidden_act: (not in released files) `relu2`, `gelu` or `silu`.
+        gated_mlp: (not in released files) whether the MLP's activation gates a further matrix.
+        qkv_bias, attention_out_bias: (not in released files) biases of queries, keys and values, and of the matrix
+            after attention.
         attention_bias: a learned key and value per head that every query attends to (an attention sink).
-        mlp_bias: biases of the MLP's two matrices.
+        mlp_bias: biases of the MLP's matrices.
+        tie_word_embeddings: whether the head is the embedding.
         is_causal: whether attention is causal and logits predict the next token: an autoregressive control.
         rope_theta: base of the rotary frequencies.
         rope_scaling: only `None`.
+        rotary_scaling: (not in released files) change of the rotary frequencies: the arguments of
+            `rope_gidd.scaled_frequencies`.
         attn_performer: accepted but ignored; attention is chosen by `attn_soft_cap`.
         noise_type: shift b of the uniform share sigmoid(noise_scale * log_snr + b): -1000 masked, 1000 uniform.
         noise_scale: (not in released files) the share's scale a.
@@ -71,11 +79,17 @@ class GiddConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         use_qk_norm: bool = True,
         qk_norm: str | None = None,
+        num_key_value_heads: int | None = None,
+        hidden_act: str = "relu2",
+        gated_mlp: bool = False,
+        qkv_bias: bool = False,
+        attention_out_bias: bool = False,
         attention_bias: bool = True,
         mlp_bias: bool = True,
         is_causal: bool = False,
         rope_theta: float = 10000.0,
         rope_scaling: Any = None,
+        rotary_scaling: dict[str, Any] | None = None,
         attn_performer: str = "eager",
         noise_type: float = 0.0,
         noise_scale: float = 1.0,
@@ -106,12 +120,18 @@ class GiddConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.use_qk_norm = use_qk_norm
         self.qk_norm = ("full" if use_qk_norm else "none") if qk_norm is None else qk_norm
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.hidden_act = hidden_act
+        self.gated_mlp = gated_mlp
+        self.qkv_bias = qkv_bias
+        self.attention_out_bias = attention_out_bias
         self.attention_bias = attention_bias
         self.mlp_bias = mlp_bias
         self.is_causal = is_causal
         self.rope_theta = rope_theta
         if rope_scaling:  # passing it at all makes transformers 5 warn
             self.rope_scaling = rope_scaling
+        self.rotary_scaling = rotary_scaling
         self.attn_performer = attn_performer
         self.noise_type = noise_type
         self.noise_scale = noise_scale
@@ -147,10 +167,14 @@ class GiddConfig(PretrainedConfig):
         wrong = {
             "rope_scaling": (rope_scaling, rope.get("rope_type", "default") == "default"),
             "weight_scaling": (self.weight_scaling, self.weight_scaling == 1),
-            "tie_word_embeddings": (self.tie_word_embeddings, not self.tie_word_embeddings),
+            "hidden_act": (self.hidden_act, self.hidden_act in ("relu2", "gelu", "silu")),
             "qk_norm": (self.qk_norm, self.qk_norm in ("full", "head", "none")),
             "prompt_attention": (self.prompt_attention, self.prompt_attention in ("block", "causal", "full")),
-            "head_dim": (self.head_dim, self.head_dim * self.num_attention_heads == self.hidden_size),
+            "head_dim": (self.head_dim, self.head_dim % 2 == 0),
+            "num_key_value_heads": (
+                self.num_key_value_heads,
+                self.num_attention_heads % self.num_key_value_heads == 0,
+            ),
         }
         for key, (value, is_fine) in wrong.items():
             if not is_fine:

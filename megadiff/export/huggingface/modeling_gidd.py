@@ -1,8 +1,10 @@
 """GIDD: a bidirectional Transformer that predicts clean tokens from noised ones (arXiv:2512.10858).
 
 Pre-norm blocks with scaled residuals; RMSNorm with the gain stored as an offset; queries and keys normalised, then
-rotated; soft-capped attention with a learned sink; a squared-ReLU MLP; an untied head. The model's input is tokens
-alone, without a noise level. Axes: B sequences, L positions, H heads, D head width, V vocabulary.
+rotated; soft-capped attention with a learned sink; a squared-ReLU MLP; an untied head. By configuration also fewer
+heads of keys than of queries, a gated MLP, biases, and a head that is the embedding. The model's input is tokens alone,
+without a noise level. Axes: B sequences, L positions, H heads of queries, G heads of keys and values, D head width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_gidd import GiddConfig
 from .generation_gidd import GiddGeneration
+from .rope_gidd import attention_factor_of, scaled_frequencies
 from .sampling_gidd import Settings  # also because transformers 4 fetches only what this very file imports
 
 __all__ = ["GiddForDiffusionLM", "GiddModel", "Settings"]
@@ -25,8 +28,10 @@ __all__ = ["GiddForDiffusionLM", "GiddModel", "Settings"]
 _SCORE_BYTES = 256 * 2**20
 """Maximal size of the soft-capped scores computed at a time, in bytes; it limits the number of queries."""
 
+_ACTIVATIONS = {"relu2": lambda x: F.relu(x).square(), "gelu": F.gelu, "silu": F.silu}
+
 Cache = tuple[tuple[Tensor, Tensor], ...]
-"""Rotated keys and values [B, H, L, D] of the positions before the input, one pair per block."""
+"""Rotated keys and values [B, G, L, D] of the positions before the input, one pair per block."""
 
 
 @dataclass
@@ -87,16 +92,22 @@ class GiddRMSNorm(nn.Module):
 
 
 class GiddMLP(nn.Module):
-    """MLP down(relu(up(x))^2)."""
+    """MLP down(relu(up(x))^2), with another activation a down(a(up(x))), gated down(a(gate(x)) * up(x))."""
 
     def __init__(self, config: GiddConfig) -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.is_gated = config.gated_mlp
+        if self.is_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, L, hidden] to the same shape."""
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        if self.is_gated:
+            return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class GiddAttention(nn.Module):
@@ -106,11 +117,18 @@ class GiddAttention(nn.Module):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         self.heads, self.soft_cap, self.qk_norm = config.num_attention_heads, config.attn_soft_cap, config.qk_norm
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(4))
+        factor = attention_factor_of(**config.rotary_scaling) if config.rotary_scaling else 1.0
+        self.scale = factor**2 * self.head_dim**-0.5
+        self.queries_per_key = self.heads // config.num_key_value_heads
+        queries, keys = self.heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, hidden, bias=config.attention_out_bias)
         if config.qk_norm != "none":
-            size = hidden if config.qk_norm == "full" else config.head_dim
-            self.q_norm = GiddRMSNorm(size, config.rms_norm_eps)
-            self.k_norm = GiddRMSNorm(size, config.rms_norm_eps)
+            is_full = config.qk_norm == "full"
+            self.q_norm = GiddRMSNorm(queries if is_full else self.head_dim, config.rms_norm_eps)
+            self.k_norm = GiddRMSNorm(keys if is_full else self.head_dim, config.rms_norm_eps)
         self.has_sink = config.attention_bias
         if self.has_sink:
             self.k_bias = nn.Parameter(torch.zeros(self.heads, self.head_dim))
@@ -126,6 +144,8 @@ class GiddAttention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         seen = (k, v)
+        if self.queries_per_key > 1:
+            k, v = k.repeat_interleave(self.queries_per_key, 1), v.repeat_interleave(self.queries_per_key, 1)
         if self.has_sink:
             k, v = _with_sink(k, self.k_bias), _with_sink(v, self.v_bias)
             allowed = None if allowed is None else F.pad(allowed, (1, 0), value=True)
@@ -133,17 +153,17 @@ class GiddAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2)), seen
 
     def _heads(self, x: Tensor, norm: str = "") -> Tensor:
-        """Reshape [B, L, H * D] to [B, H, L, D], normalised over all heads or each head."""
+        """Reshape [B, L, heads * D] to [B, heads, L, D], normalised over all heads or each head."""
         if norm and self.qk_norm == "full":
             x = getattr(self, norm)(x)
-        x = x.unflatten(-1, (self.heads, self.head_dim))
+        x = x.unflatten(-1, (-1, self.head_dim))
         if norm and self.qk_norm == "head":
             x = getattr(self, norm)(x)
         return x.transpose(1, 2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         if self.soft_cap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=self.scale)
         sequences = max(1, _SCORE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
         starts = range(0, q.shape[2], sequences)
         parts = [
@@ -154,7 +174,7 @@ class GiddAttention(nn.Module):
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, cap: float) -> Tensor:
         """Compute soft-capped attention; the scores are in float32 after the product."""
         scores = (q @ k.transpose(-1, -2)).float()
-        scores = scores.mul(self.head_dim**-0.5 / cap).tanh() * cap
+        scores = scores.mul(self.scale / cap).tanh() * cap
         if allowed is not None:
             scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1).to(v.dtype) @ v
@@ -289,7 +309,10 @@ class GiddModel(GiddPreTrainedModel):
         """Return cosine and sine, [1 or B, 1, L, D]; computed on the fly, so there is no buffer to lose."""
         width = self.config.head_dim
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-        angles = positions.float().unsqueeze(-1) * (1.0 / self.config.rope_theta**exponents)
+        frequencies = 1.0 / self.config.rope_theta**exponents
+        if self.config.rotary_scaling:
+            frequencies = scaled_frequencies(frequencies, self.config.rope_theta, **self.config.rotary_scaling)
+        angles = positions.float().unsqueeze(-1) * frequencies
         angles = torch.cat([angles, angles], dim=-1)
         angles = angles.view(-1, 1, *angles.shape[-2:])
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -317,6 +340,8 @@ class GiddModel(GiddPreTrainedModel):
 
 class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
     """Model from token ids to logits over clean tokens, with `generate`. The mask's own logit is meaningless."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  if the configuration ties them
 
     def __init__(self, config: GiddConfig) -> None:
         super().__init__(config)

@@ -56,9 +56,9 @@ class Muon(torch.optim.Optimizer):
     s = update_scale sqrt(m n), so that the update's spectral norm is that of an aligned update by AdamW with elements
     of size `update_scale`, and lr / hidden transfers over widths as it does there.
 
-    Packed queries, keys and values are three matrices, and so are a gate and what it multiplies two. Cuts of matrices over tensor ranks are made orthogonal
-    together; of parts on data-parallel ranks, one rank makes the whole matrix orthogonal for all that hold parts. The
-    momentum is called `exp_avg`; `exp_avg_sq` of a matrix stays zero.
+    Packed queries, keys and values are three matrices, and so are a gate and what it multiplies two. Cuts of matrices
+    over tensor ranks are made orthogonal together; of parts on data-parallel ranks, one rank makes the whole matrix
+    orthogonal for all that hold parts. The momentum is called `exp_avg`; `exp_avg_sq` of a matrix stays zero.
 
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon/.
     """

@@ -1,0 +1,110 @@
+"""Public models, made by transformers' own classes with drawn weights, compute here what they do there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megadiff.errors import CheckpointError
+from megadiff.export.importing import import_folder
+from tests.export.runs import trainer_logits
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "rope_theta": 5000.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "initializer_range": 0.3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 2.0}
+MODELS = {
+    "arcee": ("Arcee", {"hidden_act": "relu2"}),
+    "arcee, tied": ("Arcee", {"hidden_act": "relu2", "tie_word_embeddings": True}),
+    "llama": ("Llama", {}),
+    "llama 3": ("Llama", {"rope_scaling": LLAMA3, "rope_theta": 500.0, "intermediate_size": 90}),
+    "llama, biases, linear": (
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    ),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen 2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen 3": ("Qwen3", {"head_dim": 12, "rope_scaling": YARN, "rope_theta": 100.0}),
+    "qwen 3, biases": ("Qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
+}
+
+
+def drawn(kind, folder, **keys):
+    """A model of transformers with gains away from 1 and biases away from 0, saved by transformers."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **keys})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            weight.data.normal_(0.0, 0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_public_model_computes_the_same_here(name, tmp_path):
+    kind, keys = MODELS[name]
+    model = drawn(kind, tmp_path / "public", **keys)
+    found = import_folder(tmp_path / "public", tmp_path / "out", tokenizer="byte")
+    assert found.manifest.config["method"]["name"] == "next_token"
+    ids = torch.randint(0, 260, (2, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = model(ids).logits[..., :260]
+    ours = trainer_logits(found.folder, [(16, ids)])[0]
+    assert float(wanted.abs().max()) > 0.5
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+def llama(tmp_path, **changes):
+    config = {"model_type": "llama", **SIZES, "hidden_act": "silu", **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = ["self_attn.q_proj.weight", "mlp.gate_proj.weight", "post_attention_layernorm.weight"]
+    save_file({f"model.layers.0.{name}": torch.zeros(2, 2) for name in names}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"rotary embeddings are scaled \(dynamic\)"),
+        ({"rope_scaling": {**YARN, "mscale_all_dim": 1.0}}, "rotary embeddings are scaled with mscale_all_dim"),
+        ({"sliding_window": 8}, "its attention slides"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "activation is gelu_pytorch_tanh with a gate, wanted the one of swiglu"),
+        ({"partial_rotary_factor": 0.5}, "turn a part of each head alone"),
+        ({"num_key_value_heads": 3}, "its 3 key heads do not divide its 4 heads"),
+        ({"no_rope_layers": [1, 0]}, "some of its layers have no rotary embeddings"),
+        ({"hidden_size": None}, "its config.json has no hidden_size"),
+        ({"model_type": "granite"}, r"\(granite\) cannot be a starting point: models are read of the kinds llama, "),
+        ({"model_type": "Dream"}, r"\(Dream\) cannot be a starting point: it predicts the token after each position"),
+        ({"model_type": None}, r"\(no model_type\) cannot be a starting point"),
+        ({"num_hidden_layers": 1}, r"requires model.embed_tokens.weight of shape \(2, 32\), which is missing"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers=3, but the weight files beside it hold 1 layers"),
+    ],
+)
+def test_every_reason_is_named(tmp_path, changes, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        import_folder(llama(tmp_path, **changes), tmp_path / "out", tokenizer="byte")
