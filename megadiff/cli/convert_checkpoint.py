@@ -13,6 +13,7 @@ from megadiff.errors import ConfigError
 
 _EPILOG = """examples:
   megadiff convert_checkpoint export --checkpoint runs/demo --output demo-hf --verify
+  megadiff convert_checkpoint export --checkpoint runs/control --output control-hf --architecture llama
   megadiff convert_checkpoint import --input gidd-unif-3b --output checkpoints/gidd-unif-3b
 
 Checkpoints of any layout can be read; an imported one can be loaded on any layout. It has only weights: a run that
@@ -33,8 +34,14 @@ def main() -> None:
     out.add_argument("--dtype", choices=["bf16", "fp32"], help="type of the weights (default: as stored)")
     out.add_argument("--max-shard-size", type=_bytes, default="5GB", help="size of one weight file (default 5GB)")
     out.add_argument("--verify", action="store_true", help="compare its logits and token ids with the trainer's")
+    out.add_argument(
+        "--architecture",
+        choices=["llama", "mistral", "qwen2", "qwen3", "arcee", "llada", "sdar"],
+        help="names and config.json of this public architecture, for programs that read it (default: the package's "
+        "own class, whose code is in the folder)",
+    )
     back = commands.add_parser("import", help="a Hugging Face folder as a checkpoint to train from")
-    back.add_argument("--input", type=Path, required=True, help="GIDD folder, or an autoregressive one that fits")
+    back.add_argument("--input", type=Path, required=True, help="folder of GIDD or of a public architecture")
     back.add_argument("--output", type=Path, required=True, help="checkpoint folder to create")
     back.add_argument("--seq-length", type=_positive, help="sequence length to train with (default: the folder's)")
     for command in (out, back):
@@ -49,11 +56,17 @@ def _export(arguments: argparse.Namespace) -> None:
     from megadiff.platform.quiet import quiet
 
     with quiet():
+        from megadiff.export.architectures import ARCHITECTURES
         from megadiff.export.export import export
         from megadiff.export.verify import require_transformers
 
     if arguments.verify:
         require_transformers()
+        if arguments.architecture and ARCHITECTURES[arguments.architecture].needs_own_code:
+            raise ConfigError(
+                f"--verify loads the folder in transformers, which has no class of {arguments.architecture}; leave out "
+                "--verify, or verify an export without --architecture"
+            )
     with _progress("exporting") as show:
         found = export(
             arguments.checkpoint,
@@ -61,6 +74,7 @@ def _export(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             max_shard_bytes=arguments.max_shard_size,
             tokenizer=arguments.tokenizer,
+            architecture=arguments.architecture,
             on_tensor=show,
         )
     print(f"{found.folder}: {found.tensors} tensors, {found.parameters:,} parameters, {found.bytes:,} bytes")

@@ -15,13 +15,20 @@ from torch import Tensor
 
 from megadiff.checkpoint.folder import chosen, verify_files
 from megadiff.checkpoint.manifest import Manifest
-from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export import huggingface
+from megadiff.export.architectures import Architecture, architecture_for_export
 from megadiff.export.folder_files import CONFIG, TRAINING, write_checksums
 from megadiff.export.model_card import model_card
 from megadiff.export.released_config import config_of
-from megadiff.export.weight_files import Planned, StoredTensors, TrainingTensor, training_tensors, write_weights
+from megadiff.export.weight_files import (
+    Planned,
+    StoredTensors,
+    TrainingTensor,
+    is_gain,
+    training_tensors,
+    write_weights,
+)
 from megadiff.files import sync
 from megadiff.model import rope
 from megadiff.model.config import ModelConfig
@@ -56,6 +63,7 @@ def export(
     dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: str | None = None,
+    architecture: str | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
     on_file: Callable[[Path], None] = lambda path: None,
 ) -> Exported:
@@ -67,12 +75,16 @@ def export(
         dtype: `bf16` or `fp32`; None keeps the checkpoint's type.
         max_shard_bytes: maximal size of a weight file.
         tokenizer: path to use instead of the one the run was configured with.
+        architecture: a public architecture (`architectures.ARCHITECTURES`) whose names and `config.json` the folder is
+            to have, so that other programs read it as any model of that kind; None for the package's own class, whose
+            code is in the folder.
         on_tensor: called with each tensor's name before it is read.
         on_file: called with each weight file when it is written.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged.
-        ConfigError: `output` is not empty, or models of this training method cannot be exported.
+        ConfigError: `output` is not empty, models of this training method cannot be exported, or the architecture
+            cannot represent the model.
         DataError: the tokenizer is missing, is not the one that the model was trained with, or cannot be exported.
     """
     folder = chosen(checkpoint)
@@ -80,7 +92,11 @@ def export(
     text = tokenizer_of(manifest, tokenizer, where=folder)
     method = method_of(manifest, text, where=folder)
     use = method.export_config()
-    weights = _Weights(folder, manifest, DTYPES[dtype] if dtype else None)
+    kind = None
+    if architecture is not None:
+        model = ModelConfig.model_validate(manifest.config["model"])
+        kind = architecture_for_export(architecture, model, manifest.config["method"]["name"])
+    weights = _Weights(folder, manifest, DTYPES[dtype] if dtype else None, kind)
     with staged(output) as staging:
         # First, since it may be refused, and weights take long.
         names = text.export(staging, seq_length=weights.model.seq_length, prepend_bos=bool(manifest.prepended_bos))
@@ -89,9 +105,17 @@ def export(
         )
         parameters = sum(torch.Size(tensor.shape).numel() for tensor in weights.planned)
         stored = str(weights.planned[0].dtype).removeprefix("torch.")
-        _write_code(staging)
-        _write_json(staging / CONFIG, config_of(manifest, text, use, dtype=stored))
-        _write_json(staging / "generation_config.json", _generation_config(manifest, text))
+        special = {"bos_token_id": text.bos_id, "eos_token_id": text.eos_id, "pad_token_id": text.pad_id}
+        if kind is None:
+            _write_code(staging)
+            _write_json(staging / CONFIG, config_of(manifest, text, use, dtype=stored))
+            _write_json(staging / "generation_config.json", {**special, **_generation_config(manifest)})
+        else:
+            if kind.method != "next_token":
+                special["mask_token_id"] = manifest.mask_id
+            rows = manifest.vocab_size
+            config = kind.config(weights.model, vocab_size=rows, dtype=stored, special=special)
+            _write_json(staging / CONFIG, config)
         _write_json(staging / TRAINING, _training(manifest))
         card = model_card(
             manifest,
@@ -101,6 +125,7 @@ def export(
             dtype=stored,
             metrics=_metrics_of(folder),
             tokenizer_files=names,
+            architecture=kind,
         )
         (staging / "README.md").write_text(card, encoding="utf-8")
         write_checksums(staging, entries)
@@ -138,9 +163,10 @@ class _Weights:
     folder: Path
     manifest: Manifest
     dtype: torch.dtype | None
+    kind: Architecture | None
     model: ModelConfig = field(init=False)
     planned: list[Planned] = field(init=False)
-    _made_of: dict[str, TrainingTensor] = field(init=False, default_factory=dict)
+    _made_of: dict[str, tuple[TrainingTensor, int]] = field(init=False, default_factory=dict)
     _packed: tuple[TrainingTensor | None, Tensor] = field(init=False, default=(None, torch.empty(0)))
 
     def __post_init__(self) -> None:
@@ -155,18 +181,24 @@ class _Weights:
                     f"describes a model with {(*stack, *tensor.shape)}; take another checkpoint of the run"
                 )
             dtype = self.dtype or self._stored.dtype(tensor.key)
-            for name, shape in zip(tensor.released, tensor.released_shapes, strict=True):
+            if self.kind is not None and is_gain(tensor.released[0]):  # an import keeps offsets of gains in float32
+                dtype = self.planned[0].dtype
+            for released, shape in zip(tensor.released, tensor.released_shapes, strict=True):
+                name = released if self.kind is None else self.kind.stored(released)
                 self.planned.append(Planned(name, shape, dtype))
-                self._made_of[name] = tensor
+                self._made_of[name] = (tensor, tensor.released.index(released))
 
     def fetch(self, on_tensor: Callable[[str], None]) -> Callable[[Planned], Iterator[Tensor]]:
         """Return the function with which `write_weights` reads the tensors."""
 
         def blocks(planned: Planned) -> Iterator[Tensor]:
             on_tensor(planned.name)
-            tensor = self._made_of[planned.name]
+            tensor, part = self._made_of[planned.name]
             if tensor.packed_rows:
-                yield self._part(tensor, tensor.released.index(planned.name), planned.dtype)
+                yield self._part(tensor, part, planned.dtype)
+                return
+            if self.kind is not None and is_gain(tensor.released[0]):
+                yield (1.0 + self._read(tensor, 0, planned.shape[0], torch.float32)).to(planned.dtype)
                 return
             for start in range(0, planned.shape[0], planned.rows_at_once):
                 rows = min(planned.rows_at_once, planned.shape[0] - start)
@@ -201,16 +233,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _generation_config(manifest: Manifest, tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation_config(manifest: Manifest) -> dict[str, Any]:
     length = manifest.config["model"]["seq_length"]
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-        "max_new_tokens": min(128, max(1, length // 2)),
-        "max_denoising_steps": 128,
-        "temperature": 1.0,
-    }
+    return {"max_new_tokens": min(128, max(1, length // 2)), "max_denoising_steps": 128, "temperature": 1.0}
 
 
 def _training(manifest: Manifest) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megadiff.checkpoint.manifest import Manifest
+from megadiff.export.architectures import Architecture
 from megadiff.metric_lines import Line, number, read_lines
 from megadiff.model.config import ModelConfig
 from megadiff.untrusted_files import UnreadableFileError
@@ -36,6 +37,24 @@ _LOAD_SENTENCEPIECE = """The tokenizer is a SentencePiece model (`tokenizer.mode
 _LOAD_OTHER = """The tokenizer is not one that Transformers reads ({files}); the mask's id is {mask_id}."""
 
 
+_LOAD_PLAIN = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {folder}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer("A list is", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0], skip_special_tokens=True))
+```
+
+The folder has the layout of `{model_class}` of Transformers and needs no code of its own. A start token stood before
+every sequence in training."""
+
+_LOAD_WITH_OTHER_CODE = """The folder has the names of tensors and the `config.json` of `{model_class}`, for
+programs that read such models. Transformers itself has no such class: for it, put the public model's own Python files
+beside the weights and its `auto_map` into `config.json`."""
+
+
 def model_card(
     manifest: Manifest,
     *,
@@ -45,6 +64,7 @@ def model_card(
     dtype: str,
     metrics: Path | None,
     tokenizer_files: Sequence[str],
+    architecture: Architecture | None = None,
 ) -> str:
     """Return the text of the card.
 
@@ -56,6 +76,7 @@ def model_card(
         dtype: type of the weights.
         metrics: the run's `metrics.jsonl`, if there is one.
         tokenizer_files: names of the files that the tokenizer has in the folder.
+        architecture: the public architecture in whose layout the folder is; None for the package's own.
     """
     files = ", ".join(f"`{name}`" for name in tokenizer_files) or "no files of it are here"
     load = _LOAD_SENTENCEPIECE if "tokenizer.model" in tokenizer_files else _LOAD_OTHER
@@ -68,15 +89,18 @@ def model_card(
         )
         new_tokens = min(64, max(1, manifest.config["model"]["seq_length"] // 2))
         load = _LOAD.format(folder=python_text(name), framing=framing, new_tokens=new_tokens)
+    if architecture is not None:
+        form = _LOAD_WITH_OTHER_CODE if architecture.needs_own_code else _LOAD_PLAIN
+        load = form.format(folder=python_text(name), model_class=architecture.model_class)
     table = "\n".join(f"| {key} | {value} |" for key, value in _facts(manifest, parameters, dtype).items())
     scores = "\n".join(f"| {key} | {value} |" for key, value in _scores(metrics, manifest.step).items())
+    is_own = architecture is None
+    tags = "- diffusion\n- gidd\n- text-diffusion" if is_own else f"- {architecture.model_class}"  # type: ignore[union-attr]
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- diffusion
-- gidd
-- text-diffusion
+{tags}
 ---
 
 # {markdown_text(name)}

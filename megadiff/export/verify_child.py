@@ -2,7 +2,7 @@
 texts.
 
 It imports the folder's modeling file as a package, as a person who has read it would, instead of letting transformers
-do it with `trust_remote_code`.
+do it with `trust_remote_code`. A folder without one is of a class of transformers.
 """
 
 from __future__ import annotations
@@ -60,12 +60,15 @@ def _logits(model: Any, asked: dict[str, Tensor], head: Tensor | None) -> list[T
     found = []
     for number in range(sum(name.startswith("ids.") for name in asked)):
         lengths = asked[f"prompt.{number}"]
-        out = model(asked[f"ids.{number}"], prompt_lengths=lengths if bool(lengths.any()) else None)
+        prompts = {"prompt_lengths": lengths} if bool(lengths.any()) and model.config.model_type == "gidd" else {}
+        out = model(asked[f"ids.{number}"], **prompts)
         found.append(out.logits.float().contiguous())
     return found
 
 
 def _model_class(folder: Path) -> Any:
+    if not (folder / "modeling_gidd.py").exists():
+        return importlib.import_module("transformers").AutoModelForCausalLM
     spec = importlib.util.spec_from_loader("exported", loader=None, is_package=True)
     assert spec is not None
     package = importlib.util.module_from_spec(spec)

@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megadiff.errors import CheckpointError
+from megadiff.export.export import export
 from megadiff.export.importing import import_folder
 from tests.export.runs import trainer_logits
 
@@ -77,6 +78,29 @@ def test_a_public_model_computes_the_same_here(name, tmp_path):
     ours = trainer_logits(found.folder, [(16, ids)])[0]
     assert float(wanted.abs().max()) > 0.5
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+ARCHITECTURES = {"Arcee": "arcee", "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_comes_in_goes_out_bit_for_bit(name, dtype, tmp_path):
+    """As a folder of its own architecture, which transformers loads without code of the folder."""
+    kind, keys = MODELS[name]
+    model = drawn(kind, tmp_path / "public", **{**keys, "vocab_size": 260}).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "public")
+    found = import_folder(tmp_path / "public", tmp_path / "in", tokenizer="byte")
+    folder = export(found.folder, tmp_path / "out", architecture=ARCHITECTURES[kind]).folder
+    stored, back = load_file(tmp_path / "public/model.safetensors"), load_file(folder / "model.safetensors")
+    assert stored.keys() == back.keys()
+    assert all(weight.dtype == back[key].dtype and torch.equal(weight, back[key]) for key, weight in stored.items())
+    before, after = (type(model).from_pretrained(path, dtype=torch.float32) for path in (tmp_path / "public", folder))
+    ids = torch.randint(0, 260, (2, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(after(ids).logits, before(ids).logits)
+    again = import_folder(folder, tmp_path / "again", tokenizer="byte")
+    assert again.model == found.model
 
 
 def llama(tmp_path, **changes):
