@@ -38,6 +38,10 @@ class Architecture:
     """Keys of its `config.json`, where they differ from Llama's."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of its `config.json` that models of this kind have with these values."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that an export writes besides, and an import does not read."""
+    vocabulary: tuple[str, ...] = ("vocab_size",)
+    """Keys of the number of rows of its tables."""
     mlp: str = "swiglu"
     """Value of `model.mlp`."""
     qk_norm: Literal["head", "none"] = "none"
@@ -78,7 +82,9 @@ class Architecture:
             tests["its rotary embeddings cannot be scaled (model.rope_scaling)"] = True
         return [reason for reason, is_so in tests.items() if is_so]
 
-    def config(self, model: ModelConfig, *, vocab_size: int, dtype: str, special: Mapping[str, int | None]) -> dict:
+    def config(
+        self, model: ModelConfig, *, vocab_size: int, dtype: str, special: Mapping[str, int | None]
+    ) -> dict[str, Any]:
         """Return the whole `config.json` of a model.
 
         Args:
@@ -98,7 +104,6 @@ class Architecture:
             "rms_norm_eps": model.norm_eps,
             "rope_theta": model.rope_base,
             "tie_word_embeddings": model.tie_embeddings,
-            "vocab_size": vocab_size,
         }
         found = {self.keys.get(key, key): value for key, value in found.items()}
         if not self.keys:
@@ -113,7 +118,9 @@ class Architecture:
             "model_type": next(name for name, kind in ARCHITECTURES.items() if kind is self),
             "torch_dtype": dtype,
             **found,
+            **dict.fromkeys(self.vocabulary, vocab_size),
             **self.fixed,
+            **self.written,
             **special,
         }
 
@@ -160,6 +167,7 @@ _LLADA_KEYS = {
     "hidden_act": "activation_type",
     "tie_word_embeddings": "weight_tying",
 }
+_LLADA_WRITTEN = {"attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0}
 _LLADA_FIXED = {
     "alibi": False,
     "attention_layer_norm": False,
@@ -193,7 +201,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp="relu2",
         biases=frozenset({_NONE, _ATTENTION, frozenset({"mlp"}), _ATTENTION | {"mlp"}}),
     ),
-    "llada": Architecture("LLaDAModelLM", "gidd", _LLADA, keys=_LLADA_KEYS, fixed=_LLADA_FIXED, needs_own_code=True),
+    "llada": Architecture(
+        "LLaDAModelLM",
+        "gidd",
+        _LLADA,
+        keys=_LLADA_KEYS,
+        fixed=_LLADA_FIXED,
+        written=_LLADA_WRITTEN,
+        vocabulary=("vocab_size", "embedding_size"),
+        needs_own_code=True,
+    ),
     "sdar": Architecture("SDARForCausalLM", "gidd", _LLAMA, qk_norm="head", needs_own_code=True),
 }
 """Architectures by their `model_type`."""

@@ -95,6 +95,7 @@ class PublicSource:
         self._kind = _architecture(config, where)
         self.method = self._kind.method
         """Name of the training method that goes on with the model."""
+        self._mask_id = config.get("mask_token_id") if self.method != "next_token" else None
         self._keys = _keys(config, self._kind, where)
         reasons = _reasons(self._keys, config, self._kind, files.shapes)
         if reasons:
@@ -107,8 +108,14 @@ class PublicSource:
         """Return the number of ids of the tokenizer.
 
         Raises:
-            CheckpointError: it has far more ids than the embedding has rows, so it belongs to another model.
+            CheckpointError: it has far more ids than the embedding has rows, or another mask than a diffusion model's
+                configuration, so it belongs to another model.
         """
+        if self._mask_id not in (None, tokenizer.mask_id):
+            raise CheckpointError(
+                f"{self._where}: its mask_token_id is {shown(self._mask_id)}, but the mask of the tokenizer "
+                f"{tokenizer.name} is {tokenizer.mask_id}; give the model's own tokenizer with --tokenizer"
+            )
         rows = self._files.shapes[self._kind.stored(_EMBEDDING)][0]
         if tokenizer.vocab_size > rows + MOST_ADDED_IDS:
             raise CheckpointError(
@@ -246,6 +253,6 @@ def _reasons(
         "some of its layers have no rotary embeddings": not all(keys.no_rope_layers or [1]),
         "its attention slides": keys.slides,
         f"its {key_heads} key heads do not divide its {heads} heads": heads % key_heads != 0,
-        **{f"its {key} is {shown(config.get(key))}, not {kind.fixed[key]}": True for key in strange},
+        **{f"its {key} is {shown(config.get(key))}, wanted {shown(kind.fixed[key])}": True for key in strange},
     }
     return [reason for reason, is_so in tests.items() if is_so]

@@ -1,0 +1,143 @@
+"""Folders in the layouts of LLaDA and SDAR, against their published forward passes written here on plain tensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from megadiff.data.tokenizers.byte import ByteTokenizer
+from megadiff.errors import CheckpointError
+from megadiff.export.export import export
+from megadiff.export.importing import import_folder
+from tests.export.runs import trainer_logits
+
+LAYERS, WIDTH, HEADS, ROWS, THETA, EPS = 2, 32, 4, 260, 500.0, 1e-5
+LLADA = {
+    "model_type": "llada", "d_model": WIDTH, "n_heads": HEADS, "n_kv_heads": HEADS, "n_layers": LAYERS,
+    "mlp_hidden_size": 48, "max_sequence_length": 16, "activation_type": "silu", "block_type": "llama",
+    "layer_norm_type": "rms", "rms_norm_eps": EPS, "rope": True, "rope_theta": THETA, "weight_tying": False,
+    "vocab_size": ROWS, "embedding_size": ROWS, "alibi": False, "include_bias": False, "include_qkv_bias": False,
+    "mask_token_id": ByteTokenizer().mask_id,
+}  # fmt: skip
+SDAR = {
+    "model_type": "sdar", "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": 2, "head_dim": 12,
+    "num_hidden_layers": LAYERS, "intermediate_size": 48, "max_position_embeddings": 16, "hidden_act": "silu",
+    "rms_norm_eps": EPS, "rope_theta": THETA, "tie_word_embeddings": False, "vocab_size": ROWS,
+}  # fmt: skip
+BLOCK = {
+    "llada": ("model.transformer.blocks.{}.", "attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm",
+              "ff_proj", "up_proj", "ff_out"),
+    "sdar": ("model.layers.{}.", "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+             "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}  # fmt: skip
+TABLES = {
+    "llada": ("model.transformer.wte.weight", "model.transformer.ln_f.weight", "model.transformer.ff_out.weight"),
+    "sdar": ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+}
+
+
+def rms(x, gain):
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * gain
+
+
+def rotated(x):
+    """Rotate [B, L, H, D] by position, halves paired."""
+    width = x.shape[-1]
+    angles = torch.outer(torch.arange(x.shape[1]).double(), THETA ** (-torch.arange(0, width, 2).double() / width))
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    low, high = x[..., : width // 2], x[..., width // 2 :]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def published_logits(kind, weights, ids):
+    """Logits [B, L, V] in float64, every position seeing every other."""
+    weights = {name: weight.double() for name, weight in weights.items()}
+    embedding, last_norm, head = (weights[name] for name in TABLES[kind])
+    x = embedding[ids]
+    for layer in range(LAYERS):
+        prefix, *names = BLOCK[kind]
+        norm, q, k, v, out, mlp_norm, gate, up, down = (weights[f"{prefix.format(layer)}{n}.weight"] for n in names)
+        h = rms(x, norm)
+        width = 12 if kind == "sdar" else WIDTH // HEADS
+        queries, keys, values = ((h @ one.T).unflatten(-1, (-1, width)) for one in (q, k, v))
+        if kind == "sdar":
+            queries = rms(queries, weights[f"{prefix.format(layer)}self_attn.q_norm.weight"])
+            keys = rms(keys, weights[f"{prefix.format(layer)}self_attn.k_norm.weight"])
+        queries, keys = rotated(queries), rotated(keys)
+        keys, values = (one.repeat_interleave(HEADS // one.shape[2], dim=2) for one in (keys, values))
+        scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) / width**0.5
+        x = x + torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values).flatten(-2) @ out.T
+        h = rms(x, mlp_norm)
+        x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
+    return rms(x, last_norm) @ head.T
+
+
+def drawn(kind, folder):
+    """Write a folder with drawn weights and return them."""
+    draw = torch.Generator().manual_seed(3)
+    config, q = (LLADA, WIDTH) if kind == "llada" else (SDAR, HEADS * 12)
+    kv = WIDTH if kind == "llada" else 2 * 12
+    shapes = dict(zip(TABLES[kind], [(ROWS, WIDTH), (WIDTH,), (ROWS, WIDTH)], strict=True))
+    sizes = [
+        (WIDTH,),
+        (q, WIDTH),
+        (kv, WIDTH),
+        (kv, WIDTH),
+        (WIDTH, q),
+        (WIDTH,),
+        (48, WIDTH),
+        (48, WIDTH),
+        (WIDTH, 48),
+    ]
+    for layer in range(LAYERS):
+        prefix, *names = BLOCK[kind]
+        shapes |= {f"{prefix.format(layer)}{n}.weight": size for n, size in zip(names, sizes, strict=True)}
+        if kind == "sdar":
+            shapes |= {f"{prefix.format(layer)}self_attn.{n}_norm.weight": (12,) for n in "qk"}
+    weights = {name: torch.randn(shape, generator=draw) * 0.3 + (len(shape) == 1) for name, shape in shapes.items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+@pytest.mark.parametrize("kind", ["llada", "sdar"])
+def test_a_diffusion_model_computes_what_its_own_code_does(kind, tmp_path):
+    weights = drawn(kind, tmp_path / "public")
+    found = import_folder(tmp_path / "public", tmp_path / "in", tokenizer="byte")
+    config = found.manifest.config
+    assert config["method"]["name"] == "gidd"
+    assert config["noise"]["shift"] == "masked"
+    ids = torch.randint(0, ROWS, (2, 16), generator=torch.Generator().manual_seed(2))
+    wanted = published_logits(kind, weights, ids).float()
+    assert float(wanted.abs().max()) > 0.5
+    torch.testing.assert_close(trainer_logits(found.folder, [(0, ids)])[0], wanted, rtol=1e-5, atol=1e-5)
+    folder = export(found.folder, tmp_path / "out", architecture=kind).folder
+    back = load_file(folder / "model.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weight) for name, weight in weights.items())
+    before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "public", folder))
+    assert {key: after[key] for key in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"alibi": True}, "its alibi is true, wanted false"),
+        ({"scale_logits": True}, "its scale_logits is true, wanted false"),
+        ({"layer_norm_type": "default"}, "its layer_norm_type is 'default', wanted 'rms'"),
+        ({"activation_type": "gelu"}, "activation is gelu with a gate, wanted the one of swiglu"),
+        ({"n_layers": 5}, "num_hidden_layers=5, but the weight files beside it hold 2 layers"),
+        ({"mask_token_id": 126336}, "its mask_token_id is 126336, but the mask of the tokenizer byte is 3"),
+        ({"d_model": None}, "its config.json has no d_model"),
+    ],
+)
+def test_another_kind_of_llada_is_refused(changes, reason, tmp_path):
+    drawn("llada", tmp_path / "public")
+    (tmp_path / "public/config.json").write_text(json.dumps({**LLADA, **changes}))
+    with pytest.raises(CheckpointError, match=reason):
+        import_folder(tmp_path / "public", tmp_path / "in", tokenizer="byte")
