@@ -197,9 +197,10 @@ def _compared(config: Path, manifest: Manifest, *, takes_data: bool) -> dict[str
     from megadiff.checkpoint.manifest import differences
     from megadiff.config.load import load_config
     from megadiff.run.config import RunConfig
+    from megadiff.run.resume import of_this_version
 
     wanted = load_config(config, [], RunConfig).model_dump(mode="json", by_alias=True)
-    for change in differences(manifest, wanted):
+    for change in differences(of_this_version(manifest), wanted):
         if takes_data and change.key.partition(".")[0] == "data":
             continue
         print(f"the trunk had {change.key} {change.before!r}, {config} has {change.now!r}; the trunk's is used")

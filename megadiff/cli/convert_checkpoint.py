@@ -107,7 +107,7 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
             def logits(case: verify.Case) -> torch.Tensor:
                 return trained.denoise(case.ids, case.prompt_length)
 
-            yield verify.Trainer(logits, chunk.head_weight.data)
+            yield verify.Trainer(logits, chunk.head_weight.data)  # type: ignore[attr-defined]  a bare Denoiser
 
     manifest = read_manifest(checkpoint)
     conditioning = manifest.config["conditioning"]

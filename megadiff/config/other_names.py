@@ -12,18 +12,28 @@ _NAMES_BY_KEY: dict[str, str] = {
         "num_layers n_layer n_layers num_hidden_layers depth encoder_num_layers decoder_num_layers nlayers model_layers"
     ),
     "model.hidden": "hidden_size d_model dim n_embd n_embed embed_dim model_dim width hidden_dim embedding_size",
-    "model.heads": "num_attention_heads n_head n_heads num_heads attention_heads nheads num_query_groups n_kv_heads",
+    "model.heads": "num_attention_heads n_head n_heads num_heads attention_heads nheads",
+    "model.kv_heads": "num_query_groups n_kv_heads num_key_value_heads num_kv_heads kv_head_num query_groups",
+    "model.head_dim": "kv_channels head_size d_head dim_head attention_head_dim",
     "model.seq_length": (
         "seq_len sequence_length max_seq_len max_seq_length max_position_embeddings block_size context_length "
         "max_sequence_length model_max_length n_positions n_ctx encoder_seq_length seqlen context_size"
     ),
-    "model.ffn_multiple": "ffn_hidden_size intermediate_size mlp_ratio ffn_dim_multiplier ffn_dim d_ff mlp_multiple",
+    "model.ffn_multiple": "mlp_ratio ffn_dim_multiplier mlp_multiple",
+    "model.ffn_hidden": "ffn_hidden_size intermediate_size ffn_dim d_ff mlp_hidden_size mlp_hidden",
+    "model.mlp": "hidden_act activation activation_function activation_type swiglu gated_linear_unit mlp_type",
     "model.mlp_bias": "add_bias_linear disable_bias_linear bias use_bias",
+    "model.qkv_bias": "add_qkv_bias attention_bias include_qkv_bias",
+    "model.tie_embeddings": (
+        "tie_word_embeddings untie_embeddings_and_output_weights weight_tying tied_embeddings tie_weights "
+        "share_embeddings"
+    ),
     "model.qk_norm": "qk_layernorm use_qk_norm qk_layer_norm",
     "model.softcap": "attn_logit_softcapping attn_soft_cap logit_softcap attention_softcap",
     "model.sink": "attention_sink softmax_type attn_sink use_sink",
     "model.norm_eps": "rms_norm_eps layernorm_epsilon norm_epsilon layer_norm_eps layer_norm_epsilon",
     "model.rope_base": "rotary_base rope_theta rope_freq_base",
+    "model.rope_scaling": "use_rope_scaling rope_scaling_factor rope_parameters",
     "model.init_scale": "init_method_std initializer_range init_std",
     "model.vocab_multiple": "make_vocab_size_divisible_by pad_vocab_size_to_multiple_of vocab_size_multiple",
     "noise.process": "noise.form forward_process noise_kind mixing diffusion_type",
@@ -158,9 +168,6 @@ _NAMES_BY_ANSWER: dict[str, str] = {
         "num_train_epochs epochs num_epochs max_epochs"
     ),
     "the model has no dropout": ("dropout hidden_dropout attention_dropout attn_dropout resid_dropout"),
-    "the output head always has weights of its own": (
-        "tie_word_embeddings untie_embeddings_and_output_weights weight_tying tie_weights tie_embeddings"
-    ),
     "the cooldown ends at a rate of 0": ("min_lr lr_min min_learning_rate"),
     "the loader needs no workers; it reads ahead by itself": ("num_workers dataloader_num_workers"),
     "curves are written to metrics.jsonl and, with log.tensorboard, to TensorBoard": (

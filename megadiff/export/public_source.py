@@ -1,6 +1,6 @@
 """Checkpoints of public models (`architectures`) as a starting point for training.
 
-A checkpoint fits if its `model_type` is one of a known architecture and its configuration asks for nothing that this
+A checkpoint fits if its `model_type` is one of a known architecture and its configuration needs nothing that this
 model lacks: no sliding windows, experts, partial rotations or other norms.
 """
 

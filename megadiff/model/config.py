@@ -21,17 +21,17 @@ class RopeScaling(Section):
     original_seq_length: int | None = Field(default=None, gt=0)
     """Length of the first training's sequences, over which turns are counted; `llama3` and `yarn` need it."""
     low_freq_factor: float = Field(default=1.0, gt=0)
-    """With `llama3`: frequencies of fewer turns than this are divided by `factor`."""
+    """Frequencies of fewer turns than this are divided by `factor` (`llama3`)."""
     high_freq_factor: float = Field(default=4.0, gt=0)
-    """With `llama3`: frequencies of more turns than this stay."""
+    """Frequencies of more turns than this stay (`llama3`)."""
     beta_fast: float = Field(default=32.0, gt=0)
-    """With `yarn`: frequencies of more turns than this stay."""
+    """Frequencies of more turns than this stay (`yarn`)."""
     beta_slow: float = Field(default=1.0, gt=0)
-    """With `yarn`: frequencies of fewer turns than this are divided by `factor`."""
+    """Frequencies of fewer turns than this are divided by `factor` (`yarn`)."""
     attention_factor: float | None = Field(default=None, gt=0)
-    """With `yarn`: factor on rotated queries and keys; null for 0.1 ln(factor) + 1."""
+    """Factor on rotated queries and keys (`yarn`); null for 0.1 ln(factor) + 1."""
     truncate: bool = True
-    """With `yarn`: whether the ends of the ramp are rounded to whole frequencies."""
+    """Whether the ends of the ramp are rounded to whole frequencies (`yarn`)."""
 
     @model_validator(mode="after")
     def _has_what_its_type_needs(self) -> RopeScaling:

@@ -127,18 +127,7 @@ class Denoiser(MegatronModule):
                 position_embedding_type="rope",
                 tp_group=self.pg_collection.tp,
             )
-        layers: Any = spec.layer_specs
-        rotary = getattr(layers[0].module, "rotary_embedding", RotaryEmbedding)
-        self.rotary_pos_emb = rotary(
-            kv_channels=config.kv_channels,  # type: ignore[arg-type]
-            rotary_percent=1.0,
-            rotary_base=rope_base,  # type: ignore[arg-type]  it is only the base of a power
-            use_cpu_initialization=config.use_cpu_initialization,
-            cp_group=self.pg_collection.cp,
-        )
-        if rope_scaling is not None:
-            angles = self.rotary_pos_emb
-            angles.inv_freq = scaled_frequencies(angles.inv_freq, rope_base, **rope_scaling.model_dump())
+        self.rotary_pos_emb = _rotation(config, spec, rope_base, rope_scaling, self.pg_collection)
         self.decoder = TransformerBlock(
             config,
             spec,
@@ -259,6 +248,27 @@ class Denoiser(MegatronModule):
                 allow_shape_mismatch=True,
             )
         return state
+
+
+def _rotation(
+    config: TransformerConfig,
+    spec: TransformerBlockSubmodules,
+    base: float,
+    scaling: RopeScaling | None,
+    groups: ProcessGroupCollection,
+) -> RotaryEmbedding:
+    """Return the rotary embedding, in the form that the layers take."""
+    layers: Any = spec.layer_specs
+    built = getattr(layers[0].module, "rotary_embedding", RotaryEmbedding)(
+        kv_channels=config.kv_channels,  # type: ignore[arg-type]
+        rotary_percent=1.0,
+        rotary_base=base,  # type: ignore[arg-type]  it is only the base of a power
+        use_cpu_initialization=config.use_cpu_initialization,
+        cp_group=groups.cp,
+    )
+    if scaling is not None:
+        built.inv_freq = scaled_frequencies(built.inv_freq, base, **scaling.model_dump())
+    return built
 
 
 class _Bf16Chunk(Float16Module):

@@ -162,7 +162,7 @@ def _reduce_gradients(chunks: Sequence[DataParallelChunk], *args: Any, **kwargs:
 
 
 def _is_tied(chunk: DataParallelChunk) -> bool:
-    return get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights")
+    return bool(get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights"))
 
 
 def _divide(chunks: Sequence[DataParallelChunk], num_tokens: Tensor, topology: Topology) -> None:

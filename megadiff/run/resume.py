@@ -27,6 +27,7 @@ from megadiff.config.suggestions import did_you_mean
 from megadiff.data.mixture import Mixture, next_mixture
 from megadiff.data.review import change_advice, describe_change
 from megadiff.errors import CheckpointError, ConfigError
+from megadiff.model.config import ModelConfig
 from megadiff.run.config import RunConfig
 from megadiff.run.context import RunContext
 
@@ -189,7 +190,7 @@ class _Accepted:
 
 def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path) -> _Accepted:
     """Return the checkpoint's manifest and the changes since, if this run may resume from it."""
-    saved, steps = read_manifest(folder), prepared.config.steps
+    saved, steps = of_this_version(read_manifest(folder)), prepared.config.steps
     wanted = manifest_of(prepared, ResumeState(saved.step), saved.step)
     if not saved.has_optimizer:
         check_same_model(saved, wanted, folder)
@@ -207,6 +208,13 @@ def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path)
         return _Accepted(saved, changes, prepared.at(before))
     mixture = next_mixture(before, prepared.data.identities, first_sample=saved.samples)
     return _Accepted(saved, changes, prepared.at(mixture), before)
+
+
+def of_this_version(saved: Manifest) -> Manifest:
+    """Return a manifest whose model has, at their defaults, the settings that an older version did not know."""
+    known = {name: key.default for name, key in ModelConfig.model_fields.items() if not key.is_required()}
+    config = {**saved.config, "model": {**known, **saved.config.get("model", {})}}
+    return saved.model_copy(update={"config": config})
 
 
 def saved_mixture(prepared: RunContext, saved: Manifest, folder: Path) -> Mixture:

@@ -40,6 +40,7 @@ REASONS = (
 
 SWEPT = (
     "name", "output_dir", "seed", "model.layers", "model.hidden", "model.heads", "model.ffn_multiple", "noise",
+    "model.kv_heads", "model.head_dim", "model.ffn_hidden",
     "method.name", "batch.global_batch_size", "batch.micro_batch_size", "optimizer.lr", "optimizer.beta2", "schedule",
 )  # fmt: skip
 """Settings, or sections, in which runs of one sweep may differ."""

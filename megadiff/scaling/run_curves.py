@@ -102,17 +102,35 @@ class RunCurve:
 def params_of(settings: Mapping[str, Any]) -> float:
     """Return the parameters that the laws count, without embedding and head, of a run's flat settings.
 
-    The count is that of `megadiff.model.cost.paper_parameters`, from the settings that a run folder records: MLP
+    The count is that of `megadiff.model.cost.paper_parameters`, from the settings that a run folder records:
     biases count twice.
 
     Raises:
         ValueError: a setting is missing or no positive whole number.
     """
     layers, d, heads = (_whole(settings, f"model.{name}") for name in ("layers", "hidden", "heads"))
-    wide = d * (_whole(settings, "model.ffn_multiple") if "model.ffn_multiple" in settings else 4)
-    gains = {"full": 2 * d, "none": 0}.get(str(settings.get("model.qk_norm", "head")), 2 * d // heads)
-    biases = 2 * (wide + d) if settings.get("model.mlp_bias") is True else 0
-    return float(layers * (4 * d * d + 2 * d * wide + 2 * d + gains + biases) + d)
+    key_heads, width = _given(settings, "kv_heads", heads), _given(settings, "head_dim", d // heads)
+    middle = _given(settings, "ffn_hidden", d * _given(settings, "ffn_multiple", 4))
+    queries, keys, matrices = heads * width, key_heads * width, 2 + _is_gated(settings)
+    gains = {"full": queries + keys, "none": 0}.get(str(settings.get("model.qk_norm", "head")), 2 * width)
+    biases = {
+        "mlp_bias": (matrices - 1) * middle + d,
+        "qkv_bias": queries + 2 * keys,
+        "attention_out_bias": d,
+    }
+    counted = 2 * sum(count for name, count in biases.items() if settings.get(f"model.{name}") is True)
+    block = d * (2 * queries + 2 * keys + matrices * middle) + 2 * d + gains + counted
+    return float(layers * block + d)
+
+
+def _given(settings: Mapping[str, Any], name: str, default: int) -> int:
+    """Return a setting of the model that may be null or absent."""
+    key = f"model.{name}"
+    return default if settings.get(key) is None else _whole(settings, key)
+
+
+def _is_gated(settings: Mapping[str, Any]) -> bool:
+    return settings.get("model.mlp") in ("swiglu", "geglu")
 
 
 def flops_per_token_of(settings: Mapping[str, Any], count: FlopCount) -> float:
@@ -122,7 +140,9 @@ def flops_per_token_of(settings: Mapping[str, Any], count: FlopCount) -> float:
         ValueError: a setting is missing or no positive whole number.
     """
     layers, d, length = (_whole(settings, f"model.{name}") for name in ("layers", "hidden", "seq_length"))
-    return flops_per_token(layers, d, length, method=count, params=params_of(settings))
+    heads = _whole(settings, "model.heads")
+    width = heads * _given(settings, "head_dim", d // heads)
+    return flops_per_token(layers, d, length, method=count, params=params_of(settings), attention_width=width)
 
 
 def _whole(settings: Mapping[str, Any], key: str) -> int:

@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from megadiff.platform.quiet import quiet
 from megadiff.run.summary import executed_flops
 from tests.support.ranks import on_ranks
-from tests.support.runs import toy_config, wire_on_rank
+from tests.support.runs import MODERN_BLOCK, toy_config, wire_on_rank
 
 with quiet():
     from megadiff.parallel.step_metrics import work_of
 
 MODEL = {"layers": 2, "hidden": 32, "heads": 4, "seq_length": 16, "head_init": 0.02, "vocab_multiple": 64}
+MODERN = {f"model__{key}": value for key, value in MODERN_BLOCK.items()}
 CASES: dict[str, dict[str, Any]] = {
     "every token has logits": {"noise__shift": "uniform"},
     "only masks have logits": {"noise__shift": "masked"},
@@ -30,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
         "noise__shift": "uniform", "parallel__recompute": "full", "parallel__recompute_layers": 1
     },
     "MLPs recomputed": {"noise__shift": "uniform", "parallel__recompute": "selective"},
+    "the modern block": {"noise__shift": "masked", **MODERN},
+    "the modern block, MLPs recomputed": {"noise__shift": "masked", "parallel__recompute": "selective", **MODERN},
 }  # fmt: skip
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megadiff.model.cost import parameters
+from megadiff.model.cost import flops_per_token, paper_parameters, parameters
+from megadiff.scaling.run_curves import flops_per_token_of, params_of
 from tests.support.ranks import on_ranks
-from tests.support.runs import GIDD_BLOCK, toy_config
+from tests.support.runs import GIDD_BLOCK, MODERN_BLOCK, toy_config
 from tests.support.toy_model import build_on_rank, model_config
 
 GIDD = {**GIDD_BLOCK, "layers": 4}
@@ -90,6 +91,9 @@ OPTIONS = [
     {"mlp_bias": True, "softcap": 30.0},
     {"ffn_multiple": 2, "heads": 2},
     GIDD,
+    MODERN_BLOCK,
+    {"kv_heads": 1, "qk_norm": "full", "sink": True, "mlp": "geglu", "mlp_bias": True},
+    {"head_dim": 6, "mlp": "gelu", "qkv_bias": True},
 ]
 
 
@@ -103,4 +107,8 @@ def test_the_built_model_has_the_parameters_its_closed_form_says(toy_corpus, tmp
     for model, count in zip(models, built, strict=True):
         config = toy_config(toy_corpus, tmp_path).model_copy(update={"model": model})
         rows = model.padded_vocab_size(260)
-        assert parameters(config.shape(vocab_size=260), vocab_entries=rows).total == count
+        shape = config.shape(vocab_size=260)
+        assert parameters(shape, vocab_entries=rows).total == count
+        flat = {f"model.{key}": value for key, value in model.model_dump().items()}
+        assert params_of(flat) == paper_parameters(shape)
+        assert flops_per_token_of(flat, "deepseek") == flops_per_token(shape, "deepseek")

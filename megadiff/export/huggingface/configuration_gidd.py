@@ -6,6 +6,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+_BLOCK = {
+    "num_key_value_heads": None,
+    "hidden_act": "relu2",
+    "gated_mlp": False,
+    "qkv_bias": False,
+    "attention_out_bias": False,
+    "rotary_scaling": None,
+}
+"""Keys of the block that released files lack, and what those files mean."""
+
 
 class GiddConfig(PretrainedConfig):
     """Architecture of a GIDD model, and the noise it was trained with.
@@ -79,17 +89,11 @@ class GiddConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         use_qk_norm: bool = True,
         qk_norm: str | None = None,
-        num_key_value_heads: int | None = None,
-        hidden_act: str = "relu2",
-        gated_mlp: bool = False,
-        qkv_bias: bool = False,
-        attention_out_bias: bool = False,
         attention_bias: bool = True,
         mlp_bias: bool = True,
         is_causal: bool = False,
         rope_theta: float = 10000.0,
         rope_scaling: Any = None,
-        rotary_scaling: dict[str, Any] | None = None,
         attn_performer: str = "eager",
         noise_type: float = 0.0,
         noise_scale: float = 1.0,
@@ -120,18 +124,12 @@ class GiddConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.use_qk_norm = use_qk_norm
         self.qk_norm = ("full" if use_qk_norm else "none") if qk_norm is None else qk_norm
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.hidden_act = hidden_act
-        self.gated_mlp = gated_mlp
-        self.qkv_bias = qkv_bias
-        self.attention_out_bias = attention_out_bias
         self.attention_bias = attention_bias
         self.mlp_bias = mlp_bias
         self.is_causal = is_causal
         self.rope_theta = rope_theta
         if rope_scaling:  # passing it at all makes transformers 5 warn
             self.rope_scaling = rope_scaling
-        self.rotary_scaling = rotary_scaling
         self.attn_performer = attn_performer
         self.noise_type = noise_type
         self.noise_scale = noise_scale
@@ -145,6 +143,9 @@ class GiddConfig(PretrainedConfig):
         self.prompt_attention = prompt_attention
         self.prepended_bos = prepended_bos
         self.mask_token_id = mask_token_id
+        for name, released in _BLOCK.items():
+            setattr(self, name, kwargs.pop(name, released))
+        self.num_key_value_heads = self.num_key_value_heads or num_attention_heads
         for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", 2)):
             kwargs.setdefault(name, token)
         kwargs.setdefault("tie_word_embeddings", False)
