@@ -137,8 +137,10 @@ class ShardedOptimizer(DistributedOptimizer):
     ) -> dict[Any, Any]:
         """Return the weights and the declared state of whole gradient buffers on every rank.
 
-        Collective over the data-parallel group. The format is the parent's: for each buffer and its type, a float32
-        tensor on the host for each key, without the padding between buckets.
+        Collective over the data-parallel group. The format is nearly the parent's: for each buffer and its type, a
+        float32 tensor on the host for each key. The parent leaves out the padding behind buckets, and then looks for
+        parameters at their places with padding, so that state behind a padded bucket would be saved shifted
+        (`sharded_param_state_fully_reshardable` of megatron-core 0.16 and 0.19); here it is kept.
 
         Args:
             use_gloo_comm: must be false.
@@ -151,15 +153,13 @@ class ShardedOptimizer(DistributedOptimizer):
         state: dict[Any, Any] = {"buckets_coalesced": True}
         for index, (buffer, ranges) in enumerate(zip(self.buffers, self.gbuf_ranges, strict=True)):
             ((dtype, bucket_ranges),) = ranges.items()
-            tensors = {key: torch.zeros(buffer.numel_unpadded, dtype=torch.float32, device="cpu") for key in keys}
-            start = 0
+            tensors = {key: torch.zeros(buffer.numel, dtype=torch.float32, device="cpu") for key in keys}
             for bucket, ranges_of_bucket in zip(buffer.buckets, bucket_ranges, strict=True) if not empty_data else ():
-                end = start + bucket.numel_unpadded
+                place = slice(bucket.offset, bucket.offset + bucket.numel_unpadded)
                 for key in keys:
                     whole = self._gathered(key, bucket.grad_data, ranges_of_bucket["param_map"])
-                    tensors[key][start:end].copy_(whole[: bucket.numel_unpadded])
-                start = end
-            state[index] = {dtype: {**tensors, "numel_unpadded": buffer.numel_unpadded}}
+                    tensors[key][place].copy_(whole[: bucket.numel_unpadded])
+            state[index] = {dtype: tensors}
         return state
 
     def _gathered(self, key: str, gradients: torch.Tensor, ranges: Mapping[Any, Any]) -> torch.Tensor:

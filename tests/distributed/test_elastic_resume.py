@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from tests.support.ranks import on_ranks
-from tests.support.runs import largest_relative_difference, merged_sequences, toy_config, train_on_rank
+from tests.support.runs import MODERN_BLOCK, largest_relative_difference, merged_sequences, toy_config, train_on_rank
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -22,10 +22,15 @@ AWAY = {
     "dp8": (8, {"batch__micro_batch_size": 1}),
     "one": (1, {"batch__micro_batch_size": 8}),
 }
+BLOCKS = {"plain": {}, "modern": {**MODERN_BLOCK, "heads": 8, "kv_heads": 4}}
+CASES = [
+    *(("plain", layout) for layout in AWAY),
+    *(("modern", layout) for layout in ("tp4_sequence_dp2", "pp4", "one")),
+]
 LEFT, BACK, STEPS = 3, 6, 9
 
 
-def _train(corpus, output, ranks, layout, until):
+def _train(corpus, output, ranks, layout, until, block):
     config = toy_config(
         corpus,
         output,
@@ -36,6 +41,7 @@ def _train(corpus, output, ranks, layout, until):
         data__valid=[],
         parallel__distributed_optimizer=True,
         **layout,
+        **{f"model__{key}": value for key, value in BLOCKS[block].items()},
     )
     found = on_ranks(ranks, _train_until, config, ranks, until, timeout_s=600)
     assert (config.folder / "LATEST").read_text() == f"step_{until:08d}\n"
@@ -68,22 +74,25 @@ def _train_until(config, ranks, until):
 
 @pytest.fixture(scope="module")
 def whole(toy_corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    lines, sequences = _train(toy_corpus, folder, 8, HOME, STEPS)
-    return folder, lines, sequences
+    """`{block: (folder, lines, sequences)}` of eight ranks that were left alone."""
+    found = {}
+    for block in BLOCKS:
+        folder = tmp_path_factory.mktemp("whole")
+        found[block] = (folder, *_train(toy_corpus, folder, 8, HOME, STEPS, block))
+    return found
 
 
-@pytest.mark.parametrize("layout", AWAY)
-def test_there_and_back_is_the_same_run(whole, toy_corpus, tmp_path, layout):
-    folder, wanted, wanted_sequences = whole
+@pytest.mark.parametrize(("block", "layout"), CASES)
+def test_there_and_back_is_the_same_run(whole, toy_corpus, tmp_path, block, layout):
+    folder, wanted, wanted_sequences = whole[block]
     ranks, changes = AWAY[layout]
     shutil.copytree(folder / "toy", tmp_path / "toy")
     for path in (tmp_path / "toy/checkpoints").iterdir():
         if path.name != f"step_{LEFT:08d}":
             shutil.rmtree(path)
     (tmp_path / "toy/LATEST").unlink()
-    away, sequences_away = _train(toy_corpus, tmp_path, ranks, changes, BACK)
-    lines, sequences_back = _train(toy_corpus, tmp_path, 8, HOME, STEPS)
+    away, sequences_away = _train(toy_corpus, tmp_path, ranks, changes, BACK, block)
+    lines, sequences_back = _train(toy_corpus, tmp_path, 8, HOME, STEPS, block)
     assert sorted(lines) == list(range(1, STEPS + 1))
     assert {**sequences_away, **sequences_back} == {
         sample: digest for sample, digest in wanted_sequences.items() if sample >= LEFT * 8

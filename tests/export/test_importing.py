@@ -154,7 +154,10 @@ SPOILT = {
         "=5, but the weight files beside it hold 4",
     ),
     "a gain in the weights": (lambda f: edit(f / "config.json", weight_scaling=2.0), "weight_scaling is 2.0"),
-    "an odd width": (lambda f: edit(f / "config.json", intermediate_size=100), "is 3.125, wanted a whole number"),
+    "another width": (
+        lambda f: edit(f / "config.json", intermediate_size=100),
+        r"down_proj.weight has shape \(32, 128\), its config.json requires \(32, 100\)",
+    ),
     "another mask": (lambda f: edit(f / "config.json", mask_token_id=9), "260 ids with the mask 9, but the tokenizer"),
     "no width": (
         lambda f: edit(f / "config.json", hidden_size=0),

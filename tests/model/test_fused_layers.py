@@ -44,7 +44,7 @@ def test_every_name_and_signature_in_use_is_there(found: dict[str, Any]) -> None
     assert found["missing"] == []
 
 
-@pytest.mark.parametrize("block", ["plain", "GIDD"])
+@pytest.mark.parametrize("block", ["plain", "GIDD", "modern"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_of_either_kind_of_layers_is_laid_out_alike(
     found: dict[str, Any], layout: str, block: str

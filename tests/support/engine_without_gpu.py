@@ -179,14 +179,14 @@ def main() -> None:
     import torch
 
     from tests.support.ranks import on_ranks
-    from tests.support.runs import GIDD_BLOCK
+    from tests.support.runs import GIDD_BLOCK, MODERN_BLOCK
 
     torch.set_num_threads(1)
     missing = used_names()
     built = {}
     if not missing:
         for name, (ranks, parallel) in LAYOUTS.items():
-            for title, block in {"plain": {}, "GIDD": GIDD_BLOCK}.items():
+            for title, block in {"plain": {}, "GIDD": GIDD_BLOCK, "modern": MODERN_BLOCK}.items():
                 built[f"{name}, {title}"] = on_ranks(ranks, _built, block, parallel, "none")
         for recipe in RECIPES:
             built[f"recipe {recipe}"] = on_ranks(1, _built, {}, {}, recipe)

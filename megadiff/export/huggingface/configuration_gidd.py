@@ -7,7 +7,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 _BLOCK = {
-    "num_key_value_heads": None,
     "hidden_act": "relu2",
     "gated_mlp": False,
     "qkv_bias": False,
@@ -143,9 +142,8 @@ class GiddConfig(PretrainedConfig):
         self.prompt_attention = prompt_attention
         self.prepended_bos = prepended_bos
         self.mask_token_id = mask_token_id
-        for name, released in _BLOCK.items():
-            setattr(self, name, kwargs.pop(name, released))
-        self.num_key_value_heads = self.num_key_value_heads or num_attention_heads
+        block = {"num_key_value_heads": num_attention_heads, **_BLOCK}
+        self.__dict__.update({name: kwargs.pop(name, released) for name, released in block.items()})
         for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", 2)):
             kwargs.setdefault(name, token)
         kwargs.setdefault("tie_word_embeddings", False)

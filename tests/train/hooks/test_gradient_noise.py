@@ -23,7 +23,7 @@ from megadiff.train.hooks.gradient_noise import (
     summary,
 )
 from tests.support.ranks import on_ranks
-from tests.support.runs import GIDD_BLOCK, read_metrics, toy_config, wire_on_rank
+from tests.support.runs import GIDD_BLOCK, MODERN_BLOCK, read_metrics, toy_config, wire_on_rank
 
 with quiet():
     import torch
@@ -158,7 +158,8 @@ def test_measurements_that_share_sequences_are_warned_of(source, every, steps, v
 
 ENTRY = {"name": "gradient_noise", "every": 2, "groups": 4, "microbatches": 4, "window": 2}
 MODEL = {f"model__{key}": value for key, value in GIDD_BLOCK.items()} | {"model__layers": 4}
-SHARED = {"schedule": {"steps": 1, "warmup_steps": 1}, "data__valid": [], "hooks": [ENTRY], **MODEL}
+TIED = {f"model__{key}": value for key, value in MODERN_BLOCK.items()}
+SHARED = {"schedule": {"steps": 1, "warmup_steps": 1}, "data__valid": [], "hooks": [ENTRY]}
 """A step of rate 0, so that every layout measures the same weights."""
 SPLITS = {
     "one": (1, {}),
@@ -175,10 +176,11 @@ def _measured(config, world_size):
     run.train()
 
 
-def test_the_figures_are_equal_on_one_two_and_four_ranks(toy_corpus, tmp_path):
+@pytest.mark.parametrize("model", [MODEL, TIED], ids=["gidd", "tied tables"])
+def test_the_figures_are_equal_on_one_two_and_four_ranks(toy_corpus, tmp_path, model):
     found = {}
     for name, (ranks, settings) in SPLITS.items():
-        config = toy_config(toy_corpus, tmp_path, name=name, **SHARED, **settings)
+        config = toy_config(toy_corpus, tmp_path, name=name, **SHARED, **model, **settings)
         on_ranks(ranks, _measured, config, ranks)
         lines = [line for line in read_metrics(config.folder / "metrics.jsonl") if "gradient_noise/scale" in line]
         found[name] = {key: value for line in lines for key, value in line.items()}
@@ -224,7 +226,7 @@ def _tensors(tree):
 
 
 def test_a_measurement_leaves_no_trace(toy_corpus, tmp_path):
-    count, same = on_ranks(1, _state_around, toy_config(toy_corpus, tmp_path, **SHARED))[0]
+    count, same = on_ranks(1, _state_around, toy_config(toy_corpus, tmp_path, **SHARED, **MODEL))[0]
     assert count > 100
     assert all(same)
 
@@ -241,9 +243,11 @@ def _refused(config):
 
 def test_validation_data_are_measured_on_or_missed_in_one_sentence(toy_corpus, tmp_path):
     source = {**ENTRY, "source": "validation"}
-    missing = toy_config(toy_corpus, tmp_path, **{**SHARED, "hooks": [source]})
+    missing = toy_config(toy_corpus, tmp_path, **{**SHARED, **MODEL, "hooks": [source]})
     assert "source is validation, but data.valid is empty" in on_ranks(1, _refused, missing)[0]
-    config = toy_config(toy_corpus, tmp_path, **{**SHARED, "hooks": [source], "data__valid": [str(toy_corpus)]})
+    config = toy_config(
+        toy_corpus, tmp_path, **{**SHARED, **MODEL, "hooks": [source], "data__valid": [str(toy_corpus)]}
+    )
     on_ranks(1, _measured, config, 1)
     line = read_metrics(config.folder / "metrics.jsonl")[-1]
     assert math.isfinite(line["gradient_noise/trace_data"])
