@@ -1,4 +1,4 @@
-"""The eight sizes of the paper and a smaller one: exact parameters, of the run description and of the model built."""
+"""The eight sizes of the paper, a smaller one and three of Llama's block: exact parameters, of the run description and of the model built."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ SIZES = {
 }
 """Layers, width, heads; parameters as the paper counts them, as they are, with embedding and head; FLOPs a token."""
 
+LLAMA = {
+    # 12 (768^2 (2 + 2 / 3) + 3 x 768 x 2048) and gains of 25 norms; 32,768 rows, which are also the head
+    "llama-100m": (75_516_672, 100_682_496),
+    # 16 (2048^2 (2 + 2 / 4) + 3 x 2048 x 8192) and 33 norms; 131,072 rows, once
+    "llama-1b": (973_146_112, 1_241_581_568),
+    # 32 (4096^2 (2 + 2 / 4) + 3 x 4096 x 11008) and 65 norms; 131,072 rows, twice
+    "llama-7b": (5_670_965_248, 6_744_707_072),
+}
+"""Parameters without embedding and head, and with them."""
+
 GPUS = {"l16-d1024": 16, "l20-d1536": 32, "gidd-mask-3b": 64, "gidd-unif-3b": 64, "gidd-unif-10b": 128}
 """Where a file's comment names more than 8; every file must do on 8 and on 64 as well."""
 
@@ -53,7 +63,15 @@ def vocabulary(config: RunConfig) -> int:
 
 
 def test_every_file_is_one_of_the_sizes():
-    assert {path.stem for path in MODELS.glob("*.yaml")} == set(SIZES)
+    assert {path.stem for path in MODELS.glob("*.yaml")} == {*SIZES, *LLAMA}
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_a_model_of_llamas_block_has_the_parameters_counted_by_hand(name):
+    config = size(name)
+    counted = cost.parameters(config.shape(vocab_size=vocabulary(config)))
+    assert (counted.non_embedding, counted.total) == LLAMA[name]
+    assert (config.model.mlp, config.model.qk_norm, config.model.sink, config.name) == ("swiglu", "none", False, name)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -113,7 +131,7 @@ def test_the_model_has_the_papers_parameters_on_one_and_two_ranks(built, name, t
     assert built[name, tensor] == SIZES[name][5]
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", [*SIZES, *LLAMA])
 def test_the_layout_fits_the_gpus_the_file_names_and_eight_and_sixty_four(name):
     config = size(name)
     for gpus in (8, 64, GPUS.get(name, 8)):

@@ -69,6 +69,25 @@ def test_the_smallest_model_is_the_same_without_a_rule(checked, rule):
     assert checked[rule][0][128, 2] == pytest.approx(checked[None][0][128, 2], rel=1e-3)
 
 
+MODERN = ["model.kv_heads=1", "model.mlp=swiglu", "model.ffn_hidden=null", "model.qkv_bias=true"]
+
+
+def _check_modern_on_rank():
+    from megadiff.testing.coordinates import check
+
+    platform_on_rank()
+    preset = REPOSITORY / "examples/presets/gidd.yaml"
+    rules = (None, "residual", "hidden_init", "hidden_lr")
+    return {rule: check(GRID, preset, overrides=MODERN, without=rule)[1] for rule in rules}
+
+
+def test_shared_keys_and_gates_follow_the_rules_of_block_matrices():
+    found = on_ranks(1, _check_modern_on_rank, timeout_s=280)[0]
+    assert found.pop(None) == []
+    for rule, broken in found.items():
+        assert any(sentence.startswith(TELLS[rule]) for sentence in broken), broken
+
+
 def _check_muon_on_rank():
     from megadiff.optim.members.muon import Muon
     from megadiff.testing.coordinates import check
