@@ -1,4 +1,4 @@
-"""The eight sizes of the paper, a smaller one and three of Llama's block: exact parameters, of the run description and of the model built."""
+"""The paper's eight sizes, a smaller one and three of Llama's block: parameters of description and built model."""
 
 from __future__ import annotations
 
