@@ -175,11 +175,13 @@ class HashedFile(io.RawIOBase):
     Args:
         file: the open file.
         on_read: called with the number of bytes of each read.
+        limit: number of bytes, from the file's position on, after which it ends; by default those of the whole file.
     """
 
-    def __init__(self, file: io.FileIO, on_read: Callable[[int], None]) -> None:
+    def __init__(self, file: io.FileIO, on_read: Callable[[int], None], *, limit: int | None = None) -> None:
         self._file = file
         self._on_read = on_read
+        self._limit = limit
         self.sha256 = hashlib.sha256()
         self.bytes_read = 0
 
@@ -189,6 +191,8 @@ class HashedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer as far as the file goes and return the number of bytes."""
+        if self._limit is not None:
+            buffer = memoryview(buffer)[: self._limit - self.bytes_read]
         count = self._file.readinto(buffer) or 0
         self.sha256.update(memoryview(buffer)[:count])
         self.bytes_read += count
@@ -223,6 +227,26 @@ def check_input(path: Path) -> None:
             pass
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def line_start(path: Path, offset: int) -> int:
+    """Return the byte at which the first line that starts at or after `offset` starts; the file's size without one."""
+    with open(path, "rb") as file:
+        if offset:
+            file.seek(offset - 1)
+            while (chunk := file.readline(CHUNK_BYTES)) and not chunk.endswith(b"\n"):
+                pass
+        return file.tell()
+
+
+def count_lines(path: Path, end: int) -> int:
+    """Return the number of line ends among the first `end` bytes of a file."""
+    count = 0
+    with open(path, "rb") as file:
+        while end and (chunk := file.read(min(end, CHUNK_BYTES))):
+            count += chunk.count(b"\n")
+            end -= len(chunk)
+    return count
 
 
 def unpacked(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:

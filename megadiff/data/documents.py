@@ -24,6 +24,7 @@ from megadiff.data.corpus_files import (
     HashedFile,
     Line,
     check_input,
+    count_lines,
     even_chunks,
     invalid_utf8,
     json_kind,
@@ -113,6 +114,8 @@ class Corpus:
         max_bad_lines: bad lines to skip over all files before the pass is refused; 0 refuses the first.
         max_document_bytes: uncompressed size of a line, text file or row; a longer one is a bad line, and no more than
             this is held of it.
+        span: first byte and end of the part to read, which must begin and end with whole lines; only for one
+            uncompressed file whose documents are lines.
 
     Raises:
         DataError: no files are given, or a file is missing, unreadable, a folder, or of an unknown kind.
@@ -126,6 +129,7 @@ class Corpus:
         text_split: str = "file",
         max_bad_lines: int = 0,
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
+        span: tuple[int, int] | None = None,
     ) -> None:
         if not paths:
             raise DataError("no input files were given; name at least one .jsonl, .txt or .parquet file")
@@ -138,10 +142,14 @@ class Corpus:
         self.text_split = text_split
         self.max_bad_lines = max_bad_lines
         self.max_document_bytes = max_document_bytes
+        self.span = span
+        self.bad_lines_before = 0
+        """Number of bad lines in other parts of the corpus, which count towards the limit."""
+        self._lines_before: int | None = None
         self.report = CorpusReport()
         for path in self.paths:
             check_input(path)
-        self.total_bytes = sum(path.stat().st_size for path in self.paths)
+        self.total_bytes = span[1] - span[0] if span else sum(path.stat().st_size for path in self.paths)
 
     def documents(self) -> Iterator[str]:
         """Yield the text of each document, never empty; `report` is updated as it goes and reset with each pass.
@@ -175,12 +183,16 @@ class Corpus:
             DataError: bad lines exceed `max_bad_lines`.
         """
         self.report.documents -= 1
-        self._bad_line(document.path, document.line, Bad(f"document {document.number} of the file: {reason}"))
+        of = f"the part from byte {self.span[0]} on" if self.span and self.span[0] else "the file"
+        self._bad_line(document.path, document.line, Bad(f"document {document.number} of {of}: {reason}"))
 
     def _stream_documents(self, path: Path) -> Iterator[tuple[int, str]]:
         found = 0
         with open(path, "rb", buffering=0) as file:
-            raw = HashedFile(file, self._count_bytes)
+            if self.span is not None:
+                file.seek(self.span[0])
+            limit = None if self.span is None else self.span[1] - self.span[0]
+            raw = HashedFile(file, self._count_bytes, limit=limit)
             chunks = even_chunks(unpacked(path, io.BufferedReader(raw, CHUNK_BYTES)))
             for line, text in self._cut(path, chunks):
                 found += bool(text)
@@ -251,14 +263,14 @@ class Corpus:
 
     def _decoded_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str, Bad | None]]:
         """Yield (number, text, None) of each line, or (number, "", the reason) of a bad one."""
-        offset = 0
+        offset = self.span[0] if self.span else 0
         for number, line in enumerate(split_lines(chunks, self.max_document_bytes), start=1):
             if line.content is None:
                 yield number, "", Bad(self._too_long("line"))
             else:
                 bad = invalid_utf8(line.content, of="file", offset=offset)
                 text = "" if bad else line.content.decode("utf-8")
-                yield number, text.removeprefix("\ufeff") if number == 1 else text, bad
+                yield number, text.removeprefix("\ufeff") if number == 1 and not self._is_later_part else text, bad
             offset += line.num_bytes + 1
 
     def _json_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
@@ -268,7 +280,7 @@ class Corpus:
             if line.content is None:
                 self._bad_line(path, number, Bad(self._too_long("line")))
                 continue
-            if number == 1 and line.content.startswith(_BYTE_ORDER_MARK):
+            if number == 1 and line.content.startswith(_BYTE_ORDER_MARK) and not self._is_later_part:
                 line = Line(line.content.removeprefix(_BYTE_ORDER_MARK), line.num_bytes - len(_BYTE_ORDER_MARK))
             if not line.content or line.content.isspace():
                 continue
@@ -320,12 +332,25 @@ class Corpus:
 
     def _bad_line(self, path: Path, number: int, bad: Bad) -> None:
         report = self.report
+        number += self._lines_before_span() if self._is_later_part else 0
         report.bad_lines += 1
         if len(report.bad_examples) < _MAX_LISTED:
             report.bad_examples.append(f"{path}:{number}: {bad.reason}")
-        if report.bad_lines > self.max_bad_lines:
+        if report.bad_lines + self.bad_lines_before > self.max_bad_lines:
             allowed = f"{self.max_bad_lines} bad lines are allowed and this is one more"
             raise DataError(f"{path}:{number}: {bad.reason}; {bad.remedy} or raise --max-bad-lines ({allowed})")
+
+    @property
+    def _is_later_part(self) -> bool:
+        """Whether what is read begins inside a file."""
+        return self.span is not None and self.span[0] > 0
+
+    def _lines_before_span(self) -> int:
+        """Return the number of lines before the part of the file that is read; counted when the first is bad."""
+        if self._lines_before is None:
+            assert self.span is not None
+            self._lines_before = count_lines(self.paths[0], self.span[0])
+        return self._lines_before
 
 
 def utf8_length(text: str) -> int:
@@ -372,9 +397,11 @@ def _column(table: Any, name: str, rows: int) -> Iterator[Any]:
             yield column[place].as_py()
 
 
-def add_corpus_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--input` and the options of `corpus_from`."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="corpus files, kept in this order")
+def add_corpus_options(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
+    """Add `--input`, which a command may require later, and the options of `corpus_from`."""
+    parser.add_argument(
+        "--input", nargs="+", required=is_required, metavar="FILE", help="corpus files, kept in this order"
+    )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column that holds the text")
     parser.add_argument(
         "--text-split",
