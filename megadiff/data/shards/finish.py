@@ -77,12 +77,14 @@ def merge(folder: str | Path, prefix: str | Path, *, overwrite: bool = False) ->
     Args:
         folder: the folder, whose units are all done.
         prefix: P.
-        overwrite: replace finished data of the same prefix.
+        overwrite: replace finished data of the same prefix; what an earlier call has merged is left as it is.
 
     Raises:
-        DataError: as for `finish`; or P exists already or cannot be written.
+        DataError: as for `finish`; or P exists already, with other content, or cannot be written.
     """
     manifest = finish(folder)
+    if not overwrite and _is_merged(prefix, manifest):
+        return manifest
     ledger = Ledger(folder)
     shards = [bin_path(ledger.prefix(record.unit)) for record in _records(ledger, ledger.plan()) if record.tokens]
     with IndexedOutput(prefix, overwrite=overwrite) as output:
@@ -100,6 +102,14 @@ def merge(folder: str | Path, prefix: str | Path, *, overwrite: bool = False) ->
         except OSError as error:
             raise output.refused(error) from error
     return manifest
+
+
+def _is_merged(prefix: str | Path, manifest: IndexedManifest) -> bool:
+    """Return whether a prefix has the tokens of a folder already."""
+    paths = [bin_path(prefix), idx_path(prefix)]
+    if not all(path.is_file() for path in paths) or read_manifest(manifest_path(prefix)) != manifest:
+        return False
+    return paths[0].stat().st_size == manifest.tokens * np.dtype(manifest.dtype).itemsize
 
 
 def report_of(folder: str | Path) -> CorpusReport:

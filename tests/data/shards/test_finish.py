@@ -163,3 +163,6 @@ def test_merged_data_are_not_replaced_unasked(made, tmp_path):
         merge(folder, tmp_path / "p")
     assert (tmp_path / "p.bin").read_bytes() == b"mine"
     merge(folder, tmp_path / "p", overwrite=True)
+    before = (tmp_path / "p.bin").stat()
+    merge(folder, tmp_path / "p")
+    assert (tmp_path / "p.bin").stat() == before, "merged before, and left as it is"
