@@ -307,7 +307,7 @@ def _after(job: Job, number: str) -> Job:
 
 
 def _passed_to_sbatch(job: Job) -> str:
-    """Submit a job and return its id."""
+    """Pass a job to sbatch and return its id."""
     try:
         done = subprocess.run(job.command, env=_environment(), capture_output=True, text=True)
     except FileNotFoundError:
