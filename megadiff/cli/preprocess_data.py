@@ -8,7 +8,13 @@ import time
 
 from megadiff.config.command_line import CommandParser
 from megadiff.config.nodes import COMMAND_LINE
-from megadiff.data.documents import Corpus, add_corpus_options, corpus_from, describe_files, describe_skipped
+from megadiff.data.corpus_options import (
+    add_corpus_options,
+    corpus_from,
+    describe_files,
+    describe_skipped,
+)
+from megadiff.data.documents import Corpus
 from megadiff.data.indexed_manifest import IndexedManifest
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.errors import ConfigError
@@ -54,6 +60,11 @@ def _parser() -> CommandParser:
         epilog=_EXAMPLE,
     )
     add_corpus_options(parser, is_required=False)
+    parser.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="with --shards: leave out documents whose text an earlier one has; reads the input twice",
+    )
     parser.add_argument("--output-prefix", metavar="P", help="writes P.bin, P.idx and P.json")
     parser.add_argument(
         "--shards",
@@ -82,11 +93,19 @@ def _refuse_mixture(args: argparse.Namespace) -> None:
         ConfigError: an option is missing, or has no meaning beside the others.
     """
     if args.merge is not None:
-        wanted, barred, why = ("output_prefix",), ("shards", "input", "tokenizer", "unit_mb"), "with --merge"
+        wanted, barred, why = (
+            ("output_prefix",),
+            ("shards", "input", "tokenizer", "unit_mb", "drop_duplicates"),
+            "with --merge",
+        )
     elif args.shards is not None:
         wanted, barred, why = ("input", "tokenizer"), ("output_prefix", "overwrite"), "with --shards"
     else:
-        wanted, barred, why = ("input", "output_prefix", "tokenizer"), ("unit_mb",), "without --shards"
+        wanted, barred, why = (
+            ("input", "output_prefix", "tokenizer"),
+            ("unit_mb", "drop_duplicates"),
+            "without --shards",
+        )
     missing = [_option(name) for name in wanted if getattr(args, name) is None]
     if missing:
         either = (
@@ -116,7 +135,13 @@ def _make_shards(args: argparse.Namespace) -> None:
     corpus = corpus_from(args)
     unit_bytes = UNIT_BYTES if args.unit_mb is None else int(args.unit_mb * 2**20)
     tokens = make_shards(
-        corpus, args.shards, args.tokenizer, framing=_framing(args), workers=args.workers, unit_bytes=unit_bytes
+        corpus,
+        args.shards,
+        args.tokenizer,
+        framing=_framing(args),
+        workers=args.workers,
+        unit_bytes=unit_bytes,
+        drop_duplicates=args.drop_duplicates,
     )
     manifest = finish(args.shards)
     corpus.report = report_of(args.shards)

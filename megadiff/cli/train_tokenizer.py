@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from megadiff.config.command_line import CommandParser
-from megadiff.data.documents import add_corpus_options, corpus_from, describe_files, describe_skipped
+from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.tokenizer_training import TYPES, train_tokenizer
 
 _EXAMPLE = """example:

@@ -11,9 +11,8 @@ listed, and refused beyond `max_bad_lines`. A damaged or truncated compressed st
 
 from __future__ import annotations
 
-import argparse
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from megadiff.data.corpus_files import (
     text_of,
     unpacked,
 )
+from megadiff.data.document_filters import NO_FILTERS, DocumentFilters
 from megadiff.errors import DataError
 
 MAX_DOCUMENT_BYTES = 2**28
@@ -47,8 +47,6 @@ TEXT_SPLITS = ("file", "line", "blank-line")
 _MAX_LISTED = 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_BATCH_ROWS, _BATCH_BYTES = 256, 2**23
-
-_MAX_LISTED_FILES = 20
 
 
 class Document(NamedTuple):
@@ -94,6 +92,18 @@ class CorpusReport:
     bad_examples: list[str] = field(default_factory=list)
     """The first of them, at most 20, as `file:line: reason`."""
 
+    too_short: int = 0
+    """Number of documents left out because they have too few characters."""
+
+    too_long: int = 0
+    """Number of documents left out because they have too many characters."""
+
+    other_split: int = 0
+    """Number of documents that belong to the other split."""
+
+    duplicates: int = 0
+    """Number of documents left out because an earlier one has the same text."""
+
     repaired_documents: int = 0
     """Number of documents in which halves of surrogate pairs were replaced by U+FFFD."""
 
@@ -114,6 +124,7 @@ class Corpus:
         max_bad_lines: bad lines to skip over all files before the pass is refused; 0 refuses the first.
         max_document_bytes: uncompressed size of a line, text file or row; a longer one is a bad line, and no more than
             this is held of it.
+        filters: documents to leave out by their text; none by default.
         span: first byte and end of the part to read, which must begin and end with whole lines; only for one
             uncompressed file whose documents are lines.
 
@@ -129,6 +140,7 @@ class Corpus:
         text_split: str = "file",
         max_bad_lines: int = 0,
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
+        filters: DocumentFilters = NO_FILTERS,
         span: tuple[int, int] | None = None,
     ) -> None:
         if not paths:
@@ -142,6 +154,9 @@ class Corpus:
         self.text_split = text_split
         self.max_bad_lines = max_bad_lines
         self.max_document_bytes = max_document_bytes
+        self.filters = filters
+        self.duplicates: Container[int] = ()
+        """Numbers, among the documents that pass the filters, of those that are left out as duplicates."""
         self.span = span
         self.bad_lines_before = 0
         """Number of bad lines in other parts of the corpus, which count towards the limit."""
@@ -163,14 +178,22 @@ class Corpus:
     def located_documents(self) -> Iterator[Document]:
         """Yield the same documents as `documents`, each with its place in the corpus."""
         self.report = CorpusReport()
+        passed = 0
         for path in self.paths:
             read = self._parquet_documents if kind_of(path) == ".parquet" else self._stream_documents
             for number, (line, text) in enumerate(read(path), start=1):
-                if text:
+                if not text:
+                    self.report.empty_documents += 1
+                    continue
+                if (reason := self.filters.reason_to_drop(text)) is not None:
+                    setattr(self.report, reason, getattr(self.report, reason) + 1)
+                    continue
+                if passed in self.duplicates:
+                    self.report.duplicates += 1
+                else:
                     self.report.documents += 1
                     yield Document(text, path, line, number)
-                else:
-                    self.report.empty_documents += 1
+                passed += 1
 
     def skip(self, document: Document, reason: str) -> None:
         """Count a yielded document that turned out to be unusable as a bad line.
@@ -395,75 +418,3 @@ def _column(table: Any, name: str, rows: int) -> Iterator[Any]:
         column = batch.column(0)
         for place in range(len(column)):
             yield column[place].as_py()
-
-
-def add_corpus_options(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
-    """Add `--input`, which a command may require later, and the options of `corpus_from`."""
-    parser.add_argument(
-        "--input", nargs="+", required=is_required, metavar="FILE", help="corpus files, kept in this order"
-    )
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column that holds the text")
-    parser.add_argument(
-        "--text-split",
-        choices=TEXT_SPLITS,
-        default=TEXT_SPLITS[0],
-        help="what is one document in a .txt file: the file (default), each line, or what lies between blank lines",
-    )
-    parser.add_argument(
-        "--max-bad-lines",
-        type=int,
-        default=0,
-        metavar="K",
-        help="lines or documents without usable text to skip, and list at the end, before refusing (default 0)",
-    )
-    parser.add_argument(
-        "--max-document-mb",
-        type=float,
-        default=MAX_DOCUMENT_BYTES / 2**20,
-        metavar="M",
-        help="MiB of one line or document, uncompressed; a longer one is a bad line (default 256)",
-    )
-
-
-def corpus_from(arguments: argparse.Namespace) -> Corpus:
-    """Return the corpus that the options of `add_corpus_options` describe."""
-    return Corpus(
-        arguments.input,
-        json_key=arguments.json_key,
-        text_split=arguments.text_split,
-        max_bad_lines=arguments.max_bad_lines,
-        max_document_bytes=int(arguments.max_document_mb * 2**20),
-    )
-
-
-def describe_files(corpus: Corpus) -> list[str]:
-    """Return a line for each file that was read, with its number of documents."""
-    files = list(zip(corpus.paths, corpus.report.files, strict=True))
-    lines = [f"{path}: {file.documents:,} document(s) read" for path, file in files[:_MAX_LISTED_FILES]]
-    if len(files) > _MAX_LISTED_FILES:
-        rest = sum(file.documents for _, file in files[_MAX_LISTED_FILES:])
-        lines.append(f"{len(files) - _MAX_LISTED_FILES} more files: {rest:,} documents read")
-    whole = [path for path, _ in files if _is_text(path)]
-    if whole and corpus.text_split == TEXT_SPLITS[0]:
-        lines.append(
-            "note: each .txt file was taken as one document; --text-split line or blank-line makes several of it"
-        )
-    return lines
-
-
-def describe_skipped(corpus: Corpus) -> list[str]:
-    """Return a line for each bad line that was kept as an example, and for the repaired documents."""
-    report = corpus.report
-    lines = [f"skipped {example}" for example in report.bad_examples]
-    if report.bad_lines > len(report.bad_examples):
-        lines.append(f"skipped {report.bad_lines - len(report.bad_examples):,} more bad lines")
-    if report.repaired_documents:
-        lines.append(
-            f"note: in {report.repaired_documents:,} document(s) halves of surrogate pairs, which are no characters, "
-            "were replaced by U+FFFD"
-        )
-    return lines
-
-
-def _is_text(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")

@@ -124,6 +124,10 @@ def report_of(folder: str | Path) -> CorpusReport:
         bad_lines=sum(record.bad_lines for record in records),
         bad_examples=examples[:20],
         repaired_documents=sum(record.repaired_documents for record in records),
+        too_short=sum(record.too_short for record in records),
+        too_long=sum(record.too_long for record in records),
+        other_split=sum(record.other_split for record in records),
+        duplicates=sum(record.duplicates for record in records),
         bytes_read=sum(file.bytes for file in plan.inputs),
         files=_files(plan, records),
     )

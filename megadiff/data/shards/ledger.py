@@ -4,6 +4,7 @@
     FOLDER/shards/000000/tokens.bin       a shard with `tokens.idx` and `tokens.json`, which are absent if its unit has
                                           no documents, and `unit.json`, the record of its making
     FOLDER/claims/000001                  the process that is making a unit at present
+    FOLDER/digests, FOLDER/repeats        files by which duplicates are found (`duplicates`), removed at the end
     FOLDER/tokens.idx, FOLDER/tokens.json index and manifest of all shards, written when the last one is there
 
 A shard is made in a temporary folder and appears under its name, complete, by one rename; what is there is done.
@@ -30,6 +31,7 @@ from megadiff.files import sync, write_atomically
 from megadiff.untrusted_files import UnreadableFileError, read_bytes, why
 
 _PLAN, _CLAIMS, _RECORD = "plan.json", "claims", "unit.json"
+_DIGESTS, _REPEATS = "digests", "repeats"
 _MAX_RECORD_BYTES = 2**28
 
 
@@ -82,6 +84,18 @@ class UnitRecord(Section):
     repaired_documents: int = Field(ge=0)
     """Number of documents in which halves of surrogate pairs were replaced."""
 
+    too_short: int = Field(ge=0)
+    """Number of documents with too few characters."""
+
+    too_long: int = Field(ge=0)
+    """Number of documents with too many characters."""
+
+    other_split: int = Field(ge=0)
+    """Number of documents of the other split."""
+
+    duplicates: int = Field(ge=0)
+    """Number of documents that repeat an earlier one."""
+
     host: str
     """Name of the machine that made the shard."""
 
@@ -108,6 +122,7 @@ class Ledger:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.claims_folder = self.folder / _CLAIMS
+        self.digests_folder, self.repeats_folder = self.folder / _DIGESTS, self.folder / _REPEATS
         self._shards = self.folder / SHARDS
         self._records: dict[int, UnitRecord] = {}
 
@@ -139,15 +154,17 @@ class Ledger:
                 self._shards.mkdir(parents=True, exist_ok=True)
                 _write_once(path, plan_bytes(plan))
             except OSError as error:
-                raise self._refused(error) from error
+                raise self.refused(error) from error
             then = read_plan(path)
             assert then is not None
         then.refuse_other(plan, self.folder)
         if len(self.done()) < len(then.units):
             try:
-                self.claims_folder.mkdir(exist_ok=True)
+                by_text = (self.digests_folder, self.repeats_folder) if then.settings.drop_duplicates else ()
+                for needed in (self.claims_folder, *by_text):
+                    needed.mkdir(exist_ok=True)
             except OSError as error:
-                raise self._refused(error) from error
+                raise self.refused(error) from error
         return then
 
     def plan(self) -> ShardPlan:
@@ -216,11 +233,11 @@ class Ledger:
         try:
             temporary.mkdir()
         except OSError as error:
-            raise self._refused(error) from error
+            raise self.refused(error) from error
         try:
             yield NewShard(temporary, self._shard(unit))
         except OSError as error:
-            raise self._refused(error) from error
+            raise self.refused(error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -233,17 +250,18 @@ class Ledger:
         try:
             write_atomically(self.folder / name, content)
         except OSError as error:
-            raise self._refused(error) from error
+            raise self.refused(error) from error
 
     def clear(self) -> None:
         """Remove what killed processes left; call only when all units are done."""
         for path in self._shards.glob(".*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.claims_folder, ignore_errors=True)
+        for folder in (self.claims_folder, self.digests_folder, self.repeats_folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _has_other_content(self) -> bool:
         """Return whether the folder holds more than what other processes create while they begin it."""
-        own = {SHARDS, _CLAIMS}
+        own = {SHARDS, _CLAIMS, _DIGESTS, _REPEATS}
         names = [path.name for path in self.folder.glob("*") if path.name not in own]
         begun = [name for name in names if not name.startswith((f".{_PLAN}.", f"..{_PLAN}.", _PLAN))]
         return bool(begun) or any(self._shards.glob("*"))
@@ -254,7 +272,8 @@ class Ledger:
     def _temporary(self, unit: int, maker: str) -> Path:
         return self._shards / f".{unit:06d}.{maker}.tmp"
 
-    def _refused(self, error: OSError) -> DataError:
+    def refused(self, error: OSError) -> DataError:
+        """Return the error for a disk that refused a write to the folder."""
         where = error.filename or self.folder
         return DataError(
             f"{where}: writing failed ({error.strerror}); free disk space or check its permissions, and repeat the "

@@ -17,9 +17,11 @@ from pydantic import Field, ValidationError
 
 from megadiff.config.section import Section
 from megadiff.data.corpus_files import JSON_SUFFIXES, line_start
+from megadiff.data.document_filters import DocumentFilters
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
 from megadiff.data.preprocess import DocumentMarkers
+from megadiff.data.shards.duplicates import num_groups
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, DataError
 from megadiff.untrusted_files import UnreadableFileError, read_bytes, why
@@ -88,6 +90,21 @@ class PlanSettings(Section):
     unit_bytes: int = Field(gt=0)
     """Size of a unit."""
 
+    min_characters: int
+    """Least number of characters of a document."""
+
+    max_characters: int | None
+    """Largest number of characters of a document."""
+
+    valid_fraction: float
+    """Share of the documents that is held out for validation."""
+
+    split: str
+    """Split to keep."""
+
+    drop_duplicates: bool
+    """Whether documents that repeat an earlier one are left out."""
+
 
 _OPTIONS = {"max_document_bytes": "--max-document-mb", "unit_bytes": "--unit-mb"}
 
@@ -109,6 +126,11 @@ class ShardPlan(Section):
 
     units: tuple[PlannedUnit, ...]
     """Units in the order of the text."""
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups of digests by which duplicates are searched for."""
+        return num_groups(sum(file.bytes for file in self.inputs))
 
     @property
     def framing(self) -> DocumentMarkers:
@@ -133,6 +155,12 @@ class ShardPlan(Section):
             text_split=self.settings.text_split,
             max_bad_lines=max_bad_lines,
             max_document_bytes=self.settings.max_document_bytes,
+            filters=DocumentFilters(
+                min_characters=self.settings.min_characters,
+                max_characters=self.settings.max_characters,
+                valid_fraction=self.settings.valid_fraction,
+                split=self.settings.split,
+            ),
             span=span,
         )
 
@@ -209,7 +237,14 @@ def planned_input(path: Path) -> PlannedInput:
     return PlannedInput(path=os.path.abspath(path), bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
 
-def make_plan(corpus: Corpus, tokenizer: Tokenizer, framing: DocumentMarkers, *, unit_bytes: int) -> ShardPlan:
+def make_plan(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    framing: DocumentMarkers,
+    *,
+    unit_bytes: int,
+    drop_duplicates: bool = False,
+) -> ShardPlan:
     """Return the plan for a corpus.
 
     Raises:
@@ -227,6 +262,11 @@ def make_plan(corpus: Corpus, tokenizer: Tokenizer, framing: DocumentMarkers, *,
             append_eod=framing.append_eod,
             prepend_bos=framing.prepend_bos,
             unit_bytes=unit_bytes,
+            min_characters=corpus.filters.min_characters,
+            max_characters=corpus.filters.max_characters,
+            valid_fraction=corpus.filters.valid_fraction,
+            split=corpus.filters.split,
+            drop_duplicates=drop_duplicates,
         ),
         inputs=tuple(inputs),
         units=tuple(_units(inputs, corpus.text_split, unit_bytes)),

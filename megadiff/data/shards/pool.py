@@ -44,6 +44,7 @@ def make_shards(
     framing: DocumentMarkers | None = None,
     workers: int = 1,
     unit_bytes: int = UNIT_BYTES,
+    drop_duplicates: bool = False,
 ) -> int:
     """Tokenize a corpus into a folder of shards, or continue one, until every shard is there.
 
@@ -56,6 +57,7 @@ def make_shards(
         framing: tokens put around each document; none by default.
         workers: processes on this machine; with 1, this process works, using the tokenizer library's own threads.
         unit_bytes: size of a unit, in bytes of the inputs as stored.
+        drop_duplicates: leave out documents whose text an earlier document of the corpus has.
 
     Returns:
         The number of tokens that this call has written.
@@ -70,7 +72,7 @@ def make_shards(
     tokenizer = load_tokenizer(tokenizer_path)
     refuse_framing(tokenizer, framing)
     ledger = Ledger(folder)
-    plan = ledger.begin(make_plan(corpus, tokenizer, framing, unit_bytes=unit_bytes))
+    plan = ledger.begin(make_plan(corpus, tokenizer, framing, unit_bytes=unit_bytes, drop_duplicates=drop_duplicates))
     with _Progress(ledger, plan) as progress:
         left = len(plan.units) - len(ledger.done())
         if left and workers == 1:

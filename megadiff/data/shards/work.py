@@ -15,6 +15,7 @@ from megadiff.data.corpus_files import CHUNK_BYTES
 from megadiff.data.documents import Corpus
 from megadiff.data.preprocess import tokenize_part
 from megadiff.data.shards.claims import Claims
+from megadiff.data.shards.duplicates import repeats_of, write_digests, write_repeats
 from megadiff.data.shards.ledger import Ledger, UnitInput, UnitRecord
 from megadiff.data.shards.plan import PlannedUnit, ShardPlan
 from megadiff.data.tokenizers import Tokenizer
@@ -53,9 +54,47 @@ class Worker:
         Raises:
             DataError: a unit cannot be made; those that are done stay.
         """
+        if self._plan.settings.drop_duplicates:
+            self._do_all(self._digests, self._write_digests)
+            self._do_all(self._repeats, self._write_repeats)
         while left := sorted(set(range(len(self._plan.units))) - self._ledger.done()):
             if not any([self._try(unit) for unit in left]):
                 time.sleep(_LOOK_EVERY_S)
+
+    @property
+    def _digests(self) -> list[Path]:
+        return [self._ledger.digests_folder / f"{unit:06d}" for unit in range(len(self._plan.units))]
+
+    @property
+    def _repeats(self) -> list[Path]:
+        return [self._ledger.repeats_folder / f"{group:04d}" for group in range(self._plan.num_groups)]
+
+    def _do_all(self, files: list[Path], write: Callable[[int, Path], None]) -> None:
+        """Write all of some files, each in one process; return at once when every shard is there without them."""
+        while any(not path.exists() for path in files) and len(self._ledger.done()) < len(self._plan.units):
+            if not any([self._do(number, path, write) for number, path in enumerate(files)]):
+                time.sleep(_LOOK_EVERY_S)
+
+    def _do(self, number: int, path: Path, write: Callable[[int, Path], None]) -> bool:
+        claim = None if path.exists() else self._claims.take(f"{path.parent.name}-{path.name}")
+        if claim is None:
+            return False
+        with claim:
+            if path.exists():
+                return False
+            try:
+                write(number, path)
+            except OSError as error:
+                raise self._ledger.refused(error) from error
+        return True
+
+    def _write_digests(self, unit: int, path: Path) -> None:
+        planned = self._plan.units[unit]
+        self._plan.refuse_changed(planned, self._ledger.folder)
+        write_digests(self._plan.corpus_of(planned, max_bad_lines=self._max_bad_lines), path)
+
+    def _write_repeats(self, group: int, path: Path) -> None:
+        write_repeats(self._digests, path, group=group, groups=self._plan.num_groups)
 
     def _try(self, unit: int) -> bool:
         """Make the shard of a unit unless it is done or taken; return whether it was made."""
@@ -76,6 +115,8 @@ class Worker:
         self._plan.refuse_changed(planned, self._ledger.folder)
         corpus = self._plan.corpus_of(planned, max_bad_lines=self._max_bad_lines)
         corpus.bad_lines_before = self._bad_lines_elsewhere()
+        if self._plan.settings.drop_duplicates:
+            corpus.duplicates = repeats_of(unit, self._repeats)
         whole = _WholeFile(self._plan, planned)
         with self._ledger.new_shard(unit, maker, dead_maker=dead_maker) as shard:
             manifest = tokenize_part(
@@ -97,6 +138,10 @@ class Worker:
                     bad_lines=report.bad_lines,
                     bad_examples=tuple(report.bad_examples),
                     repaired_documents=report.repaired_documents,
+                    too_short=report.too_short,
+                    too_long=report.too_long,
+                    other_split=report.other_split,
+                    duplicates=report.duplicates,
                     host=os.environ.get("SLURMD_NODENAME", platform.node()),
                     process=os.getpid(),
                     job=os.environ.get("SLURM_JOB_ID"),

@@ -17,6 +17,7 @@ FORK = multiprocessing.get_context("fork")
 
 def take_and_wait(folder, connection):
     claim = Claims(folder).take("000001")
+    assert claim is not None
     connection.send(claim.maker)
     connection.recv()
 
