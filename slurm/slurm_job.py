@@ -202,8 +202,8 @@ def _preprocess(requested: argparse.Namespace, home: Path) -> Job:
         raise ConfigError("--output-prefix P is wanted for one file, or --shards DIR for a folder of shards")
     shards = Path(requested.shards or f"{requested.output_prefix}-shards").absolute()
     for file in requested.input:
-        if not Path(file).is_file():
-            raise ConfigError(f"--input {file}: there is no such file")
+        if not Path(file).exists():
+            raise ConfigError(f"--input {file}: there is no such file or folder")
     inputs = ["--input", *(os.path.abspath(file) for file in requested.input)]
     fixed = [str(shards), *inputs, f"--shards={shards}", f"--tokenizer={requested.tokenizer}"]
     if requested.cpus_per_task and not any(word.partition("=")[0] == "--workers" for word in requested.more):

@@ -56,7 +56,7 @@ def main() -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        description="Tokenize jsonl, txt or parquet files (.gz and .zst too) into P.bin, P.idx and P.json.",
+        description="Tokenize jsonl, txt, csv, parquet or arrow files (also compressed) into P.bin, P.idx and P.json.",
         epilog=_EXAMPLE,
     )
     add_corpus_options(parser, is_required=False)

@@ -17,7 +17,7 @@ _EXAMPLE = """example:
 def main() -> None:
     """Read the arguments, train, and print where the tokenizer is."""
     parser = CommandParser(
-        description="Train a tokenizer on jsonl, txt or parquet files (.gz and .zst too).",
+        description="Train a tokenizer on jsonl, txt, csv, parquet or arrow files (also compressed).",
         epilog=_EXAMPLE,
     )
     add_corpus_options(parser)

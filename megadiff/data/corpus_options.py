@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megadiff.data.corpus_files import kind_of
+from megadiff.data.corpus_streams import expanded, kind_of
 from megadiff.data.document_filters import SPLITS, DocumentFilters
 from megadiff.data.documents import MAX_DOCUMENT_BYTES, TEXT_SPLITS, Corpus
 
 _MAX_LISTED_FILES = 20
+_INPUT_HELP = "corpus files, kept in this order; folders with such files; - for JSON lines from standard input"
 
 
 def add_corpus_options(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
     """Add `--input`, which a command may require later, and the options of `corpus_from`."""
-    parser.add_argument(
-        "--input", nargs="+", required=is_required, metavar="FILE", help="corpus files, kept in this order"
-    )
+    parser.add_argument("--input", nargs="+", required=is_required, metavar="FILE", help=_INPUT_HELP)
     parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column that holds the text")
+    parser.add_argument(
+        "--template",
+        metavar="T",
+        help="text with several keys or columns in braces in place of one, such as '{title}\\n\\n{text}'",
+    )
     parser.add_argument(
         "--text-split",
         choices=TEXT_SPLITS,
@@ -68,13 +72,19 @@ def corpus_from(arguments: argparse.Namespace) -> Corpus:
         split=arguments.split,
     )
     return Corpus(
-        arguments.input,
+        expanded(arguments.input),
         json_key=arguments.json_key,
+        template=None if arguments.template is None else unescaped(arguments.template),
         text_split=arguments.text_split,
         max_bad_lines=arguments.max_bad_lines,
         max_document_bytes=int(arguments.max_document_mb * 2**20),
         filters=filters,
     )
+
+
+def unescaped(template: str) -> str:
+    """Return a template of the command line with the line ends and tabs that it writes as `\\n` and `\\t`."""
+    return template.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def describe_files(corpus: Corpus) -> list[str]:

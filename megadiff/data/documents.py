@@ -1,8 +1,9 @@
 """Text documents read from corpus files, one after another, in memory bounded by the largest document.
 
 Kinds, by the file's name: `.jsonl` (also `.json`, `.ndjson`: one JSON object per line), `.txt` (one file is one
-document unless `text_split` cuts it at lines or blank lines), each also as `.gz` or `.zst`, and `.parquet` (one
-document per row; needs pyarrow).
+document unless `text_split` cuts it at lines or blank lines), `.csv` and `.tsv` (one document per record after a line
+of column names), each also as `.gz`, `.zst`, `.bz2` or `.xz`, and `.parquet` and `.arrow` (one document per row; needs
+pyarrow). The path `-` is standard input, which holds JSON lines.
 
 A UTF-8 byte-order mark at the start of a file is dropped, Windows line ends between JSON lines are accepted, blank
 lines are ignored, and a document with empty text is skipped and counted. Any other fault makes a bad line: counted,
@@ -18,23 +19,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megadiff.data.corpus_files import (
-    CHUNK_BYTES,
     Bad,
-    HashedFile,
     Line,
-    check_input,
-    count_lines,
+    TextFields,
     even_chunks,
     invalid_utf8,
     json_kind,
     kept_ends,
-    kind_of,
     line_blocks,
     split_json_lines,
     split_lines,
     text_of,
+)
+from megadiff.data.corpus_streams import (
+    CHUNK_BYTES,
+    CSV_SUFFIXES,
+    STDIN,
+    TABLE_SUFFIXES,
+    HashedFile,
+    check_input,
+    count_lines,
+    kind_of,
+    open_input,
     unpacked,
 )
+from megadiff.data.corpus_tables import csv_records, table_rows
 from megadiff.data.document_filters import NO_FILTERS, DocumentFilters
 from megadiff.errors import DataError
 
@@ -46,7 +55,6 @@ TEXT_SPLITS = ("file", "line", "blank-line")
 
 _MAX_LISTED = 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_MAX_BATCH_ROWS, _BATCH_BYTES = 256, 2**23
 
 
 class Document(NamedTuple):
@@ -119,7 +127,8 @@ class Corpus:
 
     Args:
         paths: files; the module's docstring lists the kinds.
-        json_key: the key (jsonl) or column (parquet) that holds the text.
+        json_key: the key (jsonl) or column (tables) that holds the text.
+        template: text with several keys or columns in braces, used in place of the one.
         text_split: how a `.txt` file is split into documents: `file`, `line`, or `blank-line`.
         max_bad_lines: bad lines to skip over all files before the pass is refused; 0 refuses the first.
         max_document_bytes: uncompressed size of a line, text file or row; a longer one is a bad line, and no more than
@@ -137,6 +146,7 @@ class Corpus:
         paths: Sequence[str | Path],
         *,
         json_key: str = "text",
+        template: str | None = None,
         text_split: str = "file",
         max_bad_lines: int = 0,
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
@@ -151,6 +161,8 @@ class Corpus:
             raise DataError(f"--text-split must be one of {', '.join(TEXT_SPLITS)}; found `{text_split}`")
         self.paths = [Path(path) for path in paths]
         self.json_key = json_key
+        self.template = template
+        self._fields = TextFields.of(json_key, template)
         self.text_split = text_split
         self.max_bad_lines = max_bad_lines
         self.max_document_bytes = max_document_bytes
@@ -164,7 +176,9 @@ class Corpus:
         self.report = CorpusReport()
         for path in self.paths:
             check_input(path)
-        self.total_bytes = span[1] - span[0] if span else sum(path.stat().st_size for path in self.paths)
+        self.total_bytes = (
+            span[1] - span[0] if span else sum(path.stat().st_size for path in self.paths if path != STDIN)
+        )
 
     def documents(self) -> Iterator[str]:
         """Yield the text of each document, never empty; `report` is updated as it goes and reset with each pass.
@@ -180,7 +194,7 @@ class Corpus:
         self.report = CorpusReport()
         passed = 0
         for path in self.paths:
-            read = self._parquet_documents if kind_of(path) == ".parquet" else self._stream_documents
+            read = self._table_documents if kind_of(path) in TABLE_SUFFIXES else self._stream_documents
             for number, (line, text) in enumerate(read(path), start=1):
                 if not text:
                     self.report.empty_documents += 1
@@ -211,7 +225,7 @@ class Corpus:
 
     def _stream_documents(self, path: Path) -> Iterator[tuple[int, str]]:
         found = 0
-        with open(path, "rb", buffering=0) as file:
+        with open_input(path) as file:
             if self.span is not None:
                 file.seek(self.span[0])
             limit = None if self.span is None else self.span[1] - self.span[0]
@@ -224,6 +238,8 @@ class Corpus:
 
     def _cut(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         """Yield (line, text) of each document of an uncompressed stream."""
+        if kind_of(path) in CSV_SUFFIXES:
+            return self._csv_records(path, chunks)
         if kind_of(path) != ".txt":
             return self._json_lines(path, chunks)
         ways = {"file": self._whole_file, "line": self._text_lines, "blank-line": self._text_blocks}
@@ -307,7 +323,7 @@ class Corpus:
                 line = Line(line.content.removeprefix(_BYTE_ORDER_MARK), line.num_bytes - len(_BYTE_ORDER_MARK))
             if not line.content or line.content.isspace():
                 continue
-            found = text_of(line, self.json_key)
+            found = text_of(line, self._fields)
             del line  # frees the line before the text is used
             if isinstance(found, Bad):
                 self._bad_line(path, number, found)
@@ -318,37 +334,42 @@ class Corpus:
     def _too_long(self, what: str) -> str:
         return f"the {what} is longer than {self.max_document_bytes} bytes (--max-document-mb)"
 
-    def _parquet_documents(self, path: Path) -> Iterator[tuple[int, str]]:
-        try:
-            import pyarrow  # pyright: ignore[reportMissingImports]
-            import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'megadiff[parquet]'") from None
+    def _table_documents(self, path: Path) -> Iterator[tuple[int, str]]:
         found = 0
-        try:
-            with pyarrow.parquet.ParquetFile(path) as table:
-                names = table.schema_arrow.names
-                if self.json_key not in names:
-                    listed = ", ".join(names[:8])
-                    raise DataError(
-                        f"{path}: no column `{self.json_key}` (columns here: {listed}); choose with --json-key"
-                    )
-                rows = _rows_at_once(table.metadata)
-                for row, text in enumerate(_column(table, self.json_key, rows), start=1):
-                    if not isinstance(text, str):
-                        self._bad_line(path, row, Bad(f"`{self.json_key}` must be a string, found {json_kind(text)}"))
-                    elif utf8_length(text) > self.max_document_bytes:
-                        self._bad_line(path, row, Bad(self._too_long("text")))
-                    else:
-                        found += bool(text)
-                        yield row, text
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: the parquet file is cut or damaged ({error}); fetch or make it again") from error
+        for row, values in enumerate(table_rows(path, self._fields), start=1):
+            text = self._text_of_row(path, row, values)
+            if text is not None:
+                found += bool(text)
+                yield row, text
         with open(path, "rb", buffering=0) as file:
             raw = HashedFile(file, self._count_bytes)
             while raw.read(CHUNK_BYTES):
                 pass
             self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest(), found))
+
+    def _text_of_row(self, path: Path, row: int, values: Sequence[Any]) -> str | None:
+        """Return the text of a row; None, and a bad line, if it has none."""
+        for name, value in zip(self._fields.names, values, strict=True):
+            if not isinstance(value, str):
+                self._bad_line(path, row, Bad(f"`{name}` must be a string, found {json_kind(value)}"))
+                return None
+        text = self._fields.text(values)
+        if utf8_length(text) > self.max_document_bytes:
+            self._bad_line(path, row, Bad(self._too_long("text")))
+            return None
+        return text
+
+    def _csv_records(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+        def lines() -> Iterator[str]:
+            for number, line, bad in self._decoded_lines(path, chunks):
+                if bad is not None:
+                    self._bad_line(path, number, bad)
+                yield line + "\n"
+
+        for number, values in csv_records(path, lines(), self._fields, max_field_bytes=self.max_document_bytes):
+            text = self._text_of_row(path, number, values)
+            if text is not None:
+                yield number, text
 
     def _count_bytes(self, count: int) -> None:
         self.report.bytes_read += count
@@ -404,17 +425,3 @@ class _TextBlock:
             self.lines.clear()
         else:
             self.lines.append(line)
-
-
-def _rows_at_once(metadata: Any) -> int:
-    """Return the number of parquet rows to decode together: few if rows are long."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    longest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
-    return int(min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES // max(1.0, longest))))
-
-
-def _column(table: Any, name: str, rows: int) -> Iterator[Any]:
-    for batch in table.iter_batches(batch_size=rows, columns=[name]):
-        column = batch.column(0)
-        for place in range(len(column)):
-            yield column[place].as_py()

@@ -184,7 +184,10 @@ def test_files_that_are_not_there_are_named(config, tmp_path):
         (["pretrain", "--config", tmp_path / "no.yaml"], "no.yaml: the run description does not exist"),
         (["sweep", "--config", config, "--rows", tmp_path / "no.txt"], "no.txt: No such file"),
         (["sweep", "--config", config, "--rows", rows], "no row of overrides"),
-        (["preprocess", "--input", "no", "--output-prefix=x", "--tokenizer=byte"], "--input no: there is no such file"),
+        (
+            ["preprocess", "--input", "no", "--output-prefix=x", "--tokenizer=byte"],
+            "--input no: there is no such file or folder",
+        ),
         (["preprocess", "--input", "no", "--tokenizer=byte"], "--output-prefix P is wanted for one file, or --shards"),
         (["evaluate", "--model", "no", "--data=x"], "--model no: there is no such folder"),
         (["convert", "--checkpoint", "no", "--output=x"], "--checkpoint no: there is no such folder"),

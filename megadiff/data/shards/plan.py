@@ -16,7 +16,7 @@ import orjson
 from pydantic import Field, ValidationError
 
 from megadiff.config.section import Section
-from megadiff.data.corpus_files import JSON_SUFFIXES, line_start
+from megadiff.data.corpus_streams import JSON_SUFFIXES, STDIN, line_start
 from megadiff.data.document_filters import DocumentFilters
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
@@ -74,6 +74,9 @@ class PlanSettings(Section):
 
     json_key: str
     """Key or column that holds the text."""
+
+    template: str | None
+    """Text with several keys or columns in braces."""
 
     text_split: str
     """Way to cut a `.txt` file into documents."""
@@ -152,6 +155,7 @@ class ShardPlan(Section):
         return Corpus(
             paths,
             json_key=self.settings.json_key,
+            template=self.settings.template,
             text_split=self.settings.text_split,
             max_bad_lines=max_bad_lines,
             max_document_bytes=self.settings.max_document_bytes,
@@ -228,6 +232,8 @@ def planned_input(path: Path) -> PlannedInput:
     Raises:
         DataError: it is gone, or no plain file.
     """
+    if path == STDIN:
+        raise DataError("--input -: wanted files for --shards, found standard input; use --output-prefix")
     try:
         found = os.stat(path)
     except OSError as error:
@@ -257,6 +263,7 @@ def make_plan(
         tokenizer=tokenizer_facts(tokenizer),
         settings=PlanSettings(
             json_key=corpus.json_key,
+            template=corpus.template,
             text_split=corpus.text_split,
             max_document_bytes=corpus.max_document_bytes,
             append_eod=framing.append_eod,

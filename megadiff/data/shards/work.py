@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from megadiff.data.corpus_files import CHUNK_BYTES
+from megadiff.data.corpus_streams import CHUNK_BYTES
 from megadiff.data.documents import Corpus
 from megadiff.data.preprocess import tokenize_part
 from megadiff.data.shards.claims import Claims
