@@ -14,9 +14,10 @@ from megadiff.data.corpus_options import (
     describe_files,
     describe_skipped,
 )
-from megadiff.data.documents import Corpus
+from megadiff.data.documents import Corpus, sample
 from megadiff.data.indexed_manifest import IndexedManifest
 from megadiff.data.preprocess import DocumentMarkers, preprocess
+from megadiff.data.tokenizer_files import BACKENDS, chosen_backend
 from megadiff.errors import ConfigError
 
 _EXAMPLE = """examples:
@@ -49,6 +50,7 @@ def main() -> None:
             args.tokenizer,
             framing=_framing(args),
             workers=args.workers,
+            backend=_backend(args, corpus),
             overwrite=args.overwrite,
         )
         _describe(args.output_prefix, corpus, done.manifest, done.manifest.tokens / max(1e-9, done.elapsed_s))
@@ -74,6 +76,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--merge", metavar="DIR", help="writes P from a finished folder of shards; needs no --input")
     parser.add_argument("--tokenizer", metavar="PATH", help="the word byte, a tokenizer file or folder")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="library that encodes text; auto: the faster gigatoken, if it proves to give the same ids",
+    )
     parser.add_argument(
         "--unit-mb",
         type=float,
@@ -126,6 +134,16 @@ def _framing(args: argparse.Namespace) -> DocumentMarkers:
     return DocumentMarkers(prepend_bos=args.prepend_bos, append_eod=args.append_eod)
 
 
+def _backend(args: argparse.Namespace, corpus: Corpus) -> str:
+    """Return the library to use, and say why it is not the faster one."""
+    backend, reason = chosen_backend(
+        args.backend, args.tokenizer, [] if args.backend == BACKENDS[0] else sample(corpus)
+    )
+    if reason is not None:
+        print(f"note: the library tokenizers is used instead of gigatoken: {reason}", file=sys.stderr)
+    return backend
+
+
 def _make_shards(args: argparse.Namespace) -> None:
     from megadiff.data.shards.finish import finish, report_of
     from megadiff.data.shards.plan import UNIT_BYTES
@@ -140,6 +158,7 @@ def _make_shards(args: argparse.Namespace) -> None:
         args.tokenizer,
         framing=_framing(args),
         workers=args.workers,
+        backend=_backend(args, corpus),
         unit_bytes=unit_bytes,
         drop_duplicates=args.drop_duplicates,
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ TEXT_SPLITS = ("file", "line", "blank-line")
 """Ways to cut a `.txt` file into documents; the first is the default."""
 
 _MAX_LISTED = 20
+_SAMPLED_FILES, _SAMPLED_CHARACTERS = 16, 2**17
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -402,6 +404,31 @@ def utf8_length(text: str) -> int:
     if text.isascii():
         return len(text)
     return sum(len(text[start : start + CHUNK_BYTES].encode("utf-8")) for start in range(0, len(text), CHUNK_BYTES))
+
+
+def sample(corpus: Corpus) -> list[str]:
+    """Return the first documents of up to 16 files spread evenly over a corpus; none from a pipe, which is read once.
+
+    A bad line ends the documents of its file: it is reported when the corpus is read.
+    """
+    files = [path for path in corpus.paths if path != STDIN and path.is_file()]
+    found: list[str] = []
+    for place in sorted({len(files) * number // _SAMPLED_FILES for number in range(_SAMPLED_FILES)} if files else ()):
+        part = Corpus(
+            [files[place]],
+            json_key=corpus.json_key,
+            template=corpus.template,
+            text_split=corpus.text_split,
+            max_document_bytes=corpus.max_document_bytes,
+        )
+        left = _SAMPLED_CHARACTERS
+        with suppress(DataError):
+            for text in part.documents():
+                if len(text) > left:
+                    break
+                found.append(text)
+                left -= len(text)
+    return found
 
 
 class _TextBlock:

@@ -26,7 +26,7 @@ from megadiff.data.documents import Corpus, CorpusReport, Document, utf8_length
 from megadiff.data.indexed_format import token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
-from megadiff.data.tokenizer_files import load_tokenizer, wrong_ids
+from megadiff.data.tokenizer_files import load_for_batches, wrong_ids
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.data.worker_processes import CONTEXT, begin_worker, interrupts_held_back
 from megadiff.errors import DataError
@@ -108,6 +108,7 @@ def preprocess(
     *,
     framing: DocumentMarkers | None = None,
     workers: int = 1,
+    backend: str = "tokenizers",
     overwrite: bool = False,
 ) -> PreprocessSummary:
     """Tokenize a corpus into `P.bin`, `P.idx` and `P.json`.
@@ -118,6 +119,7 @@ def preprocess(
         tokenizer_path: as for `load_tokenizer`; each worker loads its own copy.
         framing: put bos before or eos after each document; nothing by default.
         workers: processes that tokenize; with 1, this process does, using the library's own threads.
+        backend: library that encodes batches, `tokenizers` or `gigatoken`.
         overwrite: replace finished data of the same prefix.
 
     Raises:
@@ -128,7 +130,7 @@ def preprocess(
     if workers < 1:
         raise DataError(f"--workers must be at least 1, found {workers}")
     framing = framing or DocumentMarkers()
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_for_batches(tokenizer_path, backend, parallel=True)
     refuse_framing(tokenizer, framing)
     started_s = time.monotonic()
     with (
@@ -141,7 +143,7 @@ def preprocess(
         def show() -> None:
             progress.update(corpus.report.bytes_read, speed_note(writer.num_tokens, started_s))
 
-        batches = _tokenized(corpus, str(tokenizer_path), tokenizer, framing, workers)
+        batches = _tokenized(corpus, (str(tokenizer_path), backend, framing), tokenizer, workers)
         source_bytes = _add_batches(corpus, writer, batches, show)
         manifest = _finish(corpus, writer, tokenizer, framing, source_bytes)
     return PreprocessSummary(manifest, corpus.report, time.monotonic() - started_s)
@@ -171,7 +173,7 @@ def tokenize_part(
         DataError: as for `preprocess`.
     """
     with IndexedWriter(prefix, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id) as writer:
-        batches = _tokenized(corpus, "", tokenizer, framing, workers=1)
+        batches = _tokenized(corpus, ("", "", framing), tokenizer, workers=1)
         source_bytes = _add_batches(corpus, writer, batches, lambda: show(writer.num_tokens))
         if not writer.num_documents:
             return None
@@ -222,9 +224,10 @@ def refuse_framing(tokenizer: Tokenizer, framing: DocumentMarkers) -> None:
 
 
 def _tokenized(
-    corpus: Corpus, tokenizer_path: str, tokenizer: Tokenizer, framing: DocumentMarkers, workers: int
+    corpus: Corpus, setup: tuple[str, str, DocumentMarkers], tokenizer: Tokenizer, workers: int
 ) -> Iterator[_Tokenized]:
     """Yield tokenized batches in order; count faulty documents as bad lines of the corpus."""
+    framing = setup[2]
     batches = _batches(corpus.located_documents())
     if workers == 1:
         for batch in batches:
@@ -233,9 +236,7 @@ def _tokenized(
             del batch
             yield tokenized
         return
-    pool = ProcessPoolExecutor(
-        workers, mp_context=CONTEXT, initializer=_start_worker, initargs=(tokenizer_path, framing)
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=CONTEXT, initializer=_start_worker, initargs=setup)
     try:
         for batch, tokenized in _in_order(pool, batches, workers * _IN_FLIGHT_PER_WORKER):
             _skip_faults(corpus, batch, tokenized)
@@ -368,10 +369,10 @@ class _Ids:
 _worker_setup: tuple[Tokenizer, DocumentMarkers] | None = None
 
 
-def _start_worker(tokenizer_path: str, framing: DocumentMarkers) -> None:
+def _start_worker(tokenizer_path: str, backend: str, framing: DocumentMarkers) -> None:
     global _worker_setup
     begin_worker()
-    _worker_setup = (load_tokenizer(tokenizer_path), framing)
+    _worker_setup = (load_for_batches(tokenizer_path, backend, parallel=False), framing)
 
 
 def _tokenize_in_worker(texts: list[str]) -> _Tokenized:

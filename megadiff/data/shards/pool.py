@@ -14,7 +14,7 @@ from megadiff.data.preprocess import DocumentMarkers, ProgressReport, refuse_fra
 from megadiff.data.shards.ledger import Ledger
 from megadiff.data.shards.plan import UNIT_BYTES, ShardPlan, make_plan
 from megadiff.data.shards.work import Worker
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizer_files import load_for_batches
 from megadiff.data.worker_processes import CONTEXT, begin_worker, interrupts_held_back
 from megadiff.errors import DataError, MegadiffError
 
@@ -43,6 +43,7 @@ def make_shards(
     *,
     framing: DocumentMarkers | None = None,
     workers: int = 1,
+    backend: str = "tokenizers",
     unit_bytes: int = UNIT_BYTES,
     drop_duplicates: bool = False,
 ) -> int:
@@ -56,6 +57,7 @@ def make_shards(
         tokenizer_path: as for `load_tokenizer`; each worker loads its own copy.
         framing: tokens put around each document; none by default.
         workers: processes on this machine; with 1, this process works, using the tokenizer library's own threads.
+        backend: library that encodes batches, `tokenizers` or `gigatoken`.
         unit_bytes: size of a unit, in bytes of the inputs as stored.
         drop_duplicates: leave out documents whose text an earlier document of the corpus has.
 
@@ -69,7 +71,7 @@ def make_shards(
     if workers < 1:
         raise DataError(f"--workers must be at least 1, found {workers}")
     framing = framing or DocumentMarkers()
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_for_batches(tokenizer_path, backend, parallel=True)
     refuse_framing(tokenizer, framing)
     ledger = Ledger(folder)
     plan = ledger.begin(make_plan(corpus, tokenizer, framing, unit_bytes=unit_bytes, drop_duplicates=drop_duplicates))
@@ -78,7 +80,9 @@ def make_shards(
         if left and workers == 1:
             Worker(ledger, plan, tokenizer, max_bad_lines=corpus.max_bad_lines, show=progress.count).run()
         elif left:
-            _Pool(ledger, plan, str(tokenizer_path), corpus.max_bad_lines, progress).run(min(workers, left))
+            _Pool(ledger, (str(tokenizer_path), backend, corpus.max_bad_lines), len(plan.units), progress).run(
+                min(workers, left)
+            )
     _refuse_bad_lines(ledger, plan, corpus.max_bad_lines)
     return progress.tokens
 
@@ -130,11 +134,9 @@ class _Progress:
 class _Pool:
     """The worker processes of one machine; one that is killed is replaced."""
 
-    def __init__(
-        self, ledger: Ledger, plan: ShardPlan, tokenizer_path: str, max_bad_lines: int, progress: _Progress
-    ) -> None:
-        self._ledger, self._plan, self._progress = ledger, plan, progress
-        self._arguments = (str(ledger.folder), tokenizer_path, max_bad_lines)
+    def __init__(self, ledger: Ledger, setup: tuple[str, str, int], units: int, progress: _Progress) -> None:
+        self._ledger, self._units, self._progress = ledger, units, progress
+        self._arguments = (str(ledger.folder), *setup)
         self._running: dict[Connection, SpawnProcess] = {}
         self._deaths = self._done_before = 0
 
@@ -192,16 +194,16 @@ class _Pool:
                 f"{self._deaths} worker processes died one after the other (the last with exit code "
                 f"{process.exitcode}), most likely out of memory; try fewer --workers"
             )
-        if done < len(self._plan.units):
+        if done < self._units:
             self._start()
 
 
-def _work(folder: str, tokenizer_path: str, max_bad_lines: int, connection: Connection) -> None:
+def _work(folder: str, tokenizer_path: str, backend: str, max_bad_lines: int, connection: Connection) -> None:
     """Run a worker process, and send the numbers of tokens it writes, and how it failed."""
     begin_worker()
     try:
         ledger = Ledger(folder)
-        tokenizer = load_tokenizer(tokenizer_path)
+        tokenizer = load_for_batches(tokenizer_path, backend, parallel=False)
         Worker(ledger, ledger.plan(), tokenizer, max_bad_lines=max_bad_lines, show=connection.send).run()
     except MegadiffError as error:
         connection.send(_Refused(str(error)))

@@ -22,6 +22,7 @@ from megadiff.data.shards import pool as module
 from megadiff.data.shards.finish import finish, merge, report_of
 from megadiff.data.shards.ledger import Ledger
 from megadiff.data.shards.pool import make_shards
+from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
 from tests.data.shards.corpus import FRAMING, UNIT_BYTES, contents, end_by_kill, write_files, write_serial
 from tests.support.disk import watched_disk
@@ -167,14 +168,10 @@ def test_a_bad_line_is_named_by_its_line_in_the_file(tmp_path, workers):
 
 def test_a_file_that_changes_while_units_are_left_is_refused(tmp_path):
     files, folder = write_files(tmp_path), tmp_path / "shards"
-    plan = Ledger(folder).begin(
-        module.make_plan(Corpus(files), module.load_tokenizer("byte"), FRAMING, unit_bytes=UNIT_BYTES)
-    )
+    plan = Ledger(folder).begin(module.make_plan(Corpus(files), load_tokenizer("byte"), FRAMING, unit_bytes=UNIT_BYTES))
     with files[1].open("a") as file:
         file.write('{"text": "more"}\n')
-    worker = module.Worker(
-        Ledger(folder), plan, module.load_tokenizer("byte"), max_bad_lines=0, show=lambda tokens: None
-    )
+    worker = module.Worker(Ledger(folder), plan, load_tokenizer("byte"), max_bad_lines=0, show=lambda tokens: None)
     with pytest.raises(DataError, match=r"b\.jsonl: changed since .*shards was begun: wanted .*, found"):
         worker.run()
 
