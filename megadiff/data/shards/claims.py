@@ -73,6 +73,7 @@ class Claim:
         }
         with suppress(OSError):
             os.pwrite(self._descriptor, orjson.dumps(sign).ljust(_MOST_BYTES // 8), 0)
+            os.fsync(self._descriptor)  # or a network disk would keep it from other machines for half a minute
 
     def is_kept(self) -> bool:
         """Return whether the file still holds this claim, which matters where there are no locks."""

@@ -8,6 +8,7 @@ kept, and all later ones are left out.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from megadiff.data.document_filters import digest
 from megadiff.data.documents import Corpus
+from megadiff.data.indexed_format import StoredFile
 from megadiff.errors import DataError
 from megadiff.files import write_atomically
 
@@ -57,7 +59,8 @@ def write_repeats(digests: Sequence[Path], path: Path, *, group: int, groups: in
         DataError: a file is missing or damaged.
         OSError: the disk refuses.
     """
-    parts = [_group_of(file, group, groups) for file in digests]
+    least, end = (number * 2**64 // groups for number in (group, group + 1))
+    parts = [_Sorted(file, _ENTRY, "high").between(least, end) for file in digests]
     entries = np.concatenate(parts)
     unit = np.repeat(np.arange(len(parts), dtype="<u4"), [len(part) for part in parts])
     order = np.lexsort((entries["document"], unit, entries["low"], entries["high"]))
@@ -82,24 +85,28 @@ def repeats_of(unit: int, files: Sequence[Path]) -> frozenset[int]:
     """
     found: set[int] = set()
     for path in files:
-        repeats = _mapped(path, _REPEAT)
-        start, end = np.searchsorted(repeats["unit"], [unit, unit + 1])
-        found.update(repeats["document"][start:end].tolist())
+        repeats = _Sorted(path, _REPEAT, "unit").between(unit, unit + 1)
+        found.update(repeats["document"].tolist())
     return frozenset(found)
 
 
-def _group_of(path: Path, group: int, groups: int) -> np.ndarray:
-    entries = _mapped(path, _ENTRY)
-    ends = [group * 2**64 // groups, (group + 1) * 2**64 // groups - 1]
-    start = int(np.searchsorted(entries["high"], np.uint64(ends[0]), side="left"))
-    end = int(np.searchsorted(entries["high"], np.uint64(ends[1]), side="right"))
-    return np.array(entries[start:end])
+class _Sorted:
+    """A file of entries that ascend in one of their fields."""
 
+    def __init__(self, path: Path, dtype: np.dtype, field: str) -> None:
+        self._file, self._dtype, self._field = StoredFile(path), dtype, field
+        self._count, left = divmod(self._file.size, dtype.itemsize)
+        if left:
+            raise DataError(f"{path}: cut short or damaged; remove the file and repeat the command")
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    try:
-        if not path.stat().st_size:
-            return np.empty(0, dtype=dtype)
-        return np.memmap(path, dtype=dtype, mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove the file and repeat the command") from error
+    def between(self, least: int, end: int) -> np.ndarray:
+        """Return the entries whose field is at least `least` and below `end`."""
+        first, last = (bisect.bisect_left(range(self._count), value, key=self._value) for value in (least, end))
+        return self._read(first, last - first)
+
+    def _value(self, place: int) -> int:
+        return int(self._read(place, 1)[self._field][0])
+
+    def _read(self, place: int, count: int) -> np.ndarray:
+        size = self._dtype.itemsize
+        return np.frombuffer(self._file.read(place * size, count * size), dtype=self._dtype)

@@ -106,7 +106,7 @@ def test_damaged_digests_are_refused(tmp_path, files):
         digests.write_bytes(b"x")
     for repeats in Ledger(folder).repeats_folder.iterdir():
         repeats.unlink()
-    with pytest.raises(DataError, match=r"digests/\d+: cannot be read .*; remove the file and repeat the command"):
+    with pytest.raises(DataError, match=r"digests/\d+: cut short or damaged; remove the file and repeat the command"):
         make_shards(corpus, folder, "byte", unit_bytes=3000, drop_duplicates=True)
 
 
