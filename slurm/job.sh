@@ -45,3 +45,19 @@ read_task() {
     exit 2
   fi
 }
+
+# Prints the id of this job. The array's own job id refers to all its tasks; this one refers to a single task.
+array_task() { echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; }
+
+# Puts a job back into the queue and ends the batch script.
+put_back() {
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    if scontrol requeue "$1"; then
+      sleep 60 # Slurm ends this shell meanwhile
+      exit 0
+    fi
+    sleep 20 # the controller may be busy or restarting
+  done
+  echo "error: job $1 could not be put back into the queue; submit it again" >&2
+  exit 1
+}

@@ -10,9 +10,8 @@ pretrain() {
   run=$1 max_restarts=$2
   shift 2
   job=$SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0} must_end=0
-  # The array's own job id refers to all its tasks; this one refers to a single task.
-  job_name=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  export MEGADIFF_JOB=${job_name:-$job}
+  MEGADIFF_JOB=$(array_task)
+  export MEGADIFF_JOB
   # The handler only sets a flag; the flag is read when srun has ended or `wait` is interrupted.
   trap 'must_end=1' TERM
   trap '' USR2
@@ -101,13 +100,5 @@ requeue() { scontrol requeue "$MEGADIFF_JOB"; }
 # else would: Slurm considers a job that ends by itself then as completed.
 finish() {
   if [ "$1" -ne "$REQUEUE" ]; then exit "$1"; fi
-  for _ in 1 2 3 4 5 6 7 8 9 10; do
-    if requeue; then
-      sleep 60 # Slurm ends this shell meanwhile
-      exit 0
-    fi
-    sleep 20 # the controller may be busy or restarting
-  done
-  echo "error: job $MEGADIFF_JOB could not be put back into the queue; submit the run again" >&2
-  exit 1
+  put_back "$MEGADIFF_JOB"
 }

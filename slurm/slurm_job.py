@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megadiff.config.load import load_config
@@ -39,6 +39,8 @@ class Job:
     """Arguments of the batch script after the repository."""
     tasks: list[list[str]] = field(default_factory=list)
     """Fields of each array task; empty for a job that is not an array."""
+    then: Job | None = None
+    """Job that begins when this one has succeeded, if any."""
 
     @property
     def command(self) -> list[str]:
@@ -106,7 +108,15 @@ def build_job(requested: argparse.Namespace, *, home: Path) -> Job:
 
 
 def _check_numbers(requested: argparse.Namespace) -> None:
-    limits = {"nodes": 1, "gpus_per_node": 0, "cpus_per_task": 1, "lead": 1, "max_restarts": 0, "at_once": 1}
+    limits = {
+        "nodes": 1,
+        "gpus_per_node": 0,
+        "cpus_per_task": 1,
+        "lead": 1,
+        "max_restarts": 0,
+        "at_once": 1,
+        "tasks": 1,
+    }
     for key, least in limits.items():
         value = getattr(requested, key, None)
         if value is not None and value < least:
@@ -188,17 +198,29 @@ def read_rows(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _preprocess(requested: argparse.Namespace, home: Path) -> Job:
-    prefix = Path(requested.output_prefix).absolute()
-    tasks = []
-    for number, shard in enumerate(requested.input):
-        if not Path(shard).is_file():
-            raise ConfigError(f"--input {shard}: there is no such file")
-        own = f"{prefix}-{number:05d}"
-        fixed = ["--input", os.path.abspath(shard), f"--output-prefix={own}", f"--tokenizer={requested.tokenizer}"]
-        tasks.append([own, *fixed, *requested.more])
-    logs = _logs(requested, prefix.parent)
+    if requested.output_prefix is None and requested.shards is None:
+        raise ConfigError("--output-prefix P is wanted for one file, or --shards DIR for a folder of shards")
+    shards = Path(requested.shards or f"{requested.output_prefix}-shards").absolute()
+    for file in requested.input:
+        if not Path(file).exists():
+            raise ConfigError(f"--input {file}: there is no such file or folder")
+    inputs = ["--input", *(os.path.abspath(file) for file in requested.input)]
+    fixed = [str(shards), *inputs, f"--shards={shards}", f"--tokenizer={requested.tokenizer}"]
+    if requested.cpus_per_task and not any(word.partition("=")[0] == "--workers" for word in requested.more):
+        fixed.append(f"--workers={requested.cpus_per_task}")
+    tasks = [[*fixed, *requested.more]] * requested.tasks
+    logs = _logs(requested, shards.parent) if requested.logs else shards.parent / "slurm" / shards.name
     options = [*_options(requested, home), _array(tasks, requested)]
-    return Job(home, "preprocess", _name(requested, f"preprocess-{prefix.name}"), logs, options, [str(logs)], tasks)
+    name = _name(requested, f"preprocess-{shards.name}")
+    merging = None if requested.output_prefix is None else _merge(requested, home, shards, logs)
+    return Job(home, "preprocess", name, logs, options, [str(logs)], tasks, then=merging)
+
+
+def _merge(requested: argparse.Namespace, home: Path, shards: Path, logs: Path) -> Job:
+    prefix = Path(requested.output_prefix).absolute()
+    alone = argparse.Namespace(**{**vars(requested), "cpus_per_task": None, "dependency": None, "gpus_per_node": 0})
+    arguments = [f"--merge={shards}", f"--output-prefix={prefix}"]
+    return Job(home, "merge", _name(requested, f"merge-{prefix.name}"), logs, _options(alone, home), arguments)
 
 
 def _evaluate(requested: argparse.Namespace, home: Path) -> Job:
@@ -258,7 +280,7 @@ def _environment() -> dict[str, str]:
 
 
 def submit(job: Job, *, dry_run: bool) -> None:
-    """Print the command, or create the log folder, write the tasks and pass the job to sbatch.
+    """Print the commands, or create the log folder, write the tasks and pass the job to sbatch, then what follows it.
 
     Raises:
         ConfigError: there is no sbatch here, or it refuses the job.
@@ -267,14 +289,29 @@ def submit(job: Job, *, dry_run: bool) -> None:
         print(shlex.join(job.command))
         for number, fields in enumerate(job.tasks):
             print(f"# task {number}: {shlex.join(fields)}")
+        if job.then is not None:
+            print(f"# then: {shlex.join(_after(job.then, 'JOB').command)}")
         return
     job.logs.mkdir(parents=True, exist_ok=True)
     for number, fields in enumerate(job.tasks):
         (job.logs / f"task-{number}.args").write_bytes(b"".join(os.fsencode(text) + b"\0" for text in fields))
+    number = _passed_to_sbatch(job)
+    print(f"submitted job {number}; logs in {job.logs}")
+    if job.then is not None:
+        print(f"submitted job {_passed_to_sbatch(_after(job.then, number))}, which begins when job {number} is done")
+
+
+def _after(job: Job, number: str) -> Job:
+    """Return a job that waits for the success of another one, and disappears if that fails."""
+    return replace(job, options=[*job.options, f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"])
+
+
+def _passed_to_sbatch(job: Job) -> str:
+    """Pass a job to sbatch and return its id."""
     try:
         done = subprocess.run(job.command, env=_environment(), capture_output=True, text=True)
     except FileNotFoundError:
         raise ConfigError("there is no sbatch here; run slurm/submit on a login node, or look with --dry-run") from None
     if done.returncode != 0:
         raise ConfigError(f"sbatch refused the job: {done.stderr.strip()}")
-    print(f"submitted job {done.stdout.strip().partition(';')[0]}; logs in {job.logs}")
+    return done.stdout.strip().partition(";")[0]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megadiff.config.command_line import CommandParser
-from megadiff.data.indexed_format import bin_path, without_suffix
+from megadiff.data.indexed_format import bin_path, shard_folder, shard_prefixes, without_suffix
 from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
 from megadiff.data.preprocess import ProgressReport
 from megadiff.data.scan import Scan, scan
@@ -31,7 +31,7 @@ def main() -> None:
         DataError: a finding makes the data unusable.
     """
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
-    parser.add_argument("prefixes", nargs="+", metavar="P", help="prefix of P.bin and P.idx")
+    parser.add_argument("prefixes", nargs="+", metavar="P", help="prefix of P.bin and P.idx, or a folder of shards")
     parser.add_argument("--tokenizer", metavar="PATH", help="the run's tokenizer: the word byte, a file or folder")
     parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="threads that check tokens")
     arguments = parser.parse_args()
@@ -64,8 +64,9 @@ def _scanned(prefixes: list[str], tokenizer: TokenizerFacts | None, workers: int
 
 
 def _size(prefix: str) -> int:
-    path = bin_path(without_suffix(prefix))
-    return path.stat().st_size if path.is_file() else 0
+    folder = shard_folder(without_suffix(prefix))
+    paths = [bin_path(path) for path in ([without_suffix(prefix)] if folder is None else shard_prefixes(folder))]
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def _table(scans: list[Scan]) -> Table:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from megadiff.config.command_line import CommandParser
-from megadiff.data.documents import add_corpus_options, corpus_from, describe_files, describe_skipped
+from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 from megadiff.data.tokenizer_training import TYPES, train_tokenizer
 
 _EXAMPLE = """example:
@@ -17,7 +17,7 @@ _EXAMPLE = """example:
 def main() -> None:
     """Read the arguments, train, and print where the tokenizer is."""
     parser = CommandParser(
-        description="Train a tokenizer on jsonl, txt or parquet files (.gz and .zst too).",
+        description="Train a tokenizer on jsonl, txt, csv, parquet or arrow files (also compressed).",
         epilog=_EXAMPLE,
     )
     add_corpus_options(parser)

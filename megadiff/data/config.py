@@ -14,7 +14,9 @@ class SourceConfig(Section):
     """One indexed corpus; a bare string is its path."""
 
     path: str = Field(min_length=1)
-    """Prefix P of `P.bin` and `P.idx`, made by `megadiff preprocess_data` or by Megatron."""
+    """Prefix P of `P.bin` and `P.idx`, made by `megadiff preprocess_data` or by Megatron; or a folder of shards, made
+    by `megadiff preprocess_data --shards`.
+    """
 
     weight: float | None = Field(default=None, gt=0)
     """Share of the samples, relative to the other sources; any unit, above 0. If no source has a weight, sources

@@ -1,4 +1,4 @@
-"""Corpus files and their lines: JSON lines, text, parquet, plain or compressed, one document after the other.
+"""Lines of corpus files, and the text of a JSON line.
 
 `orjson` is several times faster and reads nearly every line; what it refuses but Python or pandas write (NaN, Infinity,
 numbers beyond a double, halves of surrogate pairs) is read by `json`. The result is the same in both cases, and also if
@@ -10,20 +10,16 @@ they are read, since a corpus may carry many megabytes of them.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from string import Formatter
 from typing import Any, Protocol
 
 import numpy as np
-import zstandard
 
+from megadiff.data.corpus_streams import CHUNK_BYTES
 from megadiff.errors import DataError
 
 try:
@@ -35,16 +31,8 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_SHOWN_KEYS = 8
 _PLAIN = json.JSONDecoder(parse_int=lambda digits: 0, parse_float=lambda digits: 0.0)
 
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-"""Suffixes of files with one JSON object per line."""
-
-_ZSTD_SLICE_BYTES = 2**10  # a 4-byte compressed block can expand to 128 KiB, so a slice expands to 32 MiB at most
-
 LONG_LINE_BYTES = 2**20
 """JSON lines above this size are reduced to their top level while they are read."""
-
-CHUNK_BYTES = 2**20
-"""Size of the pieces in which bytes are passed on."""
 
 _BLOCK_BYTES = 2**17  # bytes of a long line that are processed together, with four bytes of arrays for each
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
@@ -70,12 +58,49 @@ class Text:
     """Whether halves of surrogate pairs, which are not characters, were replaced by U+FFFD."""
 
 
-def text_of(line: Line, key: str) -> Text | Bad:
-    """Return the string under `key` of a JSON object.
+@dataclass(frozen=True)
+class TextFields:
+    """The fields of an object or a row that make a document's text."""
+
+    names: tuple[str, ...]
+    """Names of the fields."""
+
+    template: str | None = None
+    """Text with the fields in braces, as `{title}: {text}`; None for the only field alone."""
+
+    @staticmethod
+    def of(key: str, template: str | None) -> TextFields:
+        """Return the fields for `--json-key` or, where it is given, for `--template`.
+
+        Raises:
+            DataError: the template names no field, or has something else in braces.
+        """
+        if template is None:
+            return TextFields((key,))
+        remedy = "write for example '{title}\\n\\n{text}', and double a brace that is text"
+        try:
+            parts = list(Formatter().parse(template))
+        except ValueError as error:
+            raise DataError(f"--template {template!r}: {error}; {remedy}") from error
+        names = tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+        is_plain = all(not layout and not conversion for _, _, layout, conversion in parts)
+        if not names or "" in names or not is_plain or any(re.search(r"[.\[\]]", name) for name in names):
+            raise DataError(f"--template {template!r}: wanted names of fields in braces and nothing else; {remedy}")
+        return TextFields(names, template)
+
+    def text(self, values: Sequence[str]) -> str:
+        """Return the text for the fields' values."""
+        if self.template is None:
+            return values[0]
+        return self.template.format_map(dict(zip(self.names, values, strict=True)))
+
+
+def text_of(line: Line, fields: TextFields) -> Text | Bad:
+    """Return the text that the fields of a JSON object make.
 
     Args:
         line: a line with content, without a byte-order mark.
-        key: name of the string; if an object has several, the last one counts, as in Python.
+        fields: its strings; if an object has several of one name, the last one counts, as in Python.
     """
     content = line.content
     assert content is not None
@@ -86,13 +111,17 @@ def text_of(line: Line, key: str) -> Text | Bad:
         )
     if not isinstance(found, dict):
         hint = "; write one object a line (in pandas: orient='records', lines=True)" if isinstance(found, list) else ""
-        return Bad(f"wanted a JSON object with the key `{key}`, found {json_kind(found)}{hint}")
-    if key not in found:
-        keys = ", ".join(shown(name) for name in list(found)[:_MAX_SHOWN_KEYS]) or "none"
-        return Bad(f"no key `{key}` (keys here: {keys}; choose with --json-key)")
-    text = found[key]
-    if not isinstance(text, str):
-        return Bad(f"`{key}` must be a string, found {json_kind(text)}")
+        return Bad(f"wanted a JSON object with the key `{fields.names[0]}`, found {json_kind(found)}{hint}")
+    values = []
+    for key in fields.names:
+        if key not in found:
+            keys = ", ".join(shown(name) for name in list(found)[:_MAX_SHOWN_KEYS]) or "none"
+            choice = "--json-key" if fields.template is None else "--template"
+            return Bad(f"no key `{key}` (keys here: {keys}; choose with {choice})")
+        if not isinstance(found[key], str):
+            return Bad(f"`{key}` must be a string, found {json_kind(found[key])}")
+        values.append(found[key])
+    text = fields.text(values)
     whole = without_lone_surrogates(text)
     return Text(whole, is_repaired=whole != text)
 
@@ -167,116 +196,6 @@ def _flattened(content: bytes) -> Any:
         return _PLAIN.decode(reduced.decode("utf-8"))
     except (ValueError, RecursionError):
         return NotJson("nested too deeply")
-
-
-class HashedFile(io.RawIOBase):
-    """A file that counts and hashes the bytes read from it, so that hashing costs no second pass.
-
-    Args:
-        file: the open file.
-        on_read: called with the number of bytes of each read.
-    """
-
-    def __init__(self, file: io.FileIO, on_read: Callable[[int], None]) -> None:
-        self._file = file
-        self._on_read = on_read
-        self.sha256 = hashlib.sha256()
-        self.bytes_read = 0
-
-    def readable(self) -> bool:
-        """Return whether the file can be read: always."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as the file goes and return the number of bytes."""
-        count = self._file.readinto(buffer) or 0
-        self.sha256.update(memoryview(buffer)[:count])
-        self.bytes_read += count
-        self._on_read(count)
-        return count
-
-
-def kind_of(path: Path) -> str:
-    """Return the suffix that indicates the kind of a corpus file, compressed or not."""
-    name = path.name.lower()
-    return Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
-
-
-def check_input(path: Path) -> None:
-    """Refuse paths that cannot be read as a corpus file.
-
-    Raises:
-        DataError: it is a folder, does not exist, has a name of an unknown kind, or cannot be read.
-    """
-    if path.is_dir():
-        raise DataError(f"{path}: wanted a file, found a folder; name its files, for example {path}/*.jsonl")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; check the path after --input")
-    kinds = (*JSON_SUFFIXES, ".txt", ".parquet")
-    if kind_of(path) not in kinds:
-        wanted = ", ".join(kinds)
-        raise DataError(f"{path}: wanted a name that ends in one of {wanted} (also with .gz or .zst); rename the file")
-    if not path.is_file():  # a pipe: opening and closing it as a test would end its writer
-        return
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
-def unpacked(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
-    """Yield the content of a corpus file, decompressed according to its name, in pieces of any size.
-
-    Args:
-        path: the file, for its name.
-        raw: its bytes as stored on disk.
-
-    Raises:
-        DataError: a compressed stream is truncated or damaged, or the disk fails.
-    """
-    return _reporting_damage(path, _decompressed(path, raw))
-
-
-def _decompressed(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
-    suffix = path.suffix.lower()
-    if suffix in (".gz", ".zst") and not raw.peek(1):
-        raise EOFError("the file is empty")
-    if suffix == ".zst":
-        yield from _zstd_chunks(raw)
-        return
-    stream = gzip.GzipFile(fileobj=raw, mode="rb") if suffix == ".gz" else raw
-    while chunk := stream.read(CHUNK_BYTES):
-        yield chunk
-
-
-def _zstd_chunks(raw: io.BufferedReader) -> Iterator[bytes]:
-    """Decompress frame by frame; the library's own stream reader accepts a truncated frame as complete."""
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    inside = False
-    while data := raw.read(_ZSTD_SLICE_BYTES):
-        while data:
-            out = frame.decompress(data)
-            if out:
-                yield out
-            inside = not frame.eof
-            data = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-    if inside:
-        raise EOFError("the last frame has no end")
-
-
-def _reporting_damage(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    try:
-        yield from chunks
-    except EOFError as error:
-        raise DataError(f"{path}: the compressed file is cut short ({error}); fetch or make it again") from error
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        kind = path.suffix.lower()
-        raise DataError(f"{path}: not a whole {kind} file ({error}); fetch or make it again") from error
-    except OSError as error:
-        raise DataError(f"{path}: reading failed ({error.strerror or error}); check the disk") from error
 
 
 @dataclass(frozen=True)

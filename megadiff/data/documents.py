@@ -1,8 +1,9 @@
 """Text documents read from corpus files, one after another, in memory bounded by the largest document.
 
 Kinds, by the file's name: `.jsonl` (also `.json`, `.ndjson`: one JSON object per line), `.txt` (one file is one
-document unless `text_split` cuts it at lines or blank lines), each also as `.gz` or `.zst`, and `.parquet` (one
-document per row; needs pyarrow).
+document unless `text_split` cuts it at lines or blank lines), `.csv` and `.tsv` (one document per record after a line
+of column names), each also as `.gz`, `.zst`, `.bz2` or `.xz`, and `.parquet` and `.arrow` (one document per row; needs
+pyarrow). The path `-` is standard input, which holds JSON lines.
 
 A UTF-8 byte-order mark at the start of a file is dropped, Windows line ends between JSON lines are accepted, blank
 lines are ignored, and a document with empty text is skipped and counted. Any other fault makes a bad line: counted,
@@ -11,30 +12,40 @@ listed, and refused beyond `max_bad_lines`. A damaged or truncated compressed st
 
 from __future__ import annotations
 
-import argparse
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megadiff.data.corpus_files import (
-    CHUNK_BYTES,
     Bad,
-    HashedFile,
     Line,
-    check_input,
+    TextFields,
     even_chunks,
     invalid_utf8,
     json_kind,
     kept_ends,
-    kind_of,
     line_blocks,
     split_json_lines,
     split_lines,
     text_of,
+)
+from megadiff.data.corpus_streams import (
+    CHUNK_BYTES,
+    CSV_SUFFIXES,
+    STDIN,
+    TABLE_SUFFIXES,
+    HashedFile,
+    check_input,
+    count_lines,
+    kind_of,
+    open_input,
     unpacked,
 )
+from megadiff.data.corpus_tables import csv_records, table_rows
+from megadiff.data.document_filters import NO_FILTERS, DocumentFilters
 from megadiff.errors import DataError
 
 MAX_DOCUMENT_BYTES = 2**28
@@ -44,10 +55,8 @@ TEXT_SPLITS = ("file", "line", "blank-line")
 """Ways to cut a `.txt` file into documents; the first is the default."""
 
 _MAX_LISTED = 20
+_SAMPLED_FILES, _SAMPLED_CHARACTERS = 16, 2**17
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_MAX_BATCH_ROWS, _BATCH_BYTES = 256, 2**23
-
-_MAX_LISTED_FILES = 20
 
 
 class Document(NamedTuple):
@@ -93,6 +102,18 @@ class CorpusReport:
     bad_examples: list[str] = field(default_factory=list)
     """The first of them, at most 20, as `file:line: reason`."""
 
+    too_short: int = 0
+    """Number of documents left out because they have too few characters."""
+
+    too_long: int = 0
+    """Number of documents left out because they have too many characters."""
+
+    other_split: int = 0
+    """Number of documents that belong to the other split."""
+
+    duplicates: int = 0
+    """Number of documents left out because an earlier one has the same text."""
+
     repaired_documents: int = 0
     """Number of documents in which halves of surrogate pairs were replaced by U+FFFD."""
 
@@ -108,11 +129,15 @@ class Corpus:
 
     Args:
         paths: files; the module's docstring lists the kinds.
-        json_key: the key (jsonl) or column (parquet) that holds the text.
+        json_key: the key (jsonl) or column (tables) that holds the text.
+        template: text with several keys or columns in braces, used in place of the one.
         text_split: how a `.txt` file is split into documents: `file`, `line`, or `blank-line`.
         max_bad_lines: bad lines to skip over all files before the pass is refused; 0 refuses the first.
         max_document_bytes: uncompressed size of a line, text file or row; a longer one is a bad line, and no more than
             this is held of it.
+        filters: documents to leave out by their text; none by default.
+        span: first byte and end of the part to read, which must begin and end with whole lines; only for one
+            uncompressed file whose documents are lines.
 
     Raises:
         DataError: no files are given, or a file is missing, unreadable, a folder, or of an unknown kind.
@@ -123,9 +148,12 @@ class Corpus:
         paths: Sequence[str | Path],
         *,
         json_key: str = "text",
+        template: str | None = None,
         text_split: str = "file",
         max_bad_lines: int = 0,
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
+        filters: DocumentFilters = NO_FILTERS,
+        span: tuple[int, int] | None = None,
     ) -> None:
         if not paths:
             raise DataError("no input files were given; name at least one .jsonl, .txt or .parquet file")
@@ -135,13 +163,24 @@ class Corpus:
             raise DataError(f"--text-split must be one of {', '.join(TEXT_SPLITS)}; found `{text_split}`")
         self.paths = [Path(path) for path in paths]
         self.json_key = json_key
+        self.template = template
+        self._fields = TextFields.of(json_key, template)
         self.text_split = text_split
         self.max_bad_lines = max_bad_lines
         self.max_document_bytes = max_document_bytes
+        self.filters = filters
+        self.duplicates: Container[int] = ()
+        """Numbers, among the documents that pass the filters, of those that are left out as duplicates."""
+        self.span = span
+        self.bad_lines_before = 0
+        """Number of bad lines in other parts of the corpus, which count towards the limit."""
+        self._lines_before: int | None = None
         self.report = CorpusReport()
         for path in self.paths:
             check_input(path)
-        self.total_bytes = sum(path.stat().st_size for path in self.paths)
+        self.total_bytes = (
+            span[1] - span[0] if span else sum(path.stat().st_size for path in self.paths if path != STDIN)
+        )
 
     def documents(self) -> Iterator[str]:
         """Yield the text of each document, never empty; `report` is updated as it goes and reset with each pass.
@@ -155,14 +194,22 @@ class Corpus:
     def located_documents(self) -> Iterator[Document]:
         """Yield the same documents as `documents`, each with its place in the corpus."""
         self.report = CorpusReport()
+        passed = 0
         for path in self.paths:
-            read = self._parquet_documents if kind_of(path) == ".parquet" else self._stream_documents
+            read = self._table_documents if kind_of(path) in TABLE_SUFFIXES else self._stream_documents
             for number, (line, text) in enumerate(read(path), start=1):
-                if text:
+                if not text:
+                    self.report.empty_documents += 1
+                    continue
+                if (reason := self.filters.reason_to_drop(text)) is not None:
+                    setattr(self.report, reason, getattr(self.report, reason) + 1)
+                    continue
+                if passed in self.duplicates:
+                    self.report.duplicates += 1
+                else:
                     self.report.documents += 1
                     yield Document(text, path, line, number)
-                else:
-                    self.report.empty_documents += 1
+                passed += 1
 
     def skip(self, document: Document, reason: str) -> None:
         """Count a yielded document that turned out to be unusable as a bad line.
@@ -175,12 +222,16 @@ class Corpus:
             DataError: bad lines exceed `max_bad_lines`.
         """
         self.report.documents -= 1
-        self._bad_line(document.path, document.line, Bad(f"document {document.number} of the file: {reason}"))
+        of = f"the part from byte {self.span[0]} on" if self.span and self.span[0] else "the file"
+        self._bad_line(document.path, document.line, Bad(f"document {document.number} of {of}: {reason}"))
 
     def _stream_documents(self, path: Path) -> Iterator[tuple[int, str]]:
         found = 0
-        with open(path, "rb", buffering=0) as file:
-            raw = HashedFile(file, self._count_bytes)
+        with open_input(path) as file:
+            if self.span is not None:
+                file.seek(self.span[0])
+            limit = None if self.span is None else self.span[1] - self.span[0]
+            raw = HashedFile(file, self._count_bytes, limit=limit)
             chunks = even_chunks(unpacked(path, io.BufferedReader(raw, CHUNK_BYTES)))
             for line, text in self._cut(path, chunks):
                 found += bool(text)
@@ -189,6 +240,8 @@ class Corpus:
 
     def _cut(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         """Yield (line, text) of each document of an uncompressed stream."""
+        if kind_of(path) in CSV_SUFFIXES:
+            return self._csv_records(path, chunks)
         if kind_of(path) != ".txt":
             return self._json_lines(path, chunks)
         ways = {"file": self._whole_file, "line": self._text_lines, "blank-line": self._text_blocks}
@@ -251,14 +304,14 @@ class Corpus:
 
     def _decoded_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str, Bad | None]]:
         """Yield (number, text, None) of each line, or (number, "", the reason) of a bad one."""
-        offset = 0
+        offset = self.span[0] if self.span else 0
         for number, line in enumerate(split_lines(chunks, self.max_document_bytes), start=1):
             if line.content is None:
                 yield number, "", Bad(self._too_long("line"))
             else:
                 bad = invalid_utf8(line.content, of="file", offset=offset)
                 text = "" if bad else line.content.decode("utf-8")
-                yield number, text.removeprefix("\ufeff") if number == 1 else text, bad
+                yield number, text.removeprefix("\ufeff") if number == 1 and not self._is_later_part else text, bad
             offset += line.num_bytes + 1
 
     def _json_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
@@ -268,11 +321,11 @@ class Corpus:
             if line.content is None:
                 self._bad_line(path, number, Bad(self._too_long("line")))
                 continue
-            if number == 1 and line.content.startswith(_BYTE_ORDER_MARK):
+            if number == 1 and line.content.startswith(_BYTE_ORDER_MARK) and not self._is_later_part:
                 line = Line(line.content.removeprefix(_BYTE_ORDER_MARK), line.num_bytes - len(_BYTE_ORDER_MARK))
             if not line.content or line.content.isspace():
                 continue
-            found = text_of(line, self.json_key)
+            found = text_of(line, self._fields)
             del line  # frees the line before the text is used
             if isinstance(found, Bad):
                 self._bad_line(path, number, found)
@@ -283,49 +336,67 @@ class Corpus:
     def _too_long(self, what: str) -> str:
         return f"the {what} is longer than {self.max_document_bytes} bytes (--max-document-mb)"
 
-    def _parquet_documents(self, path: Path) -> Iterator[tuple[int, str]]:
-        try:
-            import pyarrow  # pyright: ignore[reportMissingImports]
-            import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'megadiff[parquet]'") from None
+    def _table_documents(self, path: Path) -> Iterator[tuple[int, str]]:
         found = 0
-        try:
-            with pyarrow.parquet.ParquetFile(path) as table:
-                names = table.schema_arrow.names
-                if self.json_key not in names:
-                    listed = ", ".join(names[:8])
-                    raise DataError(
-                        f"{path}: no column `{self.json_key}` (columns here: {listed}); choose with --json-key"
-                    )
-                rows = _rows_at_once(table.metadata)
-                for row, text in enumerate(_column(table, self.json_key, rows), start=1):
-                    if not isinstance(text, str):
-                        self._bad_line(path, row, Bad(f"`{self.json_key}` must be a string, found {json_kind(text)}"))
-                    elif utf8_length(text) > self.max_document_bytes:
-                        self._bad_line(path, row, Bad(self._too_long("text")))
-                    else:
-                        found += bool(text)
-                        yield row, text
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: the parquet file is cut or damaged ({error}); fetch or make it again") from error
+        for row, values in enumerate(table_rows(path, self._fields), start=1):
+            text = self._text_of_row(path, row, values)
+            if text is not None:
+                found += bool(text)
+                yield row, text
         with open(path, "rb", buffering=0) as file:
             raw = HashedFile(file, self._count_bytes)
             while raw.read(CHUNK_BYTES):
                 pass
             self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest(), found))
 
+    def _text_of_row(self, path: Path, row: int, values: Sequence[Any]) -> str | None:
+        """Return the text of a row; None, and a bad line, if it has none."""
+        for name, value in zip(self._fields.names, values, strict=True):
+            if not isinstance(value, str):
+                self._bad_line(path, row, Bad(f"`{name}` must be a string, found {json_kind(value)}"))
+                return None
+        text = self._fields.text(values)
+        if utf8_length(text) > self.max_document_bytes:
+            self._bad_line(path, row, Bad(self._too_long("text")))
+            return None
+        return text
+
+    def _csv_records(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+        def lines() -> Iterator[str]:
+            for number, line, bad in self._decoded_lines(path, chunks):
+                if bad is not None:
+                    self._bad_line(path, number, bad)
+                yield line + "\n"
+
+        for number, values in csv_records(path, lines(), self._fields, max_field_bytes=self.max_document_bytes):
+            text = self._text_of_row(path, number, values)
+            if text is not None:
+                yield number, text
+
     def _count_bytes(self, count: int) -> None:
         self.report.bytes_read += count
 
     def _bad_line(self, path: Path, number: int, bad: Bad) -> None:
         report = self.report
+        number += self._lines_before_span() if self._is_later_part else 0
         report.bad_lines += 1
         if len(report.bad_examples) < _MAX_LISTED:
             report.bad_examples.append(f"{path}:{number}: {bad.reason}")
-        if report.bad_lines > self.max_bad_lines:
+        if report.bad_lines + self.bad_lines_before > self.max_bad_lines:
             allowed = f"{self.max_bad_lines} bad lines are allowed and this is one more"
             raise DataError(f"{path}:{number}: {bad.reason}; {bad.remedy} or raise --max-bad-lines ({allowed})")
+
+    @property
+    def _is_later_part(self) -> bool:
+        """Whether what is read begins inside a file."""
+        return self.span is not None and self.span[0] > 0
+
+    def _lines_before_span(self) -> int:
+        """Return the number of lines before the part of the file that is read; counted when the first is bad."""
+        if self._lines_before is None:
+            assert self.span is not None
+            self._lines_before = count_lines(self.paths[0], self.span[0])
+        return self._lines_before
 
 
 def utf8_length(text: str) -> int:
@@ -333,6 +404,31 @@ def utf8_length(text: str) -> int:
     if text.isascii():
         return len(text)
     return sum(len(text[start : start + CHUNK_BYTES].encode("utf-8")) for start in range(0, len(text), CHUNK_BYTES))
+
+
+def sample(corpus: Corpus) -> list[str]:
+    """Return the first documents of up to 16 files spread evenly over a corpus; none from a pipe, which is read once.
+
+    A bad line ends the documents of its file: it is reported when the corpus is read.
+    """
+    files = [path for path in corpus.paths if path != STDIN and path.is_file()]
+    found: list[str] = []
+    for place in sorted({len(files) * number // _SAMPLED_FILES for number in range(_SAMPLED_FILES)} if files else ()):
+        part = Corpus(
+            [files[place]],
+            json_key=corpus.json_key,
+            template=corpus.template,
+            text_split=corpus.text_split,
+            max_document_bytes=corpus.max_document_bytes,
+        )
+        left = _SAMPLED_CHARACTERS
+        with suppress(DataError):
+            for text in part.documents():
+                if len(text) > left:
+                    break
+                found.append(text)
+                left -= len(text)
+    return found
 
 
 class _TextBlock:
@@ -356,87 +452,3 @@ class _TextBlock:
             self.lines.clear()
         else:
             self.lines.append(line)
-
-
-def _rows_at_once(metadata: Any) -> int:
-    """Return the number of parquet rows to decode together: few if rows are long."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    longest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=1.0)
-    return int(min(_MAX_BATCH_ROWS, max(1, _BATCH_BYTES // max(1.0, longest))))
-
-
-def _column(table: Any, name: str, rows: int) -> Iterator[Any]:
-    for batch in table.iter_batches(batch_size=rows, columns=[name]):
-        column = batch.column(0)
-        for place in range(len(column)):
-            yield column[place].as_py()
-
-
-def add_corpus_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--input` and the options of `corpus_from`."""
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="corpus files, kept in this order")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column that holds the text")
-    parser.add_argument(
-        "--text-split",
-        choices=TEXT_SPLITS,
-        default=TEXT_SPLITS[0],
-        help="what is one document in a .txt file: the file (default), each line, or what lies between blank lines",
-    )
-    parser.add_argument(
-        "--max-bad-lines",
-        type=int,
-        default=0,
-        metavar="K",
-        help="lines or documents without usable text to skip, and list at the end, before refusing (default 0)",
-    )
-    parser.add_argument(
-        "--max-document-mb",
-        type=float,
-        default=MAX_DOCUMENT_BYTES / 2**20,
-        metavar="M",
-        help="MiB of one line or document, uncompressed; a longer one is a bad line (default 256)",
-    )
-
-
-def corpus_from(arguments: argparse.Namespace) -> Corpus:
-    """Return the corpus that the options of `add_corpus_options` describe."""
-    return Corpus(
-        arguments.input,
-        json_key=arguments.json_key,
-        text_split=arguments.text_split,
-        max_bad_lines=arguments.max_bad_lines,
-        max_document_bytes=int(arguments.max_document_mb * 2**20),
-    )
-
-
-def describe_files(corpus: Corpus) -> list[str]:
-    """Return a line for each file that was read, with its number of documents."""
-    files = list(zip(corpus.paths, corpus.report.files, strict=True))
-    lines = [f"{path}: {file.documents:,} document(s) read" for path, file in files[:_MAX_LISTED_FILES]]
-    if len(files) > _MAX_LISTED_FILES:
-        rest = sum(file.documents for _, file in files[_MAX_LISTED_FILES:])
-        lines.append(f"{len(files) - _MAX_LISTED_FILES} more files: {rest:,} documents read")
-    whole = [path for path, _ in files if _is_text(path)]
-    if whole and corpus.text_split == TEXT_SPLITS[0]:
-        lines.append(
-            "note: each .txt file was taken as one document; --text-split line or blank-line makes several of it"
-        )
-    return lines
-
-
-def describe_skipped(corpus: Corpus) -> list[str]:
-    """Return a line for each bad line that was kept as an example, and for the repaired documents."""
-    report = corpus.report
-    lines = [f"skipped {example}" for example in report.bad_examples]
-    if report.bad_lines > len(report.bad_examples):
-        lines.append(f"skipped {report.bad_lines - len(report.bad_examples):,} more bad lines")
-    if report.repaired_documents:
-        lines.append(
-            f"note: in {report.repaired_documents:,} document(s) halves of surrogate pairs, which are no characters, "
-            "were replaced by U+FFFD"
-        )
-    return lines
-
-
-def _is_text(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")

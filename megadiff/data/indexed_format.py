@@ -7,17 +7,25 @@
 
 Little-endian throughout. Source: megatron.core.datasets.indexed_dataset of megatron-core 0.16.1.
 
+A folder of shards holds one `tokens.idx` and `tokens.json` of all its tokens, and these in `shards/000000/tokens.bin`,
+`shards/000001/tokens.bin` and so on, each with an index and a manifest of its own.
+
 Nothing is mapped: a file that shrinks while it is read causes an error, where a mapping would cause a signal, and no
 array is a view of a closed file.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
+import re
 import struct
+import threading
 import weakref
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +56,15 @@ CHUNK = 2**20
 
 REMEDY = "copy or preprocess the data again"
 
+TOKENS = "tokens"
+"""Name, without its ending, of the files in a folder of shards and in each shard."""
+
+SHARDS = "shards"
+"""Name of the folder that holds the shards."""
+
+_SHARD_NAME = re.compile(r"\d{6}")
+_MOST_OPEN = 128
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the type in which Megatron stores ids of this vocabulary."""
@@ -72,6 +89,45 @@ def manifest_path(prefix: str | Path) -> Path:
 def without_suffix(prefix: str | Path) -> str:
     """Return the prefix P, also if given as `P.bin` or `P.idx`."""
     return str(prefix).removesuffix(".bin").removesuffix(".idx")
+
+
+def shard_folder(prefix: str | Path) -> Path | None:
+    """Return the path if it is a folder of shards, finished or not; None if it is a prefix or nothing at all."""
+    folder = Path(prefix)
+    if idx_path(prefix).is_file() or not Path(folder, SHARDS).is_dir():
+        return None
+    return folder
+
+
+def shard_prefixes(folder: str | Path) -> list[Path]:
+    """Return the prefixes of the shards that hold tokens, in order; none where there is no folder of shards."""
+    try:
+        names = sorted(name for name in os.listdir(Path(folder, SHARDS)) if _SHARD_NAME.fullmatch(name))
+    except OSError:
+        return []
+    prefixes = (Path(folder, SHARDS, name, TOKENS) for name in names)
+    return [prefix for prefix in prefixes if bin_path(prefix).is_file()]
+
+
+def index_parts(dtype: np.dtype, sequences: int, lengths: Callable[[], Iterable[np.ndarray]]) -> Iterator[bytes]:
+    """Yield the content of an `.idx` whose documents are one sequence each, in pieces.
+
+    Args:
+        dtype: stored type of the tokens.
+        sequences: number of sequences.
+        lengths: function that returns their lengths in order, in pieces of any size; it is called twice.
+    """
+    yield HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, sequences + 1)
+    for part in lengths():
+        yield part.astype("<i4").tobytes()
+    offset = 0
+    for part in lengths():
+        for start in range(0, part.size, CHUNK):
+            ends = offset + np.cumsum(part[start : start + CHUNK], dtype=np.int64) * dtype.itemsize
+            yield np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes()
+            offset = int(ends[-1])
+    for start in range(0, sequences + 1, CHUNK):
+        yield np.arange(start, min(start + CHUNK, sequences + 1), dtype="<i8").tobytes()
 
 
 class StoredFile:
@@ -117,6 +173,58 @@ class StoredFile:
         for start in range(0, self.size, CHUNK):
             digest.update(self.read(start, min(CHUNK, self.size - start)))
         return digest.hexdigest()
+
+
+class JoinedFile(StoredFile):
+    """Several files, one after another, as one; at most 128 of them are open at a time.
+
+    Args:
+        path: the folder, for messages.
+        parts: the files in order, none of them empty.
+
+    Raises:
+        DataError: there is none, or one cannot be read.
+    """
+
+    def __init__(self, path: Path, parts: Iterable[Path]) -> None:
+        self.path = path
+        self._parts = list(parts)
+        if not self._parts:
+            raise DataError(f"{path}: wanted at least one shard with tokens, found none; {REMEDY}")
+        self._sizes = [_size_of(part) for part in self._parts]
+        self._ends = list(accumulate(self._sizes))
+        self._open: OrderedDict[int, StoredFile] = OrderedDict()
+        self._lock = threading.Lock()
+        self.size = self._ends[-1]
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return `count` bytes from `offset` on, across the files' ends; see `StoredFile.read`."""
+        place = bisect.bisect_right(self._ends, offset)
+        found: list[bytes] = []
+        while count:
+            within = offset - (self._ends[place] - self._sizes[place])
+            here = min(count, self._sizes[place] - within)
+            found.append(self._file(place).read(within, here))
+            offset, count, place = offset + here, count - here, place + 1
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _file(self, place: int) -> StoredFile:
+        with self._lock:  # the loader's thread and the main thread read at the same time
+            file = self._open.pop(place, None) or StoredFile(self._parts[place])
+            self._open[place] = file
+            if len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)  # closed as soon as no thread reads it any more
+        if file.size != self._sizes[place]:
+            found = f"found {file.size}: the file has changed since the folder was opened"
+            raise DataError(f"{file.path}: wanted {self._sizes[place]} bytes, {found}; {REMEDY}")
+        return file
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 class StoredIntegers:

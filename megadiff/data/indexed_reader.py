@@ -18,12 +18,16 @@ from megadiff.data.indexed_format import (
     HEADER,
     MAGIC,
     REMEDY,
+    TOKENS,
     VERSION,
+    JoinedFile,
     StoredFile,
     StoredIntegers,
     bin_path,
     idx_path,
     manifest_path,
+    shard_folder,
+    shard_prefixes,
     without_suffix,
 )
 from megadiff.data.indexed_manifest import read_manifest
@@ -36,10 +40,10 @@ _MOST_TOKENS = 2**56  # far below the point where a sum of lengths, or a byte of
 
 
 class IndexedReader:
-    """The documents, and the flat token stream, of one prefix.
+    """The documents, and the flat token stream, of one prefix or one folder of shards.
 
     Args:
-        prefix: P, `P.bin` or `P.idx`.
+        prefix: P, `P.bin` or `P.idx`; or a finished folder of shards, which is read as if they were one file.
 
     Raises:
         DataError: a file is missing, truncated or damaged, or the manifest belongs to other data.
@@ -47,15 +51,20 @@ class IndexedReader:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = without_suffix(prefix)
-        self._refuse_missing()
-        self._idx = StoredFile(idx_path(self.prefix))
-        self.manifest = read_manifest(manifest_path(self.prefix))
+        folder = shard_folder(self.prefix)
+        index = self.prefix
+        if folder is not None:
+            self.prefix, index = str(folder), str(folder / TOKENS)
+        self._refuse_missing(folder)
+        self._idx = StoredFile(idx_path(index))
+        self._manifest_path = manifest_path(index)
+        self.manifest = read_manifest(self._manifest_path)
         self.dtype, self.num_sequences, self.num_documents = self._checked_header()
         self._open_index()
         self.num_tokens = self._checked_lengths()
         self._check_documents()
         self._check_manifest()
-        self._bin = StoredFile(bin_path(self.prefix))
+        self._bin = StoredFile(bin_path(self.prefix)) if folder is None else _joined(folder)
         self._check_bin_size()
         self.stored_tokens = StoredIntegers(self._bin, self.dtype, offset=0, count=self.num_tokens)
         self._vocab_size, self._mask_id = None, None
@@ -194,7 +203,13 @@ class IndexedReader:
         starts = np.random.default_rng(0).integers(0, self.num_tokens - _RANDOM_SPAN_TOKENS, size=_RANDOM_SPANS)
         return [(int(start), _RANDOM_SPAN_TOKENS) for start in np.sort(starts)]
 
-    def _refuse_missing(self) -> None:
+    def _refuse_missing(self, folder: Path | None) -> None:
+        if folder is not None:
+            if not idx_path(folder / TOKENS).is_file():
+                wanted = f"wanted {idx_path(folder / TOKENS)}, which is written when all shards are there"
+                again = "repeat the `megadiff preprocess_data --shards` command that began it"
+                raise DataError(f"{folder}: the folder of shards is not finished; {wanted}; {again}")
+            return
         wanted = (idx_path(self.prefix), bin_path(self.prefix))
         missing = [str(path) for path in wanted if not path.is_file()]
         if not missing:
@@ -297,4 +312,8 @@ class IndexedReader:
         real = (self.num_documents, self.num_tokens, self.dtype.name)
         if recorded != real:
             wanted = f"wanted the documents, tokens and dtype {real} of the .idx, found {recorded}"
-            raise DataError(f"{manifest_path(self.prefix)}: {wanted}; {REMEDY}")
+            raise DataError(f"{self._manifest_path}: {wanted}; {REMEDY}")
+
+
+def _joined(folder: Path) -> JoinedFile:
+    return JoinedFile(folder, [bin_path(prefix) for prefix in shard_prefixes(folder)])

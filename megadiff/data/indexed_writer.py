@@ -1,30 +1,21 @@
-"""Writer of indexed tokens: byte for byte what Megatron's builder writes, and never an index without its data.
-
-Everything is written under temporary names (`P.bin.tmp`, ...), flushed to disk, and renamed in the order .bin, .json,
-.idx; readers look for the .idx. A killed run leaves temporary files, which the next run on the same prefix overwrites.
-"""
+"""Writer of indexed tokens: byte for byte what Megatron's builder writes, and never an index without its data."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from io import BufferedWriter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from megadiff.data.indexed_format import CODES, HEADER, MAGIC, VERSION, bin_path, idx_path, manifest_path, token_dtype
-from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, TokenizerFacts, manifest_bytes
+from megadiff.data.indexed_format import index_parts, token_dtype
+from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, TokenizerFacts
+from megadiff.data.indexed_output import IndexedOutput
 from megadiff.data.tokenizer_files import wrong_ids
 from megadiff.errors import DataError
-from megadiff.files import sync
 
-_INDEX_CHUNK = 2**20
 _WRITE_CHUNK = 2**20
 
 
@@ -51,10 +42,7 @@ class IndexedWriter:
         self.num_tokens = 0
         self._lengths = array("i")
         self._sha256 = hashlib.sha256()
-        self._finals = [bin_path(prefix), manifest_path(prefix), idx_path(prefix)]
-        self._temporaries = [Path(f"{path}.tmp") for path in self._finals]
-        self._refuse_existing(overwrite)
-        self._file = self._open_locked()
+        self._output = IndexedOutput(prefix, overwrite=overwrite)
 
     @property
     def num_documents(self) -> int:
@@ -86,7 +74,7 @@ class IndexedWriter:
         self._refuse_wrong(ids, lengths)
         for start in range(0, ids.size, _WRITE_CHUNK):
             content = ids[start : start + _WRITE_CHUNK].astype(self.dtype).tobytes()
-            self._write(content)
+            self._output.write(content)
             self._sha256.update(content)
         self._lengths.extend(lengths.tolist())
         self.num_tokens += int(ids.size)
@@ -106,10 +94,9 @@ class IndexedWriter:
             DataError: nothing was added, or the disk is full.
         """
         if not self.num_documents:
-            raise DataError(f"{self.prefix}: no documents to write; check the input files and the text key")
+            raise no_documents(self.prefix)
+        lengths = np.frombuffer(self._lengths, dtype=np.intc)
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             manifest = IndexedManifest(
                 tokenizer=tokenizer,
                 documents=self.num_documents,
@@ -117,32 +104,19 @@ class IndexedWriter:
                 source_bytes=source_bytes,
                 dtype=self.dtype.name,
                 bin_sha256=self._sha256.hexdigest(),
-                idx_sha256=_write_whole(self._temporaries[2], self._index_parts()),
+                idx_sha256=self._output.write_index(index_parts(self.dtype, lengths.size, lambda: [lengths])),
                 appended_eod=appended_eod,
                 prepended_bos=prepended_bos,
                 inputs=tuple(inputs),
             )
-            _write_whole(self._temporaries[1], [manifest_bytes(manifest)])
-            idx_path(self.prefix).unlink(missing_ok=True)
-            for temporary, final in zip(self._temporaries, self._finals, strict=True):
-                os.replace(temporary, final)
-            sync(self._finals[0].parent)
+            self._output.publish(manifest)
         except OSError as error:
-            raise DataError(
-                f"{self.prefix}: writing failed ({error.strerror}); free disk space and run again"
-            ) from error
-        self._file.close()
+            raise self._output.refused(error) from error
         return manifest
 
     def abort(self) -> None:
         """Remove this writer's temporary files; after `finish` there are none."""
-        if self._file.closed:
-            return
-        for temporary in self._temporaries:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        with suppress(OSError):  # closing flushes, which may fail on a full disk
-            self._file.close()
+        self._output.abort()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -167,63 +141,7 @@ class IndexedWriter:
             "vocabulary: use another one"
         )
 
-    def _refuse_existing(self, overwrite: bool) -> None:
-        there = [path for path in self._finals if path.exists()]
-        if there and not overwrite and not self._half_renamed():
-            raise DataError(f"{there[0]}: data are there already; choose another --output-prefix or give --overwrite")
 
-    def _half_renamed(self) -> bool:
-        """Return whether a killed run left .bin and .json without .idx; it also left its .idx.tmp."""
-        return self._temporaries[2].exists() and not self._finals[2].exists()
-
-    def _open_locked(self) -> BufferedWriter:
-        path = self._temporaries[0]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened with "ab", not "wb": until it is locked, the file may belong to another process.
-            file = open(path, "ab")  # noqa: SIM115 - closed by `finish` or `abort`
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({error.strerror}); choose another --output-prefix") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise DataError(f"{path}: another process is writing it; wait for it or choose another prefix") from None
-        except OSError:
-            pass  # a file system without locks, such as some NFS: two runs must not share a prefix there
-        file.truncate(0)
-        stale = self._finals[:2] if self._half_renamed() else []
-        for path in (*stale, *self._temporaries[1:]):
-            path.unlink(missing_ok=True)
-        return file
-
-    def _write(self, content: bytes) -> None:
-        try:
-            self._file.write(content)
-        except OSError as error:
-            where = self._temporaries[0]
-            raise DataError(f"{where}: writing failed ({error.strerror}); free disk space and run again") from error
-
-    def _index_parts(self) -> Iterator[bytes]:
-        lengths = np.frombuffer(self._lengths, dtype=np.intc)
-        yield HEADER.pack(MAGIC, VERSION, CODES[self.dtype], lengths.size, lengths.size + 1)
-        yield lengths.astype("<i4").tobytes()
-        offset = 0
-        for start in range(0, lengths.size, _INDEX_CHUNK):
-            ends = offset + np.cumsum(lengths[start : start + _INDEX_CHUNK], dtype=np.int64) * self.dtype.itemsize
-            yield np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes()
-            offset = int(ends[-1])
-        for start in range(0, lengths.size + 1, _INDEX_CHUNK):
-            yield np.arange(start, min(start + _INDEX_CHUNK, lengths.size + 1), dtype="<i8").tobytes()
-
-
-def _write_whole(path: Path, parts: Iterable[bytes]) -> str:
-    """Write a file and flush it to disk; return its SHA-256 (hex)."""
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+def no_documents(where: str) -> DataError:
+    """Return the error for a corpus without any document."""
+    return DataError(f"{where}: no documents to write; check the input files and the text key")

@@ -7,18 +7,13 @@ text.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +26,9 @@ from megadiff.data.documents import Corpus, CorpusReport, Document, utf8_length
 from megadiff.data.indexed_format import token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
-from megadiff.data.tokenizer_files import load_tokenizer, wrong_ids
+from megadiff.data.tokenizer_files import load_for_batches, wrong_ids
 from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.worker_processes import CONTEXT, begin_worker, interrupts_held_back
 from megadiff.errors import DataError
 
 _LINE_EVERY_S = 10.0
@@ -112,6 +108,7 @@ def preprocess(
     *,
     framing: DocumentMarkers | None = None,
     workers: int = 1,
+    backend: str = "tokenizers",
     overwrite: bool = False,
 ) -> PreprocessSummary:
     """Tokenize a corpus into `P.bin`, `P.idx` and `P.json`.
@@ -122,6 +119,7 @@ def preprocess(
         tokenizer_path: as for `load_tokenizer`; each worker loads its own copy.
         framing: put bos before or eos after each document; nothing by default.
         workers: processes that tokenize; with 1, this process does, using the library's own threads.
+        backend: library that encodes batches, `tokenizers` or `gigatoken`.
         overwrite: replace finished data of the same prefix.
 
     Raises:
@@ -132,33 +130,91 @@ def preprocess(
     if workers < 1:
         raise DataError(f"--workers must be at least 1, found {workers}")
     framing = framing or DocumentMarkers()
-    tokenizer = load_tokenizer(tokenizer_path)
-    _refuse_framing(tokenizer, framing)
+    tokenizer = load_for_batches(tokenizer_path, backend, parallel=True)
+    refuse_framing(tokenizer, framing)
     started_s = time.monotonic()
-    with IndexedWriter(
-        prefix, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, overwrite=overwrite
-    ) as writer:
-        source_bytes = 0
-        with ProgressReport("tokenizing", corpus.total_bytes) as progress:
-            for batch in _tokenized(corpus, str(tokenizer_path), tokenizer, framing, workers):
-                writer.add_documents(batch.ids, batch.lengths)
-                source_bytes += batch.source_bytes
-                corpus.report.empty_documents += batch.num_empty
-                corpus.report.documents -= batch.num_empty
-                speed = writer.num_tokens / max(1e-9, time.monotonic() - started_s)
-                progress.update(corpus.report.bytes_read, f"{writer.num_tokens:,} tokens, {speed:,.0f} tokens/s")
-        report = corpus.report
-        manifest = writer.finish(
-            tokenizer=tokenizer_facts(tokenizer),
-            source_bytes=source_bytes,
-            inputs=[InputFacts(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in report.files],
-            appended_eod=framing.append_eod,
-            prepended_bos=framing.prepend_bos,
-        )
-    return PreprocessSummary(manifest, report, time.monotonic() - started_s)
+    with (
+        IndexedWriter(
+            prefix, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, overwrite=overwrite
+        ) as writer,
+        ProgressReport("tokenizing", corpus.total_bytes) as progress,
+    ):
+
+        def show() -> None:
+            progress.update(corpus.report.bytes_read, speed_note(writer.num_tokens, started_s))
+
+        batches = _tokenized(corpus, (str(tokenizer_path), backend, framing), tokenizer, workers)
+        source_bytes = _add_batches(corpus, writer, batches, show)
+        manifest = _finish(corpus, writer, tokenizer, framing, source_bytes)
+    return PreprocessSummary(manifest, corpus.report, time.monotonic() - started_s)
 
 
-def _refuse_framing(tokenizer: Tokenizer, framing: DocumentMarkers) -> None:
+def tokenize_part(
+    corpus: Corpus,
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    framing: DocumentMarkers,
+    show: Callable[[int], None],
+) -> IndexedManifest | None:
+    """Tokenize one part of a corpus in this process into `P.bin`, `P.idx` and `P.json`.
+
+    Args:
+        corpus: the part; its report counts what was read.
+        prefix: P.
+        tokenizer: the tokenizer, which has the tokens that `framing` needs.
+        framing: tokens to put around each document.
+        show: function that is called after each batch with the number of tokens written so far.
+
+    Returns:
+        The manifest; None, and no files, if the part has no document with a token.
+
+    Raises:
+        DataError: as for `preprocess`.
+    """
+    with IndexedWriter(prefix, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id) as writer:
+        batches = _tokenized(corpus, ("", "", framing), tokenizer, workers=1)
+        source_bytes = _add_batches(corpus, writer, batches, lambda: show(writer.num_tokens))
+        if not writer.num_documents:
+            return None
+        return _finish(corpus, writer, tokenizer, framing, source_bytes)
+
+
+def speed_note(tokens: int, started_s: float) -> str:
+    """Return the number of tokens and their speed since a time of the monotonic clock, as progress shows them."""
+    return f"{tokens:,} tokens, {tokens / max(1e-9, time.monotonic() - started_s):,.0f} tokens/s"
+
+
+def _add_batches(corpus: Corpus, writer: IndexedWriter, batches: Iterable[_Tokenized], show: Callable[[], None]) -> int:
+    """Write all batches; return the number of UTF-8 bytes of their text."""
+    source_bytes = 0
+    for batch in batches:
+        writer.add_documents(batch.ids, batch.lengths)
+        source_bytes += batch.source_bytes
+        corpus.report.empty_documents += batch.num_empty
+        corpus.report.documents -= batch.num_empty
+        show()
+    return source_bytes
+
+
+def _finish(
+    corpus: Corpus, writer: IndexedWriter, tokenizer: Tokenizer, framing: DocumentMarkers, source_bytes: int
+) -> IndexedManifest:
+    return writer.finish(
+        tokenizer=tokenizer_facts(tokenizer),
+        source_bytes=source_bytes,
+        inputs=[InputFacts(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in corpus.report.files],
+        appended_eod=framing.append_eod,
+        prepended_bos=framing.prepend_bos,
+    )
+
+
+def refuse_framing(tokenizer: Tokenizer, framing: DocumentMarkers) -> None:
+    """Refuse to put a token around documents that the tokenizer lacks.
+
+    Raises:
+        DataError: it lacks one; the message names the option.
+    """
     for flag, asked, token_id, what in (
         ("--append-eod", framing.append_eod, tokenizer.eos_id, "an end-of-text token"),
         ("--prepend-bos", framing.prepend_bos, tokenizer.bos_id, "a begin-of-text token"),
@@ -168,9 +224,10 @@ def _refuse_framing(tokenizer: Tokenizer, framing: DocumentMarkers) -> None:
 
 
 def _tokenized(
-    corpus: Corpus, tokenizer_path: str, tokenizer: Tokenizer, framing: DocumentMarkers, workers: int
+    corpus: Corpus, setup: tuple[str, str, DocumentMarkers], tokenizer: Tokenizer, workers: int
 ) -> Iterator[_Tokenized]:
     """Yield tokenized batches in order; count faulty documents as bad lines of the corpus."""
+    framing = setup[2]
     batches = _batches(corpus.located_documents())
     if workers == 1:
         for batch in batches:
@@ -179,11 +236,7 @@ def _tokenized(
             del batch
             yield tokenized
         return
-    # "spawn": forked children would share the locks of the tokenizer library's threads and of the output file.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer_path, framing)
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=CONTEXT, initializer=_start_worker, initargs=setup)
     try:
         for batch, tokenized in _in_order(pool, batches, workers * _IN_FLIGHT_PER_WORKER):
             _skip_faults(corpus, batch, tokenized)
@@ -214,25 +267,12 @@ def _in_order(
             before, taken, future = waiting.popleft()
             characters -= taken
             yield before, future.result()
-        with _interrupts_held_back():  # submitting starts workers, one at a time as they are needed
+        with interrupts_held_back():  # submitting starts workers, one at a time as they are needed
             waiting.append((batch, size, pool.submit(_tokenize_in_worker, texts)))
         characters += size
     while waiting:
         before, _, future = waiting.popleft()
         yield before, future.result()
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Start processes without SIGINT: they never see Ctrl-C, not even during imports; this process sees it afterwards.
-
-    Ctrl-C reaches all processes of a terminal, but only the first process should end the others.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -329,19 +369,10 @@ class _Ids:
 _worker_setup: tuple[Tokenizer, DocumentMarkers] | None = None
 
 
-def _start_worker(tokenizer_path: str, framing: DocumentMarkers) -> None:
+def _start_worker(tokenizer_path: str, backend: str, framing: DocumentMarkers) -> None:
     global _worker_setup
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are already parallel
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_setup = (load_tokenizer(tokenizer_path), framing)
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent exits: a worker holds both ends of its queue and would otherwise wait forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    begin_worker()
+    _worker_setup = (load_for_batches(tokenizer_path, backend, parallel=False), framing)
 
 
 def _tokenize_in_worker(texts: list[str]) -> _Tokenized:

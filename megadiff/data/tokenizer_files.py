@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,54 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     remedy = f"did you mean {near}?" if near else "check the path or run `megadiff train_tokenizer`"
     kind = NoTokenizerError if found == "nothing" else DataError
     raise kind(f"{given}: wanted {wanted}, found {found}; {remedy}")
+
+
+BACKENDS = ("tokenizers", "gigatoken", "auto")
+"""Libraries that encode batches; the first is the default, and `auto` means the second where it fits."""
+
+
+def chosen_backend(backend: str, path: str | Path, sample: Sequence[str]) -> tuple[str, str | None]:
+    """Return the library to use for a tokenizer, and why it is not `gigatoken` although that would be preferred.
+
+    Args:
+        backend: one of `BACKENDS`.
+        path: as for `load_tokenizer`.
+        sample: texts of the corpus.
+
+    Raises:
+        DataError: `gigatoken` was requested, and cannot be used or gives other ids.
+    """
+    if backend == "tokenizers":
+        return backend, None
+    from megadiff.data.tokenizers._gigatoken import UnfitError, with_gigatoken
+
+    try:
+        with_gigatoken(load_tokenizer(path), parallel=False, sample=sample)
+    except UnfitError as error:
+        if backend == "gigatoken":
+            remedy = "use --backend auto or tokenizers"
+            raise DataError(f"--backend gigatoken cannot be used for {path}: {error}; {remedy}") from error
+        return "tokenizers", str(error)
+    return "gigatoken", None
+
+
+def load_for_batches(path: str | Path, backend: str, *, parallel: bool) -> Tokenizer:
+    """Return a tokenizer that encodes batches by the library that `chosen_backend` returned.
+
+    Args:
+        path: as for `load_tokenizer`.
+        backend: `tokenizers` or `gigatoken`.
+        parallel: whether a batch may use all cores.
+
+    Raises:
+        DataError: as for `load_tokenizer` and `chosen_backend`.
+    """
+    tokenizer = load_tokenizer(path)
+    if backend == "tokenizers":
+        return tokenizer
+    from megadiff.data.tokenizers._gigatoken import with_gigatoken
+
+    return with_gigatoken(tokenizer, parallel=parallel)
 
 
 def _could_hold_one(path: Path) -> bool:

@@ -5,7 +5,7 @@ import gzip
 
 import pytest
 
-from megadiff.data.documents import add_corpus_options, corpus_from, describe_files, describe_skipped
+from megadiff.data.corpus_options import add_corpus_options, corpus_from, describe_files, describe_skipped
 
 POEMS = "one\ntwo\n\nthree\n\n\nfour\n"
 

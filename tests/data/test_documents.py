@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadiff.data import corpus_files, documents
-from megadiff.data.corpus_files import Line
+from megadiff.data.corpus_files import Line, TextFields
 from megadiff.data.documents import Corpus
 from megadiff.errors import DataError
 from tests.security.children import in_child
@@ -24,6 +24,8 @@ JSONL = "".join(json.dumps(line) + "\n" for line in LINES).encode()
 TEXTS = [line["text"] for line in LINES]
 ZST = zstandard.ZstdCompressor(write_checksum=True).compress(JSONL)
 """As the zstd command writes it; without a checksum a flipped bit may be undetectable."""
+
+TEXT = TextFields(("text",))
 
 
 def read(path, **options):
@@ -301,9 +303,9 @@ def test_wrong_paths_are_refused_before_reading(tmp_path):
         Corpus([tmp_path / "no.jsonl"])
     with pytest.raises(DataError, match=r"wanted a file, found a folder; name its files, for example .*/\*\.jsonl"):
         Corpus([tmp_path])
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"a\.csv: wanted a name that ends in one of \.jsonl"):
-        Corpus([tmp_path / "a.csv"])
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(DataError, match=r"a\.doc: wanted a name that ends in one of \.jsonl"):
+        Corpus([tmp_path / "a.doc"])
     with pytest.raises(DataError, match=r"no input files"):
         Corpus([])
 
@@ -397,9 +399,9 @@ def test_both_parsers_read_the_same_of_anything_python_writes(record, text, asci
     line = Line(content, len(content))
     reduced = Line(corpus_files.TopLevel()(content), len(content))
     with pytest.MonkeyPatch.context() as patch:
-        first = corpus_files.text_of(line, "text"), corpus_files.text_of(reduced, "text")
+        first = corpus_files.text_of(line, TEXT), corpus_files.text_of(reduced, TEXT)
         patch.setattr(corpus_files, "orjson", None)
-        second = corpus_files.text_of(line, "text"), corpus_files.text_of(reduced, "text")
+        second = corpus_files.text_of(line, TEXT), corpus_files.text_of(reduced, TEXT)
     assert first == second
     if ascii:
         assert first == (corpus_files.Text(text),) * 2

@@ -93,7 +93,7 @@ def test_a_token_too_large_for_its_integer_type_is_never_stored(tmp_path, vocab_
         assert writer.dtype.name == dtype
         with pytest.raises(DataError, match=rf"document 0 has the token id {token} \(wanted 0 to {vocab_size - 1}\)"):
             writer.add_document(np.array([7, token]))
-        writer._file.flush()
+        writer._output.bin.flush()
         assert (tmp_path / "p.bin.tmp").stat().st_size == 0
 
 
@@ -142,8 +142,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     writer = IndexedWriter(tmp_path / "p", vocab_size=260)
-    writer._file.close()
-    writer._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - a buffered one would fail again when closed
+    writer._output.bin.close()
+    writer._output.bin = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - a buffered one would fail again when closed
     with pytest.raises(DataError, match=r"writing failed \(No space left on device\); free disk space"), writer:
         writer.add_document([7] * 1000)
     assert files_in(tmp_path) == []

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from megadiff.data import corpus_files, documents, indexed_writer
+from megadiff.data import corpus_files, corpus_streams, documents, indexed_writer
 from megadiff.data import preprocess as module
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_reader import IndexedReader
@@ -175,7 +175,7 @@ def test_a_long_document_takes_memory_in_proportion_to_its_text(tmp_path, kind, 
     """Lists of Python integers, and the library's own tokens, take tens of bytes for each token."""
     pieces = [(module, "_BATCH_CHARACTERS"), (byte, "_PIECE_CHARACTERS"), (indexed_writer, "_WRITE_CHUNK")]
     pieces += [(_windows, "WINDOW_CHARACTERS"), (_pipeline, "WINDOW_CHARACTERS"), (documents, "CHUNK_BYTES")]
-    for owner, name in [*pieces, (corpus_files, "CHUNK_BYTES")]:
+    for owner, name in [*pieces, (corpus_files, "CHUNK_BYTES"), (corpus_streams, "CHUNK_BYTES")]:
         monkeypatch.setattr(owner, name, 2**14)
     tokenizer = "byte" if kind == "byte" else tmp_path / "tok"
     if kind == "bpe":

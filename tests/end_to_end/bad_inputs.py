@@ -316,7 +316,7 @@ TOOLS = [
     (GENERATE + " --top-p 2", r"error: --top-p must lie in \(0, 1\], got 2\.0$"),
     ("tools/generate.py", r"the following arguments are required: --model"),
     (PREPROCESS + " --input nowhere.txt", r"nowhere\.txt: no such file; check the path"),
-    (PREPROCESS + " --input {tmp}", r"wanted a file, found a folder; name its files"),
+    (PREPROCESS + " --input {tmp}/*.csv", r"\*\.csv: no file matches; check the path after --input"),
     (PREPROCESS + " --input {tmp}/number.jsonl", r":2: `text` must be a string, found a"),
     (PREPROCESS + " --input {tmp}/key.jsonl", r":1: no key `text` .*--json-key"),
     (PREPROCESS + " --input {tmp}/a.jsonl.gz", r"not a whole \.gz file .*; fetch or make"),

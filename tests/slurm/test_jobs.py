@@ -116,21 +116,21 @@ def test_a_node_has_as_many_ranks_as_it_has_gpus(cluster, tree, tmp_path):
     assert log.count(f"bash {home}/slurm/node.sh {home} {logs}/{job}.0 --config={config}") == 2
 
 
-def test_preprocessing_writes_a_prefix_for_each_shard(cluster, home, tmp_path):
-    shards = [tmp_path / "-a.jsonl", tmp_path / "b $(touch CANARY).jsonl"]
-    for shard in shards:
-        shard.write_text(json.dumps({"text": shard.name}) + "\n")
+def test_preprocessing_makes_shards_and_merges_them(cluster, home, tmp_path):
+    files = [tmp_path / "-a.jsonl", tmp_path / "b $(touch CANARY).jsonl"]
+    for file in files:
+        file.write_text(json.dumps({"text": file.name}) + "\n")
     job = submit(
-        cluster, home, "preprocess", "--output-prefix", tmp_path / "data/all", "--tokenizer=byte", "--time=5",
-        "--input", *shards, "--", "--append-eod",
+        cluster, home, "preprocess", "--output-prefix", tmp_path / "data/a $(touch CANARY)", "--tokenizer=byte",
+        "--time=5", "--tasks=2", "--input", *files, "--", "--append-eod",
     )  # fmt: skip
 
-    facts = wait_for_end(cluster, job)
+    facts = wait_for_end(cluster, str(int(job) + 1))
 
-    logs = "\n".join(path.read_text() for path in (tmp_path / "data/slurm").glob("*.out"))
+    logs = "\n".join(path.read_text() for path in (tmp_path / "data").glob("slurm/*/*.out"))
     assert facts["JobState"] == "COMPLETED", logs
-    tokens = [json.loads((tmp_path / f"data/all-{n:05d}.json").read_text())["tokens"] for n in range(2)]
-    assert tokens == [len(shard.name) + 1 for shard in shards]
+    manifest = json.loads((tmp_path / "data/a $(touch CANARY).json").read_text())
+    assert manifest["tokens"] == sum(len(file.name) + 1 for file in files)
     assert not list(tmp_path.rglob("CANARY"))
 
 

@@ -13,7 +13,7 @@ SHELL = sorted(path for pattern in ("*.sh", "*.sbatch", "site.env.example") for 
 
 
 def test_there_is_a_script_for_every_job():
-    jobs = {"pretrain", "preprocess", "evaluate", "sweep", "convert"}
+    jobs = {"pretrain", "preprocess", "merge", "evaluate", "sweep", "convert"}
     assert {path.stem for path in SHELL if path.suffix == ".sbatch"} == jobs
 
 

@@ -117,22 +117,30 @@ def test_a_sweep_has_a_task_for_each_row(config, tmp_path):
     ]
 
 
-def test_preprocessing_has_a_task_for_each_shard(tmp_path):
-    shards = [tmp_path / name for name in ("-a.jsonl", "b $(x).jsonl")]
-    for shard in shards:
-        shard.touch()
-    words, *tasks = planned(
-        "preprocess", "--output-prefix=data/all", "--tokenizer=byte", "--time=10", "--cpus-per-task=4",
-        "--input", shards[0], shards[1], "--", "--append-eod", "--workers=4", cwd=tmp_path,
-    )  # fmt: skip
-    prefix = tmp_path / "data/all"
-    assert "--array=0-1" in words
-    assert "--cpus-per-task=4" in words
-    assert tasks == [
-        [f"{prefix}-{n:05d}", "--input", str(shard), f"--output-prefix={prefix}-{n:05d}", "--tokenizer=byte",
-         "--append-eod", "--workers=4"]
-        for n, shard in enumerate(shards)
-    ]  # fmt: skip
+def test_preprocessing_has_tasks_for_one_folder_and_then_a_merge(tmp_path):
+    files = [tmp_path / name for name in ("-a.jsonl", "b $(x).jsonl")]
+    for file in files:
+        file.touch()
+    common = ["--tokenizer=byte", "--time=10", "--account=me", "--cpus-per-task=4", "--input", *files]
+    done = call("preprocess", "--dry-run", "--output-prefix=data/all", "--tasks=2", *common, "--", "--append-eod",
+                cwd=tmp_path)  # fmt: skip
+    array, *tasks, then = [shlex.split(line) for line in done.stdout.splitlines()]
+    shards = tmp_path / "data/all-shards"
+    logs = tmp_path / "data/slurm/all-shards"
+    assert "--array=0-1" in array
+    assert "--cpus-per-task=4" in array
+    assert array[-2:] == [str(REPOSITORY), str(logs)]
+    arguments = ["--input", *map(str, files), f"--shards={shards}", "--tokenizer=byte", "--workers=4", "--append-eod"]
+    assert [task[3:] for task in tasks] == [[str(shards), *arguments]] * 2
+    assert then[:2] == ["#", "then:"]
+    assert {"--dependency=afterok:JOB", "--kill-on-invalid-dep=yes", "--account=me"} <= set(then)
+    assert "--cpus-per-task=4" not in then
+    merging = [f"--merge={shards}", f"--output-prefix={tmp_path}/data/all"]
+    assert then[-4:] == [f"{REPOSITORY}/slurm/merge.sbatch", str(REPOSITORY), *merging]
+
+    alone = call("preprocess", "--dry-run", "--shards=s", *common, "--", "--workers=2", cwd=tmp_path).stdout
+    assert "# then" not in alone
+    assert alone.splitlines()[1].endswith(f"--shards={tmp_path}/s --tokenizer=byte --workers=2")
 
 
 def test_evaluating_and_converting(tmp_path):
@@ -176,7 +184,11 @@ def test_files_that_are_not_there_are_named(config, tmp_path):
         (["pretrain", "--config", tmp_path / "no.yaml"], "no.yaml: the run description does not exist"),
         (["sweep", "--config", config, "--rows", tmp_path / "no.txt"], "no.txt: No such file"),
         (["sweep", "--config", config, "--rows", rows], "no row of overrides"),
-        (["preprocess", "--input", "no", "--output-prefix=x", "--tokenizer=byte"], "--input no: there is no such file"),
+        (
+            ["preprocess", "--input", "no", "--output-prefix=x", "--tokenizer=byte"],
+            "--input no: there is no such file or folder",
+        ),
+        (["preprocess", "--input", "no", "--tokenizer=byte"], "--output-prefix P is wanted for one file, or --shards"),
         (["evaluate", "--model", "no", "--data=x"], "--model no: there is no such folder"),
         (["convert", "--checkpoint", "no", "--output=x"], "--checkpoint no: there is no such folder"),
     ):

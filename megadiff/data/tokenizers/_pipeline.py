@@ -46,7 +46,7 @@ class Pipeline:
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # `<|mask|>` in a text is eight characters of text, not the mask
         self._live = frozenset(self._inner.get_vocab(with_added_tokens=True).values())
-        self._specials, self._forbidden = ids.all, ids.never_text
+        self._specials, self.never_text = ids.all, ids.never_text
 
     @property
     def special_names(self) -> list[str]:
@@ -94,8 +94,8 @@ class Pipeline:
         return Tokens(np.array(found.ids, dtype=np.int64), np.array(found.offsets, dtype=np.int64).reshape(-1, 2))
 
     def _refuse_special(self, ids: list[int]) -> None:
-        if not self._forbidden.isdisjoint(ids):
-            token = next(i for i in ids if i in self._forbidden)
+        if not self.never_text.isdisjoint(ids):
+            token = next(i for i in ids if i in self.never_text)
             raise DataError(
                 f"the tokenizer turns its text into the special token {self._inner.id_to_token(token)!r} (id {token}); "
                 "a model cannot tell it from a real one"

@@ -1,0 +1,180 @@
+# ruff: noqa: RUF001 - the strings are meant to be hard to tell apart
+"""The `gigatoken` library in place of `tokenizers`, for tokenizers for which it proves to give the same ids.
+
+It is many times as fast and knows the usual ways to split text, but not all. The proof compares both on strings that
+are hard to split and on a sample of the corpus. While a corpus is tokenized, one text of each batch is compared too.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers._pipeline import Pipeline
+from megadiff.errors import DataError, MegadiffError
+
+_SPLITS = {
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+}
+"""Patterns with the spelling of the same pattern that the library knows."""
+
+_RENEW_CHARACTERS = 2**27
+"""Number of characters after which the library is loaded again: it keeps every word that it has seen."""
+
+_COMPARED_CHARACTERS = 2**14
+_HARD = (
+    "",
+    " ",
+    "\n",
+    "  a  b   c    ",
+    "\r\n\r\n \r \n",
+    "\t\ta\tb",
+    "don't I'll we'VE they'Re 'S 'ſ x'ſx K's'd'M",
+    "1 12 123 1234 1234567 １２３４ ١٢٣٤ ⅷ²½",
+    "naïve café e\u0301 a\u0308\u0323 \u1100\u1161\u11a8 각 ﬁ ǆ ẞ İi",
+    "中文、日本語。한국어 ไทย हिन्दी العربية עברית",
+    "👩‍👩‍👧‍👦 🇩🇪 ✊🏿 \U0001f9d1\u200d\U0001f680",
+    "\ufeff\u200b\u200d\u00ad\u2060\u180e",
+    "\x00\x01\x1c\x1f\x7f\x85\u00a0\u1680\u2000\u2028\u2029\u202f\u205f\u3000",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 \U0010ffff \ufffd \ufffe",
+    "<|bos|><|eos|><|pad|><|mask|><|endoftext|></s><s><unk><mask>[MASK][CLS]",
+    "http://a.b/c?d=e&f#g user@example.org x_y __init__ a->b !== ///* */ {{}} $1,000.00",
+    "a" * 3000,
+    " " * 3000,
+    "é" * 1000 + "\n" * 500 + "1" * 500,
+)
+_POOL = "aZéß'’ \t\n\r.,-_/<|>09٣½中ア가\u0301\u1161\u00a0\u3000\u2028\u200dſK𝔘👩\x00\x85sStTmMdDlLrReEvV"
+
+
+class UnfitError(DataError):
+    """The library cannot take the place of `tokenizers` for a tokenizer."""
+
+
+class OtherIdsError(MegadiffError):
+    """Other ids than those of `tokenizers` while a corpus is tokenized, for which no document is to blame."""
+
+
+class GigatokenTokenizer:
+    """A tokenizer whose batches the library encodes; everything else is the tokenizer's own.
+
+    Args:
+        tokenizer: the tokenizer.
+        parallel: whether batches use all cores.
+
+    Raises:
+        UnfitError: the library is not installed or does not know the tokenizer's rules.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, parallel: bool) -> None:
+        if not isinstance(tokenizer, Pipeline):
+            raise UnfitError("it takes tokenizers of a tokenizer.json only")
+        self._tokenizer, self._parallel = tokenizer, parallel
+        self._definition = _plain(tokenizer.definition)
+        self._forbidden = tokenizer.never_text
+        self._since_renewal = self._batches = 0
+        self._library = self._loaded()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text.
+
+        Raises:
+            OtherIdsError: the ids of the text that is compared differ from those of `tokenizers`.
+        """
+        if not texts:
+            return []
+        self._renew(sum(map(len, texts)))
+        try:
+            found = self._library.encode_batch_list(list(texts), parallel=self._parallel)
+        except Exception:  # whatever is wrong with a text is named by the tokenizer itself
+            return self._tokenizer.encode_batch(texts)
+        if not all(map(self._forbidden.isdisjoint, found)):
+            return self._tokenizer.encode_batch(texts)
+        self._batches += 1
+        place = self._batches % len(texts)
+        if len(texts[place]) <= _COMPARED_CHARACTERS:
+            self._compare(texts[place], found[place])
+        return found
+
+    def prove(self, sample: Sequence[str]) -> None:
+        """Compare with `tokenizers` on hard strings and on a sample of the corpus.
+
+        Raises:
+            UnfitError: the ids of a text differ.
+        """
+        texts = [*hard_strings(), *sample]
+        wanted = self._tokenizer.encode_batch(texts)
+        found = self._library.encode_batch_list(texts, parallel=self._parallel)
+        for text, ids, other in zip(texts, wanted, found, strict=True):
+            if ids != other:
+                raise UnfitError(f"it gives other ids for {text[:40]!r}")
+
+    def _compare(self, text: str, found: list[int]) -> None:
+        if self._tokenizer.encode(text) != found:
+            raise OtherIdsError(
+                f"--backend: gigatoken gives other ids than tokenizers for {text[:40]!r}; repeat the command with "
+                "--backend tokenizers, in a new folder"
+            )
+
+    def _renew(self, characters: int) -> None:
+        self._since_renewal += characters
+        if self._since_renewal > _RENEW_CHARACTERS:
+            self._since_renewal = characters
+            self._library = self._loaded()
+
+    def _loaded(self) -> Any:
+        try:
+            import gigatoken  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UnfitError("it is not installed; pip install 'megadiff[gigatoken]'") from None
+        try:
+            return gigatoken.Tokenizer.from_json(self._definition)
+        except Exception as error:
+            why = str(error).partition("\n")[0][:120]
+            raise UnfitError(f"it does not know the tokenizer's rules ({why})") from error
+
+
+def with_gigatoken(tokenizer: Tokenizer, *, parallel: bool, sample: Sequence[str] = ()) -> Tokenizer:
+    """Return the tokenizer with the library's speed.
+
+    Args:
+        tokenizer: the tokenizer.
+        parallel: whether batches use all cores.
+        sample: texts of the corpus.
+
+    Raises:
+        UnfitError: the library cannot be used, or gives other ids.
+    """
+    fast = GigatokenTokenizer(tokenizer, parallel=parallel)
+    fast.prove(sample)
+    return cast(Tokenizer, fast)
+
+
+def hard_strings() -> Iterator[str]:
+    """Yield strings that are hard to split, the same ones each time: chosen ones, and mixtures of their characters."""
+    yield from _HARD
+    draw = random.Random(0)
+    for _ in range(2000):
+        yield "".join(draw.choices(_POOL, k=draw.randint(1, 24)))
+
+
+def _plain(definition: dict[str, Any]) -> str:
+    """Return a definition as JSON in which no text is a special token, and splits are spelled as the library does."""
+    plain = copy.deepcopy(definition)
+    plain["added_tokens"] = [token for token in plain.get("added_tokens", []) if not token.get("special")]
+    plain |= {"post_processor": None, "truncation": None, "padding": None}
+    before = plain.get("pre_tokenizer") or {}
+    for step in before.get("pretokenizers", [before]):
+        pattern = step.get("pattern")
+        if isinstance(pattern, dict) and pattern.get("Regex") in _SPLITS:
+            pattern["Regex"] = _SPLITS[pattern["Regex"]]
+    return json.dumps(plain)

@@ -1,0 +1,134 @@
+"""The fast library is used only where it proves to give the same ids; tests of the proof need no library."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+
+from megadiff.data.documents import Corpus, sample
+from megadiff.data.preprocess import preprocess
+from megadiff.data.tokenizer_files import chosen_backend, load_for_batches, load_tokenizer
+from megadiff.data.tokenizer_training import train_tokenizer
+from megadiff.data.tokenizers import _gigatoken as module
+from megadiff.errors import DataError
+from tests.data.shards.corpus import FRAMING, contents, write_files
+from tests.fixtures.tokenizers import shapes
+from tests.support.forked_command import call_forked
+
+TEXTS = [f"The cat no. {n} sat; it's née {n * n}.\n\n  def f(x):\n    return x_{n % 7}" for n in range(300)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    train_tokenizer(TEXTS, folder, kind="bpe", vocab_size=400)
+    return folder
+
+
+@pytest.fixture
+def library(monkeypatch, trained):
+    """A library that encodes by `tokenizers`, with a list of texts for which it gives other ids."""
+    inner = load_tokenizer(trained)
+    fake = types.SimpleNamespace(wrong=set(), loaded=0)
+
+    def encode_batch_list(texts, parallel):
+        found = inner.encode_batch(texts)
+        return [[*ids, 7] if text in fake.wrong else ids for text, ids in zip(texts, found, strict=True)]
+
+    def from_json(definition):
+        fake.loaded += 1
+        assert not [token for token in json.loads(definition)["added_tokens"] if token["special"]]
+        return types.SimpleNamespace(encode_batch_list=encode_batch_list)
+
+    imitation = types.ModuleType("gigatoken")
+    imitation.Tokenizer = types.SimpleNamespace(from_json=from_json)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gigatoken", imitation)
+    return fake
+
+
+def test_without_the_library_auto_says_why(trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    assert chosen_backend("auto", trained, []) == (
+        "tokenizers",
+        "it is not installed; pip install 'megadiff[gigatoken]'",
+    )
+    with pytest.raises(
+        DataError, match=r"--backend gigatoken cannot be used for .*: it is not installed; .*; use --ba"
+    ):
+        chosen_backend("gigatoken", trained, [])
+    assert chosen_backend("tokenizers", trained, []) == ("tokenizers", None)
+
+
+def test_other_ids_for_a_hard_string_or_the_sample_are_found(library, trained):
+    assert chosen_backend("auto", trained, TEXTS) == ("gigatoken", None)
+    for text, said in ((TEXTS[9], "The cat no"), ("\r\n\r\n \r \n", r"\\r\\n")):
+        library.wrong = {text}
+        backend, reason = chosen_backend("auto", trained, TEXTS)
+        assert backend == "tokenizers"
+        assert reason is not None
+        assert reason.startswith("it gives other ids for ")
+        with pytest.raises(DataError, match=f"other ids for .*{said}.*; use --backend auto or tokenizers"):
+            chosen_backend("gigatoken", trained, TEXTS)
+
+
+def test_ids_that_change_later_end_the_run(library, trained, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("good words\nbad words\n")
+    library.wrong = {"bad words"}
+    with pytest.raises(
+        module.OtherIdsError, match=r"gigatoken gives other ids than tokenizers for 'bad words'; repeat the comm"
+    ):
+        preprocess(Corpus([file], text_split="line"), tmp_path / "p", trained, backend="gigatoken")
+    assert not list(tmp_path.glob("p.*"))
+
+
+def test_the_library_is_loaded_again_after_much_text(library, trained, monkeypatch):
+    monkeypatch.setattr(module, "_RENEW_CHARACTERS", 10_000)
+    tokenizer = load_for_batches(trained, "gigatoken", parallel=False)
+    assert library.loaded == 1
+    for _ in range(8):
+        tokenizer.encode_batch(TEXTS[:100])
+    assert library.loaded > 3
+
+
+def test_other_kinds_of_tokenizers_keep_their_own_way(library):
+    assert chosen_backend("auto", "byte", []) == ("tokenizers", "it takes tokenizers of a tokenizer.json only")
+
+
+def test_the_sample_comes_from_files_all_over_the_corpus(tmp_path):
+    files = write_files(tmp_path)
+    found = sample(Corpus(files, max_bad_lines=0))
+    assert {"a text of\n\nits own", "last"} <= set(found)
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nbad\n')
+    assert sample(Corpus([tmp_path / "bad.jsonl"])) == ["fine"]
+
+
+@pytest.mark.parametrize(
+    "shape", ["own_bpe", "llama3", "qwen", "gpt2", "roberta", "bert", "t5", "gemma", "llama2_json"]
+)
+def test_the_real_library_fits_or_is_left_out(tmp_path, shape):
+    pytest.importorskip("gigatoken")
+    folder = getattr(shapes, shape)(tmp_path / shape)
+    backend, reason = chosen_backend("auto", folder, TEXTS)
+    if shape == "own_bpe":
+        assert (backend, reason) == ("gigatoken", None)
+    if backend == "gigatoken":
+        plain, fast = load_tokenizer(folder), load_for_batches(folder, "gigatoken", parallel=False)
+        wanted = plain.encode_batch([*module.hard_strings(), *TEXTS])
+        found = fast.encode_batch([*module.hard_strings(), *TEXTS])
+        assert found == wanted
+
+
+def test_the_real_library_writes_the_same_bytes(tmp_path, trained):
+    pytest.importorskip("gigatoken")
+    files = write_files(tmp_path)
+    preprocess(Corpus(files), tmp_path / "plain", trained, framing=FRAMING)
+    preprocess(Corpus(files), tmp_path / "fast", trained, framing=FRAMING, backend="gigatoken")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "fast")
+    words = ["--input", *files, "--tokenizer", trained, "--append-eod", "--backend", "auto", "--workers", "2"]
+    ended = call_forked("tools/preprocess_data.py", *words, "--output-prefix", tmp_path / "two")
+    assert (ended.code, ended.err) == (0, "")
+    assert contents(tmp_path / "two") == contents(tmp_path / "plain")
