@@ -140,7 +140,7 @@ def _show_sources(config: RunConfig | None, arguments: argparse.Namespace) -> No
 
     prefixes = arguments.overrides
     if config is not None:
-        prefixes = [source.path for source in (*config.data.train, *config.data.valid)]
+        prefixes = [source.path for source in (*config.data.training_sources.values(), *config.data.valid)]
     readers = [IndexedReader(prefix) for prefix in dict.fromkeys(prefixes)]
     tokenizers = _tokenizers(readers, config, arguments.tokenizer)
     wanted = _DOCUMENTS if arguments.documents is None else arguments.documents

@@ -240,7 +240,7 @@ class _Opened:
         levels = batch.log_snr[place][noisy]
         return ReplayedSequence(
             sample=sample,
-            origin=self.prepared.data.train.origin(sample),
+            origin=self.prepared.data.at(sample).train.origin(sample),
             log_snr=(float(levels.min()), float(levels.max())) if count else (math.nan, math.nan),
             noisy_tokens=count,
             loss=float(loss[place].double().sum()) / max(count, 1),

@@ -23,8 +23,9 @@ def with_data_of_step(run_folder: Path, step: int, prepared: RunContext, folder:
         CheckpointError: other data are given, or the data change between the checkpoint and the step.
     """
     saved = read_manifest(folder) if folder is not None else None
-    done, now = saved.step if saved is not None else 0, prepared.data.fingerprint
-    recorded_in, then, changed_after = _trained_on(run_folder, step)
+    done = saved.step if saved is not None else 0
+    recorded_in, then, then_after, changed_after = _trained_on(run_folder, step)
+    now = prepared.data.at(prepared.config.sizes.samples_before(then_after)).fingerprint
     if then not in (None, now):
         if folder is not None and saved is not None and saved.data_fingerprint == then:
             raise trained_with(folder, "training data", then, now)
@@ -36,28 +37,29 @@ def with_data_of_step(run_folder: Path, step: int, prepared: RunContext, folder:
         )
     if saved is None or folder is None:
         return prepared
-    mixture = saved_mixture(prepared, saved, folder)
-    if saved.data_fingerprint != now:
+    mixture, data = saved_mixture(prepared, saved, folder), prepared.data.at(saved.samples)
+    if saved.data_fingerprint != data.fingerprint:
         if then is None:
-            raise trained_with(folder, "training data", saved.data_fingerprint, now)
-        mixture = next_mixture(mixture, prepared.data.identities, first_sample=saved.samples)
-    return prepared.at(mixture)
+            raise trained_with(folder, "training data", saved.data_fingerprint, data.fingerprint)
+        mixture = next_mixture(mixture, data.identities, first_sample=saved.samples)
+    return prepared.at(mixture, saved.samples)
 
 
-def _trained_on(run_folder: Path, step: int) -> tuple[Path, str | None, list[int]]:
-    """Return the place that records the data of a step, the data's fingerprint, and the steps of all changes.
+def _trained_on(run_folder: Path, step: int) -> tuple[Path, str | None, int, list[int]]:
+    """Return the place that records the data of a step, their fingerprint after a number of steps, and that number.
 
-    The run's next checkpoint records every change until then; without one, the step was taken by the last attempt,
-    whose data are in `data.json`. The fingerprint is None if neither exists.
+    The last value is the steps of all changes. The run's next checkpoint records every change until then; without one,
+    the step was taken by the last attempt, whose data are in `data.json`. The fingerprint is None if neither exists.
     """
     later = [path for path in step_folders(run_folder) if step_of(path) >= step and is_complete(path)]
     if not later:
         facts = read_data_facts(run_folder)
-        return run_folder, facts.fingerprint if facts is not None else None, []
+        return (run_folder, None, 0, []) if facts is None else (run_folder, facts.fingerprint, facts.step, [])
     following = read_manifest(later[-1])
     changes = [change for change in following.changes if change.key == "data_fingerprint"]
-    then = next((change.before for change in changes if change.after_step >= step), following.data_fingerprint)
-    return later[-1], str(then), [change.after_step for change in changes]
+    then = [(str(change.before), change.after_step) for change in changes if change.after_step >= step]
+    found, after = then[0] if then else (following.data_fingerprint, following.step)
+    return later[-1], found, after, [change.after_step for change in changes]
 
 
 def trained_with(folder: Path, what: str, then: str | None, now: str) -> CheckpointError:

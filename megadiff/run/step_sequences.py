@@ -145,7 +145,7 @@ def step_sequences(
     sizes, micro = config.sizes, config.batch.micro_batch_size
     wanted = min(sequences or sizes.sequences(step - 1), sizes.sequences(step - 1))
     loader = SequenceLoader(
-        prepared.data.train, method.batch, sizes=sizes, shard=DataShard(micro), first_step=step - 1, prefetch=1
+        prepared.data, method.batch, sizes=sizes, shard=DataShard(micro), first_step=step - 1, prefetch=1
     )
     with loader:
         microbatches = list(islice(loader, -(-wanted // micro)))
@@ -212,9 +212,9 @@ def _shown_sequence(
     prepared: RunContext, sample: int, batch: NoisedBatch, weights: list[float] | None, *, is_shifted: bool
 ) -> ShownSequence:
     """Return one sequence; the columns of `batch` have no batch axis."""
-    tokenizer, train = prepared.tokenizer, prepared.data.train
-    place, origin = train.place(sample), train.origin(sample)
-    source, stream = prepared.data.sources[place.source], train.sources[place.source]
+    tokenizer, data = prepared.tokenizer, prepared.data.at(sample)
+    place, origin = data.train.place(sample), data.train.origin(sample)
+    source, stream = data.sources[place.source], data.train.sources[place.source]
     clean, noised, noisy = batch.clean.tolist(), batch.noised.tolist(), batch.is_noisy.tolist()
     at = batch.source.tolist()
     borders = document_borders(source.reader, origin.token, len(clean))
