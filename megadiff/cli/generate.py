@@ -86,7 +86,8 @@ def _sample(
 ) -> None:
     import torch
 
-    from megadiff.sampling.trace import LiveDenoising, Trace, printable, token_text, trace_page
+    from megadiff.data.token_texts import token_text
+    from megadiff.sampling.trace import LiveDenoising, Trace, printable, trace_page
 
     look = token_text(trained.tokenizer)
     prompt = torch.tensor([ids] * arguments.count, dtype=torch.int64).reshape(arguments.count, len(ids))

@@ -9,7 +9,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import DataError
 
 _EPILOG = """examples:
   megadiff report runs/demo
@@ -29,21 +28,13 @@ def main() -> None:
     parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="x axis of the curves")
     arguments = parser.parse_args()
     output: Path = arguments.output
-    if output.suffix not in (".html", ".htm"):
-        raise DataError(f"--output {output}: a name that ends in .html is wanted, so that no file of a run is replaced")
-    if not output.parent.is_dir():
-        raise DataError(f"--output {output}: there is no folder {output.parent}; make it, or name another one")
-    if output.is_dir():
-        raise DataError(f"--output {output}: this is a folder; name a file")
+    from megadiff.report.page_file import check_page_file, write_page
 
-    from megadiff.files import write_atomically
+    check_page_file("--output", output)
     from megadiff.report.page import report_page
     from megadiff.report.run_record import read_runs
 
     runs = read_runs(arguments.runs)
     page = report_page(runs, axis=arguments.x, now=datetime.now(timezone.utc))
-    try:
-        write_atomically(output, page)
-    except OSError as error:
-        raise DataError(f"--output {output} cannot be written ({error.strerror or error}); name another one") from None
+    write_page("--output", output, page)
     print(f"{output}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(page.encode()) / 1e6:.1f} MB")

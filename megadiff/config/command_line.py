@@ -59,12 +59,15 @@ class SettingsParser(CommandParser):
 
     Args:
         settings_help: help of the positional argument, which is `overrides` in the result.
+        metavar: name of the positional argument.
         keywords: keyword arguments of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, *, settings_help: str = "settings over the file's", **keywords: Any) -> None:
+    def __init__(
+        self, *, settings_help: str = "settings over the file's", metavar: str = "key=value", **keywords: Any
+    ) -> None:
         super().__init__(**keywords)
-        self.add_argument("overrides", nargs="*", metavar="key=value", help=settings_help)
+        self.add_argument("overrides", nargs="*", metavar=metavar, help=settings_help)
 
     def parse_with_settings(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse a command line with its settings at any place.

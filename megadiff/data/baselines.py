@@ -150,7 +150,7 @@ def count_baselines(
     losses = [-np.concatenate([model.log_likelihood(span) for span in spans]).mean() for spans in measured]
     ratios = [reader.bytes_per_token for reader in validation]
     return Baselines(
-        unigram=_entropy(frequencies),
+        unigram=entropy(frequencies),
         bigram=float(shares @ np.array(losses)),
         bytes_per_token=None if None in ratios else float(shares @ np.array(ratios, dtype=np.float64)),
         training_tokens=sum(span.size for spans in counted for span in spans),
@@ -161,7 +161,23 @@ def count_baselines(
 def unigram_entropy(reader: IndexedReader, *, vocab_size: int) -> float:
     """Return the entropy in nats per token of a source's token frequencies, from up to `VALIDATION_TOKENS` tokens."""
     counts = _token_counts(list(_spans(reader, VALIDATION_TOKENS)), vocab_size)
-    return _entropy(counts / counts.sum())
+    return entropy(counts / counts.sum())
+
+
+def bigram_entropy(reader: IndexedReader, *, vocab_size: int) -> float | None:
+    """Return the cross-entropy in nats per token of one source's tokens given the one before.
+
+    The source is cut into `_SPANS` spans, or an even sample of it where it is long. A smoothed model counted on four
+    of five spans is evaluated on the fifth, since the entropy of the counted pairs themselves would be far too low.
+    None for a source of less than two tokens a span.
+    """
+    length = min(reader.num_tokens, TRAINING_TOKENS + VALIDATION_TOKENS) // _SPANS
+    if length < 2:
+        return None
+    last = reader.num_tokens - length
+    spans = [reader.tokens(last * place // (_SPANS - 1), length) for place in range(_SPANS)]
+    model = SmoothedBigrams([span for place, span in enumerate(spans) if place % 5], vocab_size=vocab_size)
+    return -float(np.concatenate([model.log_likelihood(span) for span in spans[::5]]).mean())
 
 
 class SmoothedBigrams:
@@ -256,7 +272,7 @@ def _pairs(span: Ids, vocab_size: int) -> Ids:
     return span[:-1] * vocab_size + span[1:]
 
 
-def _entropy(frequencies: Figures) -> float:
+def entropy(frequencies: Figures) -> float:
     """Return the entropy of a distribution in nats."""
     present = frequencies[frequencies > 0]
     return float(-(present * np.log(present)).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -36,11 +37,24 @@ def given_weights(sources: Sequence[SourceConfig]) -> list[float] | None:
     return [1.0 if source.weight is None else source.weight for source in sources]
 
 
+class PhaseConfig(Section):
+    """A later phase of training, as in `{from_step: 8000, train: [data/books, data/web]}`."""
+
+    from_step: int = Field(gt=0)
+    """Number of steps taken when the phase begins."""
+
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Sources of the phase, as in `data.train`; each continues at its own next sequence."""
+
+
 class DataConfig(Section):
     """The training and validation text, and its tokenizer."""
 
     train: tuple[SourceConfig, ...] = Field(min_length=1)
     """Sources to train on, blended by weight or, without weights, by size; at least one."""
+
+    phases: tuple[PhaseConfig, ...] | None = None
+    """Mixtures that take the place of `data.train` from given steps on, in ascending order; unset for none."""
 
     valid: tuple[SourceConfig, ...] = ()
     """Sources for the validation ELBO, each evaluated separately; weights are ignored."""
@@ -50,6 +64,31 @@ class DataConfig(Section):
 
     tokenizer: str = Field(min_length=1)
     """The word `byte`, a tokenizer.json or SentencePiece .model file, or a folder with one."""
+
+    @model_validator(mode="after")
+    def _phases_ascend(self) -> DataConfig:
+        for place, (before, phase) in enumerate(pairwise(self.phases or ())):
+            if phase.from_step <= before.from_step:
+                raise ValueError(
+                    f"data.phases[{place + 1}].from_step is {phase.from_step}, not above {before.from_step} of the "
+                    "phase before it; give the phases in ascending order"
+                )
+        return self
+
+    @property
+    def mixtures(self) -> dict[str, tuple[SourceConfig, ...]]:
+        """Sources of every phase by their keys, such as `data.phases[0].train`."""
+        later = {f"data.phases[{number}].train": phase.train for number, phase in enumerate(self.phases or ())}
+        return {"data.train": self.train} | later
+
+    @property
+    def training_sources(self) -> dict[str, SourceConfig]:
+        """Training sources of all phases by their keys, such as `data.phases[0].train[1]`."""
+        return {
+            f"{section}[{place}]": source
+            for section, entries in self.mixtures.items()
+            for place, source in enumerate(entries)
+        }
 
 
 class RampupConfig(Section):

@@ -10,14 +10,13 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from megadiff.data.batch_sizes import BatchSizes, StepBatch
-from megadiff.data.sequences import TrainingSequences
 
 T = TypeVar("T")
 
@@ -25,6 +24,14 @@ SequenceTransform = Callable[[np.ndarray, list[int], StepBatch], T]
 """Transform of (clean sequences [b, L], their global sample indices, the global batch they belong to) to content."""
 
 _STOP_CHECK_S = 0.1
+
+
+class SequencesBySample(Protocol):
+    """The sequences of a run by global sample index."""
+
+    def sequences(self, samples: Sequence[int]) -> np.ndarray:
+        """Return the sequences of these samples, in their order: [B, L] int64."""
+        ...
 
 
 def microbatch_samples(
@@ -83,7 +90,7 @@ class SequenceLoader(Generic[T]):
 
     def __init__(
         self,
-        sequences: TrainingSequences,
+        sequences: SequencesBySample,
         sequence_transform: SequenceTransform[T],
         *,
         sizes: BatchSizes,
@@ -179,7 +186,7 @@ def _sample_order(sizes: BatchSizes, shard: DataShard, step: int) -> Iterator[tu
 
 
 def _prefetch(
-    sequences: TrainingSequences,
+    sequences: SequencesBySample,
     sequence_transform: SequenceTransform[T],
     order: Iterator[tuple[StepBatch, list[int]]],
     ready: queue.Queue[Microbatch[T] | _Failed],

@@ -329,11 +329,6 @@ class Mixture(BaseModel):
         return self.model_copy(update={"sources": tuple(found)})
 
 
-def first_mixture(sources: Sequence[Source]) -> Mixture:
-    """Return the mixture of a new run: every source at its first sequence, named by its position."""
-    return next_mixture(None, sources, first_sample=0)
-
-
 def next_mixture(before: Mixture | None, sources: Sequence[Source], *, first_sample: int) -> Mixture:
     """Return the mixture of `sources` that follows another one.
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from megadiff.data.config import DataConfig, SourceConfig, given_weights
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.mixture import Mixture, Position, Source, first_mixture
+from megadiff.data.mixture import Mixture, Position, Source, next_mixture
 from megadiff.data.sequences import (
     GrownSequences,
     PackedSequences,
@@ -104,10 +105,10 @@ class TrainingSource:
 
 @dataclass(frozen=True)
 class OpenData:
-    """A run's data, opened and checked."""
+    """A run's data, opened and checked: those of one phase, followed by those of the next."""
 
     train: TrainingSequences
-    """Sequences by global sample index."""
+    """Sequences of this phase by global sample index."""
 
     valid: tuple[ValidationSequences, ...]
     """Validation data, one per source of `data.valid`, in that order."""
@@ -116,13 +117,13 @@ class OpenData:
     """SHA-256 (hex) of all that determines the mixture: contents, order and weights of sources, not their paths."""
 
     train_tokens: int
-    """Number of tokens in all training sources together."""
+    """Number of tokens in the training sources of all phases together."""
 
     prepended_bos: bool | None
     """Whether each document of the training sources begins with bos; None if the sources differ."""
 
     sources: tuple[TrainingSource, ...]
-    """Training sources in the order of `data.train`, each content once."""
+    """Training sources of this phase in the order of the configuration, each content once."""
 
     weights: tuple[float, ...] | None
     """Weight of each source; None if they share by size."""
@@ -132,8 +133,17 @@ class OpenData:
 
     seed: int
 
+    from_step: int = 0
+    """Number of steps before this phase."""
+
+    begins_at: int = 0
+    """First sample that this phase is planned for."""
+
+    following: OpenData | None = None
+    """The data of the next phase; None in the last one."""
+
     def continued(self, mixture: Mixture) -> OpenData:
-        """Return the same data, continued from the positions of a mixture of the same sources.
+        """Return the same data, continued from the positions of a mixture of the same sources; later phases follow it.
 
         Raises:
             ValueError: the mixture has other sources.
@@ -141,16 +151,56 @@ class OpenData:
         if [position.content for position in mixture.sources] != self.contents:
             raise ValueError("a mixture of other sources")
         train = _training_sequences(self.sources, self.weights, mixture, self.train.seq_length, self.seed)
-        return replace(self, train=train, mixture=mixture)
+        data = replace(self, train=train, mixture=mixture)
+        if (after := self.following) is None:
+            return data
+        planned = next_mixture(
+            mixture.moved_to(train.drawn_before(after.begins_at)), after.identities, first_sample=after.begins_at
+        )
+        return replace(data, following=after.continued(planned))
+
+    @property
+    def phases(self) -> list[OpenData]:
+        """This phase and those that follow."""
+        return [self, *([] if self.following is None else self.following.phases)]
+
+    def at(self, sample: int) -> OpenData:
+        """Return the data from the phase on that a sample of the run belongs to."""
+        return next((phase for phase in reversed(self.phases) if phase.begins_at <= sample), self)
+
+    def end_of_phase(self, end: int) -> int:
+        """Return the sample before which this phase ends, in a run of `end` samples."""
+        return end if self.following is None else min(end, self.following.begins_at)
+
+    def sequences(self, samples: Sequence[int]) -> np.ndarray:
+        """Return the sequences of these samples, of any phases, in their order: [B, L] int64."""
+        phases = [self.at(sample) for sample in samples]
+        if all(phase is phases[0] for phase in phases[1:]):
+            return phases[0].train.sequences(samples)
+        found = zip(phases, samples, strict=True)
+        return np.concatenate([phase.train.sequences([sample]) for phase, sample in found])
 
     def mixture_at(self, sample: int) -> Mixture:
-        """Return the mixture with the positions that its sources have reached before a sample of the run."""
-        return self.mixture.moved_to(self.train.drawn_before(sample)).at_paths_of(self.identities)
+        """Return the mixture of a sample, with the positions that its sources have reached before the sample."""
+        phase = self.at(sample)
+        return phase.mixture.moved_to(phase.train.drawn_before(sample)).at_paths_of(phase.identities)
 
     def epochs_at(self, sample: int) -> dict[str, float]:
-        """Return the number of epochs of each source before a sample of the run, by label."""
-        epochs = self.train.epochs_at(sample)
-        return {source.label: found for source, found in zip(self.sources, epochs, strict=True)}
+        """Return the number of epochs before a sample, by label, of each source of the phase of the sample before."""
+        phase = self.at(sample - 1)
+        epochs = phase.train.epochs_at(sample)
+        return {source.label: found for source, found in zip(phase.sources, epochs, strict=True)}
+
+    def drawn_at(self, end: int) -> list[tuple[TrainingSource, int]]:
+        """Return each source of all phases that begin before a sample, with the sequences it has given before it."""
+        found: dict[str, tuple[TrainingSource, int]] = {}
+        for phase in self.phases:
+            if phase is self or phase.begins_at < end:
+                drawn = phase.train.drawn_before(phase.end_of_phase(end))
+                for source, number in zip(phase.sources, drawn, strict=True):
+                    first, _ = found.get(source.content, (source, 0))
+                    found[source.content] = (first, number)
+        return list(found.values())
 
     @property
     def contents(self) -> list[str]:
@@ -171,6 +221,7 @@ def open_data(
     seed: int,
     valid_sequences: int,
     full_scan: bool = False,
+    samples_before: Callable[[int], int] = lambda step: step,
 ) -> OpenData:
     """Open all sources of a new run; `OpenData.continued` moves them to the positions of a resumed run.
 
@@ -184,55 +235,74 @@ def open_data(
         seed: seed of the run; determines the order of the sequences.
         valid_sequences: maximal number of sequences per validation source.
         full_scan: check every token id now instead of some 300 spans per source; the rest is checked when it is read.
+        samples_before: returns the number of samples before a step, at which phases begin.
 
     Raises:
         DataError: files are missing or damaged, were made with another tokenizer, hold ids outside its vocabulary, or
             less than one sequence.
     """
-    readers = [_checked(f"data.train[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.train)]
+    opened: dict[str, _Opened] = {}
+    for key, source in config.training_sources.items():
+        if source.path not in opened:
+            reader = _checked(key, source.path, tokenizer, full_scan)
+            opened[source.path] = _Opened(reader, reader.content_fingerprint())
     valid = [_checked(f"data.valid[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.valid)]
-    sources, weights = _distinct(config.train, readers, seq_length)
-    mixture = first_mixture(_identities(sources, seq_length))
-    return OpenData(
-        train=_training_sequences(sources, weights, mixture, seq_length, seed),
-        valid=tuple(
-            ValidationSequences(
-                reader, seq_length, num_sequences=valid_sequences, name=reader.prefix.rpartition("/")[2]
-            )
-            for reader in valid
-        ),
-        fingerprint=_fingerprint(sources, weights),
-        train_tokens=sum(source.reader.num_tokens for source in sources),
-        prepended_bos=_common([source.reader.prepended_bos for source in sources]),
-        sources=sources,
-        weights=weights,
-        mixture=mixture,
-        seed=seed,
-    )
+    every, _ = _distinct(config.training_sources, opened, seq_length)
+    labels = {source.content: source.label for source in every}
+    steps = [0, *(phase.from_step for phase in config.phases or ())]
+    following = None
+    for from_step, (section, train) in reversed(list(zip(steps, config.mixtures.items(), strict=True))):
+        named = {f"{section}[{place}]": source for place, source in enumerate(train)}
+        sources, weights = _distinct(named, opened, seq_length)
+        sources = tuple(replace(source, label=labels[source.content]) for source in sources)
+        begins_at = samples_before(from_step)
+        mixture = next_mixture(None, _identities(sources, seq_length), first_sample=begins_at)
+        following = OpenData(
+            train=_training_sequences(sources, weights, mixture, seq_length, seed),
+            valid=tuple(
+                ValidationSequences(
+                    reader, seq_length, num_sequences=valid_sequences, name=reader.prefix.rpartition("/")[2]
+                )
+                for reader in valid
+            ),
+            fingerprint=_fingerprint(sources, weights),
+            train_tokens=sum(source.reader.num_tokens for source in every),
+            prepended_bos=_common([source.reader.prepended_bos for source in every]),
+            sources=sources,
+            weights=weights,
+            mixture=mixture,
+            seed=seed,
+            from_step=from_step,
+            begins_at=begins_at,
+            following=following,
+        )
+    assert following is not None
+    return following.continued(following.mixture) if config.phases else following
+
+
+class _Opened(NamedTuple):
+    reader: IndexedReader
+    content: str
 
 
 def _distinct(
-    entries: Sequence[SourceConfig], readers: Sequence[IndexedReader], seq_length: int
+    entries: Mapping[str, SourceConfig], opened: Mapping[str, _Opened], seq_length: int
 ) -> tuple[tuple[TrainingSource, ...], tuple[float, ...] | None]:
     """Return the sources, each content once, and their weights; None if no entry has one."""
-    places: dict[str, list[int]] = {}
-    for place, reader in enumerate(readers):
-        places.setdefault(reader.content_fingerprint(), []).append(place)
-    labels = shortest_ends([readers[found[0]].prefix for found in places.values()])
+    places: dict[str, list[str]] = {}
+    for key, source in entries.items():
+        places.setdefault(opened[source.path].content, []).append(key)
+    readers = [opened[entries[found[0]].path].reader for found in places.values()]
+    labels = shortest_ends([reader.prefix for reader in readers])
     sources = tuple(
-        TrainingSource(
-            reader=readers[found[0]],
-            content=content,
-            sequences=sequences_in(readers[found[0]], seq_length),
-            label=label,
-            keys=tuple(f"data.train[{place}]" for place in found),
-        )
-        for (content, found), label in zip(places.items(), labels, strict=True)
+        TrainingSource(reader, content, sequences_in(reader, seq_length), label, tuple(found))
+        for reader, (content, found), label in zip(readers, places.items(), labels, strict=True)
     )
-    given = given_weights(entries)
-    if given is None:
+    weights = given_weights(list(entries.values()))
+    if weights is None:
         return sources, None
-    return sources, tuple(sum(given[place] for place in found) for found in places.values())
+    by_key = dict(zip(entries, weights, strict=True))
+    return sources, tuple(sum(by_key[key] for key in found) for found in places.values())
 
 
 def _training_sequences(

@@ -35,17 +35,30 @@ def describe_sources(data: OpenData, *, now: int, end: int) -> list[str]:
         now: number of samples of the run so far.
         end: number of samples of the whole run.
     """
-    by = "size" if data.weights is None else "weight"
-    sources = f" in {len(data.sources)} sources, shared by {by}" if len(data.sources) > 1 else ""
-    epochs = _overall_epochs(data, end)
+    phases, epochs = data.phases, _overall_epochs(data, end)
+    number = len(data.drawn_at(end))
+    by = f", shared by {_shared_by(data)}" if len(phases) == 1 else f" and {len(phases)} phases"
+    sources = f" in {number} sources{by}" if number > 1 else ""
     lines = [f"data              {data.train_tokens:,} tokens to train on{sources}: {epochs:.2f} epochs at the end"]
-    for found in source_facts(data, now=now, end=end):
-        so_far = f"{found.epochs_now:.2f} epochs so far, " if now else ""
-        lines.append(
-            f"  {found.key:<15} {found.source}: {found.tokens:,} tokens, {found.sequences:,} sequences, "
-            f"share {found.share:.2%}, {so_far}{found.epochs_at_end:.2f} epochs at the end"
-        )
+    for phase in phases:
+        until, when = phase.end_of_phase(end), "at the end"
+        if len(phases) > 1:
+            when = "at its end" if phase.following is not None else when
+            lines.append(
+                f"phase             from step {phase.from_step:,} on, {until - max(phase.begins_at, now):,} samples to "
+                f"come, shared by {_shared_by(phase)}"
+            )
+        for found in phase_facts(phase, now=max(now, phase.begins_at), end=until):
+            so_far = f"{found.epochs_now:.2f} epochs so far, " if now or phase.begins_at else ""
+            lines.append(
+                f"  {found.key:<15} {found.source}: {found.tokens:,} tokens, {found.sequences:,} sequences, "
+                f"share {found.share:.2%}, {so_far}{found.epochs_at_end:.2f} epochs {when}"
+            )
     return lines
+
+
+def _shared_by(data: OpenData) -> str:
+    return "size" if data.weights is None else "weight"
 
 
 def describe_validation(data: OpenData) -> list[str]:
@@ -57,21 +70,35 @@ def describe_validation(data: OpenData) -> list[str]:
     ]
 
 
-def source_facts(data: OpenData, *, now: int, end: int) -> list[SourceFacts]:
-    """Return sizes, share, and epochs before samples `now` and `end` of each training source."""
+def phase_facts(data: OpenData, *, now: int, end: int) -> list[SourceFacts]:
+    """Return sizes, share, and epochs before samples `now` and `end` of each training source of one phase."""
     columns = (data.sources, data.train.blend.shares, data.train.epochs_at(now), data.train.epochs_at(end))
+    return [_facts(*column) for column in zip(*columns, strict=True)]
+
+
+def source_facts(data: OpenData, *, now: int, end: int) -> list[SourceFacts]:
+    """Return sizes, share of the run, and epochs before samples `now` and `end` of each training source."""
+    if data.following is None:
+        return phase_facts(data, now=now, end=end)
+    so_far = {source.content: number / source.sequences for source, number in data.drawn_at(now)}
+    drawn = data.drawn_at(end)
+    total = sum(number for _, number in drawn)
     return [
-        SourceFacts(
-            key=", ".join(source.keys),
-            source=source.label,
-            tokens=source.reader.num_tokens,
-            sequences=source.sequences,
-            share=share,
-            epochs_now=so_far,
-            epochs_at_end=in_all,
-        )
-        for source, share, so_far, in_all in zip(*columns, strict=True)
+        _facts(source, number / total, so_far.get(source.content, 0.0), number / source.sequences)
+        for source, number in drawn
     ]
+
+
+def _facts(source: TrainingSource, share: float, so_far: float, in_all: float) -> SourceFacts:
+    return SourceFacts(
+        key=", ".join(source.keys),
+        source=source.label,
+        tokens=source.reader.num_tokens,
+        sequences=source.sequences,
+        share=share,
+        epochs_now=so_far,
+        epochs_at_end=in_all,
+    )
 
 
 def validation_facts(data: OpenData) -> list[ValidationFacts]:
@@ -111,7 +138,7 @@ def describe_change(before: Mixture, data: OpenData, *, end: int) -> list[str]:
 
 def _continued_line(data: OpenData, place: int, before: Mixture, end: int) -> str:
     source, position = data.sources[place], data.mixture.sources[place]
-    in_all = data.train.drawn_before(end)[place]
+    in_all = data.train.drawn_before(data.end_of_phase(end))[place]
     if position.name in _names(before):
         seen = _seen(position)
     elif position.parts:
@@ -137,17 +164,19 @@ def _seen(position: Position) -> str:
 
 def _repeated(data: OpenData, place: int, end: int) -> int:
     """Return the number of sequences still to come from a source that will have been seen before."""
-    sequences, start, in_all = data.train.sources[place], data.train.starts[place], data.train.drawn_before(end)[place]
+    sequences, start = data.train.sources[place], data.train.starts[place]
+    in_all = data.train.drawn_before(data.end_of_phase(end))[place]
     return in_all - start - (sequences.unseen(start) - sequences.unseen(in_all))
 
 
 def change_advice(before: Mixture, data: OpenData, *, end: int) -> list[Advice]:
     """Return warnings about a change of the mixture: sources that repeat, and files whose content was replaced."""
+    until = data.end_of_phase(end)
     found = [
         Advice(
             f"{source.keys[0]} ({source.label}): {again:,} of the "
-            f"{data.train.drawn_before(end)[place] - data.train.starts[place]:,} sequences to come will have been seen "
-            "before",
+            f"{data.train.drawn_before(until)[place] - data.train.starts[place]:,} sequences to come will have been "
+            "seen before",
             "lower its weight, add text, or shorten the schedule if that is not wanted",
         )
         for place, source in enumerate(data.sources)
@@ -188,9 +217,11 @@ def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_se
 
 
 def _weights_advice(data: OpenData, config: DataConfig) -> list[Advice]:
-    bare = [f"data.train[{place}]" for place, entry in enumerate(config.train) if entry.weight is None]
     found = []
-    if bare and len(bare) < len(config.train):
+    for section, entries in config.mixtures.items():
+        bare = [f"{section}[{place}]" for place, entry in enumerate(entries) if entry.weight is None]
+        if not bare or len(bare) == len(entries):
+            continue
         found.append(
             Advice(
                 f"{_listed(bare)} {'has' if len(bare) == 1 else 'have'} no weight beside sources that do, and "
@@ -198,7 +229,7 @@ def _weights_advice(data: OpenData, config: DataConfig) -> list[Advice]:
                 "give every source a weight, or none to share by size",
             )
         )
-    for source in data.sources:
+    for source in (source for phase in data.phases for source in phase.sources):
         if len(source.keys) > 1:
             found.append(
                 Advice(
@@ -213,20 +244,20 @@ def _weights_advice(data: OpenData, config: DataConfig) -> list[Advice]:
 def _repeats_advice(data: OpenData, end: int, length: str) -> list[Advice]:
     overall, found = _overall_epochs(data, end), []
     if overall > MOST_EPOCHS:
-        taken = sum(data.train.drawn_before(end)) * data.train.seq_length
+        taken = sum(number for _, number in data.drawn_at(end)) * data.train.seq_length
         found.append(
             Advice(
                 f"the schedule takes {taken:,} tokens of {data.train_tokens:,}: {overall:.2f} epochs ({length})",
                 "watch eval_elbo for overfitting; more text or a shorter schedule helps",
             )
         )
-    epochs = data.train.epochs_at(end)
-    least = min(range(len(epochs)), key=lambda place: epochs[place])
-    for source, times in zip(data.sources, epochs, strict=True):
+    epochs = [(source, number / source.sequences) for source, number in data.drawn_at(end)]
+    least = min(epochs, key=lambda pair: pair[1])
+    for source, times in epochs:
         is_often = times > MOST_EPOCHS and times > 1.5 * overall
-        is_uneven = times > 1 and times > MOST_UNEVEN * epochs[least]
+        is_uneven = times > 1 and times > MOST_UNEVEN * least[1]
         if is_often or is_uneven:
-            found.append(_uneven(source, times, data.sources[least], epochs[least]))
+            found.append(_uneven(source, times, *least))
     return found
 
 
@@ -275,11 +306,12 @@ def _validation_advice(data: OpenData, config: DataConfig, eval_sequences: int) 
 def _shared_text(data: OpenData, place: int) -> str | None:
     """Return a phrase on how a validation source shares text with a training source; None if none is found."""
     valid = data.valid[place].reader
-    same = [source for source in data.sources if source.content == valid.content_fingerprint()]
+    sources = list({source.content: source for phase in data.phases for source in phase.sources}.values())
+    same = [source for source in sources if source.content == valid.content_fingerprint()]
     if same:
         return f"is the same text as {same[0].keys[0]} ({same[0].label})"
-    for source in data.sources:
-        pairs = len(data.sources) * len(data.valid)
+    for source in sources:
+        pairs = len(sources) * len(data.valid)
         found, tried = occurring_passages(valid, source.reader, pairs=pairs)
         if 2 * found >= tried:
             return f"has {found} of {tried} passages word for word in {source.keys[0]} ({source.label})"
@@ -287,7 +319,8 @@ def _shared_text(data: OpenData, place: int) -> str | None:
 
 
 def _overall_epochs(data: OpenData, end: int) -> float:
-    return sum(data.train.drawn_before(end)) / sum(source.sequences for source in data.sources)
+    drawn = data.drawn_at(end)
+    return sum(number for _, number in drawn) / sum(source.sequences for source, _ in drawn)
 
 
 def _listed(keys: Sequence[str]) -> str:

@@ -190,6 +190,28 @@ def terms_from_sums(
     )
 
 
+def loss_weights(
+    clean: Int[Tensor, "*axes"],
+    noised: Int[Tensor, "*axes"],
+    log_snr: Float[Tensor, "*axes"],
+    *,
+    process: NoiseProcess,
+    weighting: Weighting,
+) -> Float[Tensor, "*axes"]:
+    """Return what is minimised of tokens whose KL and cross-entropy are one nat, and whose Itakura-Saito term is 0.
+
+    Args:
+        clean, noised: ids x and z; `clean` holds no mask.
+        log_snr: lambda.
+        process: the noise.
+        weighting: the weighting that a run minimises.
+    """
+    weight, density = process.weight(log_snr, clean, noised), process.schedule.density(log_snr)
+    one, zero = torch.ones_like(log_snr), torch.zeros_like(log_snr)
+    terms = TokenTerms(process, clean, noised, log_snr, weight, density, one, zero, cross_entropy=one)
+    return weighting.loss(terms, weighting.settings)
+
+
 def check_token_shapes(clean: Tensor, noised: Tensor, log_snr: Tensor) -> None:
     """Refuse ids and levels that do not agree in shape.
 

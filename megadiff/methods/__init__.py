@@ -124,6 +124,14 @@ class Method(ABC):
         del batch
         return None
 
+    def loss_weights(self, batch: NoisedBatch) -> Tensor | None:
+        """Return how much each token counts in the loss, [B, L], to show it to people; None if that is not known.
+
+        The weight of a token is its loss if its divergence, or cross-entropy, is one nat; 0 for tokens without a loss.
+        """
+        del batch
+        return None
+
     @abstractmethod
     def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
         """Return summed loss and per-token terms, sequence first (see `parallel.objective.Objective`).

@@ -99,6 +99,14 @@ class Gidd(Method):
         """Return the noisy tokens, and under masked noise only the masks."""
         return self._objective.loss_tokens(batch)
 
+    def loss_weights(self, batch: NoisedBatch) -> Tensor:
+        """Return the weights of the run's weighting (`diffusion.objective.loss_weights`), 0 at noise-free tokens."""
+        from megadiff.diffusion.objective import build_weighting, loss_weights
+
+        weighting = build_weighting(self.context.objective)
+        weights = loss_weights(batch.clean, batch.noised, batch.log_snr, process=self.process, weighting=weighting)
+        return weights * batch.is_noisy
+
     def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
         """Return the weighting's loss and the bound's terms (`parallel.objective.DiffusionObjective`)."""
         return self._objective.loss(hidden, lm_head_weight, batch, shard)

@@ -81,6 +81,10 @@ class NextToken(Method):
         """Return causal attention."""
         return self._objective.attention(batch)
 
+    def loss_weights(self, batch: NoisedBatch) -> Tensor:
+        """Return 1 for every token."""
+        return batch.is_noisy.float()
+
     def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
         """Return the cross-entropy of the next token (`parallel.objective.NextTokenObjective`)."""
         return self._objective.loss(hidden, lm_head_weight, batch, shard)

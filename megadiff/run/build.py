@@ -284,7 +284,7 @@ def sequence_loader(
     config = prepared.config
     batch = config.batch
     return SequenceLoader(
-        prepared.data.train,
+        prepared.data,
         method.batch,
         sizes=config.sizes,
         shard=DataShard(batch.micro_batch_size, dp_rank=topology.data_rank, dp_size=topology.layout.data),

@@ -130,6 +130,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _phases_are_reached(self) -> RunConfig:
+        if self.data.phases and (last := self.data.phases[-1].from_step) >= self.steps:
+            raise ValueError(
+                f"data.phases[{len(self.data.phases) - 1}].from_step is {last:,}, but the run ends after "
+                f"{self.steps:,} steps ({self.length_setting}); leave the phase out, begin it earlier, or train longer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _quirks_fit(self) -> RunConfig:
         if self.precision.master_weights:
             return self

@@ -45,9 +45,9 @@ class RunContext:
     data: OpenData
     layout: Layout
 
-    def at(self, mixture: Mixture) -> RunContext:
-        """Return the same run with its data at the positions of a mixture of the same sources."""
-        return replace(self, data=self.data.continued(mixture))
+    def at(self, mixture: Mixture, sample: int) -> RunContext:
+        """Return the same run with its data from a sample on, at the positions of a mixture of its phase's sources."""
+        return replace(self, data=self.data.at(sample).continued(mixture))
 
     @property
     def shape(self) -> cost.Shape:
@@ -100,6 +100,7 @@ def validate_run(config: RunConfig, *, world_size: int) -> RunContext:
         seq_length=config.model.seq_length,
         seed=config.seed,
         valid_sequences=config.eval.sequences,
+        samples_before=config.sizes.samples_before,
     )
     return RunContext(config, tokenizer, data, layout)
 
@@ -113,9 +114,10 @@ def baselines_of(prepared: RunContext) -> Baselines | None:
     data, valid = prepared.data, prepared.data.valid
     if not valid:
         return None
+    drawn = data.drawn_at(prepared.config.samples)
     return baselines_of_data(
-        [source.reader for source in data.sources],
-        data.train.blend.shares,
+        [source.reader for source, _ in drawn],
+        [number for _, number in drawn] if data.following is not None else data.train.blend.shares,
         [source.reader for source in valid],
         [len(source) for source in valid],
         vocab_size=prepared.tokenizer.vocab_size,
@@ -175,7 +177,7 @@ def data_facts(prepared: RunContext, *, step: int, advice: Sequence[Advice]) -> 
     config, data = prepared.config, prepared.data
     return DataFacts(
         step=step,
-        fingerprint=data.fingerprint,
+        fingerprint=data.at(config.sizes.samples_before(step)).fingerprint,
         train=source_facts(data, now=config.sizes.samples_before(step), end=config.samples),
         valid=validation_facts(data),
         advice=[str(found) for found in advice],

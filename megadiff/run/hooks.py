@@ -76,7 +76,7 @@ def hook_context(
             chunks=wrapped,
             objective=ShardedObjective(method, topology),
             batch=method.batch,
-            train=prepared.data.train.sequences,
+            train=prepared.data.sequences,
             validation=prepared.data.valid,
             topology=topology,
             device=platform.device,

@@ -22,14 +22,12 @@ from megadiff.checkpoint.folder import is_complete, step_folders, step_of
 from megadiff.checkpoint.load import load, problem_of
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.config.load import load_config
-from megadiff.data.facts import read_data_facts
 from megadiff.data.loader import Microbatch
-from megadiff.data.mixture import next_mixture
 from megadiff.data.sequences import Origin
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.diffusion.objective import Terms
-from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError
+from megadiff.errors import CheckpointError, ConfigError
 from megadiff.loss.inputs import LossOutput, VocabShard
 from megadiff.methods import Method
 from megadiff.metric_lines import read_metrics
@@ -42,7 +40,7 @@ from megadiff.platform.machine import Platform, detect
 from megadiff.run.build import build_loss, build_trainables, sequence_loader, training_step
 from megadiff.run.config import RunConfig
 from megadiff.run.context import RunContext, validate_run
-from megadiff.run.resume import saved_mixture
+from megadiff.run.step_data import trained_with, with_data_of_step
 from megadiff.train.health import Health, StepDecision
 from megadiff.train.step import StepOutput, TrainStep
 
@@ -242,7 +240,7 @@ class _Opened:
         levels = batch.log_snr[place][noisy]
         return ReplayedSequence(
             sample=sample,
-            origin=self.prepared.data.train.origin(sample),
+            origin=self.prepared.data.at(sample).train.origin(sample),
             log_snr=(float(levels.min()), float(levels.max())) if count else (math.nan, math.nan),
             noisy_tokens=count,
             loss=float(loss[place].double().sum()) / max(count, 1),
@@ -268,11 +266,11 @@ def _open(run_folder: Path, step: int, prepared: RunContext, platform: Platform)
     chunks, wrapped, optimizer = build_trainables(config, platform, topology, vocab_size=text.vocab_size)
     health = Health(config.health, sizes=config.sizes)
     folder, done = _nearest_checkpoint(run_folder, step, config, topology), 0
-    prepared = _with_data_of_step(run_folder, step, prepared, folder)
+    prepared = with_data_of_step(run_folder, step, prepared, folder)
     if folder is not None:
         saved = read_manifest(folder)
         if saved.tokenizer_fingerprint != text.fingerprint:
-            raise _trained_with(folder, "a tokenizer", saved.tokenizer_fingerprint, text.fingerprint)
+            raise trained_with(folder, "a tokenizer", saved.tokenizer_fingerprint, text.fingerprint)
         load(folder, chunks, optimizer, is_verified=True, topology=topology, platform=platform)
         health.restore(saved.health)
         done = saved.step
@@ -288,60 +286,6 @@ def _open(run_folder: Path, step: int, prepared: RunContext, platform: Platform)
         recorded=recorded,
         done=done,
         start=f"checkpoint {folder.name}" if folder is not None else "the first weights",
-    )
-
-
-def _with_data_of_step(run_folder: Path, step: int, prepared: RunContext, folder: Path | None) -> RunContext:
-    """Return the run with its data as they were drawn in a step, even if the run changed them before or after it.
-
-    Args:
-        folder: checkpoint from which the steps up to this one are repeated; None for the initial weights.
-
-    Raises:
-        CheckpointError: other data are given, or the data change between the checkpoint and the step.
-    """
-    saved = read_manifest(folder) if folder is not None else None
-    done, now = saved.step if saved is not None else 0, prepared.data.fingerprint
-    recorded_in, then, changed_after = _trained_on(run_folder, step)
-    if then not in (None, now):
-        if folder is not None and saved is not None and saved.data_fingerprint == then:
-            raise _trained_with(folder, "training data", then, now)
-        raise _trained_with(recorded_in, f"training data in step {step}", then, now)
-    if between := [change for change in changed_after if done < change < step]:
-        raise CheckpointError(
-            f"{run_folder} changed its data after step {between[0]}, and has no checkpoint from then to before step "
-            f"{step}; give a step up to {between[0]}"
-        )
-    if saved is None or folder is None:
-        return prepared
-    mixture = saved_mixture(prepared, saved, folder)
-    if saved.data_fingerprint != now:
-        if then is None:
-            raise _trained_with(folder, "training data", saved.data_fingerprint, now)
-        mixture = next_mixture(mixture, prepared.data.identities, first_sample=saved.samples)
-    return prepared.at(mixture)
-
-
-def _trained_on(run_folder: Path, step: int) -> tuple[Path, str | None, list[int]]:
-    """Return the place that records the data of a step, the data's fingerprint, and the steps of all changes.
-
-    The run's next checkpoint records every change until then; without one, the step was taken by the last attempt,
-    whose data are in `data.json`. The fingerprint is None if neither exists.
-    """
-    later = [path for path in step_folders(run_folder) if step_of(path) >= step and is_complete(path)]
-    if not later:
-        facts = read_data_facts(run_folder)
-        return run_folder, facts.fingerprint if facts is not None else None, []
-    following = read_manifest(later[-1])
-    changes = [change for change in following.changes if change.key == "data_fingerprint"]
-    then = next((change.before for change in changes if change.after_step >= step), following.data_fingerprint)
-    return later[-1], str(then), [change.after_step for change in changes]
-
-
-def _trained_with(folder: Path, what: str, then: str | None, now: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} was trained with {what} of fingerprint {(then or 'unknown')[:SHOWN_DIGITS]}, but the present one "
-        f"has {now[:SHOWN_DIGITS]}; give the first one's path as data.train or data.tokenizer"
     )
 
 

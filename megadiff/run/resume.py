@@ -25,6 +25,7 @@ from megadiff.checkpoint.manifest import (
 from megadiff.config.schema import dotted_keys
 from megadiff.config.suggestions import did_you_mean
 from megadiff.data.mixture import Mixture, next_mixture
+from megadiff.data.open import OpenData
 from megadiff.data.review import change_advice, describe_change
 from megadiff.errors import CheckpointError, ConfigError
 from megadiff.model.config import ModelConfig
@@ -192,6 +193,9 @@ def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path)
     """Return the checkpoint's manifest and the changes since, if this run may resume from it."""
     saved, steps = of_this_version(read_manifest(folder)), prepared.config.steps
     wanted = manifest_of(prepared, ResumeState(saved.step), saved.step)
+    is_planned = _begins_a_phase(prepared.data, saved)
+    if is_planned:
+        wanted = wanted.model_copy(update={"data_fingerprint": saved.data_fingerprint})
     if not saved.has_optimizer:
         check_same_model(saved, wanted, folder)
         return _Accepted(saved, [], prepared)
@@ -203,11 +207,18 @@ def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path)
             f"{folder} was saved after step {saved.step}, but this run ends after step {steps}; set schedule.steps "
             "above that, or begin from an earlier checkpoint"
         )
-    before = saved_mixture(prepared, saved, folder)
-    if saved.data_fingerprint == prepared.data.fingerprint:
-        return _Accepted(saved, changes, prepared.at(before))
-    mixture = next_mixture(before, prepared.data.identities, first_sample=saved.samples)
-    return _Accepted(saved, changes, prepared.at(mixture), before)
+    before, data = saved_mixture(prepared, saved, folder), prepared.data.at(saved.samples)
+    if saved.data_fingerprint == data.fingerprint:
+        return _Accepted(saved, changes, prepared.at(before, saved.samples))
+    mixture = next_mixture(before, data.identities, first_sample=saved.samples)
+    accepted = prepared.at(mixture, saved.samples)
+    return _Accepted(saved, changes, accepted, None if is_planned else before)
+
+
+def _begins_a_phase(data: OpenData, saved: Manifest) -> bool:
+    """Return whether the next sample begins a phase that the run which saved the checkpoint did not know."""
+    phase, before = data.at(saved.samples), data.at(saved.samples - 1)
+    return phase is not before and saved.data_fingerprint == before.fingerprint != phase.fingerprint
 
 
 def of_this_version(saved: Manifest) -> Manifest:
@@ -230,8 +241,8 @@ def saved_mixture(prepared: RunContext, saved: Manifest, folder: Path) -> Mixtur
         raise CheckpointError(
             f"{folder} is damaged: its manifest.json has no positions of the data ({first})"
         ) from None
-    contents = [position.content for position in mixture.sources]
-    if saved.data_fingerprint == prepared.data.fingerprint and contents != prepared.data.contents:
+    contents, data = [position.content for position in mixture.sources], prepared.data.at(saved.samples)
+    if saved.data_fingerprint == data.fingerprint and contents != data.contents:
         raise CheckpointError(f"{folder} is damaged: the positions in its manifest.json are of other data")
     return mixture
 
@@ -264,7 +275,7 @@ def manifest_of(
         vocab_size=prepared.tokenizer.vocab_size,
         mask_id=prepared.tokenizer.mask_id,
         tokenizer_fingerprint=prepared.tokenizer.fingerprint,
-        data_fingerprint=prepared.data.fingerprint,
+        data_fingerprint=prepared.data.at(samples).fingerprint,
         prepended_bos=bool(prepared.data.prepended_bos),
         layout={
             "tensor": layout.tensor,

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +22,7 @@ from rich.rule import Rule
 from rich.text import Text
 from torch import Tensor
 
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.token_texts import MASK
 from megadiff.sampling.standalone import Step
 
 _KEY = (("given", "prompt"), ("kept", "kept"), ("revised", "written in this step"), ("noisy", "noise, not written"))
@@ -106,21 +105,6 @@ class Trace:
         return Fate.NOISY if before.fates[place] == Fate.NOISY else Fate.KEPT
 
 
-def token_text(tokenizer: Tokenizer) -> Callable[[int], str]:
-    """Return a function from an id to its text amid others: with the space before it, or its name if it has no text."""
-    special = {tokenizer.bos_id: "bos", tokenizer.eos_id: "eos", tokenizer.pad_id: "pad"}
-    names = {i: f"\u27e8{name}\u27e9" for i, name in special.items() if i is not None} | {tokenizer.mask_id: "\u2591"}
-
-    @cache
-    def text(token: int) -> str:
-        if token in names:
-            return names[token]
-        alone, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
-        return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
-
-    return text
-
-
 def printable(text: str) -> str:
     """Return sampled text with control characters replaced, so that none reaches a terminal or a viewer."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
@@ -171,7 +155,7 @@ class LiveDenoising:
         """Return the frame as a rich object."""
         text = Text(overflow="fold")
         for token, fate in zip(frame.ids, frame.fates, strict=True):
-            shown = "\u2591" if token == self._mask_id else _for_a_terminal(self._text(token))
+            shown = MASK if token == self._mask_id else _for_a_terminal(self._text(token))
             text.append(shown, style=_STYLES[fate])
         return Group(Rule(f"block {frame.block}, {frame.steps_left} steps left", style="dim"), text)
 

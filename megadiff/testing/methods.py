@@ -141,6 +141,20 @@ def check_batches(method: Method, *, length: int = 16) -> None:
     if counted is not None:
         assert counted.unique().numel() == counted.numel(), "loss_tokens: a position comes twice"
         assert counted.numel() == 0 or int(counted.max()) < whole.noised.numel(), "loss_tokens: a position is too large"
+    _check_weights(method, whole, counted)
+
+
+def _check_weights(method: Method, batch: NoisedBatch, counted: Tensor | None) -> None:
+    weights = method.loss_weights(batch)
+    if weights is None:
+        return
+    assert weights.shape == batch.noised.shape, f"loss_weights: wanted [B, L], found {tuple(weights.shape)}"
+    assert bool((weights.isfinite() & (weights >= 0)).all()), "loss_weights: a weight is negative or not finite"
+    assert not weights[~batch.is_noisy].any(), "loss_weights: a noise-free token has a weight"
+    if counted is not None:
+        left_out = torch.ones(weights.numel(), dtype=torch.bool)
+        left_out[counted] = False
+        assert not weights.t().reshape(-1)[left_out].any(), "loss_weights: a token outside loss_tokens has a weight"
 
 
 def _check_shapes(batch: NoisedBatch, length: int) -> None:

@@ -6,18 +6,17 @@ import hashlib
 import html
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 
+from tests.support.browser import browse, needs_chromium, title_of
 from tests.support.commands import REPOSITORY, call
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_all
 
 EVIL = "<img src=x onerror=document.title='owned'>"
-needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (apt-get install chromium)")
 
 
 @pytest.fixture(scope="module")
@@ -119,20 +118,6 @@ FRAME = """<title></title><script>onmessage = event => {{ document.title = event
 <iframe src="probed.html" width="{width}" height="900" frameborder="0"></iframe>"""
 
 
-def browse(page, tmp_path, *options):
-    """What headless Chromium prints, having checked that it complained of nothing."""
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    command += ["--enable-logging=stderr", "--hide-scrollbars", *options, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-
-
-def title_of(dom):
-    found = re.search(r"<title>(.*?)</title>", dom, re.S)  # the first one: drawings have titles too
-    assert found
-    return found[1]
-
-
 @needs_chromium
 def test_nothing_of_a_runs_name_or_sample_runs_in_a_browser(page, tmp_path):
     dom, complaints = browse(page, tmp_path, "--dump-dom")
@@ -171,10 +156,9 @@ def test_values_are_said_under_the_pointer_and_the_page_fits(runs, page, tmp_pat
     assert (said["width"], said["isTooWide"]) == (width, False)
     tokens, *values = said["tip"].splitlines()
     assert tokens == "768 tokens seen"
-    for run, value in zip(runs, values, strict=True):
-        label, number = value.rsplit(": ", 1)
-        assert label == run.name
-        assert float(number) == pytest.approx(last_bound(run), rel=2e-3)
+    numbers = dict(value.rsplit(": ", 1) for value in values)
+    for run in runs:
+        assert float(numbers[run.name]) == pytest.approx(last_bound(run), rel=2e-3)
 
 
 def last_bound(run):

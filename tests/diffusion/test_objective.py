@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megadiff.diffusion.config import objective_config
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.diffusion.objective import Terms, _minus_log1p, gidd_objective
+from megadiff.diffusion.objective import Terms, _minus_log1p, build_weighting, gidd_objective, loss_weights
 from megadiff.diffusion.schedules import UniformSchedule
 from tests.diffusion.dense import LOGITS, dense_objective, f64, read_csv
 from tests.support import shapes
@@ -190,6 +191,22 @@ def test_mask_and_padding_logits_change_nothing_and_get_no_gradient():
     got.sum().backward()
     assert padded.grad is not None
     assert float(padded.grad[:, [5, 17, 18, 19]].abs().max()) == 0
+
+
+@pytest.mark.parametrize("weighting", ["surrogate", "elbo", "flat"])
+@pytest.mark.parametrize("shift", [-1000.0, 0.0, 1.5])
+def test_weights_times_divergences_are_what_is_minimised(weighting, shift):
+    """Without the Itakura-Saito term; the bound, which always has it, counts it as it counts KL."""
+    process = HybridMixing(12, 3, shift)
+    logits, clean, noised, log_snr = random_tokens(200, 12, 3, seed=6, masked=shift < 0)
+    settings = objective_config(weighting=weighting, itakura_saito_weight=0.0)
+    terms = gidd_objective(logits, clean, noised, log_snr, mixing=process, weighting=build_weighting(settings))
+    nats = terms.kl + terms.itakura_saito if weighting == "elbo" else terms.kl
+    if weighting == "flat":
+        real = logits.index_fill(-1, torch.tensor([3]), -1e30)
+        nats = -torch.log_softmax(real, dim=-1).gather(-1, clean[..., None])[..., 0]
+    weights = loss_weights(clean, noised, log_snr, process=process, weighting=build_weighting(settings))
+    torch.testing.assert_close(weights * nats, terms.minimised, rtol=1e-9, atol=1e-12)
 
 
 def test_shapes_that_do_not_agree_are_refused():

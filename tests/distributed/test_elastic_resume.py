@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from tests.support.ranks import on_ranks
-from tests.support.runs import MODERN_BLOCK, largest_relative_difference, merged_sequences, toy_config, train_on_rank
+from tests.support.runs import MODERN_BLOCK, largest_relative_difference, merged_sequences, toy_config, train_until
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -43,33 +43,9 @@ def _train(corpus, output, ranks, layout, until, block):
         **layout,
         **{f"model__{key}": value for key, value in BLOCKS[block].items()},
     )
-    found = on_ranks(ranks, _train_until, config, ranks, until, timeout_s=600)
+    found = on_ranks(ranks, train_until, config, ranks, until, timeout_s=600)
     assert (config.folder / "LATEST").read_text() == f"step_{until:08d}\n"
     return {line["step"]: line for line in found[0].lines}, merged_sequences(found)
-
-
-class _RequestedAfter:
-    """A request to stop that every rank is given after a number of further steps."""
-
-    def __init__(self, steps):
-        self._left = steps
-
-    def is_requested(self):
-        self._left -= 1
-        return self._left <= 0
-
-    def reason(self, is_requested):
-        return "asked" if is_requested else None
-
-    def honoured(self):
-        pass
-
-
-def _train_until(config, ranks, until):
-    def stop_there(run):
-        run.stop = _RequestedAfter(until - run.first_step)
-
-    return train_on_rank(config, ranks, save=True, change=stop_there)
 
 
 @pytest.fixture(scope="module")

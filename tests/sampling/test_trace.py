@@ -14,10 +14,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from megadiff.data.token_texts import token_text
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.sampling.standalone import Settings, Step, generate
-from megadiff.sampling.trace import Fate, Frame, LiveDenoising, Trace, token_text, trace_page
+from megadiff.sampling.trace import Fate, Frame, LiveDenoising, Trace, trace_page
 
 TOKENS = ByteTokenizer()
 TEXT = TOKENS.encode('Prompt: </script><script>alert(1)</script> & "quotes"\nand \x1b[31m more of it')

@@ -86,6 +86,32 @@ def train_on_rank(
     return Trained([line for line in lines if "loss" in line], [line for line in lines if "eval_elbo" in line], hashes)
 
 
+class _RequestedAfter:
+    """A request to stop that every rank is given after a number of further steps."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def is_requested(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+    def reason(self, is_requested: bool) -> str | None:
+        return "asked" if is_requested else None
+
+    def honoured(self) -> None:
+        pass
+
+
+def train_until(config: RunConfig, world_size: int, until: int) -> Trained:
+    """Train on this rank until a stop is requested after `until` steps of the run, and save there."""
+
+    def stop_there(run: Any) -> None:
+        run.stop = _RequestedAfter(until - run.first_step)
+
+    return train_on_rank(config, world_size, save=True, change=stop_there)
+
+
 def train_all(configs: Sequence[RunConfig], world_size: int, **kwargs: Any) -> list[Trained]:
     """Several runs one after the other in one group of ranks."""
     return [train_on_rank(config, world_size, **kwargs) for config in configs]

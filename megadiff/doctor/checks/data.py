@@ -30,11 +30,12 @@ def check(subject: Subject) -> Iterable[Finding]:
             seq_length=config.model.seq_length,
             seed=config.seed,
             valid_sequences=config.eval.sequences,
+            samples_before=config.sizes.samples_before,
         )
     except DataError as error:
         yield fail(str(error), "`megadiff preprocess_data` makes data; data.train and data.valid name their prefixes")
         return
-    yield ok(f"{len(opened.sources)} source(s) to train on, fingerprint {opened.fingerprint[:16]}")
+    yield ok(f"{len(opened.drawn_at(config.samples))} source(s) to train on, fingerprint {opened.fingerprint[:16]}")
     for line in (*describe_sources(opened, now=0, end=config.samples), *describe_validation(opened)):
         yield ok(" ".join(line.removeprefix("data ").split()))
     found = advice(

@@ -14,7 +14,9 @@ def check(subject: Subject) -> Iterable[Finding]:
     """Compare the limit with the needs of a rank: data files, its log, and sockets to the ranks of each of its
     groups."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    sources = len(subject.config.data.train) + len(subject.config.data.valid) if subject.config is not None else 0
+    sources = (
+        len(subject.config.data.training_sources) + len(subject.config.data.valid) if subject.config is not None else 0
+    )
     needed = _BASE + _PER_RANK * subject.ranks + 2 * sources
     if soft == resource.RLIM_INFINITY:
         yield ok("a process may open any number of files")

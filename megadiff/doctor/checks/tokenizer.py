@@ -27,7 +27,7 @@ def check(subject: Subject) -> Iterable[Finding]:
         yield fail(
             f"data.vocab_size is {config.data.vocab_size}, but the tokenizer has {size} ids", f"set it to {size}"
         )
-    for source in (*config.data.train, *config.data.valid):
+    for source in (*config.data.training_sources.values(), *config.data.valid):
         try:
             largest = largest_sampled_id(source.path)
         except DataError:
