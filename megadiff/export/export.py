@@ -24,7 +24,7 @@ from megadiff.export.released_config import config_of
 from megadiff.export.weight_files import Planned, StoredTensors, TrainingTensor, training_tensors, write_weights
 from megadiff.files import sync
 from megadiff.model.config import ModelConfig
-from megadiff.run.load_model import method_of, tokenizer_of
+from megadiff.run.recorded_parts import method_of, tokenizer_of
 from megadiff.sampling import standalone
 
 CODE = ("configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py")

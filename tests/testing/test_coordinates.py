@@ -70,7 +70,7 @@ def test_the_smallest_model_is_the_same_without_a_rule(checked, rule):
 
 
 def _check_muon_on_rank():
-    from megadiff.optim.members.muon import Muon
+    from megadiff.optim.muon import Muon
     from megadiff.testing.coordinates import check
 
     platform_on_rank()
