@@ -96,8 +96,13 @@ def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, process: 
     size = (2**6 if clean.is_cuda else 1) * _CHUNK
     for part in _parts(len(clean), size // process.vocab_size):
         others, log_total, log_odds[part], log_p_noised[part] = _sums(logits[part], clean[part], noised[part], process)
+        # The clean token and the mask have no part in the sum: they are read at the table's end, and taken off below.
+        end = log_total - _SPACING * (table.shape[-1] - 1)
+        others.scatter_(-1, clean[part, None], end)
+        others[:, process.mask_id, None] = end
         for entries in _parts(process.vocab_size, size // len(others)):
             total -= _read(table, kind[part], others[:, entries], log_total)
+    total += 2 * table[0, kind, -1].sum()
     for part in _parts(len(clean), size // len(nodes)):
         level = nodes[:, None].expand(-1, len(clean[part]))
         x, z, zeros = clean[part].expand_as(level), noised[part].expand_as(level), torch.zeros_like(log_odds[part])
