@@ -53,12 +53,12 @@ def main() -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from megadiff.platform.quiet import quiet
+    from megadiff.checkpoint.folder import chosen
 
-    with quiet():
-        from megadiff.export.architectures import ARCHITECTURES
-        from megadiff.export.export import export
-        from megadiff.export.verify import require_transformers
+    chosen(arguments.checkpoint)  # a wrong path is refused before torch is loaded
+    from megadiff.export.architectures import ARCHITECTURES
+    from megadiff.export.export import export
+    from megadiff.export.verify import require_transformers
 
     if arguments.verify:
         require_transformers()
@@ -126,10 +126,10 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from megadiff.platform.quiet import quiet
+    from megadiff.export.folder_files import check_folder
 
-    with quiet():
-        from megadiff.export.importing import import_folder
+    check_folder(arguments.input)  # a wrong path is refused before torch is loaded
+    from megadiff.export.importing import import_folder
 
     with _progress("importing") as show:
         found = import_folder(

@@ -25,10 +25,7 @@ def main() -> None:
     if arguments.output and arguments.output.is_dir():
         raise ConfigError(f"--output {arguments.output} is a folder; give the name of a file in it")
 
-    from megadiff.platform.quiet import quiet
-
-    with quiet():
-        from megadiff.export.opened import open_model
+    from megadiff.export.opened import open_model
 
     with open_model(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
         measure = _elbo if arguments.measure == "elbo" else _likelihood

@@ -33,10 +33,7 @@ def main() -> None:
         raise ConfigError(f"--trace {arguments.trace} is a folder; give the name of a file in it")
     _check(arguments)
 
-    from megadiff.platform.quiet import quiet
-
-    with quiet():
-        from megadiff.export.opened import open_model
+    from megadiff.export.opened import open_model
 
     with open_model(arguments.model, platform=arguments.platform, tokenizer=arguments.tokenizer) as trained:
         sampler = trained.sampler()

@@ -33,11 +33,10 @@ def main() -> None:
     arguments = _parser().parse_args()
     _check(arguments)
 
+    from megadiff.export.opened import open_model
     from megadiff.platform.quiet import quiet
 
     with quiet():
-        from megadiff.export.opened import open_model
-
         try:
             from megadiff.eval.harness import HarnessModel
         except ImportError as error:

@@ -32,7 +32,7 @@ from megadiff.export.weight_files import (
 from megadiff.files import sync
 from megadiff.model import rope
 from megadiff.model.config import ModelConfig
-from megadiff.run.load_model import method_of, tokenizer_of
+from megadiff.run.recorded_parts import method_of, tokenizer_of
 from megadiff.sampling import standalone
 
 CODE = ("configuration_gidd.py", "modeling_gidd.py", "generation_gidd.py")

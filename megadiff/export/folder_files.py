@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megadiff.checkpoint.durable import entry_of
 from megadiff.checkpoint.manifest import FileEntry
+from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.errors import CheckpointError, shown
 from megadiff.files import write_atomically
 from megadiff.untrusted_files import UnreadableFileError, open_plain, read_text, why
@@ -48,14 +49,23 @@ def read_files(folder: Path) -> list[str]:
     return [name for name in names if name in _READ or name.endswith(_READ_ENDINGS)]
 
 
-def check_files(folder: Path) -> None:
-    """Refuse a folder in which a file that an import reads is not a plain file, or is a link to outside the folder.
+def check_folder(folder: Path) -> None:
+    """Refuse anything that is not a Hugging Face folder, and a file to be read that is not plain or lies outside of it.
 
     Raises:
-        CheckpointError: names the file and its kind.
+        CheckpointError: it says what the folder or the file is instead.
     """
+    if not os.path.isdir(folder):
+        raise CheckpointError(
+            f"{folder} is {what_it_is(folder)}; give a folder with {CONFIG} and safetensors weights, such as "
+            "save_pretrained or an export wrote"
+        )
     for name in read_files(folder):
         plain_file(folder, name)
+    if plain_file(folder, CONFIG) is None:
+        raise CheckpointError(
+            f"{folder} has no {CONFIG}: it is {what_it_is(folder)}; give one that save_pretrained or an export wrote"
+        )
 
 
 def plain_file(folder: Path, name: str) -> Path | None:

@@ -6,7 +6,6 @@ It reads GIDD folders (this package's or the released `dvruette/gidd-*`) and tho
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +18,6 @@ from torch import Tensor
 
 import megadiff
 from megadiff.checkpoint.manifest import FORMAT, Manifest
-from megadiff.checkpoint.path_kinds import what_it_is
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import (
@@ -32,7 +30,7 @@ from megadiff.diffusion.config import (
 )
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, shown
 from megadiff.export.export import staged
-from megadiff.export.folder_files import CONFIG, TRAINING, Checksums, check_files, plain_file
+from megadiff.export.folder_files import CONFIG, TRAINING, Checksums, check_folder, plain_file
 from megadiff.export.public_source import PublicSource
 from megadiff.export.released_config import (
     ReleasedConfig,
@@ -151,7 +149,7 @@ def import_folder(
         ConfigError: `output` is not empty.
         DataError: the tokenizer cannot be read.
     """
-    _check_folder(folder)
+    check_folder(folder)
     sums = Checksums(folder)
     sums.compare(weights=False)
     source = _source(folder)
@@ -208,20 +206,6 @@ class _Fetch:
             found = self._public.dtype(tensor) if self._public else self._files.dtype(tensor.released[0])
             self._dtypes[tensor.key] = found
         return self._dtypes[tensor.key]
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse anything that is not a Hugging Face folder; the message states what it is instead."""
-    if not os.path.isdir(folder):
-        raise CheckpointError(
-            f"{folder} is {what_it_is(folder)}; give a folder with {CONFIG} and safetensors weights, such as "
-            "save_pretrained or an export wrote"
-        )
-    check_files(folder)
-    if plain_file(folder, CONFIG) is None:
-        raise CheckpointError(
-            f"{folder} has no {CONFIG}: it is {what_it_is(folder)}; give one that save_pretrained or an export wrote"
-        )
 
 
 def _source(folder: Path) -> _Source:

@@ -1,4 +1,7 @@
-"""Opening of anything that commands accept as `--model`, in this process."""
+"""Opening of anything that commands accept as `--model`, in this process.
+
+A path is checked before torch and megatron-core are loaded, so that a wrong one is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from megadiff.checkpoint.folder import chosen
+from megadiff.checkpoint.manifest import read_manifest
 from megadiff.checkpoint.path_kinds import what_it_is
-from megadiff.export.importing import import_folder
-from megadiff.run.load_model import InferenceModel, load_model
+from megadiff.platform.quiet import quiet
+
+if TYPE_CHECKING:
+    from megadiff.run.load_model import InferenceModel
 
 
 @contextmanager
@@ -36,10 +43,18 @@ def open_model(
         DataError: the tokenizer is missing, or is not the one that the model was trained with.
     """
     folder = Path(path)
-    if what_it_is(folder) != "a Hugging Face folder":
+    is_checkpoint = what_it_is(folder) != "a Hugging Face folder"
+    if is_checkpoint:
+        folder = chosen(folder)
+        read_manifest(folder)
+    with quiet():
+        from megadiff.run.load_model import load_model
+    if is_checkpoint:
         with load_model(folder, platform=platform, tokenizer=tokenizer) as trained:
             yield trained
         return
+    from megadiff.export.importing import import_folder
+
     with tempfile.TemporaryDirectory(prefix="megadiff-") as work:
         imported = import_folder(folder, Path(work) / "checkpoint", tokenizer=tokenizer)
         with load_model(imported.folder, platform=platform, tokenizer=tokenizer) as trained:

@@ -279,7 +279,11 @@ class _Bf16Chunk(Float16Module):
 
 
 class _DataParallel(DistributedDataParallel):
-    """megatron-core's wrapper with a shorter hook after each parameter's gradient, where nothing overlaps with it."""
+    """megatron-core's wrapper, shorter where nothing overlaps with the backward pass.
+
+    The hook after each parameter's gradient only adds it to the buffer, and a single replica communicates nothing: its
+    collectives would hand the buffer to a thread of the backend and wait for it.
+    """
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
         if self.ddp_config.overlap_grad_reduce:
@@ -291,6 +295,11 @@ class _DataParallel(DistributedDataParallel):
             param.grad = None
 
         return add_to_buffer
+
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        """Sum the gradients over the replicas, if there are others."""
+        if self.ddp_config.overlap_grad_reduce or self.intra_dp_cp_group.size() > 1:
+            super().finish_grad_sync(*args, **kwargs)
 
 
 def build_chunks(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import statistics
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from megadiff.errors import CheckpointError, DataError, StorageError
 from megadiff.metric_lines import MAX_LINE_BYTES, Line, finite, number, parsed
 from megadiff.report.line_chart import duration, percent
 from megadiff.report.markup import escaped, paragraph, table
+from megadiff.report.thinned_lines import ThinnedLines, in_order
 from megadiff.scaling import paired
 from megadiff.supervision.status import Status, read_status
 from megadiff.train.goodput import PHASES, Attempt
@@ -61,11 +64,14 @@ class MetricLines:
     kind per step."""
 
     training: list[Line]
+    """Training lines; of a long run those that its charts need (`thinned_lines`)."""
     evaluations: list[Line]
     gradient_noise: list[Line]
     unreadable: int
     """Number of lines left out because they are not a JSON object with a step; an incomplete last line is not
     counted."""
+    tokens_per_s: float | None = None
+    """Median rate of all training lines."""
 
 
 def read_metric_lines(path: Path) -> MetricLines:
@@ -74,25 +80,27 @@ def read_metric_lines(path: Path) -> MetricLines:
     Raises:
         DataError: there is no such file, or it cannot be read.
     """
-    training: dict[int, Line] = {}
-    evaluations: dict[int, Line] = {}
-    gradient_noise: dict[int, Line] = {}
+    training, evaluations, gradient_noise = ThinnedLines(), list[Line](), list[Line]()
+    rates = array("d")
     unreadable = 0
     try:
         for raw in lines(path, max_bytes=MAX_LINE_BYTES):
             line = parsed(raw)
             if line is not None:
                 if "eval_elbo" in line:
-                    evaluations[line["step"]] = line
+                    evaluations.append(line)
                 elif "loss" in line or "tokens" in line:
-                    training[line["step"]] = line
+                    training.add(line)
+                    if (rate := number(line, "tokens_per_s")) is not None:
+                        rates.append(rate)
                 elif "gradient_noise/scale" in line:  # else: a line of another hook of the list
-                    gradient_noise[line["step"]] = line
+                    gradient_noise.append(line)
             elif raw is None or (raw.endswith(b"\n") and raw.strip()):  # else: being written, or cut short by a kill
                 unreadable += 1
     except (OSError, UnreadableFileError) as error:
         raise DataError(f"{path} {why(error)}; give a run folder") from None
-    return MetricLines(_in_order(training), _in_order(evaluations), _in_order(gradient_noise), unreadable)
+    median = statistics.median(rates) if rates else None
+    return MetricLines(training.in_order(), in_order(evaluations), in_order(gradient_noise), unreadable, median)
 
 
 def levels(line: Line, key: str) -> list[tuple[float, float, float]]:
@@ -105,10 +113,6 @@ def levels(line: Line, key: str) -> list[tuple[float, float, float]]:
             if low is not None and high is not None and value is not None:
                 found.append((low, high, value))
     return found
-
-
-def _in_order(lines: dict[int, Line]) -> list[Line]:
-    return [lines[step] for step in sorted(lines)]
 
 
 def read_settings(path: Path) -> dict[str, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +44,6 @@ def standing(runs: Sequence[RunRecord]) -> str:
 def _standing_row(run: RunRecord) -> list[str]:
     training, evaluations = run.metrics.training, run.metrics.evaluations
     last = next((line for line in reversed(training) if number(line, "loss") is not None), {})
-    rates = [rate for line in training if (rate := number(line, "tokens_per_s")) is not None]
     measured = [line for line in evaluations if number(line, "eval_elbo") is not None]
     best = min(measured, key=lambda line: line["eval_elbo"], default={})
     newest = measured[-1] if measured else {}
@@ -63,7 +61,7 @@ def _standing_row(run: RunRecord) -> list[str]:
         _figure(newest.get("eval_bits_per_byte"), 4),
         _figure(newest.get("eval_unigram"), 4),
         _figure(newest.get("eval_bigram"), 4),
-        _figure(statistics.median(rates) if rates else None),
+        _figure(run.metrics.tokens_per_s),
         _flops(training[-1].get("flops") if training else None),
         percent(wall_time(run.attempts).goodput) if run.attempts else _NONE,
         str(len(run.unusual) - spikes),

@@ -22,7 +22,7 @@ BUCKET = 5000
 def _train_in_small_buckets(configs: Sequence[RunConfig], world_size: int) -> tuple[list[Trained], set[int]]:
     """Return the runs, and the numbers of ranks that share a matrix."""
     from megadiff.model import denoiser
-    from megadiff.optim.members.muon import Muon
+    from megadiff.optim.muon import Muon
 
     whole, step, shared = denoiser.DistributedDataParallelConfig, Muon.step, set[int]()
 

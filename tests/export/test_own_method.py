@@ -14,7 +14,8 @@ from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import ConfigError, MegadiffError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder
-from megadiff.run.load_model import load_model, method_of
+from megadiff.run.load_model import load_model
+from megadiff.run.recorded_parts import method_of
 
 UNEXPORTABLE = """
 from megadiff.errors import ConfigError

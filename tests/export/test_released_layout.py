@@ -12,7 +12,7 @@ from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.export.released_config import config_of, model_from, model_keys, noise_from, read_released
 from megadiff.export.weight_files import Planned, released_shapes, shards, training_tensors
 from megadiff.run.config import RunConfig
-from megadiff.run.load_model import method_of
+from megadiff.run.recorded_parts import method_of
 from tests.checkpoint.test_manifest import manifest
 from tests.support.commands import REPOSITORY
 

@@ -1,8 +1,10 @@
-"""Gradients divided by the global count of tokens, against megatron-core's own way, to the bit."""
+"""Gradients summed and divided by the global count of tokens, against megatron-core's own way, to the bit."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -61,6 +63,38 @@ def test_gradients_are_megatrons_to_the_bit(found, layout):
     for equal, largest in found[layout]:
         assert equal
         assert 0 < largest < 10
+
+
+COLLECTIVES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "broadcast", "send", "recv")
+
+
+def _alone(config):
+    """Number of a step's collectives on one rank, and whether megatron-core's sum over replicas changes a gradient."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    run = wire_on_rank(config, 1)
+    microbatches = [next(run.microbatches) for _ in range(run.microbatches_of(0))]
+    with ExitStack() as stack:
+        calls = [
+            stack.enter_context(patch.object(torch.distributed, name, wraps=getattr(torch.distributed, name)))
+            for name in COLLECTIVES
+        ]
+        run.step(microbatches, 1e-3)
+        during = sum(call.call_count for call in calls)
+        (chunk,) = run.step.chunks
+        before = [p.main_grad.clone() for p in chunk.parameters()]
+        DistributedDataParallel.finish_grad_sync(chunk)
+        afterwards = sum(call.call_count for call in calls) - during
+    is_same = all(torch.equal(p.main_grad, old) for p, old in zip(chunk.parameters(), before, strict=True))
+    run.close()
+    return during, afterwards, is_same, float(max(gradient.abs().max() for gradient in before))
+
+
+def test_one_rank_alone_communicates_nothing(toy_corpus, tmp_path):
+    config = toy_config(toy_corpus, tmp_path, data__valid=[])
+    during, afterwards, is_same, largest = on_ranks(1, _alone, config)[0]
+    assert (during, afterwards > 0, is_same) == (0, True, True)
+    assert largest > 0
 
 
 class _Chunk:

@@ -89,7 +89,7 @@ def test_shared_keys_and_gates_follow_the_rules_of_block_matrices():
 
 
 def _check_muon_on_rank():
-    from megadiff.optim.members.muon import Muon
+    from megadiff.optim.muon import Muon
     from megadiff.testing.coordinates import check
 
     platform_on_rank()

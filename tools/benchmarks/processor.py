@@ -6,8 +6,6 @@ import os
 import platform as host
 from pathlib import Path
 
-import torch
-
 
 def processor() -> str:
     """Return the name of the processor from Linux's /proc/cpuinfo."""
@@ -19,5 +17,7 @@ def processor() -> str:
 
 def with_torch() -> str:
     """Return the kind of processor, the cores, and torch's threads and version."""
+    import torch  # not where only the processor's name is needed
+
     where = host.processor() or host.machine()
     return f"{where}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"

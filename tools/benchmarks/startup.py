@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from processor import processor
 
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import run_command
 
 _EPILOG = """example:
-  OMP_NUM_THREADS=1 python tools/benchmarks/startup.py --repeats 7
+  OMP_NUM_THREADS=1 python tools/benchmarks/startup.py --repeats 7 --before ../megadiff-before
 
 The commands take turns, each in a process of its own; user and system time of that process, medians. "wrong value"
 and "misspelt key" are `--check` of descriptions with these mistakes (suggestions look into every member of every
 family), "check" that of one that could start, "one step" a whole run of one step of a toy model, with its evaluation
-and its checkpoint.
+and its checkpoint. The last rows export that run, import the folder, and sample and evaluate the run; "no model" is a
+folder that does not exist. --before runs the same commands from another checkout as well, in turns with these.
 """
 
 _RUN = {
@@ -41,19 +43,26 @@ def main() -> None:
     """Print the table."""
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--repeats", type=int, default=5, help="processes of each kind (default 5)")
+    parser.add_argument("--before", type=Path, help="checkout of another version to compare with")
     arguments = parser.parse_args()
 
+    sides = {"now": Path(__file__).resolve().parents[2]}
+    if arguments.before:
+        sides["before"] = arguments.before.resolve()
     with tempfile.TemporaryDirectory() as folder:
         commands = _commands(Path(folder))
-        found: dict[str, list[float]] = {name: [] for name in commands}
+        found = {(name, side): list[float]() for name in commands for side in sides}
         for repeat in range(arguments.repeats + 1):
-            for name, command in commands.items():
-                seconds = _cpu_seconds(command)
+            for name, side in found:
+                seconds = _cpu_seconds(commands[name], sides[side])
                 if repeat:  # the first process of each kind warms the disk's cache
-                    found[name].append(seconds)
-    print(f"machine            {host.machine()}, {os.cpu_count()} cores, Python {host.python_version()}")
-    for name, seconds in found.items():
-        print(f"{name:<18} {statistics.median(seconds):.2f} CPU s (median of {len(seconds)})")
+                    found[name, side].append(seconds)
+    print(f"machine            {processor()}, {os.cpu_count()} cores, Python {host.python_version()}")
+    heads = "".join(f"{side:>9}" for side in sides) + "    ratio" * (len(sides) - 1)
+    print(f"CPU s, median of {arguments.repeats:<5}{heads}")
+    for name in commands:
+        now, *before = (statistics.median(found[name, side]) for side in sides)
+        print(f"{name:<22}{now:>9.2f}" + "".join(f"{other:>9.2f}{now / other:>9.2f}" for other in before))
 
 
 def describe_toy_run(folder: Path) -> dict[str, Any]:
@@ -67,32 +76,40 @@ def describe_toy_run(folder: Path) -> dict[str, Any]:
     return {**_RUN, "data": files, "output_dir": str(folder / "runs")}
 
 
-def _commands(folder: Path) -> dict[str, list[str]]:
+def _commands(folder: Path) -> dict[str, str]:
+    """Return shell commands by name; those after "one step" use its run, and each replaces what it wrote before."""
     tree = describe_toy_run(folder)
     good, misspelt, wrong = (folder / f"{name}.yaml" for name in ("good", "misspelt", "wrong"))
     good.write_text(yaml.safe_dump(tree))
     misspelt.write_text(yaml.safe_dump({**tree, "optimiser": {}}))
     wrong.write_text(yaml.safe_dump({**tree, "seed": "three"}))
-    train = [sys.executable, "-m", "megadiff", "train", "--config"]
+    megadiff = f"exec {sys.executable} -m megadiff"
+    run, exported, back = folder / "runs/startup", folder / "exported", folder / "back"
     return {
-        "import torch": [sys.executable, "-c", "import torch"],
-        "help": [sys.executable, "-m", "megadiff", "train", "--help"],
-        "wrong value": [*train, str(wrong), "--check"],
-        "misspelt key": [*train, str(misspelt), "--check"],
-        "check": [*train, str(good), "--check"],
-        "one step": ["/bin/sh", "-c", f"rm -rf {folder}/runs; exec {' '.join([*train, str(good)])}"],
+        "import torch": f"exec {sys.executable} -c 'import torch'",
+        "help": f"{megadiff} train --help",
+        "wrong value": f"{megadiff} train --config {wrong} --check",
+        "misspelt key": f"{megadiff} train --config {misspelt} --check",
+        "no model": f"{megadiff} generate --model {folder}/none",
+        "check": f"{megadiff} train --config {good} --check",
+        "one step": f"rm -rf {run}; {megadiff} train --config {good}",
+        "export": f"rm -rf {exported}; {megadiff} convert_checkpoint export --checkpoint {run} --output {exported}",
+        "import": f"rm -rf {back}; {megadiff} convert_checkpoint import --input {exported} --output {back}",
+        "generate": f"{megadiff} generate --model {run} --steps 4",
+        "evaluate": f"{megadiff} evaluate elbo --model {run} --data {folder}/text --sequences 4",
     }
 
 
-def _cpu_seconds(command: list[str]) -> float:
+def _cpu_seconds(command: str, checkout: Path) -> float:
     def spent() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
     before = spent()
-    ended = subprocess.run(command, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, env=environment, cwd=checkout)
     if ended.returncode not in (0, 2):
-        raise SystemExit(f"{' '.join(command)} failed: {ended.stderr}")
+        raise SystemExit(f"{command} failed: {ended.stderr.decode(errors='replace')}")
     return spent() - before
 
 

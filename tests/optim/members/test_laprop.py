@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from megadiff.optim.members.laprop import STATE_KEYS, LaProp, Settings, build
+from megadiff.optim.laprop import LaProp
+from megadiff.optim.members.laprop import STATE_KEYS, Settings, build
 
 SETTINGS = Settings(name="laprop", lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
 GRADIENTS = (0.5, -1.0, 0.25, 2.0)

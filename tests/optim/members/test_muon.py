@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadiff.optim.members.muon import COEFFICIENTS, Settings, build, orthogonalise
+from megadiff.optim.members.muon import Settings, build
+from megadiff.optim.muon import COEFFICIENTS, orthogonalise
 from megadiff.optim.pieces import Piece, mark_whole, on_owners
 from tests.support.ranks import on_ranks
 
