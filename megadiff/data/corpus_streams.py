@@ -90,10 +90,14 @@ def check_input(path: Path) -> None:
     """Refuse paths that cannot be read as a corpus file.
 
     Raises:
-        DataError: it is a folder, does not exist, has a name of an unknown kind, or cannot be read.
+        DataError: it is a folder, does not exist, has a name of an unknown kind or not in UTF-8, or cannot be read.
     """
     if path == STDIN:
         return
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:  # manifests, which are JSON, hold the name
+        raise DataError(f"{str(path)!r}: wanted a path in UTF-8, found other bytes in it; rename the file") from None
     if path.is_dir():
         raise DataError(f"{path}: wanted a file, found a folder; name its files, for example {path}/*.jsonl")
     if not path.exists():
