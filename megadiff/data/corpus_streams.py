@@ -17,6 +17,7 @@ from typing import Any
 import zstandard
 
 from megadiff.errors import DataError
+from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Suffixes of files with one JSON object per line."""
@@ -36,6 +37,8 @@ STDIN = Path("-")
 CHUNK_BYTES = 2**20
 """Size of the pieces in which bytes are passed on."""
 
+_STATE = "state.json"
+_MAX_STATE_BYTES = 2**26
 _KINDS = (*JSON_SUFFIXES, ".txt", *CSV_SUFFIXES, *TABLE_SUFFIXES)
 _ZSTD_SLICE_BYTES = 2**10  # a 4-byte compressed block can expand to 128 KiB, so a slice expands to 32 MiB at most
 
@@ -90,10 +93,14 @@ def check_input(path: Path) -> None:
     """Refuse paths that cannot be read as a corpus file.
 
     Raises:
-        DataError: it is a folder, does not exist, has a name of an unknown kind, or cannot be read.
+        DataError: it is a folder, does not exist, has a name of an unknown kind or not in UTF-8, or cannot be read.
     """
     if path == STDIN:
         return
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:  # manifests, which are JSON, hold the name
+        raise DataError(f"{str(path)!r}: wanted a path in UTF-8, found other bytes in it; rename the file") from None
     if path.is_dir():
         raise DataError(f"{path}: wanted a file, found a folder; name its files, for example {path}/*.jsonl")
     if not path.exists():
@@ -191,14 +198,20 @@ def expanded(inputs: Iterable[str | Path]) -> list[Path]:
     """Return the corpus files that paths, patterns and folders name.
 
     A folder means all files below it whose names are those of corpus files, and a pattern that the shell has not
-    expanded means the files that it matches, both sorted by path; hidden files are left out. `-` is standard input.
+    expanded means the files that it matches, both sorted by path; hidden files are left out. A folder that
+    `datasets.save_to_disk` wrote means the files that its `state.json` lists. `-` is standard input.
 
     Raises:
-        DataError: a folder or a pattern has no such file.
+        DataError: a folder or a pattern has no such file, or a folder holds several splits.
     """
     found: list[Path] = []
     for given in map(Path, inputs):
-        if given.is_dir():
+        if (given / "dataset_dict.json").is_file():
+            splits = ", ".join(str(path.parent) for path in sorted(given.glob(f"*/{_STATE}"))) or "its folders"
+            raise DataError(f"{given}: wanted one split of a dataset, found a folder of several; name one of {splits}")
+        if (given / _STATE).is_file():
+            found += _saved_files(given)
+        elif given.is_dir():
             files = [path for path in sorted(given.rglob("*")) if _is_corpus_file(path.relative_to(given), path)]
             if not files:
                 wanted = ", ".join(_KINDS)
@@ -214,7 +227,22 @@ def expanded(inputs: Iterable[str | Path]) -> list[Path]:
     return found
 
 
+def _saved_files(folder: Path) -> list[Path]:
+    """Return the files of a saved dataset; others beside them may be caches of its users."""
+    path = folder / _STATE
+    try:
+        listed = read_json_object(path, max_bytes=_MAX_STATE_BYTES)["_data_files"]
+        names = [file["filename"] for file in listed]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise TypeError
+    except (OSError, UnreadableFileError) as error:
+        raise DataError(f"{path} {why(error)}; save the dataset again or name its files") from error
+    except (KeyError, TypeError):
+        raise DataError(f"{path}: wanted the names of a dataset's files; save it again or name its files") from None
+    return [folder / name for name in names]
+
+
 def _is_corpus_file(name: Path, path: Path) -> bool:
     is_hidden = any(part.startswith((".", "_")) for part in name.parts)
-    of_a_dataset = path.name in ("dataset_info.json", "state.json", "dataset_dict.json")
+    of_a_dataset = path.name in ("dataset_info.json", _STATE)
     return not is_hidden and not of_a_dataset and kind_of(path) in _KINDS and path.is_file()

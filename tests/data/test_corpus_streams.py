@@ -3,6 +3,7 @@
 import bz2
 import json
 import lzma
+import os
 import subprocess
 import sys
 
@@ -84,3 +85,13 @@ def test_json_lines_come_from_standard_input(tmp_path):
     refused = call_forked("tools/preprocess_data.py", *command[2:], "--shards", tmp_path / "s")
     assert refused.code == 2
     assert "--input -: wanted files for --shards, found standard input; use --output-prefix" in refused.err
+
+
+def test_a_name_that_no_manifest_can_hold_is_refused_before_reading(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    with open(path, "wb") as file:
+        file.write(LINES)
+    ended = call_forked("tools/preprocess_data.py", "--input", path, "--tokenizer", "byte", "--shards", tmp_path / "s")
+    assert ended.code == 2
+    assert "wanted a path in UTF-8, found other bytes in it; rename the file" in ended.err
+    assert not (tmp_path / "s").exists()

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from megadiff.data.corpus_options import unescaped
+from megadiff.data.corpus_streams import expanded
 from megadiff.data.documents import Corpus
 from megadiff.errors import DataError
 from tests.support.forked_command import call_forked
@@ -64,7 +65,8 @@ def test_arrow_rows_are_documents(tmp_path, kind):
 def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     made = datasets.Dataset.from_dict({"text": [text for _, text in ROWS]})
-    made.save_to_disk(str(tmp_path / "saved"))
+    made.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    (tmp_path / "saved/cache-1.arrow").write_bytes(b"left by a map of its user")
     ended = call_forked(
         "tools/preprocess_data.py", "--input", tmp_path / "saved", "--tokenizer", "byte",
         "--output-prefix", tmp_path / "p",
@@ -72,6 +74,13 @@ def test_a_folder_that_datasets_has_saved_is_read(tmp_path):
     assert (ended.code, ended.err) == (0, "")
     assert "wrote" in ended.out
     assert ": 3 documents" in ended.out
+    datasets.DatasetDict(train=made, test=made).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(DataError, match=r"found a folder of several; name one of .*both/test, .*both/train"):
+        expanded([tmp_path / "both"])
+    assert [path.name for path in expanded([tmp_path / "both/test"])] == ["data-00000-of-00001.arrow"]
+    (tmp_path / "saved/state.json").write_text('{"_data_files": [{"filename": "../other.arrow"}]}')
+    with pytest.raises(DataError, match=r"state\.json: wanted the names of a dataset's files"):
+        expanded([tmp_path / "saved"])
 
 
 def test_a_template_joins_fields_of_every_kind_of_file(tmp_path):
