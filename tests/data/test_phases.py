@@ -148,7 +148,7 @@ def test_a_run_cut_before_at_and_after_a_border_goes_on_bit_for_bit(paths, whole
     assert lines[0] == lines[1]
 
 
-def test_a_plan_is_the_change_that_was_allowed_and_may_be_added_at_its_border(paths, whole, tmp_path):
+def test_a_plan_may_be_added_at_its_border(paths, whole, tmp_path):
     """Three steps on a alone; then the rest by a change at the border, allowed by hand or planned since."""
     first = config_of(paths, tmp_path, name="run", **planned(paths, []), checkpoint__every=3)
     taken = trained(first, 1, until=3)
