@@ -200,7 +200,11 @@ def check_same_run(
 def _describe_data(change: Change, changes: Sequence[Change]) -> str:
     """Return the description of other training data: of their list if it changed, else of their contents."""
     named = [other.describe() for other in changes if _is_at_or_below(other.key, "data.train")]
-    return "; ".join(named) if named else f"{change.describe()} (the contents of data.train)"
+    return (
+        "; ".join(named)
+        if named
+        else f"{change.describe()} (the contents of data.train, or the end by which budgets are spent)"
+    )
 
 
 def check_allowed(allowed: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from megadiff.config.section import Section
 
@@ -23,6 +23,31 @@ class SourceConfig(Section):
     """Share of the samples, relative to the other sources; any unit, above 0. If no source has a weight, sources
     share by size, so that all finish an epoch together; a source without a weight beside others with one counts as 1.
     """
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Number of epochs of the source at the end of the run or phase, those of earlier phases included, in the place of
+    a weight; sources without a budget share the other samples.
+    """
+
+    tokens: float | None = Field(default=None, gt=0)
+    """Number of tokens that the source has given by the end of the run or phase, in the place of `epochs`."""
+
+    @model_validator(mode="after")
+    def _one_share(self) -> SourceConfig:
+        given = [name for name in ("weight", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{self.path} has {' and '.join(given)}; give one of weight, epochs and tokens")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_budgets(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = handler(self)
+        return {key: value for key, value in tree.items() if value is not None or key not in ("epochs", "tokens")}
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the source has a budget of epochs or tokens."""
+        return self.epochs is not None or self.tokens is not None
 
     @model_validator(mode="before")
     @classmethod

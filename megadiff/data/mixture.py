@@ -21,12 +21,14 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate, pairwise
 from itertools import count as count_up
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from megadiff.errors import DataError
+
+T = TypeVar("T")
 
 _ROUNDS = 8
 _WORD = 2**64 - 1
@@ -117,7 +119,7 @@ class Blend:
 
     def __init__(self, weights: Sequence[float], *, seed: int, keys: Sequence[str] = ()) -> None:
         keys = keys or [f"data.train[{source}]" for source in range(len(weights))]
-        self.counts = _shares(weights, PATTERN_LENGTH if len(weights) > 1 else 1, keys)
+        self.counts = whole_shares(weights, PATTERN_LENGTH if len(weights) > 1 else 1, keys)
         self._pattern = _spread(self.counts, seed)
         self._rank = np.empty_like(self._pattern)  # rank of each place among those of its source
         for source in range(len(weights)):
@@ -202,6 +204,38 @@ class SizeBlend:
         return stratum + (index > taken), index == taken
 
 
+class CountBlend:
+    """A blend in which each source gives an exact number of samples, spread evenly over the sum of these numbers.
+
+    Args:
+        counts: one per source, 0 or more, not all 0.
+        seed: seed of the run; moves the places, not the counts.
+    """
+
+    def __init__(self, counts: Sequence[int], *, seed: int) -> None:
+        self._drawn_from = [source for source, count in enumerate(counts) if count]
+        self._blend = SizeBlend([counts[source] for source in self._drawn_from], seed=seed)
+        self._sources = len(counts)
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the samples of each source."""
+        return self._over_all(self._blend.shares, 0.0)
+
+    def place(self, sample: int) -> Place:
+        """Return the source, and the index within it, of sample `sample` >= 0."""
+        place = self._blend.place(sample)
+        return Place(self._drawn_from[place.source], place.index)
+
+    def drawn(self, samples: int) -> list[int]:
+        """Return the number of samples that each source gives among the first `samples`."""
+        return self._over_all(self._blend.drawn(samples), 0)
+
+    def _over_all(self, values: Sequence[T], nothing: T) -> list[T]:
+        found = dict(zip(self._drawn_from, values, strict=True))
+        return [found.get(source, nothing) for source in range(self._sources)]
+
+
 def _period_of(sample: int, length: int) -> tuple[int, int]:
     return divmod(_not_negative(sample), length)
 
@@ -212,8 +246,12 @@ def _not_negative(sample: int) -> int:
     return sample
 
 
-def _shares(weights: Sequence[float], total: int, keys: Sequence[str]) -> list[int]:
-    """Return integer shares of `total` by largest remainder; ties go to the first."""
+def whole_shares(weights: Sequence[float], total: int, keys: Sequence[str]) -> list[int]:
+    """Return integer shares of `total` by largest remainder; ties go to the first.
+
+    Raises:
+        DataError: a weight is so small that its share is 0.
+    """
     weight_sum = float(sum(weights))
     exact = [weight / weight_sum * total for weight in weights]
     counts = [int(share) for share in exact]

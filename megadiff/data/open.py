@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megadiff.data.budgets import Budgets, sample_counts, target_of
 from megadiff.data.config import DataConfig, SourceConfig, given_weights
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture, Position, Source, next_mixture
@@ -139,6 +140,9 @@ class OpenData:
     begins_at: int = 0
     """First sample that this phase is planned for."""
 
+    budgets: Budgets | None = None
+    """Budgets of the sources; None if none has one."""
+
     following: OpenData | None = None
     """The data of the next phase; None in the last one."""
 
@@ -150,7 +154,9 @@ class OpenData:
         """
         if [position.content for position in mixture.sources] != self.contents:
             raise ValueError("a mixture of other sources")
-        train = _training_sequences(self.sources, self.weights, mixture, self.train.seq_length, self.seed)
+        train = _training_sequences(
+            self.sources, self.weights, mixture, self.train.seq_length, self.seed, budgets=self.budgets
+        )
         data = replace(self, train=train, mixture=mixture)
         if (after := self.following) is None:
             return data
@@ -222,6 +228,7 @@ def open_data(
     valid_sequences: int,
     full_scan: bool = False,
     samples_before: Callable[[int], int] = lambda step: step,
+    samples: int = 0,
 ) -> OpenData:
     """Open all sources of a new run; `OpenData.continued` moves them to the positions of a resumed run.
 
@@ -236,6 +243,7 @@ def open_data(
         valid_sequences: maximal number of sequences per validation source.
         full_scan: check every token id now instead of some 300 spans per source; the rest is checked when it is read.
         samples_before: returns the number of samples before a step, at which phases begin.
+        samples: number of samples of the run, by which budgets are spent.
 
     Raises:
         DataError: files are missing or damaged, were made with another tokenizer, hold ids outside its vocabulary, or
@@ -255,7 +263,8 @@ def open_data(
         named = {f"{section}[{place}]": source for place, source in enumerate(train)}
         sources, weights = _distinct(named, opened, seq_length)
         sources = tuple(replace(source, label=labels[source.content]) for source in sources)
-        begins_at = samples_before(from_step)
+        begins_at, ends_at = samples_before(from_step), following.begins_at if following is not None else samples
+        budgets = _budgets(named, sources, ends_at, seq_length)
         mixture = next_mixture(None, _identities(sources, seq_length), first_sample=begins_at)
         following = OpenData(
             train=_training_sequences(sources, weights, mixture, seq_length, seed),
@@ -265,7 +274,7 @@ def open_data(
                 )
                 for reader in valid
             ),
-            fingerprint=_fingerprint(sources, weights),
+            fingerprint=_fingerprint(sources, weights, budgets),
             train_tokens=sum(source.reader.num_tokens for source in every),
             prepended_bos=_common([source.reader.prepended_bos for source in every]),
             sources=sources,
@@ -274,10 +283,12 @@ def open_data(
             seed=seed,
             from_step=from_step,
             begins_at=begins_at,
+            budgets=budgets,
             following=following,
         )
     assert following is not None
-    return following.continued(following.mixture) if config.phases else following
+    needs_starts = any(phase.budgets is not None or phase.begins_at for phase in following.phases)
+    return following.continued(following.mixture) if needs_starts else following
 
 
 class _Opened(NamedTuple):
@@ -311,17 +322,38 @@ def _training_sequences(
     mixture: Mixture,
     seq_length: int,
     seed: int,
+    budgets: Budgets | None = None,
 ) -> TrainingSequences:
+    starts, counts = [position.start for position in mixture.sources], None
+    if budgets is not None and mixture.first_sample < budgets.ends_at:
+        counts = sample_counts(
+            budgets,
+            first_sample=mixture.first_sample,
+            starts=starts,
+            weights=weights or [len(source.keys) * source.sequences for source in sources],
+            keys=[source.keys[0] for source in sources],
+        )
     positions = zip(sources, mixture.sources, strict=True)
     return TrainingSequences(
         [_stream(source.reader, seq_length, position, seed) for source, position in positions],
         weights,
         seed=seed,
         first_sample=mixture.first_sample,
-        starts=[position.start for position in mixture.sources],
+        starts=starts,
         copies=[len(source.keys) for source in sources],
         keys=[source.keys[0] for source in sources],
+        counts=counts,
     )
+
+
+def _budgets(
+    entries: Mapping[str, SourceConfig], sources: Sequence[TrainingSource], ends_at: int, seq_length: int
+) -> Budgets | None:
+    """Return the budgets of a phase; None if no source has one."""
+    targets = tuple(
+        target_of({key: entries[key] for key in source.keys}, source.sequences, seq_length) for source in sources
+    )
+    return None if all(target is None for target in targets) else Budgets(targets, ends_at)
 
 
 def _stream(reader: IndexedReader, seq_length: int, position: Position, seed: int) -> PackedSequences | GrownSequences:
@@ -399,10 +431,14 @@ def _checked(
     return reader
 
 
-def _fingerprint(sources: Sequence[TrainingSource], weights: Sequence[float] | None) -> str:
+def _fingerprint(
+    sources: Sequence[TrainingSource], weights: Sequence[float] | None, budgets: Budgets | None = None
+) -> str:
     digest = hashlib.sha256()
     for place, source in enumerate(sources):
         share = f"{weights[place] / sum(weights):.12g}" if weights is not None else _size_share(sources, source)
+        if budgets is not None:
+            share = f"{budgets.targets[place] or share} until {budgets.ends_at}"
         digest.update(f"{share} {source.content}\n".encode())
     return digest.hexdigest()
 

@@ -58,7 +58,8 @@ def describe_sources(data: OpenData, *, now: int, end: int) -> list[str]:
 
 
 def _shared_by(data: OpenData) -> str:
-    return "size" if data.weights is None else "weight"
+    by = "size" if data.weights is None else "weight"
+    return by if data.budgets is None else f"budget and, for the rest, by {by}"
 
 
 def describe_validation(data: OpenData) -> list[str]:
@@ -219,8 +220,12 @@ def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_se
 def _weights_advice(data: OpenData, config: DataConfig) -> list[Advice]:
     found = []
     for section, entries in config.mixtures.items():
-        bare = [f"{section}[{place}]" for place, entry in enumerate(entries) if entry.weight is None]
-        if not bare or len(bare) == len(entries):
+        bare = [
+            f"{section}[{place}]"
+            for place, entry in enumerate(entries)
+            if entry.weight is None and not entry.has_budget
+        ]
+        if not bare or all(entry.weight is None for entry in entries):
             continue
         found.append(
             Advice(

@@ -13,7 +13,17 @@ from typing import NamedTuple
 import numpy as np
 
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.mixture import Blend, Permutation, Place, Position, SizeBlend, SourceOrder, Unfinished, stream_key
+from megadiff.data.mixture import (
+    Blend,
+    CountBlend,
+    Permutation,
+    Place,
+    Position,
+    SizeBlend,
+    SourceOrder,
+    Unfinished,
+    stream_key,
+)
 from megadiff.errors import DataError
 
 
@@ -130,6 +140,7 @@ class TrainingSequences:
         starts: sequences that each source had given before that sample; 0 each by default.
         copies: number of times that each source counts when sharing by size; once each by default.
         keys: configuration key of each source, for messages.
+        counts: number of samples that each source gives in this mixture, in the place of weights.
 
     Raises:
         DataError: a weight is too small for its source to be drawn.
@@ -145,6 +156,7 @@ class TrainingSequences:
         starts: Sequence[int] = (),
         copies: Sequence[int] = (),
         keys: Sequence[str] = (),
+        counts: Sequence[int] | None = None,
     ) -> None:
         if not sources or len({source.name for source in sources}) != len(sources):
             raise ValueError("a blend needs sources of different names")
@@ -156,9 +168,11 @@ class TrainingSequences:
         if {len(sources)} != {len(self.starts), len(copies), len(sources if weights is None else weights)}:
             raise ValueError("a blend needs one weight and one start for each source")
         sizes = [number * source.len_epoch for number, source in zip(copies, sources, strict=True)]
-        self.blend: SourceOrder = (
-            SizeBlend(sizes, seed=seed) if weights is None else Blend(weights, seed=seed, keys=keys)
-        )
+        self.blend: SourceOrder
+        if counts is not None:
+            self.blend = CountBlend(counts, seed=seed)
+        else:
+            self.blend = SizeBlend(sizes, seed=seed) if weights is None else Blend(weights, seed=seed, keys=keys)
 
     def place(self, sample: int) -> Place:
         """Return the source of a sample, and the number of its sequence in that source's stream.

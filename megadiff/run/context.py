@@ -101,6 +101,7 @@ def validate_run(config: RunConfig, *, world_size: int) -> RunContext:
         seed=config.seed,
         valid_sequences=config.eval.sequences,
         samples_before=config.sizes.samples_before,
+        samples=config.samples,
     )
     return RunContext(config, tokenizer, data, layout)
 

@@ -115,7 +115,7 @@ def _different_tokens(sources: Sequence[SourceConfig]) -> Callable[[float], floa
     """Return the number of different tokens among the first ones of a mixture; None if a source lacks a manifest."""
     found = [indexed_manifest.read_manifest(Path(f"{source.path}.json")) for source in sources]
     held = [manifest.tokens for manifest in found if manifest is not None]
-    if len(held) < len(sources) or not all(held):
+    if len(held) < len(sources) or not all(held) or any(source.has_budget for source in sources):
         return None
     weights = given_weights(sources) or held
 

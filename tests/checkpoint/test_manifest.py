@@ -74,7 +74,8 @@ def test_every_difference_that_matters_is_listed(tmp_path):
     text = str(caught.value)
     assert (
         "batch.global_batch_size: 8 -> 16; model.layers: 2 -> 4; model.sink: null -> true; seed: 0 -> 1; "
-        'data_fingerprint: "d" -> "e" (the contents of data.train). Give the run another `name`'
+        'data_fingerprint: "d" -> "e" (the contents of data.train, or the end '
+        "by which budgets are spent). Give the run another `name`"
     ) in text
 
 

@@ -13,7 +13,7 @@ from megadiff.checkpoint.manifest import read_manifest
 from megadiff.data.mixture import next_mixture
 from megadiff.data.open import OpenData, open_data
 from megadiff.data.tokenizers.byte import ByteTokenizer
-from megadiff.errors import CheckpointError
+from megadiff.errors import CheckpointError, DataError
 from megadiff.metric_lines import read_metrics
 from megadiff.run.resume import ResumeOptions
 from megadiff.run.step_sequences import step_sequences
@@ -65,6 +65,7 @@ def opened(paths, tmp_path, **dotted) -> OpenData:
         seed=config.seed,
         valid_sequences=1,
         samples_before=config.sizes.samples_before,
+        samples=config.samples,
     )
 
 
@@ -147,7 +148,7 @@ def test_a_run_cut_before_at_and_after_a_border_goes_on_bit_for_bit(paths, whole
     assert lines[0] == lines[1]
 
 
-def test_a_plan_is_the_change_that_was_allowed_and_may_be_added_at_its_border(paths, whole, tmp_path):
+def test_a_plan_may_be_added_at_its_border(paths, whole, tmp_path):
     """Three steps on a alone; then the rest by a change at the border, allowed by hand or planned since."""
     first = config_of(paths, tmp_path, name="run", **planned(paths, []), checkpoint__every=3)
     taken = trained(first, 1, until=3)
@@ -219,3 +220,98 @@ def test_the_check_prints_what_every_phase_reads(paths, tmp_path):
 def test_phases_that_cannot_be_are_refused(paths, tmp_path, later, sentence):
     with pytest.raises(ValidationError, match=sentence):
         config_of(paths, tmp_path, **planned(paths, later))
+
+
+BUDGETS = [{"path": "b", "epochs": 2}, {"path": "c", "tokens": 5 * L}, "a"]
+"""48 sequences of b and 5 of c in 72; the other 19 are a's."""
+
+
+def with_paths(paths, sources):
+    return [paths[one] if isinstance(one, str) else {**one, "path": paths[one["path"]]} for one in sources]
+
+
+def drawn(data, end=STEPS * BATCH):
+    return {source.label: number for source, number in data.drawn_at(end)}
+
+
+def test_budgets_are_met_exactly_and_evenly(paths, tmp_path):
+    data = opened(paths, tmp_path, data__train=with_paths(paths, BUDGETS))
+    assert drawn(data) == {"b": 48, "c": 5, "a": 19}
+    given = [data.train.place(sample).source for sample in range(STEPS * BATCH)]
+    assert [given.count(source) for source in range(3)] == [48, 5, 19]
+    for start in range(0, STEPS * BATCH, 18):
+        assert [abs(given[start : start + 18].count(0) - 12), given[start : start + 18].count(1)] <= [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("sources", "wanted"),
+    [
+        (
+            [{"path": "b", "epochs": 0.5}, {"path": "a", "weight": 1}, {"path": "c", "weight": 3}],
+            {"b": 12, "a": 15, "c": 45},
+        ),
+        ([{"path": "b", "epochs": 1}, "a", "c"], {"b": 24, "a": 39, "c": 9}),
+        ([{"path": "a", "tokens": 36 * L}, {"path": "b", "epochs": 1.5}], {"a": 36, "b": 36}),
+        ([{"path": "b", "epochs": 1}, {"path": "b", "epochs": 1}, "a"], {"b": 48, "a": 24}),
+    ],
+)
+def test_the_rest_is_shared_by_weight_or_by_size(paths, tmp_path, sources, wanted):
+    assert drawn(opened(paths, tmp_path, data__train=with_paths(paths, sources))) == wanted
+
+
+def test_a_budget_of_a_phase_counts_what_was_read_before(paths, tmp_path):
+    """a gives 24 in three steps; b one epoch by step 6; then a reaches one epoch, and c gives what is left."""
+    phases = [
+        {"from_step": 3, "train": with_paths(paths, [{"path": "b", "epochs": 0.5}, "c"])},
+        {"from_step": 6, "train": with_paths(paths, [{"path": "a", "epochs": 1}, {"path": "b", "epochs": 0.75}, "c"])},
+    ]
+    data = opened(paths, tmp_path, data__train=[paths["a"]], data__phases=phases)
+    assert drawn(data, 3 * BATCH) == {"a": 24}
+    assert drawn(data, 6 * BATCH) == {"a": 24, "b": 12, "c": 12}
+    assert drawn(data) == {"a": 40, "b": 18, "c": 14}
+
+
+@pytest.mark.parametrize("cut", [2, 5])
+def test_a_run_with_budgets_goes_on_bit_for_bit_and_may_be_made_longer(paths, tmp_path, cut):
+    phases = [{"from_step": 5, "train": with_paths(paths, [{"path": "b", "epochs": 2}, "c"])}]
+    budgets = {"data__train": with_paths(paths, BUDGETS[:1] + BUDGETS[2:]), "data__phases": phases}
+    budgets["data__train"][0]["epochs"] = 1
+    whole = config_of(paths, tmp_path / "whole", name="run", **budgets)
+    wanted = trained(whole, 1)
+    parts = config_of(paths, tmp_path, name="run", **budgets)
+    taken = trained(parts, 1, until=cut)
+    ranks, layout = LAYOUTS[cut % 2]
+    elsewhere = config_of(paths, tmp_path, name="run", **budgets, **layout)
+    longer = config_of(paths, tmp_path, name="run", **{**budgets, "schedule__steps": STEPS + 3})
+    if cut == 5:
+        with pytest.raises(CheckpointError, match="--allow-data-change"):
+            step_sequences(longer, 6, sequences=1)
+        found = step_sequences(longer, 12, sequences=0, options=ResumeOptions(allow_data=True))
+        numbers = [shown.number for shown in found.sequences if shown.source == "b"]
+        assert max(numbers) in range(45, 48), "two epochs of 24 at the later end"
+    assert taken | trained(elsewhere, ranks) == wanted
+
+
+@pytest.mark.parametrize(
+    ("sources", "sentence"),
+    [
+        (
+            [{"path": "a", "epochs": 2}, "b"],
+            r"take 80 sequences \(data.train\[0\] 80\) of the 72 .*leaves 0 to 1 other",
+        ),
+        ([{"path": "a", "epochs": 1}], r"take 40 sequences .*, but 72 come until sample 72; leave one source without"),
+        ([{"path": "a", "tokens": 3}, "b"], r"data.train\[0\]: the budget is less than half a sequence of 16 tokens"),
+        (
+            [{"path": "a", "epochs": 1}, "a", "b"],
+            r"data.train\[0\] and data.train\[1\] hold the same text, and not all",
+        ),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(paths, tmp_path, sources, sentence):
+    with pytest.raises(DataError, match=sentence):
+        opened(paths, tmp_path, data__train=with_paths(paths, sources))
+
+
+def test_a_source_has_a_weight_or_a_budget(paths, tmp_path):
+    with pytest.raises(ValidationError, match="has weight and epochs; give one of weight, epochs and tokens"):
+        config_of(paths, tmp_path, data__train=[{"path": paths["a"], "epochs": 1, "weight": 2}])

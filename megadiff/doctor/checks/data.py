@@ -31,6 +31,7 @@ def check(subject: Subject) -> Iterable[Finding]:
             seed=config.seed,
             valid_sequences=config.eval.sequences,
             samples_before=config.sizes.samples_before,
+            samples=config.samples,
         )
     except DataError as error:
         yield fail(str(error), "`megadiff preprocess_data` makes data; data.train and data.valid name their prefixes")
