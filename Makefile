@@ -17,7 +17,7 @@ help:
 	@echo "make check  ruff, pyright, import rules"
 	@echo "make docs   the pages of docs/ as a site in site/; a broken link is an error"
 	@echo "make bench  what a CPU can measure: noising, the output head, a training step, a save's stall, sampling, the cache of"
-	@echo "            finished blocks, memory of a 10B export (half an hour, 11 GB of memory, 20 GB of disk)"
+	@echo "            finished blocks, memory of a 10B export, start-up, long runs (half an hour, 11 GB of memory, 20 GB of disk)"
 	@echo "pip heeds its own variables: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 	@echo "            installs torch's CPU build instead of 5.8 GB of CUDA libraries"
 
@@ -80,6 +80,8 @@ bench: $(STAMP)
 	$(BIN)/python tools/benchmarks/cached_blocks.py --runs 5
 	$(BIN)/python tools/benchmarks/sampling.py --length 16 --steps 8
 	$(BIN)/python tools/benchmarks/export_memory.py
+	$(BIN)/python tools/benchmarks/startup.py
+	$(BIN)/python tools/benchmarks/long_runs.py --lines 100000
 
 clean:
 	rm -rf $(VENV) $(DOCS) $(VERSIONS) site build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

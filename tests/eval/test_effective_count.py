@@ -95,7 +95,8 @@ def test_tokens_predicted_surely_or_hardly_at_all(noise, counts, log_p):
 
 @pytest.mark.parametrize("process", [GiddTime(0.2, 0.8), GiddTime(0.3)])
 @pytest.mark.parametrize("noise", [None, *SHIFTS])
-def test_one_token_is_worth_minus_log_p_whatever_the_noise(noise, process):
+@pytest.mark.parametrize("unlikely", [None, -300.0, -torch.inf], ids=["all likely", "unlikely", "impossible"])
+def test_one_token_is_worth_minus_log_p_whatever_the_noise(noise, process, unlikely):
     """For a prediction that depends on nothing, the mean over z and all levels telescopes: no quadrature at all.
 
     A copy of one token has noise count 0 or 1 with probability 1/2 each; its z follows from the level's law given that.
@@ -106,6 +107,8 @@ def test_one_token_is_worth_minus_log_p_whatever_the_noise(noise, process):
     else:
         process = HybridMixing(vocab, mask, *SHIFTS[noise])
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)).double()
+    if unlikely is not None:
+        logits[:3] = unlikely
     log_p = logits.masked_fill(torch.arange(vocab) == mask, -torch.inf).log_softmax(-1)
     x = torch.tensor([6])
     nodes, weights = gauss(-40, 100, panels=300)
