@@ -54,7 +54,10 @@ valid."""
 
 _IDENTITY = ("vocab_size", "mask_id", "tokenizer_fingerprint", "data_fingerprint")
 
-_NOT_OF_THE_WEIGHTS = tuple(f"model.{key}" for key in ("init_scale", "embed_init", "head_init", "seq_length"))
+_NOT_OF_THE_WEIGHTS = tuple(
+    f"model.{key}" for key in ("init_scale", "embed_init", "head_init", "seq_length", "rope_base", "rope_scaling")
+)
+"""Settings of the model that may differ when a run begins with the weights of another."""
 
 _NOT_WORTH_RECORDING = ("name", "output_dir", "checkpoint.start_from")
 
@@ -234,7 +237,7 @@ def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:
     changes = [
         change
         for change in _changes(saved.step, "model", saved.config.get("model"), wanted.config.get("model"))
-        if change.key not in _NOT_OF_THE_WEIGHTS
+        if not any(_is_at_or_below(change.key, other) for other in _NOT_OF_THE_WEIGHTS)
     ]
     names = ("vocab_size", "mask_id", "tokenizer_fingerprint")
     changes += [_change(saved, wanted, key) for key in names if getattr(saved, key) != getattr(wanted, key)]

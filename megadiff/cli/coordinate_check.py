@@ -47,7 +47,7 @@ from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.errors import ConfigError
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
-from megadiff.scaling.coordinates import BANDS, HEAD_DIM, RULES, STEPS, sizes
+from megadiff.scaling.coordinates import HEAD_DIM, RULES, STEPS, bands_of, sizes
 from megadiff.scaling.optimum import Size, Verdict, judge
 
 PRESET = Path(__file__).resolve().parents[2] / "examples" / "presets" / "gidd.yaml"
@@ -101,7 +101,7 @@ def main() -> None:
     with process_group(platform, alone=True):
         measured, broken = check(grid, arguments.config, without=arguments.without, overrides=arguments.overrides)
     console = Console(record=arguments.output is not None, width=40 + 10 * len(grid))
-    report(measured, judge(measured, BANDS), console)
+    report(measured, judge(measured, bands_of(measured)), console)
     console.print("\n".join(broken) or "every promise is kept", soft_wrap=True)
     print(f"{len(grid)} models in {time.monotonic() - started:.0f} s")
     if arguments.output is not None:

@@ -21,6 +21,7 @@ from megadiff.errors import ConfigError
 from megadiff.platform.gpus import DEFAULT_GPU, DEFAULT_MFU, check_mfu
 
 if TYPE_CHECKING:
+    from megadiff.run.config import RunConfig
     from megadiff.run.planned import PlannedRun
     from megadiff.scaling.goal import Goal
     from megadiff.scaling.laws import LawBook
@@ -36,6 +37,8 @@ _EPILOG = """examples:
 _COUNTS = ("deepseek", "chinchilla", "full")
 _WIDE = 512
 """Width from which models are for GPUs, whose heads have 64 or 128 features."""
+_SAME_SIZE = 0.02
+"""Relative difference of parameters below which a base file's model is that of the plan."""
 _LONGEST_HOURS = 24
 
 
@@ -355,12 +358,38 @@ def _write(arguments: argparse.Namespace, run: PlannedRun) -> None:
         write_atomically(draft, text)
         config = load_config(draft, [], RunConfig)
         config.layout(world_size=run.layout.ranks, vocab_size=made.goal.vocab_size)
+        _compare(config, run)
         draft.replace(output)
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"--output {output} cannot be written ({reason}); name another one") from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _compare(config: RunConfig, run: PlannedRun) -> None:
+    """Refuse a base file whose model or learning rates are not those that the laws speak of.
+
+    Raises:
+        ConfigError: the model has another number of parameters, or the rate is no base rate of CompleteP.
+    """
+    from megadiff.model import cost
+    from megadiff.run.planned import shape_of
+
+    made = run.plan
+    vocab_size = made.goal.vocab_size
+    shapes = (shape_of(made.size, made.goal), config.shape(vocab_size=vocab_size))
+    planned, found = (cost.parameters(shape).non_embedding for shape in shapes)
+    if abs(found / planned - 1) > _SAME_SIZE:
+        raise ConfigError(
+            f"with the model of --base the run has {found:,} parameters, not the {planned:,} that were planned: the "
+            "laws are of the paper's block; leave out model.mlp, kv_heads, head_dim and ffn_hidden of the base file"
+        )
+    if config.optimizer.parametrisation != "completep":
+        raise ConfigError(
+            f"--base sets optimizer.parametrisation={config.optimizer.parametrisation}, but the planned learning rate "
+            "is a base rate of completep; set that"
+        )
 
 
 def _submit(arguments: argparse.Namespace, run: PlannedRun) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megadiff.diffusion.config import ConditioningConfig, noise_config
+from megadiff.diffusion.noise_process import build_process
 from megadiff.errors import ConfigError, shown
 from megadiff.model.config import ModelConfig
 
@@ -48,6 +50,8 @@ class Architecture:
     """Value of `model.qk_norm`."""
     biases: frozenset[frozenset[str]] = frozenset({frozenset()})
     """Combinations of biases that it can have, of `qkv`, `out` and `mlp`."""
+    slides_by_switch: bool = False
+    """Whether a sliding window has an effect with `use_sliding_window` alone."""
     needs_own_code: bool = False
     """Whether transformers has no class of it, so that folders need the architecture's own code beside them."""
 
@@ -78,8 +82,10 @@ class Architecture:
                 found not in self.biases
             ),
         }
-        if self.keys and model.rope_scaling is not None:
-            tests["its rotary embeddings cannot be scaled (model.rope_scaling)"] = True
+        if self.keys:  # LLaDA's, which have neither
+            tests["its rotary embeddings are not scaled (model.rope_scaling)"] = model.rope_scaling is not None
+            is_other = model.heads * model.head_width != model.hidden
+            tests[f"its heads are model.hidden / model.heads wide, not {model.head_width} (model.head_dim)"] = is_other
         return [reason for reason, is_so in tests.items() if is_so]
 
     def config(
@@ -189,10 +195,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         _LLAMA,
         biases=frozenset({_NONE, _ATTENTION, frozenset({"mlp"}), _ATTENTION | {"mlp"}}),
     ),
-    "mistral": Architecture("MistralForCausalLM", "next_token", _LLAMA, fixed={"sliding_window": None}),
-    "qwen2": Architecture("Qwen2ForCausalLM", "next_token", _LLAMA, biases=frozenset({frozenset({"qkv"})})),
+    "mistral": Architecture("MistralForCausalLM", "next_token", _LLAMA, written={"sliding_window": None}),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM", "next_token", _LLAMA, biases=frozenset({frozenset({"qkv"})}), slides_by_switch=True
+    ),
     "qwen3": Architecture(
-        "Qwen3ForCausalLM", "next_token", _LLAMA, qk_norm="head", biases=frozenset({_NONE, _ATTENTION})
+        "Qwen3ForCausalLM",
+        "next_token",
+        _LLAMA,
+        qk_norm="head",
+        biases=frozenset({_NONE, _ATTENTION}),
+        slides_by_switch=True,
     ),
     "arcee": Architecture(
         "ArceeForCausalLM",
@@ -221,14 +234,25 @@ REFUSED = {
 """Reasons why well-known architectures cannot be read, by their `model_type` in lower case."""
 
 
-def architecture_for_export(name: str, model: ModelConfig, method: str) -> Architecture:
+def architecture_for_export(name: str, model: ModelConfig, run: Mapping[str, Any]) -> Architecture:
     """Return an architecture that a model is to be stored in.
+
+    Args:
+        name: key of `ARCHITECTURES`.
+        model: the model.
+        run: the settings of its run. Public diffusion models are of masked noise, and attend to every token.
 
     Raises:
         ConfigError: it cannot represent the model, with every reason.
     """
     kind = ARCHITECTURES[name]
-    reasons = kind.reasons_against(model)
+    reasons, method = kind.reasons_against(model), run["method"]["name"]
+    if kind.method == "gidd":
+        noise, attention = noise_config(**run["noise"]), ConditioningConfig.model_validate(run["conditioning"])
+        if not build_process(noise, vocab_size=2, mask_id=0).is_masked_limit:
+            reasons.append("its noise is masked, and the model's is not")
+        if attention.trained_prompt_attention != "full":
+            reasons.append(f"prompts attend as {attention.trained_prompt_attention}, not as every token")
     if method != kind.method:
         reasons.insert(0, f"the model was trained with method.name={shown(method).strip(chr(39))}, not {kind.method}")
     if reasons:

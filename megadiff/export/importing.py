@@ -105,6 +105,7 @@ class _Training(BaseModel):
 
     config: _TrainingSections
     tokenizer_fingerprint: str | None = Field(default=None)
+    prepended_bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def import_folder(
         folder: the Hugging Face folder; if it has checksums, every file that they list is compared.
         output: must not exist, or be empty.
         tokenizer: path to use instead of the folder's own.
-        seq_length: row length to train with, instead of the folder's.
+        seq_length: sequence length to train with, instead of the folder's.
         on_tensor: called with each tensor's name before it is read.
 
     Raises:
@@ -323,7 +324,7 @@ def _manifest(
             "mask_id": tokenizer.mask_id,
             "tokenizer_fingerprint": tokenizer.fingerprint,
             "data_fingerprint": "",
-            "prepended_bos": source.config.get("prepended_bos") is True,
+            "prepended_bos": source.config.get("prepended_bos") is True or _prepends_bos(source),
             "layout": {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 1},
             "versions": {
                 "megadiff": megadiff.__version__,
@@ -334,12 +335,22 @@ def _manifest(
     )
 
 
+def _prepends_bos(source: _Source) -> bool:
+    return source.released is None and source.training is not None and source.training.prepended_bos is True
+
+
 def _sections(source: _Source, method: str | None) -> dict[str, Any]:
     """Return noise, conditioning, objective and method: the run's own if our export recorded them and they agree.
 
     Public diffusion models are of masked noise.
     """
     if source.released is None:
+        kept = source.training.config if source.training is not None else None
+        if kept is not None and kept.method.name == method:
+            return {
+                name: getattr(kept, name).model_dump(mode="json")
+                for name in ("noise", "conditioning", "objective", "method")
+            }
         return {
             "noise": noise_config(shift="masked").model_dump(mode="json"),
             "conditioning": ConditioningConfig().model_dump(mode="json"),

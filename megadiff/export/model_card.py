@@ -47,8 +47,8 @@ ids = tokenizer("A list is", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
 
-The folder has the layout of `{model_class}` of Transformers and needs no code of its own. A start token stood before
-every sequence in training."""
+The folder has the layout of `{model_class}` of Transformers and needs no code of its own. Training with megadiff puts a
+start token before every sequence."""
 
 _LOAD_WITH_OTHER_CODE = """The folder has the names of tensors and the `config.json` of `{model_class}`, for
 programs that read such models. Transformers itself has no such class: for it, put the public model's own Python files
@@ -95,6 +95,7 @@ def model_card(
     table = "\n".join(f"| {key} | {value} |" for key, value in _facts(manifest, parameters, dtype).items())
     scores = "\n".join(f"| {key} | {value} |" for key, value in _scores(metrics, manifest.step).items())
     is_own = architecture is None
+    levels = " under the noise\nlevels that `config.json` names" if is_own else ""
     tags = "- diffusion\n- gidd\n- text-diffusion" if is_own else f"- {architecture.model_class}"  # type: ignore[union-attr]
     return f"""---
 library_name: transformers
@@ -118,8 +119,8 @@ It was trained with megadiff on the data named below.
 {"|---|---|" if scores else ""}
 {scores}
 
-ELBO figures are estimates, in nats per token, of an upper bound on the negative log likelihood under the noise levels
-that `config.json` names; they are held-out where it says so.
+ELBO figures are estimates, in nats per token, of an upper bound on the negative log likelihood{levels}; they
+are held-out where it says so.
 
 ## Use
 

@@ -27,8 +27,30 @@ _NOT_WEIGHTS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_fr
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 
+FEWEST_IDS = 0.75
+"""Least share of an embedding's entries that are ids of its tokenizer; public tables are padded by a few hundred."""
 MOST_ADDED_IDS = 128
 """Maximal number of ids that a tokenizer may have beyond the embedding's, such as a mask; they get its mean row."""
+
+
+class _Rope(BaseModel):
+    """The object of the rotary embeddings in a `config.json`, strictly typed; a key beside these changes the model."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = Field(default=None, ge=1, lt=2**53)
+    partial_rotary_factor: float | None = None
+    factor: float | None = None
+    original_max_position_embeddings: int | None = Field(default=None, gt=0, lt=2**31)
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    truncate: bool | None = None
+    finetuned: bool | None = None
 
 
 class _Keys(BaseModel):
@@ -45,40 +67,37 @@ class _Keys(BaseModel):
     head_dim: int | None = Field(default=None, gt=0, le=2**20)
     hidden_act: str | None = None
     tie_word_embeddings: bool = False
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    rms_norm_eps: float = Field(default=1e-6, gt=0, le=1)
     rope_theta: float | None = Field(default=None, ge=1, lt=2**53)
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
     no_rope_layers: list[int] | None = None
-    partial_rotary_factor: float = 1.0
+    partial_rotary_factor: float | None = None
     layer_types: list[str] | None = None
     use_sliding_window: bool | None = None
     sliding_window: int | None = None
 
     @property
-    def rope(self) -> dict[str, Any]:
+    def rope(self) -> _Rope:
         """The rotary embeddings' own keys; transformers 5 has the base among them."""
-        return {**(self.rope_parameters or {}), **(self.rope_scaling or {})}
+        return self.rope_scaling or self.rope_parameters or _Rope()
 
     @property
     def theta(self) -> float:
-        """Base of the rotary frequencies; 0 if the given value is not a number."""
-        found = self.rope_theta or self.rope.get("rope_theta", 10000.0)
-        is_number = isinstance(found, int | float) and not isinstance(found, bool)
-        return float(found) if is_number and 1 <= found < 2**53 else 0.0
+        """Base of the rotary frequencies."""
+        return self.rope.rope_theta or self.rope_theta or 10000.0
 
     @property
     def rope_kind(self) -> str:
         """Kind of scaling of the rotary frequencies; `default` for none."""
-        kind = self.rope.get("rope_type", self.rope.get("type", "default"))
-        return shown(kind).strip("'")
+        return self.rope.rope_type or self.rope.type or "default"
 
-    @property
-    def slides(self) -> bool:
-        """Whether some layers attend only to a sliding window."""
+    def slides(self, *, by_switch: bool) -> bool:
+        """Return whether some layers attend only to a sliding window; `by_switch`, if `use_sliding_window` says so."""
         if self.layer_types:
             return "sliding_attention" in self.layer_types
-        return self.use_sliding_window is not False and bool(self.sliding_window)
+        is_on = self.use_sliding_window is True if by_switch else self.use_sliding_window is not False
+        return is_on and bool(self.sliding_window)
 
 
 class PublicSource:
@@ -102,14 +121,19 @@ class PublicSource:
             raise CheckpointError(f"{where} ({_name(config)}) cannot be a starting point: {'; '.join(reasons)}")
         files.check_layers(self._keys.num_hidden_layers, where=where, layers=self._kind.layers)
         self.model = _model(self._keys, self._kind, files.shapes, where)
+        if others := self._kind.reasons_against(self.model):
+            raise CheckpointError(
+                f"{where} ({_name(config)}) cannot be a starting point, as its weights are of another architecture: "
+                f"{'; '.join(others)}"
+            )
         self._check_shapes()
 
     def vocab_size(self, tokenizer: Tokenizer) -> int:
         """Return the number of ids of the tokenizer.
 
         Raises:
-            CheckpointError: it has far more ids than the embedding has rows, or another mask than a diffusion model's
-                configuration, so it belongs to another model.
+            CheckpointError: it has far more or fewer ids than the embedding has, or another mask than a diffusion
+                model's configuration, so it belongs to another model.
         """
         if self._mask_id not in (None, tokenizer.mask_id):
             raise CheckpointError(
@@ -117,7 +141,7 @@ class PublicSource:
                 f"{tokenizer.name} is {tokenizer.mask_id}; give the model's own tokenizer with --tokenizer"
             )
         rows = self._files.shapes[self._kind.stored(_EMBEDDING)][0]
-        if tokenizer.vocab_size > rows + MOST_ADDED_IDS:
+        if not FEWEST_IDS * rows <= tokenizer.vocab_size <= rows + MOST_ADDED_IDS:
             raise CheckpointError(
                 f"{self._where}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids, the embedding "
                 f"{rows:,} rows; give the model's own tokenizer with --tokenizer"
@@ -199,7 +223,7 @@ def _model(keys: _Keys, kind: Architecture, shapes: Mapping[str, tuple[int, ...]
         "layers": keys.num_hidden_layers,
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": keys.num_key_value_heads,
+        "kv_heads": None if keys.num_key_value_heads == heads else keys.num_key_value_heads,
         "head_dim": keys.head_dim if keys.head_dim and keys.head_dim * heads != hidden else None,
         "seq_length": keys.max_position_embeddings,
         "ffn_hidden": keys.intermediate_size,
@@ -223,35 +247,37 @@ def _scaling(keys: _Keys) -> dict[str, Any] | None:
     """Return `model.rope_scaling`; transformers counts from the length in the file where no original one is given."""
     if keys.rope_kind == "default":
         return None
-    rope = {key: value for key, value in keys.rope.items() if key in RopeScaling.model_fields and value is not None}
-    original = keys.rope.get("original_max_position_embeddings", keys.max_position_embeddings)
-    return {**rope, "type": keys.rope_kind, **({} if keys.rope_kind == "linear" else {"original_seq_length": original})}
+    given = keys.rope.model_dump(exclude_none=True).items()
+    found = {key: value for key, value in given if key in RopeScaling.model_fields} | {"type": keys.rope_kind}
+    if keys.rope_kind != "linear":
+        found["original_seq_length"] = keys.rope.original_max_position_embeddings or keys.max_position_embeddings
+    return found
 
 
 def _reasons(
     keys: _Keys, config: Mapping[str, Any], kind: Architecture, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     heads, key_heads = keys.num_attention_heads, keys.num_key_value_heads or keys.num_attention_heads
-    act = shown(keys.hidden_act).strip(chr(39))
+    usual = "relu2" if kind.mlp == "relu2" else "silu"
+    act = shown(keys.hidden_act or usual).strip(chr(39))
     query = kind.stored("model.layers.0.self_attn.q_proj.weight")
     is_gated = kind.stored("model.layers.0.mlp.gate_proj.weight") in shapes
     strange = [key for key, value in kind.fixed.items() if config.get(key, value) not in (value, None)]
-    unknown = sorted(set(keys.rope) & {"mscale", "mscale_all_dim", "short_factor", "long_factor"})
+    parts = {keys.partial_rotary_factor, keys.rope.partial_rotary_factor} - {None, 1.0}
     tests = {
         f"it has no {query}": query not in shapes,
         "its layers have experts": any(".experts." in name or ".router." in name for name in shapes),
         f"its activation is {act}{' with a gate' if is_gated else ''}, wanted the one of {kind.mlp}": (
-            ACTIVATIONS.get((keys.hidden_act or "", is_gated)) != kind.mlp
+            ACTIVATIONS.get((keys.hidden_act or usual, is_gated)) != kind.mlp
         ),
         "its norms are not RMSNorm (they have biases)": any(name.endswith("norm.bias") for name in shapes),
         f"its rotary embeddings are scaled ({keys.rope_kind}); known are linear, llama3 and yarn": (
             keys.rope_kind not in ("default", "linear", "llama3", "yarn")
+            or (bool(kind.keys) and keys.rope_kind != "default")
         ),
-        f"its rotary embeddings are scaled with {', '.join(unknown)}": bool(unknown),
-        "its rotary base is no number of at least 1": keys.theta < 1,
-        "its rotary embeddings turn a part of each head alone": keys.partial_rotary_factor != 1.0,
+        "its rotary embeddings turn a part of each head alone": bool(parts),
         "some of its layers have no rotary embeddings": not all(keys.no_rope_layers or [1]),
-        "its attention slides": keys.slides,
+        "its attention slides": keys.slides(by_switch=kind.slides_by_switch),
         f"its {key_heads} key heads do not divide its {heads} heads": heads % key_heads != 0,
         **{f"its {key} is {shown(config.get(key))}, wanted {shown(kind.fixed[key])}": True for key in strange},
     }

@@ -16,19 +16,19 @@ class RopeScaling(Section):
     type: Literal["linear", "llama3", "yarn"]
     """Divide all frequencies by `factor` (`linear`), or only slow ones, with a smooth step between `low_freq_factor`
     and `high_freq_factor` turns (`llama3`) or a ramp between `beta_slow` and `beta_fast` turns (`yarn`)."""
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, le=2**20)
     """Ratio of the longest sequences to those of the first training."""
-    original_seq_length: int | None = Field(default=None, gt=0)
+    original_seq_length: int | None = Field(default=None, gt=0, lt=2**31)
     """Length of the first training's sequences, over which turns are counted; `llama3` and `yarn` need it."""
-    low_freq_factor: float = Field(default=1.0, gt=0)
+    low_freq_factor: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Frequencies of fewer turns than this are divided by `factor` (`llama3`)."""
-    high_freq_factor: float = Field(default=4.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, ge=1e-6, le=1e6)
     """Frequencies of more turns than this stay (`llama3`)."""
-    beta_fast: float = Field(default=32.0, gt=0)
+    beta_fast: float = Field(default=32.0, ge=1e-6, le=1e6)
     """Frequencies of more turns than this stay (`yarn`)."""
-    beta_slow: float = Field(default=1.0, gt=0)
+    beta_slow: float = Field(default=1.0, ge=1e-6, le=1e6)
     """Frequencies of fewer turns than this are divided by `factor` (`yarn`)."""
-    attention_factor: float | None = Field(default=None, gt=0)
+    attention_factor: float | None = Field(default=None, ge=0.01, le=100)
     """Factor on rotated queries and keys (`yarn`); null for 0.1 ln(factor) + 1."""
     truncate: bool = True
     """Whether the ends of the ramp are rounded to whole frequencies (`yarn`)."""
@@ -115,6 +115,13 @@ class ModelConfig(Section):
         if self.head_width % 2:
             what = "model.hidden / model.heads" if self.head_dim is None else "model.head_dim"
             raise ValueError(f"{what} is {self.head_width}, but rotary embeddings need an even width")
+        if self.rope_scaling is not None and self.rope_scaling.type == "yarn" and self.rope_base <= 1:
+            raise ValueError(f"model.rope_scaling.type=yarn needs model.rope_base above 1, found {self.rope_base}")
+        if self.tie_embeddings and self.head_init:
+            raise ValueError(
+                f"model.head_init is {self.head_init}, but with model.tie_embeddings the head is the embedding, which "
+                "model.embed_init draws; leave head_init at 0"
+            )
         if self.heads % self.key_heads:
             raise ValueError(f"model.heads is {self.heads}, which model.kv_heads = {self.kv_heads} does not divide")
         return self

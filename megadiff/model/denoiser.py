@@ -206,7 +206,8 @@ class Denoiser(MegatronModule):
             return hidden
         if self.head_factor != 1.0:
             hidden = hidden * self.head_factor
-        # A view, as the fused objective adds to the gradient buffer of a parameter, and returns the gradient of others.
+        # A view, as the fused objective adds to the gradient buffer of a parameter, and returns the gradient of others;
+        # in bf16 that gradient is rounded before it joins the embedding's.
         embedding = None if self.output_layer.weight is not None else self.head_weight.view_as(self.head_weight)
         if loss_fn is not None:
             return self.output_layer(hidden, loss_fn, embedding)

@@ -197,7 +197,7 @@ def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path)
     if is_planned:
         wanted = wanted.model_copy(update={"data_fingerprint": saved.data_fingerprint})
     if not saved.has_optimizer:
-        check_same_model(saved, wanted, folder)
+        check_same_model(_with_sizes(saved), _with_sizes(wanted), folder)
         return _Accepted(saved, [], prepared)
     changes = check_same_run(
         saved, wanted, folder, allowed=resume_options.allowed, allow_data=resume_options.allow_data
@@ -226,6 +226,20 @@ def of_this_version(saved: Manifest) -> Manifest:
     known = {name: key.default for name, key in ModelConfig.model_fields.items() if not key.is_required()}
     config = {**saved.config, "model": {**known, **saved.config.get("model", {})}}
     return saved.model_copy(update={"config": config})
+
+
+def _with_sizes(manifest: Manifest) -> Manifest:
+    """Return a manifest whose model has every size as a number, however the description gave it."""
+    model = ModelConfig.model_validate(manifest.config["model"])
+    sizes = {
+        "kv_heads": model.key_heads,
+        "head_dim": model.head_width,
+        "ffn_hidden": model.mlp_width,
+        "ffn_multiple": None,
+        "resid_scale": model.resid_factor,
+        "head_scale": model.head_factor,
+    }
+    return manifest.model_copy(update={"config": {**manifest.config, "model": {**model.model_dump(), **sizes}}})
 
 
 def saved_mixture(prepared: RunContext, saved: Manifest, folder: Path) -> Mixture:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megadiff.scaling.optimum import Band, Size
@@ -77,6 +77,11 @@ EDITS: dict[str, tuple[tuple[Role, ...], Edit]] = {
 """Rules that are removed by changing the optimizer groups of some roles."""
 
 RULES = (*OVERRIDES, *EDITS)
+
+
+def bands_of(measured: Mapping[Size, Mapping[str, float]]) -> list[Band]:
+    """Return the bands of the statistics that all models have; those of roles that a model lacks are left out."""
+    return [band for band in BANDS if all(band.statistic in found for found in measured.values())]
 
 
 def sizes(widths: Sequence[int], depths: Sequence[int], grid: str) -> list[Size]:

@@ -18,12 +18,13 @@ from megadiff.config.load import load_config
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.noising import NoisedBatch, noise_batch
 from megadiff.diffusion.objective import gidd_objective
+from megadiff.errors import ConfigError
 from megadiff.optim.groups import parameter_groups
 from megadiff.optim.member import load_member
 from megadiff.optim.rules import Scale
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
-from megadiff.scaling.coordinates import BANDS, EDITS, HEAD_DIM, OVERRIDES, STEPS
+from megadiff.scaling.coordinates import EDITS, HEAD_DIM, OVERRIDES, STEPS, bands_of
 from megadiff.scaling.optimum import Size, judge
 
 with quiet():
@@ -46,7 +47,11 @@ def check(
     grid: Sequence[Size], config: Path, *, without: str | None = None, overrides: Sequence[str] = ()
 ) -> tuple[dict[Size, dict[str, float]], list[str]]:
     """Measure every size in one open process group; return the statistics and a sentence for each violated
-    property."""
+    property.
+
+    Raises:
+        ConfigError: `without` is a rule for the rate of a role that the model lacks.
+    """
     base = (min(width for width, _ in grid), min(depth for _, depth in grid))
     platform = detect("cpu")
     topology = open_topology(Layout(1, 1, 1, 1, 1))
@@ -60,14 +65,18 @@ def check(
         groups = _groups(model, settings)
         for role in roles:
             assert edit is not None
+            if role not in groups:
+                if len(roles) == 1:
+                    raise ConfigError(f"--without {without} changes the rate of {role} weights, which this model lacks")
+                continue
             edit(groups[role], settings, base)
         measured[width, depth] = _measure(model, groups, settings)
-    broken = [verdict.sentence() for verdict in judge(measured, BANDS) if not verdict.holds]
+    broken = [verdict.sentence() for verdict in judge(measured, bands_of(measured)) if not verdict.holds]
     broken += [
         f"logits before the first step have size {found['logits, start']:.3g} at width {width}, depth {depth}: "
         "the head starts at 0, so that the first prediction is uniform"
         for (width, depth), found in measured.items()
-        if found["logits, start"] > 0
+        if found["logits, start"] > 0 and not settings.model.tie_embeddings
     ][:1]
     return measured, broken
 
@@ -128,7 +137,8 @@ def _measure(model: Denoiser, groups: dict[Role, dict[str, Any]], config: RunCon
     found.update({f"change of {name}": _size(_moved(seen[name], start[name])) for name in ("stream", "scores")})
     seen_roles: dict[str, Role] = {"embedding": "embedding", "gains": "norm", "biases": "bias"}
     for name, role in seen_roles.items():
-        found[f"change of {name}"] = _size(_moved(groups[role]["params"], begin[role]))
+        if role in groups:
+            found[f"change of {name}"] = _size(_moved(groups[role]["params"], begin[role]))
     gradients = [p.grad for p in groups["hidden"]["params"] if p.grad is not None]
     found["eps / gradient"] = groups["hidden"]["eps"] / _size(gradients)
     return found

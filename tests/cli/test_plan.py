@@ -92,13 +92,30 @@ def test_a_plan_states_size_run_loss_layout_and_price(tmp_path):
 
 def test_a_plan_builds_on_a_base_file(tmp_path):
     (tmp_path / "own").mkdir()
-    (tmp_path / "own/base.yaml").write_text("data: {train: [x], tokenizer: byte}\noptimizer: {name: laprop}\n")
+    (tmp_path / "own/base.yaml").write_text("data: {train: [x], tokenizer: byte}\noptimizer: {name: laprop, parametrisation: completep}\n")
     output = tmp_path / "plan.yaml"
     base = str(tmp_path / "own/base.yaml")
     plan("--flops", "1e18", "--noise", "masked", "--output", str(output), "--base", base)
     found = yaml.safe_load(output.read_text())
     assert found["base"] == "own/base.yaml"
     assert found["data"] == {"vocab_size": 131072}
+
+
+@pytest.mark.parametrize(
+    ("base", "sentence"),
+    [
+        ("model: {mlp: swiglu}", "were planned: the laws are of the paper's block; leave out model.mlp, kv_heads"),
+        ("optimizer: {parametrisation: standard}", "is a base rate of completep; set that"),
+    ],
+)
+def test_a_base_of_another_model_or_rate_is_refused(tmp_path, base, sentence):
+    (tmp_path / "base.yaml").write_text(f"data: {{train: [x], tokenizer: byte}}\n{base}\n")
+    output = tmp_path / "plan.yaml"
+    arguments = ("--flops", "1e18", "--noise", "masked", "--output", str(output), "--base", str(tmp_path / "base.yaml"))
+    ended = call_forked("tools/plan.py", *arguments)
+    assert ended.code == 2
+    assert sentence in ended.err
+    assert not output.exists()
 
 
 def test_laws_of_ones_own_plan_and_say_that_they_are_provisional(tmp_path):

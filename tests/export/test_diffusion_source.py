@@ -1,4 +1,4 @@
-"""Folders in the layouts of LLaDA and SDAR, against their published forward passes written here on plain tensors."""
+"""Folders in the layouts of LLaDA and SDAR, against their blocks written here on plain tensors."""
 
 from __future__ import annotations
 
@@ -117,6 +117,8 @@ def test_a_diffusion_model_computes_what_its_own_code_does(kind, tmp_path):
     assert float(wanted.abs().max()) > 0.5
     torch.testing.assert_close(trainer_logits(found.folder, [(0, ids)])[0], wanted, rtol=1e-5, atol=1e-5)
     folder = export(found.folder, tmp_path / "out", architecture=kind).folder
+    again = import_folder(folder, tmp_path / "again", tokenizer="byte")
+    assert (again.model, again.manifest.config["noise"]) == (found.model, config["noise"])
     back = load_file(folder / "model.safetensors")
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weight) for name, weight in weights.items())
@@ -134,6 +136,7 @@ def test_a_diffusion_model_computes_what_its_own_code_does(kind, tmp_path):
         ({"n_layers": 5}, "num_hidden_layers=5, but the weight files beside it hold 2 layers"),
         ({"mask_token_id": 126336}, "its mask_token_id is 126336, but the mask of the tokenizer byte is 3"),
         ({"d_model": None}, "its config.json has no d_model"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rotary embeddings are scaled \(linear\)"),
     ],
 )
 def test_another_kind_of_llada_is_refused(changes, reason, tmp_path):

@@ -102,8 +102,16 @@ def test_what_an_architecture_lacks_is_named(toy_corpus, tmp_path):
     with pytest.raises(
         ConfigError,
         match=r"cannot be stored as llada: model.mlp is relu2, it has swiglu; model.qk_norm is full, it has none; "
-        r"model.sink is true; model.softcap is set; .* biases are mlp, it has none",
+        r"model.sink is true; model.softcap is set; .* biases are mlp, it has none; .* prompts attend as block, not",
     ):
+        export(checkpoint, tmp_path / "out", architecture="llada")
+
+
+def test_a_diffusion_layout_takes_neither_other_noise_nor_other_heads(toy_corpus, tmp_path):
+    settings = {**LLAMA, "model__resid_scale": 1.0, "model__qk_norm": "none", "conditioning__prompt": 0}
+    checkpoint = trained(toy_corpus, tmp_path, 1, **settings, noise__shift="balanced")
+    reasons = "its heads are model.hidden / model.heads wide, not 12 .*; its noise is masked, and the model's is not"
+    with pytest.raises(ConfigError, match=reasons):
         export(checkpoint, tmp_path / "out", architecture="llada")
 
 

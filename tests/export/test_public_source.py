@@ -103,6 +103,60 @@ def test_what_comes_in_goes_out_bit_for_bit(name, dtype, tmp_path):
     assert again.model == found.model
 
 
+def test_the_tables_are_cut_to_the_tokenizers_ids(tmp_path):
+    model = drawn("Llama", tmp_path / "public")
+    found = import_folder(tmp_path / "public", tmp_path / "in", tokenizer="byte")
+    folder = export(found.folder, tmp_path / "out", architecture="llama").folder
+    back = load_file(folder / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(back, model.lm_head.weight[:260])
+    drawn("Llama", tmp_path / "large", vocab_size=400)
+    with pytest.raises(CheckpointError, match="the tokenizer byte has 260 ids, the embedding 400 rows; give the mod"):
+        import_folder(tmp_path / "large", tmp_path / "none", tokenizer="byte")
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out", "reason"),
+    [
+        ("Qwen2", ".bias", "biases are none, it has qkv"),
+        ("Qwen3", "_norm.weight", "model.qk_norm is none, it has head"),
+    ],
+)
+def test_weights_that_an_architecture_has_must_be_there(tmp_path, kind, left_out, reason):
+    drawn(kind, tmp_path / "public", head_dim=8)
+    file = tmp_path / "public/model.safetensors"
+    kept = {name: weight for name, weight in load_file(file).items() if not (left_out in name and "self_attn" in name)}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"its weights are of another architecture: {reason}"):
+        import_folder(tmp_path / "public", tmp_path / "in", tokenizer="byte")
+
+
+def edited(folder, **changes):
+    path = folder / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != "layer_types"}
+    path.write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_the_base_of_transformers_5_wins_and_yarn_needs_one(tmp_path):
+    drawn("Llama", tmp_path / "public")
+    folder = edited(tmp_path / "public", rope_theta=7.0, rope_parameters={"rope_theta": 5e5})
+    assert import_folder(folder, tmp_path / "in", tokenizer="byte").model.rope_base == 5e5
+    for changes, reason in [
+        ({"rope_theta": 1.0, "rope_parameters": YARN}, "yarn needs model.rope_base above 1"),
+        ({"rope_parameters": {**YARN, "factor": 1e30}}, "factor must be less than or equal to 1048576"),
+    ]:
+        with pytest.raises(CheckpointError, match=reason):
+            import_folder(edited(folder, **changes), tmp_path / "none", tokenizer="byte")
+
+
+def test_qwens_window_needs_its_switch(tmp_path):
+    drawn("Qwen2", tmp_path / "public")
+    folder = edited(tmp_path / "public", sliding_window=8, use_sliding_window=False)
+    import_folder(folder, tmp_path / "in", tokenizer="byte")
+    with pytest.raises(CheckpointError, match="its attention slides"):
+        import_folder(edited(folder, use_sliding_window=True), tmp_path / "none", tokenizer="byte")
+
+
 def llama(tmp_path, **changes):
     config = {"model_type": "llama", **SIZES, "hidden_act": "silu", **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -115,7 +169,11 @@ def llama(tmp_path, **changes):
     ("changes", "reason"),
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"rotary embeddings are scaled \(dynamic\)"),
-        ({"rope_scaling": {**YARN, "mscale_all_dim": 1.0}}, "rotary embeddings are scaled with mscale_all_dim"),
+        ({"rope_scaling": {**YARN, "mscale_all_dim": 1.0}}, "the key rope_scaling.mscale_all_dim is unknown"),
+        ({"rope_parameters": {"full_attention": YARN}}, "the key rope_parameters.full_attention is unknown"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "turn a part of each head alone"),
+        ({"rope_scaling": {**YARN, "factor": "4"}}, "rope_scaling.factor must be a number, found '4'"),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 10**40}}, "max_position_embeddings"),
         ({"sliding_window": 8}, "its attention slides"),
         ({"hidden_act": "gelu_pytorch_tanh"}, "activation is gelu_pytorch_tanh with a gate, wanted the one of swiglu"),
         ({"partial_rotary_factor": 0.5}, "turn a part of each head alone"),
