@@ -92,7 +92,9 @@ def test_a_plan_states_size_run_loss_layout_and_price(tmp_path):
 
 def test_a_plan_builds_on_a_base_file(tmp_path):
     (tmp_path / "own").mkdir()
-    (tmp_path / "own/base.yaml").write_text("data: {train: [x], tokenizer: byte}\noptimizer: {name: laprop, parametrisation: completep}\n")
+    (tmp_path / "own/base.yaml").write_text(
+        "data: {train: [x], tokenizer: byte}\noptimizer: {name: laprop, parametrisation: completep}\n"
+    )
     output = tmp_path / "plan.yaml"
     base = str(tmp_path / "own/base.yaml")
     plan("--flops", "1e18", "--noise", "masked", "--output", str(output), "--base", base)

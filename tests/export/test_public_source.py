@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def drawn(kind, folder, **keys):
     """A model of transformers with gains away from 1 and biases away from 0, saved by transformers."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **keys})
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **deepcopy(keys)})  # it adds to them
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     for name, weight in model.named_parameters():
         if "norm" in name:

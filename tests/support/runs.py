@@ -44,6 +44,7 @@ MODERN_BLOCK = {
     "qkv_bias": True,
     "attention_out_bias": True,
     "tie_embeddings": True,
+    "head_init": 0.0,
     "rope_base": 500000.0,
     "rope_scaling": {"type": "yarn", "factor": 2.0, "original_seq_length": 8},
 }
