@@ -295,13 +295,13 @@ def test_pruning_and_clearing_touch_nothing_outside(run, tmp_path):
 
 def _save_then_load_hostile_state(config, command):
     """Save with a hostile object where a layer keeps its extra state, and load that."""
-    from megadiff.model.layers import UnbiasedColumnLinear
+    from megadiff.model.layers import ColumnLinear
 
-    class Hostile(UnbiasedColumnLinear):
+    class Hostile(ColumnLinear):
         def get_extra_state(self):
             return _Canary(os.system, command)
 
-    with patch("megadiff.model.layers.UnbiasedColumnLinear", Hostile):
+    with patch("megadiff.model.layers.ColumnLinear", Hostile):
         train_on_rank(config, 1, save=True)
     return loads([config])[0]
 
