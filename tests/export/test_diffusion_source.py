@@ -14,6 +14,8 @@ from megadiff.errors import CheckpointError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder
 from tests.export.runs import trainer_logits
+from tests.support.ranks import on_ranks
+from tests.support.runs import toy_config, train_on_rank
 
 LAYERS, WIDTH, HEADS, ROWS, THETA, EPS = 2, 32, 4, 260, 500.0, 1e-5
 LLADA = {
@@ -124,6 +126,29 @@ def test_a_diffusion_model_computes_what_its_own_code_does(kind, tmp_path):
     assert all(torch.equal(back[name], weight) for name, weight in weights.items())
     before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "public", folder))
     assert {key: after[key] for key in before} == before
+
+
+def _continued(config):
+    try:
+        return len(train_on_rank(config, 1).lines)
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_run_goes_on_from_it_with_other_rotations_and_no_other_sizes(toy_corpus, tmp_path):
+    drawn("llada", tmp_path / "public")
+    start = str(import_folder(tmp_path / "public", tmp_path / "in", tokenizer="byte").folder)
+    model = {
+        "layers": LAYERS, "hidden": WIDTH, "heads": HEADS, "kv_heads": HEADS, "ffn_hidden": 48, "mlp": "swiglu",
+        "qk_norm": "none", "norm_eps": EPS, "seq_length": 32, "rope_base": 10 * THETA,
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_seq_length": 16},
+    }  # fmt: skip
+    common = {"noise__shift": "masked", "data__valid": [], "schedule__steps": 4, "checkpoint__start_from": start}
+    config = toy_config(toy_corpus, tmp_path, name="one", model=model, **common)
+    assert on_ranks(1, _continued, config)[0] == 4
+    config = toy_config(toy_corpus, tmp_path, name="other", model={**model, "kv_heads": 2}, **common)
+    said = on_ranks(1, _continued, config)[0]
+    assert "holds the weights of another model (checkpoint -> this run): model.kv_heads: 4 -> 2; set" in said
 
 
 @pytest.mark.parametrize(
