@@ -95,6 +95,14 @@ def test_a_control_trained_on_four_ranks_is_a_plain_llama(toy_corpus, tmp_path, 
     assert float(found.abs().max()) > 0.05
 
 
+def test_null_means_as_many_heads_of_keys_as_of_queries():
+    pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
+    from megadiff.export.huggingface.configuration_gidd import GiddConfig
+
+    assert GiddConfig(num_attention_heads=6, num_key_value_heads=None).num_key_value_heads == 6
+    assert GiddConfig(num_attention_heads=6, num_key_value_heads=2).num_key_value_heads == 2
+
+
 def test_what_an_architecture_lacks_is_named(toy_corpus, tmp_path):
     checkpoint = trained(toy_corpus, tmp_path, 1)
     with pytest.raises(ConfigError, match=r"stored as llama: .*trained with method.name=gidd, not next_token"):

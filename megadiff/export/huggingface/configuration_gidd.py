@@ -143,7 +143,7 @@ class GiddConfig(PretrainedConfig):
         self.prepended_bos = prepended_bos
         self.mask_token_id = mask_token_id
         block = {"num_key_value_heads": num_attention_heads, **_BLOCK}
-        self.__dict__.update({name: kwargs.pop(name, released) for name, released in block.items()})
+        self.__dict__.update({name: kwargs.pop(name, None) or released for name, released in block.items()})
         for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", 2)):
             kwargs.setdefault(name, token)
         kwargs.setdefault("tie_word_embeddings", False)
