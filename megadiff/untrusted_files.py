@@ -11,7 +11,10 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MAX_DEPTH = 64
 """Maximal nesting depth of lists and objects in JSON."""
@@ -32,6 +35,12 @@ class UnreadableFileError(ValueError):
 def why(error: OSError | UnreadableFileError) -> str:
     """Return what is wrong with a file, as the rest of a sentence that begins with its path."""
     return f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)
+
+
+def first_fault(error: ValidationError, *, whole: str = "the file") -> tuple[str, str]:
+    """Return the dotted key of the first fault that a validation found, `whole` for the object itself, and the rule."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(map(str, first["loc"])) or whole, first["msg"]
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -26,6 +26,8 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "Gi
 
 def main() -> None:
     """Read the command line, convert, and print what was written."""
+    from megadiff.export.architectures import ARCHITECTURES
+
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("export", help="a run's checkpoint as a Hugging Face folder")
@@ -36,7 +38,7 @@ def main() -> None:
     out.add_argument("--verify", action="store_true", help="compare its logits and token ids with the trainer's")
     out.add_argument(
         "--architecture",
-        choices=["llama", "mistral", "qwen2", "qwen3", "arcee", "llada", "sdar"],
+        choices=list(ARCHITECTURES),
         help="names and config.json of this public architecture, for programs that read it (default: the package's "
         "own class, whose code is in the folder)",
     )

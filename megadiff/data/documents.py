@@ -54,7 +54,13 @@ MAX_DOCUMENT_BYTES = 2**28
 TEXT_SPLITS = ("file", "line", "blank-line")
 """Ways to cut a `.txt` file into documents; the first is the default."""
 
-_MAX_LISTED = 20
+MAX_LISTED = 20
+"""Number of bad lines that a report lists."""
+
+SKIPPED = (
+    "empty_documents", "bad_lines", "too_short", "too_long", "other_split", "duplicates", "repaired_documents"
+)  # fmt: skip
+"""Counts of a `CorpusReport` that add up over the parts of a corpus, beside its documents."""
 _SAMPLED_FILES, _SAMPLED_CHARACTERS = 16, 2**17
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -380,7 +386,7 @@ class Corpus:
         report = self.report
         number += self._lines_before_span() if self._is_later_part else 0
         report.bad_lines += 1
-        if len(report.bad_examples) < _MAX_LISTED:
+        if len(report.bad_examples) < MAX_LISTED:
             report.bad_examples.append(f"{path}:{number}: {bad.reason}")
         if report.bad_lines + self.bad_lines_before > self.max_bad_lines:
             allowed = f"{self.max_bad_lines} bad lines are allowed and this is one more"

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 from megadiff.config.section import Section
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
-from megadiff.untrusted_files import UnreadableFileError, read_bytes
+from megadiff.untrusted_files import UnreadableFileError, first_fault, read_bytes
 
 MANIFEST_VERSION = 2
 """Version of the manifest; 2 added `idx_sha256`, and files of version 1, which lack it, can be read too."""
@@ -148,6 +148,5 @@ def read_manifest(path: Path) -> IndexedManifest | None:
     try:
         return IndexedManifest.model_validate(found)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(f"{path}: `{key}` in the manifest: {first['msg']}; make the data again or remove it") from error
+        key, rule = first_fault(error)
+        raise DataError(f"{path}: `{key}` in the manifest: {rule}; make the data again or remove it") from error

@@ -11,19 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megadiff.diffusion.config import ConditioningConfig, noise_config
-from megadiff.diffusion.noise_process import build_process
 from megadiff.errors import ConfigError, shown
 from megadiff.model.config import ModelConfig
 
 ACTIVATIONS = {
-    ("silu", True): "swiglu",
-    ("gelu", True): "geglu",
-    ("gelu", False): "gelu",
-    ("relu2", False): "relu2",
-    ("relu_squared", False): "relu2",
+    "relu2": ("relu2", False),
+    "gelu": ("gelu", False),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu", True),
 }
-"""Name in `model.mlp` of an activation and of whether it gates a further matrix."""
+"""Activation, as in the key `hidden_act`, and whether it gates a further matrix, by the name in `model.mlp`."""
+
+
+def mlp_of(hidden_act: str, *, is_gated: bool) -> str | None:
+    """Return the name in `model.mlp` of an activation; None if there is none."""
+    wanted = ("relu2" if hidden_act == "relu_squared" else hidden_act, is_gated)
+    return next((name for name, found in ACTIVATIONS.items() if found == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Architecture:
             "num_key_value_heads": model.key_heads,
             "intermediate_size": model.mlp_width,
             "max_position_embeddings": model.seq_length,
-            "hidden_act": next(act for (act, _), mlp in ACTIVATIONS.items() if mlp == model.mlp),
+            "hidden_act": ACTIVATIONS[model.mlp][0],
             "rms_norm_eps": model.norm_eps,
             "rope_theta": model.rope_base,
             "tie_word_embeddings": model.tie_embeddings,
@@ -246,6 +249,9 @@ def architecture_for_export(name: str, model: ModelConfig, run: Mapping[str, Any
         ConfigError: it cannot represent the model, with every reason.
     """
     kind = ARCHITECTURES[name]
+    from megadiff.diffusion.config import ConditioningConfig, noise_config  # slow, and the names above need none of it
+    from megadiff.diffusion.noise_process import build_process
+
     reasons, method = kind.reasons_against(model), run["method"]["name"]
     if kind.method == "gidd":
         noise, attention = noise_config(**run["noise"]), ConditioningConfig.model_validate(run["conditioning"])

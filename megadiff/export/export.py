@@ -113,8 +113,7 @@ def export(
         else:
             if kind.method != "next_token":
                 special["mask_token_id"] = manifest.mask_id
-            rows = manifest.vocab_size
-            config = kind.config(weights.model, vocab_size=rows, dtype=stored, special=special)
+            config = kind.config(weights.model, vocab_size=manifest.vocab_size, dtype=stored, special=special)
             _write_json(staging / CONFIG, config)
         _write_json(staging / TRAINING, _training(manifest))
         card = model_card(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import CheckpointError, shown
-from megadiff.export.architectures import ACTIVATIONS, ARCHITECTURES, REFUSED, Architecture
+from megadiff.export.architectures import ACTIVATIONS, ARCHITECTURES, REFUSED, Architecture, mlp_of
 from megadiff.export.released_config import first_complaint
 from megadiff.export.weight_files import TrainingTensor, WeightFiles, is_gain, training_tensors
 from megadiff.model.config import ModelConfig, RopeScaling
@@ -258,7 +258,7 @@ def _reasons(
     keys: _Keys, config: Mapping[str, Any], kind: Architecture, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     heads, key_heads = keys.num_attention_heads, keys.num_key_value_heads or keys.num_attention_heads
-    usual = "relu2" if kind.mlp == "relu2" else "silu"
+    usual = ACTIVATIONS[kind.mlp][0]
     act = shown(keys.hidden_act or usual).strip(chr(39))
     query = kind.stored("model.layers.0.self_attn.q_proj.weight")
     is_gated = kind.stored("model.layers.0.mlp.gate_proj.weight") in shapes
@@ -268,7 +268,7 @@ def _reasons(
         f"it has no {query}": query not in shapes,
         "its layers have experts": any(".experts." in name or ".router." in name for name in shapes),
         f"its activation is {act}{' with a gate' if is_gated else ''}, wanted the one of {kind.mlp}": (
-            ACTIVATIONS.get((keys.hidden_act or usual, is_gated)) != kind.mlp
+            mlp_of(keys.hidden_act or usual, is_gated=is_gated) != kind.mlp
         ),
         "its norms are not RMSNorm (they have biases)": any(name.endswith("norm.bias") for name in shapes),
         f"its rotary embeddings are scaled ({keys.rope_kind}); known are linear, llama3 and yarn": (

@@ -20,6 +20,7 @@ from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.processes.gidd_snr import GiddSnr
 from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.errors import CheckpointError, shown
+from megadiff.export.architectures import ACTIVATIONS, mlp_of
 from megadiff.model.config import ModelConfig
 
 CLASS = "GiddForDiffusionLM"
@@ -29,9 +30,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"modeling_gidd.{CLASS}",
     "AutoModelForMaskedLM": f"modeling_gidd.{CLASS}",
 }
-
-_ACTIVATIONS = {"relu2": ("relu2", False), "gelu": ("gelu", False), "swiglu": ("silu", True), "geglu": ("gelu", True)}
-"""Activation, and whether it gates a further matrix, by the name in `model.mlp`."""
 
 _COMPLETEP_RESID, _COMPLETEP_HEAD = 4.0, 512.0
 _TABLE_STEP = 0.05
@@ -95,7 +93,7 @@ def model_keys(model: ModelConfig) -> dict[str, Any]:
 
 def _other_blocks(model: ModelConfig) -> dict[str, Any]:
     """Return the keys that the released files lack, where the model differs from theirs."""
-    activation, is_gated = _ACTIVATIONS[model.mlp]
+    activation, is_gated = ACTIVATIONS[model.mlp]
     keys = {
         "num_key_value_heads": (model.key_heads, model.heads),
         "hidden_act": (activation, "relu2"),
@@ -228,11 +226,10 @@ def model_from(config: ReleasedConfig, *, where: str) -> ModelConfig:
 
 def _mlp_of(config: ReleasedConfig) -> dict[str, Any]:
     hidden, width = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
-    found = [name for name, kind in _ACTIVATIONS.items() if kind == (config.hidden_act, config.gated_mlp)]
-    if not found:
+    mlp = mlp_of(config.hidden_act, is_gated=config.gated_mlp)
+    if mlp is None:
         raise ValueError(f"hidden_act is {config.hidden_act} with gated_mlp={config.gated_mlp}")
-    is_multiple = width % hidden == 0
-    return {"mlp": found[0], "ffn_multiple": width // hidden} if is_multiple else {"mlp": found[0], "ffn_hidden": width}
+    return {"mlp": mlp, **({"ffn_hidden": width} if width % hidden else {"ffn_multiple": width // hidden})}
 
 
 def _attention_of(config: ReleasedConfig) -> dict[str, Any]:

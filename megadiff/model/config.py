@@ -72,7 +72,7 @@ class ModelConfig(Section):
     """MLP width over `hidden`."""
     ffn_hidden: int | None = Field(default=None, gt=0)
     """MLP width; null for `ffn_multiple * hidden`."""
-    mlp: Literal["relu2", "gelu", "swiglu", "geglu"] = "relu2"
+    mlp: cost.Mlp = "relu2"
     """The MLP's middle: relu(x)^2 or gelu(x), or with a further matrix silu(gate) * x or gelu(gate) * x."""
     mlp_bias: bool = False
     """Whether the MLP matrices have biases (GIDD: yes)."""
@@ -144,7 +144,7 @@ class ModelConfig(Section):
     @property
     def is_gated(self) -> bool:
         """Whether the MLP has a gate beside its first matrix."""
-        return self.mlp in ("swiglu", "geglu")
+        return self.mlp in cost.GATED
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:

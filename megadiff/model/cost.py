@@ -16,6 +16,9 @@ from megadiff.scaling.flops import FlopCount
 QkNorm = Literal["full", "head", "none"]
 Mlp = Literal["relu2", "gelu", "swiglu", "geglu"]
 
+GATED: tuple[Mlp, ...] = ("swiglu", "geglu")
+"""Kinds of MLP with a gate beside the first matrix."""
+
 SCORE_BYTES = 256 * 2**20
 """Capped attention scores of one chunk of queries stay below this many bytes in float32 (`model.attention`)."""
 
@@ -73,7 +76,7 @@ class Shape:
     @property
     def is_gated(self) -> bool:
         """Whether the MLP has a gate beside its first matrix."""
-        return self.mlp in ("swiglu", "geglu")
+        return self.mlp in GATED
 
     @property
     def layer_matrices(self) -> int:

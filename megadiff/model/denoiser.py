@@ -84,7 +84,9 @@ class Denoiser(MegatronModule):
         vocab_size: entries of the embedding and the LM head, padding included.
         seq_length: number of tokens of a training sequence.
         rope_base: base of the rotary angles.
+        rope_scaling: change of the rotary angles for longer sequences; None for none.
         head_factor: factor of the last hidden states before the LM head.
+        is_tied: whether the LM head is the embedding.
         pre_process: whether this chunk starts with the embedding.
         post_process: whether this chunk ends with the final norm and the LM head.
         vp_stage: index of this chunk among the rank's virtual pipeline stages; None where a rank holds one chunk.

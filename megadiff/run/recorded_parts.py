@@ -22,6 +22,7 @@ from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, DataErro
 from megadiff.loss.choice import choose_loss_kernel
 from megadiff.methods import METHODS, Method, MethodConfig, MethodContext, build_method
 from megadiff.platform.machine import Platform
+from megadiff.untrusted_files import first_fault
 
 
 def tokenizer_of(manifest: Manifest, given: str | None, *, where: Path) -> Tokenizer:
@@ -113,8 +114,7 @@ def naming_the_manifest(folder: Path) -> Iterator[None]:
     except (KeyError, TypeError, ValidationError) as error:
         what = str(error).splitlines()[0]
         if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            what = ": ".join(first_fault(error, whole=""))
         raise CheckpointError(
             f"{folder / 'manifest.json'} describes no model of this version ({what}); use another checkpoint of the run"
         ) from None

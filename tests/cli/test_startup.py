@@ -1,4 +1,4 @@
-"""What commands load: neither torch nor Megatron to refuse a mistake, and Megatron only to run its model."""
+"""Commands load neither torch nor Megatron to refuse a mistake, and Megatron only to run its model."""
 
 from __future__ import annotations
 

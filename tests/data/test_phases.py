@@ -128,7 +128,7 @@ def whole(paths, tmp_path_factory):
 
 @pytest.mark.parametrize("cut", [2, 3, 4, 6])
 def test_a_run_cut_before_at_and_after_a_border_goes_on_bit_for_bit(paths, whole, tmp_path, cut):
-    """On its own layout the same curve; and on two others the same sequences."""
+    """A resumed run has the same curve on its own layout, and reads the same sequences on two others."""
     config = config_of(paths, tmp_path, name="cut", **planned(paths))
     taken = trained(config, 1, until=cut)
     assert sorted(taken) == list(range(cut * BATCH))

@@ -13,7 +13,14 @@ from megadiff.optim.pieces import Piece, piece_of
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from tests.support.ranks import on_ranks
-from tests.support.runs import Trained, largest_relative_difference, platform_on_rank, toy_config, train_all
+from tests.support.runs import (
+    Trained,
+    gradient_buckets_of,
+    largest_relative_difference,
+    platform_on_rank,
+    toy_config,
+    train_all,
+)
 
 BUCKET = 5000
 """Elements of a gradient bucket, few enough that four ranks share matrices by twos and threes."""
@@ -21,19 +28,18 @@ BUCKET = 5000
 
 def _train_in_small_buckets(configs: Sequence[RunConfig], world_size: int) -> tuple[list[Trained], set[int]]:
     """Return the runs, and the numbers of ranks that share a matrix."""
-    from megadiff.model import denoiser
     from megadiff.optim.muon import Muon
 
-    whole, step, shared = denoiser.DistributedDataParallelConfig, Muon.step, set[int]()
+    step, shared = Muon.step, set[int]()
 
     def watched(self: Any, closure: Any = None) -> Any:
         matrices = [p for group in self.param_groups for p in group["params"] if piece_of(p).role == "hidden"]
         shared.update(len(piece_of(p).parts) for p in matrices)
         return step(self, closure)
 
-    denoiser.DistributedDataParallelConfig = lambda **settings: whole(**settings, bucket_size=BUCKET)  # type: ignore[assignment, misc]
     Muon.step = watched  # type: ignore[method-assign]
-    return train_all(configs, world_size), shared
+    with gradient_buckets_of(BUCKET):
+        return train_all(configs, world_size), shared
 
 
 def test_matrices_in_several_parts_are_updated_as_in_one_process(toy_corpus: Path, tmp_path: Path) -> None:

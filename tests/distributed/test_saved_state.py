@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.support.ranks import on_ranks
-from tests.support.runs import toy_config, train_on_rank, wire_on_rank, write_corpus
+from tests.support.runs import gradient_buckets_of, toy_config, train_on_rank, wire_on_rank, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +47,9 @@ def test_overlapped_gathering_saves_the_weights_of_this_step(corpus: Path, tmp_p
 
 def _train_in_small_buckets(config: Any, world_size: int) -> int:
     """Train with many gradient buckets, most of which end in padding; return their number."""
-    from megadiff.model import denoiser
-
-    whole = denoiser.DistributedDataParallelConfig
-    denoiser.DistributedDataParallelConfig = lambda **settings: whole(**settings, bucket_size=3000)  # type: ignore[assignment, misc]
     counted: list[int] = []
-    try:
+    with gradient_buckets_of(3000):
         train_on_rank(config, world_size, save=True, change=lambda run: counted.append(_padded_buckets(run)))
-    finally:
-        denoiser.DistributedDataParallelConfig = whole  # type: ignore[misc]
     return counted[0]
 
 

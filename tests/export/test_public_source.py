@@ -87,7 +87,7 @@ ARCHITECTURES = {"Arcee": "arcee", "Llama": "llama", "Mistral": "mistral", "Qwen
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_comes_in_goes_out_bit_for_bit(name, dtype, tmp_path):
-    """As a folder of its own architecture, which transformers loads without code of the folder."""
+    """The export has the layout of its architecture, and transformers loads it without code of the folder."""
     kind, keys = MODELS[name]
     model = drawn(kind, tmp_path / "public", **{**keys, "vocab_size": 260}).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "public")

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.loader import microbatch_samples
 from megadiff.errors import CheckpointError, ConfigError
 from megadiff.run.resume import ResumeOptions
 from megadiff.run.step_sequences import ShownSequence, document_borders, step_sequences
 from tests.data.corpora import random_documents, write_indexed
 from tests.support.ranks import on_ranks
-from tests.support.runs import toy_config, wire_on_rank, write_corpus
+from tests.support.runs import toy_config, watched, wire_on_rank, write_corpus
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -55,24 +54,12 @@ def taken_on_rank(configs, world_size, options=None):
 
 def _taken(config, world_size, options):
     run = wire_on_rank(config, world_size, options)
-    topology, micro, found = run.step.topology, config.batch.micro_batch_size, {}
+    found = {}
 
-    def recorded(source):
-        for step in range(run.first_step, run.steps):
-            for microbatch in range(run.microbatches_of(step)):
-                batch = next(source)
-                samples = microbatch_samples(
-                    run.sizes.samples_before(step),
-                    micro_batch_size=micro,
-                    dp_rank=topology.data_rank,
-                    dp_size=topology.layout.data,
-                    microbatch=microbatch,
-                )
-                for place, sample in enumerate(samples):
-                    found[sample] = {name: column[place].tolist() for name, column in batch._asdict().items()}
-                yield batch
+    def record(sample, sequence):
+        found[sample] = {name: column.tolist() for name, column in sequence._asdict().items()}
 
-    run.microbatches = recorded(run.microbatches)
+    run.microbatches = watched(run.microbatches, run, config.batch.micro_batch_size, record)
     run.train()
     return found
 
@@ -95,7 +82,7 @@ def runs(sources, tmp_path_factory):
 
 
 def in_a_fork(*arguments, **options):
-    """What `step_sequences` returns, from a process without what the tests have opened."""
+    """Return the result of `step_sequences` in a process of its own, in which no test has opened anything."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(step_sequences, *arguments, **options).result()
 

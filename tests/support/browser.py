@@ -12,7 +12,7 @@ needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs 
 
 
 def browse(page, tmp_path, *options):
-    """What headless Chromium prints, having checked that it complained of nothing."""
+    """Return the markup that headless Chromium makes of a page, and the lines of its console."""
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     command += ["--enable-logging=stderr", "--hide-scrollbars", *options, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)

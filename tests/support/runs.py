@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +138,20 @@ def _hashed(
     source: Iterator[NoisedBatch], run: Trainer, micro_batch_size: int, hashes: dict[int, str]
 ) -> Iterator[NoisedBatch]:
     """Hash every sequence on its way from the loader to the step."""
+
+    def add(sample: int, sequence: NoisedBatch) -> None:
+        digest = hashlib.sha256()
+        for field in sequence:
+            digest.update(field.numpy().tobytes())
+        hashes[sample] = digest.hexdigest()
+
+    return watched(source, run, micro_batch_size, add)
+
+
+def watched(
+    source: Iterator[NoisedBatch], run: Trainer, micro_batch_size: int, see: Callable[[int, NoisedBatch], None]
+) -> Iterator[NoisedBatch]:
+    """Call `see` with the global sample index and the columns of every sequence on its way to the step."""
     topology = run.step.topology
     for step in range(run.first_step, run.steps):
         for microbatch in range(run.microbatches_of(step)):
@@ -149,8 +164,18 @@ def _hashed(
                 microbatch=microbatch,
             )
             for place, sample in enumerate(samples):
-                digest = hashlib.sha256()
-                for field in sequences:
-                    digest.update(field[place].numpy().tobytes())
-                hashes[sample] = digest.hexdigest()
+                see(sample, NoisedBatch(*(column[place] for column in sequences)))
             yield sequences
+
+
+@contextmanager
+def gradient_buckets_of(elements: int) -> Iterator[None]:
+    """Give models that are built inside the block gradient buckets of about this many elements."""
+    from megadiff.model import denoiser
+
+    whole = denoiser.DistributedDataParallelConfig
+    denoiser.DistributedDataParallelConfig = lambda **settings: whole(**settings, bucket_size=elements)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        denoiser.DistributedDataParallelConfig = whole  # type: ignore[misc]

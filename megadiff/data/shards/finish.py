@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadiff.data.documents import CorpusReport, InputFile
+from megadiff.data.documents import MAX_LISTED, SKIPPED, CorpusReport, InputFile
 from megadiff.data.indexed_format import (
     CHUNK,
     HEADER,
@@ -120,14 +120,8 @@ def report_of(folder: str | Path) -> CorpusReport:
     examples = [example for record in records for example in record.bad_examples]
     return CorpusReport(
         documents=sum(record.documents for record in records),
-        empty_documents=sum(record.empty_documents for record in records),
-        bad_lines=sum(record.bad_lines for record in records),
-        bad_examples=examples[:20],
-        repaired_documents=sum(record.repaired_documents for record in records),
-        too_short=sum(record.too_short for record in records),
-        too_long=sum(record.too_long for record in records),
-        other_split=sum(record.other_split for record in records),
-        duplicates=sum(record.duplicates for record in records),
+        bad_examples=examples[:MAX_LISTED],
+        **{name: sum(getattr(record, name) for record in records) for name in SKIPPED},
         bytes_read=sum(file.bytes for file in plan.inputs),
         files=_files(plan, records),
     )

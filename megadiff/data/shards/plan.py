@@ -24,7 +24,7 @@ from megadiff.data.preprocess import DocumentMarkers
 from megadiff.data.shards.duplicates import num_groups
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, DataError
-from megadiff.untrusted_files import UnreadableFileError, read_bytes, why
+from megadiff.untrusted_files import UnreadableFileError, first_fault, read_bytes, why
 
 PLAN_VERSION = 1
 """Version of the plan's layout."""
@@ -327,9 +327,8 @@ def read_plan(path: Path) -> ShardPlan | None:
     try:
         return ShardPlan.model_validate(found)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(f"{path}: `{key}` in the plan: {first['msg']}; {remedy}") from error
+        key, rule = first_fault(error)
+        raise DataError(f"{path}: `{key}` in the plan: {rule}; {remedy}") from error
 
 
 def plan_bytes(plan: ShardPlan) -> bytes:

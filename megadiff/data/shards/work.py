@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megadiff.data.corpus_streams import CHUNK_BYTES
-from megadiff.data.documents import Corpus
+from megadiff.data.documents import SKIPPED, Corpus
 from megadiff.data.preprocess import tokenize_part
 from megadiff.data.shards.claims import Claims
 from megadiff.data.shards.duplicates import repeats_of, write_digests, write_repeats
@@ -134,14 +134,8 @@ class Worker:
                     tokens=0 if manifest is None else manifest.tokens,
                     source_bytes=0 if manifest is None else manifest.source_bytes,
                     bin_sha256=None if manifest is None else manifest.bin_sha256,
-                    empty_documents=report.empty_documents,
-                    bad_lines=report.bad_lines,
                     bad_examples=tuple(report.bad_examples),
-                    repaired_documents=report.repaired_documents,
-                    too_short=report.too_short,
-                    too_long=report.too_long,
-                    other_split=report.other_split,
-                    duplicates=report.duplicates,
+                    **{name: getattr(report, name) for name in SKIPPED},
                     host=os.environ.get("SLURMD_NODENAME", platform.node()),
                     process=os.getpid(),
                     job=os.environ.get("SLURM_JOB_ID"),
