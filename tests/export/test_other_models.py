@@ -99,8 +99,8 @@ def test_null_means_as_many_heads_of_keys_as_of_queries():
     pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
     from megadiff.export.huggingface.configuration_gidd import GiddConfig
 
-    assert GiddConfig(num_attention_heads=6, num_key_value_heads=None).num_key_value_heads == 6
-    assert GiddConfig(num_attention_heads=6, num_key_value_heads=2).num_key_value_heads == 2
+    assert GiddConfig(num_attention_heads=8, num_key_value_heads=None).num_key_value_heads == 8
+    assert GiddConfig(num_attention_heads=8, num_key_value_heads=2).num_key_value_heads == 2
 
 
 def test_what_an_architecture_lacks_is_named(toy_corpus, tmp_path):
