@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import CheckpointError, shown
-from megadiff.export.architectures import ACTIVATIONS, ARCHITECTURES, REFUSED, Architecture, mlp_of
+from megadiff.export.architectures import ACTIVATIONS, ARCHITECTURES, Architecture, mlp_of
 from megadiff.export.released_config import first_complaint
 from megadiff.export.weight_files import TrainingTensor, WeightFiles, is_gain, training_tensors
 from megadiff.model.config import ModelConfig, RopeScaling
@@ -187,10 +187,11 @@ class PublicSource:
 
 def _architecture(config: Mapping[str, Any], where: str) -> Architecture:
     name = _name(config)
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
-    why = REFUSED.get(name.lower(), f"models are read of the kinds {', '.join(ARCHITECTURES)} and gidd")
-    raise CheckpointError(f"{where} ({name}) cannot be a starting point: {why}")
+    if name.lower() in ARCHITECTURES:
+        return ARCHITECTURES[name.lower()]
+    raise CheckpointError(
+        f"{where} ({name}) cannot be a starting point: models are read of the kinds {', '.join(ARCHITECTURES)} and gidd"
+    )
 
 
 def _keys(config: Mapping[str, Any], kind: Architecture, where: str) -> _Keys:
@@ -233,6 +234,7 @@ def _model(keys: _Keys, kind: Architecture, shapes: Mapping[str, tuple[int, ...]
         "attention_out_bias": has("self_attn.o_proj.bias"),
         "qk_norm": "head" if has("self_attn.q_norm.weight") else "none",
         "tie_embeddings": keys.tie_word_embeddings,
+        "alignment": kind.alignment,
         "norm_eps": keys.rms_norm_eps,
         "rope_base": keys.theta,
         "rope_scaling": _scaling(keys),
