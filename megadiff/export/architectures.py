@@ -247,13 +247,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 """Architectures by their `model_type` in lower case."""
 
 
-def architecture_for_export(name: str, model: ModelConfig, run: Mapping[str, Any]) -> Architecture:
+def architecture_for_export(name: str, model: ModelConfig, run: Mapping[str, Any], *, is_causal: bool) -> Architecture:
     """Return an architecture that a model is to be stored in.
 
     Args:
         name: key of `ARCHITECTURES`.
         model: the model.
         run: the settings of its run. Public diffusion models are of masked noise, and attend to every token.
+        is_causal: whether the model predicts next tokens (`Method.export_config`).
 
     Raises:
         ConfigError: it cannot represent the model, with every reason.
@@ -269,7 +270,7 @@ def architecture_for_export(name: str, model: ModelConfig, run: Mapping[str, Any
             reasons.append("its noise is masked, and the model's is not")
         if attention.trained_prompt_attention != "full":
             reasons.append(f"prompts attend as {attention.trained_prompt_attention}, not as every token")
-    if method != kind.method:
+    if is_causal != (kind.method == "next_token"):
         reasons.insert(0, f"the model was trained with method.name={shown(method).strip(chr(39))}, not {kind.method}")
     if reasons:
         raise ConfigError(

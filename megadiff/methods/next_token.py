@@ -33,8 +33,8 @@ def check(config: RunConfig) -> None:
     """
     if config.model.alignment != "same":
         raise ConfigError(
-            f"model.alignment is {config.model.alignment}, but method.name=next_token moves the tokens itself, behind a "
-            "start token; set model.alignment to same (a run with method.name=adaptation may begin with its weights "
+            f"model.alignment is {config.model.alignment}, but method.name=next_token moves the tokens itself, behind "
+            "a start token; set model.alignment to same (a run with method.name=adaptation may begin with its weights "
             "under either)"
         )
     if config.eval.samples:

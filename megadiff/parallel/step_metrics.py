@@ -121,9 +121,9 @@ def metrics_of(total: list[float]) -> dict[str, Any]:
 
     Keys: `loss`, `elbo`, `kl`, `itakura_saito`, `weight` (means per noisy token), `noisy_tokens`; where some
     sequences are conditioned, also `elbo_isotropic` (a bound of one generative process), `elbo_anisotropic`,
-    `elbo_conditioned`, `elbo_next_token` (an exact likelihood) and `fraction_per_token_noise`, ... (realised fractions of sequences; of tokens for
-    `fraction_pad_insertion`); `loss_by_log_snr`, a list of [low, high, mean of w (KL + IS)] of the bins that had
-    tokens.
+    `elbo_conditioned`, `elbo_next_token` (an exact likelihood) and `fraction_per_token_noise`, ... (realised fractions
+    of sequences; of tokens for `fraction_pad_insertion`); `loss_by_log_snr`, a list of [low, high, mean of
+    w (KL + IS)] of the bins that had tokens.
     """
     found = dict(zip(_LAYOUT, total, strict=True))
     line: dict[str, Any] = {name: found[name] / max(found["noisy_tokens"], 1.0) for name in _MEANS}

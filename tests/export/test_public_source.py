@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from megadiff.errors import CheckpointError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder
-from tests.export.runs import trainer_logits
+from megadiff.parallel.config import Layout
+from tests.export.runs import layout_logits, trainer_logits
 
 SIZES = {
     "vocab_size": 300,
@@ -79,6 +80,10 @@ def test_a_public_model_computes_the_same_here(name, tmp_path):
     ours = trainer_logits(found.folder, [(16, ids)])[0]
     assert float(wanted.abs().max()) > 0.5
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+    for layout in (Layout(2, 1, 1, 1, 1), Layout(1, 2, 1, 1, 1), Layout(2, 2, 1, 1, 1)):
+        if layout.tensor <= (model.config.num_key_value_heads or layout.tensor):
+            ours = layout_logits(found.folder, ids, layout)
+            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
 ARCHITECTURES = {"Arcee": "arcee", "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
@@ -182,7 +187,6 @@ def llama(tmp_path, **changes):
         ({"no_rope_layers": [1, 0]}, "some of its layers have no rotary embeddings"),
         ({"hidden_size": None}, "its config.json has no hidden_size"),
         ({"model_type": "granite"}, r"\(granite\) cannot be a starting point: models are read of the kinds llama, "),
-        ({"model_type": "Dream"}, r"\(Dream\) cannot be a starting point: it predicts the token after each position"),
         ({"model_type": None}, r"\(no model_type\) cannot be a starting point"),
         ({"num_hidden_layers": 1}, r"requires model.embed_tokens.weight of shape \(2, 32\), which is missing"),
         ({"num_hidden_layers": 3}, "num_hidden_layers=3, but the weight files beside it hold 1 layers"),

@@ -50,8 +50,8 @@ class GiddConfig(PretrainedConfig):
         rope_scaling: only `None`.
         rotary_scaling: (not in released files) change of the rotary frequencies: the arguments of
             `rope_gidd.scaled_frequencies`.
-        alignment: (not in released files) `same`, or `shifted` if the hidden states of a position predict the token after
-            it; logits are in either case those of the token at their own position.
+        alignment: (not in released files) `same`, or `shifted` if the hidden states of a position predict the token
+            after it; logits are in either case those of the token at their own position.
         attn_performer: accepted but ignored; attention is chosen by `attn_soft_cap`.
         noise_type: shift b of the uniform share sigmoid(noise_scale * log_snr + b): -1000 masked, 1000 uniform.
         noise_scale: (not in released files) the share's scale a.
