@@ -12,16 +12,15 @@ train() { # shape name setting...
     "${PYTHON:-python}" pretrain_dlm.py --config "examples/adapt/$shape.yaml" name="$shape-$name" "$@"
 }
 
-for shape in llama qwen; do
-    train $shape autoregressive method.name=next_token schedule.steps=2000 checkpoint.every=2000 \
-        'eval.at_steps=[300,1000,2000]'
-    start="checkpoint.start_from=runs/adapt/$shape-autoregressive/checkpoints/step_00002000 checkpoint.weights_only=true"
-    shifted="method.name=adaptation model.alignment=shifted"
-    for seed in 0 1 2; do
+for seed in 0 1 2; do
+    for shape in llama qwen; do
+        train $shape autoregressive method.name=next_token schedule.steps=2000 checkpoint.every=2000 \
+            'eval.at_steps=[300,1000,2000]'
+        start="checkpoint.start_from=runs/adapt/$shape-autoregressive/checkpoints/step_00002000"
+        adapted="$start checkpoint.weights_only=true method.name=adaptation model.alignment=shifted"
         train $shape scratch-$seed seed=$seed
-        train $shape at-once-$seed seed=$seed $start $shifted
-        train $shape annealed-$seed seed=$seed $start $shifted method.anneal_steps=200
-        train $shape joint-$seed seed=$seed $start $shifted method.next_token_fraction=0.2
-        train $shape same-$seed seed=$seed $start
+        train $shape at-once-$seed seed=$seed $adapted
+        train $shape annealed-$seed seed=$seed $adapted method.anneal_steps=200
+        train $shape joint-$seed seed=$seed $adapted method.next_token_fraction=0.2
     done
 done

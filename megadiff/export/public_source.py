@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -100,6 +101,15 @@ class _Keys(BaseModel):
         return is_on and bool(self.sliding_window)
 
 
+@dataclass(frozen=True)
+class MaskRow:
+    """What the tables over the vocabulary get as the row of a mask that the model was not trained with."""
+
+    mask_id: int
+    source: int | Literal["mean"]
+    """Id of a token whose row is copied, or `mean` for the mean of all rows."""
+
+
 class PublicSource:
     """A checkpoint of a public architecture, read as tensors of this model."""
 
@@ -148,15 +158,25 @@ class PublicSource:
             )
         return tokenizer.vocab_size
 
-    def read(self, tensor: TrainingTensor) -> Tensor:
-        """Return a training tensor without padding rows; rows that the checkpoint lacks are the mean of the others."""
+    def read(self, tensor: TrainingTensor, *, mask: MaskRow | None = None) -> Tensor:
+        """Return a training tensor without padding rows; rows that the checkpoint lacks are the mean of the others.
+
+        Args:
+            tensor: the tensor.
+            mask: what to put in the mask's place of a table; None to leave it.
+        """
         found = tensor.packed([self._files.read(self._kind.stored(name)) for name in tensor.released])
         if is_gain(tensor.released[0]):
             found = found.float() - 1.0
-        missing = (tensor.rows or 0) - len(found)
-        if missing > 0:
-            found = torch.cat([found, found.float().mean(0, keepdim=True).to(found.dtype).expand(missing, -1)])
-        return found if tensor.rows is None else found[: tensor.rows]
+        if tensor.rows is None:
+            return found
+        mean = found.float().mean(0, keepdim=True).to(found.dtype)
+        if (missing := tensor.rows - len(found)) > 0:
+            found = torch.cat([found, mean.expand(missing, -1)])
+        if mask is not None:
+            found = found.clone()
+            found[mask.mask_id] = mean[0] if mask.source == "mean" else found[mask.source]
+        return found[: tensor.rows]
 
     def _check_shapes(self) -> None:
         """Compare every weight with the configuration; a weight left over belongs to another model."""

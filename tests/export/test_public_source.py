@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadiff.errors import CheckpointError
+from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder
 from megadiff.parallel.config import Layout
 from tests.export.runs import layout_logits, trainer_logits
+from tests.fixtures.tokenizers.shapes import qwen
 
 SIZES = {
     "vocab_size": 300,
@@ -118,6 +120,25 @@ def test_the_tables_are_cut_to_the_tokenizers_ids(tmp_path):
     drawn("Llama", tmp_path / "large", vocab_size=400)
     with pytest.raises(CheckpointError, match="the tokenizer byte has 260 ids, the embedding 400 rows; give the mod"):
         import_folder(tmp_path / "large", tmp_path / "none", tokenizer="byte")
+
+
+@pytest.mark.parametrize("row", [None, "mean", 42])
+@pytest.mark.parametrize("extra", [-1, 5], ids=["tables end before the mask", "the mask has a row"])
+def test_the_row_of_a_mask_that_the_model_lacked(extra, row, tmp_path):
+    tokenizer = load_tokenizer(str(qwen(tmp_path / "tokenizer")))
+    mask, rows = tokenizer.mask_id, tokenizer.vocab_size + extra
+    assert mask == tokenizer.vocab_size - 1, "its vocabulary has no mask, so it gets the next id"
+    model = drawn("Qwen2", tmp_path / "public", vocab_size=rows)
+    found = import_folder(tmp_path / "public", tmp_path / "in", tokenizer=str(tmp_path / "tokenizer"), mask_row=row)
+    back = load_file(export(found.folder, tmp_path / "out", architecture="qwen2").folder / "model.safetensors")
+    for name, table in {"model.embed_tokens": model.model.embed_tokens, "lm_head": model.lm_head}.items():
+        ours, theirs = back[f"{name}.weight"], table.weight.detach()
+        assert torch.equal(ours[:mask], theirs[:mask])
+        is_stored = row is None and rows > mask
+        wanted = theirs[42] if row == 42 else theirs[mask] if is_stored else theirs.mean(0)
+        torch.testing.assert_close(ours[mask], wanted, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ConfigError, match=f"--mask-row {mask + 1}: wanted `mean` or an id from 0 to {mask:,}"):
+        import_folder(tmp_path / "public", tmp_path / "no", tokenizer=str(tmp_path / "tokenizer"), mask_row=mask + 1)
 
 
 @pytest.mark.parametrize(
