@@ -48,7 +48,7 @@ class Architecture:
     vocabulary: tuple[str, ...] = ("vocab_size",)
     """Keys of the number of rows of its tables."""
     model_type: str | None = None
-    """Its `model_type`, where that is not its key in `ARCHITECTURES`."""
+    """The key `model_type` of its `config.json`, where that is not its key in `ARCHITECTURES`."""
     mlp: str = "swiglu"
     """Value of `model.mlp`."""
     qk_norm: Literal["head", "none"] = "none"

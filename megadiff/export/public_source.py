@@ -103,7 +103,7 @@ class _Keys(BaseModel):
 
 @dataclass(frozen=True)
 class MaskRow:
-    """What the tables over the vocabulary get as the row of a mask that the model was not trained with."""
+    """The row that tables over the vocabulary get for a mask that the model was not trained with."""
 
     mask_id: int
     source: int | Literal["mean"]

@@ -1,4 +1,4 @@
-"""From autoregressive to diffusion: denoising that begins with causal attention and may keep next-token prediction.
+"""Denoising by a model that was autoregressive: it begins with causal attention and may keep predicting next tokens.
 
 It takes a model that predicted next tokens to a denoiser by the published ways, each an option: outputs that still
 predict the token after each position (`model.alignment: shifted`, as in arXiv:2410.17891 and Dream), attention that

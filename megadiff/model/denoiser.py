@@ -52,7 +52,7 @@ class LMHead(ColumnParallelLinear):
     holding whole logits.
     """
 
-    is_shifted = False
+    is_shifted: bool = False
     """Whether each position's states predict the token after it; loss functions and callers still get, at every
     position, what predicts the token there."""
 

@@ -65,7 +65,9 @@ def test_a_share_of_sequences_predicts_next_tokens(corpus, tmp_path):
     assert torch.equal(batch.noised[chosen], torch.from_numpy(clean)[chosen])
     assert torch.equal(batch.is_noisy[chosen].sum(0), chosen.sum() * (torch.arange(LENGTH) > 0))
     assert torch.equal(method.attention(batch).prefix_lengths, torch.where(chosen, LENGTH, 0))
-    assert method.loss_weights(batch)[chosen].unique().tolist() == [0.0, 0.25]
+    weights = method.loss_weights(batch)
+    assert weights is not None
+    assert weights[chosen].unique().tolist() == [0.0, 0.25]
     _, plain = batch_of(adaptation(corpus, tmp_path), 2000)
     for one, other in zip(batch, plain, strict=True):
         assert torch.equal(one[~chosen], other[~chosen])
