@@ -138,7 +138,7 @@ def test_a_diffusion_model_computes_what_its_own_code_does(kind, tmp_path):
     torch.testing.assert_close(trainer_logits(found.folder, [(0, ids)])[0], wanted, rtol=1e-5, atol=1e-5)
     for layout in (Layout(2, 1, 1, 1, 1), Layout(1, 2, 1, 1, 1), Layout(2, 2, 1, 1, 1)):
         torch.testing.assert_close(layout_logits(found.folder, ids, layout), wanted, rtol=1e-5, atol=1e-5)
-    with pytest.raises(CheckpointError, match="--mask-row is for autoregressive models, but .* was trained with a mask"):
+    with pytest.raises(CheckpointError, match="--mask-row is for autoregressive models, but"):
         import_folder(tmp_path / "public", tmp_path / "none", tokenizer="byte", mask_row="mean")
     folder = export(found.folder, tmp_path / "out", architecture=kind).folder
     again = import_folder(folder, tmp_path / "again", tokenizer="byte")
