@@ -11,9 +11,10 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from megadiff.data.corpus_streams import CHUNK_BYTES
+from megadiff.data.corpus_streams import CHUNK_BYTES, open_input
 from megadiff.data.documents import SKIPPED, Corpus
 from megadiff.data.preprocess import tokenize_part
+from megadiff.data.remote_files import corpus_path
 from megadiff.data.shards.claims import Claims
 from megadiff.data.shards.duplicates import repeats_of, write_digests, write_repeats
 from megadiff.data.shards.ledger import Ledger, UnitInput, UnitRecord
@@ -170,8 +171,8 @@ class _WholeFile:
 
     def __init__(self, plan: ShardPlan, unit: PlannedUnit) -> None:
         self._digest = hashlib.sha256()
-        self._failure: OSError | None = None
-        self._path = Path(plan.inputs[unit.first].path)
+        self._failure: OSError | DataError | None = None
+        self._path = corpus_path(plan.inputs[unit.first].path)
         self._thread: threading.Thread | None = None
         if unit.end is not None and unit.start == 0:
             self._thread = threading.Thread(target=self._read, name="hash", daemon=True)
@@ -182,14 +183,16 @@ class _WholeFile:
         if self._thread is None:
             return None
         self._thread.join()
+        if isinstance(self._failure, DataError):
+            raise self._failure
         if self._failure is not None:
-            raise DataError(f"{self._path}: reading failed ({self._failure.strerror}); check the disk")
+            raise DataError(f"{self._path}: reading failed ({self._failure.strerror}); check the disk or the store")
         return self._digest.hexdigest()
 
     def _read(self) -> None:
         try:
-            with open(self._path, "rb", buffering=0) as file:
+            with open_input(self._path) as file:
                 while chunk := file.read(CHUNK_BYTES):
                     self._digest.update(chunk)
-        except OSError as error:
+        except (OSError, DataError) as error:
             self._failure = error
