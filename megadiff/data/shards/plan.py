@@ -22,7 +22,6 @@ from megadiff.data.documents import Corpus
 from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
 from megadiff.data.preprocess import DocumentMarkers
 from megadiff.data.remote_files import CorpusPath, RemotePath, corpus_path
-from megadiff.data.shards.duplicates import num_groups
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, DataError
 from megadiff.untrusted_files import UnreadableFileError, first_fault, read_bytes, why
@@ -135,11 +134,6 @@ class ShardPlan(Section):
 
     units: tuple[PlannedUnit, ...]
     """Units in the order of the text."""
-
-    @property
-    def num_groups(self) -> int:
-        """Number of groups of digests by which duplicates are searched for."""
-        return num_groups(sum(file.bytes for file in self.inputs))
 
     @property
     def framing(self) -> DocumentMarkers:
