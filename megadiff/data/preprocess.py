@@ -7,6 +7,7 @@ text.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from array import array
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from megadiff.data.corpus_streams import STDIN
 from megadiff.data.documents import Corpus, CorpusReport, Document, InputFile, utf8_length
 from megadiff.data.duplicates import find_repeats
-from megadiff.data.indexed_format import token_dtype
+from megadiff.data.indexed_format import bin_path, idx_path, manifest_path, token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizer_files import load_for_batches, wrong_ids
@@ -136,6 +137,7 @@ def preprocess(
     framing = framing or DocumentMarkers()
     tokenizer = load_for_batches(tokenizer_path, backend, parallel=True)
     refuse_framing(tokenizer, framing)
+    _refuse_own_input(corpus, prefix)
     if drop_duplicates:
         refuse_read_once(corpus)
     started_s = time.monotonic()
@@ -156,6 +158,16 @@ def preprocess(
             _refuse_changed(corpus, read_before)
         manifest = _finish(corpus, writer, tokenizer, framing, source_bytes)
     return PreprocessSummary(manifest, corpus.report, time.monotonic() - started_s)
+
+
+def _refuse_own_input(corpus: Corpus, prefix: str | Path) -> None:
+    """Refuse a prefix of which a file is one of the inputs, which would be replaced by it."""
+    outputs = {os.path.realpath(path): path for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix))}
+    for path in corpus.paths:
+        if isinstance(path, Path) and (output := outputs.get(os.path.realpath(path))) is not None:
+            raise DataError(
+                f"{output}: wanted another file than an input, found one after --input; choose another --output-prefix"
+            )
 
 
 def refuse_read_once(corpus: Corpus) -> None:
