@@ -172,7 +172,7 @@ def repeats_of(unit: int, files: Sequence[Path]) -> Numbers:
 
 
 class _Sorted:
-    """A file of entries that ascend in one of their fields, in the whole file or in each run of so many entries."""
+    """A file of entries that ascend in one of their fields, in the whole file or in each run of a fixed number."""
 
     def __init__(self, path: Path, dtype: np.dtype, field: str, *, run: int | None = None) -> None:
         self._file, self._dtype, self._field = StoredFile(path), dtype, field

@@ -186,7 +186,7 @@ def refuse_read_once(corpus: Corpus) -> None:
 
 
 def _find_repeats(corpus: Corpus, prefix: str | Path) -> list[InputFile]:
-    """Tell the corpus which of its documents repeat an earlier one; return the files as they were read."""
+    """Set which documents of the corpus are left out as duplicates; return the files as they were read."""
     with ProgressReport("looking for duplicates", corpus.total_bytes) as progress:
         corpus.duplicates = ()
         corpus.duplicates = find_repeats(
