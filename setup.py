@@ -40,6 +40,7 @@ setup(
         "hf": ["transformers>=4.57,<6"],
         "eval": ["lm-eval>=0.4.9"],
         "parquet": ["pyarrow>=15"],
+        "fsspec": ["fsspec>=2024.2", "s3fs>=2024.2", "gcsfs>=2024.2", "huggingface_hub>=0.20"],  # corpora from URLs
         "gigatoken": ["gigatoken>=0.10"],  # tokenizing several times as fast
         "plot": ["matplotlib>=3.7"],
         "wandb": ["wandb>=0.19"],

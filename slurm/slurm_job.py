@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megadiff.config.load import load_config
+from megadiff.data.remote_files import corpus_path
 from megadiff.errors import ConfigError
 from megadiff.run.config import RunConfig
 
@@ -202,9 +203,10 @@ def _preprocess(requested: argparse.Namespace, home: Path) -> Job:
         raise ConfigError("--output-prefix P is wanted for one file, or --shards DIR for a folder of shards")
     shards = Path(requested.shards or f"{requested.output_prefix}-shards").absolute()
     for file in requested.input:
-        if not Path(file).exists():
+        if isinstance(corpus_path(file), Path) and not Path(file).exists():
             raise ConfigError(f"--input {file}: there is no such file or folder")
-    inputs = ["--input", *(os.path.abspath(file) for file in requested.input)]
+    paths = [corpus_path(file) for file in requested.input]
+    inputs = ["--input", *(os.path.abspath(path) if isinstance(path, Path) else str(path) for path in paths)]
     fixed = [str(shards), *inputs, f"--shards={shards}", f"--tokenizer={requested.tokenizer}"]
     if requested.cpus_per_task and not any(word.partition("=")[0] == "--workers" for word in requested.more):
         fixed.append(f"--workers={requested.cpus_per_task}")

@@ -51,6 +51,7 @@ def main() -> None:
             framing=_framing(args),
             workers=args.workers,
             backend=_backend(args, corpus),
+            drop_duplicates=args.drop_duplicates,
             overwrite=args.overwrite,
         )
         _describe(args.output_prefix, corpus, done.manifest, done.manifest.tokens / max(1e-9, done.elapsed_s))
@@ -65,7 +66,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--drop-duplicates",
         action="store_true",
-        help="with --shards: leave out documents whose text an earlier one has; reads the input twice",
+        help="leave out documents whose text an earlier one has; reads the input twice",
     )
     parser.add_argument("--output-prefix", metavar="P", help="writes P.bin, P.idx and P.json")
     parser.add_argument(
@@ -111,7 +112,7 @@ def _refuse_mixture(args: argparse.Namespace) -> None:
     else:
         wanted, barred, why = (
             ("input", "output_prefix", "tokenizer"),
-            ("unit_mb", "drop_duplicates"),
+            ("unit_mb",),
             "without --shards",
         )
     missing = [_option(name) for name in wanted if getattr(args, name) is None]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from megadiff.data.corpus_streams import expanded, kind_of
 from megadiff.data.document_filters import SPLITS, DocumentFilters
 from megadiff.data.documents import MAX_DOCUMENT_BYTES, TEXT_SPLITS, Corpus
+from megadiff.data.remote_files import CorpusPath
 
 _MAX_LISTED_FILES = 20
-_INPUT_HELP = "corpus files, kept in this order; folders with such files; - for JSON lines from standard input"
+_INPUT_HELP = (
+    "corpus files, kept in this order; folders with such files; URLs of both (s3://, gs://, hf://); - for JSON lines "
+    "from standard input"
+)
 
 
 def add_corpus_options(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
@@ -123,5 +126,5 @@ def describe_skipped(corpus: Corpus) -> list[str]:
     return lines
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(path: CorpusPath) -> bool:
     return kind_of(path) == ".txt"

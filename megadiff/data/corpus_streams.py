@@ -10,14 +10,15 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import zstandard
 
+from megadiff.data.remote_files import CorpusPath, RemotePath, corpus_path
 from megadiff.errors import DataError
-from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
+from megadiff.untrusted_files import UnreadableFileError, parse_json, read_bytes, why
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 """Suffixes of files with one JSON object per line."""
@@ -52,7 +53,7 @@ class HashedFile(io.RawIOBase):
         limit: number of bytes, from the file's position on, after which it ends; by default those of the whole file.
     """
 
-    def __init__(self, file: io.FileIO, on_read: Callable[[int], None], *, limit: int | None = None) -> None:
+    def __init__(self, file: io.RawIOBase, on_read: Callable[[int], None], *, limit: int | None = None) -> None:
         self._file = file
         self._on_read = on_read
         self._limit = limit
@@ -74,22 +75,45 @@ class HashedFile(io.RawIOBase):
         return count
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: CorpusPath) -> str:
     """Return the suffix that indicates the kind of a corpus file, compressed or not."""
     if path == STDIN:
         return JSON_SUFFIXES[0]
     name = path.name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         name = name.removesuffix(suffix)
-    return Path(name).suffix
+    return PurePath(name).suffix
 
 
-def open_input(path: Path) -> io.FileIO:
-    """Return a corpus file, or standard input, open for reading bytes."""
-    return io.FileIO(sys.stdin.fileno(), closefd=False) if path == STDIN else io.FileIO(path)
+def open_input(path: CorpusPath) -> io.RawIOBase:
+    """Return a corpus file, or standard input, open for reading bytes.
+
+    Raises:
+        DataError: it has gone or may not be read.
+    """
+    if isinstance(path, RemotePath):
+        return path.open()
+    if path == STDIN:
+        return io.FileIO(sys.stdin.fileno(), closefd=False)
+    try:
+        return io.FileIO(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore the file or its permissions") from error
 
 
-def check_input(path: Path) -> None:
+def open_buffered(path: CorpusPath) -> io.BufferedReader:
+    """Return a corpus file open for reading at any place."""
+    return io.BufferedReader(open_input(path), CHUNK_BYTES)
+
+
+def size_of(path: CorpusPath) -> int:
+    """Return the number of bytes of a corpus file as stored; 0 for standard input and where a store does not say."""
+    if isinstance(path, RemotePath):
+        return path.facts().bytes or 0
+    return 0 if path == STDIN else path.stat().st_size
+
+
+def check_input(path: CorpusPath) -> None:
     """Refuse paths that cannot be read as a corpus file.
 
     Raises:
@@ -108,7 +132,7 @@ def check_input(path: Path) -> None:
     if kind_of(path) not in _KINDS:
         wanted, packed = ", ".join(_KINDS), ", ".join(COMPRESSED_SUFFIXES)
         raise DataError(f"{path}: wanted a name that ends in one of {wanted} (also with {packed}); rename the file")
-    if not path.is_file():  # a pipe: opening and closing it as a test would end its writer
+    if isinstance(path, RemotePath) or not path.is_file():  # opening and closing a pipe as a test would end its writer
         return
     try:
         with open(path, "rb"):
@@ -117,9 +141,9 @@ def check_input(path: Path) -> None:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def line_start(path: Path, offset: int) -> int:
+def line_start(path: CorpusPath, offset: int) -> int:
     """Return the byte at which the first line that starts at or after `offset` starts; the file's size without one."""
-    with open(path, "rb") as file:
+    with open_buffered(path) as file:
         if offset:
             file.seek(offset - 1)
             while (chunk := file.readline(CHUNK_BYTES)) and not chunk.endswith(b"\n"):
@@ -127,17 +151,17 @@ def line_start(path: Path, offset: int) -> int:
         return file.tell()
 
 
-def count_lines(path: Path, end: int) -> int:
+def count_lines(path: CorpusPath, end: int) -> int:
     """Return the number of line ends among the first `end` bytes of a file."""
     count = 0
-    with open(path, "rb") as file:
+    with open_buffered(path) as file:
         while end and (chunk := file.read(min(end, CHUNK_BYTES))):
             count += chunk.count(b"\n")
             end -= len(chunk)
     return count
 
 
-def unpacked(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
+def unpacked(path: CorpusPath, raw: io.BufferedReader) -> Iterator[bytes]:
     """Yield the content of a corpus file, decompressed according to its name, in pieces of any size.
 
     Args:
@@ -150,7 +174,7 @@ def unpacked(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
     return _reporting_damage(path, _decompressed(path, raw))
 
 
-def _decompressed(path: Path, raw: io.BufferedReader) -> Iterator[bytes]:
+def _decompressed(path: CorpusPath, raw: io.BufferedReader) -> Iterator[bytes]:
     suffix = path.suffix.lower()
     if suffix in COMPRESSED_SUFFIXES and not raw.peek(1):
         raise EOFError("the file is empty")
@@ -180,7 +204,7 @@ def _zstd_chunks(raw: io.BufferedReader) -> Iterator[bytes]:
         raise EOFError("the last frame has no end")
 
 
-def _reporting_damage(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _reporting_damage(path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[bytes]:
     try:
         yield from chunks
     except EOFError as error:
@@ -191,34 +215,25 @@ def _reporting_damage(path: Path, chunks: Iterator[bytes]) -> Iterator[bytes]:
     except OSError as error:
         if error.errno is None:  # as bz2 reports damage
             raise DataError(f"{path}: not a whole .bz2 file ({error}); fetch or make it again") from error
-        raise DataError(f"{path}: reading failed ({error.strerror or error}); check the disk") from error
+        raise DataError(f"{path}: reading failed ({error.strerror or error}); check the disk or the store") from error
 
 
-def expanded(inputs: Iterable[str | Path]) -> list[Path]:
-    """Return the corpus files that paths, patterns and folders name.
+def expanded(inputs: Iterable[str | CorpusPath]) -> list[CorpusPath]:
+    """Return the corpus files that paths, URLs, patterns and folders name.
 
     A folder means all files below it whose names are those of corpus files, and a pattern that the shell has not
     expanded means the files that it matches, both sorted by path; hidden files are left out. A folder that
     `datasets.save_to_disk` wrote means the files that its `state.json` lists. `-` is standard input.
 
     Raises:
-        DataError: a folder or a pattern has no such file, or a folder holds several splits.
+        DataError: a folder or a pattern has no such file, a folder holds several splits, or a store cannot be reached.
     """
-    found: list[Path] = []
-    for given in map(Path, inputs):
-        if (given / "dataset_dict.json").is_file():
-            splits = ", ".join(str(path.parent) for path in sorted(given.glob(f"*/{_STATE}"))) or "its folders"
-            raise DataError(f"{given}: wanted one split of a dataset, found a folder of several; name one of {splits}")
-        if (given / _STATE).is_file():
-            found += _saved_files(given)
-        elif given.is_dir():
-            files = [path for path in sorted(given.rglob("*")) if _is_corpus_file(path.relative_to(given), path)]
-            if not files:
-                wanted = ", ".join(_KINDS)
-                raise DataError(f"{given}: wanted a file, found a folder without files that end in one of {wanted}")
-            found += files
-        elif not given.exists() and any(mark in str(given) for mark in "*?["):
-            files = sorted(Path(path) for path in glob.glob(str(given), recursive=True))
+    found: list[CorpusPath] = []
+    for given in map(corpus_path, inputs):
+        if given.is_dir():
+            found += _files_of(given)
+        elif any(mark in str(given) for mark in "*?[") and not given.exists():
+            files = _matches(given)
             if not files:
                 raise DataError(f"{given}: no file matches; check the path after --input")
             found += files
@@ -227,13 +242,42 @@ def expanded(inputs: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def _saved_files(folder: Path) -> list[Path]:
+def _matches(pattern: CorpusPath) -> Sequence[CorpusPath]:
+    if isinstance(pattern, RemotePath):
+        return pattern.matches()
+    return sorted(Path(path) for path in glob.glob(str(pattern), recursive=True))
+
+
+def _files_of(folder: CorpusPath) -> Sequence[CorpusPath]:
+    """Return the corpus files of a folder."""
+    if (folder / "dataset_dict.json").is_file():
+        states = [path for path in _below(folder) if path.name == _STATE]
+        splits = ", ".join(str(path).removesuffix(f"/{_STATE}") for path in states) or "its folders"
+        raise DataError(f"{folder}: wanted one split of a dataset, found a folder of several; name one of {splits}")
+    if (folder / _STATE).is_file():
+        return _saved_files(folder)
+    files = [path for path in _below(folder) if _is_corpus_file(path, folder)]
+    if not files:
+        wanted = ", ".join(_KINDS)
+        raise DataError(f"{folder}: wanted a file, found a folder without files that end in one of {wanted}")
+    return files
+
+
+def _below(folder: CorpusPath) -> Sequence[CorpusPath]:
+    return folder.below() if isinstance(folder, RemotePath) else sorted(folder.rglob("*"))
+
+
+def _saved_files(folder: CorpusPath) -> list[CorpusPath]:
     """Return the files of a saved dataset; others beside them may be caches of its users."""
     path = folder / _STATE
     try:
-        listed = read_json_object(path, max_bytes=_MAX_STATE_BYTES)["_data_files"]
-        names = [file["filename"] for file in listed]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        if isinstance(path, RemotePath):
+            with open_buffered(path) as file:
+                content = file.read(_MAX_STATE_BYTES)
+        else:
+            content = read_bytes(path, max_bytes=_MAX_STATE_BYTES)
+        names = [file["filename"] for file in parse_json(content)["_data_files"]]
+        if not all(isinstance(name, str) and PurePath(name).name == name for name in names):
             raise TypeError
     except (OSError, UnreadableFileError) as error:
         raise DataError(f"{path} {why(error)}; save the dataset again or name its files") from error
@@ -242,7 +286,11 @@ def _saved_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _is_corpus_file(name: Path, path: Path) -> bool:
-    is_hidden = any(part.startswith((".", "_")) for part in name.parts)
+def _is_corpus_file(path: CorpusPath, folder: CorpusPath) -> bool:
+    if isinstance(path, RemotePath) and isinstance(folder, RemotePath):
+        parts = path.relative_to(folder).parts
+    else:
+        parts = Path(str(path)).relative_to(str(folder)).parts
+    is_hidden = any(part.startswith((".", "_")) for part in parts)
     of_a_dataset = path.name in ("dataset_info.json", _STATE)
     return not is_hidden and not of_a_dataset and kind_of(path) in _KINDS and path.is_file()

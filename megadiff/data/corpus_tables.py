@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from megadiff.data.corpus_files import TextFields
-from megadiff.data.corpus_streams import kind_of
+from megadiff.data.corpus_streams import kind_of, open_buffered
+from megadiff.data.remote_files import CorpusPath, RemotePath
 from megadiff.errors import DataError
 
 _MAX_BATCH_ROWS, _BATCH_BYTES = 256, 2**23
 _MAX_SHOWN = 8
 
 
-def table_rows(path: Path, fields: TextFields) -> Iterator[list[Any]]:
+def table_rows(path: CorpusPath, fields: TextFields) -> Iterator[list[Any]]:
     """Yield the values of the text's columns in each row of a parquet or an Arrow file.
 
     Raises:
@@ -36,19 +36,21 @@ def table_rows(path: Path, fields: TextFields) -> Iterator[list[Any]]:
         raise DataError(f"{path}: the {kind} file is cut or damaged ({error}); fetch or make it again") from error
 
 
-def _parquet_batches(path: Path, fields: TextFields) -> Iterator[Any]:
+def _parquet_batches(path: CorpusPath, fields: TextFields) -> Iterator[Any]:
     import pyarrow.parquet  # pyright: ignore[reportMissingImports]
 
-    with pyarrow.parquet.ParquetFile(path) as table:
+    source = open_buffered(path) if isinstance(path, RemotePath) else path
+    with pyarrow.parquet.ParquetFile(source) as table:
         refuse_missing(path, fields, table.schema_arrow.names)
         yield from table.iter_batches(batch_size=_rows_at_once(table.metadata), columns=list(fields.names))
 
 
-def _arrow_batches(path: Path, fields: TextFields) -> Iterator[Any]:
+def _arrow_batches(path: CorpusPath, fields: TextFields) -> Iterator[Any]:
     """Yield the batches of an Arrow stream, as `datasets` saves it, or of an Arrow file."""
     import pyarrow  # pyright: ignore[reportMissingImports]
 
-    with pyarrow.memory_map(str(path)) as source:
+    is_remote = isinstance(path, RemotePath)
+    with pyarrow.PythonFile(open_buffered(path)) if is_remote else pyarrow.memory_map(str(path)) as source:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         if is_file:
@@ -61,7 +63,7 @@ def _arrow_batches(path: Path, fields: TextFields) -> Iterator[Any]:
             yield from reader
 
 
-def refuse_missing(path: Path, fields: TextFields, names: list[str]) -> None:
+def refuse_missing(path: CorpusPath, fields: TextFields, names: list[str]) -> None:
     """Refuse a table without the columns of the text.
 
     Raises:
@@ -82,7 +84,7 @@ def _rows_at_once(metadata: Any) -> int:
 
 
 def csv_records(
-    path: Path, lines: Iterable[str], fields: TextFields, *, max_field_bytes: int
+    path: CorpusPath, lines: Iterable[str], fields: TextFields, *, max_field_bytes: int
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield the line on which each record of a CSV or TSV file ends, and the values of the text's columns.
 

@@ -16,7 +16,6 @@ import io
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from megadiff.data.corpus_files import (
@@ -42,10 +41,12 @@ from megadiff.data.corpus_streams import (
     count_lines,
     kind_of,
     open_input,
+    size_of,
     unpacked,
 )
 from megadiff.data.corpus_tables import csv_records, table_rows
 from megadiff.data.document_filters import NO_FILTERS, DocumentFilters
+from megadiff.data.remote_files import CorpusPath, corpus_path
 from megadiff.errors import DataError
 
 MAX_DOCUMENT_BYTES = 2**28
@@ -70,7 +71,7 @@ class Document(NamedTuple):
 
     text: str
 
-    path: Path
+    path: CorpusPath
     """The corpus file."""
 
     line: int
@@ -134,7 +135,7 @@ class Corpus:
     """Documents of several files in the order given.
 
     Args:
-        paths: files; the module's docstring lists the kinds.
+        paths: files and URLs; the module's docstring lists the kinds.
         json_key: the key (jsonl) or column (tables) that holds the text.
         template: text with several keys or columns in braces, used in place of the one.
         text_split: how a `.txt` file is split into documents: `file`, `line`, or `blank-line`.
@@ -151,7 +152,7 @@ class Corpus:
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        paths: Sequence[str | CorpusPath],
         *,
         json_key: str = "text",
         template: str | None = None,
@@ -167,7 +168,7 @@ class Corpus:
             raise DataError("--max-bad-lines must be at least 0 and --max-document-mb above 0; correct the command")
         if text_split not in TEXT_SPLITS:
             raise DataError(f"--text-split must be one of {', '.join(TEXT_SPLITS)}; found `{text_split}`")
-        self.paths = [Path(path) for path in paths]
+        self.paths = [corpus_path(path) for path in paths]
         self.json_key = json_key
         self.template = template
         self._fields = TextFields.of(json_key, template)
@@ -184,9 +185,7 @@ class Corpus:
         self.report = CorpusReport()
         for path in self.paths:
             check_input(path)
-        self.total_bytes = (
-            span[1] - span[0] if span else sum(path.stat().st_size for path in self.paths if path != STDIN)
-        )
+        self.total_bytes = span[1] - span[0] if span else sum(map(size_of, self.paths))
 
     def documents(self) -> Iterator[str]:
         """Yield the text of each document, never empty; `report` is updated as it goes and reset with each pass.
@@ -231,7 +230,7 @@ class Corpus:
         of = f"the part from byte {self.span[0]} on" if self.span and self.span[0] else "the file"
         self._bad_line(document.path, document.line, Bad(f"document {document.number} of {of}: {reason}"))
 
-    def _stream_documents(self, path: Path) -> Iterator[tuple[int, str]]:
+    def _stream_documents(self, path: CorpusPath) -> Iterator[tuple[int, str]]:
         found = 0
         with open_input(path) as file:
             if self.span is not None:
@@ -244,7 +243,7 @@ class Corpus:
                 yield line, text
             self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest(), found))
 
-    def _cut(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+    def _cut(self, path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         """Yield (line, text) of each document of an uncompressed stream."""
         if kind_of(path) in CSV_SUFFIXES:
             return self._csv_records(path, chunks)
@@ -253,7 +252,7 @@ class Corpus:
         ways = {"file": self._whole_file, "line": self._text_lines, "blank-line": self._text_blocks}
         return ways[self.text_split](path, chunks)
 
-    def _whole_file(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+    def _whole_file(self, path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         """Yield all of a text file as one document, without its bad lines."""
         parts: list[str] = []
         first_line, offset = 1, 0
@@ -272,7 +271,7 @@ class Corpus:
             del block
         yield 1, "".join(parts).removeprefix("\ufeff")
 
-    def _good_lines(self, path: Path, block: bytes, first_line: int, offset: int) -> Iterator[str]:
+    def _good_lines(self, path: CorpusPath, block: bytes, first_line: int, offset: int) -> Iterator[str]:
         """Yield the lines of a block that are UTF-8; count the others as bad lines."""
         for number, line in enumerate(kept_ends(block), start=first_line):
             bad = invalid_utf8(line, of="file", offset=offset)
@@ -282,14 +281,14 @@ class Corpus:
             else:
                 self._bad_line(path, number, bad)
 
-    def _text_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+    def _text_lines(self, path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         for number, line, bad in self._decoded_lines(path, chunks):
             if bad is not None:
                 self._bad_line(path, number, bad)
             elif line.strip():
                 yield number, line.removesuffix("\r")
 
-    def _text_blocks(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+    def _text_blocks(self, path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         """Yield the paragraphs between blank lines; a paragraph with a bad line is dropped."""
         block = _TextBlock(self.max_document_bytes)
         for number, line, bad in self._decoded_lines(path, chunks):
@@ -300,7 +299,7 @@ class Corpus:
                 block.add(number, line, bad)
         yield from self._ended(path, block)
 
-    def _ended(self, path: Path, block: _TextBlock) -> Iterator[tuple[int, str]]:
+    def _ended(self, path: CorpusPath, block: _TextBlock) -> Iterator[tuple[int, str]]:
         if block.is_too_long:
             self._bad_line(path, block.first_line, Bad(self._too_long("document")))
         elif block.bad is not None:
@@ -308,7 +307,7 @@ class Corpus:
         elif block.lines:
             yield block.first_line, "\n".join(block.lines).removesuffix("\r")
 
-    def _decoded_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str, Bad | None]]:
+    def _decoded_lines(self, path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[tuple[int, str, Bad | None]]:
         """Yield (number, text, None) of each line, or (number, "", the reason) of a bad one."""
         offset = self.span[0] if self.span else 0
         for number, line in enumerate(split_lines(chunks, self.max_document_bytes), start=1):
@@ -320,7 +319,7 @@ class Corpus:
                 yield number, text.removeprefix("\ufeff") if number == 1 and not self._is_later_part else text, bad
             offset += line.num_bytes + 1
 
-    def _json_lines(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+    def _json_lines(self, path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         number = 0  # counted by hand: `enumerate` would keep a reference to the last line, which may be long
         for line in split_json_lines(chunks, self.max_document_bytes):
             number += 1
@@ -342,20 +341,20 @@ class Corpus:
     def _too_long(self, what: str) -> str:
         return f"the {what} is longer than {self.max_document_bytes} bytes (--max-document-mb)"
 
-    def _table_documents(self, path: Path) -> Iterator[tuple[int, str]]:
+    def _table_documents(self, path: CorpusPath) -> Iterator[tuple[int, str]]:
         found = 0
         for row, values in enumerate(table_rows(path, self._fields), start=1):
             text = self._text_of_row(path, row, values)
             if text is not None:
                 found += bool(text)
                 yield row, text
-        with open(path, "rb", buffering=0) as file:
+        with open_input(path) as file:
             raw = HashedFile(file, self._count_bytes)
             while raw.read(CHUNK_BYTES):
                 pass
             self.report.files.append(InputFile(path.name, raw.bytes_read, raw.sha256.hexdigest(), found))
 
-    def _text_of_row(self, path: Path, row: int, values: Sequence[Any]) -> str | None:
+    def _text_of_row(self, path: CorpusPath, row: int, values: Sequence[Any]) -> str | None:
         """Return the text of a row; None, and a bad line, if it has none."""
         for name, value in zip(self._fields.names, values, strict=True):
             if not isinstance(value, str):
@@ -367,7 +366,7 @@ class Corpus:
             return None
         return text
 
-    def _csv_records(self, path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
+    def _csv_records(self, path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         def lines() -> Iterator[str]:
             for number, line, bad in self._decoded_lines(path, chunks):
                 if bad is not None:
@@ -382,7 +381,7 @@ class Corpus:
     def _count_bytes(self, count: int) -> None:
         self.report.bytes_read += count
 
-    def _bad_line(self, path: Path, number: int, bad: Bad) -> None:
+    def _bad_line(self, path: CorpusPath, number: int, bad: Bad) -> None:
         report = self.report
         number += self._lines_before_span() if self._is_later_part else 0
         report.bad_lines += 1

@@ -119,7 +119,8 @@ def index_parts(dtype: np.dtype, sequences: int, lengths: Callable[[], Iterable[
     """
     yield HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, sequences + 1)
     for part in lengths():
-        yield part.astype("<i4").tobytes()
+        for start in range(0, part.size, CHUNK):
+            yield part[start : start + CHUNK].astype("<i4").tobytes()
     offset = 0
     for part in lengths():
         for start in range(0, part.size, CHUNK):

@@ -7,6 +7,7 @@ text.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from array import array
@@ -22,8 +23,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megadiff.data.documents import Corpus, CorpusReport, Document, utf8_length
-from megadiff.data.indexed_format import token_dtype
+from megadiff.data.corpus_streams import STDIN
+from megadiff.data.documents import Corpus, CorpusReport, Document, InputFile, utf8_length
+from megadiff.data.duplicates import find_repeats
+from megadiff.data.indexed_format import bin_path, idx_path, manifest_path, token_dtype
 from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizer_files import load_for_batches, wrong_ids
@@ -109,6 +112,7 @@ def preprocess(
     framing: DocumentMarkers | None = None,
     workers: int = 1,
     backend: str = "tokenizers",
+    drop_duplicates: bool = False,
     overwrite: bool = False,
 ) -> PreprocessSummary:
     """Tokenize a corpus into `P.bin`, `P.idx` and `P.json`.
@@ -120,6 +124,7 @@ def preprocess(
         framing: put bos before or eos after each document; nothing by default.
         workers: processes that tokenize; with 1, this process does, using the library's own threads.
         backend: library that encodes batches, `tokenizers` or `gigatoken`.
+        drop_duplicates: leave out documents whose text an earlier document has; reads the corpus twice.
         overwrite: replace finished data of the same prefix.
 
     Raises:
@@ -132,6 +137,9 @@ def preprocess(
     framing = framing or DocumentMarkers()
     tokenizer = load_for_batches(tokenizer_path, backend, parallel=True)
     refuse_framing(tokenizer, framing)
+    _refuse_own_input(corpus, prefix)
+    if drop_duplicates:
+        refuse_read_once(corpus)
     started_s = time.monotonic()
     with (
         IndexedWriter(
@@ -143,10 +151,55 @@ def preprocess(
         def show() -> None:
             progress.update(corpus.report.bytes_read, speed_note(writer.num_tokens, started_s))
 
+        read_before = _find_repeats(corpus, prefix) if drop_duplicates else None
         batches = _tokenized(corpus, (str(tokenizer_path), backend, framing), tokenizer, workers)
         source_bytes = _add_batches(corpus, writer, batches, show)
+        if read_before is not None:
+            _refuse_changed(corpus, read_before)
         manifest = _finish(corpus, writer, tokenizer, framing, source_bytes)
     return PreprocessSummary(manifest, corpus.report, time.monotonic() - started_s)
+
+
+def _refuse_own_input(corpus: Corpus, prefix: str | Path) -> None:
+    """Refuse a prefix of which a file is one of the inputs, which would be replaced by it."""
+    outputs = {os.path.realpath(path): path for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix))}
+    for path in corpus.paths:
+        if isinstance(path, Path) and (output := outputs.get(os.path.realpath(path))) is not None:
+            raise DataError(
+                f"{output}: wanted another file than an input, found one after --input; choose another --output-prefix"
+            )
+
+
+def refuse_read_once(corpus: Corpus) -> None:
+    """Refuse inputs that cannot be read a second time.
+
+    Raises:
+        DataError: one is standard input or a pipe.
+    """
+    for path in corpus.paths:
+        if path == STDIN or not path.is_file():
+            found = "standard input" if path == STDIN else "a pipe"
+            raise DataError(
+                f"--input {path}: wanted a file for --drop-duplicates, which reads it twice, found {found}; write it "
+                "to a file first"
+            )
+
+
+def _find_repeats(corpus: Corpus, prefix: str | Path) -> list[InputFile]:
+    """Set which documents of the corpus are left out as duplicates; return the files as they were read."""
+    with ProgressReport("looking for duplicates", corpus.total_bytes) as progress:
+        corpus.duplicates = ()
+        corpus.duplicates = find_repeats(
+            corpus, Path(f"{prefix}.duplicates.tmp"), lambda: progress.update(corpus.report.bytes_read, "")
+        )
+    return corpus.report.files
+
+
+def _refuse_changed(corpus: Corpus, before: list[InputFile]) -> None:
+    """Refuse files whose duplicates were found in another content."""
+    for path, then, now in zip(corpus.paths, before, corpus.report.files, strict=True):
+        if then != now:
+            raise DataError(f"{path}: changed while it was read; repeat the command when nobody writes the file")
 
 
 def tokenize_part(

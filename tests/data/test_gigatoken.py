@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 
@@ -14,10 +15,12 @@ from megadiff.data.tokenizer_files import chosen_backend, load_for_batches, load
 from megadiff.data.tokenizer_training import train_tokenizer
 from megadiff.data.tokenizers import _gigatoken as module
 from megadiff.errors import DataError
+from tests.data.hard_documents import hard_documents
 from tests.data.shards.corpus import FRAMING, contents, write_files
 from tests.fixtures.tokenizers import shapes
 from tests.support.forked_command import call_forked
 
+HARD_DOCUMENTS = int(os.environ.get("MEGADIFF_HARD_DOCUMENTS", "2000"))
 TEXTS = [f"The cat no. {n} sat; it's née {n * n}.\n\n  def f(x):\n    return x_{n % 7}" for n in range(300)]
 
 
@@ -32,14 +35,16 @@ def trained(tmp_path_factory):
 def library(monkeypatch, trained):
     """A library that encodes by `tokenizers`, with a list of texts for which it gives other ids."""
     inner = load_tokenizer(trained)
-    fake = types.SimpleNamespace(wrong=set(), loaded=0)
+    fake = types.SimpleNamespace(wrong=set(), loaded=0, seen=[], definition={})
 
     def encode_batch_list(texts, parallel):
+        fake.seen += texts
         found = inner.encode_batch(texts)
         return [[*ids, 7] if text in fake.wrong else ids for text, ids in zip(texts, found, strict=True)]
 
     def from_json(definition):
         fake.loaded += 1
+        fake.definition = json.loads(definition)
         assert not [token for token in json.loads(definition)["added_tokens"] if token["special"]]
         return types.SimpleNamespace(encode_batch_list=encode_batch_list)
 
@@ -92,6 +97,55 @@ def test_the_library_is_loaded_again_after_much_text(library, trained, monkeypat
     for _ in range(8):
         tokenizer.encode_batch(TEXTS[:100])
     assert library.loaded > 3
+
+
+def test_normal_forms_of_unicode_are_those_of_tokenizers(library, trained):
+    tokenizer = load_for_batches(trained, "gigatoken", parallel=False)
+    assert library.definition["normalizer"] is None
+    library.seen.clear()
+    moved_by_newer_unicode = "a\u0483\u1aca"
+    tokenizer.encode_batch(["plain", "e\u0301", moved_by_newer_unicode])
+    assert library.seen == ["plain", "é", moved_by_newer_unicode]
+
+
+def test_a_normal_form_between_other_steps_leaves_the_library_out(library, trained, tmp_path):
+    definition = json.loads((trained / "tokenizer.json").read_text())
+    definition["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    wanted = ("tokenizers", "its normal form of Unicode is one of several steps")
+    assert chosen_backend("auto", tmp_path, TEXTS) == wanted
+
+
+def test_added_names_are_found_by_tokenizers_beside_a_normal_form(library, trained, tmp_path):
+    definition = json.loads((trained / "tokenizer.json").read_text())
+    named = {"id": 400, "content": "<think>", "special": False, "normalized": False}
+    definition["added_tokens"].append({**named, "single_word": False, "lstrip": False, "rstrip": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    plain, fast = load_tokenizer(tmp_path), load_for_batches(tmp_path, "gigatoken", parallel=False)
+    texts = ["née", "<think>\u0301 née", "née"]
+    wanted = plain.encode_batch(texts)
+    assert 400 in wanted[1]
+    assert fast.encode_batch(texts) == wanted
+
+
+def test_half_a_surrogate_pair_is_refused_by_either(library, trained):
+    fast = load_for_batches(trained, "gigatoken", parallel=False)
+    for tokenizer in (load_tokenizer(trained), fast):
+        with pytest.raises(DataError, match="cannot be tokenized: it is no valid Unicode text"):
+            tokenizer.encode_batch(["fine", "half \ud83d", "née"])
+
+
+@pytest.mark.parametrize("shape", ["own_bpe", "llama3", "qwen", "roberta", "gemma", "llama2_json"])
+def test_the_real_library_gives_the_same_ids_of_hard_documents(tmp_path, shape):
+    pytest.importorskip("gigatoken")
+    folder = getattr(shapes, shape)(tmp_path / shape)
+    plain, fast = load_tokenizer(folder), load_for_batches(folder, "gigatoken", parallel=False)
+    texts = list(hard_documents(HARD_DOCUMENTS))
+    for start in range(0, len(texts), 1000):
+        part = texts[start : start + 1000]
+        found = fast._encoded(part)  # without the comparison and the way back that a failure takes
+        for text, wanted, ids in zip(part, plain.encode_batch(part), found, strict=True):
+            assert ids == wanted, ascii(text)
 
 
 def test_other_kinds_of_tokenizers_keep_their_own_way(library):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from megadiff.data.tokenizer_files import load_tokenizer
 from tests.end_to_end.bad_inputs import CHECKPOINTS, CONTINUED, DATA, DESCRIPTIONS, FILES, NATURAL, TOOLS
 from tests.support.commands import call, write_yaml
 from tests.support.forked_command import Ended, call_forked
+from tests.support.permissions import heed_permissions
 from tests.support.runs import toy_tree
 
 PRETRAIN, GENERATE = "pretrain_dlm.py", "tools/generate.py"
@@ -124,19 +124,9 @@ def test_a_tokenizer_without_a_mask_gets_an_id_no_text_has(word_tokenizer):
     assert (tokenizer.vocab_size, tokenizer.mask_id) == (51, 50)
 
 
-def _heed_permissions() -> None:
-    """Root, too, is held to what a folder allows: the process gives up CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    data = (ctypes.c_uint32 * 6)()
-    assert libc.capget(header, data) == 0
-    data[0] &= ~0b110
-    assert libc.capset(header, data) == 0
-
-
 def test_a_folder_that_may_not_be_written_is_refused(description, tmp_path):
     (tmp_path / "runs").mkdir(mode=0o555)
-    ended = call_forked(PRETRAIN, "--config", description, before=_heed_permissions)
+    ended = call_forked(PRETRAIN, "--config", description, before=heed_permissions)
     assert_refused(
         ended, r"the run folder .*/runs/toy cannot be written \(Permission denied\); set output_dir to a folder"
     )

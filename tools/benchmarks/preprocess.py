@@ -18,12 +18,20 @@ from megadiff.data.documents import Corpus
 from megadiff.data.tokenizer_files import chosen_backend, load_tokenizer
 from megadiff.errors import run_command
 
+_KINDS = (
+    "library alone",
+    "one process",
+    "shards, one process",
+    "shards, two processes",
+    "merging",
+    "one process, gigatoken",
+)
 _EPILOG = """example:
   python tools/benchmarks/preprocess.py --input runs/demo-data/corpus/train.jsonl --tokenizer runs/demo-data/tokenizer
 
 The commands take turns and write the same bytes, which is checked. "library alone" is one call of `encode_batch` of
-the library `tokenizers` for each thousand documents in this process, with one thread, and nothing else. User and
-system time of all processes of a command; medians.
+the library `tokenizers` for each thousand documents in this process, with one thread, and nothing else; "merging" needs
+one of the kinds with shards. User and system time of all processes of a command; medians.
 """
 
 
@@ -32,6 +40,7 @@ def main() -> None:
     parser = CommandParser(description=__doc__, epilog=_EPILOG)
     parser.add_argument("--input", required=True, metavar="FILE", help="a .jsonl file of 100 MB or so")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="as for `megadiff preprocess_data`")
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, metavar="KIND", help="what to measure")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (default 3)")
     arguments = parser.parse_args()
 
@@ -39,10 +48,13 @@ def main() -> None:
     texts = list(Corpus([arguments.input]).documents())
     size = sum(len(text.encode()) for text in texts)
     with tempfile.TemporaryDirectory() as folder:
-        commands = _commands(Path(folder), arguments.input, arguments.tokenizer, texts)
-        found: dict[str, list[tuple[float, float]]] = {"library alone": [], **{name: [] for name in commands}}
+        every = _commands(Path(folder), arguments.input, arguments.tokenizer, texts)
+        commands = {name: command for name, command in every.items() if name in arguments.kinds}
+        alone = [name for name in _KINDS[:1] if name in arguments.kinds]
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in (*alone, *commands)}
         for _ in range(arguments.repeats):
-            found["library alone"].append(_library_alone(arguments.tokenizer, texts))
+            for name in alone:
+                found[name].append(_library_alone(arguments.tokenizer, texts))
             for name, command in commands.items():
                 found[name].append(_measured(command))
             _refuse_difference(Path(folder))
@@ -99,9 +111,10 @@ def _measured(command: list[str]) -> tuple[float, float]:
 def _refuse_difference(folder: Path) -> None:
     """Refuse results of which one has other bytes."""
     manifests = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    first = next(iter(manifests), "")
     for name, manifest in manifests.items():
-        if manifest != manifests["serial.json"]:
-            raise RuntimeError(f"{name} differs from serial.json")
+        if manifest != manifests[first]:
+            raise RuntimeError(f"{name} differs from {first}")
 
 
 if __name__ == "__main__":

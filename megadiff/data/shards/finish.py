@@ -33,6 +33,7 @@ from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, manifest
 from megadiff.data.indexed_output import IndexedOutput
 from megadiff.data.indexed_writer import no_documents
 from megadiff.data.preprocess import ProgressReport
+from megadiff.data.remote_files import corpus_path
 from megadiff.data.shards.claims import Claims
 from megadiff.data.shards.ledger import Ledger, UnitRecord
 from megadiff.data.shards.plan import ShardPlan
@@ -227,7 +228,7 @@ def _files(plan: ShardPlan, records: list[UnitRecord]) -> list[InputFile]:
             if unit.end is None or record.whole_input_sha256 is not None:
                 hashes[place] = record.whole_input_sha256 or part.sha256
     return [
-        InputFile(Path(file.path).name, file.bytes, sha256, found)
+        InputFile(corpus_path(file.path).name, file.bytes, sha256, found)
         for file, sha256, found in zip(plan.inputs, hashes, documents, strict=True)
     ]
 

@@ -21,7 +21,7 @@ from megadiff.data.document_filters import DocumentFilters
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
 from megadiff.data.preprocess import DocumentMarkers
-from megadiff.data.shards.duplicates import num_groups
+from megadiff.data.remote_files import CorpusPath, RemotePath, corpus_path
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, DataError
 from megadiff.untrusted_files import UnreadableFileError, first_fault, read_bytes, why
@@ -39,16 +39,21 @@ class PlannedInput(Section):
     """One corpus file as it was when the folder was begun."""
 
     path: str
-    """Absolute path."""
+    """Absolute path, or URL."""
 
     bytes: int = Field(ge=0)
     """Size in bytes."""
 
-    mtime_ns: int
-    """Time of the last change, in nanoseconds since 1970."""
+    mtime_ns: int | None = None
+    """Time of the last change, in nanoseconds since 1970; None for a URL."""
+
+    version: str | None = None
+    """Value by which a store tells the versions of a file apart, with its name; None without a store that has one."""
 
     def describe(self) -> str:
         """Return size and time in words."""
+        if self.mtime_ns is None:
+            return f"{self.bytes:,} bytes of {self.version or 'an unnamed version'}"
         changed = datetime.fromtimestamp(self.mtime_ns / 1e9, tz=timezone.utc)
         return f"{self.bytes:,} bytes of {changed:%Y-%m-%d %H:%M:%S.%f} UTC"
 
@@ -131,11 +136,6 @@ class ShardPlan(Section):
     """Units in the order of the text."""
 
     @property
-    def num_groups(self) -> int:
-        """Number of groups of digests by which duplicates are searched for."""
-        return num_groups(sum(file.bytes for file in self.inputs))
-
-    @property
     def framing(self) -> DocumentMarkers:
         """Tokens put around each document."""
         return DocumentMarkers(prepend_bos=self.settings.prepend_bos, append_eod=self.settings.append_eod)
@@ -175,7 +175,7 @@ class ShardPlan(Section):
             DataError: one has changed since the folder was begun.
         """
         for planned in self.inputs[unit.first : unit.first + unit.count]:
-            found = planned_input(Path(planned.path))
+            found = planned_input(corpus_path(planned.path), is_fresh=True)
             if found != planned:
                 raise _changed(folder, planned, found)
 
@@ -226,12 +226,21 @@ def _changed(folder: Path, then: PlannedInput, found: PlannedInput) -> DataError
     )
 
 
-def planned_input(path: Path) -> PlannedInput:
+def planned_input(path: CorpusPath, *, is_fresh: bool = False) -> PlannedInput:
     """Return a corpus file as it is now.
 
+    Args:
+        path: the file.
+        is_fresh: ask a store again, past what it has said of the file before.
+
     Raises:
-        DataError: it is gone, or no plain file.
+        DataError: it is gone, no plain file, or in a store that does not give its size.
     """
+    if isinstance(path, RemotePath):
+        facts = path.facts(is_fresh=is_fresh)
+        if facts.bytes is None:
+            raise DataError(f"{path}: wanted a file of known size for --shards, found none; use --output-prefix")
+        return PlannedInput(path=str(path), bytes=facts.bytes, version=facts.version)
     if path == STDIN:
         raise DataError("--input -: wanted files for --shards, found standard input; use --output-prefix")
     try:
@@ -291,7 +300,7 @@ def _units(inputs: Sequence[PlannedInput], text_split: str, unit_bytes: int) -> 
             first, held = place, 0
         held += file.bytes
         if is_cut:
-            path = Path(file.path)
+            path = corpus_path(file.path)
             cuts = sorted({line_start(path, at) for at in range(0, file.bytes, unit_bytes)} | {file.bytes})
             units += [PlannedUnit(first=place, count=1, start=a, end=b) for a, b in pairwise(cuts)]
             first, held = place + 1, 0
@@ -302,7 +311,7 @@ def _units(inputs: Sequence[PlannedInput], text_split: str, unit_bytes: int) -> 
 
 def _has_lines(path: str, text_split: str) -> bool:
     """Return whether a file is uncompressed and each of its lines is a document."""
-    suffix = Path(path).suffix.lower()
+    suffix = corpus_path(path).suffix.lower()
     return suffix in JSON_SUFFIXES or (suffix == ".txt" and text_split == "line")
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from megadiff.data.corpus_streams import CHUNK_BYTES
+from megadiff.data.corpus_streams import CHUNK_BYTES, open_input
 from megadiff.data.documents import SKIPPED, Corpus
+from megadiff.data.duplicates import num_groups, repeats_of, write_digests, write_repeats
 from megadiff.data.preprocess import tokenize_part
+from megadiff.data.remote_files import corpus_path
 from megadiff.data.shards.claims import Claims
-from megadiff.data.shards.duplicates import repeats_of, write_digests, write_repeats
 from megadiff.data.shards.ledger import Ledger, UnitInput, UnitRecord
 from megadiff.data.shards.plan import PlannedUnit, ShardPlan
 from megadiff.data.tokenizers import Tokenizer
@@ -47,6 +48,7 @@ class Worker:
         self._ledger, self._plan, self._tokenizer = ledger, plan, tokenizer
         self._max_bad_lines, self._show = max_bad_lines, show
         self._claims = Claims(ledger.claims_folder)
+        self._repeats: list[Path] = []
 
     def run(self) -> None:
         """Make shards until every unit is done, also those of processes that were killed meanwhile.
@@ -56,7 +58,7 @@ class Worker:
         """
         if self._plan.settings.drop_duplicates:
             self._do_all(self._digests, self._write_digests)
-            self._do_all(self._repeats, self._write_repeats)
+            self._find_repeats()
         while left := sorted(set(range(len(self._plan.units))) - self._ledger.done()):
             if not any([self._try(unit) for unit in left]):
                 time.sleep(_LOOK_EVERY_S)
@@ -65,13 +67,22 @@ class Worker:
     def _digests(self) -> list[Path]:
         return [self._ledger.digests_folder / f"{unit:06d}" for unit in range(len(self._plan.units))]
 
-    @property
-    def _repeats(self) -> list[Path]:
-        return [self._ledger.repeats_folder / f"{group:04d}" for group in range(self._plan.num_groups)]
+    def _find_repeats(self) -> None:
+        try:
+            groups = num_groups(self._digests)
+        except OSError as error:
+            if self._is_all_done():  # and the digests have been removed
+                return
+            raise self._ledger.refused(error) from error
+        self._repeats = [self._ledger.repeats_folder / f"{group:04d}" for group in range(groups)]
+        self._do_all(self._repeats, self._write_repeats)
+
+    def _is_all_done(self) -> bool:
+        return len(self._ledger.done()) == len(self._plan.units)
 
     def _do_all(self, files: list[Path], write: Callable[[int, Path], None]) -> None:
         """Write all of some files, each in one process; return at once when every shard is there without them."""
-        while any(not path.exists() for path in files) and len(self._ledger.done()) < len(self._plan.units):
+        while any(not path.exists() for path in files) and not self._is_all_done():
             if not any([self._do(number, path, write) for number, path in enumerate(files)]):
                 time.sleep(_LOOK_EVERY_S)
 
@@ -94,7 +105,7 @@ class Worker:
         write_digests(self._plan.corpus_of(planned, max_bad_lines=self._max_bad_lines), path)
 
     def _write_repeats(self, group: int, path: Path) -> None:
-        write_repeats(self._digests, path, group=group, groups=self._plan.num_groups)
+        write_repeats(self._digests, path, group=group, groups=len(self._repeats))
 
     def _try(self, unit: int) -> bool:
         """Make the shard of a unit unless it is done or taken; return whether it was made."""
@@ -170,8 +181,8 @@ class _WholeFile:
 
     def __init__(self, plan: ShardPlan, unit: PlannedUnit) -> None:
         self._digest = hashlib.sha256()
-        self._failure: OSError | None = None
-        self._path = Path(plan.inputs[unit.first].path)
+        self._failure: OSError | DataError | None = None
+        self._path = corpus_path(plan.inputs[unit.first].path)
         self._thread: threading.Thread | None = None
         if unit.end is not None and unit.start == 0:
             self._thread = threading.Thread(target=self._read, name="hash", daemon=True)
@@ -182,14 +193,16 @@ class _WholeFile:
         if self._thread is None:
             return None
         self._thread.join()
+        if isinstance(self._failure, DataError):
+            raise self._failure
         if self._failure is not None:
-            raise DataError(f"{self._path}: reading failed ({self._failure.strerror}); check the disk")
+            raise DataError(f"{self._path}: reading failed ({self._failure.strerror}); check the disk or the store")
         return self._digest.hexdigest()
 
     def _read(self) -> None:
         try:
-            with open(self._path, "rb", buffering=0) as file:
+            with open_input(self._path) as file:
                 while chunk := file.read(CHUNK_BYTES):
                     self._digest.update(chunk)
-        except OSError as error:
+        except (OSError, DataError) as error:
             self._failure = error

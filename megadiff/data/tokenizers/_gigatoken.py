@@ -3,6 +3,9 @@
 
 It is many times as fast and knows the usual ways to split text, but not all. The proof compares both on strings that
 are hard to split and on a sample of the corpus. While a corpus is tokenized, one text of each batch is compared too.
+
+Unicode's normal forms depend on the version of Unicode that a library knows: combining marks that are newer than the
+version of `tokenizers` stay where they are there, and are moved here. So texts get their normal form from `tokenizers`.
 """
 
 from __future__ import annotations
@@ -10,8 +13,10 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
+
+from tokenizers import normalizers
 
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.data.tokenizers._pipeline import Pipeline
@@ -29,6 +34,7 @@ _RENEW_CHARACTERS = 2**27
 """Number of characters after which the library is loaded again: it keeps every word that it has seen."""
 
 _COMPARED_CHARACTERS = 2**14
+_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 _HARD = (
     "",
     " ",
@@ -76,7 +82,10 @@ class GigatokenTokenizer:
         if not isinstance(tokenizer, Pipeline):
             raise UnfitError("it takes tokenizers of a tokenizer.json only")
         self._tokenizer, self._parallel = tokenizer, parallel
-        self._definition = _plain(tokenizer.definition)
+        plain = _plain(tokenizer.definition)
+        self._normal_form = _normal_form(plain)
+        self._names = [token["content"] for token in plain["added_tokens"]]
+        self._definition = json.dumps(plain)
         self._forbidden = tokenizer.never_text
         self._since_renewal = self._batches = 0
         self._library = self._loaded()
@@ -94,7 +103,7 @@ class GigatokenTokenizer:
             return []
         self._renew(sum(map(len, texts)))
         try:
-            found = self._library.encode_batch_list(list(texts), parallel=self._parallel)
+            found = self._encoded(texts)
         except Exception:  # whatever is wrong with a text is named by the tokenizer itself
             return self._tokenizer.encode_batch(texts)
         if not all(map(self._forbidden.isdisjoint, found)):
@@ -113,10 +122,25 @@ class GigatokenTokenizer:
         """
         texts = [*hard_strings(), *sample]
         wanted = self._tokenizer.encode_batch(texts)
-        found = self._library.encode_batch_list(texts, parallel=self._parallel)
+        found = self._encoded(texts)
         for text, ids, other in zip(texts, wanted, found, strict=True):
             if ids != other:
                 raise UnfitError(f"it gives other ids for {text[:40]!r}")
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the library's ids of each text, and those of `tokenizers` where the order of its steps matters.
+
+        A name of the vocabulary that was added to it is found before or after a text gets its normal form.
+        """
+        if self._normal_form is None:
+            return self._library.encode_batch_list(list(texts), parallel=self._parallel)
+        normal = [text if text.isascii() else self._normal_form(text) for text in texts]
+        found = self._library.encode_batch_list(normal, parallel=self._parallel)
+        if self._names:
+            for place, (text, other) in enumerate(zip(texts, normal, strict=True)):
+                if not text.isascii() and any(name in text or name in other for name in self._names):
+                    found[place] = self._tokenizer.encode(text)
+        return found
 
     def _compare(self, text: str, found: list[int]) -> None:
         if self._tokenizer.encode(text) != found:
@@ -167,8 +191,23 @@ def hard_strings() -> Iterator[str]:
         yield "".join(draw.choices(_POOL, k=draw.randint(1, 24)))
 
 
-def _plain(definition: dict[str, Any]) -> str:
-    """Return a definition as JSON in which no text is a special token, and splits are spelled as the library does."""
+def _normal_form(plain: dict[str, Any]) -> Callable[[str], str] | None:
+    """Take a Unicode normal form out of a definition and return it as a function; None if it has none.
+
+    Raises:
+        UnfitError: the form is one of several steps, between which it cannot be taken out.
+    """
+    normalizer = plain.get("normalizer") or {}
+    if (name := normalizer.get("type")) in _FORMS:
+        plain["normalizer"] = None
+        return getattr(normalizers, name)().normalize_str
+    if any(f'"{form}"' in json.dumps(normalizer) for form in _FORMS):
+        raise UnfitError("its normal form of Unicode is one of several steps")
+    return None
+
+
+def _plain(definition: dict[str, Any]) -> dict[str, Any]:
+    """Return a definition in which no text is a special token, and splits are spelled as the library does."""
     plain = copy.deepcopy(definition)
     plain["added_tokens"] = [token for token in plain.get("added_tokens", []) if not token.get("special")]
     plain |= {"post_processor": None, "truncation": None, "padding": None}
@@ -177,4 +216,4 @@ def _plain(definition: dict[str, Any]) -> str:
         pattern = step.get("pattern")
         if isinstance(pattern, dict) and pattern.get("Regex") in _SPLITS:
             pattern["Regex"] = _SPLITS[pattern["Regex"]]
-    return json.dumps(plain)
+    return plain
