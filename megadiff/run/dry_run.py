@@ -73,6 +73,22 @@ class RankReport:
     vocabulary: range
     """Entries of embedding and head that it holds; empty on a stage without either."""
 
+    @property
+    def needed(self) -> int:
+        """Bytes of the run as configured: what was built, and what the closed form adds for parts that were not."""
+        return self.built.total + self.configured.total - self.estimated.total
+
+    @property
+    def not_built(self) -> str:
+        """Names of what the run as configured has and was not built; empty if there is nothing."""
+        configured, estimated = self.configured, self.estimated
+        activations = configured.activations_per_microbatch != estimated.activations_per_microbatch
+        named = {
+            "FP8 copies of the weights": configured.parameters != estimated.parameters,
+            "Transformer Engine's layers": activations,
+        }
+        return ", ".join(name for name, is_there in named.items() if is_there)
+
 
 @dataclass(frozen=True)
 class DryRun:
@@ -140,6 +156,7 @@ def as_json(found: DryRun) -> str:
     for counted, rank in zip(tree["ranks"], found.ranks, strict=True):
         for name in ("built", "estimated", "configured"):
             counted[name]["total"] = getattr(rank, name).total
+        counted["needed"] = rank.needed
     return json.dumps(tree, indent=1, default=lambda span: [span.start, span.stop - 1] if span else None)
 
 
@@ -162,7 +179,7 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
         lines.append(f"  {name:<15} {gib(ours)}{note}, estimate {gib(theirs)}{difference}")
     if report.configured != estimated:
         lines.append(
-            f"  as configured   {gib(report.configured.total)} in all by the closed form ({_not_built(report)})"
+            f"  as configured   {gib(report.needed)} in all, the difference by the closed form ({report.not_built})"
         )
     microbatches = layout.num_microbatches
     lines.append(
@@ -188,16 +205,6 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
     first = ", ".join(_span(samples) for samples in report.samples[:3])
     lines.append(f"  step 1          sequences {first}{', ...' if len(report.samples) > 3 else ''}")
     return lines
-
-
-def _not_built(report: RankReport) -> str:
-    """Return the names of what the closed form counts for the run as configured and was not built."""
-    configured, estimated = report.configured, report.estimated
-    named = {
-        "FP8 copies of the weights": configured.parameters != estimated.parameters,
-        "Transformer Engine's layers": configured.activations_per_microbatch != estimated.activations_per_microbatch,
-    }
-    return ", ".join(name for name, is_there in named.items() if is_there)
 
 
 def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platform: Platform) -> RankReport:

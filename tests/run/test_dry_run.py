@@ -245,28 +245,55 @@ def test_what_was_configured_and_not_built_is_named(toy_corpus: Path, tmp_path: 
     assert rank["built"]["total"] == sum(
         rank["built"][name] for name in ("parameters", "gradients", "optimizer", "activations", "logits")
     )
+    assert rank["needed"] == rank["built"]["total"] + rank["configured"]["total"] - rank["estimated"]["total"]
+    assert rank["needed"] != rank["built"]["total"]
     assert "by the closed form (FP8 copies of the weights, Transformer Engine's layers)" in ended.out
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"parallel__recompute": "selective", "parallel__recompute_modules": ["mlp", "layernorm"]},
-        {"model__softcap": 30.0},
+SELECTIVE = {"parallel__recompute": "selective", "parallel__recompute_modules": ["mlp", "layernorm"]}
+INTERLEAVED = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
+SINGLE: dict[str, tuple[int, dict[str, Any]]] = {
+    "selective": (1, SELECTIVE),
+    "full": (1, {"parallel__recompute": "full"}),
+    "softcap": (1, {"model__softcap": 30.0}),
+    "no master weights": (
+        1,
         {"precision__master_weights": False, "optimizer__name": "laprop", "optimizer__clip_grad": 0},
-        {"optimizer__name": "muon"},
-    ],
-    ids=["selective", "softcap", "no master weights", "muon"],
-)
-def test_the_closed_form_agrees_on_single_settings(toy_corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    ),
+    "muon": (1, {"optimizer__name": "muon"}),
+    "interleaved": (2, INTERLEAVED),
+    "interleaved, selective": (2, {**INTERLEAVED, **SELECTIVE}),
+    "interleaved, full": (2, {**INTERLEAVED, "parallel__recompute": "full"}),
+    "interleaved, full for some": (
+        2,
+        {**INTERLEAVED, "parallel__recompute": "full", "parallel__recompute_layers": 1, "model__layers": 8},
+    ),
+    "stages in full, sequence": (
+        4,
+        {
+            "parallel__pipeline": 2,
+            "parallel__tensor": 2,
+            "parallel__sequence": True,
+            "parallel__recompute": "full",
+            **GIDD,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", SINGLE)
+def test_the_closed_form_agrees_on_single_settings(toy_corpus: Path, tmp_path: Path, setting: str) -> None:
     size = {"model__hidden": 256, "model__seq_length": 128, "batch__micro_batch_size": 1}
-    tree = toy_tree(toy_corpus, tmp_path, precision__compute="bf16", **size, **changes)
+    ranks, changes = SINGLE[setting]
+    tree = toy_tree(toy_corpus, tmp_path, precision__compute="bf16", **{**size, **changes})
     out = tmp_path / "found.json"
-    ended = _dry_run(write_yaml(tmp_path / "run.yaml", tree), 1, "--output", str(out))
+    file = write_yaml(tmp_path / "run.yaml", tree)
+    ended = _dry_run(file, ranks, *(["--all-stages"] if ranks > 1 else []), "--output", str(out))
     assert ended.code == 0, ended.err
-    (rank,) = json.loads(out.read_text())["ranks"]
-    for name, tolerance in {"parameters": 0.005, "gradients": 0.005, "optimizer": 0.005, "activations": 0.1}.items():
-        assert rank["built"][name] == pytest.approx(rank["estimated"][name], rel=tolerance), name
+    parts = {"parameters": 0.005, "gradients": 0.005, "optimizer": 0.005, "activations": 0.1, "total": 0.1}
+    for rank in json.loads(out.read_text())["ranks"]:
+        for name, tolerance in parts.items():
+            assert rank["built"][name] == pytest.approx(rank["estimated"][name], rel=tolerance), name
 
 
 @pytest.mark.parametrize(
