@@ -320,8 +320,9 @@ def stage_memory(
     inputs_only = layout.recompute_layers * layout.virtual_pipeline
     per_token = (layers - inputs_only) * _layer_bytes(shape, layout, precision)
     per_token += inputs_only * _stream(shape, layout) * _size(precision.compute)
-    if inputs_only:  # the rotary embedding's cosines and sines, an input of every recomputed layer of a chunk
-        per_token += 8 * shape.head_width * layout.virtual_pipeline / layout.micro_batch_size
+    if inputs_only:  # an input of every recomputed layer of a chunk: angles, or their cosines and sines
+        rotation = (1 if layout.fused_layers else 2) * 4 * shape.head_width
+        per_token += rotation * layout.virtual_pipeline / layout.micro_batch_size
     per_token += last * _final_norm_bytes(shape, layout, precision)
     kept = tokens * per_token
     fp8_copies = 2 * layers * shape.layer_matrices // layout.tensor

@@ -82,7 +82,7 @@ def _answer(line: Mapping[str, Any]) -> Fullest | Refused:
 
 
 def _main(folder: str, *ranks: str) -> None:
-    """Answer for every description in a folder, as one line of JSON."""
+    """Write one line of JSON with an answer for every description in a folder."""
     from megadiff.platform.quiet import quiet
 
     answers: list[Fullest | Refused] = []
