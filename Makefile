@@ -7,13 +7,14 @@ export OMP_NUM_THREADS ?= 1
 # These run with the shapes and dtypes of every call checked (tests/support/shapes.py).
 MATHEMATICS := tests/diffusion tests/loss tests/sampling
 
-.PHONY: demo test test-versions check docs bench clean help
+.PHONY: demo test test-versions check docs bench clean help  # and test-python-3.12, test-python-3.13
 
 help:
 	@echo "make demo   real text -> tokenizer -> training on 8 CPU ranks, resumed on 2 -> held-out ELBO -> samples ->"
 	@echo "            Hugging Face"
 	@echo "make test   the test suite"
 	@echo "make test-versions  what depends on them, with the newest megatron-core and with Transformer Engine's layers"
+	@echo "make test-python-3.12 (or 3.13)  layouts, resumption and checkpoints with another Python"
 	@echo "make check  ruff, pyright, import rules"
 	@echo "make docs   the pages of docs/ as a site in site/; a broken link is an error"
 	@echo "make bench  what a CPU can measure: noising, the output head, a training step, a save's stall, sampling, the cache of"
@@ -54,6 +55,21 @@ test-versions: $(VERSIONS)/.installed
 	    tests/model/test_direct_layer.py tests/model/test_layers.py tests/model/test_initialisation.py \
 	    tests/distributed/test_layouts.py tests/distributed/test_resume.py \
 	    tests/distributed/test_wrong_on_purpose.py tests/run/test_dry_run.py
+
+# An environment with another Python (`make test-python-3.12 OTHER_PYTHON=python3.12`), which gets the newest megatron-core:
+# what depends on versions, in a few minutes.
+OTHER_PYTHON ?= python$*
+$(VERSIONS)/python-%/.installed: setup.py requirements/cpu.txt
+	$(OTHER_PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c requirements/cpu.txt -e ".[fast]" \
+	    pytest pytest-xdist pytest-timeout hypothesis jaxtyping beartype
+	@touch $@
+
+.PRECIOUS: $(VERSIONS)/python-%/.installed
+test-python-%: $(VERSIONS)/python-%/.installed
+	PYTHONPATH=$(CURDIR) $(<D)/bin/python tools/benchmarks/layout_parity.py --at-most 1e-5
+	$(<D)/bin/python -m pytest -n 2 --dist loadfile tests/platform tests/optim/test_optimizer.py \
+	    tests/distributed/test_resume.py tests/checkpoint/test_extra_state.py tests/checkpoint/test_safe_metadata.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

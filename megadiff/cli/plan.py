@@ -12,8 +12,10 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from megadiff.config.command_line import CommandParser
@@ -22,7 +24,7 @@ from megadiff.platform.gpus import DEFAULT_GPU, DEFAULT_MFU, check_mfu
 
 if TYPE_CHECKING:
     from megadiff.run.config import RunConfig
-    from megadiff.run.planned import PlannedRun
+    from megadiff.run.planned import PlannedLayout, PlannedRun
     from megadiff.scaling.goal import Goal
     from megadiff.scaling.laws import LawBook
     from megadiff.scaling.planner import Plan
@@ -40,6 +42,10 @@ _WIDE = 512
 _SAME_SIZE = 0.02
 """Relative difference of parameters below which a base file's model is that of the plan."""
 _LONGEST_HOURS = 24
+_DRY_RUN_S = 180.0
+"""Seconds after which a dry run is given up, and the closed form is taken; it takes about ten on an idle machine."""
+_MOST_TRIED = 4
+"""Number of layouts that dry runs may reject before the plan is given up."""
 
 
 def main() -> None:
@@ -59,12 +65,75 @@ def main() -> None:
 
     goal = _goal(arguments, known_noise(arguments.noise, book.plannable))
     make = fitting_number if arguments.gpus is None else planned_run
-    run = make(goal, book, gpus_per_node=arguments.gpus_per_node)
-    print("\n".join(_lines(arguments, run, book)))
+
+    def planned(excluded: Collection[PlannedLayout]) -> PlannedRun:
+        return make(goal, book, gpus_per_node=arguments.gpus_per_node, excluded=excluded)
+
+    run, source = planned(()), "closed form; --output tries it by a dry run"
+    if arguments.output is not None:
+        run, source = _confirmed(arguments, run, planned)
+    print("\n".join(_lines(arguments, run, book, source)))
     if arguments.output is not None:
         _write(arguments, run)
         print(f"written           {arguments.output}")
     print(f"submit            {_submit(arguments, run)}")
+
+
+def _confirmed(
+    arguments: argparse.Namespace, run: PlannedRun, planned: Callable[[Collection[PlannedLayout]], PlannedRun]
+) -> tuple[PlannedRun, str]:
+    """Return the plan whose layout fits by a dry run, and the source of its memory in words.
+
+    Args:
+        arguments: the command line.
+        run: the plan by the closed form.
+        planned: function that plans without some layouts.
+
+    Raises:
+        ConfigError: a dry run refuses the run, or no layout fits.
+    """
+    from megadiff.run.dry_runs import Refused, dry_runs
+    from megadiff.run.planned import MEMORY_SHARE
+
+    excluded: list[PlannedLayout] = []
+    while True:
+        hardware = run.plan.goal.hardware
+        assert hardware is not None
+        room = MEMORY_SHARE * hardware.gpu.memory_bytes
+        config = _config(arguments, run)
+        _compare(config, run)
+        answers = dry_runs([(config, run.layout.ranks)], limit_s=_DRY_RUN_S)
+        if answers is None:
+            return run, "closed form, as the dry run gave no answer"
+        (found,) = answers
+        if isinstance(found, Refused):
+            hint = " (here with --vocab-size)" if found.sentence.startswith("data.vocab_size") else ""
+            raise ConfigError(f"a dry run refuses the planned run: {found.sentence}{hint}")
+        if found.total_bytes <= room:
+            layout = replace(run.layout, bytes_per_rank=found.total_bytes)
+            return replace(run, layout=layout), f"dry run of rank {found.rank}"
+        excluded.append(run.layout)
+        if len(excluded) == _MOST_TRIED:
+            raise ConfigError(
+                f"by dry runs none of the {_MOST_TRIED} fastest layouts fits, though the closed form says so: the last "
+                f"needs {found.total_bytes / 2**30:.3g} GiB of the {room / 2**30:.3g} GiB to fill on a "
+                f"{hardware.gpu.name}; take more GPUs, or ones with more memory"
+            )
+        run = planned(excluded)
+
+
+def _config(arguments: argparse.Namespace, run: PlannedRun) -> RunConfig:
+    """Return the planned run as a configuration, with local layers."""
+    from megadiff.config.load import load_config
+    from megadiff.run.config import RunConfig
+    from megadiff.run.planned import description, run_tree
+
+    base = None if arguments.base is None else str(arguments.base.resolve())
+    tree = run_tree(run, name="plan", with_paper=base is None)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "plan.yaml")
+        path.write_text(description(tree, comment=[], base=base), encoding="utf-8")
+        return load_config(path, ["transformer_impl=local"], RunConfig)
 
 
 def _arguments() -> argparse.Namespace:
@@ -217,7 +286,7 @@ def _table(arguments: argparse.Namespace, book: LawBook) -> Iterator[str]:
         yield f"remark            {sentence}"
 
 
-def _lines(arguments: argparse.Namespace, run: PlannedRun, book: LawBook) -> Iterator[str]:
+def _lines(arguments: argparse.Namespace, run: PlannedRun, book: LawBook, source: str) -> Iterator[str]:
     """Yield the plan's lines."""
     made, layout = run.plan, run.layout
     goal, size = made.goal, made.size
@@ -242,7 +311,7 @@ def _lines(arguments: argparse.Namespace, run: PlannedRun, book: LawBook) -> Ite
         f"{made.warmup_steps:,} steps, cooldown over the last {made.decay_steps:,}"
     )
     yield from _loss_lines(made, book)
-    yield from _machine_lines(arguments, run)
+    yield from _machine_lines(arguments, run, source)
     for bound in made.bounds:
         yield f"bound             {bound.what}; costs {100 * bound.cost:.3f} % of the loss"
     for phrase in made.extrapolations:
@@ -312,7 +381,7 @@ def _loss_lines(made: Plan, book: LawBook) -> Iterator[str]:
         )
 
 
-def _machine_lines(arguments: argparse.Namespace, run: PlannedRun) -> Iterator[str]:
+def _machine_lines(arguments: argparse.Namespace, run: PlannedRun, source: str) -> Iterator[str]:
     made, layout = run.plan, run.layout
     hardware = made.goal.hardware
     assert hardware is not None
@@ -324,7 +393,7 @@ def _machine_lines(arguments: argparse.Namespace, run: PlannedRun) -> Iterator[s
         f"microbatches of {layout.micro_batch_size}, recomputation {layout.recompute}"
     )
     needs, has = (f"{count / 2**30:.3g} GiB" for count in (layout.bytes_per_rank, hardware.gpu.memory_bytes))
-    yield f"memory            about {needs} of {has} on the fullest GPU (estimate for local layers)"
+    yield f"memory            about {needs} of {has} on the fullest GPU ({source}, local layers)"
     peak = f"{hardware.gpu.peak_flops / 1e12:,.0f} TFLOP/s"
     share = f"{100 * hardware.utilisation:g} %"
     yield f"time              {run.hours:,.1f} hours, {run.gpu_hours:,.0f} GPU hours, at {share} of {peak}"
@@ -358,7 +427,6 @@ def _write(arguments: argparse.Namespace, run: PlannedRun) -> None:
         write_atomically(draft, text)
         config = load_config(draft, [], RunConfig)
         config.layout(world_size=run.layout.ranks, vocab_size=made.goal.vocab_size)
-        _compare(config, run)
         draft.replace(output)
     except OSError as error:
         reason = error.strerror or error

@@ -5,7 +5,8 @@ Symbols: L layers, d hidden width, f MLP multiple, V vocabulary entries with the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megadiff.errors import ConfigError
@@ -261,6 +262,8 @@ class Precision:
     fp32_gradients: bool = True
     moments: int = 2
     """Number of fp32 values that the optimizer keeps for each parameter beside the master copy."""
+    role_moments: Mapping[str, int] = field(default_factory=dict)
+    """Number for the parameters of a role (`hidden`, `embedding`, `head`, `norm`, `bias`) that has another one."""
     fp8: bool = False
     """The layers' matrices also as FP8, once each way they are multiplied, from a step's first microbatch on."""
 
@@ -304,24 +307,29 @@ def stage_memory(
     sequences = vocab_entries if vocab_entries is not None else padded_vocab_size(shape.vocab_size)
     first, last = stage == 0, stage == layout.pipeline - 1
     layers = -(-shape.layers // layout.pipeline)
-    held = layers * _layer_parameters(shape, layout.tensor)
-    tables = first or last if shape.tie_embeddings else first + last
-    held += tables * sequences * shape.hidden // layout.tensor + last * shape.hidden
+    table = sequences * shape.hidden // layout.tensor
+    by_role = {role: layers * count for role, count in _layer_parameters(shape, layout.tensor).items()}
+    by_role["norm"] += last * shape.hidden
+    by_role["embedding"] = (first or (last and shape.tie_embeddings)) * table
+    by_role["head"] = (last and not shape.tie_embeddings) * table
+    held = sum(by_role.values())
     replicas = layout.data * layout.context if layout.distributed_optimizer else 1
-    state_bytes = 4 * precision.moments + 4 * (precision.master_weights and precision.params == "bf16")
+    moments = sum(count * precision.role_moments.get(role, precision.moments) for role, count in by_role.items())
+    state_bytes = 4 * moments + 4 * held * (precision.master_weights and precision.params == "bf16")
     tokens = layout.micro_batch_size * shape.seq_length // layout.context
     inputs_only = layout.recompute_layers * layout.virtual_pipeline
     per_token = (layers - inputs_only) * _layer_bytes(shape, layout, precision)
     per_token += inputs_only * _stream(shape, layout) * _size(precision.compute)
-    if inputs_only:  # the angles of the rotary embedding, an input of every recomputed layer
-        per_token += 4 * shape.head_width / layout.micro_batch_size
+    if inputs_only:  # an input of every recomputed layer of a chunk: angles, or their cosines and sines
+        rotation = (1 if layout.fused_layers else 2) * 4 * shape.head_width
+        per_token += rotation * layout.virtual_pipeline / layout.micro_batch_size
     per_token += last * _final_norm_bytes(shape, layout, precision)
     kept = tokens * per_token
     fp8_copies = 2 * layers * shape.layer_matrices // layout.tensor
     return Memory(
         parameters=held * _size(precision.params) + fp8_copies * precision.fp8,
         gradients=held * (4 if precision.fp32_gradients else _size(precision.params)),
-        optimizer=-(-held * state_bytes // replicas),
+        optimizer=-(-state_bytes // replicas),
         activations_per_microbatch=round(kept),
         activations=round(kept * layout.in_flight(stage)),
         logits=_head(layout, precision, tokens, sequences // layout.tensor, shape.hidden) if last else 0,
@@ -336,12 +344,18 @@ def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidde
     return elements * (size + 8)  # in compute precision, once more as float32, and their float32 gradient
 
 
-def _layer_parameters(shape: Shape, tensor: int) -> int:
-    """Return the parameters of one layer on one rank; norm gains and the bias of `down` are whole on every rank."""
+def _layer_parameters(shape: Shape, tensor: int) -> dict[str, int]:
+    """Return the parameters of one layer on one rank by role.
+
+    Norm gains and the biases on the residual stream are whole on every rank; sinks count as biases.
+    """
     gains = (shape.query_width + shape.key_width) * (shape.qk_norm == "full")
-    split = shape.layer_matrices + shape.cut_biases + 2 * shape.query_width * shape.sink + gains
-    whole = 2 * shape.hidden + shape.whole_biases + 2 * shape.head_width * (shape.qk_norm == "head")
-    return split // tensor + whole
+    whole_gains = 2 * shape.hidden + 2 * shape.head_width * (shape.qk_norm == "head")
+    return {
+        "hidden": shape.layer_matrices // tensor,
+        "norm": gains // tensor + whole_gains,
+        "bias": (shape.cut_biases + 2 * shape.query_width * shape.sink) // tensor + shape.whole_biases,
+    }
 
 
 def _layer_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:

@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
     Packed queries, keys and values are three matrices, and so are a gate and what it multiplies two. Cuts of matrices
     over tensor ranks are made orthogonal together; of parts on data-parallel ranks, one rank makes the whole matrix
-    orthogonal for all that hold parts. The momentum is called `exp_avg`; `exp_avg_sq` of a matrix stays zero.
+    orthogonal for all that hold parts. The momentum is called `exp_avg`; matrices have no `exp_avg_sq`.
 
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon/.
     """
@@ -173,7 +173,8 @@ def _summed(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Return zero moments and a count of steps."""
+    """Return a count of steps and zero moments: one for a matrix, two for any other parameter."""
     del group
-    moments = {key: torch.zeros_like(parameter, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
+    keys = ("exp_avg",) if piece_of(parameter).role == "hidden" else ("exp_avg", "exp_avg_sq")
+    moments = {key: torch.zeros_like(parameter, dtype=torch.float32) for key in keys}
     return {"step": torch.zeros(()), **moments}

@@ -12,6 +12,7 @@ megatron-core 0.16.1, `optimizer/distrib_optimizer.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +28,15 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig as Megatron
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megadiff.config.registry import naming
 from megadiff.optim.config import OptimizerConfig
 from megadiff.optim.groups import parameter_groups
 from megadiff.optim.member import STEP, Member, load_member
-from megadiff.optim.pieces import mark_pieces
+from megadiff.optim.pieces import mark_pieces, piece_of, unsent
 from megadiff.optim.probe import refuse_unsavable
 from megadiff.optim.resharding import in_the_form_of, keep_float32_state
 from megadiff.optim.rules import Scale
+from megadiff.parallel.collectives import Collectives
 from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform import megatron_versions
@@ -162,6 +165,20 @@ class ShardedOptimizer(DistributedOptimizer):
             state[index] = {dtype: tensors}
         return state
 
+    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the parent's sharded state without the keys that a parameter's role does not keep.
+
+        The parent gives every parameter of a gradient buffer the same keys; the places of others are zeros here.
+        """
+        state: Any = super().sharded_param_state_fully_reshardable(*args, **kwargs)
+        parameters = [parameter for buffer in self.buffers for parameter in buffer.param_index_map]
+        for index, parameter in enumerate(parameters):
+            kept = self._member.keys_of(parameter)
+            for key in self._member.state_keys:
+                if key not in kept:
+                    del state[index][key]
+        return state
+
     def _gathered(self, key: str, gradients: torch.Tensor, ranges: Mapping[Any, Any]) -> torch.Tensor:
         """Return one kind of state of a whole bucket, from the parts of all data-parallel ranks.
 
@@ -173,6 +190,8 @@ class ShardedOptimizer(DistributedOptimizer):
         ranks = self.data_parallel_group.size()
         part = torch.zeros(gradients.numel() // ranks, dtype=torch.float32, device=gradients.device)
         for parameter, places in ranges.items():
+            if key != "param" and key not in self._member.keys_of(parameter):
+                continue
             own = self._get_main_param_and_optimizer_states(parameter)[key]
             part[places["gbuf_local"].start : places["gbuf_local"].end].copy_(own.detach())
         parts = [torch.empty_like(part) for _ in range(ranks)]
@@ -188,7 +207,7 @@ class ShardedOptimizer(DistributedOptimizer):
         main = self.optimizer.param_groups[group_index]["params"][group_order]
         if "param" in tensors:
             main.copy_(tensors["param"])
-        for key in self._member.state_keys:
+        for key in self._member.keys_of(main):
             self.optimizer.state[main][key].copy_(tensors[key])
 
     def _step(self) -> float | int | None:
@@ -203,6 +222,23 @@ class ShardedOptimizer(DistributedOptimizer):
 def _identity(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what tells a parameter group from the others, here and in a checkpoint."""
     return tuple(group.get(key) for key in param_group_identifier_keys)
+
+
+@dataclass(frozen=True)
+class UpdateTraffic:
+    """Communication of a rank in one update by an optimizer that puts pieces of matrices together."""
+
+    data_bytes: int = 0
+    """Bytes sent to other data-parallel ranks, parts of matrices to their owners and results from owners; as many are
+    received."""
+    matrices: int = 0
+    """Number of weights of which this rank holds a part and others the rest."""
+    owned: int = 0
+    """Number of these on which this rank works for all."""
+    tensor_calls: int = 0
+    """Number of collectives between tensor ranks."""
+    tensor_bytes: int = 0
+    """Bytes that these reduce."""
 
 
 class Optimizer:
@@ -260,6 +296,32 @@ class Optimizer:
         )
         held += [weight for group in masters for weight in group if weight is not None]
         return sum(value.numel() * value.element_size() for value in held if isinstance(value, Tensor))
+
+    def update_traffic(self) -> UpdateTraffic:
+        """Return the communication of one update, for an optimizer that puts pieces of matrices together.
+
+        The update is taken on weights without values, and nothing is sent.
+        """
+        inner = self._wrapped.optimizer
+        if not self._member.gathers:
+            return UpdateTraffic()
+        self._member.complete_state(inner)
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        split = [piece for piece in map(piece_of, parameters) if piece.role == "hidden" and piece.is_split]
+        sent: list[Tensor] = []
+
+        def count(messages: Sequence[dist.P2POp]) -> None:
+            sent.extend(message.tensor for message in messages if message.op is dist.isend)
+
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        with unsent(count), Collectives() as collectives, naming(self._member.module, "step"):
+            inner.step()
+        for parameter in parameters:
+            parameter.grad = None
+        owned = sum(piece.owner == dist.get_rank() for piece in split)
+        data_bytes = sum(tensor.numel() * tensor.element_size() for tensor in sent)
+        return UpdateTraffic(data_bytes, len(split), owned, collectives.calls, collectives.bytes)
 
     def zero_grad(self) -> None:
         """Clear the gradients of the last step."""
@@ -364,10 +426,9 @@ def build_optimizer(
             base.state.clear()
         else:
             wrapped = FP32Optimizer(base, config, allocate)
-        if is_allocated:  # when it was built, for weights that the wrapper may have replaced
-            member.complete_state(base)
         wrapped.grad_stats_parallel_group = stats_group
         wrapped.tp_group = topology.tensor_group
-        if member.gathers:
-            mark_pieces(wrapped, roles, topology)
+        mark_pieces(wrapped, roles, topology)
+        if is_allocated:  # when it was built, for weights that the wrapper may have replaced
+            member.complete_state(base)
     return Optimizer(wrapped, member, settings, platform.device)

@@ -8,7 +8,9 @@ matrix lies whole on one rank or in parts on consecutive ones.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,6 +21,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megadiff.parallel.topology import Topology
+
+_count: ContextVar[Callable[[Sequence[dist.P2POp]], None] | None] = ContextVar("count", default=None)
+"""Function that gets the messages in the place of the other ranks; None where they are sent."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +194,21 @@ def on_owners(
     return results
 
 
-def _exchange(messages: list[dist.P2POp]) -> None:
-    for request in dist.batch_isend_irecv(messages) if messages else ():
+@contextmanager
+def unsent(count: Callable[[Sequence[dist.P2POp]], None]) -> Iterator[None]:
+    """Give the messages between holders to `count` inside the block and send none, for ranks that do not exist."""
+    token = _count.set(count)
+    try:
+        yield
+    finally:
+        _count.reset(token)
+
+
+def _exchange(messages: Sequence[dist.P2POp]) -> None:
+    if (count := _count.get()) is not None:
+        count(messages)
+        return
+    for request in dist.batch_isend_irecv(list(messages)) if messages else ():
         request.wait()
 
 

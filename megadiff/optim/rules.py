@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megadiff.optim.config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from megadiff.optim.member import Member
+
+
+ROLES = ("hidden", "embedding", "head", "norm", "bias")
+"""Roles of parameters; `hidden` are the blocks' matrices."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +79,29 @@ class Effective:
     lr: float
     weight_decay: float
     eps: float | None
-    """None for an optimizer without a setting `eps`."""
+    """None where the role's updates use none."""
     factor: str
     """Factor between `optimizer.lr` and `lr`, as text such as `1/128` or `0.02`; empty where it is 1."""
+    own: dict[str, Any]
+    """Values of the optimizer's own settings that this role's updates use, where they differ from other roles'."""
 
 
-def effective(settings: OptimizerConfig, scale: Scale) -> list[Effective]:
-    """Return what each role's parameters are updated with, in the order of `rules`."""
+def effective(settings: OptimizerConfig, scale: Scale, member: Member) -> list[Effective]:
+    """Return what each role's parameters are updated with, in the order of `ROLES`."""
     eps = effective_eps(settings, scale)
     found = []
     for role, rule in rules(settings, hidden=scale.hidden).items():
         is_per_width = rule.lr_mult != 1 and rule.lr_mult == 1.0 / scale.hidden
         factor = f"1/{scale.hidden}" if is_per_width else "" if rule.lr_mult == 1 else f"{rule.lr_mult:g}"
-        found.append(Effective(role, settings.lr * rule.lr_mult, settings.weight_decay * rule.wd_mult, eps, factor))
+        names = member.role_settings.get(role)
+        found.append(
+            Effective(
+                role,
+                settings.lr * rule.lr_mult,
+                settings.weight_decay * rule.wd_mult,
+                eps if names is None or "eps" in names else None,
+                factor,
+                {name: getattr(settings, name) for name in names or () if name != "eps"},
+            )
+        )
     return found

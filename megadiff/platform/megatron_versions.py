@@ -2,7 +2,8 @@
 
 Supported are 0.16 (Python 3.10 and newer) and 0.17 to 0.19 (Python 3.12 and newer by their own metadata). The layout,
 resume and checkpoint tests run on 0.16.1 and, by `make test-versions`, on 0.19.2, which is unpacked beside the
-environment. These places treat them differently, or replace parts of the library by name:
+environment; by `make test-python-3.12` a part of them runs where 0.19 was installed by pip. These places treat them
+differently, or replace parts of the library by name:
 
 =============================================  =====================================================================
 place                                          difference

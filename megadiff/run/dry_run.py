@@ -17,8 +17,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megadiff.data.loader import microbatch_samples
 from megadiff.data.tokenizer_files import NoTokenizerError, tokenizer_of
@@ -26,6 +24,8 @@ from megadiff.errors import ConfigError
 from megadiff.model import cost
 from megadiff.model.kernels import check_compilation
 from megadiff.model.saved_tensors import saved_bytes
+from megadiff.optim.optimizer import UpdateTraffic
+from megadiff.parallel.collectives import Collectives
 from megadiff.parallel.config import Layout
 from megadiff.parallel.topology import imagined_process_group, open_topology
 from megadiff.platform.machine import Platform, detect
@@ -58,6 +58,8 @@ class RankReport:
     """Bytes sent to other stages for one microbatch, forward and backward."""
     data_bytes: int
     """Bytes of gradients reduced, and of weights gathered, between data ranks in each step."""
+    update: UpdateTraffic
+    """Communication of the optimizer's update in each step, which puts pieces of matrices together."""
     tensor_group: tuple[int, ...]
     """Ranks of its tensor group, in order."""
     pipeline_group: tuple[int, ...]
@@ -70,6 +72,22 @@ class RankReport:
     """Indices of the sequences of step 1, by microbatch."""
     vocabulary: range
     """Entries of embedding and head that it holds; empty on a stage without either."""
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the run as configured: what was built, and what the closed form adds for parts that were not."""
+        return self.built.total + self.configured.total - self.estimated.total
+
+    @property
+    def not_built(self) -> str:
+        """Names of what the run as configured has and was not built; empty if there is nothing."""
+        configured, estimated = self.configured, self.estimated
+        activations = configured.activations_per_microbatch != estimated.activations_per_microbatch
+        named = {
+            "FP8 copies of the weights": configured.parameters != estimated.parameters,
+            "Transformer Engine's layers": activations,
+        }
+        return ", ".join(name for name, is_there in named.items() if is_there)
 
 
 @dataclass(frozen=True)
@@ -138,6 +156,7 @@ def as_json(found: DryRun) -> str:
     for counted, rank in zip(tree["ranks"], found.ranks, strict=True):
         for name in ("built", "estimated", "configured"):
             counted[name]["total"] = getattr(rank, name).total
+        counted["needed"] = rank.needed
     return json.dumps(tree, indent=1, default=lambda span: [span.start, span.stop - 1] if span else None)
 
 
@@ -160,15 +179,22 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
         lines.append(f"  {name:<15} {gib(ours)}{note}, estimate {gib(theirs)}{difference}")
     if report.configured != estimated:
         lines.append(
-            f"  as configured   {gib(report.configured.total)} in all by the closed form ({_not_built(report)})"
+            f"  as configured   {gib(report.needed)} in all, the difference by the closed form ({report.not_built})"
         )
     microbatches = layout.num_microbatches
     lines.append(
         f"  tensor ranks    {gib(report.tensor_bytes * microbatches)} a step in "
-        f"{report.tensor_calls * microbatches:,} collectives, those of loss and update left out"
+        f"{report.tensor_calls * microbatches:,} collectives, those of the loss left out"
     )
     lines.append(f"  other stages    {gib(report.pipeline_bytes * microbatches)} sent a step")
     lines.append(f"  data ranks      {gib(report.data_bytes)} a step")
+    update = report.update
+    if update.tensor_calls or update.matrices:
+        lines.append(
+            f"  update          {gib(update.data_bytes)} a step to data ranks, and as much from them, for "
+            f"{update.matrices:,} weights of which each has a part ({update.owned:,} updated here for all); "
+            f"{gib(update.tensor_bytes)} in {update.tensor_calls:,} collectives of tensor ranks"
+        )
     for name in ("tensor", "pipeline", "data"):
         if len(group := getattr(report, f"{name}_group")) > 1:
             lines.append(f"  {name + ' group':<15} {_members(group)}")
@@ -179,16 +205,6 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
     first = ", ".join(_span(samples) for samples in report.samples[:3])
     lines.append(f"  step 1          sequences {first}{', ...' if len(report.samples) > 3 else ''}")
     return lines
-
-
-def _not_built(report: RankReport) -> str:
-    """Return the names of what the closed form counts for the run as configured and was not built."""
-    configured, estimated = report.configured, report.estimated
-    named = {
-        "FP8 copies of the weights": configured.parameters != estimated.parameters,
-        "Transformer Engine's layers": configured.activations_per_microbatch != estimated.activations_per_microbatch,
-    }
-    return ", ".join(name for name, is_there in named.items() if is_there)
 
 
 def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platform: Platform) -> RankReport:
@@ -227,6 +243,7 @@ def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platfor
             tensor_bytes=counted.bytes,
             pipeline_bytes=_sent(config, layout, topology.stage),
             data_bytes=_exchanged(config, layout, gradient_bytes, _bytes(parameters)),
+            update=optimizer.update_traffic(),
             tensor_group=_ranks(topology.tensor_group),
             pipeline_group=_ranks(topology.pipeline_group),
             data_group=_ranks(topology.data_group),
@@ -282,11 +299,11 @@ def _buildable(config: RunConfig) -> RunConfig:
 
 def _microbatch(
     config: RunConfig, layout: Layout, wrapped: Sequence[Any], chunks: Sequence[Any], has_ids: bool
-) -> tuple[int, _Collectives]:
+) -> tuple[int, Collectives]:
     """Run every chunk of this rank once, forward and backward: bytes saved, and the collectives."""
     model, batch = config.model, config.batch.micro_batch_size
     length = len(_tokens(config, layout, 0))
-    saved, counted = 0, _Collectives()
+    saved, counted = 0, Collectives()
     for index, (chunk, inner) in enumerate(zip(wrapped, chunks, strict=True)):
         ids = torch.zeros(batch, model.seq_length, dtype=torch.int64, device="meta")
         if not (has_ids and index == 0):
@@ -305,22 +322,6 @@ def _microbatch(
             with chunk.no_sync():
                 result.backward(torch.zeros_like(result))
     return saved, counted
-
-
-class _Collectives(TorchDispatchMode):
-    """Counts the collectives inside it, and the bytes of the larger side of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.calls += 1
-            self.bytes += max((_bytes([tensor]) for tensor in tensors), default=0)
-        return func(*args, **(kwargs or {}))
 
 
 class _FusedAttention(torch.autograd.Function):

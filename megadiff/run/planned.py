@@ -7,7 +7,7 @@ master weights, and an optimizer with two moments. No torch: a plan is made befo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ class PlannedLayout:
     micro_batch_size: int
     recompute: Recompute
     bytes_per_rank: int
-    """Estimated bytes on the fullest rank."""
+    """Bytes on the fullest rank, by the closed form unless a dry run corrected them."""
     slowness: float
     """Time relative to a layout without communication, bubbles and recomputation; only for choosing."""
 
@@ -95,8 +95,16 @@ class PlannedRun:
         return self.hours * self.layout.ranks
 
 
-def planned_run(goal: Goal, book: LawBook, *, gpus_per_node: int) -> PlannedRun:
+def planned_run(
+    goal: Goal, book: LawBook, *, gpus_per_node: int, excluded: Collection[PlannedLayout] = ()
+) -> PlannedRun:
     """Return the plan of the best shape that fits on the GPUs, with the fastest layout.
+
+    Args:
+        goal: what is wanted.
+        book: the laws.
+        gpus_per_node: number of GPUs of a node.
+        excluded: layouts that a dry run has found not to fit.
 
     Raises:
         ConfigError: the goal cannot be reached, or no shape within the tolerance fits on the GPUs.
@@ -113,7 +121,7 @@ def planned_run(goal: Goal, book: LawBook, *, gpus_per_node: int) -> PlannedRun:
         exact = plan(goal, book, size)
         found = list(_layouts(exact, book, ranks, gpus_per_node))
         least = min([least, *(layout.bytes_per_rank for layout in found)])
-        fitting = [layout for layout in found if layout.bytes_per_rank <= room]
+        fitting = [layout for layout in found if layout.bytes_per_rank <= room and layout not in excluded]
         if fitting:
             layout = min(fitting, key=lambda each: each.slowness)
             multiple = math.lcm(layout.batch_multiple, goal.batch_multiple)
@@ -125,8 +133,12 @@ def planned_run(goal: Goal, book: LawBook, *, gpus_per_node: int) -> PlannedRun:
     )
 
 
-def fitting_number(goal: Goal, book: LawBook, *, gpus_per_node: int) -> PlannedRun:
+def fitting_number(
+    goal: Goal, book: LawBook, *, gpus_per_node: int, excluded: Collection[PlannedLayout] = ()
+) -> PlannedRun:
     """Return the plan on the smallest number of GPUs that holds the run: a power of two, then whole nodes.
+
+    The arguments are those of `planned_run`.
 
     Raises:
         ConfigError: the goal cannot be reached, or the run does not fit on the largest number that is tried.
@@ -138,7 +150,7 @@ def fitting_number(goal: Goal, book: LawBook, *, gpus_per_node: int) -> PlannedR
     for number in numbers:
         tried = replace(goal, hardware=replace(goal.hardware, number=number))
         try:
-            return planned_run(tried, book, gpus_per_node=gpus_per_node)
+            return planned_run(tried, book, gpus_per_node=gpus_per_node, excluded=excluded)
         except ConfigError:
             if number == numbers[-1]:
                 raise

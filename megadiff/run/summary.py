@@ -197,13 +197,15 @@ def learning_rates(config: RunConfig, counted: cost.Parameters) -> list[str]:
         "bias": counted.biases + counted.sink,
     }
     base, lines = config.optimizer.lr, []
-    for found in effective(config.optimizer, config.optimizer_scale):
+    for found in effective(config.optimizer, config.optimizer_scale, load_member(config.optimizer.name)):
         if not counts[found.role]:
             continue
+        used = [f"eps {found.eps:.3g}"] if found.eps else []
+        used += [f"{name} {str(value).lower()}" for name, value in found.own.items()]
         source = f"{base:g} x {found.factor}" if found.factor else "optimizer.lr"
         lines.append(
             f"learning rate     {_ROLE_NAMES[found.role]}, {counts[found.role]:,} parameters: peak {found.lr:.4g} "
-            f"({source}), weight decay {found.weight_decay:.4g}" + (f", eps {found.eps:.3g}" if found.eps else "")
+            f"({source}), weight decay {found.weight_decay:.4g}{''.join(f', {part}' for part in used)}"
         )
     if config.optimizer.parametrisation == "completep":
         lines.append(
@@ -290,12 +292,14 @@ def _fully_recomputed(config: RunConfig) -> int:
 def _cost_precision(config: RunConfig) -> cost.Precision:
     compute = config.precision.compute
     masters = compute == "bf16" and config.precision.master_weights
+    member = load_member(config.optimizer.name)
     return cost.Precision(
         params=compute,
         compute=compute,
         master_weights=masters,
         fp32_gradients=masters or compute == "fp32",
-        moments=len(load_member(config.optimizer.name).state_keys),
+        moments=len(member.state_keys),
+        role_moments={role: len(keys) for role, keys in member.role_state_keys.items()},
         fp8=config.precision.fp8 != "none",
     )
 

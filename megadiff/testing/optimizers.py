@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megadiff.metric_lines import read_metrics
+from megadiff.model.initialisation import role_of
 from megadiff.optim.config import OPTIMIZERS, OptimizerConfig
 from megadiff.optim.member import Member, load_member
 from megadiff.optim.probe import refuse_unsavable
@@ -25,6 +26,8 @@ from megadiff.testing.toy_run import toy_config, wire_on_rank, write_corpus
 SAVED, STEPS = 2, 4
 """Step of the checkpoint that is carried over other layouts, and number of steps of a run."""
 _AWAY_RANKS = 4
+_MASTERS = {"param", "fp32_param"}
+"""Names of the float32 copies of weights in a checkpoint."""
 
 KINDS = {"fp32": ("fp32", False), "bf16": ("bf16", False), "distributed": ("bf16", True)}
 """Precision of the model, with master weights if it is bf16, and whether the optimizer is distributed, by name."""
@@ -144,9 +147,17 @@ def _save_at_once(configs: Sequence[RunConfig]) -> None:
 
 def _compare(case: _Case, folder: Path) -> None:
     whole, away, back = case.config(folder, "whole"), case.away(folder), case.back(folder)
-    kept = {key.split(".")[2] for key in _stored(whole, SAVED) if key.startswith("optimizer.state.")}
-    missing = set(case.member.state_keys) - kept
-    assert not missing, f"{whole.name}: a checkpoint holds no {', '.join(sorted(missing))}"
+    kept: dict[str, set[str]] = {}
+    for key in _stored(whole, SAVED):
+        if key.startswith("optimizer.state."):
+            kind, _, parameter = key.removeprefix("optimizer.state.").partition(".")
+            kept.setdefault(parameter, set()).add(kind)
+    for parameter, kinds in kept.items():
+        wanted, found = set(case.member.keys_of_role(role_of(parameter))), kinds - _MASTERS
+        assert found == wanted, (
+            f"{whole.name}: a checkpoint holds {', '.join(sorted(found)) or 'no state'} of {parameter}, and "
+            f"{', '.join(sorted(wanted)) or 'no state'} is declared"
+        )
     _assert_same(whole.name, "saved on another layout", _stored(whole, SAVED), _stored(away, SAVED))
     lines = [
         [(line["loss"], line["grad_norm"]) for line in read_metrics(config.folder / "metrics.jsonl") if "loss" in line]

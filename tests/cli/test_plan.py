@@ -12,6 +12,8 @@ import sys
 import pytest
 import yaml
 
+from megadiff.errors import ConfigError
+from megadiff.run.dry_runs import Fullest, Refused
 from megadiff.scaling.laws import Estimate, Excluded, Law, LawFile, write_law_file
 from tests.support.commands import REPOSITORY
 from tests.support.forked_command import call_forked
@@ -71,7 +73,7 @@ def test_a_plan_states_size_run_loss_layout_and_price(tmp_path):
     assert "beta2 0.98, warm-up 2,000 steps" in line(out, "learning rate")
     assert re.search(r"2\.\d{3} \[2\.\d{3}, 2\.\d{3}\] nats per token before the cooldown", line(out, "loss"))
     assert line(out, "layout").startswith("64 x H100: tensor 1 x pipeline 1 x data 64")
-    assert re.search(r"about \S+ GiB of 74.5 GiB", line(out, "memory"))
+    assert re.search(r"about \S+ GiB of 74.5 GiB .* \(dry run of rank 0, local layers\)", line(out, "memory"))
     assert re.search(r"hours, \S+ GPU hours, at 40 % of 989 TFLOP/s", line(out, "time"))
     assert re.search(r"GiB, every \S+ steps", line(out, "checkpoint"))
     assert re.search(r"^tokens: .* costs 0\.1\d+ % of the loss", line(out, "bound"))
@@ -97,10 +99,15 @@ def test_a_plan_builds_on_a_base_file(tmp_path):
     )
     output = tmp_path / "plan.yaml"
     base = str(tmp_path / "own/base.yaml")
-    plan("--flops", "1e18", "--noise", "masked", "--output", str(output), "--base", base)
+    plan("--flops", "1e18", "--noise", "masked", "--vocab-size", "260", "--output", str(output), "--base", base)
     found = yaml.safe_load(output.read_text())
     assert found["base"] == "own/base.yaml"
-    assert found["data"] == {"vocab_size": 131072}
+    assert found["data"] == {"vocab_size": 260}
+    words = ("--flops", "1e18", "--noise", "masked", "--output", tmp_path / "other.yaml", "--base", base)
+    other = call_forked("tools/plan.py", *words)
+    assert other.code == 2
+    assert "the tokenizer byte has 260 ids with its mask; set it to that" in other.err
+    assert other.err.endswith("(here with --vocab-size)\n")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +191,47 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(words, sentence):
     assert sentence in ended.err
     assert ended.err.count("\n") == 1
     assert ended.out == ""
+
+
+def _written(monkeypatch, tmp_path, answers):
+    """Return the run that is written and its source, with a dry run's answer for every layout that is tried."""
+    from megadiff.cli.plan import main
+    from megadiff.run import dry_runs
+
+    tried = []
+
+    def answer(runs, limit_s):
+        tried.append(runs[0])
+        return [answers[min(len(tried), len(answers)) - 1]]
+
+    monkeypatch.setattr(dry_runs, "dry_runs", answer)
+    words = ["--flops", "1e20", "--noise", "masked", "--gpus", "64", "--output", str(tmp_path / "plan.yaml")]
+    monkeypatch.setattr("sys.argv", ["plan", *words])
+    main()
+    return tried
+
+
+def test_a_layout_that_a_dry_run_finds_too_large_is_planned_around(monkeypatch, tmp_path, capsys):
+    answers = [Fullest(0, 90 * 2**30, ""), Fullest(3, 20 * 2**30, "")]
+    (first, ranks), (second, _) = _written(monkeypatch, tmp_path, answers)
+    assert ranks == 64
+    assert (first.parallel, first.batch.micro_batch_size) != (second.parallel, second.batch.micro_batch_size)
+    assert "about 20 GiB of 74.5 GiB on the fullest GPU (dry run of rank 3, local layers)" in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    assert written["batch"]["micro_batch_size"] == second.batch.micro_batch_size
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (Fullest(0, 90 * 2**30, ""), "by dry runs none of the 4 fastest layouts fits, .* the last needs 90 GiB of"),
+        (Refused("model.heads is 4"), "a dry run refuses the planned run: model.heads is 4"),
+    ],
+)
+def test_a_plan_that_no_dry_run_confirms_is_not_written(monkeypatch, tmp_path, answer, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        _written(monkeypatch, tmp_path, [answer])
+    assert not (tmp_path / "plan.yaml").exists()
 
 
 def test_a_plan_is_quick_and_loads_nothing_that_trains():

@@ -23,6 +23,7 @@ LEFT, STEPS = 3, 6
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "laprop_bf16": {"optimizer__name": "laprop", "precision__compute": "bf16"},
+    "muon": {"optimizer__name": "muon"},
 }
 SWITCHES = [(False, True, (1, 2)), (True, False, (2, 1))]
 """Whether the state is sharded before and after, and the numbers of ranks."""
@@ -121,7 +122,12 @@ def test_every_moment_and_master_weight_is_taken_over_bit_for_bit(
     loaded = _stored(run / "loaded" / run.name / f"checkpoints/step_{LEFT + 1:08d}")
     common = saved.keys() & loaded.keys()
     moments = [key for key in common if "exp_avg" in key]
-    assert len(moments) == 2 * sum(key.startswith("optimizer.state.exp_avg.") for key in saved)
+    second = {key.removeprefix("optimizer.state.exp_avg_sq.") for key in moments if ".exp_avg_sq." in key}
+    parameters = {key.removeprefix("optimizer.state.exp_avg.") for key in moments if ".exp_avg." in key}
+    matrices = {name for name in parameters if "linear" in name and "norm" not in name}
+    assert len(matrices) == 4
+    assert len(moments) == len(parameters) + len(second)
+    assert second == (parameters - matrices if kind == "muon" else parameters)
     assert any(saved[key].abs().max() > 0 for key in moments)
     for key in common:
         assert torch.equal(saved[key], loaded[key]), key

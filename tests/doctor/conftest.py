@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 
 from megadiff.doctor.examination import Subject
+from megadiff.platform.quiet import quiet
+from megadiff.run import dry_runs
+from tests.support.forked_command import call_forked
 from tests.support.runs import toy_config, write_corpus
+
+with quiet():
+    import megadiff.run.dry_run  # noqa: F401  before the fork
 
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     """The findings are those of a CPU machine, also where there are GPUs."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
+def forked_dry_runs(monkeypatch):
+    """Dry runs are made in forked processes, which start faster; `tests/run/test_dry_runs.py` starts real ones."""
+
+    def run(command, **_):
+        ended = call_forked("megadiff/run/dry_runs.py", *command[3:])
+        return SimpleNamespace(returncode=ended.code, stdout=ended.out.encode(), stderr=ended.err)
+
+    monkeypatch.setattr(dry_runs, "subprocess", SimpleNamespace(run=run, TimeoutExpired=TimeoutError))
 
 
 @pytest.fixture

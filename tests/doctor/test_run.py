@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -45,7 +48,9 @@ def test_a_missing_tokenizer_fails_once_and_other_checks_name_it(one_finding, su
 def test_a_promised_vocabulary_stands_in_for_a_missing_tokenizer(one_finding, subject_of):
     subject = subject_of(data__tokenizer="nowhere/tokenizer", data__vocab_size=260)
     assert one_finding("layout", subject)[0] == "OK"
-    assert one_finding("memory", subject)[0] == "OK"
+    level, text, _ = one_finding("memory", subject)
+    assert level == "OK"
+    assert text.endswith("; dry run of rank 0)")
 
 
 def test_a_vocabulary_that_is_not_the_tokenizers(findings_of, subject_of):
@@ -130,7 +135,7 @@ def test_more_ranks_than_cores(findings_of, subject_of):
 
 def test_a_model_beyond_all_memory(one_finding, subject_of):
     level, text, remedy = one_finding("memory", subject_of(model__layers=800, model__hidden=16384))
-    assert (level, "GiB a rank of" in text) == ("FAIL", True)
+    assert (level, "GiB a rank of" in text, text.endswith("; closed form)")) == ("FAIL", True, True)
     assert remedy.startswith("no layout of 1 rank(s) fits: take more ranks")
 
 
@@ -144,18 +149,49 @@ def test_the_settings_that_are_suggested_do_fit(subject_of):
     seen = set()
     for share in (0.9, 0.5, 0.2, 0.12):
         held = int(share * as_it_is)
-        said = memory._remedy(config, 8, 32000, held)
+        said = memory._remedy(config, 8, 32000, held, time.monotonic() - 1)
+        assert said.endswith(" by the closed form")
         changes = dict(word.split("=") for word in said.split() if "=" in word)
         assert changes, said
         values = {key: value == "true" if value in ("true", "false") else int(value) for key, value in changes.items()}
         assert memory.estimate(memory.changed(config, values), 8, 32000) <= held
         seen |= set(changes)
     assert len(seen) > 1
-    assert memory._remedy(config, 8, 32000, 1000).startswith("no layout")
+    assert memory._remedy(config, 8, 32000, 1000, math.inf).startswith("no layout")
 
 
 def test_memory_that_is_nearly_full_is_a_warning(one_finding, subject_of, monkeypatch):
     subject = subject_of(model__hidden=512, model__heads=4)
     needed = memory.estimate(subject.config, 1, 260)
     monkeypatch.setattr(type(subject.platform), "memory_bytes", lambda platform: int(needed / 0.9))
-    assert one_finding("memory", subject)[0] == "WARN"
+    level, text, _ = one_finding("memory", subject)
+    assert (level, "; dry run of rank 0)" in text) == ("WARN", True)
+
+
+def test_a_suggestion_is_built_before_it_is_made(one_finding, subject_of, monkeypatch):
+    """The closed form is made to think that everything fits but the run as it is, which a dry run corrects."""
+    subject = subject_of(model={"layers": 2, "hidden": 256, "heads": 4, "seq_length": 128})
+    whole = memory.estimate(subject.config, 1, 260)
+    halved = memory.changed(subject.config, {"batch.micro_batch_size": 1})
+    half = memory.estimate(halved, 1, 260)
+    assert half < 0.9 * whole
+    monkeypatch.setattr(
+        type(subject.platform), "memory_bytes", lambda platform: int((half + whole) / 2 / memory._CLOSE)
+    )
+    level, _, remedy = one_finding("memory", subject)
+    assert level == "WARN"
+    assert re.fullmatch(r"batch\.micro_batch_size=1 would take \S+ GiB by a dry run", remedy)
+
+
+def test_a_run_that_a_dry_run_refuses_fails_with_its_sentence(one_finding, subject_of):
+    subject = subject_of(ranks=2, parallel__tensor=2, precision__compile=True)
+    level, text, remedy = one_finding("memory", subject)
+    assert level == "FAIL"
+    assert text.startswith("a dry run refuses the run: precision.compile does not work with parallel.tensor=2")
+    assert remedy
+
+
+def test_a_dry_run_without_an_answer_leaves_the_closed_form(one_finding, subject_of, monkeypatch):
+    monkeypatch.setattr(memory, "dry_runs", lambda runs, limit_s: None)
+    level, text, _ = one_finding("memory", subject_of())
+    assert (level, text.endswith("; closed form)")) == ("OK", True)

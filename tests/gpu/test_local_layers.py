@@ -17,6 +17,7 @@ def _built(block, **kwargs):
     return one_gpu.trainee({"plain": one_gpu.PLAIN, "gidd": one_gpu.GIDD}[block], **kwargs)
 
 
+@needs.only_on_a_gpu
 def test_attention_without_a_mask_is_fused_and_equals_the_plain_product():
     """cuDNN's or flash attention: the plain product would form the scores."""
     from torch.profiler import ProfilerActivity, profile
@@ -39,6 +40,7 @@ def test_attention_without_a_mask_is_fused_and_equals_the_plain_product():
         assert ((found.double() - wanted).norm() / wanted.norm()).item() < 1e-2
 
 
+@needs.only_on_a_gpu
 def test_the_product_with_a_float32_output_adds_exactly():
     from megadiff.platform import weight_gradients
 
@@ -52,6 +54,7 @@ def test_the_product_with_a_float32_output_adds_exactly():
     assert ((main.double() - expected).norm() / expected.norm()).item() < 1e-6
 
 
+@needs.only_on_a_gpu
 @pytest.mark.parametrize("block", ["plain", "gidd"])
 def test_fusing_weight_gradients_rounds_less_and_changes_nothing_else(block):
     fused = _built(block, parallel={"gradient_accumulation_fusion": True})
@@ -62,6 +65,7 @@ def test_fusing_weight_gradients_rounds_less_and_changes_nothing_else(block):
         assert norm == pytest.approx(other_norm, rel=1e-2)
 
 
+@needs.only_on_a_gpu
 @pytest.mark.parametrize("overlap", [False, True])
 def test_fused_weight_gradients_reach_the_distributed_optimizer(overlap):
     cut = {"distributed_optimizer": True, "overlap_grad_reduce": overlap, "overlap_param_gather": overlap}

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from tests.gpu import needs
 from tests.support.ranks import on_ranks
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or needs.IS_REHEARSED,
+    reason="the other tests of this folder train with it, in a process that cannot be forked then",
+)
 
 
 def _losses(block: str, cut: dict[str, bool]) -> tuple[list[float], int, tuple[int, ...]]:

@@ -35,6 +35,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "interleaved": (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2, "optimizer__name": "laprop"}),
     "whole states": (2, {"parallel__tensor": 2, "precision__compute": "bf16"}),
+    "muon, sharded": (
+        8,
+        {
+            "parallel__tensor": 2,
+            "parallel__distributed_optimizer": True,
+            "precision__compute": "bf16",
+            "optimizer__name": "muon",
+        },
+    ),
+    "muon": (2, {"parallel__pipeline": 2, "optimizer__name": "muon"}),
 }
 
 
@@ -42,10 +52,14 @@ def _dry_run(path: Path, ranks: int, *words: str) -> Ended:
     return call_forked("tools/dry_run.py", "--config", path, "--ranks", str(ranks), *words)
 
 
+def _each_rank(ranks: int) -> list[str]:
+    return [word for rank in range(ranks) for word in ("--rank", str(rank))]
+
+
 def _measured(config: RunConfig, world_size: int) -> dict[str, Any]:
     """Return what this real rank holds after a step, and the bytes that one microbatch saves."""
     run = wire_on_rank(config, world_size)
-    run.step([next(run.microbatches) for _ in range(run.microbatches_of(0))], 1e-3)
+    traffic = _watched_step(run)
     wrapped = run.step.optimizer._wrapped
     parameters = [p for chunk in run.step.chunks for p in chunk.parameters()]
     buffers = [buffer.grad_data for chunk in run.step.chunks for buffer in chunk.buffers]
@@ -67,7 +81,39 @@ def _measured(config: RunConfig, world_size: int) -> dict[str, Any]:
         )
     size = {"parameters": parameters, "gradients": buffers, "optimizer": state}
     counted = {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in size.items()}
-    return {**counted, "activations_per_microbatch": saved, "stage": topology.stage, "samples": topology.data_rank}
+    return {**counted, "activations_per_microbatch": saved, "stage": topology.stage, "update": traffic}
+
+
+def _watched_step(run: Any) -> dict[str, int]:
+    """Take a step and return the bytes that its update sent, and its collectives between tensor ranks."""
+    import torch.distributed as dist
+
+    from megadiff.optim import muon
+
+    found = {"data_bytes": 0, "tensor_calls": 0, "tensor_bytes": 0}
+    received = 0
+    exchange, summed = dist.batch_isend_irecv, muon._summed
+
+    def exchanged(messages: list[Any]) -> Any:
+        nonlocal received
+        for message in messages:
+            found["data_bytes"] += message.tensor.nbytes * (message.op is dist.isend)
+            received += message.tensor.nbytes * (message.op is dist.irecv)
+        return exchange(messages)
+
+    def counted_sum(values: torch.Tensor, group: Any) -> torch.Tensor:
+        if group is not None:
+            found["tensor_calls"] += 1
+            found["tensor_bytes"] += values.nbytes
+        return summed(values, group)
+
+    dist.batch_isend_irecv, muon._summed = exchanged, counted_sum
+    try:
+        run.step([next(run.microbatches) for _ in range(run.microbatches_of(0))], 1e-3)
+    finally:
+        dist.batch_isend_irecv, muon._summed = exchange, summed
+    assert received == found["data_bytes"]
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,7 +122,8 @@ def test_it_counts_what_real_ranks_hold_to_the_byte(toy_corpus: Path, tmp_path: 
     tree = toy_tree(toy_corpus, tmp_path, schedule__steps=4, batch__micro_batch_size=2, data__valid=[], **changes)
     real = on_ranks(ranks, _measured, RunConfig.model_validate(tree), ranks)
     out = tmp_path / "found.json"
-    ended = _dry_run(write_yaml(tmp_path / "run.yaml", tree), ranks, "--all-stages", "--output", str(out))
+    chosen = ["--all-stages"] if tree["parallel"].get("pipeline", 1) > 1 else _each_rank(ranks)
+    ended = _dry_run(write_yaml(tmp_path / "run.yaml", tree), ranks, *chosen, "--output", str(out))
     assert ended.code == 0, ended.err
     found = json.loads(out.read_text())["ranks"]
     assert {rank["stage"] for rank in found} == set(range(tree["parallel"].get("pipeline", 1)))
@@ -85,6 +132,12 @@ def test_it_counts_what_real_ranks_hold_to_the_byte(toy_corpus: Path, tmp_path: 
         assert rank["stage"] == wanted["stage"]
         for name in ("parameters", "gradients", "optimizer", "activations_per_microbatch"):
             assert built[name] == wanted[name], (rank["rank"], name)
+        for name, counted in wanted["update"].items() if "muon" in layout else ():
+            assert rank["update"][name] == counted, (rank["rank"], name)
+    if layout == "muon, sharded":
+        assert sum(rank["update"]["data_bytes"] for rank in found) > 0
+        assert sum(rank["update"]["matrices"] for rank in found) >= 2 * sum(rank["update"]["owned"] for rank in found)
+        assert "collectives of tensor ranks" in ended.out
 
 
 THOUSAND: dict[str, tuple[str, ...]] = {
@@ -192,27 +245,55 @@ def test_what_was_configured_and_not_built_is_named(toy_corpus: Path, tmp_path: 
     assert rank["built"]["total"] == sum(
         rank["built"][name] for name in ("parameters", "gradients", "optimizer", "activations", "logits")
     )
+    assert rank["needed"] == rank["built"]["total"] + rank["configured"]["total"] - rank["estimated"]["total"]
+    assert rank["needed"] != rank["built"]["total"]
     assert "by the closed form (FP8 copies of the weights, Transformer Engine's layers)" in ended.out
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"parallel__recompute": "selective", "parallel__recompute_modules": ["mlp", "layernorm"]},
-        {"model__softcap": 30.0},
+SELECTIVE = {"parallel__recompute": "selective", "parallel__recompute_modules": ["mlp", "layernorm"]}
+INTERLEAVED = {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}
+SINGLE: dict[str, tuple[int, dict[str, Any]]] = {
+    "selective": (1, SELECTIVE),
+    "full": (1, {"parallel__recompute": "full"}),
+    "softcap": (1, {"model__softcap": 30.0}),
+    "no master weights": (
+        1,
         {"precision__master_weights": False, "optimizer__name": "laprop", "optimizer__clip_grad": 0},
-    ],
-    ids=["selective", "softcap", "no master weights"],
-)
-def test_the_closed_form_agrees_on_single_settings(toy_corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    ),
+    "muon": (1, {"optimizer__name": "muon"}),
+    "interleaved": (2, INTERLEAVED),
+    "interleaved, selective": (2, {**INTERLEAVED, **SELECTIVE}),
+    "interleaved, full": (2, {**INTERLEAVED, "parallel__recompute": "full"}),
+    "interleaved, full for some": (
+        2,
+        {**INTERLEAVED, "parallel__recompute": "full", "parallel__recompute_layers": 1, "model__layers": 8},
+    ),
+    "stages in full, sequence": (
+        4,
+        {
+            "parallel__pipeline": 2,
+            "parallel__tensor": 2,
+            "parallel__sequence": True,
+            "parallel__recompute": "full",
+            **GIDD,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", SINGLE)
+def test_the_closed_form_agrees_on_single_settings(toy_corpus: Path, tmp_path: Path, setting: str) -> None:
     size = {"model__hidden": 256, "model__seq_length": 128, "batch__micro_batch_size": 1}
-    tree = toy_tree(toy_corpus, tmp_path, precision__compute="bf16", **size, **changes)
+    ranks, changes = SINGLE[setting]
+    tree = toy_tree(toy_corpus, tmp_path, precision__compute="bf16", **{**size, **changes})
     out = tmp_path / "found.json"
-    ended = _dry_run(write_yaml(tmp_path / "run.yaml", tree), 1, "--output", str(out))
+    file = write_yaml(tmp_path / "run.yaml", tree)
+    ended = _dry_run(file, ranks, *(["--all-stages"] if ranks > 1 else []), "--output", str(out))
     assert ended.code == 0, ended.err
-    (rank,) = json.loads(out.read_text())["ranks"]
-    for name, tolerance in {"parameters": 0.005, "gradients": 0.005, "optimizer": 0.005, "activations": 0.1}.items():
-        assert rank["built"][name] == pytest.approx(rank["estimated"][name], rel=tolerance), name
+    parts = {"parameters": 0.005, "gradients": 0.005, "optimizer": 0.005, "activations": 0.1, "total": 0.1}
+    for rank in json.loads(out.read_text())["ranks"]:
+        for name, tolerance in parts.items():
+            assert rank["built"][name] == pytest.approx(rank["estimated"][name], rel=tolerance), name
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,19 @@ def test_each_role_has_a_line_with_the_numbers_of_its_updates(toy_corpus, tmp_pa
     assert any("CompleteP's base rate" in line for line in lines) == (parametrisation == "completep")
 
 
+def test_matrices_of_muon_show_the_settings_that_their_updates_use(toy_corpus, tmp_path):
+    muon = {"name": "muon", "lr": 0.02, "weight_decay": 0.1, "eps": 1e-6, "momentum": 0.9, "update_scale": 0.3}
+    config = toy_config(toy_corpus, tmp_path, **{f"optimizer__{key}": value for key, value in muon.items()})
+    lines = learning_rates(config, cost.parameters(config.shape(vocab_size=260)))
+    (matrices,) = [line for line in lines if "block matrices" in line]
+    assert matrices.endswith(", weight decay 0.1, momentum 0.9, nesterov true, newton_schulz_steps 5, update_scale 0.3")
+    others = [line for line in lines if line is not matrices]
+    assert len(others) == 3
+    for line in others:
+        assert line.endswith(", eps 1e-06"), line
+        assert "momentum" not in line
+
+
 def test_the_factor_between_the_setting_and_the_rate_is_shown(toy_corpus, tmp_path):
     config = toy_config(toy_corpus, tmp_path, optimizer__lr=0.5, optimizer__parametrisation="completep")
     text = "\n".join(learning_rates(config, cost.parameters(config.shape(vocab_size=260))))

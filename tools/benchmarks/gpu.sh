@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs all that needs a GPU, in ten minutes: facts of the machine, tests/gpu, fused head, training, FP8 against bf16.
+# Runs all that needs a GPU, in less than ten minutes: facts of the machine, tests/gpu, training, FP8 against bf16, and
+# the fused head.
 #
 #   tools/benchmarks/gpu.sh [FOLDER]        results go to FOLDER (default: $OUT, else gpu-results)
 #
@@ -8,51 +9,83 @@
 # nothing is downloaded. The FP8 parts also need Transformer Engine, installed or on PYTHONPATH; without it they are
 # left out, and the table shows that.
 #
-# It ends after GPU_SECONDS (default 560). After a part that fails or runs out of time the next one begins; a part that
-# has no time left is not run. FOLDER gets summary.txt (the table, updated after each part), logs.txt and a few .json.
+# The parts run in the order of their value, each with a limit of its own and files of its own: NAME.log, NAME.state and
+# some .json. It ends after GPU_SECONDS (default 560). After a part that fails or runs out of time the next one begins.
+# Started again with the same FOLDER, it keeps the parts that ended well and runs the others; another commit starts
+# anew, as does a working tree with changes. GPU_COMMIT names the version where there is no git. FOLDER/summary.txt has
+# the table, updated after each part. GPU_REHEARSAL=1 tries every line on a CPU, at small sizes, in five minutes.
 case ${1:-} in -h | --help) sed -n '/^# [A-Z]/,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 out=$(realpath -m "${1:-${OUT:-gpu-results}}")
 mkdir -p "$out" || exit
-rm -f "$out"/{summary,logs}.txt "$out"/{environment,head,training,fp8_quality}.json
+commit=${GPU_COMMIT:-$(git describe --always --dirty --abbrev=40 2> /dev/null || echo unknown)}
+commit+=${GPU_REHEARSAL:+, a rehearsal}
+if [[ $(cat "$out/commit" 2> /dev/null) != "$commit" || $commit == *unknown* || $commit == *-dirty* ]]; then
+  rm -f "$out"/*.{log,state} "$out"/{summary.txt,environment.json,head.json,training.json,fp8_quality.json}
+fi
+echo "$commit" > "$out/commit"
 python=${PYTHON:-python3}
 deadline=$((SECONDS + ${GPU_SECONDS:-560}))
 export PYTHONPATH=$PWD/tools/benchmarks:$PWD${PYTHONPATH:+:$PYTHONPATH}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-states=("commit       $(git rev-parse HEAD 2> /dev/null || echo unknown)") tables="" failures=0
-shown='^\||TFLOP|TB/s|held-out|^(device|torch|transformer-engine|error:|SKIPPED|FAILED|ERROR)'
+names=() failures=0
+shown='^\||TFLOP|TB/s|cuDNN|held-out|^(device|torch|transformer-engine|error:|SKIPPED|FAILED|ERROR)'
 shown+='|(passed|failed|skipped|error).* in [0-9.]+'
 
-part() { # NAME SECONDS COMMAND...; an argument LEFT becomes the part's limit minus 25 s, for starting and ending
-  local name=$1 limit=$2 left=$((deadline - SECONDS)) began=$SECONDS code=0 before=0 state
-  shift 2
-  ((limit = limit < left ? limit : left))
-  if ((limit < 10)); then
-    state="not run, no time left"
-  else
-    echo "== $name (at most $limit s)" | tee -a "$out/logs.txt"
-    before=$(wc -l < "$out/logs.txt")
-    timeout --kill-after=10 "$limit" "${@/#LEFT/$((limit - 25))}" >> "$out/logs.txt" 2>&1 || code=$?
-    tail -n "+$((before + 1))" "$out/logs.txt" | tail -n 40
-    tables+=$'\n'"$name"$'\n'$(tail -n "+$((before + 1))" "$out/logs.txt" | grep -E "$shown")$'\n'
-    case $code in
-      0) state="ok, $((SECONDS - began)) s" ;;
-      124 | 137) state="OUT OF TIME after $((SECONDS - began)) s" ;;
-      *) state="FAILED ($code) after $((SECONDS - began)) s" ;;
-    esac
-  fi
-  ((failures += code != 0))
-  states+=("$(printf '%-12s %s' "$name" "$state")")
-  printf '%s\n' "${states[@]}" "$tables" > "$out/summary.txt"
+summarise() {
+  {
+    echo "commit       $commit"
+    for name in "${names[@]}"; do printf '%-12s %s\n' "$name" "$(cat "$out/$name.state")"; done
+    for name in "${names[@]}"; do
+      [[ -e $out/$name.log ]] && printf '\n%s\n' "$name" && grep -E "$shown" "$out/$name.log"
+    done
+  } > "$out/summary.txt"
 }
 
-part environment 45 "$python" tools/benchmarks/gpu_environment.py --output "$out"
-part tests 170 "$python" -m pytest tests/gpu -p no:cacheprovider --override-ini=addopts= -q -rsfE --tb=short \
+part() { # NAME SECONDS COMMAND...; an argument LEFT becomes the part's limit minus 25 s, for starting and ending
+  local name=$1 limit=$2 left=$((deadline - SECONDS)) began=$SECONDS code=0
+  shift 2
+  names+=("$name")
+  if [[ $(cat "$out/$name.state" 2> /dev/null) == ok,* ]]; then
+    echo "== $name: kept, it ended well before"
+    return
+  fi
+  [[ ${GPU_REHEARSAL:-} ]] && ((limit *= 4)) # a CPU may be slow, and busy with other work
+  ((limit = limit < left ? limit : left))
+  if ((limit < 10)); then
+    echo "not run, no time left" > "$out/$name.state"
+  else
+    echo "== $name (at most $limit s)"
+    echo "CUT OFF" > "$out/$name.state"
+    timeout --kill-after=5 "$limit" "${@/#LEFT/$((limit - 25))}" > "$out/$name.log" 2>&1 || code=$?
+    tail -n 40 "$out/$name.log"
+    case $code in
+      0) echo "ok, $((SECONDS - began)) s" ;;
+      124 | 137) echo "OUT OF TIME after $((SECONDS - began)) s" ;;
+      *) echo "FAILED ($code) after $((SECONDS - began)) s" ;;
+    esac > "$out/$name.state"
+  fi
+  ((failures += code != 0))
+  summarise
+}
+
+environment=() training=(--seconds LEFT) head=() fp8=()
+if [[ ${GPU_REHEARSAL:-} ]]; then
+  export MEGADIFF_REHEARSE_GPU=1 CUDA_VISIBLE_DEVICES=
+  environment=(--platform cpu)
+  training=(--seconds LEFT --platform cpu --models tiny --steps 1)
+  head=(--platform cpu --hidden 64 --vocab-size 512 --tokens 64 --plain-tokens 32 --rounds 1)
+  fp8=(--platform cpu --steps 10 model.layers=1 model.hidden=32 model.heads=2 model.seq_length=32
+    batch.global_batch_size=4 batch.micro_batch_size=2 eval.sequences=8)
+fi
+part environment 40 "$python" tools/benchmarks/gpu_environment.py --output "$out" "${environment[@]}"
+part tests 150 "$python" -m pytest tests/gpu -p no:cacheprovider --override-ini=addopts= -q -rsfE --tb=short \
   --maxfail=20 --continue-on-collection-errors
-part head 90 "$python" tools/benchmarks/gpu_head.py --output "$out"
-part training 170 "$python" tools/benchmarks/gpu_training.py --seconds LEFT --output "$out"
-part fp8 150 "$python" tools/benchmarks/gpu_fp8_quality.py --output "$out"
+part training 160 "$python" tools/benchmarks/gpu_training.py --output "$out" "${training[@]}"
+part fp8 120 "$python" tools/benchmarks/gpu_fp8_quality.py --output "$out" "${fp8[@]}"
+part head 80 "$python" tools/benchmarks/gpu_head.py --output "$out" "${head[@]}"
+summarise
 echo
 cat "$out/summary.txt"
 exit $((failures > 0))

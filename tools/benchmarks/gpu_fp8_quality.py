@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from gpu_environment import add_platform, device_of
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import MegadiffError, PlatformError, run_command
+from megadiff.errors import MegadiffError, run_command
 from megadiff.metric_lines import read_metrics
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -37,14 +37,11 @@ def main() -> None:
         "--recipes", nargs="+", default=["tensorwise"], help="values of precision.fp8 (default tensorwise)"
     )
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--platform", default="cuda", help="cuda, or cpu to try the script itself (bf16 alone)")
+    add_platform(parser)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for fp8_quality.json (default: here)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
     arguments = parser.parse_args()
-    on_gpu = arguments.platform == "cuda"
-    if on_gpu and not torch.cuda.is_available():  # noqa: TID251
-        raise PlatformError("these figures need a CUDA device and torch sees none here")
-    if on_gpu and find_spec("transformer_engine") is None:
+    if device_of(arguments) == "cuda" and find_spec("transformer_engine") is None:
         print("held-out ELBOs in FP8 are left out: Transformer Engine cannot be imported")
         return
     arguments.output.mkdir(parents=True, exist_ok=True)

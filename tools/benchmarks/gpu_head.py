@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_environment import milliseconds, product_ceiling
+from gpu_environment import add_platform, device_of, milliseconds, product_ceiling
 from torch import Tensor
 from torch.nn import functional
 
 from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
-from megadiff.errors import MegadiffError, PlatformError, run_command
+from megadiff.errors import MegadiffError, run_command
 from megadiff.loss.choice import choose_loss_kernel
 from megadiff.loss.fused_lm_head import add_product
 from megadiff.loss.inputs import LossInputs, LossSpec, VocabShard, loss_token_indices
@@ -63,31 +63,41 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--plain-tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
+    add_platform(parser)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for head.json (default: here)")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():  # noqa: TID251
-        raise PlatformError("these figures need a CUDA device and torch sees none here")
-    ceiling = product_ceiling()
-    print(f"device {torch.cuda.get_device_name()}, torch {torch.__version__}")  # noqa: TID251
-    print(f"ceiling {ceiling:.0f} TFLOP/s (8192^3 in bf16); V = {arguments.vocab_size}, {arguments.tokens} tokens\n")
+    device = device_of(arguments)
+    ceiling = product_ceiling(device)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"  # noqa: TID251
+    print(f"device {name}, torch {torch.__version__}")
+    print(f"ceiling {ceiling:.0f} TFLOP/s (large product); V = {arguments.vocab_size}, {arguments.tokens} tokens\n")
     found: dict[str, Any] = {"ceiling_tflops": ceiling, "rows": [], "passes": []}
     print("| d | what | tokens computed | ms | TFLOP/s | of ceiling | extra GiB |\n|---:|---|---:|---:|---:|---:|---:|")
+    arguments.output.mkdir(parents=True, exist_ok=True)
     for width in arguments.hidden:
-        for row in _timed(_rows(arguments, width), rounds=arguments.rounds):
+        for row in _timed(_rows(arguments, width, device), rounds=arguments.rounds, device=device):
             found["rows"].append({"hidden": width, **_print_row(row, width, arguments.vocab_size, ceiling)})
+        _write(found, arguments.output)
     print("\n| pass | kernels | bytes a logit | ms | TB/s |\n|---|---|---:|---:|---:|")
-    for line in _passes(arguments.vocab_size):
+    for line in _passes(arguments.vocab_size, device):
         found["passes"].append(line)
         rest = line.get("failed") or f"{line['ms']:.3f} | {line['tb_per_s']:.2f}"
         print(f"| {line['pass']} | {line['kernels']} | {line['bytes']} | {rest} |")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "head.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    _write(found, arguments.output)
     if lost := sum("failed" in line for line in [*found["rows"], *found["passes"]]):
         raise MegadiffError(f"no figure for {lost} line(s); the lines above give the reasons")
 
 
-def _rows(arguments: argparse.Namespace, width: int) -> list[TableRow]:
-    question = _question(arguments.tokens, arguments.vocab_size, width)
+def _write(found: dict[str, Any], folder: Path) -> None:
+    (folder / "head.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _heads(device: str) -> tuple[str, ...]:
+    return ("plain", "chunked", "triton") if device == "cuda" else ("plain", "chunked")
+
+
+def _rows(arguments: argparse.Namespace, width: int, device: str) -> list[TableRow]:
+    question = _question(arguments.tokens, arguments.vocab_size, width, device)
     small = Question(question.hidden[: arguments.plain_tokens].detach().requires_grad_(), *question[1:])
     small = small._replace(clean=question.clean[: arguments.plain_tokens])
     slope = _softmax_slope(question.clean)
@@ -99,16 +109,16 @@ def _rows(arguments: argparse.Namespace, width: int) -> list[TableRow]:
         TableRow("cross-entropy, whole", arguments.tokens, lambda: _whole_cross_entropy(question), question),
     ]
     for noise, shift in NOISES.items():
-        for head in ("plain", "chunked", "triton"):
+        for head in _heads(device):
             rows.append(_head_row(head, noise, shift, small if head == "plain" else question))
     return rows
 
 
-def _question(tokens: int, vocab_size: int, width: int) -> Question:
-    g = torch.Generator("cuda").manual_seed(0)
-    hidden = torch.randn(tokens, width, generator=g, device="cuda").bfloat16()
-    weight = (torch.randn(vocab_size, width, generator=g, device="cuda") * width**-0.5).bfloat16()
-    clean = torch.randint(MASK + 1, vocab_size, (tokens,), generator=g, device="cuda")
+def _question(tokens: int, vocab_size: int, width: int, device: str) -> Question:
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=g, device=device).bfloat16()
+    weight = (torch.randn(vocab_size, width, generator=g, device=device) * width**-0.5).bfloat16()
+    clean = torch.randint(MASK + 1, vocab_size, (tokens,), generator=g, device=device)
     return Question(hidden.requires_grad_(), weight.requires_grad_(), clean)
 
 
@@ -121,13 +131,14 @@ def _head_row(name: str, noise: str, shift: float, question: Question) -> TableR
     if noise == "balanced":
         noised[::4] = MASK
     computed = loss_token_indices(noised, torch.ones_like(noised, dtype=torch.bool), process)
-    log_snr = torch.linspace(-7, 7, len(noised), device="cuda")
-    places = None if computed is None else computed.cuda()
-    tokens = LossInputs(question.clean, noised.cuda(), log_snr, places)
+    device = question.clean.device
+    log_snr = torch.linspace(-7, 7, len(noised), device=device)
+    places = None if computed is None else computed.to(device)
+    tokens = LossInputs(question.clean, noised.to(device), log_snr, places)
     count = len(noised) if computed is None else len(computed)
 
     def run() -> None:
-        _, head = choose_loss_kernel(name, is_cpu=False)  # type: ignore[arg-type]
+        _, head = choose_loss_kernel(name, is_cpu=device.type == "cpu")  # type: ignore[arg-type]
         question.hidden.grad = question.weight.grad = None
         head(question.hidden, question.weight, tokens, LossSpec(process)).loss.backward()
 
@@ -172,7 +183,7 @@ class Timed(NamedTuple):
     failure: str | None
 
 
-def _timed(rows: list[TableRow], *, rounds: int) -> list[Timed]:
+def _timed(rows: list[TableRow], *, rounds: int, device: str) -> list[Timed]:
     spent: dict[str, list[float]] = {row.name: [] for row in rows}
     extra: dict[str, int] = {}
     failures: dict[str, str] = {}
@@ -182,9 +193,9 @@ def _timed(rows: list[TableRow], *, rounds: int) -> list[Timed]:
                 continue
             try:
                 if number == 0:
-                    extra[row.name] = _extra_bytes(row)
+                    extra[row.name] = _extra_bytes(row) if device == "cuda" else 0
                 else:
-                    spent[row.name].append(milliseconds(row.run, rounds=1, warm_up=0))
+                    spent[row.name].append(milliseconds(row.run, device=device, rounds=1, warm_up=0))
             except Exception as error:  # a row that fails is a result too; the others continue
                 failures[row.name] = _failure(error)
             if row.name in failures:  # the frames that held its tensors are gone only here
@@ -224,20 +235,20 @@ def _print_row(timed: Timed, width: int, vocab_size: int, ceiling: float) -> dic
     return {**line, "ms": timed.milliseconds, "tflops": tflops, "extra_bytes": timed.extra_bytes}
 
 
-def _passes(vocab_size: int) -> list[dict[str, Any]]:
+def _passes(vocab_size: int, device: str) -> list[dict[str, Any]]:
     """Time each pass alone, on one chunk of random logits in bf16."""
     from megadiff.loss.fused_lm_head import TorchPasses
 
     found: list[dict[str, Any]] = []
     for name, wanted in (("sums", 2), ("shares", 2), ("gradient", 4)):
-        for kernels in ("triton", "torch"):
+        for kernels in ("triton", "torch") if device == "cuda" else ("torch",):
             line: dict[str, Any] = {"pass": name, "kernels": kernels, "bytes": wanted}
             try:
                 if kernels == "triton":
                     from megadiff.loss.triton_passes import TritonPasses as Passes
                 else:
                     Passes = TorchPasses  # type: ignore[misc,assignment]
-                line["ms"] = _pass_milliseconds(Passes, name, vocab_size)
+                line["ms"] = _pass_milliseconds(Passes, name, vocab_size, device)
                 line["tb_per_s"] = wanted * CHUNK * vocab_size / line["ms"] / 1e9
             except Exception as error:  # as in _timed
                 line["failed"] = f"{_failure(error)} | "
@@ -245,18 +256,18 @@ def _passes(vocab_size: int) -> list[dict[str, Any]]:
     return found
 
 
-def _pass_milliseconds(make: Any, name: str, vocab_size: int) -> float:
-    logits = torch.randn(CHUNK, vocab_size, device="cuda", dtype=torch.bfloat16)
-    ids = torch.randint(MASK + 1, vocab_size, (CHUNK,), device="cuda")
+def _pass_milliseconds(make: Any, name: str, vocab_size: int, device: str) -> float:
+    logits = torch.randn(CHUNK, vocab_size, device=device, dtype=torch.bfloat16)
+    ids = torch.randint(MASK + 1, vocab_size, (CHUNK,), device=device)
     passes = make(logits, ids, ids, VocabShard(0, vocab_size, vocab_size, MASK))
     passes.sums()
-    row = torch.full((CHUNK,), 1e-3, device="cuda")
+    row = torch.full((CHUNK,), 1e-3, device=device)
     calls = {
         "sums": passes.sums,
         "shares": lambda: passes.log1p_sums(row),
         "gradient": lambda: passes.gradient(row, row, row, row, row),
     }
-    return milliseconds(calls[name])
+    return milliseconds(calls[name], device=device)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_environment import product_ceiling
+from gpu_environment import add_platform, device_of, product_ceiling
 from made_up import describe_made_up, prepare_made_up
 
 from megadiff.config.command_line import CommandParser
@@ -109,14 +109,11 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=240.0, help="leave out runs that would end later (default 240)"
     )
-    parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda", help="cpu tries the script itself")
+    add_platform(parser)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for training.json (default: here)")
     arguments = parser.parse_args()
     clock = Clock(arguments.seconds)
-    on_gpu = arguments.platform == "cuda"
-    if on_gpu and not torch.cuda.is_available():  # noqa: TID251
-        raise PlatformError("these figures need a CUDA device and torch sees none here")
-    ceiling = product_ceiling() if on_gpu else None
+    ceiling = product_ceiling("cuda") if device_of(arguments) == "cuda" else None
     if ceiling is not None:
         print(f"ceiling: {ceiling:.0f} TFLOP/s, bf16 8192^3 in this run\n")
     print("| model | precision | microbatch | tokens/s | TFLOP/s | MFU | of ceiling | peak GiB | loss | kernels |")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from megadiff.doctor.examination import Finding, Subject, fail, ok, warn
 from megadiff.errors import ConfigError
+from megadiff.run.summary import lay_out_run
 
 
 def check(subject: Subject) -> Iterable[Finding]:
@@ -17,7 +18,7 @@ def check(subject: Subject) -> Iterable[Finding]:
         yield warn("not checked: the vocabulary is unknown", "fix data.tokenizer, or set data.vocab_size")
         return
     try:
-        layout = config.layout(world_size=subject.ranks, vocab_size=vocab_size)
+        layout = lay_out_run(config, world_size=subject.ranks, vocab_size=vocab_size)
     except ConfigError as error:
         yield fail(
             f"{subject.ranks} rank(s): {error}",

@@ -8,6 +8,12 @@ A member is a module here, named by its file, or a module of the user's own, nam
     STATE_KEYS: tuple[str, ...] = ("exp_avg",)
         Names of the float32 tensors of a parameter's shape that the optimizer keeps in `state[parameter]`, and `step`
         if it keeps a scalar there that counts steps. Left out where there are none.
+    ROLE_STATE_KEYS: dict[str, tuple[str, ...]] = {"hidden": ("exp_avg", "step")}
+        The part of STATE_KEYS that is kept for parameters of a role (`hidden` for the blocks' matrices, `embedding`,
+        `head`, `norm` or `bias`), where it is not all of them. Checkpoints and estimates of memory follow it.
+    ROLE_SETTINGS: dict[str, tuple[str, ...]] = {"hidden": ("momentum",)}
+        Names of the member's own settings that decide the updates of a role, where it is not all of them; `--check`
+        prints these, and `eps` only for roles that use it.
     GROUP_STATE_KEYS: tuple[str, ...] = ()
         Names of the values in `param_groups` that a step changes and a resume needs. `step` may be left out.
     ELEMENTWISE: bool = True

@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # a run description is checked without torch
     import torch
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+ROLE_STATE_KEYS = {"hidden": ("exp_avg", "step")}
+ROLE_SETTINGS = {"hidden": ("momentum", "nesterov", "newton_schulz_steps", "update_scale")}
 ELEMENTWISE = False
 GATHERS = True
 
