@@ -11,11 +11,10 @@ answer is found by comparison with the same conversation that has a mark in its 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, read_json_object, read_text, why
@@ -28,7 +27,7 @@ _FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKS = range(0xE000, 0xF8FF)  # characters for private use, of which some do not occur in a conversation
 
-Message = Mapping[str, Any]
+Message = dict[str, Any]
 
 
 class Rendered(NamedTuple):
@@ -57,14 +56,14 @@ class ChatTemplate:
             from transformers.utils.chat_template_utils import render_jinja_template
         except ImportError:
             raise DataError("chat templates need Transformers; pip install 'megadiff[hf]'") from None
-        self._source, self._names, self._where, self._library = source, dict(names), where, render_jinja_template
+        self._source, self._names, self._library = source, dict(names), cast("Any", render_jinja_template)
         self._has_tags = _TAG.search(source) is not None
         try:
             self._rendered([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         except TemplateSyntaxError as error:
             raise DataError(f"{where}: the chat template is damaged ({error}); correct it") from error
-        except Exception:  # noqa: S110 - a template may refuse this conversation and take those of the corpus
-            pass
+        except Exception:  # a template may refuse this conversation and take those of the corpus
+            return
 
     def render(self, messages: Sequence[Message]) -> Rendered:
         """Return a conversation as text, with the places of all of its answers.
@@ -91,7 +90,7 @@ class ChatTemplate:
             add_generation_prompt=prompt,
             **self._names,
         )
-        return texts[0], list(marked[0]) if self._has_tags else []
+        return texts[0], [tuple(span) for span in marked[0]] if self._has_tags else []
 
     def _answer(self, messages: Sequence[Message], place: int, text: str) -> tuple[int, int]:
         """Return the first character and the end of an answer by the rule of the module."""
@@ -104,8 +103,8 @@ class ChatTemplate:
                 "once, so its place is not known; mark answers in the template with generation tags"
             )
         before, _, after = marked.partition(mark)
-        start = len(os.path.commonprefix([text, before]))
-        end = max(start, len(text) - len(os.path.commonprefix([text[::-1], after[::-1]])))
+        start = _shared(text, before)
+        end = max(start, len(text) - _shared(text[::-1], after[::-1]))
         opening, closing = self._around(messages[:place], answer, mark)
         if text[:start].endswith(opening):
             start -= len(opening)
@@ -123,6 +122,12 @@ class ChatTemplate:
         opening = head[len(prompt) :] if head.startswith(prompt) else ""
         is_header = prompt == plain and bool(opening.strip())
         return "" if is_header else opening, tail.rstrip()
+
+
+def _shared(one: str, other: str) -> int:
+    """Return the number of characters with which both texts begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def find_template(tokenizer_path: str | Path, given: str | Path | None) -> tuple[str, str]:

@@ -138,7 +138,7 @@ class ConversationEncoder:
         """
         values = json.loads(record)
         if self._chat is None:
-            found = iter([_pair(*values, self._tokenizer)])
+            found = iter([_pair(values[0], values[1], self._tokenizer)])
         else:
             found = self._chat.encode(checked(values[0]), is_apart=self._options.turns == TURNS[1])
         for conversation in found:

@@ -65,7 +65,12 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
 
 
 def corpus_from(arguments: argparse.Namespace, fields: TextFields | None = None) -> Corpus:
-    """Return the corpus that the options of `add_corpus_options` describe, of documents made of other fields if given."""
+    """Return the corpus that the options of `add_corpus_options` describe.
+
+    Args:
+        arguments: the command line.
+        fields: fields that make a document, in the place of those of the options.
+    """
     filters = DocumentFilters(
         min_characters=arguments.min_characters,
         max_characters=arguments.max_characters,

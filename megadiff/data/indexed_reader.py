@@ -116,17 +116,11 @@ class IndexedReader:
         start = self._token_offset(first)
         return self.tokens(start, self._token_offset(last) - start)
 
-    def conversation(self, index: int, *, longest: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first tokens of a conversation, and which of them are predicted: [n] int64 and [n] bool.
-
-        Args:
-            index: number of the document, which has spans.
-            longest: largest n; None for all tokens.
-        """
+    def answers(self, index: int) -> np.ndarray:
+        """Return which tokens of a document belong to answers, [n] bool; all of them where documents have no spans."""
         first, last = self._documents.read(index, 2).tolist()
         lengths = self._lengths.read(first, last - first)
-        predicted = np.repeat(np.arange(lengths.size) % 2 == 1, lengths)[:longest]
-        return self.tokens(self._token_offset(first), predicted.size), predicted
+        return np.repeat(np.arange(lengths.size) % 2 == 1 if self.has_spans else True, lengths)
 
     def conversation_starts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the first token of each conversation in the stream, and the length of what precedes its first answer.

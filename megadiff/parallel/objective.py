@@ -166,16 +166,20 @@ class NextTokenObjective:
         """Return causal attention over whole sequences."""
         return AttentionPattern.causal(*batch.noised.shape)
 
-    def loss_tokens(self, batch: NoisedBatch) -> None:
-        """Return None: every token has a loss."""
-        del batch
+    def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:
+        """Return the tokens that are predicted, or None for all; see `Objective.loss_tokens`."""
+        is_noisy = batch.is_noisy.t()
+        return None if bool(is_noisy.all()) else is_noisy.reshape(-1).nonzero().squeeze(-1)
 
     def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
         """Return loss and terms; `loss`, `elbo` and `kl` are the exact negative log-likelihood in nats."""
         clean = batch.sequences.clean.t()
         process = HybridMixing(self.process.vocab_size, self.process.mask_id, shift=-1000.0)
         tokens = LossInputs(
-            clean, torch.full_like(clean, process.mask_id), torch.full(clean.shape, _ALL_KEPT, device=clean.device)
+            clean,
+            torch.full_like(clean, process.mask_id),
+            torch.full(clean.shape, _ALL_KEPT, device=clean.device),
+            batch.active_indices,
         )
         output = self.loss_kernel(hidden, lm_head_weight, tokens, LossSpec(process), shard=shard)
         return output._replace(terms=output.terms._replace(elbo=output.terms.kl))
