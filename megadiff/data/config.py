@@ -91,9 +91,9 @@ class DataConfig(Section):
     """The word `byte`, a tokenizer.json or SentencePiece .model file, or a folder with one."""
 
     padding: Literal["predicted_eos", "eos", "pad"] | None = None
-    """Tokens that fill a conversation up to `model.seq_length`; needed where a source holds conversations. `predicted_eos`:
-    eos, which is noised and predicted like an answer, so that the model learns where answers end; `eos` and `pad`:
-    that token, noise-free and without loss."""
+    """Tokens that fill a conversation up to `model.seq_length`, needed where a source holds conversations:
+    `predicted_eos`, eos that is noised and predicted like an answer, so that the model learns where answers end; or
+    `eos` or `pad`, that token noise-free and without loss."""
 
     @model_validator(mode="after")
     def _phases_ascend(self) -> DataConfig:
