@@ -33,6 +33,9 @@ class RandomRows:
     def sequences(self, indices):
         return self._sequences[list(indices)]
 
+    def predicted(self, indices):
+        del indices
+
 
 def measure_of(run):
     return next(hook for hook in run.hooks if isinstance(hook, ValidationHook)).evaluate
