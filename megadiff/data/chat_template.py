@@ -44,13 +44,12 @@ class ChatTemplate:
     Args:
         source: text of the template.
         names: names of special tokens by the variables that templates know them by, such as `eos_token`.
-        where: place of the template, for messages.
 
     Raises:
         DataError: Transformers is missing, or the template is not one.
     """
 
-    def __init__(self, source: str, names: Mapping[str, str], where: str) -> None:
+    def __init__(self, source: str, names: Mapping[str, str]) -> None:
         try:
             from jinja2 import TemplateSyntaxError
             from transformers.utils.chat_template_utils import render_jinja_template
@@ -61,7 +60,7 @@ class ChatTemplate:
         try:
             self._rendered([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         except TemplateSyntaxError as error:
-            raise DataError(f"{where}: the chat template is damaged ({error}); correct it") from error
+            raise DataError(f"the chat template is damaged (line {error.lineno}: {error}); correct it") from error
         except Exception:  # a template may refuse this conversation and take those of the corpus
             return
 
@@ -130,17 +129,17 @@ def _shared(one: str, other: str) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def find_template(tokenizer_path: str | Path, given: str | Path | None) -> tuple[str, str]:
-    """Return the text and the place of the chat template of a tokenizer, or of the file that is given in its place.
+def find_template(tokenizer_path: str | Path, given: str | Path | None) -> str:
+    """Return the chat template of a tokenizer, or that of the file that is given in its place.
 
     Raises:
         DataError: there is none, or a file cannot be read.
     """
     if given is not None:
-        return _read(Path(given)), str(given)
+        return _read(Path(given))
     folder = _folder(tokenizer_path)
     if (folder / _FILE).is_file():
-        return _read(folder / _FILE), str(folder / _FILE)
+        return _read(folder / _FILE)
     found = _config(folder).get("chat_template")
     if isinstance(found, list):  # several templates by name
         found = next((one["template"] for one in found if one.get("name") == "default"), None)
@@ -149,7 +148,7 @@ def find_template(tokenizer_path: str | Path, given: str | Path | None) -> tuple
             f"{tokenizer_path}: wanted a tokenizer with a chat template ({_FILE}, or chat_template in {_CONFIG}), "
             "found none; give one with --chat-template FILE, or prompts and completions with --prompt-key"
         )
-    return found, str(folder / _CONFIG)
+    return found
 
 
 def special_names(tokenizer_path: str | Path) -> dict[str, str]:

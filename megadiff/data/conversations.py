@@ -9,41 +9,61 @@ data hold a conversation as one document of several sequences: what is given and
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from megadiff.config.nodes import COMMAND_LINE
+from megadiff.config.section import Section
 from megadiff.data.chat_template import ROLES, ChatTemplate, Message, find_template, special_names
 from megadiff.data.corpus_files import TextFields, json_kind
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.errors import ConfigError, DataError, shown
+from megadiff.errors import SHOWN_DIGITS, ConfigError, DataError, shown
 
-TURNS = ("together", "apart")
+TURNS: tuple[Literal["together"], Literal["apart"]] = ("together", "apart")
 """Ways to take a conversation of several answers; the first is the default."""
 
 _OTHER_KEYS = {"from": "role", "value": "content"}
 
 
-@dataclass(frozen=True)
-class ConversationOptions:
+class ConversationOptions(Section):
     """The options that decide which tokens a record becomes, and which of them are predicted."""
 
-    tokenizer_path: str
-    """The tokenizer, beside whose files its chat template lies."""
     chat_key: str | None = None
     """Key of the messages; None for prompts and completions."""
+
     prompt_key: str | None = None
+    """Key of the prompts."""
+
     completion_key: str | None = None
+    """Key of their completions."""
+
     template: str | None = None
-    """Chat template in the place of the tokenizer's: its text."""
-    turns: str = TURNS[0]
-    """`together`: a conversation with all of its answers predicted; `apart`: one for each answer, without what
-    follows it."""
+    """Text of the chat template; None for prompts and completions."""
+
+    names: tuple[tuple[str, str], ...] = ()
+    """Special tokens by the variables that the template knows them by, such as `eos_token`."""
+
+    turns: Literal["together", "apart"] = TURNS[0]
+    """`together`: a conversation with all of its answers predicted; `apart`: one for each answer, without the messages
+    that follow it."""
+
+    def __hash__(self) -> int:
+        """Return a hash of all of them, by which the encoder of a process is kept."""
+        return hash((self.chat_key, self.prompt_key, self.completion_key, self.template, self.names, self.turns))
+
+    def __str__(self) -> str:
+        """Return the options as messages name them."""
+        if self.template is None:
+            return f"--prompt-key {self.prompt_key} --completion-key {self.completion_key}"
+        digest = hashlib.sha256(repr((self.template, self.names)).encode()).hexdigest()[:SHOWN_DIGITS]
+        return f"--chat-key {self.chat_key} --turns {self.turns} with the chat template {digest}"
 
     @property
     def fields(self) -> ConversationFields:
@@ -218,19 +238,17 @@ class _Chat:
     """Messages to tokens by a chat template."""
 
     def __init__(self, tokenizer: Tokenizer, options: ConversationOptions) -> None:
-        path = options.tokenizer_path
-        source, where = (options.template, "--chat-template") if options.template else find_template(path, None)
         opened = getattr(tokenizer, "with_special_names", None)
         inner = opened() if opened is not None else None
         if inner is None:
             raise DataError(
-                f"{path}: the tokenizer {tokenizer.name} has no tokenizer.json form, which chat templates need; use "
+                f"the tokenizer {tokenizer.name} has no tokenizer.json form, which chat templates need; use "
                 "another one, or prompts and completions with --prompt-key"
             )
         own = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         named = {key: name for key, token in own.items() if token is not None and (name := inner.id_to_token(token))}
         self._inner = inner
-        self._template = ChatTemplate(source, {**named, **special_names(path)}, where)
+        self._template = ChatTemplate(str(options.template), {**named, **dict(options.names)})
         added = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
         longest_first = sorted(added, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -308,10 +326,31 @@ def conversations_from(arguments: argparse.Namespace) -> ConversationOptions | N
     if arguments.template is not None or arguments.backend == "gigatoken":
         other = "--template" if arguments.template is not None else "--backend gigatoken"
         raise ConfigError(f"{COMMAND_LINE}: {other} has no meaning for conversations; drop it")
-    template = None
-    if arguments.chat_template is not None:
-        template, _ = find_template(arguments.tokenizer, arguments.chat_template)
-    return ConversationOptions(str(arguments.tokenizer), chat, *pair, template, arguments.turns)
+    if chat is None:
+        return ConversationOptions(prompt_key=pair[0], completion_key=pair[1])
+    return chat_options(arguments.tokenizer, chat, template=arguments.chat_template, turns=arguments.turns)
+
+
+def chat_options(
+    tokenizer_path: str | Path,
+    key: str,
+    *,
+    template: str | Path | None = None,
+    turns: Literal["together", "apart"] = TURNS[0],
+) -> ConversationOptions:
+    """Return the options for chat messages.
+
+    Args:
+        tokenizer_path: the tokenizer, beside whose files its chat template lies.
+        key: key or column of the messages.
+        template: file of a template in the place of the tokenizer's.
+        turns: one of `TURNS`.
+
+    Raises:
+        DataError: there is no template, or a file cannot be read.
+    """
+    names = tuple(special_names(tokenizer_path).items())
+    return ConversationOptions(chat_key=key, template=find_template(tokenizer_path, template), names=names, turns=turns)
 
 
 def _option(name: str) -> str:

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megadiff.data.chat_template import ChatTemplate
-from megadiff.data.conversations import ConversationOptions, encoder_of
+from megadiff.data.conversations import chat_options, encoder_of
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
 
@@ -215,7 +215,7 @@ def write_tokenizer(folder, case):
 
 def encoded(folder, messages, *, turns="together", **framing):
     """Return the conversations of some messages."""
-    options = ConversationOptions(str(folder), chat_key="messages", turns=turns)
+    options = chat_options(folder, "messages", turns=turns)
     framing = {"prepend_bos": False, "append_eod": False, **framing}
     return list(encoder_of(load_tokenizer(folder), options, **framing).encode(json.dumps([messages])))
 
@@ -338,8 +338,8 @@ def test_a_named_template_and_a_file_are_found(tmp_path):
 def test_a_template_that_repeats_or_drops_an_answer_is_refused():
     for body, times in (("{{ m.content * 2 }}", 2), ("{{ m.role }}", 0)):
         with pytest.raises(DataError, match=f"writes the content of message 2 {times} times in place of once"):
-            ChatTemplate(loop(body), {}, "here").render(TURN)
-    with pytest.raises(DataError, match=r"here: the chat template is damaged .*; correct it"):
-        ChatTemplate("{% for %}", {}, "here")
+            ChatTemplate(loop(body), {}).render(TURN)
+    with pytest.raises(DataError, match=r"the chat template is damaged \(line 1: .*; correct it"):
+        ChatTemplate("{% for %}", {})
     with pytest.raises(DataError, match="generation tags of the chat template mark no answer"):
-        ChatTemplate("{% if false %}{% generation %}{% endgeneration %}{% endif %}x", {}, "here").render(TURN)
+        ChatTemplate("{% if false %}{% generation %}{% endgeneration %}{% endif %}x", {}).render(TURN)

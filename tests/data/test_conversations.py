@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from megadiff.data.conversations import ConversationOptions
+from megadiff.data.conversations import ConversationOptions, chat_options
 from megadiff.data.division import Padding, division_of, padding_of
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_manifest import read_manifest, tokenizer_facts
@@ -22,7 +22,7 @@ from tests.data.test_chat_template import CASES, SECOND, SYSTEM, TURN, write_tok
 from tests.support.forked_command import call_forked
 
 EOS, PAD = 1, 2
-PAIRS = ConversationOptions("byte", prompt_key="q", completion_key="a")
+PAIRS = ConversationOptions(prompt_key="q", completion_key="a")
 
 
 def write_lines(path, records):
@@ -41,10 +41,10 @@ def write_conversations(prefix, spans):
     return IndexedReader(prefix)
 
 
-def preprocessed(path, prefix, options=PAIRS, *, workers=1, **framing):
+def preprocessed(path, prefix, options=PAIRS, *, tokenizer="byte", workers=1, **framing):
     """Return a reader of the indexed data of a corpus file."""
     markers = DocumentMarkers(**framing, conversations=options)
-    preprocess(Corpus([path], fields=options.fields), prefix, options.tokenizer_path, framing=markers, workers=workers)
+    preprocess(Corpus([path], fields=options.fields), prefix, tokenizer, framing=markers, workers=workers)
     return IndexedReader(prefix)
 
 
@@ -76,7 +76,7 @@ def test_every_kind_of_input_gives_the_same_conversations(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     folder = write_tokenizer(tmp_path / "tokenizer", CASES["chatml"])
-    options = ConversationOptions(str(folder), chat_key="messages")
+    options = chat_options(folder, "messages")
     chats = [TURN, [SYSTEM, *TURN, *SECOND], [*SECOND]] * 5
     records = [{"messages": chat} for chat in chats]
     write_lines(tmp_path / "in.jsonl", records)
@@ -88,7 +88,7 @@ def test_every_kind_of_input_gives_the_same_conversations(tmp_path):
     wanted = None
     for kind, workers in (("jsonl", 1), ("jsonl", 2), ("parquet", 1), ("csv", 1)):
         prefix = tmp_path / f"{kind}{workers}"
-        preprocessed(tmp_path / f"in.{kind}", prefix, options, workers=workers)
+        preprocessed(tmp_path / f"in.{kind}", prefix, options, tokenizer=folder, workers=workers)
         files = [(prefix.parent / f"{prefix.name}{end}").read_bytes() for end in (".bin", ".idx")]
         wanted = wanted or files
         assert files == wanted, kind
@@ -99,7 +99,7 @@ def test_a_long_line_keeps_its_messages(tmp_path):
     folder = write_tokenizer(tmp_path / "tokenizer", CASES["chatml"])
     chat = [{"role": "user", "content": "x" * 2**20}, TURN[1]]
     path = write_lines(tmp_path / "in.jsonl", [{"messages": chat}])
-    reader = preprocessed(path, tmp_path / "p", ConversationOptions(str(folder), chat_key="messages"))
+    reader = preprocessed(path, tmp_path / "p", chat_options(folder, "messages"), tokenizer=folder)
     assert reader.num_tokens > 2**20
 
 
@@ -267,3 +267,27 @@ def test_an_index_whose_documents_have_one_span_is_refused(tmp_path):
     (tmp_path / "p.idx").write_bytes(index)
     with pytest.raises(DataError, match=r"document\[2\] at byte \d+ >= 4, found 3"):
         IndexedReader(tmp_path / "p")
+
+
+def test_shards_and_their_merge_are_what_one_process_writes(tokenizer, tmp_path):
+    chats = [[SYSTEM, *TURN, *SECOND], TURN, SECOND] * 40
+    path = write_lines(tmp_path / "in.jsonl", [{"messages": chat} for chat in chats])
+    common = ("tools/preprocess_data.py", "--input", path, "--chat-key", "messages", "--tokenizer", tokenizer)
+    for words in (
+        ("--turns", "apart", "--output-prefix", tmp_path / "one"),
+        ("--turns", "apart", "--shards", tmp_path / "shards", "--unit-mb", "0.01"),
+    ):
+        ended = call_forked(*common, *words)
+        assert ended.code == 0, ended.err
+    shards = IndexedReader(tmp_path / "shards")
+    assert len(list((tmp_path / "shards/shards").iterdir())) > 1
+    assert (shards.num_documents, shards.has_spans) == (160, True)
+    ended = call_forked(common[0], "--merge", tmp_path / "shards", "--output-prefix", tmp_path / "merged")
+    assert ended.code == 0, ended.err
+    for end in (".bin", ".idx"):
+        assert (tmp_path / f"merged{end}").read_bytes() == (tmp_path / f"one{end}").read_bytes()
+    ended = call_forked(*common, "--shards", tmp_path / "shards", "--unit-mb", "0.01")
+    assert ended.code == 2
+    assert re.search(
+        r"wanted conversations as it was begun, --chat-key messages --turns apart with the .*, found --chat-", ended.err
+    )
