@@ -155,21 +155,15 @@ def _check_predicted(method: Method, clean: npt.NDArray[np.int64], samples: list
     _check_shapes(found, clean.shape[1])
     allowed = torch.from_numpy(predicted).gather(1, found.source)
     assert not (found.is_noisy & ~allowed).any(), "batch: a token that is not to be predicted is noisy"
-    assert torch.equal(found.is_noisy, text.is_noisy & allowed), (
-        "batch: a predicted token is noisy or not unlike in text"
-    )
-    assert torch.equal(found.noised[allowed], text.noised[allowed]), (
-        "batch: a predicted token has other noise than text"
-    )
+    assert torch.equal(found.is_noisy, text.is_noisy & allowed), "batch: is_noisy of predicted tokens differs"
+    assert torch.equal(found.noised[allowed], text.noised[allowed]), "batch: a predicted token has other noise"
     if not method.adds_start_token:
         given = ~found.is_noisy
         assert torch.equal(found.noised[given], found.clean[given]), "batch: a given token is changed"
     _check_weights(method, found, method.loss_tokens(found))
     mine = method.batch(clean[3:4], samples[3:4], step, predicted[3:4])
     for name, value in found._asdict().items():
-        assert torch.equal(value[3:4], getattr(mine, name)), (
-            f"batch: {name} of a conversation depends on its microbatch"
-        )
+        assert torch.equal(value[3:4], getattr(mine, name)), f"batch: {name} of a conversation depends on others"
 
 
 def _check_weights(method: Method, batch: NoisedBatch, counted: Tensor | None) -> None:
