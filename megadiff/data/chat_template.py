@@ -70,16 +70,27 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses it, or an answer is not found in the text.
         """
-        try:
-            text, marked = self._rendered(messages)
-        except Exception as error:  # templates raise errors of many kinds
-            raise DataError(f"the chat template refuses it ({error})") from error
+        text, marked = self._accepted(messages)
         if self._has_tags:
             if not marked:
                 raise DataError("the generation tags of the chat template mark no answer in it")
             return Rendered(text, marked)
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         return Rendered(text, [self._answer(messages, place, text) for place in answers])
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text after which an answer to the last message is generated.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        return self._accepted(messages, prompt=True)[0]
+
+    def _accepted(self, messages: Sequence[Message], *, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            return self._rendered(messages, prompt=prompt)
+        except Exception as error:  # templates raise errors of many kinds
+            raise DataError(f"the chat template refuses it ({error})") from error
 
     def _rendered(self, messages: Sequence[Message], *, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         texts, marked = self._library(

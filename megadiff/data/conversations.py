@@ -170,6 +170,15 @@ class ConversationEncoder:
             yield Conversation(ids, predicted, num_bytes)
 
 
+def chat_prompt(tokenizer: Tokenizer, options: ConversationOptions, message: str) -> list[int]:
+    """Return the tokens after which an answer to a user's message is generated, as in training.
+
+    Raises:
+        DataError: as for `ConversationEncoder`, or the template refuses the message.
+    """
+    return _Chat(tokenizer, options).prompt([{"role": "user", "content": message}])
+
+
 @lru_cache(maxsize=1)
 def encoder_of(
     tokenizer: Tokenizer, options: ConversationOptions, *, prepend_bos: bool, append_eod: bool
@@ -255,17 +264,25 @@ class _Chat:
 
     def encode(self, messages: list[Message], *, is_apart: bool) -> Iterator[Conversation]:
         """Yield the conversation with all of its answers, or one for each answer."""
-        for number, message in enumerate(messages, start=1):
-            if (found := self._special.search(message["content"])) is not None:
-                raise DataError(
-                    f"message {number} spells the special token {shown(found.group())}, which would begin or end a turn"
-                )
+        self._refuse_special(messages)
         if not is_apart:
             yield self._encoded(messages, is_apart=False)
             return
         for place, message in enumerate(messages):
             if message["role"] == "assistant":
                 yield self._encoded(messages[: place + 1], is_apart=True)
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Return the tokens after which an answer is generated."""
+        self._refuse_special(messages)
+        return self._inner.encode(self._template.prompt(messages), add_special_tokens=False).ids
+
+    def _refuse_special(self, messages: list[Message]) -> None:
+        for number, message in enumerate(messages, start=1):
+            if (found := self._special.search(message["content"])) is not None:
+                raise DataError(
+                    f"message {number} spells the special token {shown(found.group())}, which would begin or end a turn"
+                )
 
     def _encoded(self, messages: Sequence[Message], *, is_apart: bool) -> Conversation:
         text, answers = self._template.render(messages)

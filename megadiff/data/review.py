@@ -10,6 +10,7 @@ from megadiff.data.division import Conversations
 from megadiff.data.facts import SourceFacts, ValidationFacts
 from megadiff.data.mixture import Mixture, Position
 from megadiff.data.open import OpenData, TrainingSource, occurring_passages
+from megadiff.data.sequences import ValidationSequences
 
 MOST_EPOCHS = 4
 """Number of epochs up to which repeated text is nearly as good as new text (Muennighoff et al., arXiv:2305.16264)."""
@@ -112,10 +113,15 @@ def validation_facts(data: OpenData) -> list[ValidationFacts]:
             tokens=source.num_tokens,
             sequences=source.available,
             measured=len(source),
-            measured_tokens=len(source) * source.seq_length,
+            measured_tokens=_measured_tokens(source),
         )
         for place, source in enumerate(data.valid)
     ]
+
+
+def _measured_tokens(source: ValidationSequences) -> int:
+    predicted = source.predicted(range(len(source)))
+    return len(source) * source.seq_length if predicted is None else int(predicted.sum())
 
 
 def describe_change(before: Mixture, data: OpenData, *, end: int) -> list[str]:

@@ -9,15 +9,25 @@ import re
 import numpy as np
 import pytest
 
+from megadiff.data.config import DataConfig
 from megadiff.data.conversations import ConversationOptions, chat_options
 from megadiff.data.division import Padding, division_of, padding_of
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_manifest import read_manifest, tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
+from megadiff.data.mixture import next_mixture
+from megadiff.data.open import open_data
 from megadiff.data.preprocess import DocumentMarkers, preprocess
+from megadiff.data.review import advice, validation_facts
+from megadiff.data.source_statistics import excerpts, statistics_of
 from megadiff.data.tokenizers.byte import ByteTokenizer
-from megadiff.errors import DataError
+from megadiff.diffusion.config import ConditioningConfig, noise_config
+from megadiff.diffusion.noise_process import build_process
+from megadiff.diffusion.noising import noise_batch, with_given
+from megadiff.errors import ConfigError, DataError
+from megadiff.methods import refuse_conversations
+from megadiff.methods.gidd import Gidd
 from tests.data.test_chat_template import CASES, SECOND, SYSTEM, TURN, write_tokenizer
 from tests.support.forked_command import call_forked
 
@@ -248,6 +258,110 @@ def test_answers_that_are_all_cut_away_are_refused(tmp_path):
         DataError, match=r"data.padding, which fills them up to model.seq_length, is not set; set it to"
     ):
         division_of(reader, 8)
+
+
+def opened(config, *, seed=1):
+    """Return the data of a run of 8 tokens a sequence."""
+    return open_data(
+        DataConfig(tokenizer="byte", **config), ByteTokenizer(), seq_length=8, seed=seed, valid_sequences=4
+    )
+
+
+def test_conversations_and_text_mix(tmp_path):
+    write_conversations(tmp_path / "chat", [[[10 + i], [50 + i]] for i in range(6)])
+    with IndexedWriter(tmp_path / "text", vocab_size=260, mask_id=3) as writer:
+        writer.add_documents(np.full(48, 200), [48])
+        writer.finish(tokenizer=tokenizer_facts(ByteTokenizer()), source_bytes=1)
+    chat, text = (str(tmp_path / name) for name in ("chat", "text"))
+    data = opened({"train": [chat, text], "valid": [chat], "padding": "pad"})
+    assert data.conversations_key == "data.train[0]"
+    clean, predicted = data.sequences(range(12)), data.predicted(range(12))
+    is_chat = clean[:, 0] < 100
+    assert is_chat.sum() == 6  # one epoch of both
+    assert sorted(clean[is_chat, 0]) == [10, 11, 12, 13, 14, 15]
+    assert (clean[is_chat, 2:] == PAD).all()
+    assert (predicted[is_chat] == (np.arange(8) == 1)).all()
+    assert predicted[~is_chat].all()
+    assert opened({"train": [text]}).predicted(range(4)) is None
+    valid = data.valid[0]
+    assert (valid.predicted(range(4)) == (np.arange(8) == 1)).all()
+    assert valid.bytes_per_token is None
+    with pytest.raises(DataError, match=r"data.padding, which fills"):
+        opened({"train": [text], "valid": [chat]})
+
+
+def test_another_padding_is_another_mixture(tmp_path):
+    write_conversations(tmp_path / "p", SPANS)
+    prints = {name: opened({"train": [str(tmp_path / "p")], "padding": name}).fingerprint for name in ("eos", "pad")}
+    assert prints["eos"] != prints["pad"]
+    assert prints["eos"] == opened({"train": [str(tmp_path / "p")], "padding": "eos"}).fingerprint
+
+
+def test_what_is_cut_is_said(tmp_path):
+    write_conversations(tmp_path / "p", SPANS)
+    data = opened({"train": [str(tmp_path / "p")], "valid": [str(tmp_path / "p")], "padding": "eos"})
+    found = [
+        str(one) for one in advice(data, DataConfig(train=["p"], tokenizer="byte"), end=9, length="", eval_sequences=4)
+    ]
+    wanted = "data.train[0] (p): of 5 conversations 1 are cut at model.seq_length = 8, and 1 are left out, since all of"
+    assert any(line.startswith(wanted) for line in found), found
+    assert validation_facts(data)[0].measured_tokens == 2 + 4 + 1 + 2
+
+
+def test_conversations_that_were_added_come_before_a_repeat(tmp_path):
+    """A file of conversations that has grown goes on as grown text does, also behind one that is left out."""
+    spans = [[[10 + i], [50 + i]] for i in range(6)]
+    write_conversations(tmp_path / "old", [*spans, SPANS[1]])
+    write_conversations(tmp_path / "new", [*spans, SPANS[1], *([[30 + i], [70 + i]] for i in range(4))])
+    before = opened({"train": [str(tmp_path / "old")], "padding": "eos"})
+    drawn = [int(ids[0]) for ids in before.sequences(range(4))]
+    after = opened({"train": [str(tmp_path / "new")], "padding": "eos"})
+    mixture = next_mixture(before.mixture_at(4), after.identities, first_sample=4)
+    assert mixture.sources[0].parts
+    grown = after.continued(mixture)
+    drawn += [int(ids[0]) for ids in grown.sequences(range(4, 10))]
+    assert sorted(drawn) == [*range(10, 16), *range(30, 34)]
+    assert (grown.predicted(range(4, 10)) == (np.arange(8) == 1)).all()
+
+
+def test_statistics_and_excerpts_mark_the_answers(tmp_path):
+    byte = ByteTokenizer()
+    reader = write_conversations(tmp_path / "p", [[byte.encode("Hi?"), byte.encode("Yo."), byte.encode("Ha"), [EOS]]])
+    (found,) = excerpts(reader, [0], tokens=100, tokenizer=byte)
+    assert found.text == "«Hi?»Yo.«Ha»⟨eos⟩"
+    assert excerpts(reader, [0], tokens=2, tokenizer=byte)[0].text == "«Hi»"
+    (figures,) = statistics_of([reader])
+    assert figures.answer_tokens == 4
+
+
+def test_a_method_that_knows_only_text_is_refused():
+    class OnlyText(Gidd):
+        def batch(self, clean, sample_index, step_batch):
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but the method OnlyText has no"):
+        refuse_conversations(OnlyText.__new__(OnlyText), "data.train[0]")
+    refuse_conversations(Gidd.__new__(Gidd), "data.train[0]")
+
+
+@pytest.mark.parametrize("shift", ["masked", "balanced", "uniform"])
+def test_given_tokens_are_clean_and_the_others_noised_as_in_text(shift):
+    process = build_process(noise_config(shift=shift), vocab_size=260, mask_id=3)
+    clean = np.random.default_rng(0).integers(4, 260, (16, 32))
+    predicted = np.random.default_rng(1).random(clean.shape) < 0.5
+    conditioning = ConditioningConfig(pad_insertion=0.3, infilling=0.3)
+    text = noise_batch(
+        clean, seed=1, sample_index=np.arange(16), process=process, conditioning=conditioning, pad_id=PAD
+    )
+    found = with_given(text, predicted, process)
+    for row in range(16):
+        for place in range(32):
+            is_answer = predicted[row, int(text.source[row, place])]
+            assert bool(found.is_noisy[row, place]) == (is_answer and bool(text.is_noisy[row, place]))
+            wanted = text.noised if found.is_noisy[row, place] else text.clean
+            assert found.noised[row, place] == wanted[row, place]
+            level = text.log_snr[row, place] if found.is_noisy[row, place] else process.schedule.max_log_snr
+            assert found.log_snr[row, place] == level
 
 
 def test_padding_needs_its_token():
