@@ -46,12 +46,16 @@ def _elbo(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     from megadiff.data.baselines import unigram_entropy
     from megadiff.data.indexed_reader import IndexedReader
 
-    unigram = unigram_entropy(IndexedReader(arguments.data), vocab_size=trained.tokenizer.vocab_size)
     print(f"{trained.folder}: {found.describe()}")
-    print(f"  unigram entropy of the data: {unigram:.4f} nats per token (the best value of a model without context)")
+    reader = IndexedReader(arguments.data)
+    unigram = None if reader.has_spans else unigram_entropy(reader, vocab_size=trained.tokenizer.vocab_size)
+    if unigram is not None:
+        print(
+            f"  unigram entropy of the data: {unigram:.4f} nats per token (the best value of a model without context)"
+        )
     for low, high, value in found.by_log_snr:
         print(f"  log-SNR {low:+.0f} to {high:+.0f}: {value:.4f} nats")
-    return {**found.as_metrics(), "eval_unigram": unigram}
+    return found.as_metrics() | ({} if unigram is None else {"eval_unigram": unigram})
 
 
 def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:

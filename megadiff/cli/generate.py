@@ -19,6 +19,7 @@ _EPILOG = """examples:
   megadiff generate --model runs/demo --num-tokens 64 --steps 64 --count 4
   megadiff generate --model runs/demo --prompt "A list is" --temperature 0.8 --top-p 0.95
   megadiff generate --model runs/demo --prompt "A list" --suffix "is returned." --num-tokens 12
+  megadiff generate --model runs/chat --message "What is a list?" --temperature 0 --stop-at-end
   megadiff generate --model runs/demo --sampler adaptive --block-length 32 --trace denoising.html
 """
 
@@ -47,6 +48,10 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.message is not None and arguments.prompt:
+        raise ConfigError("--message makes a prompt, and --prompt is one already; give one of them")
+    if arguments.message is None and arguments.chat_template is not None:
+        raise ConfigError("--chat-template has no meaning without --message; give that too")
     if not 0 <= arguments.temperature < math.inf:
         raise ConfigError(f"--temperature must be at least 0 and finite, got {arguments.temperature}")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
@@ -59,9 +64,12 @@ def _given(arguments: argparse.Namespace, trained: InferenceModel) -> tuple[list
 
     start, _ = SpecialTokens.like_the_data(trained, prepend_bos=arguments.prepend_bos).ids(trained.tokenizer)
     before, after = (trained.tokenizer.encode(text) for text in (arguments.prompt, arguments.suffix))
-    before = [*start, *before]
+    if arguments.message is not None:
+        before = _chat_prompt(arguments, trained)
+    before = before if start and before[: len(start)] == start else [*start, *before]
     taken, holds = len(before) + len(after), trained.model.seq_length
-    given = [name for name, ids in (("--prompt", before), ("--suffix", after)) if ids]
+    prompt = "--prompt" if arguments.message is None else "--message"
+    given = [name for name, ids in ((prompt, before), ("--suffix", after)) if ids]
     what = " and ".join(given) + (" takes" if len(given) == 1 else " take") + f" {taken}" if given else ""
     room = holds - taken
     if room < 1:
@@ -76,6 +84,15 @@ def _given(arguments: argparse.Namespace, trained: InferenceModel) -> tuple[list
             f"tokens{of_them}"
         )
     return (before + [-1] * new + after, new) if after else (before, new)
+
+
+def _chat_prompt(arguments: argparse.Namespace, trained: InferenceModel) -> list[int]:
+    """Return the prompt that the chat template makes of a message."""
+    from megadiff.data.conversations import chat_options, chat_prompt
+
+    path = arguments.tokenizer or trained.manifest.config["data"]["tokenizer"]
+    options = chat_options(path, "messages", template=arguments.chat_template)
+    return chat_prompt(trained.tokenizer, options, arguments.message)
 
 
 def _sample(
@@ -145,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
         "--model", required=True, help="a run folder, one checkpoints/step_* folder of it, or a Hugging Face folder"
     )
     parser.add_argument("--prompt", default="", help="text at the start of the sequence; it is never changed")
+    parser.add_argument("--message", metavar="TEXT", help="user's message, of which the chat template makes the prompt")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="Transformers chat template in the place of the tokenizer's own"
+    )
     parser.add_argument("--suffix", default="", help="text after the new tokens, which fill the gap")
     parser.add_argument(
         "--prepend-bos",

@@ -8,6 +8,7 @@ import time
 
 from megadiff.config.command_line import CommandParser
 from megadiff.config.nodes import COMMAND_LINE
+from megadiff.data.conversations import add_conversation_options, conversations_from
 from megadiff.data.corpus_options import (
     add_corpus_options,
     corpus_from,
@@ -28,6 +29,9 @@ _EXAMPLE = """examples:
   is data as it is (data.train: [data/web]), or is merged into one file.
   megadiff preprocess_data --input corpus/*.jsonl --shards data/web --tokenizer tokenizers/bpe-32k --workers 64
   megadiff preprocess_data --merge data/web --output-prefix data/web-merged
+
+  Conversations for fine-tuning, of which only the answers are predicted:
+  megadiff preprocess_data --input chats.jsonl --chat-key messages --output-prefix data/chats --tokenizer qwen
 """
 
 
@@ -43,12 +47,13 @@ def main() -> None:
     elif args.shards is not None:
         _make_shards(args)
     else:
-        corpus = corpus_from(args)
+        framing = _framing(args)
+        corpus = _corpus(args, framing)
         done = preprocess(
             corpus,
             args.output_prefix,
             args.tokenizer,
-            framing=_framing(args),
+            framing=framing,
             workers=args.workers,
             backend=_backend(args, corpus),
             drop_duplicates=args.drop_duplicates,
@@ -63,6 +68,7 @@ def _parser() -> CommandParser:
         epilog=_EXAMPLE,
     )
     add_corpus_options(parser, is_required=False)
+    add_conversation_options(parser)
     parser.add_argument(
         "--drop-duplicates",
         action="store_true",
@@ -132,11 +138,19 @@ def _option(name: str) -> str:
 
 
 def _framing(args: argparse.Namespace) -> DocumentMarkers:
-    return DocumentMarkers(prepend_bos=args.prepend_bos, append_eod=args.append_eod)
+    return DocumentMarkers(
+        prepend_bos=args.prepend_bos, append_eod=args.append_eod, conversations=conversations_from(args)
+    )
+
+
+def _corpus(args: argparse.Namespace, framing: DocumentMarkers) -> Corpus:
+    return corpus_from(args, None if framing.conversations is None else framing.conversations.fields)
 
 
 def _backend(args: argparse.Namespace, corpus: Corpus) -> str:
     """Return the library to use, and say why it is not the faster one."""
+    if args.chat_key is not None or args.prompt_key is not None:
+        return BACKENDS[0]
     backend, reason = chosen_backend(
         args.backend, args.tokenizer, [] if args.backend == BACKENDS[0] else sample(corpus)
     )
@@ -151,13 +165,14 @@ def _make_shards(args: argparse.Namespace) -> None:
     from megadiff.data.shards.pool import make_shards
 
     started_s = time.monotonic()
-    corpus = corpus_from(args)
+    framing = _framing(args)
+    corpus = _corpus(args, framing)
     unit_bytes = UNIT_BYTES if args.unit_mb is None else int(args.unit_mb * 2**20)
     tokens = make_shards(
         corpus,
         args.shards,
         args.tokenizer,
-        framing=_framing(args),
+        framing=framing,
         workers=args.workers,
         backend=_backend(args, corpus),
         unit_bytes=unit_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -89,6 +89,11 @@ class DataConfig(Section):
 
     tokenizer: str = Field(min_length=1)
     """The word `byte`, a tokenizer.json or SentencePiece .model file, or a folder with one."""
+
+    padding: Literal["predicted_eos", "eos", "pad"] | None = None
+    """Tokens that fill a conversation up to `model.seq_length`, needed where a source holds conversations:
+    `predicted_eos`, eos that is noised and predicted like an answer, so that the model learns where answers end; or
+    `eos` or `pad`, that token noise-free and without loss."""
 
     @model_validator(mode="after")
     def _phases_ascend(self) -> DataConfig:

@@ -88,7 +88,21 @@ class TextFields:
             raise DataError(f"--template {template!r}: wanted names of fields in braces and nothing else; {remedy}")
         return TextFields(names, template)
 
-    def text(self, values: Sequence[str]) -> str:
+    @property
+    def option(self) -> str:
+        """Option of the command line that names the fields."""
+        return "--json-key" if self.template is None else "--template"
+
+    @property
+    def are_nested(self) -> bool:
+        """Whether fields may be arrays or objects."""
+        return False
+
+    def fault_of(self, name: str, value: Any) -> str | None:
+        """Return why the value of a field cannot be used, worded to follow its place; None if it can."""
+        return None if isinstance(value, str) else f"`{name}` must be a string, found {json_kind(value)}"
+
+    def text(self, values: Sequence[Any]) -> str:
         """Return the text for the fields' values."""
         if self.template is None:
             return values[0]
@@ -116,10 +130,9 @@ def text_of(line: Line, fields: TextFields) -> Text | Bad:
     for key in fields.names:
         if key not in found:
             keys = ", ".join(shown(name) for name in list(found)[:_MAX_SHOWN_KEYS]) or "none"
-            choice = "--json-key" if fields.template is None else "--template"
-            return Bad(f"no key `{key}` (keys here: {keys}; choose with {choice})")
-        if not isinstance(found[key], str):
-            return Bad(f"`{key}` must be a string, found {json_kind(found[key])}")
+            return Bad(f"no key `{key}` (keys here: {keys}; choose with {fields.option})")
+        if (fault := fields.fault_of(key, found[key])) is not None:
+            return Bad(fault)
         values.append(found[key])
     text = fields.text(values)
     whole = without_lone_surrogates(text)

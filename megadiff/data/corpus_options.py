@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megadiff.data.corpus_files import TextFields
 from megadiff.data.corpus_streams import expanded, kind_of
 from megadiff.data.document_filters import SPLITS, DocumentFilters
 from megadiff.data.documents import MAX_DOCUMENT_BYTES, TEXT_SPLITS, Corpus
@@ -66,8 +67,13 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def corpus_from(arguments: argparse.Namespace) -> Corpus:
-    """Return the corpus that the options of `add_corpus_options` describe."""
+def corpus_from(arguments: argparse.Namespace, fields: TextFields | None = None) -> Corpus:
+    """Return the corpus that the options of `add_corpus_options` describe.
+
+    Args:
+        arguments: the command line.
+        fields: fields that make a document, in the place of those of the options.
+    """
     filters = DocumentFilters(
         min_characters=arguments.min_characters,
         max_characters=arguments.max_characters,
@@ -78,6 +84,7 @@ def corpus_from(arguments: argparse.Namespace) -> Corpus:
         expanded(arguments.input),
         json_key=arguments.json_key,
         template=None if arguments.template is None else unescaped(arguments.template),
+        fields=fields,
         text_split=arguments.text_split,
         max_bad_lines=arguments.max_bad_lines,
         max_document_bytes=int(arguments.max_document_mb * 2**20),

@@ -72,8 +72,7 @@ def refuse_missing(path: CorpusPath, fields: TextFields, names: list[str]) -> No
     for name in fields.names:
         if name not in names:
             listed = ", ".join(names[:_MAX_SHOWN])
-            choice = "--json-key" if fields.template is None else "--template"
-            raise DataError(f"{path}: no column `{name}` (columns here: {listed}); choose with {choice}")
+            raise DataError(f"{path}: no column `{name}` (columns here: {listed}); choose with {fields.option}")
 
 
 def _rows_at_once(metadata: Any) -> int:

@@ -24,7 +24,6 @@ from megadiff.data.corpus_files import (
     TextFields,
     even_chunks,
     invalid_utf8,
-    json_kind,
     kept_ends,
     line_blocks,
     split_json_lines,
@@ -138,6 +137,7 @@ class Corpus:
         paths: files and URLs; the module's docstring lists the kinds.
         json_key: the key (jsonl) or column (tables) that holds the text.
         template: text with several keys or columns in braces, used in place of the one.
+        fields: fields that make a document, used in place of the key and the template.
         text_split: how a `.txt` file is split into documents: `file`, `line`, or `blank-line`.
         max_bad_lines: bad lines to skip over all files before the pass is refused; 0 refuses the first.
         max_document_bytes: uncompressed size of a line, text file or row; a longer one is a bad line, and no more than
@@ -156,6 +156,7 @@ class Corpus:
         *,
         json_key: str = "text",
         template: str | None = None,
+        fields: TextFields | None = None,
         text_split: str = "file",
         max_bad_lines: int = 0,
         max_document_bytes: int = MAX_DOCUMENT_BYTES,
@@ -171,7 +172,7 @@ class Corpus:
         self.paths = [corpus_path(path) for path in paths]
         self.json_key = json_key
         self.template = template
-        self._fields = TextFields.of(json_key, template)
+        self._fields = fields or TextFields.of(json_key, template)
         self.text_split = text_split
         self.max_bad_lines = max_bad_lines
         self.max_document_bytes = max_document_bytes
@@ -321,7 +322,8 @@ class Corpus:
 
     def _json_lines(self, path: CorpusPath, chunks: Iterator[bytes]) -> Iterator[tuple[int, str]]:
         number = 0  # counted by hand: `enumerate` would keep a reference to the last line, which may be long
-        for line in split_json_lines(chunks, self.max_document_bytes):
+        split = split_lines if self._fields.are_nested else split_json_lines
+        for line in split(chunks, self.max_document_bytes):
             number += 1
             if line.content is None:
                 self._bad_line(path, number, Bad(self._too_long("line")))
@@ -357,8 +359,8 @@ class Corpus:
     def _text_of_row(self, path: CorpusPath, row: int, values: Sequence[Any]) -> str | None:
         """Return the text of a row; None, and a bad line, if it has none."""
         for name, value in zip(self._fields.names, values, strict=True):
-            if not isinstance(value, str):
-                self._bad_line(path, row, Bad(f"`{name}` must be a string, found {json_kind(value)}"))
+            if (fault := self._fields.fault_of(name, value)) is not None:
+                self._bad_line(path, row, Bad(fault))
                 return None
         text = self._fields.text(values)
         if utf8_length(text) > self.max_document_bytes:

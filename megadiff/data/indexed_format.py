@@ -109,15 +109,22 @@ def shard_prefixes(folder: str | Path) -> list[Path]:
     return [prefix for prefix in prefixes if bin_path(prefix).is_file()]
 
 
-def index_parts(dtype: np.dtype, sequences: int, lengths: Callable[[], Iterable[np.ndarray]]) -> Iterator[bytes]:
-    """Yield the content of an `.idx` whose documents are one sequence each, in pieces.
+def index_parts(
+    dtype: np.dtype,
+    sequences: int,
+    lengths: Callable[[], Iterable[np.ndarray]],
+    documents: np.ndarray | None = None,
+) -> Iterator[bytes]:
+    """Yield the content of an `.idx` in pieces.
 
     Args:
         dtype: stored type of the tokens.
         sequences: number of sequences.
         lengths: function that returns their lengths in order, in pieces of any size; it is called twice.
+        documents: number of sequences in each document, [D]; None where each document is one sequence.
     """
-    yield HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, sequences + 1)
+    boundaries = sequences + 1 if documents is None else len(documents) + 1
+    yield HEADER.pack(MAGIC, VERSION, CODES[dtype], sequences, boundaries)
     for part in lengths():
         for start in range(0, part.size, CHUNK):
             yield part[start : start + CHUNK].astype("<i4").tobytes()
@@ -127,6 +134,9 @@ def index_parts(dtype: np.dtype, sequences: int, lengths: Callable[[], Iterable[
             ends = offset + np.cumsum(part[start : start + CHUNK], dtype=np.int64) * dtype.itemsize
             yield np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes()
             offset = int(ends[-1])
+    if documents is not None:
+        yield np.concatenate([[0], np.cumsum(documents, dtype=np.int64)]).astype("<i8").tobytes()
+        return
     for start in range(0, sequences + 1, CHUNK):
         yield np.arange(start, min(start + CHUNK, sequences + 1), dtype="<i8").tobytes()
 

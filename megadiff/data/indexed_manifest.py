@@ -6,18 +6,28 @@ Megatron's own format has no room for these facts and its readers ignore the fil
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field, ValidationError, field_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from megadiff.config.section import Section
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, first_fault, read_bytes
 
-MANIFEST_VERSION = 2
-"""Version of the manifest; 2 added `idx_sha256`, and files of version 1, which lack it, can be read too."""
+MANIFEST_VERSION = 3
+"""Newest version of the manifest; 2 added `idx_sha256` and 3 `spans`, and files of earlier versions can be read too."""
+
+_VERSION_WITHOUT_SPANS = 2
+"""Version of the manifests that are written for data without spans, which older releases read."""
 
 _MAX_MANIFEST_BYTES = 2**26
 
@@ -73,7 +83,7 @@ class InputFacts(Section):
 class IndexedManifest(Section):
     """The content of `P.json`."""
 
-    version: int = Field(default=MANIFEST_VERSION, ge=1)
+    version: int = Field(default=_VERSION_WITHOUT_SPANS, ge=1)
     """Version of the manifest's layout."""
 
     tokenizer: TokenizerFacts
@@ -105,6 +115,21 @@ class IndexedManifest(Section):
 
     inputs: tuple[InputFacts, ...]
     """Corpus files in the order in which they were read."""
+
+    spans: Literal["answers"] | None = None
+    """Meaning of the sequences of a document: `answers` in conversations, whose first, third, fifth, ... sequence is
+    given to the model and whose others it learns to predict; None where a document is one sequence."""
+
+    @model_validator(mode="after")
+    def _spans_have_their_version(self) -> IndexedManifest:
+        if self.spans is not None and self.version < MANIFEST_VERSION:
+            raise ValueError(f"spans need a manifest of version {MANIFEST_VERSION}, found {self.version}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_spans(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = handler(self)
+        return {key: value for key, value in tree.items() if key != "spans" or value is not None}
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:

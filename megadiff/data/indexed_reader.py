@@ -85,6 +85,11 @@ class IndexedReader:
         return self.manifest.source_bytes / self.manifest.tokens if self.manifest else None
 
     @property
+    def has_spans(self) -> bool:
+        """Whether documents are conversations, of which only the answers are predicted (`IndexedManifest.spans`)."""
+        return self.manifest is not None and self.manifest.spans is not None
+
+    @property
     def files(self) -> tuple[StoredFile, StoredFile]:
         """The open files `P.bin` and `P.idx`."""
         return self._bin, self._idx
@@ -110,6 +115,24 @@ class IndexedReader:
         first, last = self._documents.read(index, 2).tolist()
         start = self._token_offset(first)
         return self.tokens(start, self._token_offset(last) - start)
+
+    def answers(self, index: int) -> np.ndarray:
+        """Return which tokens of a document belong to answers, [n] bool; all of them where documents have no spans."""
+        first, last = self._documents.read(index, 2).tolist()
+        lengths = self._lengths.read(first, last - first)
+        return np.repeat(np.arange(lengths.size) % 2 == 1 if self.has_spans else True, lengths)
+
+    def conversation_starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first token of each conversation in the stream, and the length of what precedes its first answer.
+
+        Both are [documents] int64.
+        """
+        boundaries = np.concatenate([part for _, part in self._documents.chunks()])[:-1].astype(np.int64)
+        prompts = np.empty(boundaries.size, dtype=np.int64)
+        for start, lengths in self._lengths.chunks():
+            low, high = np.searchsorted(boundaries, (start, start + lengths.size))
+            prompts[low:high] = lengths[boundaries[low:high] - start]
+        return self._byte_offsets(boundaries) // self.dtype.itemsize, prompts
 
     def locate(self, token: int) -> tuple[int, int]:
         """Return the document that holds a token of the stream, and the token's position in it."""
@@ -267,7 +290,7 @@ class IndexedReader:
 
         A sequence may be empty, as in Megatron's own reader, but not in data written by this package.
         """
-        tokens, least = 0, 0 if self.manifest is None else 1
+        tokens, least = 0, 0 if self.manifest is None or self.has_spans else 1
         for start, stored in self._lengths.chunks():
             lengths = stored.astype(np.int64)
             if (lengths < least).any():
@@ -286,13 +309,21 @@ class IndexedReader:
         return tokens
 
     def _check_documents(self) -> None:
-        """Check that document boundaries rise from 0 to the number of sequences, by 1 in this package's own files."""
+        """Check that document boundaries rise from 0 to the number of sequences, by 1 in this package's own files.
+
+        Where these hold conversations, they rise by 2 at least: what is given, and an answer.
+        """
         ends = {0: 0, self.num_documents: self.num_sequences}
         for index, wanted in ends.items():
             if self._documents.at(index) != wanted:
                 raise self._refused_at("document", self._documents, index, f"= {wanted}")
         for start, part in self._documents.chunks(overlap=1):
-            if self.manifest is not None and (other := part != np.arange(start, start + len(part))).any():
+            if self.has_spans and (other := np.diff(part) < 2).any():
+                wrong = int(other.argmax())
+                raise self._refused_at("document", self._documents, start + wrong + 1, f">= {part[wrong] + 2}")
+            if self.manifest is None or self.has_spans:
+                pass
+            elif (other := part != np.arange(start, start + len(part))).any():
                 wrong = start + int(other.argmax())
                 raise self._refused_at("document", self._documents, wrong, f"= {wrong}")
             if (back := part[1:] < part[:-1]).any():

@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 
 from megadiff.data.indexed_format import index_parts, token_dtype
-from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, TokenizerFacts
+from megadiff.data.indexed_manifest import MANIFEST_VERSION, IndexedManifest, InputFacts, TokenizerFacts
 from megadiff.data.indexed_output import IndexedOutput
 from megadiff.data.tokenizer_files import wrong_ids
 from megadiff.errors import DataError
@@ -41,20 +41,29 @@ class IndexedWriter:
         self.dtype = token_dtype(vocab_size)
         self.num_tokens = 0
         self._lengths = array("i")
+        self._sequences: array[int] | None = None
         self._sha256 = hashlib.sha256()
         self._output = IndexedOutput(prefix, overwrite=overwrite)
 
     @property
     def num_documents(self) -> int:
         """Number of documents added so far."""
-        return len(self._lengths)
+        return len(self._lengths if self._sequences is None else self._sequences)
 
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Add one document of at least one token; see `add_documents`."""
         self.add_documents(np.asarray(ids), [len(ids)])
 
-    def add_documents(self, ids: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
+    def add_documents(
+        self, ids: np.ndarray, lengths: Sequence[int] | np.ndarray, spans: Sequence[int] | np.ndarray | None = None
+    ) -> None:
         """Add documents that lie one after another in `ids` ([sum(lengths)], any integer type); all of them or none.
+
+        Args:
+            ids: the tokens.
+            lengths: number of tokens of each document, or of each span.
+            spans: number of spans of each document (`IndexedManifest.spans`), which may be empty; None where documents
+                have none. A file has spans in all of its documents or in none.
 
         Raises:
             DataError: an id is outside 0 .. V - 1 or the mask, a document is empty, or the disk is full.
@@ -66,8 +75,9 @@ class IndexedWriter:
             raise ValueError(f"lengths must add up to the {ids.size} ids, got {lengths.sum()}")
         if lengths.size == 0:
             return
-        if lengths.min() < 1 or lengths.max() > np.iinfo(np.int32).max:
-            wrong = self.num_documents + int(np.flatnonzero((lengths < 1) | (lengths > np.iinfo(np.int32).max))[0])
+        least = 1 if spans is None else 0
+        if lengths.min() < least or lengths.max() > np.iinfo(np.int32).max:
+            wrong = self.num_documents + int(np.flatnonzero((lengths < least) | (lengths > np.iinfo(np.int32).max))[0])
             raise DataError(
                 f"{self.prefix}: document {wrong} must hold 1 to 2**31 - 1 tokens; leave it out or split it"
             )
@@ -77,6 +87,9 @@ class IndexedWriter:
             self._output.write(content)
             self._sha256.update(content)
         self._lengths.extend(lengths.tolist())
+        if spans is not None:
+            self._sequences = array("i") if self._sequences is None else self._sequences
+            self._sequences.extend(int(number) for number in spans)
         self.num_tokens += int(ids.size)
 
     def finish(
@@ -96,15 +109,19 @@ class IndexedWriter:
         if not self.num_documents:
             raise no_documents(self.prefix)
         lengths = np.frombuffer(self._lengths, dtype=np.intc)
+        documents = None if self._sequences is None else np.frombuffer(self._sequences, dtype=np.intc)
+        parts = index_parts(self.dtype, lengths.size, lambda: [lengths], documents)
+        with_spans = {} if documents is None else {"version": MANIFEST_VERSION, "spans": "answers"}
         try:
             manifest = IndexedManifest(
+                **with_spans,
                 tokenizer=tokenizer,
                 documents=self.num_documents,
                 tokens=self.num_tokens,
                 source_bytes=source_bytes,
                 dtype=self.dtype.name,
                 bin_sha256=self._sha256.hexdigest(),
-                idx_sha256=self._output.write_index(index_parts(self.dtype, lengths.size, lambda: [lengths])),
+                idx_sha256=self._output.write_index(parts),
                 appended_eod=appended_eod,
                 prepended_bos=prepended_bos,
                 inputs=tuple(inputs),

@@ -20,8 +20,12 @@ from megadiff.data.batch_sizes import BatchSizes, StepBatch
 
 T = TypeVar("T")
 
-SequenceTransform = Callable[[np.ndarray, list[int], StepBatch], T]
-"""Transform of (clean sequences [b, L], their global sample indices, the global batch they belong to) to content."""
+SequenceTransform = Callable[..., T]
+"""Transform of (clean sequences [b, L], their global sample indices, the global batch they belong to) to content; it
+takes which of their tokens are to be predicted, [b, L], as a fourth argument where some are not."""
+
+PredictedTokens = Callable[[Sequence[int]], "np.ndarray | None"]
+"""Function from samples to the tokens of their sequences that are to be predicted, [b, L]; None for all."""
 
 _STOP_CHECK_S = 0.1
 
@@ -81,6 +85,8 @@ class SequenceLoader(Generic[T]):
         sizes: number of sequences in every step.
         shard: this rank's part of each.
         first_step: number of steps taken before.
+        predicted: function from samples to the tokens of their sequences that are to be predicted, [b, L] or None for
+            all, which the transform is then given as well; None where no sequence has others.
         prefetch: number of microbatches kept ready; by default those of a step (of the largest, and at least two),
             since a step takes all of its own at once.
 
@@ -96,6 +102,7 @@ class SequenceLoader(Generic[T]):
         sizes: BatchSizes,
         shard: DataShard,
         first_step: int = 0,
+        predicted: PredictedTokens | None = None,
         prefetch: int | None = None,
     ) -> None:
         sizes.check(micro_batch_size=shard.micro_batch_size, dp_size=shard.dp_size)
@@ -108,7 +115,8 @@ class SequenceLoader(Generic[T]):
         self._stop = threading.Event()
         order = _sample_order(sizes, shard, first_step)
         # The thread must not reference the loader, or a loader dropped without `close` would never end it.
-        arguments = (sequences, sequence_transform, order, self._ready, self._stop)
+        source = _Sequences(sequences, predicted or (lambda samples: None), sequence_transform)
+        arguments = (source, order, self._ready, self._stop)
         self._thread = threading.Thread(target=_prefetch, args=arguments, name="megadiff-sequence-loader", daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
         self._thread.start()
@@ -185,16 +193,29 @@ def _sample_order(sizes: BatchSizes, shard: DataShard, step: int) -> Iterator[tu
         step += 1
 
 
+class _Sequences(NamedTuple, Generic[T]):
+    """The sequences of a run with their transform."""
+
+    clean: SequencesBySample
+    predicted: PredictedTokens
+    transform: Callable[..., T]
+
+    def of(self, samples: list[int], batch: StepBatch) -> Microbatch[T]:
+        """Return the microbatch of some samples."""
+        predicted = self.predicted(samples)
+        more = () if predicted is None else (predicted,)
+        return Microbatch(batch, samples, self.transform(self.clean.sequences(samples), samples, batch, *more))
+
+
 def _prefetch(
-    sequences: SequencesBySample,
-    sequence_transform: SequenceTransform[T],
+    sequences: _Sequences[T],
     order: Iterator[tuple[StepBatch, list[int]]],
     ready: queue.Queue[Microbatch[T] | _Failed],
     stop: threading.Event,
 ) -> None:
     for batch, samples in order:
         try:
-            made = Microbatch(batch, samples, sequence_transform(sequences.sequences(samples), samples, batch))
+            made = sequences.of(samples, batch)
         except BaseException as error:  # any exception is raised again in the thread that consumes the sequences
             made = _Failed(error)
         while not stop.is_set():

@@ -12,6 +12,7 @@ import numpy as np
 
 from megadiff.data.budgets import Budgets, sample_counts, target_of
 from megadiff.data.config import DataConfig, SourceConfig, given_weights
+from megadiff.data.division import Division, Padding, division_of, padding_of
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture, Position, Source, next_mixture
 from megadiff.data.sequences import (
@@ -19,7 +20,6 @@ from megadiff.data.sequences import (
     PackedSequences,
     TrainingSequences,
     ValidationSequences,
-    sequences_in,
 )
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, DataError
@@ -102,6 +102,8 @@ class TrainingSource:
     """Shortest suffix of its path that distinguishes it from the other sources."""
     keys: tuple[str, ...]
     """Entries with this content, such as `data.train[0]`; several if it is listed again."""
+    division: Division
+    """Division into sequences."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,20 @@ class OpenData:
         found = zip(phases, samples, strict=True)
         return np.concatenate([phase.train.sequences([sample]) for phase, sample in found])
 
+    def predicted(self, samples: Sequence[int]) -> np.ndarray | None:
+        """Return which tokens of these samples' sequences are to be predicted, [B, L] bool; None for all."""
+        found = [self.at(sample).train.predicted([sample]) for sample in samples]
+        if all(mask is None for mask in found):
+            return None
+        whole = np.ones((1, self.train.seq_length), dtype=np.bool_)
+        return np.concatenate([whole if mask is None else mask for mask in found])
+
+    @property
+    def conversations_key(self) -> str | None:
+        """First entry of the configuration, of any phase, whose source holds conversations; None if none does."""
+        sources = (source for phase in self.phases for source in phase.sources)
+        return next((source.keys[0] for source in sources if source.reader.has_spans), None)
+
     def mixture_at(self, sample: int) -> Mixture:
         """Return the mixture of a sample, with the positions that its sources have reached before the sample."""
         phase = self.at(sample)
@@ -216,7 +232,7 @@ class OpenData:
     @property
     def identities(self) -> list[Source]:
         """The sources in the form that `data.mixture` uses."""
-        return _identities(self.sources, self.train.seq_length)
+        return _identities(self.sources)
 
 
 def open_data(
@@ -249,32 +265,30 @@ def open_data(
         DataError: files are missing or damaged, were made with another tokenizer, hold ids outside its vocabulary, or
             less than one sequence.
     """
+    padding = padding_of(config.padding, tokenizer)
     opened: dict[str, _Opened] = {}
     for key, source in config.training_sources.items():
         if source.path not in opened:
             reader = _checked(key, source.path, tokenizer, full_scan)
-            opened[source.path] = _Opened(reader, reader.content_fingerprint())
+            opened[source.path] = _Opened(
+                reader, reader.content_fingerprint(), division_of(reader, seq_length, padding)
+            )
     valid = [_checked(f"data.valid[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.valid)]
-    every, _ = _distinct(config.training_sources, opened, seq_length)
+    every, _ = _distinct(config.training_sources, opened)
     labels = {source.content: source.label for source in every}
     steps = [0, *(phase.from_step for phase in config.phases or ())]
     following = None
     for from_step, (section, train) in reversed(list(zip(steps, config.mixtures.items(), strict=True))):
         named = {f"{section}[{place}]": source for place, source in enumerate(train)}
-        sources, weights = _distinct(named, opened, seq_length)
+        sources, weights = _distinct(named, opened)
         sources = tuple(replace(source, label=labels[source.content]) for source in sources)
         begins_at, ends_at = samples_before(from_step), following.begins_at if following is not None else samples
         budgets = _budgets(named, sources, ends_at, seq_length)
-        mixture = next_mixture(None, _identities(sources, seq_length), first_sample=begins_at)
+        mixture = next_mixture(None, _identities(sources), first_sample=begins_at)
         following = OpenData(
             train=_training_sequences(sources, weights, mixture, seq_length, seed),
-            valid=tuple(
-                ValidationSequences(
-                    reader, seq_length, num_sequences=valid_sequences, name=reader.prefix.rpartition("/")[2]
-                )
-                for reader in valid
-            ),
-            fingerprint=_fingerprint(sources, weights, budgets),
+            valid=tuple(_validation(reader, seq_length, valid_sequences, padding) for reader in valid),
+            fingerprint=_fingerprint(sources, weights, budgets, padding),
             train_tokens=sum(source.reader.num_tokens for source in every),
             prepended_bos=_common([source.reader.prepended_bos for source in every]),
             sources=sources,
@@ -294,20 +308,21 @@ def open_data(
 class _Opened(NamedTuple):
     reader: IndexedReader
     content: str
+    division: Division
 
 
 def _distinct(
-    entries: Mapping[str, SourceConfig], opened: Mapping[str, _Opened], seq_length: int
+    entries: Mapping[str, SourceConfig], opened: Mapping[str, _Opened]
 ) -> tuple[tuple[TrainingSource, ...], tuple[float, ...] | None]:
     """Return the sources, each content once, and their weights; None if no entry has one."""
     places: dict[str, list[str]] = {}
     for key, source in entries.items():
         places.setdefault(opened[source.path].content, []).append(key)
-    readers = [opened[entries[found[0]].path].reader for found in places.values()]
-    labels = shortest_ends([reader.prefix for reader in readers])
+    distinct = [opened[entries[found[0]].path] for found in places.values()]
+    labels = shortest_ends([one.reader.prefix for one in distinct])
     sources = tuple(
-        TrainingSource(reader, content, sequences_in(reader, seq_length), label, tuple(found))
-        for reader, (content, found), label in zip(readers, places.items(), labels, strict=True)
+        TrainingSource(one.reader, one.content, len(one.division), label, tuple(found), one.division)
+        for one, found, label in zip(distinct, places.values(), labels, strict=True)
     )
     weights = given_weights(list(entries.values()))
     if weights is None:
@@ -335,7 +350,7 @@ def _training_sequences(
         )
     positions = zip(sources, mixture.sources, strict=True)
     return TrainingSequences(
-        [_stream(source.reader, seq_length, position, seed) for source, position in positions],
+        [_stream(source, seq_length, position, seed) for source, position in positions],
         weights,
         seed=seed,
         first_sample=mixture.first_sample,
@@ -356,19 +371,17 @@ def _budgets(
     return None if all(target is None for target in targets) else Budgets(targets, ends_at)
 
 
-def _stream(reader: IndexedReader, seq_length: int, position: Position, seed: int) -> PackedSequences | GrownSequences:
+def _stream(source: TrainingSource, seq_length: int, position: Position, seed: int) -> PackedSequences | GrownSequences:
     if position.parts:
-        return GrownSequences(reader, seq_length, seed=seed, position=position)
-    return PackedSequences(reader, seq_length, seed=seed, name=position.name)
+        return GrownSequences(source.reader, seq_length, seed=seed, position=position, division=source.division)
+    return PackedSequences(source.reader, seq_length, seed=seed, name=position.name, division=source.division)
 
 
-def _identities(sources: Sequence[TrainingSource], seq_length: int) -> list[Source]:
-    def opening(reader: IndexedReader, sequences: int) -> str:
-        return opening_fingerprint(reader, sequences * seq_length)
+def _identities(sources: Sequence[TrainingSource]) -> list[Source]:
+    def opening(source: TrainingSource, sequences: int) -> str:
+        return opening_fingerprint(source.reader, source.division.extent(sequences))
 
-    return [
-        Source(found.reader.prefix, found.content, found.sequences, partial(opening, found.reader)) for found in sources
-    ]
+    return [Source(found.reader.prefix, found.content, found.sequences, partial(opening, found)) for found in sources]
 
 
 def shortest_ends(paths: Sequence[str]) -> list[str]:
@@ -385,8 +398,13 @@ def _common(values: Sequence[bool]) -> bool | None:
     return values[0] if len(set(values)) == 1 else None
 
 
+def _validation(reader: IndexedReader, seq_length: int, sequences: int, padding: Padding | None) -> ValidationSequences:
+    name = reader.prefix.rpartition("/")[2]
+    return ValidationSequences(reader, seq_length, num_sequences=sequences, name=name, padding=padding)
+
+
 def open_validation(
-    prefix: str, tokenizer: Tokenizer, *, seq_length: int, sequences: int, key: str
+    prefix: str, tokenizer: Tokenizer, *, seq_length: int, sequences: int, key: str, padding: str | None = None
 ) -> ValidationSequences:
     """Open one validation source, for a command without a run's configuration.
 
@@ -396,13 +414,14 @@ def open_validation(
         seq_length: L.
         sequences: maximal number of sequences.
         key: name of the option that gave the prefix, for messages.
+        padding: `data.padding` of the model's run.
 
     Raises:
         DataError: as for `open_data`.
     """
     remedy = "give data made with the model's tokenizer"
     reader = _checked(key, prefix, tokenizer, full_scan=False, owner="the model's", remedy=remedy)
-    return ValidationSequences(reader, seq_length, num_sequences=sequences, name=reader.prefix.rpartition("/")[2])
+    return _validation(reader, seq_length, sequences, padding_of(padding, tokenizer))
 
 
 def _checked(
@@ -432,9 +451,14 @@ def _checked(
 
 
 def _fingerprint(
-    sources: Sequence[TrainingSource], weights: Sequence[float] | None, budgets: Budgets | None = None
+    sources: Sequence[TrainingSource],
+    weights: Sequence[float] | None,
+    budgets: Budgets | None = None,
+    padding: Padding | None = None,
 ) -> str:
     digest = hashlib.sha256()
+    if any(source.reader.has_spans for source in sources):
+        digest.update(f"padding {padding}\n".encode())
     for place, source in enumerate(sources):
         share = f"{weights[place] / sum(weights):.12g}" if weights is not None else _size_share(sources, source)
         if budgets is not None:

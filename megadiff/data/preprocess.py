@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from megadiff.data.conversations import ConversationOptions, encoder_of
 from megadiff.data.corpus_streams import STDIN
 from megadiff.data.documents import Corpus, CorpusReport, Document, InputFile, utf8_length
 from megadiff.data.duplicates import find_repeats
@@ -77,10 +78,12 @@ class ProgressReport:
 
 @dataclass(frozen=True)
 class DocumentMarkers:
-    """Special tokens put around each document's tokens."""
+    """Special tokens put around each document's tokens, and what documents are."""
 
     prepend_bos: bool = False
     append_eod: bool = False
+    conversations: ConversationOptions | None = None
+    """Conversations that the documents hold; None for plain text."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class _Tokenized:
 
     ids: np.ndarray
     lengths: np.ndarray
+    spans: np.ndarray | None
+    """Number of spans of each document, to which the lengths belong then; None for plain text."""
     source_bytes: int
     num_empty: int
     faults: list[tuple[int, str]]
@@ -242,7 +247,7 @@ def _add_batches(corpus: Corpus, writer: IndexedWriter, batches: Iterable[_Token
     """Write all batches; return the number of UTF-8 bytes of their text."""
     source_bytes = 0
     for batch in batches:
-        writer.add_documents(batch.ids, batch.lengths)
+        writer.add_documents(batch.ids, batch.lengths, batch.spans)
         source_bytes += batch.source_bytes
         corpus.report.empty_documents += batch.num_empty
         corpus.report.documents -= batch.num_empty
@@ -263,10 +268,10 @@ def _finish(
 
 
 def refuse_framing(tokenizer: Tokenizer, framing: DocumentMarkers) -> None:
-    """Refuse to put a token around documents that the tokenizer lacks.
+    """Refuse to put a token around documents that the tokenizer lacks, or conversations without a chat template.
 
     Raises:
-        DataError: it lacks one; the message names the option.
+        DataError: something is missing; the message names the option.
     """
     for flag, asked, token_id, what in (
         ("--append-eod", framing.append_eod, tokenizer.eos_id, "an end-of-text token"),
@@ -274,6 +279,8 @@ def refuse_framing(tokenizer: Tokenizer, framing: DocumentMarkers) -> None:
     ):
         if asked and token_id is None:
             raise DataError(f"{flag}: wanted a tokenizer with {what}, found {tokenizer.name} without; drop {flag}")
+    if (options := framing.conversations) is not None:
+        encoder_of(tokenizer, options, prepend_bos=framing.prepend_bos, append_eod=framing.append_eod)
 
 
 def _tokenized(
@@ -343,6 +350,8 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 def _tokenize(tokenizer: Tokenizer, framing: DocumentMarkers, texts: Sequence[str]) -> _Tokenized:
     """Tokenize a batch; a document whose text yields no token (all of it normalised away) is left out."""
+    if framing.conversations is not None:
+        return _tokenize_conversations(tokenizer, framing, framing.conversations, texts)
     ids = _Ids(tokenizer, framing)
     faults: list[tuple[int, str]] = []
     source_bytes = num_empty = 0
@@ -354,7 +363,28 @@ def _tokenize(tokenizer: Tokenizer, framing: DocumentMarkers, texts: Sequence[st
                 num_empty += 1
         except DataError as error:
             faults.append((place, str(error)))
-    return _Tokenized(*ids.taken(), source_bytes, num_empty, faults)
+    return _Tokenized(*ids.taken(), None, source_bytes, num_empty, faults)
+
+
+def _tokenize_conversations(
+    tokenizer: Tokenizer, framing: DocumentMarkers, options: ConversationOptions, records: Sequence[str]
+) -> _Tokenized:
+    """Tokenize a batch of records; a record whose conversation cannot be used is a fault as a whole."""
+    encoder = encoder_of(tokenizer, options, prepend_bos=framing.prepend_bos, append_eod=framing.append_eod)
+    ids, spans = _Ids(tokenizer, DocumentMarkers()), array("i")
+    faults: list[tuple[int, str]] = []
+    source_bytes = 0
+    for place, record in enumerate(records):
+        try:
+            conversations = list(encoder.encode(record))
+            parts = [conversation.spans() for conversation in conversations]
+            ids.add_spans([span for part in parts for span in part])
+        except DataError as error:
+            faults.append((place, str(error)))
+            continue
+        spans.extend(len(part) for part in parts)
+        source_bytes += sum(conversation.num_bytes for conversation in conversations)
+    return _Tokenized(*ids.taken(), np.array(spans, dtype=np.int64), source_bytes, 0, faults)
 
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Iterable[list[int]]]:
@@ -402,6 +432,21 @@ class _Ids:
         self._extend(self._after)
         self._lengths.append(len(self._ids) - start)
         return True
+
+    def add_spans(self, spans: Sequence[list[int]]) -> None:
+        """Add spans, each with a length of its own, which may be 0.
+
+        Raises:
+            DataError: one has an id that text must not have; nothing is added.
+        """
+        start = len(self._ids)
+        try:
+            for span in spans:
+                self._extend(span)
+        except DataError:
+            del self._ids[start:]
+            raise
+        self._lengths.extend(map(len, spans))
 
     def taken(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all ids, and the number of ids in each document."""

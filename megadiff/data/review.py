@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megadiff.data.config import DataConfig
+from megadiff.data.division import Conversations
 from megadiff.data.facts import SourceFacts, ValidationFacts
 from megadiff.data.mixture import Mixture, Position
 from megadiff.data.open import OpenData, TrainingSource, occurring_passages
+from megadiff.data.sequences import ValidationSequences
 
 MOST_EPOCHS = 4
 """Number of epochs up to which repeated text is nearly as good as new text (Muennighoff et al., arXiv:2305.16264)."""
@@ -111,10 +113,15 @@ def validation_facts(data: OpenData) -> list[ValidationFacts]:
             tokens=source.num_tokens,
             sequences=source.available,
             measured=len(source),
-            measured_tokens=len(source) * source.seq_length,
+            measured_tokens=_measured_tokens(source),
         )
         for place, source in enumerate(data.valid)
     ]
+
+
+def _measured_tokens(source: ValidationSequences) -> int:
+    predicted = source.predicted(range(len(source)))
+    return len(source) * source.seq_length if predicted is None else int(predicted.sum())
 
 
 def describe_change(before: Mixture, data: OpenData, *, end: int) -> list[str]:
@@ -212,6 +219,7 @@ def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_se
     """
     return [
         *_weights_advice(data, config),
+        *_conversations_advice(data),
         *_repeats_advice(data, end, length),
         *_validation_advice(data, config, eval_sequences),
     ]
@@ -246,13 +254,35 @@ def _weights_advice(data: OpenData, config: DataConfig) -> list[Advice]:
     return found
 
 
+def _conversations_advice(data: OpenData) -> list[Advice]:
+    """Return what is lost of conversations that are longer than a sequence."""
+    found, length = [], data.train.seq_length
+    for source in {source.content: source for phase in data.phases for source in phase.sources}.values():
+        division = source.division
+        if not isinstance(division, Conversations) or not (division.cut or division.left_out):
+            continue
+        found.append(
+            Advice(
+                f"{source.keys[0]} ({source.label}): of {source.reader.num_documents:,} conversations {division.cut:,} "
+                f"are cut at model.seq_length = {length:,}, and {division.left_out:,} are left out, since all of their "
+                "answers would be cut away",
+                "raise model.seq_length, or shorten the conversations",
+            )
+        )
+    return found
+
+
 def _repeats_advice(data: OpenData, end: int, length: str) -> list[Advice]:
     overall, found = _overall_epochs(data, end), []
     if overall > MOST_EPOCHS:
-        taken = sum(number for _, number in data.drawn_at(end)) * data.train.seq_length
+        taken, held, unit = sum(number for _, number in data.drawn_at(end)), data.train_tokens, "tokens"
+        if data.conversations_key is None:
+            taken *= data.train.seq_length
+        else:
+            held, unit = sum(source.sequences for source, _ in data.drawn_at(end)), "sequences"
         found.append(
             Advice(
-                f"the schedule takes {taken:,} tokens of {data.train_tokens:,}: {overall:.2f} epochs ({length})",
+                f"the schedule takes {taken:,} {unit} of {held:,}: {overall:.2f} epochs ({length})",
                 "watch eval_elbo for overfitting; more text or a shorter schedule helps",
             )
         )

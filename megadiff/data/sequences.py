@@ -1,7 +1,7 @@
-"""Sequences of L tokens: a source's documents joined end to end, cut, and shuffled again in each epoch.
+"""Sequences of L tokens, shuffled again in each epoch: parts of a source's text, or its conversations.
 
-A sequence is a pure function of (seed, source name, sequence number): no generator, no state, no index files. The rest
-at the end of a source, less than one sequence, is never used. B sequences, L positions.
+A sequence is a pure function of (seed, source name, sequence number): no generator, no state, no index files. How a
+source is divided into sequences is in `division`. B sequences, L positions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megadiff.data.division import Division, Padding, division_of
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import (
     Blend,
@@ -24,7 +25,6 @@ from megadiff.data.mixture import (
     Unfinished,
     stream_key,
 )
-from megadiff.errors import DataError
 
 
 class Origin(NamedTuple):
@@ -47,17 +47,27 @@ class PackedSequences:
         seq_length: L.
         seed, name: determine the permutations; sources of one run need different names.
         first, sequences: the part of the source that is drawn from, in sequences; by default all of it.
+        division: division of the source into sequences, if it is known already.
 
     Raises:
         DataError: the source holds less than one sequence.
     """
 
     def __init__(
-        self, reader: IndexedReader, seq_length: int, *, seed: int, name: str, first: int = 0, sequences: int = 0
+        self,
+        reader: IndexedReader,
+        seq_length: int,
+        *,
+        seed: int,
+        name: str,
+        first: int = 0,
+        sequences: int = 0,
+        division: Division | None = None,
     ) -> None:
         self.name = name
         self.seq_length = seq_length
-        self.len_epoch = sequences or sequences_in(reader, seq_length) - first
+        self._division = division or division_of(reader, seq_length)
+        self.len_epoch = sequences or len(self._division) - first
         self.reader = reader
         self._first = first
         self._seed = seed
@@ -65,20 +75,24 @@ class PackedSequences:
 
     def sequence(self, number: int) -> np.ndarray:
         """Return sequence `number` >= 0 of the stream: [L] int64."""
-        return self.reader.tokens(self._first_token(number), self.seq_length)
+        return self._division.tokens(self._place(number))
+
+    def predicted(self, number: int) -> np.ndarray | None:
+        """Return which tokens of sequence `number` are to be predicted, [L] bool; None for all."""
+        return self._division.predicted(self._place(number))
 
     def origin(self, number: int) -> Origin:
         """Return the position of the first token of sequence `number`."""
-        token = self._first_token(number)
+        token = self._division.first_token(self._place(number))
         return Origin(self.reader.prefix, token, *self.reader.locate(token))
 
     def unseen(self, number: int) -> int:
         """Return the number of sequences that do not occur among the first `number` of the stream."""
         return max(0, self.len_epoch - number)
 
-    def _first_token(self, number: int) -> int:
+    def _place(self, number: int) -> int:
         epoch, within = divmod(number, self.len_epoch)
-        return (self._first + self._permutation(epoch)[within]) * self.seq_length
+        return self._first + self._permutation(epoch)[within]
 
     def _permutation_of(self, epoch: int) -> Permutation:
         # "rows" is the stream's name: another name would give another order of the same data.
@@ -96,14 +110,32 @@ class GrownSequences:
         seq_length: L.
         seed: seed of the run.
         position: position of the source, with the parts of its file.
+        division: division of the source into sequences, if it is known already.
     """
 
-    def __init__(self, reader: IndexedReader, seq_length: int, *, seed: int, position: Position) -> None:
+    def __init__(
+        self,
+        reader: IndexedReader,
+        seq_length: int,
+        *,
+        seed: int,
+        position: Position,
+        division: Division | None = None,
+    ) -> None:
+        division = division or division_of(reader, seq_length)
         self.name, self.seq_length, self.len_epoch = position.name, seq_length, position.sequences
         self._unfinished, self._whole_from = Unfinished(position), position.whole_from
-        self._whole = PackedSequences(reader, seq_length, seed=seed, name=position.name)
+        self._whole = PackedSequences(reader, seq_length, seed=seed, name=position.name, division=division)
         self._parts = [
-            PackedSequences(reader, seq_length, seed=seed, name=part.name, first=part.first, sequences=part.sequences)
+            PackedSequences(
+                reader,
+                seq_length,
+                seed=seed,
+                name=part.name,
+                first=part.first,
+                sequences=part.sequences,
+                division=division,
+            )
             for part in position.parts
         ]
         self._are_seen = [part.is_seen for part in position.parts]
@@ -112,6 +144,11 @@ class GrownSequences:
         """Return sequence `number` of the stream: [L] int64."""
         sequences, index = self._found(number)
         return sequences.sequence(index)
+
+    def predicted(self, number: int) -> np.ndarray | None:
+        """Return which tokens of sequence `number` are to be predicted, [L] bool; None for all."""
+        sequences, index = self._found(number)
+        return sequences.predicted(index)
 
     def origin(self, number: int) -> Origin:
         """Return the position of the first token of sequence `number`."""
@@ -188,6 +225,11 @@ class TrainingSequences:
         places = [self.place(sample) for sample in samples]
         return np.stack([self.sources[place.source].sequence(place.index) for place in places])
 
+    def predicted(self, samples: Sequence[int]) -> np.ndarray | None:
+        """Return which tokens of these samples' sequences are to be predicted, [B, L] bool; None for all."""
+        places = [self.place(sample) for sample in samples]
+        return _together([self.sources[place.source].predicted(place.index) for place in places], self.seq_length)
+
     def origin(self, sample: int) -> Origin:
         """Return the position of the first token of a sample's sequence."""
         place = self.place(sample)
@@ -214,18 +256,28 @@ class ValidationSequences:
 
     Args:
         num_sequences: number of sequences requested; if the source has fewer, all of them are used.
+        padding: what fills conversations up.
 
     Raises:
         DataError: the source holds less than one sequence.
     """
 
-    def __init__(self, reader: IndexedReader, seq_length: int, *, num_sequences: int, name: str) -> None:
+    def __init__(
+        self,
+        reader: IndexedReader,
+        seq_length: int,
+        *,
+        num_sequences: int,
+        name: str,
+        padding: Padding | None = None,
+    ) -> None:
         self.name = name
         self.seq_length = seq_length
-        self.bytes_per_token = reader.bytes_per_token
+        self.bytes_per_token = None if reader.has_spans else reader.bytes_per_token
         self.num_tokens = reader.num_tokens
         self.reader = reader
-        self.available = sequences_in(reader, seq_length)
+        self._division = division_of(reader, seq_length, padding)
+        self.available = len(self._division)
         self._num_sequences = min(num_sequences, self.available)
 
     def __len__(self) -> int:
@@ -233,23 +285,20 @@ class ValidationSequences:
 
     def sequences(self, indices: Sequence[int]) -> np.ndarray:
         """Return the sequences of these indices, each in 0 .. len - 1: [B, L] int64."""
+        return np.stack([self._division.tokens(place) for place in self._places(indices)])
+
+    def predicted(self, indices: Sequence[int]) -> np.ndarray | None:
+        """Return which tokens of these sequences are to be predicted, [B, L] bool; None for all."""
+        return _together([self._division.predicted(place) for place in self._places(indices)], self.seq_length)
+
+    def _places(self, indices: Sequence[int]) -> list[int]:
         if any(not 0 <= index < self._num_sequences for index in indices):
             raise IndexError(f"indices must lie in 0 to {self._num_sequences - 1}, got {list(indices)}")
-        places = [index * self.available // self._num_sequences for index in indices]
-        return np.stack([self.reader.tokens(place * self.seq_length, self.seq_length) for place in places])
+        return [index * self.available // self._num_sequences for index in indices]
 
 
-def sequences_in(reader: IndexedReader, seq_length: int) -> int:
-    """Return the number of whole sequences of a source.
-
-    Raises:
-        DataError: there is none.
-    """
-    if seq_length < 1:
-        raise ValueError(f"seq_length must be at least 1, got {seq_length}")
-    if reader.num_tokens < seq_length:
-        raise DataError(
-            f"{reader.prefix}: wanted at least one sequence of {seq_length} tokens, found {reader.num_tokens} in all; "
-            "give more text or lower model.seq_length"
-        )
-    return reader.num_tokens // seq_length
+def _together(masks: Sequence[np.ndarray | None], length: int) -> np.ndarray | None:
+    """Return the masks of several sequences as one, [B, length]; None if all of them are None."""
+    if all(mask is None for mask in masks):
+        return None
+    return np.stack([np.ones(length, dtype=np.bool_) if mask is None else mask for mask in masks])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,8 @@ class SourceStatistics:
     documents: int
     empty_documents: int
     tokens: int
+    answer_tokens: int | None
+    """Number of tokens in the answers of conversations; None of text."""
     source_bytes: int | None
     """Number of UTF-8 bytes of the text; None without a manifest."""
     vocab_size: int
@@ -138,7 +141,8 @@ class Excerpt:
     shown: int
     """Number of tokens of the excerpt."""
     text: str
-    """Their text with the names of special tokens; without a tokenizer, their ids."""
+    """Their text with the names of special tokens; without a tokenizer, their ids. Of conversations, what is given to
+    the model lies between « and »."""
 
 
 def excerpts(
@@ -158,7 +162,14 @@ def excerpts(
             )
         ids = reader.document(document)
         first = ids[:tokens].tolist()
-        text = " ".join(map(str, first)) if tokenizer is None else "".join(token_texts(tokenizer, first))
+        texts, between = (
+            ([f"{token}" for token in first], " ") if tokenizer is None else (token_texts(tokenizer, first), "")
+        )
+        text = between.join(texts)
+        if reader.has_spans:
+            runs = groupby(zip(reader.answers(document)[:tokens], texts, strict=True), key=lambda pair: pair[0])
+            parts = [(is_answer, between.join(text for _, text in run)) for is_answer, run in runs]
+            text = between.join(part if is_answer else f"«{part}»" for is_answer, part in parts)
         found.append(Excerpt(document, ids.size, len(first), text))
     return found
 
@@ -181,7 +192,7 @@ class _Counted:
         self.lengths = np.zeros(reader.num_documents, dtype=np.int64)
         self.hashes: Hashes = np.zeros(reader.num_documents, dtype=np.uint64)
         self._counts = np.zeros(tokenizer.vocab_size if tokenizer else 1, dtype=np.int64)
-        self._begin_with_bos = self._end_with_eos = 0
+        self._begin_with_bos = self._end_with_eos = self._answer_tokens = 0
         waiting: list[npt.NDArray[np.int64]] = []
         size = done = 0
         for document in range(reader.num_documents):
@@ -197,6 +208,8 @@ class _Counted:
 
     def _look(self, document: int, ids: npt.NDArray[np.int64]) -> None:
         self.lengths[document] = ids.size
+        if self._reader.has_spans:
+            self._answer_tokens += int(self._reader.answers(document).sum())
         self.hashes[document] = int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
         if self._tokenizer is not None and ids.size:
             self._begin_with_bos += int(ids[0]) == self._tokenizer.bos_id
@@ -228,6 +241,7 @@ class _Counted:
             documents=reader.num_documents,
             empty_documents=reader.num_documents - lengths.size,
             tokens=reader.num_tokens,
+            answer_tokens=self._answer_tokens if reader.has_spans else None,
             source_bytes=reader.manifest.source_bytes if reader.manifest else None,
             vocab_size=len(counts),
             used_ids=int(np.count_nonzero(counts)),

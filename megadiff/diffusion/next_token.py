@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from megadiff.diffusion.noising import NoisedBatch, isotropic_batch
-from megadiff.diffusion.shapes import Integer
+from megadiff.diffusion.shapes import Bool, Integer
 
 
 @runtime_checkable
@@ -30,18 +30,26 @@ def start_id(tokenizer: SpecialIds) -> int:
     return next(i for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) if i is not None)
 
 
-def next_token_batch(clean: Integer[npt.NDArray[np.integer], "B L"], *, start_id: int) -> NoisedBatch:
+def next_token_batch(
+    clean: Integer[npt.NDArray[np.integer], "B L"],
+    *,
+    start_id: int,
+    predicted: Bool[npt.NDArray[np.bool_], "B L"] | None = None,
+) -> NoisedBatch:
     """Shift sequences right behind `start_id`; no noise, and the whole sequence is a causal prompt.
 
     Args:
         clean: the ids.
         start_id: what stands before a sequence (bos, or another special token).
+        predicted: targets that count; None for all.
 
     Returns:
-        `noised` is the input, `clean` the targets; every position counts, `log_snr` is 0 and without meaning.
+        `noised` is the input, `clean` the targets; `is_noisy` marks those that count, `log_snr` is 0 and without
+        meaning.
     """
     targets = torch.from_numpy(np.asarray(clean).astype(np.int64))
     count, length = targets.shape
     inputs = torch.cat([torch.full((count, 1), start_id), targets[:, :-1]], dim=1)
     batch = isotropic_batch(inputs, targets, log_snr=np.zeros(count))
-    return batch._replace(prompt_length=torch.full((count,), length))
+    counted = batch.is_noisy if predicted is None else torch.from_numpy(predicted)
+    return batch._replace(prompt_length=torch.full((count,), length), is_noisy=counted)

@@ -159,6 +159,24 @@ def _noise_compiled(
     return NoisedBatch(*map(torch.from_numpy, arrays), source=place)
 
 
+def with_given(batch: NoisedBatch, predicted: Bool[npt.NDArray[np.bool_], "B L"], process: NoiseProcess) -> NoisedBatch:
+    """Return a batch in which the tokens that are not to be predicted are noise-free.
+
+    All other bits stay as they are. A pad that was inserted before a token is what that token is.
+
+    Args:
+        batch: the noised sequences.
+        predicted: whether each token of the sequences, before pads were inserted, is to be predicted.
+        process: the noise.
+    """
+    is_noisy = batch.is_noisy & torch.from_numpy(predicted).gather(1, batch.source)
+    return batch._replace(
+        noised=torch.where(is_noisy, batch.noised, batch.clean),
+        log_snr=batch.log_snr.masked_fill(~is_noisy, process.schedule.max_log_snr),
+        is_noisy=is_noisy,
+    )
+
+
 def stratified_quantiles(
     stream: Stream,
     sequences: Int[IntArray, " B"],

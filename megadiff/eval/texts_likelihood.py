@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadiff.data.conversations import split_completion
 from megadiff.data.corpus_files import NotJson, parse_json_line, without_lone_surrogates
 from megadiff.data.preprocess import ProgressReport
 from megadiff.data.tokenizers import Tokenizer
@@ -71,8 +72,7 @@ def item_of(
 ) -> Item:
     """Return the tokens of a completion after its prompt.
 
-    Both are encoded as one text and split after the prompt's own tokens, so that the completion is tokenized as in
-    running text; if there is no token boundary there, they are encoded separately.
+    They are split as training data of prompts and completions are (`split_completion`).
 
     Args:
         prompt: text before the completion.
@@ -81,10 +81,7 @@ def item_of(
         start: tokens before the prompt (bos), given and not scored.
         end: tokens after the completion (eos), scored.
     """
-    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + completion)
-    after = whole[len(before) :]
-    if whole[: len(before)] != before or not after:
-        after = tokenizer.encode(completion)
+    before, after = split_completion(prompt, completion, tokenizer)
     return Item((*start, *before), (*after, *end))
 
 

@@ -41,7 +41,7 @@ class ValidationResult:
     elbo: float
     stderr: float
     tokens: int
-    """Number of distinct validation tokens."""
+    """Number of distinct validation tokens; of conversations, of those that are predicted."""
     bytes_per_token: float | None
     """Number of UTF-8 bytes of source text per token of the validation data; None if unknown."""
     by_log_snr: tuple[tuple[float, float, float], ...]
@@ -92,14 +92,19 @@ class Sequences(Protocol):
         """Return clean sequences [B, L]."""
         ...
 
+    def predicted(self, indices: Sequence[int]) -> npt.NDArray[np.bool_] | None:
+        """Return which of their tokens are to be predicted, [B, L]; None for all."""
+        ...
+
 
 @dataclass(frozen=True)
 class EvalTask:
     """A quantity to evaluate: the sequences that the model reads, and the terms computed from its output."""
 
     objective: Objective
-    batch: Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64], int], NoisedBatch]
-    """Function of (clean [B, L], sequence indices [B], level) that returns the sequences."""
+    batch: Callable[..., NoisedBatch]
+    """Function of (clean [B, L], sequence indices [B], level) that returns the sequences. On data of conversations it
+    is also given which tokens are to be predicted, [B, L]; the others are noise-free and do not count."""
     num_noise_levels: int
     """K: number of noise levels; 1 if there is no noise."""
     log_snr_range: tuple[float, float] | None = None
@@ -126,6 +131,7 @@ class ValidationEvaluator:
         micro_batch_size: int,
     ) -> None:
         self.sequences = np.concatenate([source.sequences(range(len(source))) for source in sources])
+        self._predicted = _predicted(sources, self.sequences.shape)
         self.task = task
         self._objective = ShardedObjective(task.objective, topology)
         self.chunks = chunks
@@ -150,21 +156,27 @@ class ValidationEvaluator:
         for (level, index), sums in reports:
             real = index >= 0
             found[:, level, index[real]] = sums[:, real]
-        elbo, loss, log_snr = self.topology.sum_over_run(found).cpu().numpy() / self.sequences.shape[1]
-        per_sequence = elbo.mean(axis=0)
-        bound, stderr = _mean_and_error(per_sequence)
+        counts = np.full(len(self.sequences), self.sequences.shape[1], dtype=np.float64)
+        if self._predicted is not None:
+            counts = self._predicted.sum(axis=1, dtype=np.float64)
+        elbo, loss, log_snr = self.topology.sum_over_run(found).cpu().numpy() / counts
+        share = counts / counts.mean()
+        per_sequence = elbo.mean(axis=0) * share
+        bound, stderr = _mean_and_error(per_sequence, share)
         ends = np.cumsum([len(source) for source in self.sources])[:-1]
         return ValidationResult(
             per_sequence=PerSequence(self._fingerprint, self._noise, tuple(per_sequence.tolist())),
             elbo=bound,
             stderr=stderr,
-            tokens=self.sequences.size,
+            tokens=int(counts.sum()),
             log_snr_range=self.task.log_snr_range,
             bytes_per_token=self._bytes_per_token(),
-            by_log_snr=_by_log_snr(loss, log_snr) if self.task.num_noise_levels > 1 else (),
+            by_log_snr=_by_log_snr(loss, log_snr, share) if self.task.num_noise_levels > 1 else (),
             by_source={
-                source.name: _mean_and_error(part)
-                for source, part in zip(self.sources, np.split(per_sequence, ends), strict=True)
+                source.name: _mean_and_error(part, shares)
+                for source, part, shares in zip(
+                    self.sources, np.split(per_sequence, ends), np.split(share, ends), strict=True
+                )
             },
         )
 
@@ -172,6 +184,8 @@ class ValidationEvaluator:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.sequences.shape).encode())
         digest.update(self.sequences.astype("<u4").tobytes())
+        if self._predicted is not None:
+            digest.update(self._predicted.tobytes())
         return digest.hexdigest()[:_FINGERPRINT_DIGITS]
 
     @property
@@ -205,14 +219,16 @@ class ValidationEvaluator:
         index = np.arange(first, first + self.micro_batch_size)
         index = np.where(index < len(self.sequences), index, -1)
         taken = np.maximum(index, 0)
-        placed = self._objective.place(self.task.batch(self.sequences[taken], taken, level), self.device)
+        predicted = () if self._predicted is None else (self._predicted[taken],)
+        placed = self._objective.place(self.task.batch(self.sequences[taken], taken, level, *predicted), self.device)
         return (level, torch.from_numpy(index).to(self.device)), placed
 
     def _report(self, output: LossOutput, item: tuple[tuple[int, Tensor], DeviceBatch]) -> tuple[Tensor, Tensor, Any]:
         key, (sequences, *_) = item
         terms = output.terms
         plain = terms.weight * (terms.kl + terms.itakura_saito)
-        sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain, sequences.log_snr.t())])
+        log_snr = (sequences.log_snr * sequences.is_noisy).t()
+        sums = torch.stack([value.double().sum(0) for value in (terms.elbo, plain, log_snr)])
         nothing = torch.zeros((), device=self.device)
         return nothing, nothing.int(), (key, sums)
 
@@ -230,18 +246,38 @@ def _evaluating(chunks: Sequence[ModelChunk]) -> Iterator[None]:
             chunk.train(training)
 
 
+def _predicted(sources: Sequence[Sequences], shape: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+    """Return which tokens of all sources' sequences are to be predicted, [R, L]; None for all."""
+    found = [source.predicted(range(len(source))) for source in sources]
+    if all(mask is None for mask in found):
+        return None
+    whole = [np.ones((len(source), shape[1]), dtype=np.bool_) for source in sources]
+    return np.concatenate([own if mask is None else mask for own, mask in zip(whole, found, strict=True)])
+
+
 def _by_log_snr(
-    loss: npt.NDArray[np.float64], log_snr: npt.NDArray[np.float64]
+    loss: npt.NDArray[np.float64], log_snr: npt.NDArray[np.float64], share: npt.NDArray[np.float64]
 ) -> tuple[tuple[float, float, float], ...]:
-    """Bin the per-sequence integrand by the log-SNR it was drawn at; both [K, R]."""
+    """Bin the per-sequence integrand by the log-SNR it was drawn at; both [K, R], with each sequence's share [R]."""
     which = np.clip(np.searchsorted(BIN_EDGES, log_snr, side="right") - 1, 0, len(BIN_EDGES) - 2)
+    shares = np.broadcast_to(share, loss.shape)
     return tuple(
-        (low, high, float(loss[which == index].mean()))
+        (low, high, float((loss * shares)[which == index].sum() / shares[which == index].sum()))
         for index, (low, high) in enumerate(itertools.pairwise(BIN_EDGES))
         if (which == index).any()
     )
 
 
-def _mean_and_error(per_sequence: npt.NDArray[np.float64]) -> tuple[float, float]:
-    error = float(per_sequence.std(ddof=1)) / math.sqrt(len(per_sequence)) if len(per_sequence) > 1 else math.nan
-    return float(per_sequence.mean()), error
+def _mean_and_error(values: npt.NDArray[np.float64], share: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean over tokens and its standard error over sequences.
+
+    The mean is a ratio of two sums over sequences, of nats and of tokens; its error is that of its linear part.
+
+    Args:
+        values: mean over tokens of each sequence times its share, [R].
+        share: number of tokens of each sequence in units of the mean number, 1 where all have as many, [R].
+    """
+    values, share = values / share.mean(), share / share.mean()
+    mean = float(values.mean())
+    error = float((values - mean * (share - 1.0)).std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return mean, error

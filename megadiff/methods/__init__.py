@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megadiff.config.registry import Family, call, check_arguments
@@ -101,7 +102,13 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def batch(self, clean: npt.NDArray[np.int64], sample_index: list[int], step_batch: StepBatch) -> NoisedBatch:
+    def batch(
+        self,
+        clean: npt.NDArray[np.int64],
+        sample_index: list[int],
+        step_batch: StepBatch,
+        predicted: npt.NDArray[np.bool_] | None = None,
+    ) -> NoisedBatch:
         """Return a microbatch as the model and the loss see it, on the CPU.
 
         It must be a pure function of the run's seed, the sample indices and the tokens of each sequence: the same
@@ -111,6 +118,8 @@ class Method(ABC):
             clean: [B, L] ids.
             sample_index: B global sample indices, counted over the whole run.
             step_batch: the global batch that the samples belong to.
+            predicted: tokens that are to be predicted, [B, L], where data hold conversations: the others are given
+                to the model and have no loss. None for all, as for text; the argument is left out then.
         """
 
     @abstractmethod
@@ -179,6 +188,23 @@ class Method(ABC):
             ConfigError: models of this method cannot be exported.
         """
         raise ConfigError(f"models trained by the method {type(self).__name__} cannot be exported to Hugging Face")
+
+
+def refuse_conversations(method: Method, key: str) -> None:
+    """Refuse to train a method of the user's own on conversations if its batches know only text.
+
+    Args:
+        method: the run's method.
+        key: entry of the configuration that names a source of conversations.
+
+    Raises:
+        ConfigError: its `batch` has no argument `predicted`.
+    """
+    if "predicted" not in signature(method.batch).parameters:
+        raise ConfigError(
+            f"{key} holds conversations, but the method {type(method).__name__} has no argument `predicted` in its "
+            "`batch`, which names the tokens to predict; add it, or train on text"
+        )
 
 
 def check_method_of(config: RunConfig) -> None:

@@ -59,11 +59,20 @@ class Gidd(Method):
         """Range of the run's schedule."""
         return self.process.schedule.min_log_snr, self.process.schedule.max_log_snr
 
-    def batch(self, clean: npt.NDArray[np.int64], sample_index: list[int], step_batch: StepBatch) -> NoisedBatch:
-        """Condition and noise the sequences (`diffusion.noising.noise_batch`)."""
-        from megadiff.diffusion.noising import noise_batch
+    def batch(
+        self,
+        clean: npt.NDArray[np.int64],
+        sample_index: list[int],
+        step_batch: StepBatch,
+        predicted: npt.NDArray[np.bool_] | None = None,
+    ) -> NoisedBatch:
+        """Condition and noise the sequences (`diffusion.noising.noise_batch`); what is not predicted stays clean.
 
-        return noise_batch(
+        If the model is one whose prompts attend to themselves, what precedes the first predicted token is a prompt.
+        """
+        from megadiff.diffusion.noising import noise_batch, with_given
+
+        batch = noise_batch(
             clean,
             seed=self.context.seed,
             sample_index=sample_index,
@@ -74,6 +83,12 @@ class Gidd(Method):
             batch_origin=step_batch.first_sample,
             pad_id=self.context.tokenizer.pad_id,
         )
+        if predicted is None:
+            return batch
+        batch = with_given(batch, predicted, self.process)
+        if self.context.conditioning.trained_prompt_attention == "full":
+            return batch
+        return batch._replace(prompt_length=batch.is_noisy.cumsum(1).eq(0).sum(1))
 
     @cached_property
     def _objective(self) -> DiffusionObjective:
@@ -153,7 +168,7 @@ def diffusion_bound(process: NoiseProcess, *, num_noise_levels: int, loss_kernel
         num_noise_levels: number of stratified levels of each sequence.
         loss_kernel: implementation of LM head and loss; None for `fused_objective`.
     """
-    from megadiff.diffusion.noising import evaluation_noise
+    from megadiff.diffusion.noising import evaluation_noise, with_given
     from megadiff.diffusion.schedules import LINEAR, LinearSchedule
     from megadiff.eval.validation import SEED, EvalTask
     from megadiff.loss.fused_lm_head import fused_objective
@@ -163,10 +178,16 @@ def diffusion_bound(process: NoiseProcess, *, num_noise_levels: int, loss_kernel
     linear = LinearSchedule(min(trained.min_log_snr, LINEAR.min_log_snr), max(trained.max_log_snr, LINEAR.max_log_snr))
     measured = process.with_schedule(linear)
 
-    def batch(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
-        return evaluation_noise(
+    def batch(
+        clean: npt.NDArray[np.int64],
+        index: npt.NDArray[np.int64],
+        level: int,
+        predicted: npt.NDArray[np.bool_] | None = None,
+    ) -> NoisedBatch:
+        noised = evaluation_noise(
             clean, seed=SEED, sequence_index=index, level=level, num_levels=num_noise_levels, process=measured
         )
+        return noised if predicted is None else with_given(noised, predicted, measured)
 
     return EvalTask(
         objective=DiffusionObjective(measured, loss_kernel=loss_kernel or fused_objective),

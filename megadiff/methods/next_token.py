@@ -76,19 +76,29 @@ class NextToken(Method):
 
         return NextTokenObjective(self.process, self.context.loss_kernel)
 
-    def batch(self, clean: npt.NDArray[np.int64], sample_index: list[int], step_batch: StepBatch) -> NoisedBatch:
+    def batch(
+        self,
+        clean: npt.NDArray[np.int64],
+        sample_index: list[int],
+        step_batch: StepBatch,
+        predicted: npt.NDArray[np.bool_] | None = None,
+    ) -> NoisedBatch:
         """Shift the sequences by one token (`diffusion.next_token`)."""
         del sample_index, step_batch
         from megadiff.diffusion.next_token import next_token_batch
 
-        return next_token_batch(clean, start_id=self._start_id)
+        return next_token_batch(clean, start_id=self._start_id, predicted=predicted)
+
+    def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:
+        """Return the tokens that are predicted, or None for all."""
+        return self._objective.loss_tokens(batch)
 
     def attention(self, batch: NoisedBatch) -> AttentionPattern:
         """Return causal attention."""
         return self._objective.attention(batch)
 
     def loss_weights(self, batch: NoisedBatch) -> Tensor:
-        """Return 1 for every token."""
+        """Return 1 for every token that is predicted."""
         return batch.is_noisy.float()
 
     def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
@@ -107,9 +117,14 @@ class NextToken(Method):
         from megadiff.diffusion.next_token import next_token_batch
         from megadiff.eval.validation import EvalTask
 
-        def batch(clean: npt.NDArray[np.int64], index: npt.NDArray[np.int64], level: int) -> NoisedBatch:
+        def batch(
+            clean: npt.NDArray[np.int64],
+            index: npt.NDArray[np.int64],
+            level: int,
+            predicted: npt.NDArray[np.bool_] | None = None,
+        ) -> NoisedBatch:
             del index, level
-            return next_token_batch(clean, start_id=self._start_id)
+            return next_token_batch(clean, start_id=self._start_id, predicted=predicted)
 
         return EvalTask(objective=self._objective, batch=batch, num_noise_levels=1)
 

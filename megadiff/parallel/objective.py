@@ -166,9 +166,10 @@ class NextTokenObjective:
         """Return causal attention over whole sequences."""
         return AttentionPattern.causal(*batch.noised.shape)
 
-    def loss_tokens(self, batch: NoisedBatch) -> None:
-        """Return None: every token has a loss."""
-        del batch
+    def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:
+        """Return the tokens that are predicted, or None for all; see `Objective.loss_tokens`."""
+        is_noisy = batch.is_noisy.t()
+        return None if bool(is_noisy.all()) else is_noisy.reshape(-1).nonzero().squeeze(-1)
 
     def loss(self, hidden: Tensor, lm_head_weight: Tensor, batch: DeviceBatch, shard: VocabShard) -> LossOutput:
         """Return loss and terms; `loss`, `elbo` and `kl` are the exact negative log-likelihood in nats."""

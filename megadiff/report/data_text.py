@@ -40,6 +40,7 @@ def source_facts(found: SourceStatistics, look: Callable[[int], str] | None) -> 
     facts = [
         ("documents", f"{found.documents:,}, {empty}"),
         ("tokens", f"{found.tokens:,} of {found.vocab_size:,} ids, {found.used_ids:,} of which occur{per_byte}"),
+        *_answers(found),
         (
             "framing",
             f"bos begins {_of(found.begin_with_bos, found.documents)}, eos ends "
@@ -75,6 +76,14 @@ def excerpt_size(excerpt: Excerpt) -> str:
 
 def _of(count: int, documents: int) -> str:
     return f"{count:,} document{'s' * (count != 1)} ({count / documents:.2%})"
+
+
+def _answers(found: SourceStatistics) -> list[tuple[str, str]]:
+    """Return the figure of the answers of conversations; none of text."""
+    if found.answer_tokens is None:
+        return []
+    share = found.answer_tokens / found.tokens
+    return [("answers", f"{found.answer_tokens:,} tokens ({share:.2%}), which are predicted; «given» marks the others")]
 
 
 def _repeats(found: SourceStatistics) -> str:

@@ -24,7 +24,7 @@ from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import ShortageError
 from megadiff.loss.choice import LossKernel
-from megadiff.methods import Method, MethodContext, build_method
+from megadiff.methods import Method, MethodContext, build_method, refuse_conversations
 from megadiff.model import cost
 from megadiff.model.kernels import check_kernels
 from megadiff.parallel.config import Layout
@@ -71,7 +71,10 @@ class RunContext:
             loss_kernel=loss_kernel,
             seed=config.seed,
         )
-        return build_method(config.method, context)
+        method = build_method(config.method, context)
+        if (key := self.data.conversations_key) is not None:
+            refuse_conversations(method, key)
+        return method
 
     def epochs_after(self, step: int) -> dict[str, float]:
         """Return the number of passes through each training source in the first `step` steps."""
@@ -109,11 +112,13 @@ def validate_run(config: RunConfig, *, world_size: int) -> RunContext:
 def baselines_of(prepared: RunContext) -> Baselines | None:
     """Return the losses of unigram and bigram models on the validation data; None without validation data.
 
+    Of conversations there are none: the bound counts answers alone, and these models all tokens.
+
     Raises:
         DataError: tokens cannot be read.
     """
     data, valid = prepared.data, prepared.data.valid
-    if not valid:
+    if not valid or any(source.reader.has_spans for source in valid):
         return None
     drawn = data.drawn_at(prepared.config.samples)
     return baselines_of_data(

@@ -76,7 +76,7 @@ def hook_context(
             chunks=wrapped,
             objective=ShardedObjective(method, topology),
             batch=method.batch,
-            train=prepared.data.sequences,
+            train=prepared.data,
             validation=prepared.data.valid,
             topology=topology,
             device=platform.device,

@@ -68,6 +68,12 @@ class InferenceModel:
         """Whether the documents of the training data began with bos."""
         return self.manifest.prepended_bos
 
+    @property
+    def _padding(self) -> str:
+        """The value of `data.padding`: as in training, or a noise-free token for a model trained on text."""
+        trained = self.manifest.config.get("data", {}).get("padding")
+        return trained or ("pad" if self.tokenizer.eos_id is None else "eos")
+
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
         """Map token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded.
 
@@ -98,7 +104,14 @@ class InferenceModel:
         Raises:
             DataError: the data are missing, damaged, or made with another tokenizer.
         """
-        source = open_validation(data, self.tokenizer, seq_length=self.model.seq_length, sequences=sequences, key=key)
+        source = open_validation(
+            data,
+            self.tokenizer,
+            seq_length=self.model.seq_length,
+            sequences=sequences,
+            key=key,
+            padding=self._padding,
+        )
         evaluator = ValidationEvaluator(
             sources=[source],
             task=self.method.validation(num_noise_levels=num_noise_levels),

@@ -145,7 +145,13 @@ def step_sequences(
     sizes, micro = config.sizes, config.batch.micro_batch_size
     wanted = min(sequences or sizes.sequences(step - 1), sizes.sequences(step - 1))
     loader = SequenceLoader(
-        prepared.data, method.batch, sizes=sizes, shard=DataShard(micro), first_step=step - 1, prefetch=1
+        prepared.data,
+        method.batch,
+        sizes=sizes,
+        shard=DataShard(micro),
+        first_step=step - 1,
+        predicted=prepared.data.predicted,
+        prefetch=1,
     )
     with loader:
         microbatches = list(islice(loader, -(-wanted // micro)))
@@ -218,7 +224,9 @@ def _shown_sequence(
     source, stream = data.sources[place.source], data.train.sources[place.source]
     clean, noised, noisy = batch.clean.tolist(), batch.noised.tolist(), batch.is_noisy.tolist()
     at = batch.source.tolist()
-    borders = document_borders(source.reader, origin.token, len(clean))
+    borders = [(0, origin.document)]  # a conversation with what fills it up
+    if not source.reader.has_spans:
+        borders = document_borders(source.reader, origin.token, len(clean))
     starts = [start for start, _ in borders]
     documents = [borders[bisect_right(starts, position) - 1][1] for position in at]
     inserted = [after == here for here, after in pairwise(at)]

@@ -12,12 +12,14 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -142,6 +144,26 @@ def check_batches(method: Method, *, length: int = 16) -> None:
         assert counted.unique().numel() == counted.numel(), "loss_tokens: a position comes twice"
         assert counted.numel() == 0 or int(counted.max()) < whole.noised.numel(), "loss_tokens: a position is too large"
     _check_weights(method, whole, counted)
+    if "predicted" in signature(method.batch).parameters:
+        _check_predicted(method, clean, samples, step)
+
+
+def _check_predicted(method: Method, clean: npt.NDArray[np.int64], samples: list[int], step: StepBatch) -> None:
+    """Check that the tokens of conversations that are not to be predicted stay clean and have no loss."""
+    predicted = np.random.default_rng(2).random(clean.shape) < np.linspace(0, 1, clean.shape[0])[:, None]
+    text, found = method.batch(clean, samples, step), method.batch(clean, samples, step, predicted)
+    _check_shapes(found, clean.shape[1])
+    allowed = torch.from_numpy(predicted).gather(1, found.source)
+    assert not (found.is_noisy & ~allowed).any(), "batch: a token that is not to be predicted is noisy"
+    assert torch.equal(found.is_noisy, text.is_noisy & allowed), "batch: is_noisy of predicted tokens differs"
+    assert torch.equal(found.noised[allowed], text.noised[allowed]), "batch: a predicted token has other noise"
+    if not method.adds_start_token:
+        given = ~found.is_noisy
+        assert torch.equal(found.noised[given], found.clean[given]), "batch: a given token is changed"
+    _check_weights(method, found, method.loss_tokens(found))
+    mine = method.batch(clean[3:4], samples[3:4], step, predicted[3:4])
+    for name, value in found._asdict().items():
+        assert torch.equal(value[3:4], getattr(mine, name)), f"batch: {name} of a conversation depends on others"
 
 
 def _check_weights(method: Method, batch: NoisedBatch, counted: Tensor | None) -> None:

@@ -35,6 +35,22 @@ class ValidationSource(Protocol):
         """Return clean sequences [B, L]."""
         ...
 
+    def predicted(self, indices: Sequence[int]) -> npt.NDArray[np.bool_] | None:
+        """Return which of their tokens are to be predicted, [B, L]; None for all."""
+        ...
+
+
+class TrainingSource(Protocol):
+    """Sequences of the run by sample index."""
+
+    def sequences(self, samples: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return clean sequences [B, L]."""
+        ...
+
+    def predicted(self, samples: Sequence[int]) -> npt.NDArray[np.bool_] | None:
+        """Return which of their tokens are to be predicted, [B, L]; None for all."""
+        ...
+
 
 @dataclass(frozen=True)
 class SequenceGradients:
@@ -46,10 +62,10 @@ class SequenceGradients:
     chunks: Sequence[DataParallelChunk]
     """Data-parallel wrapped model chunks of this rank."""
     objective: ShardedObjective
-    batch: Callable[[npt.NDArray[np.int64], list[int], StepBatch], NoisedBatch]
-    """The training method's function from clean sequences, sample indices and the step's batch to a microbatch."""
-    train: Callable[[Sequence[int]], npt.NDArray[np.int64]]
-    """Function from sample indices of the run to clean sequences [B, L]."""
+    batch: Callable[..., NoisedBatch]
+    """The training method's `batch`."""
+    train: TrainingSource
+    """Sequences of the run by sample index."""
     validation: Sequence[ValidationSource]
     """Validation data of the run; empty if there are none."""
     topology: Topology
@@ -60,21 +76,37 @@ class SequenceGradients:
     def clean(self, source: Source, first: int, count: int) -> npt.NDArray[np.int64]:
         """Return clean sequences [count, L]: of the run from a sample on, or of the validation data in a circle."""
         if source == "train":
-            return self.train(list(range(first, first + count)))
-        places = [(kind, index) for kind in self.validation for index in range(len(kind))]
-        chosen = [places[(first + index) % len(places)] for index in range(count)]
-        return np.concatenate([kind.sequences([index]) for kind, index in chosen])
+            return self.train.sequences(list(range(first, first + count)))
+        return np.concatenate([kind.sequences([index]) for kind, index in self._chosen(first, count)])
 
-    def noised(self, clean: npt.NDArray[np.int64], first_draw: int) -> NoisedBatch:
+    def predicted(self, source: Source, first: int, count: int) -> npt.NDArray[np.bool_] | None:
+        """Return which tokens of the sequences of `clean` are to be predicted, [count, L]; None for all."""
+        if source == "train":
+            return self.train.predicted(list(range(first, first + count)))
+        found = [kind.predicted([index]) for kind, index in self._chosen(first, count)]
+        if all(mask is None for mask in found):
+            return None
+        whole = np.ones((1, self.seq_length), dtype=np.bool_)
+        return np.concatenate([whole if mask is None else mask for mask in found])
+
+    def _chosen(self, first: int, count: int) -> list[tuple[ValidationSource, int]]:
+        places = [(kind, index) for kind in self.validation for index in range(len(kind))]
+        return [places[(first + index) % len(places)] for index in range(count)]
+
+    def noised(
+        self, clean: npt.NDArray[np.int64], first_draw: int, predicted: npt.NDArray[np.bool_] | None = None
+    ) -> NoisedBatch:
         """Return the sequences as the training method makes them, each with a draw of its own.
 
         Args:
             clean: [B, L].
             first_draw: number of the first sequence's draw; equal numbers give equal noise. Levels are not stratified
                 over the sequences, so that draws are independent.
+            predicted: tokens that are to be predicted, [B, L]; None for all.
         """
         index = [_FIRST_DRAW + first_draw + place for place in range(len(clean))]
-        return self.batch(clean, index, StepBatch(step=0, first_sample=0, sequences=1))
+        more = () if predicted is None else (predicted,)
+        return self.batch(clean, index, StepBatch(step=0, first_sample=0, sequences=1), *more)
 
     @contextmanager
     def borrowed(self) -> Iterator[Callable[[NoisedBatch], list[Tensor]]]:

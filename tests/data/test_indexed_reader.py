@@ -347,7 +347,7 @@ def test_a_manifest_that_is_damaged_or_of_other_data_is_refused(tmp_path):
         (json.dumps({**good, "version": 0}), r"`version` in the manifest: Input should be greater"),
         (json.dumps({**good, "bin_sha256": "00"}), r"`bin_sha256` in the manifest: String should match"),
         ("[]", r"`the file` in the manifest"),
-        (json.dumps({**good, "version": 99}), r"wanted a manifest of version 2 at most, found 99; upgrade megadiff"),
+        (json.dumps({**good, "version": 99}), r"wanted a manifest of version 3 at most, found 99; upgrade megadiff"),
         (json.dumps({**good, "tokens": "many"}), r"`tokens` in the manifest: Input should be a valid integer"),
         (json.dumps({**good, "tokens": 4}), r"wanted the documents, tokens and dtype \(1, 3, 'uint16'\).*found \(1, 4"),
     ]

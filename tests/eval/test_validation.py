@@ -33,18 +33,32 @@ class RandomRows:
     def sequences(self, indices):
         return self._sequences[list(indices)]
 
+    def predicted(self, indices):
+        del indices
+
+
+class RandomAnswers(RandomRows):
+    """Random bytes of which the last few of each sequence are an answer."""
+
+    def __init__(self, name, count, seed):
+        super().__init__(name, count, seed)
+        self.mask = np.arange(self.seq_length) >= np.random.default_rng(seed).integers(0, 15, size=(count, 1))
+
+    def predicted(self, indices):
+        return self.mask[list(indices)]
+
 
 def measure_of(run):
     return next(hook for hook in run.hooks if isinstance(hook, ValidationHook)).evaluate
 
 
-def _blind(configs):
+def _blind(configs, kind=RandomRows):
     """Bounds of zero-headed models on forty disjoint sets of sequences."""
     found = []
     for config in configs:
         run = wire_on_rank(config, 1)
         held_out = measure_of(run)
-        sources = [RandomRows(f"s{i}", ROWS_PER_SOURCE, seed=i) for i in range(SOURCES)]
+        sources = [kind(f"s{i}", ROWS_PER_SOURCE, seed=i) for i in range(SOURCES)]
         run.close()
         found.append(
             type(held_out)(
@@ -103,6 +117,25 @@ def test_sources_are_reported_apart_and_pooled(blind):
     assert found.bits_per_byte == pytest.approx(found.elbo / math.log(2))
     edges = [(low, high) for low, high, _ in found.by_log_snr]
     assert edges == [(-9.0, -6.0), (-6.0, -3.0), (-3.0, 0.0), (0.0, 3.0), (3.0, 6.0), (6.0, 9.0)]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"noise__shift": "masked"}, {"noise__shift": "uniform"}, {"method__name": "next_token"}]
+)
+def test_answers_alone_are_measured(settings, toy_corpus, tmp_path):
+    """The closed form holds for answers of any length, with an honest error, and their tokens alone are counted."""
+    config = toy_config(toy_corpus, tmp_path, **settings, model__layers=1, model__head_init=0.0)
+    (found,) = on_ranks(1, _blind, [config], RandomAnswers)[0]
+    assert abs(found.elbo - math.log(259)) <= 4 * found.stderr + 1e-3 * math.log(259)
+    masks = [RandomAnswers("", ROWS_PER_SOURCE, seed=i).mask for i in range(SOURCES)]
+    assert found.tokens == sum(int(mask.sum()) for mask in masks)
+    assert found.elbo == pytest.approx(found.per_sequence.mean)
+    own = np.array([bound for bound, _ in found.by_source.values()])
+    weights = np.array([mask.sum() for mask in masks])
+    assert found.elbo == pytest.approx(own @ weights / weights.sum())
+    if "noise__shift" in settings:
+        scores = [(bound - math.log(259)) / error for bound, error in found.by_source.values()]
+        assert 0.3 < np.square(scores).mean() < 2.4, np.square(scores).mean()
 
 
 def _state(run):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedWriter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from megadiff.data.indexed_format import (
     manifest_path,
     token_dtype,
 )
-from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, manifest_bytes, read_manifest
+from megadiff.data.indexed_manifest import MANIFEST_VERSION, IndexedManifest, InputFacts, manifest_bytes, read_manifest
 from megadiff.data.indexed_output import IndexedOutput
 from megadiff.data.indexed_writer import no_documents
 from megadiff.data.preprocess import ProgressReport
@@ -153,12 +154,19 @@ def _write_index(ledger: Ledger, plan: ShardPlan) -> None:
 
     def lengths() -> Iterator[np.ndarray]:
         for record in with_tokens:
-            yield from _lengths(ledger, record)
+            for _, part in _index_of(ledger, record).lengths.chunks():
+                yield part
 
+    spans, with_spans = None, {}
+    if plan.settings.conversations is not None:
+        spans = np.concatenate([_index_of(ledger, record).spans() for record in with_tokens])
+        with_spans = {"version": MANIFEST_VERSION, "spans": "answers"}
+    sequences = documents if spans is None else int(spans.sum())
     digest = hashlib.sha256()
-    for part in index_parts(dtype, documents, lengths):
+    for part in index_parts(dtype, sequences, lengths, spans):
         digest.update(part)
     manifest = IndexedManifest(
+        **with_spans,
         tokenizer=plan.tokenizer,
         documents=documents,
         tokens=sum(record.tokens for record in records),
@@ -173,18 +181,36 @@ def _write_index(ledger: Ledger, plan: ShardPlan) -> None:
         ),
     )
     ledger.write(f"{TOKENS}.json", [manifest_bytes(manifest)])
-    ledger.write(f"{TOKENS}.idx", index_parts(dtype, documents, lengths))
+    ledger.write(f"{TOKENS}.idx", index_parts(dtype, sequences, lengths, spans))
     ledger.clear()
 
 
-def _lengths(ledger: Ledger, record: UnitRecord) -> Iterator[np.ndarray]:
-    """Yield the lengths of a shard's documents, from its index."""
+class _ShardIndex(NamedTuple):
+    """The index of a shard."""
+
+    lengths: StoredIntegers
+    """Lengths of its sequences."""
+    boundaries: StoredIntegers
+    """Sequences with which its documents begin, and their number."""
+
+    def spans(self) -> np.ndarray:
+        """Return the number of sequences of each document, [D]."""
+        return np.diff(self.boundaries.read(0, len(self.boundaries)))
+
+
+def _index_of(ledger: Ledger, record: UnitRecord) -> _ShardIndex:
+    """Return the index of a shard, of the size that its record and its header want."""
     file = StoredFile(idx_path(ledger.prefix(record.unit)))
-    wanted = HEADER.size + 20 * record.documents + 8
+    is_whole = file.size >= HEADER.size
+    sequences = HEADER.unpack(file.read(0, HEADER.size))[3] if is_whole else 0
+    wanted = HEADER.size + 12 * sequences + 8 * (record.documents + 1)
     if file.size != wanted:
         raise _damaged(ledger, record, file.path, f"wanted {wanted} bytes, found {file.size}")
-    for _, part in StoredIntegers(file, np.dtype("<i4"), offset=HEADER.size, count=record.documents).chunks():
-        yield part
+    boundaries_at = HEADER.size + 12 * sequences
+    return _ShardIndex(
+        StoredIntegers(file, np.dtype("<i4"), offset=HEADER.size, count=sequences),
+        StoredIntegers(file, np.dtype("<i8"), offset=boundaries_at, count=record.documents + 1),
+    )
 
 
 def _bin_sha256(ledger: Ledger, records: list[UnitRecord], dtype: np.dtype) -> str:

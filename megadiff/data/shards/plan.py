@@ -16,6 +16,7 @@ import orjson
 from pydantic import Field, ValidationError
 
 from megadiff.config.section import Section
+from megadiff.data.conversations import ConversationOptions
 from megadiff.data.corpus_streams import JSON_SUFFIXES, STDIN, line_start
 from megadiff.data.document_filters import DocumentFilters
 from megadiff.data.documents import Corpus
@@ -113,8 +114,11 @@ class PlanSettings(Section):
     drop_duplicates: bool
     """Whether documents that repeat an earlier one are left out."""
 
+    conversations: ConversationOptions | None = None
+    """Conversations that the documents hold; None for text."""
 
-_OPTIONS = {"max_document_bytes": "--max-document-mb", "unit_bytes": "--unit-mb"}
+
+_OPTIONS = {"conversations": "conversations", "max_document_bytes": "--max-document-mb", "unit_bytes": "--unit-mb"}
 
 
 class ShardPlan(Section):
@@ -138,7 +142,11 @@ class ShardPlan(Section):
     @property
     def framing(self) -> DocumentMarkers:
         """Tokens put around each document."""
-        return DocumentMarkers(prepend_bos=self.settings.prepend_bos, append_eod=self.settings.append_eod)
+        return DocumentMarkers(
+            prepend_bos=self.settings.prepend_bos,
+            append_eod=self.settings.append_eod,
+            conversations=self.settings.conversations,
+        )
 
     def bytes_of(self, unit: PlannedUnit) -> int:
         """Return the number of input bytes of a unit, as stored."""
@@ -156,6 +164,7 @@ class ShardPlan(Section):
             paths,
             json_key=self.settings.json_key,
             template=self.settings.template,
+            fields=None if self.settings.conversations is None else self.settings.conversations.fields,
             text_split=self.settings.text_split,
             max_bad_lines=max_bad_lines,
             max_document_bytes=self.settings.max_document_bytes,
@@ -283,6 +292,7 @@ def make_plan(
             valid_fraction=corpus.filters.valid_fraction,
             split=corpus.filters.split,
             drop_duplicates=drop_duplicates,
+            conversations=framing.conversations,
         ),
         inputs=tuple(inputs),
         units=tuple(_units(inputs, corpus.text_split, unit_bytes)),

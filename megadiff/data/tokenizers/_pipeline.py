@@ -53,6 +53,10 @@ class Pipeline:
         """Names of the definition's special tokens."""
         return [token["content"] for token in self.definition.get("added_tokens", [])]
 
+    def with_special_names(self) -> tokenizers.Tokenizer:
+        """Return the library's tokenizer for texts in which the name of a special token means the token."""
+        return opened({**self.definition, "post_processor": None, "truncation": None, "padding": None})
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without specials."""
         return [token for piece in self.encode_pieces(text) for token in piece]

@@ -46,6 +46,10 @@ class ByteTokenizer:
         self.special_names: Sequence[str] = SPECIAL_TOKENS
         self.export_limits: str | None = None
 
+    def with_special_names(self) -> tokenizers.Tokenizer:
+        """Return the library's tokenizer for texts in which the name of a special token means the token."""
+        return _byte_level()
+
     def encode(self, text: str) -> list[int]:
         """Return one id per UTF-8 byte."""
         try:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 
 from megadiff.data.tokenizers._pipeline import Pipeline
 from megadiff.data.tokenizers._sentencepiece_json import definition_of
@@ -103,6 +104,13 @@ class SentencePieceTokenizer:
             made_from=_SHIPPED,
         )
         return [*written[:-3], _SHIPPED, *written[-3:]]
+
+    def with_special_names(self) -> tokenizers.Tokenizer | None:
+        """Return the library's tokenizer for texts in which the name of a special token means the token.
+
+        None for a model without a `tokenizer.json` form.
+        """
+        return None if self._pipeline is None else self._pipeline.with_special_names()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without specials."""

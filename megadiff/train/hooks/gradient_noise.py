@@ -190,9 +190,11 @@ class GradientNoise(Hook):
             for group in range(topology.data_rank, settings.groups, topology.layout.data):
                 microbatches = []
                 for row in range(group * settings.microbatches, (group + 1) * settings.microbatches):
-                    clean = gradients.clean(settings.source, first + row * size, size)
+                    rows = settings.source, first + row * size, size
+                    clean, predicted = gradients.clean(*rows), gradients.predicted(*rows)
                     draw = ((start + row * size) * settings.draws, size)
-                    microbatches.append([gradients.noised(clean, draw[0] + k * size) for k in range(settings.draws)])
+                    draws = [draw[0] + k * size for k in range(settings.draws)]
+                    microbatches.append([gradients.noised(clean, number, predicted) for number in draws])
                 sums[group] = sums_of_squares(microbatches, gradient_of, device=gradients.device)
         return topology.sum_over_ranks(sums).tolist()
 

@@ -1,0 +1,127 @@
+"""Fine-tuning on conversations: one curve on every layout and after a resume, and a model that learns to answer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megadiff.data.conversations import ConversationOptions
+from megadiff.data.documents import Corpus
+from megadiff.data.preprocess import DocumentMarkers, preprocess
+from megadiff.run.load_model import load_model
+from megadiff.testing.toy_run import SAVED, STEPS, copy_as_killed, figures, toy_config, wire_on_rank
+from tests.support.ranks import on_ranks
+
+TOLERANCE = 5e-5
+LAYOUTS = {
+    "tensor and data parallel": (4, {"parallel__tensor": 2, "parallel__sequence": True}),
+    "pipeline parallel": (2, {"parallel__pipeline": 2}),
+}
+RUNS = {
+    "masked": {"noise__shift": "masked", "data__padding": "predicted_eos"},
+    "mixed noise, prompts and empty tokens": {
+        "noise__shift": "balanced",
+        "data__padding": "pad",
+        "conditioning": {"prompt": 0.2, "infilling": 0.2, "pad_insertion": 0.2, "prompt_attention": "causal"},
+    },
+    "next token": {"method__name": "next_token", "data__padding": "eos"},
+}
+
+
+def write_sums(prefix, operands: Sequence[tuple[int, ...]]) -> None:
+    """Write sums as indexed conversations of the byte tokenizer, such as `1+2+3=` and `6`."""
+    path = prefix.with_suffix(".jsonl")
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"{'+'.join(map(str, numbers))}=", "completion": str(sum(numbers))}) + "\n"
+            for numbers in operands
+        )
+    )
+    options = ConversationOptions(prompt_key="prompt", completion_key="completion")
+    framing = DocumentMarkers(append_eod=True, conversations=options)
+    preprocess(Corpus([path], fields=options.fields), prefix, "byte", framing=framing)
+
+
+def sums(*, held_out: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Return the sums of three numbers from 0 to 4 to train on, and those that are held out."""
+    every = list(itertools.product(range(5), repeat=3))
+    random.Random(1).shuffle(every)
+    return every[held_out:], every[:held_out]
+
+
+def _train_both(whole, resumed):
+    """Train on this rank from the beginning, and from the checkpoint in the middle."""
+    wire_on_rank(whole, dist.get_world_size()).train()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        copy_as_killed(whole.folder, resumed.folder)
+    dist.barrier()
+    wire_on_rank(resumed, dist.get_world_size()).train()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_layout_and_a_resume_give_one_curve(name, tmp_path):
+    write_sums(tmp_path / "sums", [(1, 2), (3,) * 12, *sums(held_out=100)[0], (1,) * 6])
+    shared = {"schedule__steps": STEPS, "checkpoint__every": SAVED, "eval__every": SAVED, "model__layers": 2}
+    shared |= {"model__seq_length": 12, **RUNS[name]}
+    wanted = None
+    for place, (layout, (world_size, own)) in enumerate({"one rank": (1, {}), **LAYOUTS}.items()):
+        whole, resumed = (
+            toy_config(tmp_path / "sums", tmp_path / str(place), **{**shared, **own}, name=run)
+            for run in ("whole", "resumed")
+        )
+        on_ranks(world_size, _train_both, whole, resumed)
+        found = figures(whole)
+        assert found == figures(resumed), layout
+        wanted = wanted or found
+        for one, other in zip(found, wanted, strict=True):
+            assert one.get("noisy_tokens") == other.get("noisy_tokens"), layout
+            for key in {"loss", "elbo", "grad_norm", "eval_elbo"} & one.keys():
+                assert one[key] == pytest.approx(other[key], rel=TOLERANCE, abs=TOLERANCE), (layout, one["step"], key)
+
+
+def _train(config):
+    wire_on_rank(config, dist.get_world_size()).train()
+
+
+def _answers(folder, operands):
+    """Return the numbers that a trained model answers, as text."""
+    with load_model(folder, platform="cpu") as model:
+        tokenizer, sampler = model.tokenizer, model.sampler()
+        prompts = np.array([tokenizer.encode(f"{'+'.join(map(str, numbers))}=") for numbers in operands])
+        settings = sampler.settings(3, max_denoising_steps=3, temperature=0.0)
+        drawn = sampler.generate(model.denoise, torch.from_numpy(prompts), settings, seed=1).sequences[:, 6:].tolist()
+    return [tokenizer.decode(ids[: ids.index(1)] if 1 in ids else ids) for ids in drawn]
+
+
+def test_a_model_learns_to_answer(tmp_path):
+    """Exact answers to sums that training never saw: 15 % would be right if every answer were the most frequent one."""
+    train, held_out = sums(held_out=20)
+    write_sums(tmp_path / "sums", train)
+    config = toy_config(
+        tmp_path / "sums",
+        tmp_path,
+        model={"layers": 2, "hidden": 64, "heads": 4, "seq_length": 9},
+        noise__shift="masked",
+        data__padding="predicted_eos",
+        data__valid=[],
+        batch={"global_batch_size": 32, "micro_batch_size": 32},
+        optimizer__lr=5e-3,
+        optimizer__weight_decay=1.0,
+        schedule={"steps": 1000, "warmup_steps": 20, "decay_steps": 0.3},
+        log__every=100,
+    )
+    on_ranks(1, _train, config)
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        found = pool.submit(_answers, config.folder, held_out).result()
+    right = [answer == str(sum(numbers)) for answer, numbers in zip(found, held_out, strict=True)]
+    assert sum(right) >= 15, list(zip(held_out, found, strict=True))
