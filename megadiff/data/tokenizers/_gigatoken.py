@@ -6,13 +6,18 @@ are hard to split and on a sample of the corpus. While a corpus is tokenized, on
 
 Unicode's normal forms depend on the version of Unicode that a library knows: combining marks that are newer than the
 version of `tokenizers` stay where they are there, and are moved here. So texts get their normal form from `tokenizers`.
+What is a letter, where texts are split, depends on it too: a text with a character whose category is not as old as
+Unicode 3.2 (an emoji, a letter of a rare script) is encoded by `tokenizers`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -128,19 +133,18 @@ class GigatokenTokenizer:
                 raise UnfitError(f"it gives other ids for {text[:40]!r}")
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the library's ids of each text, and those of `tokenizers` where the order of its steps matters.
-
-        A name of the vocabulary that was added to it is found before or after a text gets its normal form.
-        """
-        if self._normal_form is None:
-            return self._library.encode_batch_list(list(texts), parallel=self._parallel)
-        normal = [text if text.isascii() else self._normal_form(text) for text in texts]
+        """Return the ids of each text: by the library, but for texts that `tokenizers` alone is sure to encode."""
+        form = self._normal_form
+        normal = [text if form is None or text.isascii() else form(text) for text in texts]
         found = self._library.encode_batch_list(normal, parallel=self._parallel)
-        if self._names:
-            for place, (text, other) in enumerate(zip(texts, normal, strict=True)):
-                if not text.isascii() and any(name in text or name in other for name in self._names):
-                    found[place] = self._tokenizer.encode(text)
+        for place, (text, other) in enumerate(zip(texts, normal, strict=True)):
+            if not text.isascii() and (unsettled().search(text) or self._has_name(text, other)):
+                found[place] = self._tokenizer.encode(text)
         return found
+
+    def _has_name(self, text: str, normal: str) -> bool:
+        """Return whether a text has a name that was added to the vocabulary, found before or after its normal form."""
+        return self._normal_form is not None and any(name in text or name in normal for name in self._names)
 
     def _compare(self, text: str, found: list[int]) -> None:
         if self._tokenizer.encode(text) != found:
@@ -189,6 +193,22 @@ def hard_strings() -> Iterator[str]:
     draw = random.Random(0)
     for _ in range(2000):
         yield "".join(draw.choices(_POOL, k=draw.randint(1, 24)))
+
+
+@functools.cache
+def unsettled() -> re.Pattern[str]:
+    """Return a pattern that finds characters whose category is not the same in Unicode 3.2 and in Python's Unicode.
+
+    Libraries that know different versions of Unicode may differ in them.
+    """
+    old, new = unicodedata.ucd_3_2_0.category, unicodedata.category
+    settled = [
+        code for code in range(0x30000) if old(chr(code)) == new(chr(code)) and new(chr(code)) not in ("Cn", "Cs")
+    ]
+    starts = [code for code, before in zip(settled, [-2, *settled], strict=False) if code != before + 1]
+    ends = [code for code, after in zip(settled, [*settled[1:], -2], strict=True) if code + 1 != after]
+    ranges = "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts, ends, strict=True))
+    return re.compile(f"[^{ranges}]")
 
 
 def _normal_form(plain: dict[str, Any]) -> Callable[[str], str] | None:
