@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megadiff.config.section import Section
 
@@ -15,6 +15,9 @@ class CheckpointConfig(Section):
     start_from: str | None = None
     """Step folder of another run to begin with, including weights, optimizer state and step count; this is how a
     cooldown branches from a trunk. Ignored once the run has checkpoints of its own."""
+    weights_only: bool = False
+    """Whether the run takes only the weights of `start_from`, with a new optimizer and schedule, from step 0 on; this
+    is how a model is adapted or fine-tuned. Imported weights are always taken so."""
     keep: int = Field(default=2, ge=0)
     """Number of newest complete checkpoints to keep, at least two (1 is refused); 0 keeps all. The last one before the
     cooldown is kept as well, so that other cooldowns can branch from it."""
@@ -27,3 +30,9 @@ class CheckpointConfig(Section):
         if keep == 1:
             raise ValueError("keep must be 0 (all) or at least 2: a single checkpoint may prove damaged when needed")
         return keep
+
+    @model_validator(mode="after")
+    def _weights_have_an_origin(self) -> CheckpointConfig:
+        if self.weights_only and self.start_from is None:
+            raise ValueError("weights_only is true, but start_from names no checkpoint to take weights from")
+        return self

@@ -55,7 +55,8 @@ valid."""
 _IDENTITY = ("vocab_size", "mask_id", "tokenizer_fingerprint", "data_fingerprint")
 
 _NOT_OF_THE_WEIGHTS = tuple(
-    f"model.{key}" for key in ("init_scale", "embed_init", "head_init", "seq_length", "rope_base", "rope_scaling")
+    f"model.{key}"
+    for key in ("init_scale", "embed_init", "head_init", "seq_length", "rope_base", "rope_scaling", "alignment")
 )
 """Settings of the model that may differ when a run begins with the weights of another."""
 

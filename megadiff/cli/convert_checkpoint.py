@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import ConfigError
@@ -46,6 +47,13 @@ def main() -> None:
     back.add_argument("--input", type=Path, required=True, help="folder of GIDD or of a public architecture")
     back.add_argument("--output", type=Path, required=True, help="checkpoint folder to create")
     back.add_argument("--seq-length", type=_positive, help="sequence length to train with (default: the folder's)")
+    back.add_argument(
+        "--mask-row",
+        type=_row,
+        metavar="mean|ID",
+        help="row of the tables for the mask of a model that had none: the mean of all, or a copy of this token's "
+        "(default: as stored, or the mean where the tables end before it)",
+    )
     for command in (out, back):
         command.add_argument(
             "--tokenizer", help="tokenizer path, if it is not the one recorded in the run or the folder"
@@ -139,6 +147,7 @@ def _import(arguments: argparse.Namespace) -> None:
             arguments.output,
             tokenizer=arguments.tokenizer,
             seq_length=arguments.seq_length,
+            mask_row=arguments.mask_row,
             on_tensor=show,
         )
     if not found.is_checked:
@@ -163,6 +172,14 @@ def _bytes(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise ConfigError(f"--max-shard-size must be a size such as 5GB or 500MiB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _row(text: str) -> int | Literal["mean"]:
+    if text == "mean":
+        return "mean"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be `mean` or the id of a token, got {text!r}")
+    return int(text)
 
 
 def _positive(text: str) -> int:

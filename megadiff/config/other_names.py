@@ -128,8 +128,9 @@ _NAMES_BY_KEY: dict[str, str] = {
     "checkpoint.keep": "save_total_limit keep_latest_k keep_last_n max_checkpoints keep_last",
     "checkpoint.start_from": (
         "load pretrained_checkpoint resume_from_checkpoint initial_load_path init_from load_path resume_from "
-        "model_name_or_path finetune"
+        "model_name_or_path"
     ),
+    "checkpoint.weights_only": "finetune initial_load_model_only load_weights_only no_load_optim model_only",
     "checkpoint.async": "async_save async_mode async_checkpoint",
     "eval.every": "eval_interval eval_steps eval_freq validation_freq eval_every val_interval validation.freq",
     "eval.sequences": "eval.rows eval_iters eval_batches eval_iters_per_eval max_eval_samples eval_samples",

@@ -34,6 +34,8 @@ class NoisePattern(IntEnum):
     """A level of its own at every token."""
     LINEAR = 2
     """Clean at the start, noisy at the end."""
+    NEXT_TOKEN = 3
+    """No noise: every token is predicted from those before it (`methods.adaptation`)."""
 
 
 @dataclass(frozen=True)

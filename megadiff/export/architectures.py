@@ -47,10 +47,14 @@ class Architecture:
     """Keys that an export writes besides, and an import does not read."""
     vocabulary: tuple[str, ...] = ("vocab_size",)
     """Keys of the number of rows of its tables."""
+    model_type: str | None = None
+    """The key `model_type` of its `config.json`, where that is not its key in `ARCHITECTURES`."""
     mlp: str = "swiglu"
     """Value of `model.mlp`."""
     qk_norm: Literal["head", "none"] = "none"
     """Value of `model.qk_norm`."""
+    alignment: Literal["same", "shifted"] = "same"
+    """Value of `model.alignment`; autoregressive models, whose method moves the tokens, have `same`."""
     biases: frozenset[frozenset[str]] = frozenset({frozenset()})
     """Combinations of biases that it can have, of `qkv`, `out` and `mlp`."""
     slides_by_switch: bool = False
@@ -77,6 +81,7 @@ class Architecture:
         tests = {
             f"model.mlp is {model.mlp}, it has {self.mlp}": model.mlp != self.mlp,
             f"model.qk_norm is {model.qk_norm}, it has {self.qk_norm}": model.qk_norm != self.qk_norm,
+            f"model.alignment is {model.alignment}, it has {self.alignment}": model.alignment != self.alignment,
             "model.sink is true": model.sink,
             "model.softcap is set": model.softcap is not None,
             f"branches are scaled by {model.resid_factor:g} (model.resid_scale)": model.resid_factor != 1.0,
@@ -124,7 +129,7 @@ class Architecture:
             }
         return {
             "architectures": [self.model_class],
-            "model_type": next(name for name, kind in ARCHITECTURES.items() if kind is self),
+            "model_type": self.model_type or next(name for name, kind in ARCHITECTURES.items() if kind is self),
             "torch_dtype": dtype,
             **found,
             **dict.fromkeys(self.vocabulary, vocab_size),
@@ -228,22 +233,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         needs_own_code=True,
     ),
     "sdar": Architecture("SDARForCausalLM", "gidd", _LLAMA, qk_norm="head", needs_own_code=True),
+    "dream": Architecture(
+        "DreamModel",
+        "gidd",
+        _LLAMA,
+        model_type="Dream",
+        alignment="shifted",
+        biases=frozenset({frozenset({"qkv"})}),
+        slides_by_switch=True,
+        needs_own_code=True,
+    ),
 }
-"""Architectures by their `model_type`."""
-
-REFUSED = {
-    "dream": "it predicts the token after each position, and this model the one at it",
-}
-"""Reasons why well-known architectures cannot be read, by their `model_type` in lower case."""
+"""Architectures by their `model_type` in lower case."""
 
 
-def architecture_for_export(name: str, model: ModelConfig, run: Mapping[str, Any]) -> Architecture:
+def architecture_for_export(name: str, model: ModelConfig, run: Mapping[str, Any], *, is_causal: bool) -> Architecture:
     """Return an architecture that a model is to be stored in.
 
     Args:
         name: key of `ARCHITECTURES`.
         model: the model.
         run: the settings of its run. Public diffusion models are of masked noise, and attend to every token.
+        is_causal: whether the model predicts next tokens (`Method.export_config`).
 
     Raises:
         ConfigError: it cannot represent the model, with every reason.
@@ -259,7 +270,7 @@ def architecture_for_export(name: str, model: ModelConfig, run: Mapping[str, Any
             reasons.append("its noise is masked, and the model's is not")
         if attention.trained_prompt_attention != "full":
             reasons.append(f"prompts attend as {attention.trained_prompt_attention}, not as every token")
-    if method != kind.method:
+    if is_causal != (kind.method == "next_token"):
         reasons.insert(0, f"the model was trained with method.name={shown(method).strip(chr(39))}, not {kind.method}")
     if reasons:
         raise ConfigError(

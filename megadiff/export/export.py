@@ -95,7 +95,7 @@ def export(
     kind = None
     if architecture is not None:
         model = ModelConfig.model_validate(manifest.config["model"])
-        kind = architecture_for_export(architecture, model, manifest.config)
+        kind = architecture_for_export(architecture, model, manifest.config, is_causal=bool(use.get("is_causal")))
     weights = _Weights(folder, manifest, DTYPES[dtype] if dtype else None, kind)
     with staged(output) as staging:
         # First, since it may be refused, and weights take long.

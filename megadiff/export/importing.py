@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -28,10 +28,10 @@ from megadiff.diffusion.config import (
     ObjectiveConfig,
     noise_config,
 )
-from megadiff.errors import SHOWN_DIGITS, CheckpointError, shown
+from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, shown
 from megadiff.export.export import staged
 from megadiff.export.folder_files import CONFIG, TRAINING, Checksums, check_folder, plain_file
-from megadiff.export.public_source import PublicSource
+from megadiff.export.public_source import MaskRow, PublicSource
 from megadiff.export.released_config import (
     ReleasedConfig,
     agree,
@@ -130,6 +130,7 @@ def import_folder(
     *,
     tokenizer: str | None = None,
     seq_length: int | None = None,
+    mask_row: int | Literal["mean"] | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> Imported:
     """Write `output`, a checkpoint of step 0 without optimizer state, completely or not at all.
@@ -142,6 +143,8 @@ def import_folder(
         output: must not exist, or be empty.
         tokenizer: path to use instead of the folder's own.
         seq_length: sequence length to train with, instead of the folder's.
+        mask_row: for a model that was trained without a mask, what its tables get as the row of one: that of a token,
+            or the mean of all; None for the row as it is stored, or the mean where the tables end before it.
         on_tensor: called with each tensor's name before it is read.
 
     Raises:
@@ -163,13 +166,14 @@ def import_folder(
         else:
             vocab_size = _vocab_size(source, text)
             _check_shapes(source, files, model, vocab_size)
+        mask = None if mask_row is None else _mask_row(source, public, text, mask_row)
         if seq_length is not None:
             model = model.model_copy(update={"seq_length": seq_length})
         method = public.method if public else None
         manifest = _manifest(source, model, text, reference, vocab_size, method)
         sums.compare(weights=True)
         tensors = list(training_tensors(model, vocab_size=vocab_size))
-        fetch = _Fetch(public, files, on_tensor)
+        fetch = _Fetch(public, files, mask, on_tensor)
         with staged(output) as staging:
             write_training_checkpoint(
                 staging,
@@ -187,14 +191,16 @@ def import_folder(
 class _Fetch:
     """Reader of training tensors from the folder's files."""
 
-    def __init__(self, public: PublicSource | None, files: WeightFiles, on_tensor: Callable[[str], None]) -> None:
-        self._public, self._files, self._on_tensor = public, files, on_tensor
+    def __init__(
+        self, public: PublicSource | None, files: WeightFiles, mask: MaskRow | None, on_tensor: Callable[[str], None]
+    ) -> None:
+        self._public, self._files, self._mask, self._on_tensor = public, files, mask, on_tensor
         self._dtypes: dict[str, torch.dtype] = {}
 
     def __call__(self, tensor: TrainingTensor) -> Tensor:
         self._on_tensor(tensor.released[0])
         if self._public is not None:
-            found = self._public.read(tensor)
+            found = self._public.read(tensor, mask=self._mask)
         else:
             found = tensor.packed([self._files.read(name) for name in tensor.released])
         found = found.to(self.dtype(tensor))
@@ -207,6 +213,25 @@ class _Fetch:
             found = self._public.dtype(tensor) if self._public else self._files.dtype(tensor.released[0])
             self._dtypes[tensor.key] = found
         return self._dtypes[tensor.key]
+
+
+def _mask_row(
+    source: _Source, public: PublicSource | None, tokenizer: Tokenizer, row: int | Literal["mean"]
+) -> MaskRow:
+    """Return what the tables get as the mask's row.
+
+    Raises:
+        CheckpointError: the model has a mask already.
+        ConfigError: there is no such token.
+    """
+    if public is None or public.method != "next_token":
+        raise CheckpointError(
+            f"--mask-row is for autoregressive models, but {source.where} is a model that was trained with a mask; "
+            "leave it out"
+        )
+    if row != "mean" and not 0 <= row < tokenizer.vocab_size:
+        raise ConfigError(f"--mask-row {row}: wanted `mean` or an id from 0 to {tokenizer.vocab_size - 1:,}")
+    return MaskRow(tokenizer.mask_id, row)
 
 
 def _source(folder: Path) -> _Source:
@@ -346,7 +371,7 @@ def _sections(source: _Source, method: str | None) -> dict[str, Any]:
     """
     if source.released is None:
         kept = source.training.config if source.training is not None else None
-        if kept is not None and kept.method.name == method:
+        if kept is not None and (kept.method.name == "next_token") == (method == "next_token"):
             return {
                 name: getattr(kept, name).model_dump(mode="json")
                 for name in ("noise", "conditioning", "objective", "method")
@@ -360,7 +385,8 @@ def _sections(source: _Source, method: str | None) -> dict[str, Any]:
     name = "next_token" if source.released.is_causal else "gidd"
     noise = noise_from(source.released, where=source.where)
     kept = source.training.config if source.training is not None else None
-    if kept is not None and kept.method.name == name and agree(source.config, kept.noise, kept.conditioning):
+    is_alike = kept is not None and (kept.method.name == "next_token") == source.released.is_causal
+    if kept is not None and is_alike and agree(source.config, kept.noise, kept.conditioning):
         sections = {"noise": kept.noise, "conditioning": kept.conditioning, "objective": kept.objective}
         dumped = {key: section.model_dump(mode="json") for key, section in sections.items()}
         return {**dumped, "method": kept.method.model_dump(mode="json")}

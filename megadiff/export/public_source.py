@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import CheckpointError, shown
-from megadiff.export.architectures import ACTIVATIONS, ARCHITECTURES, REFUSED, Architecture, mlp_of
+from megadiff.export.architectures import ACTIVATIONS, ARCHITECTURES, Architecture, mlp_of
 from megadiff.export.released_config import first_complaint
 from megadiff.export.weight_files import TrainingTensor, WeightFiles, is_gain, training_tensors
 from megadiff.model.config import ModelConfig, RopeScaling
@@ -100,6 +101,15 @@ class _Keys(BaseModel):
         return is_on and bool(self.sliding_window)
 
 
+@dataclass(frozen=True)
+class MaskRow:
+    """The row that tables over the vocabulary get for a mask that the model was not trained with."""
+
+    mask_id: int
+    source: int | Literal["mean"]
+    """Id of a token whose row is copied, or `mean` for the mean of all rows."""
+
+
 class PublicSource:
     """A checkpoint of a public architecture, read as tensors of this model."""
 
@@ -148,15 +158,25 @@ class PublicSource:
             )
         return tokenizer.vocab_size
 
-    def read(self, tensor: TrainingTensor) -> Tensor:
-        """Return a training tensor without padding rows; rows that the checkpoint lacks are the mean of the others."""
+    def read(self, tensor: TrainingTensor, *, mask: MaskRow | None = None) -> Tensor:
+        """Return a training tensor without padding rows; rows that the checkpoint lacks are the mean of the others.
+
+        Args:
+            tensor: the tensor.
+            mask: what to put in the mask's place of a table; None to leave it.
+        """
         found = tensor.packed([self._files.read(self._kind.stored(name)) for name in tensor.released])
         if is_gain(tensor.released[0]):
             found = found.float() - 1.0
-        missing = (tensor.rows or 0) - len(found)
-        if missing > 0:
-            found = torch.cat([found, found.float().mean(0, keepdim=True).to(found.dtype).expand(missing, -1)])
-        return found if tensor.rows is None else found[: tensor.rows]
+        if tensor.rows is None:
+            return found
+        mean = found.float().mean(0, keepdim=True).to(found.dtype)
+        if (missing := tensor.rows - len(found)) > 0:
+            found = torch.cat([found, mean.expand(missing, -1)])
+        if mask is not None:
+            found = found.clone()
+            found[mask.mask_id] = mean[0] if mask.source == "mean" else found[mask.source]
+        return found[: tensor.rows]
 
     def _check_shapes(self) -> None:
         """Compare every weight with the configuration; a weight left over belongs to another model."""
@@ -187,10 +207,11 @@ class PublicSource:
 
 def _architecture(config: Mapping[str, Any], where: str) -> Architecture:
     name = _name(config)
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
-    why = REFUSED.get(name.lower(), f"models are read of the kinds {', '.join(ARCHITECTURES)} and gidd")
-    raise CheckpointError(f"{where} ({name}) cannot be a starting point: {why}")
+    if name.lower() in ARCHITECTURES:
+        return ARCHITECTURES[name.lower()]
+    raise CheckpointError(
+        f"{where} ({name}) cannot be a starting point: models are read of the kinds {', '.join(ARCHITECTURES)} and gidd"
+    )
 
 
 def _keys(config: Mapping[str, Any], kind: Architecture, where: str) -> _Keys:
@@ -233,6 +254,7 @@ def _model(keys: _Keys, kind: Architecture, shapes: Mapping[str, tuple[int, ...]
         "attention_out_bias": has("self_attn.o_proj.bias"),
         "qk_norm": "head" if has("self_attn.q_norm.weight") else "none",
         "tie_embeddings": keys.tie_word_embeddings,
+        "alignment": kind.alignment,
         "norm_eps": keys.rms_norm_eps,
         "rope_base": keys.theta,
         "rope_scaling": _scaling(keys),

@@ -101,6 +101,7 @@ def _other_blocks(model: ModelConfig) -> dict[str, Any]:
         "qkv_bias": (model.qkv_bias, False),
         "attention_out_bias": (model.attention_out_bias, False),
         "rotary_scaling": (None if model.rope_scaling is None else model.rope_scaling.model_dump(), None),
+        "alignment": (model.alignment, "same"),
     }
     return {key: value for key, (value, released) in keys.items() if value != released}
 
@@ -138,6 +139,7 @@ class ReleasedConfig(BaseModel):
     qkv_bias: bool = False
     attention_out_bias: bool = False
     rotary_scaling: dict[str, Any] | None = None
+    alignment: Literal["same", "shifted"] = "same"
     attention_bias: bool = True
     mlp_bias: bool = True
     tie_word_embeddings: bool = False
@@ -212,6 +214,7 @@ def model_from(config: ReleasedConfig, *, where: str) -> ModelConfig:
         "init_scale": 0.4 if init is None else round(init * math.sqrt(hidden), 12),
         "embed_init": config.emb_init_scale,
         "head_init": config.head_init_scale,
+        "alignment": config.alignment,
     }
     try:
         tree |= _mlp_of(config) | _attention_of(config)

@@ -55,7 +55,8 @@ class MethodConfig(Section):
 
     name: str = "gidd"
     """Training method: `gidd`, denoising under the run's noise (arXiv:2512.10858); `next_token`, causal next-token
-    prediction on the same data, for comparison; or a dotted path to a module of your own."""
+    prediction on the same data, for comparison; `adaptation`, denoising by a model that predicted next tokens
+    before; or a dotted path to a module of your own."""
 
 
 @dataclass(frozen=True)

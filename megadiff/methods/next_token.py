@@ -26,11 +26,17 @@ if TYPE_CHECKING:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse text samples during training.
+    """Refuse text samples during training, and a model that moves the targets as this method does itself.
 
     Raises:
         ConfigError: with what to set.
     """
+    if config.model.alignment != "same":
+        raise ConfigError(
+            f"model.alignment is {config.model.alignment}, but method.name=next_token moves the tokens itself, behind "
+            "a start token; set model.alignment to same (a run with method.name=adaptation may begin with its weights "
+            "under either)"
+        )
     if config.eval.samples:
         raise ConfigError(
             f"eval.samples is {config.eval.samples}, but an autoregressive control (method.name=next_token) is not "

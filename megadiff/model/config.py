@@ -105,6 +105,9 @@ class ModelConfig(Section):
     """Standard deviation of the output head; 0 makes the first prediction uniform."""
     tie_embeddings: bool = False
     """Whether the output head is the embedding; `embed_init` then also draws the head."""
+    alignment: Literal["same", "shifted"] = "same"
+    """Token that the output of a position predicts: the one at it (`same`), or the one after it (`shifted`), as models
+    do that were autoregressive before (Dream: yes). The first token is then predicted at its own position."""
     vocab_multiple: int = Field(default=128, gt=0, le=65536)
     """The vocabulary is padded with dead entries to a multiple of this; it must not change between layouts."""
 

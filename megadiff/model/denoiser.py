@@ -52,6 +52,10 @@ class LMHead(ColumnParallelLinear):
     holding whole logits.
     """
 
+    is_shifted: bool = False
+    """Whether each position's states predict the token after it; loss functions and callers still get, at every
+    position, what predicts the token there."""
+
     def forward(  # type: ignore[override]
         self, input_: Tensor, loss_fn: LossFn | None = None, embedding: Tensor | None = None
     ) -> Any:
@@ -60,7 +64,8 @@ class LMHead(ColumnParallelLinear):
         A head without a weight of its own takes the `embedding`.
         """
         if loss_fn is None:
-            return super().forward(input_, weight=embedding)
+            logits, bias = super().forward(input_, weight=embedding)
+            return (_at_targets(logits) if self.is_shifted else logits), bias
         if runs_alone(self):
             whole = input_
         elif self.sequence_parallel:
@@ -69,7 +74,12 @@ class LMHead(ColumnParallelLinear):
             whole = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         weight = self.weight if embedding is None else embedding
         assert weight is not None
-        return loss_fn(whole, weight)
+        return loss_fn(_at_targets(whole) if self.is_shifted else whole, weight)
+
+
+def _at_targets(states: Tensor) -> Tensor:
+    """Move states [sequence, ...] by one position to the tokens that they predict; the first also stays."""
+    return torch.cat((states[:1], states[:-1]))
 
 
 class Denoiser(MegatronModule):
@@ -87,6 +97,7 @@ class Denoiser(MegatronModule):
         rope_scaling: change of the rotary angles for longer sequences; None for none.
         head_factor: factor of the last hidden states before the LM head.
         is_tied: whether the LM head is the embedding.
+        is_shifted: whether each position predicts the token after it (`model.alignment`).
         pre_process: whether this chunk starts with the embedding.
         post_process: whether this chunk ends with the final norm and the LM head.
         vp_stage: index of this chunk among the rank's virtual pipeline stages; None where a rank holds one chunk.
@@ -107,6 +118,7 @@ class Denoiser(MegatronModule):
         rope_scaling: RopeScaling | None = None,
         head_factor: float = 1.0,
         is_tied: bool = False,
+        is_shifted: bool = False,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -150,6 +162,7 @@ class Denoiser(MegatronModule):
                 skip_weight_param_allocation=is_tied and pre_process,
                 tp_group=self.pg_collection.tp,
             )
+            self.output_layer.is_shifted = is_shifted
         self.share_embeddings_and_output_weights = is_tied
         self._mark_tables()
 
@@ -337,6 +350,7 @@ def build_chunks(
                 rope_scaling=model.rope_scaling,
                 head_factor=model.head_factor,
                 is_tied=model.tie_embeddings,
+                is_shifted=model.alignment == "shifted",
                 pre_process=topology.is_first_stage and index == 0,
                 post_process=topology.is_last_stage and index == virtual - 1,
                 vp_stage=stage,

@@ -175,7 +175,10 @@ class NextTokenObjective:
         clean = batch.sequences.clean.t()
         process = HybridMixing(self.process.vocab_size, self.process.mask_id, shift=-1000.0)
         tokens = LossInputs(
-            clean, torch.full_like(clean, process.mask_id), torch.full(clean.shape, _ALL_KEPT, device=clean.device)
+            clean,
+            torch.full_like(clean, process.mask_id),
+            torch.full(clean.shape, _ALL_KEPT, device=clean.device),
+            batch.active_indices,
         )
         output = self.loss_kernel(hidden, lm_head_weight, tokens, LossSpec(process), shard=shard)
         return output._replace(terms=output.terms._replace(elbo=output.terms.kl))

@@ -18,7 +18,7 @@ BIN_EDGES = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
 """Edges of the log-SNR bins, in nats; the outer bins include everything beyond."""
 
 _MEANS = ("loss", "elbo", "kl", "itakura_saito", "weight")
-_KINDS = ("isotropic", "anisotropic", "conditioned")
+_KINDS = ("isotropic", "anisotropic", "conditioned", "next_token")
 _FRACTIONS = ("per_token_noise", "linear_noise", "prompt", "infilling", "pad_insertion")
 """Names of `conditioning.*`, of which the metrics report what was drawn."""
 _LAYOUT = (
@@ -68,7 +68,8 @@ def report_sums(
     shared, kinds = facts.split((facts.shape[0] - len(_KINDS), len(_KINDS)))
     by_kind = kinds @ of_sequences[1::4].t()  # elbo and tokens
     which = torch.bucketize(sequences.log_snr, _inner_edges(noisy.device), right=True).t()
-    inside = (which == torch.arange(len(BIN_EDGES) - 1, device=noisy.device)[:, None, None]) & noisy  # [bins, L, b]
+    has_level = noisy & (sequences.pattern != NoisePattern.NEXT_TOKEN)
+    inside = (which == torch.arange(len(BIN_EDGES) - 1, device=noisy.device)[:, None, None]) & has_level  # [bins, L, b]
     by_bin = torch.stack(((inside * plain.detach()).flatten(1).sum(1, dtype=torch.float64), inside.flatten(1).sum(1)))
     tokens, length = noisy.numel(), noisy.shape[0]
     head = by_kind.new_full((1,), tokens if head_tokens is None else head_tokens)
@@ -81,11 +82,12 @@ def _sequence_facts(sequences: NoisedBatch) -> Tensor:
     float64."""
     length = sequences.is_noisy.shape[1]
     pattern, is_unconditioned = sequences.pattern, sequences.is_noisy.all(dim=1)
-    is_kept = ~is_unconditioned
-    is_prompted = sequences.prompt_length.to(is_kept.device, non_blocking=True) > 0
+    is_next_token = pattern == NoisePattern.NEXT_TOKEN
+    is_kept = ~(is_unconditioned | is_next_token)
+    is_prompted = (sequences.prompt_length.to(is_kept.device, non_blocking=True) > 0) & is_kept
     is_isotropic = pattern == NoisePattern.ISOTROPIC
     facts = (pattern == NoisePattern.PER_TOKEN, pattern == NoisePattern.LINEAR, is_prompted, is_kept & ~is_prompted)
-    kinds = (is_isotropic & is_unconditioned, ~is_isotropic & is_unconditioned, is_kept)
+    kinds = (is_isotropic & is_unconditioned, ~is_isotropic & is_unconditioned, is_kept, is_next_token)
     drawn, kind = torch.stack((*facts, *kinds)).double().split((len(facts), len(kinds)))
     empty = (length - 1 - sequences.source.diff(dim=1).count_nonzero(dim=1)).double()
     one = torch.ones_like(empty)
@@ -119,9 +121,9 @@ def metrics_of(total: list[float]) -> dict[str, Any]:
 
     Keys: `loss`, `elbo`, `kl`, `itakura_saito`, `weight` (means per noisy token), `noisy_tokens`; where some
     sequences are conditioned, also `elbo_isotropic` (a bound of one generative process), `elbo_anisotropic`,
-    `elbo_conditioned` and `fraction_per_token_noise`, ... (realised fractions of sequences; of tokens for
-    `fraction_pad_insertion`); `loss_by_log_snr`, a list of [low, high, mean of w (KL + IS)] of the bins that had
-    tokens.
+    `elbo_conditioned`, `elbo_next_token` (an exact likelihood) and `fraction_per_token_noise`, ... (realised fractions
+    of sequences; of tokens for `fraction_pad_insertion`); `loss_by_log_snr`, a list of [low, high, mean of
+    w (KL + IS)] of the bins that had tokens.
     """
     found = dict(zip(_LAYOUT, total, strict=True))
     line: dict[str, Any] = {name: found[name] / max(found["noisy_tokens"], 1.0) for name in _MEANS}

@@ -292,12 +292,17 @@ def _open(run_folder: Path, step: int, prepared: RunContext, platform: Platform)
 def _nearest_checkpoint(run_folder: Path, step: int, config: RunConfig, topology: Topology) -> Path | None:
     """Return the newest sound checkpoint of fewer than `step` steps, the one the run branched from included."""
     own = [folder for folder in step_folders(run_folder) if step_of(folder) < step and is_complete(folder)]
-    origin = config.checkpoint.start_from
+    origin = None if config.checkpoint.weights_only else config.checkpoint.start_from
     for folder in [*own, *([Path(origin)] if origin is not None else [])]:
         problem = problem_of(folder, topology)
         if problem is None and read_manifest(folder).step < step:
             return folder
         log.warning(problem or f"the run branched from {folder}, after step {step}: that step is another run's")
+    if config.checkpoint.weights_only:
+        raise CheckpointError(
+            f"{run_folder} began with the weights of {config.checkpoint.start_from}, and no checkpoint of its own from "
+            f"before step {step} is available; give a later step"
+        )
     if origin is not None:
         raise CheckpointError(
             f"{run_folder} branched from {origin}, and neither that nor a checkpoint of its own from before step "

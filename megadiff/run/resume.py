@@ -192,6 +192,8 @@ class _Accepted:
 def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path) -> _Accepted:
     """Return the checkpoint's manifest and the changes since, if this run may resume from it."""
     saved, steps = of_this_version(read_manifest(folder)), prepared.config.steps
+    if prepared.config.checkpoint.weights_only and prepared.config.folder not in folder.parents:
+        saved = saved.model_copy(update={"has_optimizer": False})
     wanted = manifest_of(prepared, ResumeState(saved.step), saved.step)
     is_planned = _begins_a_phase(prepared.data, saved)
     if is_planned:

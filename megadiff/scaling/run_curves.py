@@ -81,7 +81,7 @@ class RunCurve:
     def trunk(self) -> Path | None:
         """Run folder from whose checkpoint the run started, as its settings name it; None if it has no trunk."""
         start = self.settings.get("checkpoint.start_from")
-        if not isinstance(start, str) or not start:
+        if not isinstance(start, str) or not start or self.settings.get("checkpoint.weights_only"):
             return None
         path = Path(start)
         return path.parent.parent if path.parent.name == "checkpoints" else path

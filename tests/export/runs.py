@@ -15,7 +15,15 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, toy_config, train_on_rank
 
 with quiet():
+    from megadiff.checkpoint.load import load
+    from megadiff.checkpoint.manifest import read_manifest
+    from megadiff.model.config import ModelConfig, PrecisionConfig
+    from megadiff.model.denoiser import build_chunks
+    from megadiff.parallel.config import Layout, ParallelConfig
+    from megadiff.parallel.pipeline import run_microbatches
+    from megadiff.parallel.topology import open_topology
     from megadiff.run.load_model import load_model
+    from megadiff.testing.toy_run import platform_on_rank
 
 SOFTCAP = 5.0
 """Lower than the paper's, so that scores of a toy feel it."""
@@ -56,3 +64,43 @@ def _logits(folder: Path, sequences: list[tuple[int, torch.Tensor]]) -> list[Any
             logits = model.chunks[0](ids, pattern.codes())
             found.append(logits.transpose(0, 1)[..., : model.process.vocab_size].contiguous().numpy())
         return found
+
+
+def layout_logits(folder: Path, ids: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The float32 logits [B, L, V] of a checkpoint loaded by the ranks of a layout, attention by its own method."""
+    parts = on_ranks(layout.world_size, _part_of_logits, folder, ids, layout)
+    return torch.cat([torch.from_numpy(part) for part in parts if part is not None], dim=-1)
+
+
+def _part_of_logits(folder: Path, ids: torch.Tensor, layout: Layout) -> Any:
+    """This rank's columns of the vocabulary; None on ranks without the head."""
+    platform, topology = platform_on_rank(), open_topology(layout)
+    manifest = read_manifest(folder)
+    model = ModelConfig.model_validate(manifest.config["model"])
+    parallel = ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, sequence=layout.tensor > 1)
+    chunks = build_chunks(
+        model,
+        vocab_size=manifest.vocab_size,
+        parallel=parallel,
+        precision=PrecisionConfig(compute="fp32"),
+        platform=platform,
+        topology=topology,
+    )
+    load(folder, chunks, None, topology=topology, platform=platform)
+    is_causal = manifest.config["method"]["name"] == "next_token"
+    codes = AttentionPattern.causal(*ids.shape).codes() if is_causal else None
+    one = torch.ones((), dtype=torch.int32)
+    found = run_microbatches(
+        chunks,
+        [ids],
+        forward=lambda chunk, _: chunk(ids, codes),
+        loss=lambda logits, _: (logits.sum(), one, logits),
+        seq_length=ids.shape[1],
+        micro_batch_size=len(ids),
+        forward_only=True,
+    )
+    if not found:
+        return None
+    columns = found[0].transpose(0, 1).detach()
+    start = topology.tensor_rank * columns.shape[-1]
+    return columns[..., : max(0, manifest.vocab_size - start)].contiguous().numpy()

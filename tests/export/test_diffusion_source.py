@@ -1,4 +1,4 @@
-"""Folders in the layouts of LLaDA and SDAR, against their blocks written here on plain tensors."""
+"""Folders in the layouts of LLaDA, SDAR and Dream, against their blocks written here on plain tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import CheckpointError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder
-from tests.export.runs import trainer_logits
+from megadiff.parallel.config import Layout
+from tests.export.runs import layout_logits, trainer_logits
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_on_rank
 
@@ -30,6 +31,14 @@ SDAR = {
     "num_hidden_layers": LAYERS, "intermediate_size": 48, "max_position_embeddings": 16, "hidden_act": "silu",
     "rms_norm_eps": EPS, "rope_theta": THETA, "tie_word_embeddings": False, "vocab_size": ROWS,
 }  # fmt: skip
+DREAM = {
+    "model_type": "Dream", "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": 2,
+    "num_hidden_layers": LAYERS, "intermediate_size": 48, "max_position_embeddings": 16, "hidden_act": "silu",
+    "rms_norm_eps": EPS, "rope_theta": THETA, "tie_word_embeddings": False, "vocab_size": ROWS, "rope_scaling": None,
+    "architectures": ["DreamModel"], "mask_token_id": ByteTokenizer().mask_id,
+}  # fmt: skip
+CONFIGS = {"llada": LLADA, "sdar": SDAR, "dream": DREAM}
+HEAD = {"llada": WIDTH // HEADS, "sdar": 12, "dream": WIDTH // HEADS}
 BLOCK = {
     "llada": ("model.transformer.blocks.{}.", "attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm",
               "ff_proj", "up_proj", "ff_out"),
@@ -40,6 +49,7 @@ TABLES = {
     "llada": ("model.transformer.wte.weight", "model.transformer.ln_f.weight", "model.transformer.ff_out.weight"),
     "sdar": ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
 }
+BLOCK["dream"], TABLES["dream"] = BLOCK["sdar"], TABLES["sdar"]
 
 
 def rms(x, gain):
@@ -64,8 +74,12 @@ def published_logits(kind, weights, ids):
         prefix, *names = BLOCK[kind]
         norm, q, k, v, out, mlp_norm, gate, up, down = (weights[f"{prefix.format(layer)}{n}.weight"] for n in names)
         h = rms(x, norm)
-        width = 12 if kind == "sdar" else WIDTH // HEADS
-        queries, keys, values = ((h @ one.T).unflatten(-1, (-1, width)) for one in (q, k, v))
+        width = HEAD[kind]
+        projected = [h @ one.T for one in (q, k, v)]
+        if kind == "dream":
+            biases = [weights[f"{prefix.format(layer)}self_attn.{one}_proj.bias"] for one in "qkv"]
+            projected = [one + bias for one, bias in zip(projected, biases, strict=True)]
+        queries, keys, values = (one.unflatten(-1, (-1, width)) for one in projected)
         if kind == "sdar":
             queries = rms(queries, weights[f"{prefix.format(layer)}self_attn.q_norm.weight"])
             keys = rms(keys, weights[f"{prefix.format(layer)}self_attn.k_norm.weight"])
@@ -75,14 +89,15 @@ def published_logits(kind, weights, ids):
         x = x + torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values).flatten(-2) @ out.T
         h = rms(x, mlp_norm)
         x = x + (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
-    return rms(x, last_norm) @ head.T
+    logits = rms(x, last_norm) @ head.T
+    return torch.cat([logits[:, :1], logits[:, :-1]], dim=1) if kind == "dream" else logits  # as its sampler does
 
 
 def drawn(kind, folder):
     """Write a folder with drawn weights and return them."""
     draw = torch.Generator().manual_seed(3)
-    config, q = (LLADA, WIDTH) if kind == "llada" else (SDAR, HEADS * 12)
-    kv = WIDTH if kind == "llada" else 2 * 12
+    config, q = CONFIGS[kind], HEADS * HEAD[kind]
+    kv = WIDTH if kind == "llada" else 2 * HEAD[kind]
     shapes = dict(zip(TABLES[kind], [(ROWS, WIDTH), (WIDTH,), (ROWS, WIDTH)], strict=True))
     sizes = [
         (WIDTH,),
@@ -100,6 +115,8 @@ def drawn(kind, folder):
         shapes |= {f"{prefix.format(layer)}{n}.weight": size for n, size in zip(names, sizes, strict=True)}
         if kind == "sdar":
             shapes |= {f"{prefix.format(layer)}self_attn.{n}_norm.weight": (12,) for n in "qk"}
+        if kind == "dream":
+            shapes |= {f"{prefix.format(layer)}self_attn.{n}_proj.bias": (q if n == "q" else kv,) for n in "qkv"}
     weights = {name: torch.randn(shape, generator=draw) * 0.3 + (len(shape) == 1) for name, shape in shapes.items()}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -107,17 +124,22 @@ def drawn(kind, folder):
     return weights
 
 
-@pytest.mark.parametrize("kind", ["llada", "sdar"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_a_diffusion_model_computes_what_its_own_code_does(kind, tmp_path):
     weights = drawn(kind, tmp_path / "public")
     found = import_folder(tmp_path / "public", tmp_path / "in", tokenizer="byte")
     config = found.manifest.config
     assert config["method"]["name"] == "gidd"
     assert config["noise"]["shift"] == "masked"
+    assert found.model.alignment == ("shifted" if kind == "dream" else "same")
     ids = torch.randint(0, ROWS, (2, 16), generator=torch.Generator().manual_seed(2))
     wanted = published_logits(kind, weights, ids).float()
     assert float(wanted.abs().max()) > 0.5
     torch.testing.assert_close(trainer_logits(found.folder, [(0, ids)])[0], wanted, rtol=1e-5, atol=1e-5)
+    for layout in (Layout(2, 1, 1, 1, 1), Layout(1, 2, 1, 1, 1), Layout(2, 2, 1, 1, 1)):
+        torch.testing.assert_close(layout_logits(found.folder, ids, layout), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CheckpointError, match="--mask-row is for autoregressive models, but"):
+        import_folder(tmp_path / "public", tmp_path / "none", tokenizer="byte", mask_row="mean")
     folder = export(found.folder, tmp_path / "out", architecture=kind).folder
     again = import_folder(folder, tmp_path / "again", tokenizer="byte")
     assert (again.model, again.manifest.config["noise"]) == (found.model, config["noise"])

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from megadiff.checkpoint.manifest import read_manifest
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.errors import ConfigError
@@ -36,6 +37,14 @@ MODELS = {
         "model__rope_scaling": {"type": "linear", "factor": 2.0},
         "conditioning__prompt": 0,
     },
+    "shifted outputs, causal prompts": {
+        **MODERN,
+        "model__alignment": "shifted",
+        "conditioning__prompt_attention": "causal",
+        "method": {"name": "adaptation", "anneal_steps": 2, "next_token_fraction": 0.3},
+        "parallel": FOUR_RANKS,
+    },
+    "shifted outputs, prompts that see themselves": {"model__alignment": "shifted"},
     "autoregressive control": {"method__name": "next_token", "conditioning__prompt": 0},
 }
 
@@ -54,7 +63,7 @@ def model(request, toy_corpus, tmp_path_factory):
 def test_its_logits_are_the_trainers(model):
     name, checkpoint, folder, loaded = model
     rows = sequences_with_prompts()
-    if "causal" not in name:
+    if "prompts" not in name:
         rows = rows[:1]
     with torch.no_grad():
         found = [loaded(ids, prompt_lengths=torch.full((len(ids),), prompt)).logits for prompt, ids in rows]
@@ -62,15 +71,18 @@ def test_its_logits_are_the_trainers(model):
         assert float(ours.abs().max()) > 0.05
         torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     config = json.loads((folder / "config.json").read_text())
-    assert config["prompt_attention"] == ("causal" if "causal" in name else "full")
+    attention = "block" if "see themselves" in name else "full"
+    assert config["prompt_attention"] == ("causal" if "causal" in name else attention)
+    assert config.get("alignment", "same") == ("shifted" if "shifted" in name else "same")
 
 
 def test_an_import_of_it_exports_the_same_weights(model, tmp_path):
-    _, _, folder, _ = model
+    _, checkpoint, folder, _ = model
     found = import_folder(folder, tmp_path / "in")
     again = export(found.folder, tmp_path / "out").folder
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert found.manifest.config["method"] == read_manifest(checkpoint).config["method"]
 
 
 LLAMA = {key: value for key, value in MODERN.items() if "bias" not in key} | {"model__rope_scaling": None}

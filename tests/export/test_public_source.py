@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadiff.errors import CheckpointError
+from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder
-from tests.export.runs import trainer_logits
+from megadiff.parallel.config import Layout
+from tests.export.runs import layout_logits, trainer_logits
+from tests.fixtures.tokenizers.shapes import qwen
 
 SIZES = {
     "vocab_size": 300,
@@ -79,6 +82,10 @@ def test_a_public_model_computes_the_same_here(name, tmp_path):
     ours = trainer_logits(found.folder, [(16, ids)])[0]
     assert float(wanted.abs().max()) > 0.5
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+    for layout in (Layout(2, 1, 1, 1, 1), Layout(1, 2, 1, 1, 1), Layout(2, 2, 1, 1, 1)):
+        if layout.tensor <= (model.config.num_key_value_heads or layout.tensor):
+            ours = layout_logits(found.folder, ids, layout)
+            torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
 ARCHITECTURES = {"Arcee": "arcee", "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
@@ -113,6 +120,25 @@ def test_the_tables_are_cut_to_the_tokenizers_ids(tmp_path):
     drawn("Llama", tmp_path / "large", vocab_size=400)
     with pytest.raises(CheckpointError, match="the tokenizer byte has 260 ids, the embedding 400 rows; give the mod"):
         import_folder(tmp_path / "large", tmp_path / "none", tokenizer="byte")
+
+
+@pytest.mark.parametrize("row", [None, "mean", 42])
+@pytest.mark.parametrize("extra", [-1, 5], ids=["tables end before the mask", "the mask has a row"])
+def test_the_row_of_a_mask_that_the_model_lacked(extra, row, tmp_path):
+    tokenizer = load_tokenizer(str(qwen(tmp_path / "tokenizer")))
+    mask, rows = tokenizer.mask_id, tokenizer.vocab_size + extra
+    assert mask == tokenizer.vocab_size - 1, "its vocabulary has no mask, so it gets the next id"
+    model = drawn("Qwen2", tmp_path / "public", vocab_size=rows)
+    found = import_folder(tmp_path / "public", tmp_path / "in", tokenizer=str(tmp_path / "tokenizer"), mask_row=row)
+    back = load_file(export(found.folder, tmp_path / "out", architecture="qwen2").folder / "model.safetensors")
+    for name, table in {"model.embed_tokens": model.model.embed_tokens, "lm_head": model.lm_head}.items():
+        ours, theirs = back[f"{name}.weight"], table.weight.detach()
+        assert torch.equal(ours[:mask], theirs[:mask])
+        is_stored = row is None and rows > mask
+        wanted = theirs[42] if row == 42 else theirs[mask] if is_stored else theirs.mean(0)
+        torch.testing.assert_close(ours[mask], wanted, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ConfigError, match=f"--mask-row {mask + 1}: wanted `mean` or an id from 0 to {mask:,}"):
+        import_folder(tmp_path / "public", tmp_path / "no", tokenizer=str(tmp_path / "tokenizer"), mask_row=mask + 1)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +208,6 @@ def llama(tmp_path, **changes):
         ({"no_rope_layers": [1, 0]}, "some of its layers have no rotary embeddings"),
         ({"hidden_size": None}, "its config.json has no hidden_size"),
         ({"model_type": "granite"}, r"\(granite\) cannot be a starting point: models are read of the kinds llama, "),
-        ({"model_type": "Dream"}, r"\(Dream\) cannot be a starting point: it predicts the token after each position"),
         ({"model_type": None}, r"\(no model_type\) cannot be a starting point"),
         ({"num_hidden_layers": 1}, r"requires model.embed_tokens.weight of shape \(2, 32\), which is missing"),
         ({"num_hidden_layers": 3}, "num_hidden_layers=3, but the weight files beside it hold 1 layers"),

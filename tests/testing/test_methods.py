@@ -18,7 +18,7 @@ with quiet():
     from megadiff.testing.methods import check_batches, check_method, method_of
     from megadiff.testing.toy_run import LAYOUTS, toy_config, write_corpus
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 HALVES = {name: LAYOUTS[name] for name in ("one rank", "tensor parallel")}
 
@@ -32,7 +32,7 @@ def context(tmp_path_factory):
 
 
 def test_every_member_is_under_contract():
-    assert METHODS.names() == ["gidd", "next_token"]
+    assert METHODS.names() == ["adaptation", "gidd", "next_token"]
 
 
 def test_denoising_keeps_the_contract():
@@ -41,6 +41,19 @@ def test_denoising_keeps_the_contract():
 
 def test_next_token_prediction_keeps_the_contract():
     check_method("next_token", layouts=HALVES)
+
+
+def test_adaptation_keeps_the_contract():
+    check_method(
+        {"name": "adaptation", "anneal_steps": 3, "next_token_fraction": 0.4, "next_token_weight": 0.5},
+        model__alignment="shifted",
+        conditioning__prompt=0.3,
+        conditioning__prompt_attention="causal",
+    )
+
+
+def test_shifted_outputs_keep_the_contract():
+    check_method("gidd", model__alignment="shifted", layouts=HALVES)
 
 
 class Stateful(Gidd):

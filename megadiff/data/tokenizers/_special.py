@@ -15,7 +15,7 @@ BOS_ID, EOS_ID, PAD_ID, MASK_ID = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|padding|>", "<|mask|>")
 """Their names, in the order of those ids."""
 
-MASK_NAMES = ("<|mask|>", "[MASK]", "<mask>", "<|mdm_mask|>")
+MASK_NAMES = ("<|mask|>", "[MASK]", "<mask>", "<|mdm_mask|>", "<|MASK|>")
 BOS_NAMES = ("<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "[CLS]")
 EOS_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 PAD_NAMES = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")

@@ -12,6 +12,7 @@ _BLOCK = {
     "qkv_bias": False,
     "attention_out_bias": False,
     "rotary_scaling": None,
+    "alignment": "same",
 }
 """Keys of the block that released files lack, and what those files mean."""
 
@@ -49,6 +50,8 @@ class GiddConfig(PretrainedConfig):
         rope_scaling: only `None`.
         rotary_scaling: (not in released files) change of the rotary frequencies: the arguments of
             `rope_gidd.scaled_frequencies`.
+        alignment: (not in released files) `same`, or `shifted` if the hidden states of a position predict the token
+            after it; logits are in either case those of the token at their own position.
         attn_performer: accepted but ignored; attention is chosen by `attn_soft_cap`.
         noise_type: shift b of the uniform share sigmoid(noise_scale * log_snr + b): -1000 masked, 1000 uniform.
         noise_scale: (not in released files) the share's scale a.
@@ -168,6 +171,7 @@ class GiddConfig(PretrainedConfig):
             "weight_scaling": (self.weight_scaling, self.weight_scaling == 1),
             "hidden_act": (self.hidden_act, self.hidden_act in ("relu2", "gelu", "silu")),
             "qk_norm": (self.qk_norm, self.qk_norm in ("full", "head", "none")),
+            "alignment": (self.alignment, self.alignment in ("same", "shifted")),
             "prompt_attention": (self.prompt_attention, self.prompt_attention in ("block", "causal", "full")),
             "head_dim": (self.head_dim, self.head_dim % 2 == 0),
             "num_key_value_heads": (

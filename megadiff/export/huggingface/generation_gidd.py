@@ -142,7 +142,7 @@ class TableNoise:
 
 
 class _PrefixCache:
-    """Keys and values of the finished text, which attends only to itself."""
+    """Keys and values of the finished text, which attends only to itself, with the hidden states of its last token."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -152,15 +152,16 @@ class _PrefixCache:
         length = ids.shape[1]
         if length == 0:
             return None
-        past = previous if self._model.config.prompt_attention == "causal" else None
+        past = previous[0] if previous and self._model.config.prompt_attention == "causal" else None
         known = 0 if past is None else past[0][0].shape[2]
         lengths = torch.full((len(ids),), length, device=ids.device)
         out = self._model.model(ids[:, known:], cache=past, prompt_lengths=lengths, use_cache=True)
-        return out.cache
+        return out.cache, out.last_hidden_state[:, -1:]
 
     def denoise_block(self, ids: Tensor, cache: Any) -> Tensor:
         """Return the logits of a block that follows the prefix and attends to all of it."""
-        return self._model(ids, cache=cache).logits
+        keys_and_values, hidden = cache or (None, None)
+        return self._model(ids, cache=keys_and_values, hidden_before=hidden).logits
 
 
 class GiddGeneration:

@@ -370,9 +370,18 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        hidden_before: Tensor | None = None,
         **kwargs: Any,
     ) -> GiddLogits | tuple[Any, ...]:
         """Compute logits [B, L, V] from `GiddModel.forward`'s arguments; `loss` is None.
+
+        Args:
+            input_ids: [B, L].
+            labels: only None.
+            return_dict: as in `GiddModel.forward`.
+            hidden_before: [B, 1, hidden] last hidden states of the position before the input, which predict its first
+                token if `config.alignment` is `shifted`; without them the first position predicts itself.
+            **kwargs: arguments of `GiddModel.forward`.
 
         Raises:
             ValueError: labels are given; the diffusion bound needs the noise levels, which a batch does not contain.
@@ -381,6 +390,8 @@ class GiddForDiffusionLM(GiddPreTrainedModel, GiddGeneration, GenerationMixin):
             raise ValueError("no loss is computed here: the bound needs each token's noise level; train with megadiff")
         out = self.model(input_ids, return_dict=True, **kwargs)
         hidden = out.last_hidden_state
+        if self.config.alignment == "shifted":
+            hidden = torch.cat([hidden[:, :1] if hidden_before is None else hidden_before, hidden[:, :-1]], dim=1)
         if self.config.head_scaling != 1.0:
             hidden = hidden * self.config.head_scaling
         logits = GiddLogits(logits=self.lm_head(hidden), cache=out.cache, hidden_states=out.hidden_states)
