@@ -99,13 +99,27 @@ def scope() -> Iterator[None]:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Put what megatron-core puts on a GPU on the meta device inside the block."""
+    """Put what megatron-core puts on a GPU on the meta device inside the block.
+
+    A recomputed norm of 0.19 compiles a C++ extension, to give a tensor the storage of another. Without values there is
+    nothing to share, and a process that ends while it compiles leaves a lock for which the next one waits.
+    """
     global _device
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     before, _device = _device, torch.device("meta")
+    compiled = getattr(random, "_get_share_storage", None)
+    if compiled is not None:
+        random._get_share_storage = lambda: _share_nothing
     try:
         yield
     finally:
         _device = before
+        if compiled is not None:
+            random._get_share_storage = compiled
+
+
+def _share_nothing(*_: Any) -> None:
+    return None
 
 
 def _replace(owner: Any, name: str, stand_in: Any) -> None:

@@ -296,6 +296,22 @@ def test_the_closed_form_agrees_on_single_settings(toy_corpus: Path, tmp_path: P
             assert rank["built"][name] == pytest.approx(rank["estimated"][name], rel=tolerance), name
 
 
+def _refuse_to_compile() -> None:
+    import megatron.core.tensor_parallel.random as random
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a dry run compiles nothing")
+
+    random.load_inline = refuse  # type: ignore[attr-defined]  megatron-core 0.19 has it
+
+
+def test_recomputed_norms_compile_no_extension(toy_corpus: Path, tmp_path: Path) -> None:
+    """A dry run that is given up while it compiles would leave a lock for which training waits."""
+    file = write_yaml(tmp_path / "run.yaml", toy_tree(toy_corpus, tmp_path, **SELECTIVE))
+    ended = call_forked("tools/dry_run.py", "--config", file, "--ranks", "1", before=_refuse_to_compile)
+    assert ended.code == 0, ended.err
+
+
 @pytest.mark.parametrize(
     ("ranks", "words", "sentence"),
     [
