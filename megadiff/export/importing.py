@@ -371,7 +371,7 @@ def _sections(source: _Source, method: str | None) -> dict[str, Any]:
     """
     if source.released is None:
         kept = source.training.config if source.training is not None else None
-        if kept is not None and kept.method.name == method:
+        if kept is not None and (kept.method.name == "next_token") == (method == "next_token"):
             return {
                 name: getattr(kept, name).model_dump(mode="json")
                 for name in ("noise", "conditioning", "objective", "method")
@@ -385,7 +385,8 @@ def _sections(source: _Source, method: str | None) -> dict[str, Any]:
     name = "next_token" if source.released.is_causal else "gidd"
     noise = noise_from(source.released, where=source.where)
     kept = source.training.config if source.training is not None else None
-    if kept is not None and kept.method.name == name and agree(source.config, kept.noise, kept.conditioning):
+    is_alike = kept is not None and (kept.method.name == "next_token") == source.released.is_causal
+    if kept is not None and is_alike and agree(source.config, kept.noise, kept.conditioning):
         sections = {"noise": kept.noise, "conditioning": kept.conditioning, "objective": kept.objective}
         dumped = {key: section.model_dump(mode="json") for key, section in sections.items()}
         return {**dumped, "method": kept.method.model_dump(mode="json")}

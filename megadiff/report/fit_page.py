@@ -146,10 +146,11 @@ def _compared(record: Record) -> str:
         crossing, saved = found["crossing"], found["speed_up"]
         ends = ["0 or infinite" if end is None else _number(end, 3) for end in crossing["interval"]]
         where = _number(crossing["flops"], 3) + (" (extrapolated)" if crossing["is_extrapolated"] else "")
+        beyond = " (extrapolated)" if saved["is_extrapolated"] else ""
         words = f"{found['size_exponent_gap']:+.4f} \u00b1 {_number(found['size_exponent_gap_stderr'], 2)}"
         rows.append((escaped(f"{found['first']} and {found['second']}"), where, " to ".join(ends),
                      "yes" if found["crossing_is_resolved"] else "no",
-                     f"{_number(saved['ratio'], 3)} at a loss of {_number(saved['loss'])}", words))  # fmt: skip
+                     f"{_number(saved['ratio'], 3)} at a loss of {_number(saved['loss'])}{beyond}", words))  # fmt: skip
     heads = (
         "pair",
         "crossing, FLOPs",

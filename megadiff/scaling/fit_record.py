@@ -261,12 +261,14 @@ def summary(results: Results) -> list[str]:
         lines.append(f"{fits.noise}: {len({point.run for point in fits.counted})} runs")
         lines += [f"  {line}" for line in (*_bowl_lines(fits), *_surface_lines(fits, results), *_other_lines(fits))]
     for c in results.comparisons:
-        resolved = "" if c.crossing.is_resolved else " (not resolved)"
+        doubts = ["not resolved"] * (not c.crossing.is_resolved) + ["extrapolated"] * c.crossing.is_extrapolated
+        resolved = f" ({', '.join(doubts)})" if doubts else ""
         where = "do not cross" if math.isnan(c.crossing.flops) else (
             f"cross at {c.crossing.flops:.3g} FLOPs {_ends(c.crossing.interval, '.3g')}{resolved}")  # fmt: skip
         lines.append(
             f"{c.first} and {c.second}: {where}; the second needs {c.speed_up.ratio:.3g} times the compute "
             f"{_ends(c.speed_up.interval, '.3g')} at a loss of {c.speed_up.loss:.4g}"
+            f"{' (extrapolated)' if c.speed_up.is_extrapolated else ''}"
         )
     for pair in results.paired:
         if pair.what == "best":

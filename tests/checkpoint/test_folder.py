@@ -200,7 +200,7 @@ def _resume_where_nothing_is_renamed(config):
 
 def test_a_damaged_checkpoint_that_stays_where_it_is_ends_the_attempt(run):
     _flip(shard_of(checkpoint(run, 6)))
-    calls, said = on_ranks(1, _resume_where_nothing_is_renamed, run, timeout_s=60)[0]
+    calls, said = on_ranks(1, _resume_where_nothing_is_renamed, run, timeout_s=300)[0]
     assert calls == 1
     assert said.endswith(
         f"it was set aside, but {checkpoint(run, 6)} is still there; check the disk, move that folder away and run "

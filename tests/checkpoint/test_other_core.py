@@ -43,7 +43,7 @@ def _train(core: str, corpus: Path, output: Path, name: str) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(CORES[core])}
     command = [sys.executable, *launch, "pretrain_dlm.py", "--config", str(path)]
-    ended = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr
     assert "megatron" not in ended.stdout + ended.stderr, "the library's advice is not for users"
 

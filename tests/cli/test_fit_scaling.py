@@ -40,6 +40,16 @@ def write_csv(path, rows, head=HEAD):
     return path
 
 
+def test_a_comparison_beyond_the_runs_is_marked(tmp_path, monkeypatch, capsys):
+    """The second noise reaches in its whole range no loss that the first has."""
+    far = [row.rsplit(",", 1) for row in rows_of(UNIFORM, "uniform", 1)]
+    table = write_csv(tmp_path / "points.csv", [*rows_of(), *(f"{head},{0.5 * float(loss)!r}" for head, loss in far)])
+    fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30, "--no-figures")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("masked and uniform: "))
+    assert line.endswith("(extrapolated)")
+    assert "(extrapolated)" in (tmp_path / "out/index.html").read_text()
+
+
 def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
     table = write_csv(tmp_path / "points.csv", [*rows_of(), *rows_of(UNIFORM, "uniform", 1)])
     fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30, "--baseline", "published")
@@ -55,6 +65,9 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     assert np.quantile(np.array(law.draws)[:, 1], [0.16, 0.84]) == pytest.approx([low, high], abs=(high - low) / 2)
     assert {law.estimator for law in found.laws} == {"vertex", "best_run", "lse", "varpro"}
     record = json.loads((tmp_path / "out/fit.json").read_text())
+    is_beyond = record["comparisons"][0]["crossing"]["is_extrapolated"]
+    line = next(line for line in said.splitlines() if line.startswith("masked and uniform: cross at"))
+    assert ("extrapolated" in line.split(";")[0]) == is_beyond
     assert record["bowls"]["masked"]["budgets"][0]["excluded"] == ""
     assert record["laws"][0]["convergence"]["converged"]
     with (tmp_path / "out/points.csv").open() as file:

@@ -20,7 +20,7 @@ from tests.support.commands import REPOSITORY, call
 from tests.support.ranks import on_ranks
 from tests.support.runs import merged_sequences, toy_config, train_all, write_corpus
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 STEPS = 8
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ def trained(toy_corpus, tmp_path_factory):
         )
         for name, layout in LAYOUTS.items()
     }
-    ranks = on_ranks(2, train_all, list(configs.values()), 2, save=True, timeout_s=300)
+    ranks = on_ranks(2, train_all, list(configs.values()), 2, save=True, timeout_s=1200)
     return {
         name: (config, merged_sequences([ranks[rank][i] for rank in (0, 1)]))
         for i, (name, config) in enumerate(configs.items())

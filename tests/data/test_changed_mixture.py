@@ -20,7 +20,7 @@ from tests.support.forked_command import Ended, call_forked
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, toy_tree, wire_on_rank
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 L = 16
 SEQUENCES = {"a": 64, "b": 32, "c": 20, "big": 5687, "small": 57}

@@ -259,7 +259,7 @@ def test_an_interrupted_run_leaves_no_index_or_process_and_repeats(tmp_path, end
             with contextlib.suppress(BlockingIOError):
                 pipe.write(b"\n")  # a longer line might be written in part, and then be a mistake of the corpus
             time.sleep(0.05)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=300)
     assert running.returncode == (130 if end == signal.SIGINT else -end)
     if end == signal.SIGINT:
         assert errors.endswith("interrupted; run the same command again to go on\n")

@@ -22,7 +22,7 @@ from megadiff.train.hooks import stragglers
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, wire_on_rank
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 NAN = float("nan")
 DISTOPT = {"parallel__distributed_optimizer": True}
@@ -156,7 +156,7 @@ def broken(toy_corpus, tmp_path_factory):
                 **layout,
             )
             jobs[name, how.__name__] = (config, partial(broken_at, (3, 4), how))
-    seen = on_ranks(2, all_runs, list(jobs.values()), timeout_s=300)
+    seen = on_ranks(2, all_runs, list(jobs.values()), timeout_s=1200)
     return {key: (config, [seen[rank][i] for rank in (0, 1)]) for i, (key, (config, _)) in enumerate(jobs.items())}
 
 
@@ -308,7 +308,7 @@ def test_a_flipped_bit_in_one_replica_ends_the_run_naming_rank_and_tensor(toy_co
     for number, layout in enumerate(SOUND):
         sound = {**common, "model__layers": 4, **layout}
         jobs.append((toy_config(toy_corpus, tmp_path, name=f"sound-{number}", **sound), untouched))
-    for seen in on_ranks(2, all_runs, jobs, timeout_s=300):
+    for seen in on_ranks(2, all_runs, jobs, timeout_s=1200):
         for tensor, message in zip(
             [tensor for _, tensor in FLIPS.values()], [one["ended"] for one in seen], strict=False
         ):

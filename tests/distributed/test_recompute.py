@@ -9,7 +9,7 @@ import torch
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, toy_config, wire_on_rank
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 BLOCKS = {"plain": {}, "gidd": {f"model__{key}": value for key, value in GIDD_BLOCK.items()}}
 RECOMPUTE = {

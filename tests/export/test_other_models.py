@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from megadiff.checkpoint.manifest import read_manifest
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.processes.gidd_time import GiddTime
 from megadiff.errors import ConfigError
@@ -76,11 +77,12 @@ def test_its_logits_are_the_trainers(model):
 
 
 def test_an_import_of_it_exports_the_same_weights(model, tmp_path):
-    _, _, folder, _ = model
+    _, checkpoint, folder, _ = model
     found = import_folder(folder, tmp_path / "in")
     again = export(found.folder, tmp_path / "out").folder
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert found.manifest.config["method"] == read_manifest(checkpoint).config["method"]
 
 
 LLAMA = {key: value for key, value in MODERN.items() if "bias" not in key} | {"model__rope_scaling": None}

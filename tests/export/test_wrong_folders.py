@@ -26,7 +26,7 @@ def description(toy_corpus, tmp_path_factory):
 
 
 def refused(*command):
-    ended = call_forked(*command, timeout_s=60)
+    ended = call_forked(*command, timeout_s=300)
     lines = [line for line in ended.err.splitlines() if line]
     assert (ended.code, len(lines)) == (2, 1), ended.err
     return lines[0]

@@ -93,12 +93,12 @@ def runs(toy_corpus, tmp_path_factory) -> tuple[Path, dict[str, list[Trained]]]:
             checkpoint__keep=0, eval__every=STEPS, **layout,
         )  # fmt: skip
 
-    whole = on_ranks(2, train_all, [config("whole", TP2)], 2, save=True, timeout_s=250)
+    whole = on_ranks(2, train_all, [config("whole", TP2)], 2, save=True, timeout_s=1200)
     resumed = {"same": TP2, "other": PP2}
     for name in resumed:
         _stopped_after_step_3(root / "whole", root / name)
     configs = [config(name, layout) for name, layout in resumed.items()]
-    again = on_ranks(2, train_all, configs, 2, timeout_s=250)
+    again = on_ranks(2, train_all, configs, 2, timeout_s=1200)
     by_rank = {"whole": [rank[0] for rank in whole]}
     by_rank |= {name: [rank[which] for rank in again] for which, name in enumerate(resumed)}
     return root, by_rank

@@ -20,7 +20,7 @@ from tests.support.engine_without_gpu import LAYOUTS, RECIPES
 
 FOLDER = os.environ.get("MEGADIFF_TRANSFORMER_ENGINE", "")
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         not FOLDER, reason="no Transformer Engine: set MEGADIFF_TRANSFORMER_ENGINE, as `make test-versions` does"
     ),

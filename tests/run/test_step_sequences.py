@@ -18,7 +18,7 @@ from tests.data.corpora import random_documents, write_indexed
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, watched, wire_on_rank, write_corpus
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 STEPS, SAVED = 6, 3
 ONE = {"data__valid": [], "checkpoint__every": SAVED, "checkpoint__keep": 0, "schedule__steps": STEPS}

@@ -59,7 +59,7 @@ def test_a_run_leaves_nothing_behind(toy_corpus, tmp_path):
     results = context.Queue()
     process = context.Process(target=_train_all, args=(descriptions, results))
     process.start()
-    first, second, third = results.get(timeout=100)
+    first, second, third = results.get(timeout=500)
     process.join()
     assert [ended for ended, _ in (first, second, third)] == [{"error": None, "code": 0}] * 3
     grown = third[1].pop("descriptors") - second[1].pop("descriptors")

@@ -101,7 +101,7 @@ def test_a_browser_draws_the_page_and_runs_its_script(tmp_path):
     path.write_text(page_of(spelled(0.0)), encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     address = f"{path.as_uri()}#step=9999"
-    done = subprocess.run([*command, "--dump-dom", address], text=True, capture_output=True, timeout=120)
+    done = subprocess.run([*command, "--dump-dom", address], text=True, capture_output=True, timeout=600)
     body = done.stdout.split('<div id="text"')[1].split('<script type="application/json"')[0]
     assert body.count("<span") == len(TEXT), done.stderr[-500:]
     assert 'class="kept"' in body

@@ -95,7 +95,7 @@ class LocalCluster:
         Raises:
             AssertionError: it failed, and `check` is set; the message has its stderr.
         """
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout
 
@@ -137,12 +137,12 @@ class LocalCluster:
             self.call("scancel", "--full", "--signal=KILL", job, check=False)
             self.call("scancel", job, check=False)
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: not any(self._step_managers()), "jobs to end", timeout_s=15)
+            wait_for(lambda: not any(self._step_managers()), "jobs to end", timeout_s=75)
         for name in (*self.nodes, "slurmctld"):
             with contextlib.suppress(OSError, ValueError, psutil.Error):
                 daemon = psutil.Process(int((self.folder / f"{name}.pid").read_text()))
                 daemon.terminate()
-                daemon.wait(timeout=10)
+                daemon.wait(timeout=50)
         _forget_hosts(self.nodes)
 
     def _step_managers(self, node: str | None = None) -> Iterator[psutil.Process]:
@@ -156,7 +156,7 @@ class LocalCluster:
                     yield process
 
     def _daemon(self, *command: str) -> None:
-        subprocess.run(command, env=self.environment, check=True, timeout=30)
+        subprocess.run(command, env=self.environment, check=True, timeout=150)
 
     def _configure(self) -> None:
         names = f"{self.prefix}[1-{NODES}]"
@@ -220,7 +220,7 @@ def _start_munge() -> None:
         return
     subprocess.run(["install", "-d", "-o", "munge", "-g", "munge", "-m", "755", "/run/munge"], check=True)
     subprocess.run(["runuser", "-u", "munge", "--", "/usr/sbin/munged"], check=True)
-    wait_for(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, "munge", timeout_s=10)
+    wait_for(lambda: subprocess.run(["munge", "-n"], capture_output=True).returncode == 0, "munge", timeout_s=50)
 
 
 def _free_ports(count: int) -> list[int]:

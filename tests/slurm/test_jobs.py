@@ -10,7 +10,7 @@ from tests.slurm.training import Training, copy_of_the_commands, job_facts, subm
 from tests.support.commands import REPOSITORY, write_yaml
 from tests.support.runs import toy_tree
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 HOSTILE = 'it\'s a "$(touch CANARY)" `touch CANARY` ${HOME} %j;touch CANARY& -x é'
 CPU = "MEGADIFF_RANKS_PER_NODE=1\n"
@@ -146,7 +146,7 @@ def test_a_sweep_trains_a_run_for_each_row_and_a_run_can_be_evaluated(cluster, h
     (tmp_path / "runs/second").mkdir(exist_ok=True)  # the sweep may have begun
     evaluation = submit(cluster, home, *measure)
 
-    facts = wait_for_end(cluster, evaluation, timeout_s=200)
+    facts = wait_for_end(cluster, evaluation, timeout_s=1000)
 
     logs = "\n".join(path.read_text() for path in tmp_path.glob("runs/*/slurm/*.out"))
     assert facts["JobState"] == "COMPLETED", logs

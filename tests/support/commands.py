@@ -30,7 +30,7 @@ def start(*command: str | Path, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], *, timeout_s: float = 150.0) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], *, timeout_s: float = 900.0) -> tuple[int, str, str]:
     """Wait for the end: exit code, stdout, stderr."""
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -50,7 +50,7 @@ def write_yaml(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], *, timeout_s: float = 150.0) -> None:
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], *, timeout_s: float = 900.0) -> None:
     """Until `metrics.jsonl` has a line of this step or a later one."""
     end = time.monotonic() + timeout_s
     while not any(line["step"] >= step for line in read_metrics(folder / "metrics.jsonl")):

@@ -36,7 +36,7 @@ def call_forked(
     *command: str | Path,
     env: Mapping[str, str] | None = None,
     before: Callable[[], None] | None = None,
-    timeout_s: float = 100.0,
+    timeout_s: float = 600.0,
 ) -> Ended:
     """Run `python COMMAND...`, a script of the repository and its arguments, in a forked process.
 

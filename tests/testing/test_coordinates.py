@@ -31,7 +31,7 @@ TELLS = {
 @pytest.fixture(scope="module")
 def checked():
     """`{rule removed or None: (statistics, sentences)}`, all in one process."""
-    return on_ranks(1, _check_on_rank, timeout_s=280)[0]
+    return on_ranks(1, _check_on_rank, timeout_s=1200)[0]
 
 
 def _check_on_rank():
@@ -82,7 +82,7 @@ def _check_modern_on_rank():
 
 
 def test_shared_keys_and_gates_follow_the_rules_of_block_matrices():
-    found = on_ranks(1, _check_modern_on_rank, timeout_s=280)[0]
+    found = on_ranks(1, _check_modern_on_rank, timeout_s=1200)[0]
     assert found.pop(None) == []
     for rule, broken in found.items():
         assert any(sentence.startswith(TELLS[rule]) for sentence in broken), broken
@@ -101,7 +101,7 @@ def _check_muon_on_rank():
 
 
 def test_muon_keeps_them_too_and_not_with_updates_of_one_size():
-    whole, sized = on_ranks(1, _check_muon_on_rank, timeout_s=280)[0]
+    whole, sized = on_ranks(1, _check_muon_on_rank, timeout_s=1200)[0]
     assert whole == []
     assert any(sentence.startswith("change of stream goes with width^-") for sentence in sized), sized
 

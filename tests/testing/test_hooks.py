@@ -14,7 +14,7 @@ with quiet():
     from megadiff.testing.hooks import check_hook, check_sink
     from megadiff.testing.toy_run import LAYOUTS
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 ENTRIES = {
     "gradient_noise": {"name": "gradient_noise", "every": 2},

@@ -18,7 +18,7 @@ with quiet():
     from megadiff.testing.methods import check_batches, check_method, method_of
     from megadiff.testing.toy_run import LAYOUTS, toy_config, write_corpus
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 HALVES = {name: LAYOUTS[name] for name in ("one rank", "tensor parallel")}
 

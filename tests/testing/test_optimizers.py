@@ -14,7 +14,7 @@ from megadiff.optim.config import OPTIMIZERS
 from megadiff.testing import check_optimizer
 from tests.testing.foreign import LION, MOMENTUM, PLAIN, write_package
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture

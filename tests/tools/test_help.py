@@ -61,7 +61,7 @@ def test_help_of_a_program_shows_help_and_does_nothing(path, option):
 @pytest.mark.parametrize("option", ["--help", "-h"])
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
 def test_help_of_a_shell_script_shows_its_head_and_does_nothing(path, option, tmp_path):
-    done = subprocess.run(["bash", path, option], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["bash", path, option], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.split()) > 8
     assert "set -u" not in done.stdout

@@ -26,7 +26,7 @@ with quiet():
     from megadiff.testing.hooks import check_hook, check_sink
     from megadiff.testing.toy_run import LAYOUTS
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 HOOK = '''
 import random
