@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -190,13 +190,15 @@ class OpenData:
 
     def predicted(self, samples: Sequence[int]) -> np.ndarray | None:
         """Return which tokens of these samples' sequences are to be predicted, [B, L] bool; None for all."""
+        if self.conversations_key is None:
+            return None
         found = [self.at(sample).train.predicted([sample]) for sample in samples]
         if all(mask is None for mask in found):
             return None
         whole = np.ones((1, self.train.seq_length), dtype=np.bool_)
         return np.concatenate([whole if mask is None else mask for mask in found])
 
-    @property
+    @cached_property
     def conversations_key(self) -> str | None:
         """First entry of the configuration, of any phase, whose source holds conversations; None if none does."""
         sources = (source for phase in self.phases for source in phase.sources)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megadiff.data.config import DataConfig
-from megadiff.data.conversations import ConversationOptions, chat_options
+from megadiff.data.conversations import ConversationOptions, chat_options, chat_prompt, encoder_of
 from megadiff.data.division import Padding, division_of, padding_of
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_manifest import read_manifest, tokenizer_facts
@@ -21,6 +21,7 @@ from megadiff.data.open import open_data
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.data.review import advice, validation_facts
 from megadiff.data.source_statistics import excerpts, statistics_of
+from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.config import ConditioningConfig, noise_config
 from megadiff.diffusion.noise_process import build_process
@@ -28,8 +29,10 @@ from megadiff.diffusion.noising import noise_batch, with_given
 from megadiff.errors import ConfigError, DataError
 from megadiff.methods import refuse_conversations
 from megadiff.methods.gidd import Gidd
+from megadiff.run.step_sequences import step_sequences
 from tests.data.test_chat_template import CASES, SECOND, SYSTEM, TURN, write_tokenizer
 from tests.support.forked_command import call_forked
+from tests.support.runs import toy_config
 
 EOS, PAD = 1, 2
 PAIRS = ConversationOptions(prompt_key="q", completion_key="a")
@@ -332,6 +335,44 @@ def test_statistics_and_excerpts_mark_the_answers(tmp_path):
     assert excerpts(reader, [0], tokens=2, tokenizer=byte)[0].text == "«Hi»"
     (figures,) = statistics_of([reader])
     assert figures.answer_tokens == 4
+
+
+def test_a_step_shows_what_is_given(tmp_path):
+    write_conversations(tmp_path / "p", SPANS)
+    config = toy_config(
+        tmp_path / "p", tmp_path, model__seq_length=8, data__padding="eos", data__valid=[], noise__shift="masked"
+    )
+    wanted = {0: "..xx....", 2: ".x.xxx..", 3: "x.......", 4: "......xx"}  # by document; the second is left out
+    shown = step_sequences(config, 1, sequences=0).sequences
+    assert {sequence.origin.document for sequence in shown} == set(wanted)
+    for sequence in shown:
+        given = "".join(".x"[token.state != "given"] for token in sequence.tokens)
+        assert given == wanted[sequence.origin.document]
+        assert {token.document for token in sequence.tokens} == {sequence.origin.document}
+        assert all(token.weight == 0 for token in sequence.tokens if token.state == "given")
+
+
+def test_a_message_or_a_prompt_is_generated_from(tmp_path):
+    for words, sentence in (
+        (
+            ("--message", "a", "--prompt", "b"),
+            "--message makes a prompt, and --prompt is one already; give one of them",
+        ),
+        (("--chat-template", "f"), "--chat-template has no meaning without --message; give that too"),
+    ):
+        ended = call_forked("tools/generate.py", "--model", tmp_path, *words)
+        assert (ended.code, sentence in ended.err) == (2, True), ended.err
+
+
+def test_a_message_becomes_the_prompt_of_training(tokenizer):
+    options = chat_options(tokenizer, "messages")
+    found = chat_prompt(load_tokenizer(tokenizer), options, TURN[0]["content"])
+    whole = next(
+        encoder_of(load_tokenizer(tokenizer), options, prepend_bos=False, append_eod=False).encode(json.dumps([TURN]))
+    )
+    assert found == [token for token, is_answer in zip(*whole[:2], strict=True) if not is_answer]
+    with pytest.raises(DataError, match="message 1 spells the special token"):
+        chat_prompt(load_tokenizer(tokenizer), options, "<|im_end|>")
 
 
 def test_a_method_that_knows_only_text_is_refused():
