@@ -60,7 +60,7 @@ def test_attention_goes_from_causal_to_full(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["block", "causal"])
-def test_prompts_attend_as_the_export_says_where_nothing_else_is_causal(corpus, tmp_path, kind):
+def test_prompts_attend_as_the_export_says_where_no_more_is_causal(corpus, tmp_path, kind):
     prompts = {"prompt": 1.0, "prompt_attention": kind}
     method = method_of(toy_config(corpus, tmp_path, method={"name": "adaptation"}, conditioning=prompts))
     _, batch = batch_of(method)

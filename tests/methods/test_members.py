@@ -67,7 +67,7 @@ def test_the_bound_covers_the_paper_s_levels_and_the_run_s(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["block", "causal"])
-def test_prompts_of_conversations_attend_in_validation_as_in_training(corpus, tmp_path, kind):
+def test_prompts_attend_in_validation_as_in_training(corpus, tmp_path, kind):
     own = method(corpus, tmp_path, conditioning={"prompt": 0.2, "prompt_attention": kind})
     clean, predicted = np.full((2, 12), 9), np.arange(12) >= np.array([[4], [7]])
     task = own.validation(num_noise_levels=2)

@@ -60,7 +60,7 @@ def test_a_row_and_a_description_are_the_same_run(plan):
     assert sum("checkpoint.start_from" in line for line in (plan.folder / "branches.txt").read_text().splitlines()) == 2
 
 
-def test_branches_of_trunks_that_took_weights_alone_take_everything_of_them(toy_corpus, tmp_path):
+def test_branches_take_all_of_trunks_that_took_weights_alone(toy_corpus, tmp_path):
     plan = plan_sweep(
         write_description(tmp_path, toy_corpus, noises=["masked"], cooldowns=COOLDOWN),
         ["settings=[checkpoint.start_from=there, checkpoint.weights_only=true]"],
