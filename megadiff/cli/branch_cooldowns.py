@@ -159,7 +159,7 @@ def _write_settings(settings: dict[str, Any], trunk: Path, step: int, overrides:
 
     tree = dict(settings)
     tree["name"] = f"{tree['name']}-cooldown-{length}"
-    tree["checkpoint"] = {**tree["checkpoint"], "start_from": str(trunk.absolute())}
+    tree["checkpoint"] = {**tree["checkpoint"], "start_from": str(trunk.absolute()), "weights_only": False}
     steps = {"steps": step + length, "decay_steps": length, "tokens": None, "flops": None}
     tree["schedule"] = {**tree["schedule"], **steps}
     tree["eval"] = {**tree["eval"], **_evaluations_until(settings, step + length)}

@@ -106,7 +106,13 @@ class ChatTemplate:
         """Return the first character and the end of an answer by the rule of the module."""
         mark = next(chr(code) for code in _MARKS if chr(code) not in text) * 3
         answer = {**messages[place], "content": mark}
-        marked, _ = self._rendered([*messages[:place], answer, *messages[place + 1 :]])
+        try:
+            marked, _ = self._rendered([*messages[:place], answer, *messages[place + 1 :]])
+        except Exception as error:  # of a template that looks for something in the content
+            raise DataError(
+                f"the chat template refuses another content of message {place + 1} ({error}), so its place is not "
+                "known; mark answers in the template with generation tags"
+            ) from error
         if marked.count(mark) != 1:
             raise DataError(
                 f"the chat template writes the content of message {place + 1} {marked.count(mark)} times in place of "
@@ -153,7 +159,8 @@ def find_template(tokenizer_path: str | Path, given: str | Path | None) -> str:
         return _read(folder / _FILE)
     found = _config(folder).get("chat_template")
     if isinstance(found, list):  # several templates by name
-        found = next((one["template"] for one in found if one.get("name") == "default"), None)
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
     if not isinstance(found, str):
         raise DataError(
             f"{tokenizer_path}: wanted a tokenizer with a chat template ({_FILE}, or chat_template in {_CONFIG}), "
@@ -173,8 +180,8 @@ def special_names(tokenizer_path: str | Path) -> dict[str, str]:
 
 
 def _folder(tokenizer_path: str | Path) -> Path:
-    path = Path(tokenizer_path)
-    return path if path.is_dir() else path.parent
+    path = Path(tokenizer_path)  # which may be a name, such as `byte`, with nothing beside it
+    return path.parent if path.is_file() else path
 
 
 def _config(folder: Path) -> dict[str, Any]:

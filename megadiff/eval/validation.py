@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megadiff.diffusion.noising import NoisedBatch
+from megadiff.errors import ConfigError
 from megadiff.loss.inputs import LossOutput
 from megadiff.parallel.objective import DeviceBatch, Objective, ShardedObjective
 from megadiff.parallel.pipeline import ModelChunk, run_microbatches
@@ -132,6 +134,8 @@ class ValidationEvaluator:
     ) -> None:
         self.sequences = np.concatenate([source.sequences(range(len(source))) for source in sources])
         self._predicted = _predicted(sources, self.sequences.shape)
+        if self._predicted is not None:
+            _refuse_text_only(task)
         self.task = task
         self._objective = ShardedObjective(task.objective, topology)
         self.chunks = chunks
@@ -253,6 +257,17 @@ def _predicted(sources: Sequence[Sequences], shape: tuple[int, int]) -> npt.NDAr
         return None
     whole = [np.ones((len(source), shape[1]), dtype=np.bool_) for source in sources]
     return np.concatenate([own if mask is None else mask for own, mask in zip(whole, found, strict=True)])
+
+
+def _refuse_text_only(task: EvalTask) -> None:
+    """Refuse to measure a task of a user's own method on conversations if its sequences know only text."""
+    try:
+        signature(task.batch).bind(*range(4))
+    except TypeError:
+        raise ConfigError(
+            "validation data hold conversations, but `batch` of the method's validation takes no fourth argument, the "
+            "tokens to predict; add it, or validate on text"
+        ) from None
 
 
 def _by_log_snr(

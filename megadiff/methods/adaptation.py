@@ -117,6 +117,8 @@ class Adaptation(gidd.Gidd):
         """Return the causal parts of the sequences; the rest attends to everything."""
         from megadiff.parallel.attention_pattern import AttentionPattern
 
+        if not (self.settings.anneal_steps or self.settings.next_token_fraction):
+            return super().attention(batch)  # a prefix is a prompt, which may attend to all of itself
         return AttentionPattern.prefix(batch.prompt_length, is_causal=True)
 
     def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:

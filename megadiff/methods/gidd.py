@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megadiff.data.batch_sizes import StepBatch
+    from megadiff.diffusion.config import ConditioningConfig
     from megadiff.diffusion.noise_process import NoiseProcess
     from megadiff.diffusion.noising import NoisedBatch
     from megadiff.eval.estimators import Estimator
@@ -70,7 +71,7 @@ class Gidd(Method):
 
         If the model is one whose prompts attend to themselves, what precedes the first predicted token is a prompt.
         """
-        from megadiff.diffusion.noising import noise_batch, with_given
+        from megadiff.diffusion.noising import noise_batch
 
         batch = noise_batch(
             clean,
@@ -83,12 +84,7 @@ class Gidd(Method):
             batch_origin=step_batch.first_sample,
             pad_id=self.context.tokenizer.pad_id,
         )
-        if predicted is None:
-            return batch
-        batch = with_given(batch, predicted, self.process)
-        if self.context.conditioning.trained_prompt_attention == "full":
-            return batch
-        return batch._replace(prompt_length=batch.is_noisy.cumsum(1).eq(0).sum(1))
+        return batch if predicted is None else _conversations(batch, predicted, self.process, self.context.conditioning)
 
     @cached_property
     def _objective(self) -> DiffusionObjective:
@@ -137,7 +133,12 @@ class Gidd(Method):
 
     def validation(self, *, num_noise_levels: int) -> EvalTask:
         """Return the bound under the run's noise with the linear schedule (`diffusion_bound`)."""
-        return diffusion_bound(self.process, num_noise_levels=num_noise_levels, loss_kernel=self.context.loss_kernel)
+        return diffusion_bound(
+            self.process,
+            num_noise_levels=num_noise_levels,
+            loss_kernel=self.context.loss_kernel,
+            conditioning=self.context.conditioning,
+        )
 
     def estimator(self, settings: BoundSettings) -> Estimator:
         """Return the estimator of the diffusion bound."""
@@ -156,7 +157,28 @@ class Gidd(Method):
         return {"is_causal": False, "prompt_attention": self.context.conditioning.trained_prompt_attention}
 
 
-def diffusion_bound(process: NoiseProcess, *, num_noise_levels: int, loss_kernel: LossKernel | None = None) -> EvalTask:
+def _conversations(
+    batch: NoisedBatch, predicted: npt.NDArray[np.bool_], process: NoiseProcess, conditioning: ConditioningConfig | None
+) -> NoisedBatch:
+    """Return a batch in which what is not predicted is clean, and a prompt up to the first token that is predicted.
+
+    It is a prompt only where training has prompts, which then attend to themselves alone.
+    """
+    from megadiff.diffusion.noising import with_given
+
+    batch = with_given(batch, predicted, process)
+    if conditioning is None or conditioning.trained_prompt_attention == "full":
+        return batch
+    return batch._replace(prompt_length=batch.is_noisy.cumsum(1).eq(0).sum(1))
+
+
+def diffusion_bound(
+    process: NoiseProcess,
+    *,
+    num_noise_levels: int,
+    loss_kernel: LossKernel | None = None,
+    conditioning: ConditioningConfig | None = None,
+) -> EvalTask:
     """Return the bound under the run's noise with the linear schedule, whatever schedule the run trains with.
 
     So it does not depend on the training schedule. Its p(log_snr) is the reference's, not renormalised for the
@@ -167,8 +189,9 @@ def diffusion_bound(process: NoiseProcess, *, num_noise_levels: int, loss_kernel
         process: the run's noise.
         num_noise_levels: number of stratified levels of each sequence.
         loss_kernel: implementation of LM head and loss; None for `fused_objective`.
+        conditioning: the run's conditioning, by which prompts of conversations attend; None for full attention.
     """
-    from megadiff.diffusion.noising import evaluation_noise, with_given
+    from megadiff.diffusion.noising import evaluation_noise
     from megadiff.diffusion.schedules import LINEAR, LinearSchedule
     from megadiff.eval.validation import SEED, EvalTask
     from megadiff.loss.fused_lm_head import fused_objective
@@ -187,10 +210,14 @@ def diffusion_bound(process: NoiseProcess, *, num_noise_levels: int, loss_kernel
         noised = evaluation_noise(
             clean, seed=SEED, sequence_index=index, level=level, num_levels=num_noise_levels, process=measured
         )
-        return noised if predicted is None else with_given(noised, predicted, measured)
+        return noised if predicted is None else _conversations(noised, predicted, measured, conditioning)
 
     return EvalTask(
-        objective=DiffusionObjective(measured, loss_kernel=loss_kernel or fused_objective),
+        objective=DiffusionObjective(
+            measured,
+            loss_kernel=loss_kernel or fused_objective,
+            is_causal_prompt=conditioning is not None and conditioning.prompt_attention == "causal",
+        ),
         batch=batch,
         num_noise_levels=num_noise_levels,
         log_snr_range=(linear.min_log_snr, linear.max_log_snr),

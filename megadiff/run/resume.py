@@ -137,13 +137,15 @@ def foresee_resumption(prepared: RunContext, resume_options: ResumeOptions) -> t
     if folder is None:
         return prepared, 0, []
     accepted = _accepted(prepared, resume_options, folder)
+    if not accepted.saved.has_optimizer:
+        return accepted.prepared, 0, [f"weights of        {folder}, with a new optimizer and schedule from step 0 on"]
     lost = lost_since(config.folder, folder)
     lines = [
         f"resumes from      {folder} after step {accepted.saved.step} of {config.steps}",
         *accepted.describe(),
         *(f"warning           {doubt}" for doubt in ([lost] if lost else []) + accepted.doubts()),
     ]
-    return accepted.prepared, accepted.saved.step if accepted.saved.has_optimizer else 0, lines
+    return accepted.prepared, accepted.saved.step, lines
 
 
 @dataclass(frozen=True)

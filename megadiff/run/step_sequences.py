@@ -183,9 +183,10 @@ def _at_step(prepared: RunContext, step: int, options: ResumeOptions) -> tuple[R
     wanted = manifest_of(prepared, ResumeState(), step)
     check_same_run(saved, wanted, following, allowed=options.allowed, allow_data=True)
     before = next((folder for folder in complete if step_of(folder) < step), None)
-    if before is None and (origin := config.checkpoint.start_from) is not None:
+    origin = None if config.checkpoint.weights_only else config.checkpoint.start_from
+    if before is None and origin is not None:
         branched = read_manifest(Path(origin))
-        before = Path(origin) if branched.has_optimizer and not config.checkpoint.weights_only else None
+        before = Path(origin) if branched.has_optimizer else None
         if before is not None and branched.step >= step:
             raise _of_another_run(config, step)
     remarks = [f"data of step {step}  as recorded in {following}, from {before or 'the beginning'} on"]

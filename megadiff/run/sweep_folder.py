@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megadiff.config.load import dump_config, load_config
+from megadiff.config.section import Section
 from megadiff.data import indexed_manifest
 from megadiff.data.config import SourceConfig, given_weights
 from megadiff.errors import ConfigError, StorageError
@@ -132,6 +133,8 @@ def own_settings(plan: SweepPlan, run: SweepRun) -> list[str]:
     if run.trunk is not None:
         trunk = plan.folder / "runs" / run.trunk / "checkpoints" / f"step_{run.first_step:08d}"
         found.append(f"checkpoint.start_from={json.dumps(str(trunk))}")
+        if plan.base.checkpoint.weights_only:  # as trunks take them, and branches do not
+            found.append("checkpoint.weights_only=false")
     return found
 
 
@@ -179,6 +182,7 @@ def _known_runs(plan: SweepPlan, manifest: dict[str, Any]) -> set[str]:
     before = read_manifest(plan.folder)
     remedy = "give another --output, or the description that the folder was written from"
     written = {"schedule": manifest["base"]["schedule"], **before["base"]}  # which older manifests do not have
+    written = _with_defaults(written, manifest["base"], plan.base)
     if (changed := _difference(written, manifest["base"])) is not None:
         raise ConfigError(f"{plan.folder} holds a sweep whose base run has {changed.describe(plan.path)}; {remedy}")
     now = {run["name"]: run for run in json.loads(json.dumps(manifest["runs"]))}
@@ -215,6 +219,18 @@ def _difference(written: dict[str, Any], described: dict[str, Any]) -> _Differen
         elif one != other:
             return _Difference(key, one, other)
     return None
+
+
+def _with_defaults(written: dict[str, Any], described: dict[str, Any], section: Section) -> dict[str, Any]:
+    """Return settings of a manifest with the defaults of keys that came after the version which wrote it."""
+    found = dict(written)
+    for name, field in type(section).model_fields.items():
+        key, value = field.alias or name, getattr(section, name)
+        if key in found and isinstance(value, Section) and isinstance(found[key], dict):
+            found[key] = _with_defaults(found[key], described[key], value)
+        elif key in described and key not in found and value == field.get_default(call_default_factory=True):
+            found[key] = described[key]
+    return found
 
 
 def _comparable(run: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,12 @@ class SequenceGradients:
         return [places[(first + index) % len(places)] for index in range(count)]
 
     def noised(
-        self, clean: npt.NDArray[np.int64], first_draw: int, predicted: npt.NDArray[np.bool_] | None = None
+        self,
+        clean: npt.NDArray[np.int64],
+        first_draw: int,
+        predicted: npt.NDArray[np.bool_] | None = None,
+        *,
+        step: int = 0,
     ) -> NoisedBatch:
         """Return the sequences as the training method makes them, each with a draw of its own.
 
@@ -103,10 +108,11 @@ class SequenceGradients:
             first_draw: number of the first sequence's draw; equal numbers give equal noise. Levels are not stratified
                 over the sequences, so that draws are independent.
             predicted: tokens that are to be predicted, [B, L]; None for all.
+            step: number of steps taken, by which some methods change (`method.anneal_steps`).
         """
         index = [_FIRST_DRAW + first_draw + place for place in range(len(clean))]
         more = () if predicted is None else (predicted,)
-        return self.batch(clean, index, StepBatch(step=0, first_sample=0, sequences=1), *more)
+        return self.batch(clean, index, StepBatch(step=step, first_sample=0, sequences=1), *more)
 
     @contextmanager
     def borrowed(self) -> Iterator[Callable[[NoisedBatch], list[Tensor]]]:

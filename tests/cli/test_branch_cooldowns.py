@@ -75,6 +75,16 @@ def test_a_branch_has_the_trunks_own_settings(trunk, tmp_path):
     )
 
 
+def test_a_branch_takes_all_of_a_trunk_that_took_weights_alone(trunk, tmp_path):
+    run, _ = trunk
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["checkpoint"] |= {"start_from": str(run / "checkpoints/step_00000014"), "weights_only": True}
+    origin = run / "checkpoints/step_00000008"
+    path = branch_cooldowns._write_settings(settings, origin, 8, [f"output_dir={tmp_path}"], 3)
+    branch = yaml.safe_load(path.read_text())["checkpoint"]
+    assert (branch["start_from"], branch["weights_only"]) == (str(origin), False)
+
+
 def test_a_dry_run_prints_commands_that_can_be_run(trunk, tmp_path):
     run, _ = trunk
     ended = call_forked(

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megadiff.data.chat_template import ChatTemplate
+from megadiff.data.chat_template import ChatTemplate, find_template
 from megadiff.data.conversations import chat_options, encoder_of
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
@@ -323,13 +323,21 @@ def test_bos_and_eos_are_added_where_the_template_has_none(tmp_path):
     assert (found.ids, found.predicted) == by_hand(CASES["llama 2"].one, CASES["llama 2"].names)
 
 
-def test_a_named_template_and_a_file_are_found(tmp_path):
+def test_a_named_template_and_a_file_are_found(tmp_path, monkeypatch):
     case = CASES["chatml"]
     folder = write_tokenizer(tmp_path / "tokenizer", case)
     (wanted,) = encoded(folder, TURN)
     named = [{"name": "tools", "template": "?"}, {"name": "default", "template": case.template}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert encoded(folder, TURN) == [wanted]
+    with monkeypatch.context() as here:
+        here.chdir(folder)
+        with pytest.raises(DataError, match="wanted a tokenizer with a chat template"):
+            find_template("byte", None)
+    for damaged in ([{"name": "default"}], ["?"]):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": damaged}))
+        with pytest.raises(DataError, match="wanted a tokenizer with a chat template"):
+            encoded(folder, TURN)
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "chat_template.jinja").write_text(case.template)
     assert encoded(folder, TURN) == [wanted]
@@ -343,3 +351,6 @@ def test_a_template_that_repeats_or_drops_an_answer_is_refused():
         ChatTemplate("{% for %}", {})
     with pytest.raises(DataError, match="generation tags of the chat template mark no answer"):
         ChatTemplate("{% if false %}{% generation %}{% endgeneration %}{% endif %}x", {}).render(TURN)
+    demanding = "{% if m.role == 'assistant' and 'Yo' not in m.content %}{{ raise_exception('no Yo') }}{% endif %}"
+    with pytest.raises(DataError, match=r"refuses another content of message 2 \(no Yo\), .* generation tags"):
+        ChatTemplate(loop(demanding + "{{ m.content }}"), {}).render(TURN)

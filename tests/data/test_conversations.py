@@ -29,6 +29,7 @@ from megadiff.diffusion.noising import noise_batch, with_given
 from megadiff.errors import ConfigError, DataError
 from megadiff.methods import refuse_conversations
 from megadiff.methods.gidd import Gidd
+from megadiff.run.check import check
 from megadiff.run.step_sequences import step_sequences
 from tests.data.test_chat_template import CASES, SECOND, SYSTEM, TURN, write_tokenizer
 from tests.support.forked_command import call_forked
@@ -373,6 +374,14 @@ def test_a_message_becomes_the_prompt_of_training(tokenizer):
     assert found == [token for token, is_answer in zip(*whole[:2], strict=True) if not is_answer]
     with pytest.raises(DataError, match="message 1 spells the special token"):
         chat_prompt(load_tokenizer(tokenizer), options, "<|im_end|>")
+
+
+def test_a_check_refuses_a_method_that_knows_only_text(tmp_path):
+    write_conversations(tmp_path / "p", SPANS)
+    settings = {"model__seq_length": 8, "data__padding": "eos", "data__valid": []}
+    check(toy_config(tmp_path / "p", tmp_path, **settings))
+    with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but the method Adaptation has no"):
+        check(toy_config(tmp_path / "p", tmp_path, **settings, method__name="adaptation"))
 
 
 def test_a_method_that_knows_only_text_is_refused():

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megadiff.errors import ConfigError
+from megadiff.platform.quiet import quiet
 from megadiff.train.hooks.validation import ValidationHook
 from tests.support.closed_forms import blind_model
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, NOISES, toy_config, wire_on_rank
+
+with quiet():
+    from megadiff.eval.validation import EvalTask, ValidationEvaluator
 
 SHIFTS = {"masked": -1000.0, "balanced": 0.0, "uniform": 1000.0}
 SOURCES, ROWS_PER_SOURCE = 40, 16
@@ -136,6 +142,20 @@ def test_answers_alone_are_measured(settings, toy_corpus, tmp_path):
     if "noise__shift" in settings:
         scores = [(bound - math.log(259)) / error for bound, error in found.by_source.values()]
         assert 0.3 < np.square(scores).mean() < 2.4, np.square(scores).mean()
+
+
+def test_a_task_that_knows_only_text_is_refused_answers():
+    unused: Any = None
+    task = EvalTask(unused, lambda clean, index, level: unused, num_noise_levels=1)
+    with pytest.raises(ConfigError, match="takes no fourth argument"):
+        ValidationEvaluator(
+            sources=[RandomAnswers("", 4, seed=1)],
+            task=task,
+            chunks=[],
+            topology=unused,
+            device=unused,
+            micro_batch_size=2,
+        )
 
 
 def _state(run):

@@ -20,6 +20,7 @@ from megadiff.export.export import export
 from megadiff.loss.inputs import VocabShard
 from megadiff.parallel.step_metrics import metrics_of, report_sums
 from megadiff.platform.quiet import quiet
+from megadiff.run.check import check
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_on_rank
 
@@ -28,6 +29,7 @@ with quiet():
     from megadiff.run.load_model import load_model
     from megadiff.testing.methods import method_of
     from megadiff.testing.toy_run import write_corpus
+    from megadiff.train.gradients import SequenceGradients
 
 LENGTH = 20
 
@@ -55,6 +57,25 @@ def test_attention_goes_from_causal_to_full(corpus, tmp_path):
     plain, annealed = batch_of(adaptation(corpus, tmp_path), 3)[1], batch_of(method, 3)[1]
     assert torch.equal(plain.noised, annealed.noised)
     assert torch.equal(plain.log_snr, annealed.log_snr)
+
+
+@pytest.mark.parametrize("kind", ["block", "causal"])
+def test_prompts_attend_as_the_export_says_where_no_more_is_causal(corpus, tmp_path, kind):
+    prompts = {"prompt": 1.0, "prompt_attention": kind}
+    method = method_of(toy_config(corpus, tmp_path, method={"name": "adaptation"}, conditioning=prompts))
+    _, batch = batch_of(method)
+    found, later = method.attention(batch), method.prompted_attention(batch.prompt_length, LENGTH)
+    assert torch.equal(found.prefix_lengths, later.prefix_lengths)
+    assert (found.is_causal, later.is_causal) == (kind == "causal", kind == "causal")
+
+
+def test_gradients_of_a_hook_are_those_of_its_step(corpus, tmp_path):
+    method = adaptation(corpus, tmp_path, anneal_steps=4)
+    unused: Any = None
+    gradients = SequenceGradients(unused, unused, method.batch, unused, [], unused, unused, LENGTH, 2)
+    clean = np.full((2, LENGTH), 9)
+    prefixes = [int(gradients.noised(clean, 0, step=step).prompt_length[0]) for step in (0, 2, 4)]
+    assert prefixes == [19, 10, 0]
 
 
 def test_a_share_of_sequences_predicts_next_tokens(corpus, tmp_path):
@@ -192,6 +213,7 @@ def test_weights_alone_go_from_next_tokens_to_diffusion(corpus, tmp_path):
         **model,
     }
     whole = toy_config(corpus, tmp_path, name="adapted", schedule__steps=4, **adapted)
+    assert check(whole).endswith(f"weights of        {start}, with a new optimizer and schedule from step 0 on")
     lines = on_ranks(1, train_on_rank, whole, 1, save=True)[0].lines
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     from_zero = toy_config(corpus, tmp_path, name="zero", schedule__steps=4, **{**adapted, "checkpoint": {}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -63,6 +64,20 @@ def test_exported_keys(corpus, tmp_path, settings, keys):
 def test_the_bound_covers_the_paper_s_levels_and_the_run_s(corpus, tmp_path):
     narrow = method(corpus, tmp_path, noise={"shift": "masked", "min_log_snr": -3.0, "max_log_snr": 12.0}).process
     assert diffusion_bound(narrow, num_noise_levels=2).log_snr_range == (-9.0, 12.0)
+
+
+@pytest.mark.parametrize("kind", ["block", "causal"])
+def test_prompts_attend_in_validation_as_in_training(corpus, tmp_path, kind):
+    own = method(corpus, tmp_path, conditioning={"prompt": 0.2, "prompt_attention": kind})
+    clean, predicted = np.full((2, 12), 9), np.arange(12) >= np.array([[4], [7]])
+    task = own.validation(num_noise_levels=2)
+    found = task.objective.attention(task.batch(clean, np.arange(2), 1, predicted))
+    assert (found.prefix_lengths.tolist(), found.is_causal) == ([4, 7], kind == "causal")
+    text = task.objective.attention(task.batch(clean, np.arange(2), 1))
+    assert text.prefix_lengths.tolist() == [0, 0]
+    plain = method(corpus, tmp_path).validation(num_noise_levels=2)
+    whole = plain.objective.attention(plain.batch(clean, np.arange(2), 1, predicted))
+    assert whole.prefix_lengths.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,17 @@ def test_a_row_and_a_description_are_the_same_run(plan):
     assert sum("checkpoint.start_from" in line for line in (plan.folder / "branches.txt").read_text().splitlines()) == 2
 
 
+def test_branches_take_all_of_trunks_that_took_weights_alone(toy_corpus, tmp_path):
+    plan = plan_sweep(
+        write_description(tmp_path, toy_corpus, noises=["masked"], cooldowns=COOLDOWN),
+        ["settings=[checkpoint.start_from=there, checkpoint.weights_only=true]"],
+    )
+    write_sweep(plan)
+    found = [load_config(plan.folder / f"descriptions/{run.name}.yaml", [], RunConfig).checkpoint for run in plan.runs]
+    assert [one.weights_only for one in found] == [run.trunk is None for run in plan.runs]
+    assert {one.weights_only for one in found} == {True, False}
+
+
 def test_runs_may_be_added_but_not_changed(plan, toy_corpus, tmp_path):
     write_sweep(plan)
     more = plan_sweep(plan.path, ["seeds=[0, 1]"])
@@ -102,6 +113,21 @@ def test_a_sweep_written_by_an_older_version_goes_on(plan):
     path.write_text(json.dumps(manifest))
     assert write_sweep(plan) == []
     assert "schedule" in json.loads(path.read_text())["base"]
+
+
+@pytest.mark.parametrize("key", ["checkpoint.weights_only", "model.alignment", "method", "model.seq_length"])
+def test_a_key_that_came_later_has_its_default_in_an_older_sweep(plan, key):
+    write_sweep(plan)
+    path = plan.folder / "sweep.json"
+    manifest = json.loads(path.read_text())
+    section, _, name = key.rpartition(".")
+    del (manifest["base"][section] if section else manifest["base"])[name]
+    path.write_text(json.dumps(manifest))
+    if key == "model.seq_length":  # which has no default
+        with pytest.raises(ConfigError, match=r"base run has `model\.seq_length` null"):
+            write_sweep(plan)
+    else:
+        assert write_sweep(plan) == []
 
 
 def test_a_description_of_the_other_kind_is_recognised(plan):

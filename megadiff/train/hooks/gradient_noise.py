@@ -194,7 +194,7 @@ class GradientNoise(Hook):
                     clean, predicted = gradients.clean(*rows), gradients.predicted(*rows)
                     draw = ((start + row * size) * settings.draws, size)
                     draws = [draw[0] + k * size for k in range(settings.draws)]
-                    microbatches.append([gradients.noised(clean, number, predicted) for number in draws])
+                    microbatches.append([gradients.noised(clean, number, predicted, step=step) for number in draws])
                 sums[group] = sums_of_squares(microbatches, gradient_of, device=gradients.device)
         return topology.sum_over_ranks(sums).tolist()
 
