@@ -170,12 +170,12 @@ class PublicSource:
             found = found.float() - 1.0
         if tensor.rows is None:
             return found
-        mean = found.float().mean(0, keepdim=True).to(found.dtype)
-        if (missing := tensor.rows - len(found)) > 0:
-            found = torch.cat([found, mean.expand(missing, -1)])
+        stored = found
+        if (missing := tensor.rows - len(stored)) > 0:
+            found = torch.cat([stored, _mean_row(stored).expand(missing, -1)])
         if mask is not None:
             found = found.clone()
-            found[mask.mask_id] = mean[0] if mask.source == "mean" else found[mask.source]
+            found[mask.mask_id] = _mean_row(stored)[0] if mask.source == "mean" else found[mask.source]
         return found[: tensor.rows]
 
     def _check_shapes(self) -> None:
@@ -203,6 +203,11 @@ class PublicSource:
         """Return the type to store a tensor in: float32 for offsets of gains, where w - 1 is exact; else as stored."""
         stored = self._files.dtype(self._kind.stored(tensor.released[0]))
         return torch.float32 if is_gain(tensor.released[0]) else stored
+
+
+def _mean_row(table: Tensor) -> Tensor:
+    """Return the mean of a table's rows, [1, hidden]."""
+    return table.float().mean(0, keepdim=True).to(table.dtype)
 
 
 def _architecture(config: Mapping[str, Any], where: str) -> Architecture:

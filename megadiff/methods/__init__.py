@@ -111,8 +111,8 @@ class Method(ABC):
     ) -> NoisedBatch:
         """Return a microbatch as the model and the loss see it, on the CPU.
 
-        It must be a pure function of the run's seed, the sample indices and the tokens of each sequence: the same
-        bits on any layout, in any microbatch, and after any resume. It is called in a background thread.
+        It must be a pure function of the run's seed, the step, the sample indices and the tokens of each sequence: the
+        same bits on any layout, in any microbatch, and after any resume. It is called in a background thread.
 
         Args:
             clean: [B, L] ids.
@@ -203,7 +203,8 @@ def refuse_conversations(method: Method, key: str) -> None:
     if "predicted" not in signature(method.batch).parameters:
         raise ConfigError(
             f"{key} holds conversations, but the method {type(method).__name__} has no argument `predicted` in its "
-            "`batch`, which names the tokens to predict; add it, or train on text"
+            "`batch`, which names the tokens to predict; train on text, fine-tune with method.name=gidd, or add it to "
+            "a method of your own"
         )
 
 

@@ -69,10 +69,12 @@ class InferenceModel:
         return self.manifest.prepended_bos
 
     @property
-    def _padding(self) -> str:
-        """The value of `data.padding`: as in training, or a noise-free token for a model trained on text."""
-        trained = self.manifest.config.get("data", {}).get("padding")
-        return trained or ("pad" if self.tokenizer.eos_id is None else "eos")
+    def _padding(self) -> str | None:
+        """The value of `data.padding`: as in training, or for a model trained on text a noise-free token, if any."""
+        if trained := self.manifest.config.get("data", {}).get("padding"):
+            return trained
+        tokens = {"eos": self.tokenizer.eos_id, "pad": self.tokenizer.pad_id}
+        return next((name for name, token in tokens.items() if token is not None), None)
 
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
         """Map token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded.

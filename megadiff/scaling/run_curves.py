@@ -80,8 +80,8 @@ class RunCurve:
     @property
     def trunk(self) -> Path | None:
         """Run folder from whose checkpoint the run started, as its settings name it; None if it has no trunk."""
-        start = self.settings.get("checkpoint.start_from")
-        if not isinstance(start, str) or not start or self.settings.get("checkpoint.weights_only"):
+        start = _branched_from(self.settings)
+        if not isinstance(start, str):
             return None
         path = Path(start)
         return path.parent.parent if path.parent.name == "checkpoints" else path
@@ -188,7 +188,7 @@ def read_run(folder: Path, min_steps: int) -> RunCurve:
     is_planned = bool(settings.get("eval.at_flops") or settings.get("eval.at_steps"))
     is_training_loss = len(inside) < (1 if is_planned else 2)
     final = [line for step, line in sorted(evaluations.items()) if step >= 0.98 * steps[-1]][-1:]
-    if settings.get("checkpoint.start_from"):
+    if _branched_from(settings):
         is_training_loss = not final
     key = "elbo_isotropic" if any("elbo_isotropic" in line for line in trained) else "elbo"
     rows = [line for line in trained if first <= line["step"] <= last and key in line] if is_training_loss else inside
@@ -328,9 +328,14 @@ def _own_problem(
     done = trained[-1]["step"]
     if isinstance(planned, int) and not isinstance(planned, bool) and done < planned:
         return "unfinished", f"it took {done:,} of {planned:,} steps"
-    if not len(loss) and not settings.get("checkpoint.start_from"):
+    if not len(loss) and not _branched_from(settings):
         return "too short", f"it has no loss between step {first:,.0f} and its cooldown; see --min-steps"
     return None
+
+
+def _branched_from(settings: Mapping[str, Any]) -> Any:
+    """Return the checkpoint that a cooldown continues; None for a run from step 0, with another's weights or not."""
+    return None if settings.get("checkpoint.weights_only") else settings.get("checkpoint.start_from") or None
 
 
 def _changed_settings(folder: Path) -> list[str]:

@@ -111,6 +111,20 @@ def branch(folder, trunk, shape, *, step=1000, length=200, ratio=1.0245, **setti
                      schedule=schedule, **settings)  # fmt: skip
 
 
+def test_a_run_that_took_weights_alone_is_measured_as_any_other(tmp_path):
+    plain, *others = clean_sweep(tmp_path)
+    lines = (plain / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (plain / "metrics.jsonl").write_text("".join(line for line in lines[:-1] if "eval_elbo" not in line) + lines[-1])
+    begun = shutil.copytree(plain, tmp_path / "begun")
+    config = yaml.safe_load((begun / "config.yaml").read_text())
+    config["checkpoint"] = {"start_from": str(others[0] / "checkpoints/step_00000900"), "weights_only": True}
+    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    one, other = (from_runs([run, *others], min_steps=100) for run in (plain, begun))
+    assert len(one.points) > 3
+    assert [(point.flops, point.loss) for point in other.points] == [(point.flops, point.loss) for point in one.points]
+    assert [left.reason for left in other.excluded] == [left.reason for left in one.excluded] == ["too short"]
+
+
 def test_cooldown_branches_are_paired_with_their_trunks_at_equal_tokens(tmp_path):
     trunks = clean_sweep(tmp_path)
     branches = [branch(tmp_path / f"b{place}", trunk, shape)

@@ -43,7 +43,7 @@ def test_the_difference_is_the_largest_of_any_step_and_figure(parity) -> None:
         parity.largest_difference([(1.0, 2.0)], [(1.0, 2.0), (4.0, 8.0)])
 
 
-def test_the_page_has_both_generations_of_megatron_core_and_no_large_difference(parity) -> None:
+def test_the_page_has_both_cores_and_no_large_difference(parity) -> None:
     inside = (REPOSITORY / "docs/parallelism.md").read_text().split(parity.BEGIN)[1].split(parity.END)[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in inside.splitlines() if line[2:3] == "3"]
     found = {(row[0].rpartition(".")[0], row[1]) for row in rows}
