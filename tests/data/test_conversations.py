@@ -28,6 +28,7 @@ from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import noise_batch, with_given
 from megadiff.errors import ConfigError, DataError
 from megadiff.methods import refuse_conversations
+from megadiff.methods.adaptation import Adaptation
 from megadiff.methods.gidd import Gidd
 from megadiff.run.step_sequences import step_sequences
 from tests.data.test_chat_template import CASES, SECOND, SYSTEM, TURN, write_tokenizer
@@ -382,6 +383,8 @@ def test_a_method_that_knows_only_text_is_refused():
 
     with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but the method OnlyText has no"):
         refuse_conversations(OnlyText.__new__(OnlyText), "data.train[0]")
+    with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but method.name is adaptation, which"):
+        refuse_conversations(Adaptation.__new__(Adaptation), "data.train[0]")
     refuse_conversations(Gidd.__new__(Gidd), "data.train[0]")
 
 
