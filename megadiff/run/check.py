@@ -50,7 +50,7 @@ def check(config: RunConfig, *, ranks: int | None = None, resume_options: Resume
 
 
 def _try_own_modules(prepared: RunContext) -> None:
-    """Use modules of the user's own as a run would at its start.
+    """Use modules of the user's own, and the method if it has to know conversations, as a run would at its start.
 
     Raises:
         ConfigError: one of them cannot be used.
@@ -58,6 +58,10 @@ def _try_own_modules(prepared: RunContext) -> None:
     config = prepared.config
     if "." in config.noise.process:
         _ = prepared.process
+    if prepared.data.conversations_key is not None:
+        from megadiff.loss.choice import choose_loss_kernel
+
+        prepared.method(choose_loss_kernel("plain", is_cpu=True)[1])
     if "." in config.optimizer.name:
         import torch
 

@@ -217,7 +217,8 @@ class _Accepted:
 def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path) -> _Accepted:
     """Return the checkpoint's manifest and the changes since, if this run may resume from it."""
     saved, steps = of_this_version(read_manifest(folder)), prepared.config.steps
-    if prepared.config.checkpoint.weights_only and prepared.config.folder not in folder.parents:
+    is_own = prepared.config.folder in folder.parents
+    if prepared.config.checkpoint.weights_only and not is_own:
         saved = saved.model_copy(update={"has_optimizer": False})
     wanted = manifest_of(prepared, ResumeState(saved.step), saved.step)
     is_planned = _begins_a_phase(prepared.data, saved)
@@ -227,7 +228,12 @@ def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path)
         check_same_model(_with_sizes(saved), _with_sizes(wanted), folder)
         return _Accepted(saved, [], prepared)
     changes = check_same_run(
-        saved, wanted, folder, allowed=resume_options.allowed, allow_data=resume_options.allow_data
+        saved,
+        wanted,
+        folder,
+        allowed=resume_options.allowed,
+        allow_data=resume_options.allow_data,
+        is_own=is_own,
     )
     if saved.step > steps:
         raise CheckpointError(

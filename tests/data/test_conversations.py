@@ -30,6 +30,7 @@ from megadiff.errors import ConfigError, DataError
 from megadiff.methods import refuse_conversations
 from megadiff.methods.adaptation import Adaptation
 from megadiff.methods.gidd import Gidd
+from megadiff.run.check import check
 from megadiff.run.step_sequences import step_sequences
 from tests.data.test_chat_template import CASES, SECOND, SYSTEM, TURN, write_tokenizer
 from tests.support.forked_command import call_forked
@@ -386,6 +387,14 @@ def test_a_method_that_knows_only_text_is_refused():
     with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but method.name is adaptation, which"):
         refuse_conversations(Adaptation.__new__(Adaptation), "data.train[0]")
     refuse_conversations(Gidd.__new__(Gidd), "data.train[0]")
+
+
+def test_check_refuses_such_a_method_as_a_run_would(tmp_path):
+    write_conversations(tmp_path / "p", SPANS)
+    settings = {"model__seq_length": 8, "data__padding": "eos", "data__valid": []}
+    with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but method.name is adaptation"):
+        check(toy_config(tmp_path / "p", tmp_path, method__name="adaptation", **settings))
+    assert "tokenizer " in check(toy_config(tmp_path / "p", tmp_path, **settings))
 
 
 @pytest.mark.parametrize("shift", ["masked", "balanced", "uniform"])
