@@ -52,7 +52,9 @@ MAY_BE_ALLOWED = ("seed", "noise", "objective", "method", "conditioning")
 """Settings among those that the user may allow to change, because the saved weights and optimizer state remain
 valid."""
 
-_IDENTITY = ("vocab_size", "mask_id", "tokenizer_fingerprint", "data_fingerprint")
+_VOCABULARY = ("vocab_size", "mask_id", "tokenizer_fingerprint")
+
+_IDENTITY = (*_VOCABULARY, "data_fingerprint")
 
 _NOT_OF_THE_WEIGHTS = tuple(
     f"model.{key}"
@@ -171,13 +173,20 @@ def _read_checksum(path: Path) -> bytes:
 
 
 def check_same_run(
-    saved: Manifest, wanted: Manifest, folder: Path, *, allowed: Sequence[str] = (), allow_data: bool = False
+    saved: Manifest,
+    wanted: Manifest,
+    folder: Path,
+    *,
+    allowed: Sequence[str] = (),
+    allow_data: bool = False,
+    is_own: bool = True,
 ) -> list[Change]:
     """Refuse to resume from a checkpoint whose settings, tokenizer or data differ in a way that matters.
 
     Args:
         allowed: keys, or sections, whose change is accepted; keys that may change anyway are accepted here too.
         allow_data: whether other training data are accepted.
+        is_own: whether the checkpoint is in the run's own folder, and not one that `checkpoint.start_from` names.
 
     Returns:
         All accepted differences, to be recorded; those that never matter are included.
@@ -195,9 +204,14 @@ def check_same_run(
     listed = "; ".join(
         _describe_data(change, changes) if change.key == "data_fingerprint" else change.describe() for change in refused
     )
+    advice = "Give the run another `name`, or"
+    if not is_own:
+        is_same_model = not any(_is_of_the_weights(change.key) for change in refused)
+        advice = "Set checkpoint.weights_only=true to take its weights alone, or give" if is_same_model else "Give"
+        advice += " this run"
     raise CheckpointError(
         f"{folder} belongs to another run; these settings differ (checkpoint -> this run): {listed}. "
-        f"Give the run another `name`, or the settings it was started with{_ways_out(refused)}"
+        f"{advice} the settings it was started with{_ways_out(refused)}"
     )
 
 
@@ -229,6 +243,13 @@ def check_allowed(allowed: Sequence[str]) -> None:
             )
 
 
+def _is_of_the_weights(key: str) -> bool:
+    """Return whether weights of another value of a setting cannot be taken."""
+    if key in _VOCABULARY:
+        return True
+    return _is_at_or_below(key, "model") and not any(_is_at_or_below(key, other) for other in _NOT_OF_THE_WEIGHTS)
+
+
 def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:
     """Refuse the weights of another model or another vocabulary.
 
@@ -238,10 +259,9 @@ def check_same_model(saved: Manifest, wanted: Manifest, folder: Path) -> None:
     changes = [
         change
         for change in _changes(saved.step, "model", saved.config.get("model"), wanted.config.get("model"))
-        if not any(_is_at_or_below(change.key, other) for other in _NOT_OF_THE_WEIGHTS)
+        if _is_of_the_weights(change.key)
     ]
-    names = ("vocab_size", "mask_id", "tokenizer_fingerprint")
-    changes += [_change(saved, wanted, key) for key in names if getattr(saved, key) != getattr(wanted, key)]
+    changes += [_change(saved, wanted, key) for key in _VOCABULARY if getattr(saved, key) != getattr(wanted, key)]
     if changes:
         listed = "; ".join(change.describe() for change in changes)
         raise CheckpointError(

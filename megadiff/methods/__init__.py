@@ -191,7 +191,7 @@ class Method(ABC):
 
 
 def refuse_conversations(method: Method, key: str) -> None:
-    """Refuse to train a method of the user's own on conversations if its batches know only text.
+    """Refuse to train a method on conversations if its batches know only text.
 
     Args:
         method: the run's method.
@@ -201,6 +201,12 @@ def refuse_conversations(method: Method, key: str) -> None:
         ConfigError: its `batch` has no argument `predicted`.
     """
     if "predicted" not in signature(method.batch).parameters:
+        family, _, name = type(method).__module__.rpartition(".")
+        if family == __name__:
+            raise ConfigError(
+                f"{key} holds conversations, but method.name is {name}, which trains on text alone; train on text with "
+                "it, then on conversations with method.name=gidd and the same model.alignment"
+            )
         raise ConfigError(
             f"{key} holds conversations, but the method {type(method).__name__} has no argument `predicted` in its "
             "`batch`, which names the tokens to predict; train on text, fine-tune with method.name=gidd, or add it to "

@@ -110,14 +110,19 @@ def resume(
         load(folder, chunks, None, is_verified=is_verified, topology=topology, platform=platform)
         optimizer.take_weights()
         log.info(f"starting with the weights of {folder}; optimizer and schedule start from scratch")
+        _warn(accepted, topology)
         return ResumeState(), prepared
     load(folder, chunks, optimizer, is_verified=is_verified, topology=topology, platform=platform)
     log.info(f"resuming from {folder} after step {saved.step} of {config.steps}")
     for line in accepted.describe():
         log.info(line)
+    _warn(accepted, topology)
+    return ResumeState(saved.step, saved.health, saved.hooks, [*saved.changes, *accepted.changes]), accepted.prepared
+
+
+def _warn(accepted: _Accepted, topology: Topology) -> None:
     for doubt in accepted.doubts() if topology.is_main else []:
         log.warning(doubt)
-    return ResumeState(saved.step, saved.health, saved.hooks, [*saved.changes, *accepted.changes]), accepted.prepared
 
 
 def foresee_resumption(prepared: RunContext, resume_options: ResumeOptions) -> tuple[RunContext, int, list[str]]:
@@ -137,15 +142,16 @@ def foresee_resumption(prepared: RunContext, resume_options: ResumeOptions) -> t
     if folder is None:
         return prepared, 0, []
     accepted = _accepted(prepared, resume_options, folder)
+    lost = lost_since(config.folder, folder) if accepted.saved.has_optimizer else None
+    begins = f"resumes from      {folder} after step {accepted.saved.step} of {config.steps}"
     if not accepted.saved.has_optimizer:
-        return accepted.prepared, 0, [f"weights of        {folder}, with a new optimizer and schedule from step 0 on"]
-    lost = lost_since(config.folder, folder)
+        begins = f"weights of        {folder}, with a new optimizer and schedule from step 0 on"
     lines = [
-        f"resumes from      {folder} after step {accepted.saved.step} of {config.steps}",
+        begins,
         *accepted.describe(),
         *(f"warning           {doubt}" for doubt in ([lost] if lost else []) + accepted.doubts()),
     ]
-    return accepted.prepared, accepted.saved.step, lines
+    return accepted.prepared, accepted.saved.step if accepted.saved.has_optimizer else 0, lines
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,29 @@ class _Accepted:
         return lines
 
     def doubts(self) -> list[str]:
-        """Return warnings about a cooldown that was begun for another length, and about the change of the mixture."""
+        """Return warnings about weights that predict at other positions, a cooldown begun before, another mixture."""
+        if not self.saved.has_optimizer:
+            return [] if (moved := self._moved()) is None else [moved]
         found = [cooled] if (cooled := self._cooled_before()) is not None else []
         if self.mixture_before is not None:
             changed = change_advice(self.mixture_before, self.prepared.data, end=self.prepared.config.samples)
             found += [str(doubt) for doubt in changed]
         return found
+
+    def _moved(self) -> str | None:
+        """Return a warning if the weights were trained to predict at other positions than this run has them predict."""
+        config = self.prepared.config
+        if config.method.name == "next_token":
+            return None
+        model, method = self.saved.config.get("model", {}), self.saved.config.get("method", {})
+        was_shifted = model.get("alignment") == "shifted" or method.get("name") == "next_token"
+        if was_shifted == (config.model.alignment == "shifted"):
+            return None
+        target, natural = ("after each position", "shifted") if was_shifted else ("at each position", "same")
+        return (
+            f"model.alignment is {config.model.alignment}, but these weights were trained to predict the token {target}"
+            f", so part of what they know is lost; model.alignment={natural} keeps it"
+        )
 
     def _cooled_before(self) -> str | None:
         """Return a warning if the checkpoint was saved while the learning rate fell towards an earlier end."""
@@ -194,7 +217,8 @@ class _Accepted:
 def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path) -> _Accepted:
     """Return the checkpoint's manifest and the changes since, if this run may resume from it."""
     saved, steps = of_this_version(read_manifest(folder)), prepared.config.steps
-    if prepared.config.checkpoint.weights_only and prepared.config.folder not in folder.parents:
+    is_own = prepared.config.folder in folder.parents
+    if prepared.config.checkpoint.weights_only and not is_own:
         saved = saved.model_copy(update={"has_optimizer": False})
     wanted = manifest_of(prepared, ResumeState(saved.step), saved.step)
     is_planned = _begins_a_phase(prepared.data, saved)
@@ -204,7 +228,12 @@ def _accepted(prepared: RunContext, resume_options: ResumeOptions, folder: Path)
         check_same_model(_with_sizes(saved), _with_sizes(wanted), folder)
         return _Accepted(saved, [], prepared)
     changes = check_same_run(
-        saved, wanted, folder, allowed=resume_options.allowed, allow_data=resume_options.allow_data
+        saved,
+        wanted,
+        folder,
+        allowed=resume_options.allowed,
+        allow_data=resume_options.allow_data,
+        is_own=is_own,
     )
     if saved.step > steps:
         raise CheckpointError(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 import pytest
 
@@ -145,3 +146,15 @@ def test_sources_that_changed_are_named_instead_of_a_fingerprint(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         check_same_run(manifest(config=before), manifest(config=now, data_fingerprint="e"), tmp_path)
     assert 'data.train: ["a"] -> ["a", "b"]. Give the run' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"seed": 8}, "Set checkpoint.weights_only=true to take its weights alone, or give this run the settings"),
+        ({"model": {**CONFIG["model"], "layers": 7}}, "Give this run the settings it was started with"),
+    ],
+)
+def test_a_checkpoint_to_start_from_may_give_its_weights_alone(change, advice, tmp_path):
+    with pytest.raises(CheckpointError, match=re.escape(f". {advice}")):
+        check_same_run(manifest(), manifest(config={**CONFIG, **change}), tmp_path, is_own=False)

@@ -28,6 +28,7 @@ from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import noise_batch, with_given
 from megadiff.errors import ConfigError, DataError
 from megadiff.methods import refuse_conversations
+from megadiff.methods.adaptation import Adaptation
 from megadiff.methods.gidd import Gidd
 from megadiff.run.check import check
 from megadiff.run.step_sequences import step_sequences
@@ -376,14 +377,6 @@ def test_a_message_becomes_the_prompt_of_training(tokenizer):
         chat_prompt(load_tokenizer(tokenizer), options, "<|im_end|>")
 
 
-def test_a_check_refuses_a_method_that_knows_only_text(tmp_path):
-    write_conversations(tmp_path / "p", SPANS)
-    settings = {"model__seq_length": 8, "data__padding": "eos", "data__valid": []}
-    check(toy_config(tmp_path / "p", tmp_path, **settings))
-    with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but the method Adaptation has no"):
-        check(toy_config(tmp_path / "p", tmp_path, **settings, method__name="adaptation"))
-
-
 def test_a_method_that_knows_only_text_is_refused():
     class OnlyText(Gidd):
         def batch(self, clean, sample_index, step_batch):
@@ -391,7 +384,17 @@ def test_a_method_that_knows_only_text_is_refused():
 
     with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but the method OnlyText has no"):
         refuse_conversations(OnlyText.__new__(OnlyText), "data.train[0]")
+    with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but method.name is adaptation, which"):
+        refuse_conversations(Adaptation.__new__(Adaptation), "data.train[0]")
     refuse_conversations(Gidd.__new__(Gidd), "data.train[0]")
+
+
+def test_check_refuses_such_a_method_as_a_run_would(tmp_path):
+    write_conversations(tmp_path / "p", SPANS)
+    settings = {"model__seq_length": 8, "data__padding": "eos", "data__valid": []}
+    with pytest.raises(ConfigError, match=r"data.train\[0\] holds conversations, but method.name is adaptation"):
+        check(toy_config(tmp_path / "p", tmp_path, method__name="adaptation", **settings))
+    assert "tokenizer " in check(toy_config(tmp_path / "p", tmp_path, **settings))
 
 
 @pytest.mark.parametrize("shift", ["masked", "balanced", "uniform"])

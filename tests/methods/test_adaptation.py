@@ -214,6 +214,7 @@ def test_weights_alone_go_from_next_tokens_to_diffusion(corpus, tmp_path):
     }
     whole = toy_config(corpus, tmp_path, name="adapted", schedule__steps=4, **adapted)
     assert check(whole).endswith(f"weights of        {start}, with a new optimizer and schedule from step 0 on")
+    assert "model.alignment is" not in check(whole).split("ranks  ", 1)[1]
     lines = on_ranks(1, train_on_rank, whole, 1, save=True)[0].lines
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     from_zero = toy_config(corpus, tmp_path, name="zero", schedule__steps=4, **{**adapted, "checkpoint": {}})
@@ -221,6 +222,12 @@ def test_weights_alone_go_from_next_tokens_to_diffusion(corpus, tmp_path):
     longer = toy_config(corpus, tmp_path, name="adapted", schedule__steps=6, **adapted)
     resumed = on_ranks(1, train_on_rank, longer, 1, save=True)[0].lines
     assert (resumed[:4], [line["step"] for line in resumed[4:]]) == (lines, [5, 6])
+    for begun in (start, str(longer.folder / "checkpoints/step_00000006")):
+        forgotten = {"checkpoint": {"start_from": begun, "weights_only": True}, "noise__shift": "masked", **model}
+        said = check(toy_config(corpus, tmp_path, name="forgotten", **forgotten))
+        assert (
+            "model.alignment is same, but these weights were trained to predict the token after each position" in said
+        )
     export(longer.folder, tmp_path / "out")
     with pytest.raises(ValidationError, match="weights_only is true, but start_from names no checkpoint"):
         toy_config(corpus, tmp_path, checkpoint={"weights_only": True})

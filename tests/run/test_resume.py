@@ -1,4 +1,4 @@
-"""A finished run that is started again, and one that goes on after its rate had fallen."""
+"""A finished run that is started again, one that goes on after its rate had fallen, and one with its weights alone."""
 
 from __future__ import annotations
 
@@ -44,3 +44,23 @@ def test_going_on_after_the_rate_has_fallen_is_warned_of(finished: tuple[Path, P
     )
     assert warning in _again(description, "schedule.steps=9", "--check").out
     assert "has been falling" not in _again(description, "--check").out
+
+
+def test_a_start_with_weights_alone_resumes_nothing(finished: tuple[Path, Path]) -> None:
+    description, folder = finished
+    start = folder / "checkpoints/step_00000004"
+    branch = ["name=branch", f"checkpoint.start_from={start}", "checkpoint.weights_only=true", "schedule.steps=9"]
+    foreseen = _again(description, *branch, "--check").out
+    assert f"weights of        {start}, with a new optimizer and schedule from step 0 on" in foreseen
+    assert not [line for line in foreseen.splitlines() if "resumes from" in line or "has been falling" in line]
+
+
+def test_weights_that_predict_at_other_positions_are_warned_of(finished: tuple[Path, Path]) -> None:
+    description, folder = finished
+    start = f"checkpoint.start_from={folder / 'checkpoints/step_00000004'}"
+    branch = ["name=moved", start, "checkpoint.weights_only=true", "schedule.steps=2", "schedule.decay_steps=0"]
+    warning = "model.alignment is shifted, but these weights were trained to predict the token at each position"
+    assert f"warning           {warning}" in _again(description, *branch, "model.alignment=shifted", "--check").out
+    trained = _again(description, *branch, "model.alignment=shifted")
+    assert warning in trained.out + trained.err
+    assert "model.alignment is" not in _again(description, *branch, "name=unmoved", "--check").out
