@@ -24,6 +24,11 @@ class CheckpointConfig(Section):
     in_background: bool = Field(default=True, alias="async")
     """Whether files are written while training continues; training then pauses only for the copy to host memory."""
 
+    @property
+    def branches_from(self) -> str | None:
+        """Step folder whose run this one continues; None for a run from step 0, with the weights of another or not."""
+        return None if self.weights_only else self.start_from
+
     @field_validator("keep")
     @classmethod
     def _one_is_none(cls, keep: int) -> int:

@@ -23,7 +23,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of messages."""
 
 _MAX_BYTES = 2**24
-_FILE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+"""Name of the file in which Transformers keeps a chat template."""
+
+_CONFIG = "tokenizer_config.json"
 _TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKS = range(0xE000, 0xF8FF)  # characters for private use, of which some do not occur in a conversation
 
@@ -155,16 +158,16 @@ def find_template(tokenizer_path: str | Path, given: str | Path | None) -> str:
     if given is not None:
         return _read(Path(given))
     folder = _folder(tokenizer_path)
-    if (folder / _FILE).is_file():
-        return _read(folder / _FILE)
+    if (folder / TEMPLATE_FILE).is_file():
+        return _read(folder / TEMPLATE_FILE)
     found = _config(folder).get("chat_template")
     if isinstance(found, list):  # several templates by name
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get("default")
     if not isinstance(found, str):
         raise DataError(
-            f"{tokenizer_path}: wanted a tokenizer with a chat template ({_FILE}, or chat_template in {_CONFIG}), "
-            "found none; give one with --chat-template FILE, or prompts and completions with --prompt-key"
+            f"{tokenizer_path}: wanted a tokenizer with a chat template ({TEMPLATE_FILE}, or chat_template in "
+            f"{_CONFIG}), found none; give one with --chat-template FILE, or prompts and completions with --prompt-key"
         )
     return found
 

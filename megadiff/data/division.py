@@ -7,6 +7,7 @@ answers would all be cut away is left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -159,3 +160,25 @@ class Conversations:
     def extent(self, sequences: int) -> int:
         """Return the number of tokens at the start of the stream that hold the first `sequences` sequences."""
         return int(self._ends[sequences - 1]) if sequences else 0
+
+
+def joined_masks(masks: Sequence[np.ndarray | None], seq_length: int, counts: Sequence[int] = ()) -> np.ndarray | None:
+    """Return which tokens of several groups of sequences are to be predicted, as one array.
+
+    Args:
+        masks: of each group [B, L] bool, or [L] of a single sequence; None for all tokens.
+        seq_length: L.
+        counts: B of each group; by default 1.
+
+    Returns:
+        [sum of B, L] bool; None if every mask is None.
+    """
+    if all(mask is None for mask in masks):
+        return None
+    groups = zip(masks, counts or [1] * len(masks), strict=True)
+    return np.concatenate(
+        [
+            np.ones((count, seq_length), dtype=np.bool_) if mask is None else np.atleast_2d(mask)
+            for mask, count in groups
+        ]
+    )

@@ -12,7 +12,7 @@ import numpy as np
 
 from megadiff.data.budgets import Budgets, sample_counts, target_of
 from megadiff.data.config import DataConfig, SourceConfig, given_weights
-from megadiff.data.division import Division, Padding, division_of, padding_of
+from megadiff.data.division import Division, Padding, division_of, joined_masks, padding_of
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture, Position, Source, next_mixture
 from megadiff.data.sequences import (
@@ -192,11 +192,7 @@ class OpenData:
         """Return which tokens of these samples' sequences are to be predicted, [B, L] bool; None for all."""
         if self.conversations_key is None:
             return None
-        found = [self.at(sample).train.predicted([sample]) for sample in samples]
-        if all(mask is None for mask in found):
-            return None
-        whole = np.ones((1, self.train.seq_length), dtype=np.bool_)
-        return np.concatenate([whole if mask is None else mask for mask in found])
+        return joined_masks([self.at(sample).train.predicted([sample]) for sample in samples], self.train.seq_length)
 
     @cached_property
     def conversations_key(self) -> str | None:

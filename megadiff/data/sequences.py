@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadiff.data.division import Division, Padding, division_of
+from megadiff.data.division import Division, Padding, division_of, joined_masks
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import (
     Blend,
@@ -228,7 +228,7 @@ class TrainingSequences:
     def predicted(self, samples: Sequence[int]) -> np.ndarray | None:
         """Return which tokens of these samples' sequences are to be predicted, [B, L] bool; None for all."""
         places = [self.place(sample) for sample in samples]
-        return _together([self.sources[place.source].predicted(place.index) for place in places], self.seq_length)
+        return joined_masks([self.sources[place.source].predicted(place.index) for place in places], self.seq_length)
 
     def origin(self, sample: int) -> Origin:
         """Return the position of the first token of a sample's sequence."""
@@ -289,16 +289,9 @@ class ValidationSequences:
 
     def predicted(self, indices: Sequence[int]) -> np.ndarray | None:
         """Return which tokens of these sequences are to be predicted, [B, L] bool; None for all."""
-        return _together([self._division.predicted(place) for place in self._places(indices)], self.seq_length)
+        return joined_masks([self._division.predicted(place) for place in self._places(indices)], self.seq_length)
 
     def _places(self, indices: Sequence[int]) -> list[int]:
         if any(not 0 <= index < self._num_sequences for index in indices):
             raise IndexError(f"indices must lie in 0 to {self._num_sequences - 1}, got {list(indices)}")
         return [index * self.available // self._num_sequences for index in indices]
-
-
-def _together(masks: Sequence[np.ndarray | None], length: int) -> np.ndarray | None:
-    """Return the masks of several sequences as one, [B, length]; None if all of them are None."""
-    if all(mask is None for mask in masks):
-        return None
-    return np.stack([np.ones(length, dtype=np.bool_) if mask is None else mask for mask in masks])

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import tokenizers
 
+from megadiff.data.chat_template import TEMPLATE_FILE
 from megadiff.data.tokenizers._special import MASK_ID, MAX_CONFIG_BYTES, SENTENCEPIECE_KEY, SPECIAL_TOKENS
 from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, read_json_object, read_text, why
@@ -21,8 +22,8 @@ T = TypeVar("T")
 _KINDS = ("bos", "eos", "pad", "mask")
 _KEPT_NAMES = ("unk_token", "sep_token", "cls_token")
 _KEPT_SETTINGS = ("chat_template", "truncation_side")
-_TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-"""Names of the file and the folder in which Transformers keeps chat templates."""
+_TEMPLATES = "additional_chat_templates"
+"""Name of the folder in which Transformers keeps further chat templates."""
 
 
 def write_transformers_tokenizer(
@@ -97,15 +98,15 @@ def keep_templates(folder: Path, source: Path) -> tuple[list[str], dict[str, Any
         Names of copied files, and additions to `tokenizer_config.json`: several templates go there, under their names,
         so that the exported folder has no subfolders.
     """
-    default = source / _TEMPLATE
+    default = source / TEMPLATE_FILE
     others = sorted((source / _TEMPLATES).glob("*.jinja"))
     if others:
         named = [("default", default)] if default.is_file() else []
         named += [(path.stem, path) for path in others]
         return [], {"chat_template": [{"name": name, "template": _template(path)} for name, path in named]}
     if default.exists():
-        (folder / _TEMPLATE).write_text(_template(default), encoding="utf-8")
-        return [_TEMPLATE], {}
+        (folder / TEMPLATE_FILE).write_text(_template(default), encoding="utf-8")
+        return [TEMPLATE_FILE], {}
     return [], {}
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megadiff.data.division import joined_masks
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.errors import ConfigError
 from megadiff.loss.inputs import LossOutput
@@ -133,7 +134,11 @@ class ValidationEvaluator:
         micro_batch_size: int,
     ) -> None:
         self.sequences = np.concatenate([source.sequences(range(len(source))) for source in sources])
-        self._predicted = _predicted(sources, self.sequences.shape)
+        self._predicted = joined_masks(
+            [source.predicted(range(len(source))) for source in sources],
+            self.sequences.shape[1],
+            [len(source) for source in sources],
+        )
         if self._predicted is not None:
             _refuse_text_only(task)
         self.task = task
@@ -248,15 +253,6 @@ def _evaluating(chunks: Sequence[ModelChunk]) -> Iterator[None]:
     finally:
         for chunk, training in zip(chunks, was_training, strict=True):
             chunk.train(training)
-
-
-def _predicted(sources: Sequence[Sequences], shape: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
-    """Return which tokens of all sources' sequences are to be predicted, [R, L]; None for all."""
-    found = [source.predicted(range(len(source))) for source in sources]
-    if all(mask is None for mask in found):
-        return None
-    whole = [np.ones((len(source), shape[1]), dtype=np.bool_) for source in sources]
-    return np.concatenate([own if mask is None else mask for own, mask in zip(whole, found, strict=True)])
 
 
 def _refuse_text_only(task: EvalTask) -> None:

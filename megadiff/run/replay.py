@@ -292,7 +292,7 @@ def _open(run_folder: Path, step: int, prepared: RunContext, platform: Platform)
 def _nearest_checkpoint(run_folder: Path, step: int, config: RunConfig, topology: Topology) -> Path | None:
     """Return the newest sound checkpoint of fewer than `step` steps, the one the run branched from included."""
     own = [folder for folder in step_folders(run_folder) if step_of(folder) < step and is_complete(folder)]
-    origin = None if config.checkpoint.weights_only else config.checkpoint.start_from
+    origin = config.checkpoint.branches_from
     for folder in [*own, *([Path(origin)] if origin is not None else [])]:
         problem = problem_of(folder, topology)
         if problem is None and read_manifest(folder).step < step:

@@ -183,8 +183,7 @@ def _at_step(prepared: RunContext, step: int, options: ResumeOptions) -> tuple[R
     wanted = manifest_of(prepared, ResumeState(), step)
     check_same_run(saved, wanted, following, allowed=options.allowed, allow_data=True)
     before = next((folder for folder in complete if step_of(folder) < step), None)
-    origin = None if config.checkpoint.weights_only else config.checkpoint.start_from
-    if before is None and origin is not None:
+    if before is None and (origin := config.checkpoint.branches_from) is not None:
         branched = read_manifest(Path(origin))
         before = Path(origin) if branched.has_optimizer else None
         if before is not None and branched.step >= step:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megadiff.data.batch_sizes import StepBatch
+from megadiff.data.division import joined_masks
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.model.denoiser import gathered_weights
 from megadiff.parallel.objective import DeviceBatch, ShardedObjective
@@ -83,11 +84,7 @@ class SequenceGradients:
         """Return which tokens of the sequences of `clean` are to be predicted, [count, L]; None for all."""
         if source == "train":
             return self.train.predicted(list(range(first, first + count)))
-        found = [kind.predicted([index]) for kind, index in self._chosen(first, count)]
-        if all(mask is None for mask in found):
-            return None
-        whole = np.ones((1, self.seq_length), dtype=np.bool_)
-        return np.concatenate([whole if mask is None else mask for mask in found])
+        return joined_masks([kind.predicted([index]) for kind, index in self._chosen(first, count)], self.seq_length)
 
     def _chosen(self, first: int, count: int) -> list[tuple[ValidationSource, int]]:
         places = [(kind, index) for kind in self.validation for index in range(len(kind))]

@@ -1,4 +1,4 @@
-"""What is wrong with a corpus or with a command that reads one is one sentence, exit code 2, and no output."""
+"""A fault of a corpus, or of a command that reads one, gives one sentence, exit code 2, and no output."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ PLACES = {
         r"a\.jsonl: cannot be read \(Permission denied\); check its permissions",
     ),
 }
-"""What is at the place of the file, and the sentence."""
+"""Kinds of things at the place of the file, and the sentence about each."""
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -1,4 +1,4 @@
-"""What a member of the optimizer family declares by role, and the sentences about what it may not declare."""
+"""Declarations of a member of the optimizer family by role, and the sentences that refuse wrong ones."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class PlannedInput(Section):
     """Time of the last change, in nanoseconds since 1970; None for a URL."""
 
     version: str | None = None
-    """Value by which a store tells the versions of a file apart, with its name; None without a store that has one."""
+    """Name and value that differ between the versions of a file in a store; None where there is no such value."""
 
     def describe(self) -> str:
         """Return size and time in words."""
