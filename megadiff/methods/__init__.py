@@ -2,7 +2,8 @@
 
 A file's name is its name under `method.name`; a dotted path (`my_package.my_method`) names a file of your own. A member
 has `build(settings, context)`, which returns its `Method`, and may have `Settings`, a section with keys of its own
-beside `name`, and `check(config)`, which refuses a run description that it cannot train.
+beside `name`, `check(config)`, which refuses a run description that it cannot train, and `advice(config)`, which returns
+warnings about one that is likely a mistake, each a sentence without its full stop.
 
 Data flow: `batch` makes a microbatch of clean sequences into what the model reads, on the host; `attention` and `loss`
 describe what the model does with it; `validation` and `estimator` measure the trained model, `sampler` draws from it,
@@ -226,6 +227,12 @@ def check_method_of(config: RunConfig) -> None:
     check_arguments(member, "build", config.method, None)
     if hasattr(member, "check"):
         call(member, "check", config)
+
+
+def method_advice(config: RunConfig) -> list[str]:
+    """Return the warnings of a run's method about its description; none where the method has no `advice`."""
+    member = METHODS.member(config.method.name)
+    return list(call(member, "advice", config)) if hasattr(member, "advice") else []
 
 
 def build_method(settings: MethodConfig, context: MethodContext) -> Method:

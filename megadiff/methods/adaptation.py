@@ -64,6 +64,19 @@ def check(config: RunConfig) -> None:
         )
 
 
+def advice(config: RunConfig) -> list[str]:
+    """Return a warning if the run ends before attention is full; none otherwise."""
+    settings = config.method
+    assert isinstance(settings, Settings)
+    if settings.anneal_steps <= config.steps:
+        return []
+    return [
+        f"method.anneal_steps is {settings.anneal_steps:,}, but the run ends after {config.steps:,} steps "
+        f"({config.length_setting}): the model would never be trained with full attention, with which it is evaluated, "
+        "sampled and exported; lower method.anneal_steps, or lengthen the run"
+    ]
+
+
 def build(settings: Settings, context: MethodContext) -> Adaptation:
     """Return the method."""
     return Adaptation(settings, context)

@@ -50,7 +50,7 @@ from megadiff.run.folder import (
 )
 from megadiff.run.hooks import build_hooks, hook_context
 from megadiff.run.resume import ResumeOptions, ResumeState, manifest_of, resume
-from megadiff.run.summary import evaluation_advice, run_summary
+from megadiff.run.summary import description_advice, run_summary
 from megadiff.supervision.launch import Launch, end_with_launcher
 from megadiff.supervision.stopping import StopRequest
 from megadiff.supervision.watchdog import Watchdog
@@ -211,7 +211,7 @@ def _log_and_write_data(prepared: RunContext, origin: ResumeState, topology: Top
         doubts = data_advice(prepared)
         for doubt in doubts:
             log.warning(doubt)
-        for doubt in evaluation_advice(prepared.config):
+        for doubt in description_advice(prepared.config):
             log.warning(doubt)
         write_facts(prepared.config, data_facts(prepared, step=origin.step, advice=doubts))
 

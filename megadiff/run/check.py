@@ -15,7 +15,7 @@ from megadiff.run.context import (
     validate_run,
 )
 from megadiff.run.resume import ResumeOptions, foresee_resumption
-from megadiff.run.summary import evaluation_advice, lay_out_run, ranks_to_check, run_summary
+from megadiff.run.summary import description_advice, lay_out_run, ranks_to_check, run_summary
 
 
 def check(config: RunConfig, *, ranks: int | None = None, resume_options: ResumeOptions | None = None) -> str:
@@ -78,4 +78,4 @@ def _try_own_modules(prepared: RunContext) -> None:
 
 
 def _warnings(config: RunConfig) -> list[str]:
-    return [f"warning           {found}" for found in evaluation_advice(config)]
+    return [f"warning           {found}" for found in description_advice(config)]

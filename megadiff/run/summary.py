@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Protocol
 
 from megadiff.errors import ConfigError, ShortageError
+from megadiff.methods import method_advice
 from megadiff.model import cost
 from megadiff.optim.member import load_member
 from megadiff.optim.rules import effective
@@ -77,6 +78,11 @@ def evaluation_times(config: RunConfig) -> list[str]:
         for step in sorted(config.evaluation_steps)
     ]
     return [f"evaluation        also at step(s) {_first(named)}"]
+
+
+def description_advice(config: RunConfig) -> list[str]:
+    """Return warnings about likely mistakes in a run's description, for which no data need be read."""
+    return [*evaluation_advice(config), *method_advice(config)]
 
 
 def evaluation_advice(config: RunConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing import get_context
@@ -28,7 +29,7 @@ with quiet():
     from megadiff.parallel.objective import DeviceBatch
     from megadiff.run.load_model import load_model
     from megadiff.testing.methods import method_of
-    from megadiff.testing.toy_run import write_corpus
+    from megadiff.testing.toy_run import wire_on_rank, write_corpus
     from megadiff.train.gradients import SequenceGradients
 
 LENGTH = 20
@@ -231,3 +232,22 @@ def test_weights_alone_go_from_next_tokens_to_diffusion(corpus, tmp_path):
     export(longer.folder, tmp_path / "out")
     with pytest.raises(ValidationError, match="weights_only is true, but start_from names no checkpoint"):
         toy_config(corpus, tmp_path, checkpoint={"weights_only": True})
+
+
+def _warned(config):
+    """Return the warnings that a run logs before its first step."""
+    found, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger("megadiff").addHandler(handler)
+    wire_on_rank(config, 1)
+    return found
+
+
+def test_a_run_that_ends_before_attention_is_full_is_warned_of(corpus, tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    own = {"method": {"name": "adaptation", "anneal_steps": 4}, "name": "run"}
+    warning = "method.anneal_steps is 4, but the run ends after 3 steps (schedule.steps = 3): the model would never"
+    short, long = (toy_config(corpus, tmp_path / str(steps), schedule__steps=steps, **own) for steps in (3, 4))
+    assert check(short).count(f"warning           {warning}") == 1
+    assert "method.anneal_steps is" not in check(long)
+    assert sum(line.startswith(warning) for line in on_ranks(1, _warned, short)[0]) == 1
