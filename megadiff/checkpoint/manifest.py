@@ -106,6 +106,8 @@ class Manifest(BaseModel):
     data_fingerprint: str
     prepended_bos: bool = False
     """Whether every document of the training data begins with bos, so that prompts do too."""
+    chat_templates: list[str] = []
+    """SHA-256 (hex) of the chat templates that made the training data, as far as their manifests name them."""
     layout: dict[str, int]
     versions: dict[str, str]
     mixture: dict[str, Any] = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadiff.config.command_line import CommandParser
-from megadiff.errors import ConfigError
+from megadiff.errors import SHOWN_DIGITS, ConfigError
 
 if TYPE_CHECKING:
     from megadiff.run.load_model import InferenceModel
@@ -92,7 +94,25 @@ def _chat_prompt(arguments: argparse.Namespace, trained: InferenceModel) -> list
 
     path = arguments.tokenizer or trained.manifest.config["data"]["tokenizer"]
     options = chat_options(path, "messages", template=arguments.chat_template)
+    if (doubt := template_doubt(options.template_sha256, trained.manifest.chat_templates)) is not None:
+        print(f"warning: {doubt}", file=sys.stderr)
     return chat_prompt(trained.tokenizer, options, arguments.message)
+
+
+def template_doubt(given: str | None, trained: Sequence[str]) -> str | None:
+    """Return a warning if a model was trained on messages of other chat templates; None if not, or if it is unknown.
+
+    Args:
+        given: SHA-256 (hex) of the template of the message.
+        trained: those of the templates of the training data that are known.
+    """
+    if given is None or not trained or given in trained:
+        return None
+    known = ", ".join(template[:SHOWN_DIGITS] for template in trained)
+    return (
+        f"the chat template {given[:SHOWN_DIGITS]} is not that of the training data ({known}), so the prompt is of a "
+        "form that the model has not seen; give the file of that template with --chat-template"
+    )
 
 
 def _sample(

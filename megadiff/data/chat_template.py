@@ -11,6 +11,7 @@ answer is found by comparison with the same conversation that has a mark in its 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -170,6 +171,11 @@ def find_template(tokenizer_path: str | Path, given: str | Path | None) -> str:
             f"{_CONFIG}), found none; give one with --chat-template FILE, or prompts and completions with --prompt-key"
         )
     return found
+
+
+def template_sha256(template: str) -> str:
+    """Return the SHA-256 (hex) of a chat template's text, by which data and models name it."""
+    return hashlib.sha256(template.encode()).hexdigest()
 
 
 def special_names(tokenizer_path: str | Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from megadiff.config.nodes import COMMAND_LINE
 from megadiff.config.section import Section
-from megadiff.data.chat_template import ROLES, ChatTemplate, Message, find_template, special_names
+from megadiff.data.chat_template import ROLES, ChatTemplate, Message, find_template, special_names, template_sha256
 from megadiff.data.corpus_files import TextFields, json_kind
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, ConfigError, DataError, shown
@@ -64,6 +64,11 @@ class ConversationOptions(Section):
             return f"--prompt-key {self.prompt_key} --completion-key {self.completion_key}"
         digest = hashlib.sha256(repr((self.template, self.names)).encode()).hexdigest()[:SHOWN_DIGITS]
         return f"--chat-key {self.chat_key} --turns {self.turns} with the chat template {digest}"
+
+    @property
+    def template_sha256(self) -> str | None:
+        """SHA-256 (hex) of the chat template; None without one."""
+        return None if self.template is None else template_sha256(self.template)
 
     @property
     def fields(self) -> ConversationFields:

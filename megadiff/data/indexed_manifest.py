@@ -24,10 +24,13 @@ from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, first_fault, read_bytes
 
 MANIFEST_VERSION = 3
-"""Newest version of the manifest; 2 added `idx_sha256` and 3 `spans`, and files of earlier versions can be read too."""
+"""Newest version of the manifest; 2 added `idx_sha256`, 3 `spans` and what belongs to them. Earlier ones are read too."""
 
 _VERSION_WITHOUT_SPANS = 2
 """Version of the manifests that are written for data without spans, which older releases read."""
+
+_OF_CONVERSATIONS = ("spans", "chat_template")
+"""Keys that are left out where they are None, so that older releases read other data."""
 
 _MAX_MANIFEST_BYTES = 2**26
 
@@ -120,6 +123,10 @@ class IndexedManifest(Section):
     """Meaning of the sequences of a document: `answers` in conversations, whose first, third, fifth, ... sequence is
     given to the model and whose others it learns to predict; None where a document is one sequence."""
 
+    chat_template: Sha256 | None = None
+    """SHA-256 (hex) of the chat template that made text of messages; None of data without one, or from before it was
+    recorded."""
+
     @model_validator(mode="after")
     def _spans_have_their_version(self) -> IndexedManifest:
         if self.spans is not None and self.version < MANIFEST_VERSION:
@@ -129,7 +136,7 @@ class IndexedManifest(Section):
     @model_serializer(mode="wrap")
     def _without_unset_spans(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         tree: dict[str, Any] = handler(self)
-        return {key: value for key, value in tree.items() if key != "spans" or value is not None}
+        return {key: value for key, value in tree.items() if key not in _OF_CONVERSATIONS or value is not None}
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> TokenizerFacts:

@@ -90,6 +90,11 @@ class IndexedReader:
         return self.manifest is not None and self.manifest.spans is not None
 
     @property
+    def chat_template(self) -> str | None:
+        """SHA-256 (hex) of the chat template that made text of messages; None without one, or if that is not known."""
+        return None if self.manifest is None else self.manifest.chat_template
+
+    @property
     def files(self) -> tuple[StoredFile, StoredFile]:
         """The open files `P.bin` and `P.idx`."""
         return self._bin, self._idx

@@ -100,8 +100,9 @@ class IndexedWriter:
         inputs: Sequence[InputFacts] = (),
         appended_eod: bool = False,
         prepended_bos: bool = False,
+        chat_template: str | None = None,
     ) -> IndexedManifest:
-        """Write the index and the manifest, then rename all three files to their final names.
+        """Write the index and the manifest, then rename all three files to their final names; see `IndexedManifest`.
 
         Raises:
             DataError: nothing was added, or the disk is full.
@@ -124,6 +125,7 @@ class IndexedWriter:
                 idx_sha256=self._output.write_index(parts),
                 appended_eod=appended_eod,
                 prepended_bos=prepended_bos,
+                chat_template=chat_template,
                 inputs=tuple(inputs),
             )
             self._output.publish(manifest)

@@ -200,6 +200,12 @@ class OpenData:
         sources = (source for phase in self.phases for source in phase.sources)
         return next((source.keys[0] for source in sources if source.reader.has_spans), None)
 
+    @property
+    def chat_templates(self) -> list[str]:
+        """SHA-256 (hex) of every chat template, of any phase's sources, that is known; each once, in order."""
+        found = (source.reader.chat_template for phase in self.phases for source in phase.sources)
+        return sorted({template for template in found if template is not None})
+
     def mixture_at(self, sample: int) -> Mixture:
         """Return the mixture of a sample, with the positions that its sources have reached before the sample."""
         phase = self.at(sample)

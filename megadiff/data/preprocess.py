@@ -264,6 +264,7 @@ def _finish(
         inputs=[InputFacts(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in corpus.report.files],
         appended_eod=framing.append_eod,
         prepended_bos=framing.prepend_bos,
+        chat_template=None if framing.conversations is None else framing.conversations.template_sha256,
     )
 
 

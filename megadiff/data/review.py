@@ -11,6 +11,7 @@ from megadiff.data.facts import SourceFacts, ValidationFacts
 from megadiff.data.mixture import Mixture, Position
 from megadiff.data.open import OpenData, TrainingSource, occurring_passages
 from megadiff.data.sequences import ValidationSequences
+from megadiff.errors import SHOWN_DIGITS
 
 MOST_EPOCHS = 4
 """Number of epochs up to which repeated text is nearly as good as new text (Muennighoff et al., arXiv:2305.16264)."""
@@ -220,6 +221,7 @@ def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_se
     return [
         *_weights_advice(data, config),
         *_conversations_advice(data),
+        *_templates_advice(data),
         *_repeats_advice(data, end, length),
         *_validation_advice(data, config, eval_sequences),
     ]
@@ -270,6 +272,26 @@ def _conversations_advice(data: OpenData) -> list[Advice]:
             )
         )
     return found
+
+
+def _templates_advice(data: OpenData) -> list[Advice]:
+    """Return a warning about sources whose messages became text by different chat templates."""
+    sources = [source for phase in data.phases for source in phase.sources]
+    named = [(source.keys[0], source.reader) for source in sources]
+    named += [(f"data.valid[{place}]", source.reader) for place, source in enumerate(data.valid)]
+    first: dict[str, str] = {}
+    for key, reader in named:
+        if reader.chat_template is not None:
+            first.setdefault(reader.chat_template, key)
+    if len(first) <= 1:
+        return []
+    return [
+        Advice(
+            "sources were made with different chat templates: "
+            + ", ".join(f"{key} with {template[:SHOWN_DIGITS]}" for template, key in first.items()),
+            "preprocess the messages again with one template, if the model is to be asked with one",
+        )
+    ]
 
 
 def _repeats_advice(data: OpenData, end: int, length: str) -> list[Advice]:

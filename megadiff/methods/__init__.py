@@ -2,8 +2,8 @@
 
 A file's name is its name under `method.name`; a dotted path (`my_package.my_method`) names a file of your own. A member
 has `build(settings, context)`, which returns its `Method`, and may have `Settings`, a section with keys of its own
-beside `name`, `check(config)`, which refuses a run description that it cannot train, and `advice(config)`, which returns
-warnings about one that is likely a mistake, each a sentence without its full stop.
+beside `name`, `check(config)`, which refuses a run description that it cannot train, and `advice(config)`, which
+returns warnings about one that is likely a mistake, each a sentence without its full stop.
 
 Data flow: `batch` makes a microbatch of clean sequences into what the model reads, on the host; `attention` and `loss`
 describe what the model does with it; `validation` and `estimator` measure the trained model, `sampler` draws from it,

@@ -324,6 +324,7 @@ def manifest_of(
         tokenizer_fingerprint=prepared.tokenizer.fingerprint,
         data_fingerprint=prepared.data.at(samples).fingerprint,
         prepended_bos=bool(prepared.data.prepended_bos),
+        chat_templates=prepared.data.chat_templates,
         layout={
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,

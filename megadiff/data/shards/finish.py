@@ -158,9 +158,9 @@ def _write_index(ledger: Ledger, plan: ShardPlan) -> None:
                 yield part
 
     spans, with_spans = None, {}
-    if plan.settings.conversations is not None:
+    if (options := plan.settings.conversations) is not None:
         spans = np.concatenate([_index_of(ledger, record).spans() for record in with_tokens])
-        with_spans = {"version": MANIFEST_VERSION, "spans": "answers"}
+        with_spans = {"version": MANIFEST_VERSION, "spans": "answers", "chat_template": options.template_sha256}
     sequences = documents if spans is None else int(spans.sum())
     digest = hashlib.sha256()
     for part in index_parts(dtype, sequences, lengths, spans):
