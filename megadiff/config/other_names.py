@@ -59,6 +59,7 @@ _NAMES_BY_KEY: dict[str, str] = {
         "valid_file data.val data.eval data.validation"
     ),
     "data.tokenizer": "tokenizer_type tokenizer_model tokenizer_path tokenizer_name tokenizer_name_or_path vocab_file",
+    "data.packing": "packing sample_packing pack_sequences packed_sequences multipack neat_packing packed_sequence",
     "data.vocab_size": "vocabulary_size n_vocab padded_vocab_size",
     "batch.global_batch_size": (
         "batch.global_sequences global_batch_size global_batch "

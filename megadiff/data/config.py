@@ -95,6 +95,20 @@ class DataConfig(Section):
     `predicted_eos`, eos that is noised and predicted like an answer, so that the model learns where answers end; or
     `eos` or `pad`, that token noise-free and without loss."""
 
+    packing: bool = False
+    """Whether several short conversations share a sequence, each of which attends to itself alone; with `padding` of
+    `eos` or `pad`."""
+
+    @model_validator(mode="after")
+    def _packed_ends_are_own(self) -> DataConfig:
+        if self.packing and self.padding == "predicted_eos":
+            raise ValueError(
+                "data.padding is predicted_eos, which fills each conversation up to model.seq_length, but data.packing "
+                "puts several in a sequence, whose rest belongs to none of them; set data.padding to eos or pad (and "
+                "end answers by preprocess_data --append-eod), or data.packing to false"
+            )
+        return self
+
     @model_validator(mode="after")
     def _phases_ascend(self) -> DataConfig:
         for place, (before, phase) in enumerate(pairwise(self.phases or ())):

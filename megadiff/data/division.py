@@ -2,12 +2,14 @@
 
 Text is one stream: documents are joined end to end and cut at every L tokens, and the rest at the end, less than one
 sequence, is never used. Conversations are sequences of their own: each is cut at L tokens or filled up, and one whose
-answers would all be cut away is left out.
+answers would all be cut away is left out. Several short ones can share a sequence (`PackedConversations`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +18,9 @@ from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
 
+OPEN_SEQUENCES = 64
+"""Number of packed sequences that wait for further conversations at a time."""
+
 
 class Padding(NamedTuple):
     """The token that fills conversations up to a sequence."""
@@ -23,10 +28,17 @@ class Padding(NamedTuple):
     token: int
     is_predicted: bool
     """Whether the model learns to predict it."""
+    is_behind_several: bool = False
+    """Whether conversations share a sequence, which is filled up behind the last of them (`data.packing`)."""
+
+    def __str__(self) -> str:
+        """Return what fingerprints of data hold."""
+        own = f"Padding(token={self.token}, is_predicted={self.is_predicted})"
+        return f"{own}, best fit among {OPEN_SEQUENCES} sequences" if self.is_behind_several else own
 
 
-def padding_of(policy: str | None, tokenizer: Tokenizer) -> Padding | None:
-    """Return what `data.padding` means with a tokenizer; None if it is not set.
+def padding_of(policy: str | None, tokenizer: Tokenizer, *, packing: bool = False) -> Padding | None:
+    """Return what `data.padding` and `data.packing` mean with a tokenizer; None if the first is not set.
 
     Raises:
         DataError: the tokenizer lacks the token.
@@ -40,7 +52,7 @@ def padding_of(policy: str | None, tokenizer: Tokenizer) -> Padding | None:
             f"data.padding is {policy}, but the tokenizer {tokenizer.name} has no {kind} token; set it to {other}, or "
             "use a tokenizer with one"
         )
-    return Padding(token, policy == "predicted_eos")
+    return Padding(token, policy == "predicted_eos", packing)
 
 
 class Division(Protocol):
@@ -54,6 +66,20 @@ class Division(Protocol):
 
     def predicted(self, place: int) -> np.ndarray | None:
         """Return which of its tokens are to be predicted, [L] bool; None for all."""
+        ...
+
+    def documents(self, place: int) -> np.ndarray | None:
+        """Return the number, from 0, of the document of each of its tokens, [L] int64; None if all belong together.
+
+        Tokens of one document do not attend to those of another. What fills a sequence up is a document too.
+        """
+        ...
+
+    def held(self, place: int) -> list[tuple[int, int]] | None:
+        """Return the place of each document's first token in the sequence, and its index in the source; None as above.
+
+        What fills the sequence up is none of them.
+        """
         ...
 
     def first_token(self, place: int) -> int:
@@ -85,7 +111,8 @@ def division_of(reader: IndexedReader, seq_length: int, padding: Padding | None 
             f"{reader.prefix}: the source holds conversations, and data.padding, which fills them up to "
             "model.seq_length, is not set; set it to predicted_eos, eos or pad"
         )
-    return Conversations(reader, seq_length, padding)
+    kind = PackedConversations if padding.is_behind_several else Conversations
+    return kind(reader, seq_length, padding)
 
 
 class _Stream:
@@ -108,6 +135,14 @@ class _Stream:
 
     def predicted(self, place: int) -> None:
         """Return None: all tokens are predicted."""
+        del place
+
+    def documents(self, place: int) -> None:
+        """Return None: documents attend to each other."""
+        del place
+
+    def held(self, place: int) -> None:
+        """Return None: documents attend to each other."""
         del place
 
     def first_token(self, place: int) -> int:
@@ -144,14 +179,21 @@ class Conversations:
 
     def tokens(self, place: int) -> np.ndarray:
         """Return a sequence: [L] int64."""
-        start, end = int(self._starts[place]), int(self._ends[place])
-        ids = self._reader.tokens(start, min(end - start, self._length))
-        return np.pad(ids, (0, self._length - ids.size), constant_values=self._padding.token)
+        return self._filled_up([self._ids(place)], self._padding.token)
 
     def predicted(self, place: int) -> np.ndarray:
         """Return which of its tokens belong to an answer or are predicted padding: [L] bool."""
-        mask = self._reader.answers(int(self._kept[place]))[: self._length]
-        return np.pad(mask, (0, self._length - mask.size), constant_values=self._padding.is_predicted)
+        return self._filled_up([self._answers(place)], self._padding.is_predicted)
+
+    def documents(self, place: int) -> np.ndarray | None:
+        """Return None: a conversation attends to all of itself, and to what fills it up."""
+        del place
+        return None
+
+    def held(self, place: int) -> list[tuple[int, int]] | None:
+        """Return None, as for `documents`."""
+        del place
+        return None
 
     def first_token(self, place: int) -> int:
         """Return the index of its first token in the source's stream."""
@@ -160,6 +202,132 @@ class Conversations:
     def extent(self, sequences: int) -> int:
         """Return the number of tokens at the start of the stream that hold the first `sequences` sequences."""
         return int(self._ends[sequences - 1]) if sequences else 0
+
+    def _size(self, one: int) -> int:
+        """Return the number of tokens of a conversation, those that are cut left out."""
+        return min(int(self._ends[one] - self._starts[one]), self._length)
+
+    def _ids(self, one: int) -> np.ndarray:
+        return self._reader.tokens(int(self._starts[one]), self._size(one))
+
+    def _answers(self, one: int) -> np.ndarray:
+        return self._reader.answers(int(self._kept[one]))[: self._length]
+
+    def _filled_up(self, parts: Sequence[np.ndarray], value: int) -> np.ndarray:
+        found = np.concatenate(parts)
+        return np.pad(found, (0, self._length - found.size), constant_values=value)
+
+
+class PackedConversations(Conversations):
+    """Conversations of which several share a sequence, in the order of the file, without any being cut for it.
+
+    Each joins the sequence whose room it fills best, of those that are still open (`packed_sequences`). What fills a
+    sequence up is given to the model, belongs to no conversation, and is predicted by none.
+    """
+
+    def __init__(self, reader: IndexedReader, seq_length: int, padding: Padding) -> None:
+        super().__init__(reader, seq_length, padding)
+        lengths = np.minimum(self._ends - self._starts, seq_length)
+        sequence = packed_sequences(lengths, seq_length)
+        self._order = np.argsort(sequence, kind="stable")
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(sequence))])
+        self.conversations = self._kept.size
+        """Number of conversations that are packed."""
+        self.filled = int(lengths.sum()) / (len(self) * seq_length)
+        """Share of the sequences' tokens that belong to conversations."""
+
+    def __len__(self) -> int:
+        return self._bounds.size - 1
+
+    def _members(self, place: int) -> list[int]:
+        """Return the places of a sequence's conversations among all that are kept."""
+        return self._order[self._bounds[place] : self._bounds[place + 1]].tolist()
+
+    def tokens(self, place: int) -> np.ndarray:
+        """Return a sequence: [L] int64."""
+        return self._filled_up([self._ids(one) for one in self._members(place)], self._padding.token)
+
+    def predicted(self, place: int) -> np.ndarray:
+        """Return which of its tokens belong to an answer: [L] bool."""
+        return self._filled_up([self._answers(one) for one in self._members(place)], False)
+
+    def documents(self, place: int) -> np.ndarray:
+        """Return the number, from 0, of the conversation of each token, and another for what fills up: [L] int64."""
+        sizes = [self._size(one) for one in self._members(place)]
+        return self._filled_up([np.repeat(np.arange(len(sizes)), sizes)], len(sizes))
+
+    def held(self, place: int) -> list[tuple[int, int]]:
+        """Return the place of each conversation's first token in the sequence, and its index in the source."""
+        found, start = [], 0
+        for one in self._members(place):
+            found.append((start, int(self._kept[one])))
+            start += self._size(one)
+        return found
+
+    def first_token(self, place: int) -> int:
+        """Return the index of its first token in the source's stream."""
+        return super().first_token(self._members(place)[0])
+
+    def extent(self, sequences: int) -> int:
+        """Return the number of tokens up to the end of the conversation that begins the last of `sequences` sequences.
+
+        A file that grows gives conversations to sequences that were still open, and these tokens stay the same.
+        """
+        return super().extent(self._members(sequences - 1)[0] + 1) if sequences else 0
+
+
+def content_of(reader: IndexedReader, division: Division) -> str:
+    """Return a SHA-256 (hex) of a source's content.
+
+    Packed, it is another one: sequences are others, so a run that begins to pack goes on from none that it has read.
+    """
+    found = reader.content_fingerprint()
+    is_packed = isinstance(division, PackedConversations)
+    return hashlib.sha256(f"packed {found}".encode()).hexdigest() if is_packed else found
+
+
+def packed_sequences(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """Return the sequence, from 0, that each conversation joins, by best fit in the order given: [n] int64.
+
+    Of the sequences that are open, at most `OPEN_SEQUENCES`, a conversation joins the one with the least room that
+    holds it, and of several the oldest. If there is none it begins the next sequence; of one too many that are open,
+    the one with the least room is closed. So where a conversation goes depends on those before it alone, and is found
+    in a few comparisons.
+
+    Args:
+        lengths: number of tokens of each conversation, [n], from 1 to L.
+        seq_length: L.
+    """
+    return np.fromiter(_joined(lengths, seq_length), dtype=np.int64, count=lengths.size)
+
+
+def _joined(lengths: np.ndarray, seq_length: int) -> Iterator[int]:
+    rooms: list[tuple[int, int]] = []  # open sequences in ascending order: tokens left, and the sequence
+    begun = 0
+    for start in range(0, lengths.size, 2**16):  # as Python's integers a part at a time
+        for length in lengths[start : start + 2**16].tolist():
+            place = bisect_left(rooms, (length, -1))
+            if place < len(rooms):
+                room, sequence = rooms.pop(place)
+            else:
+                room, sequence = seq_length, begun
+                begun += 1
+            if room > length:
+                insort(rooms, (room - length, sequence))
+                del rooms[: len(rooms) - OPEN_SEQUENCES]
+            yield sequence
+
+
+def joined_documents(documents: Sequence[np.ndarray | None], seq_length: int) -> np.ndarray | None:
+    """Return the documents of several sequences' tokens as one array: [B, L] int64; None if every one is None.
+
+    Args:
+        documents: of each sequence [L], or None for a single document.
+        seq_length: L.
+    """
+    if all(found is None for found in documents):
+        return None
+    return np.stack([np.zeros(seq_length, dtype=np.int64) if found is None else found for found in documents])
 
 
 def joined_masks(masks: Sequence[np.ndarray | None], seq_length: int, counts: Sequence[int] = ()) -> np.ndarray | None:

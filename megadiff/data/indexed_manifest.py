@@ -24,7 +24,7 @@ from megadiff.errors import DataError
 from megadiff.untrusted_files import UnreadableFileError, first_fault, read_bytes
 
 MANIFEST_VERSION = 3
-"""Newest version of the manifest; 2 added `idx_sha256`, 3 `spans` and what belongs to them. Earlier ones are read too."""
+"""Newest version of the manifest; 2 added `idx_sha256`, 3 `spans` and what belongs to them. Older ones are read too."""
 
 _VERSION_WITHOUT_SPANS = 2
 """Version of the manifests that are written for data without spans, which older releases read."""

@@ -11,6 +11,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from types import TracebackType
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -22,10 +23,14 @@ T = TypeVar("T")
 
 SequenceTransform = Callable[..., T]
 """Transform of (clean sequences [b, L], their global sample indices, the global batch they belong to) to content; it
-takes which of their tokens are to be predicted, [b, L], as a fourth argument where some are not."""
+takes which of their tokens are to be predicted, [b, L], as a fourth argument where some are not, and then the document
+of each token, [b, L], where sequences hold several."""
 
 PredictedTokens = Callable[[Sequence[int]], "np.ndarray | None"]
 """Function from samples to the tokens of their sequences that are to be predicted, [b, L]; None for all."""
+
+DocumentsOfTokens = Callable[[Sequence[int]], "np.ndarray | None"]
+"""Function from samples to the document of each token of their sequences, [b, L]; None if every sequence is one."""
 
 _STOP_CHECK_S = 0.1
 
@@ -87,6 +92,8 @@ class SequenceLoader(Generic[T]):
         first_step: number of steps taken before.
         predicted: function from samples to the tokens of their sequences that are to be predicted, [b, L] or None for
             all, which the transform is then given as well; None where no sequence has others.
+        documents: function from samples to the document of each of their tokens, [b, L] or None, likewise; it gives
+            documents only for samples of which `predicted` gives tokens.
         prefetch: number of microbatches kept ready; by default those of a step (of the largest, and at least two),
             since a step takes all of its own at once.
 
@@ -103,6 +110,7 @@ class SequenceLoader(Generic[T]):
         shard: DataShard,
         first_step: int = 0,
         predicted: PredictedTokens | None = None,
+        documents: DocumentsOfTokens | None = None,
         prefetch: int | None = None,
     ) -> None:
         sizes.check(micro_batch_size=shard.micro_batch_size, dp_size=shard.dp_size)
@@ -115,7 +123,7 @@ class SequenceLoader(Generic[T]):
         self._stop = threading.Event()
         order = _sample_order(sizes, shard, first_step)
         # The thread must not reference the loader, or a loader dropped without `close` would never end it.
-        source = _Sequences(sequences, predicted or (lambda samples: None), sequence_transform)
+        source = _Sequences(sequences, [more for more in (predicted, documents) if more], sequence_transform)
         arguments = (source, order, self._ready, self._stop)
         self._thread = threading.Thread(target=_prefetch, args=arguments, name="megadiff-sequence-loader", daemon=True)
         self._finalizer = weakref.finalize(self, self._stop.set)
@@ -197,13 +205,13 @@ class _Sequences(NamedTuple, Generic[T]):
     """The sequences of a run with their transform."""
 
     clean: SequencesBySample
-    predicted: PredictedTokens
+    facts: Sequence[Callable[[Sequence[int]], np.ndarray | None]]
+    """Functions that give the transform's further arguments; what follows the first None is left out."""
     transform: Callable[..., T]
 
     def of(self, samples: list[int], batch: StepBatch) -> Microbatch[T]:
         """Return the microbatch of some samples."""
-        predicted = self.predicted(samples)
-        more = () if predicted is None else (predicted,)
+        more = takewhile(lambda found: found is not None, (fact(samples) for fact in self.facts))
         return Microbatch(batch, samples, self.transform(self.clean.sequences(samples), samples, batch, *more))
 
 

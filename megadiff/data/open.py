@@ -12,7 +12,16 @@ import numpy as np
 
 from megadiff.data.budgets import Budgets, sample_counts, target_of
 from megadiff.data.config import DataConfig, SourceConfig, given_weights
-from megadiff.data.division import Division, Padding, division_of, joined_masks, padding_of
+from megadiff.data.division import (
+    Division,
+    PackedConversations,
+    Padding,
+    content_of,
+    division_of,
+    joined_documents,
+    joined_masks,
+    padding_of,
+)
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import Mixture, Position, Source, next_mixture
 from megadiff.data.sequences import (
@@ -194,6 +203,19 @@ class OpenData:
             return None
         return joined_masks([self.at(sample).train.predicted([sample]) for sample in samples], self.train.seq_length)
 
+    def documents(self, samples: Sequence[int]) -> np.ndarray | None:
+        """Return the documents of these samples' tokens, [B, L] int64; None if every sequence is one document."""
+        if self.packed_key is None:
+            return None
+        found = [self.at(sample).train.documents([sample]) for sample in samples]
+        return joined_documents([None if one is None else one[0] for one in found], self.train.seq_length)
+
+    @cached_property
+    def packed_key(self) -> str | None:
+        """First entry of the configuration, of any phase, whose conversations share sequences; None if none do."""
+        sources = (source for phase in self.phases for source in phase.sources)
+        return next((one.keys[0] for one in sources if isinstance(one.division, PackedConversations)), None)
+
     @cached_property
     def conversations_key(self) -> str | None:
         """First entry of the configuration, of any phase, whose source holds conversations; None if none does."""
@@ -269,14 +291,13 @@ def open_data(
         DataError: files are missing or damaged, were made with another tokenizer, hold ids outside its vocabulary, or
             less than one sequence.
     """
-    padding = padding_of(config.padding, tokenizer)
+    padding = padding_of(config.padding, tokenizer, packing=config.packing)
     opened: dict[str, _Opened] = {}
     for key, source in config.training_sources.items():
         if source.path not in opened:
             reader = _checked(key, source.path, tokenizer, full_scan)
-            opened[source.path] = _Opened(
-                reader, reader.content_fingerprint(), division_of(reader, seq_length, padding)
-            )
+            division = division_of(reader, seq_length, padding)
+            opened[source.path] = _Opened(reader, content_of(reader, division), division)
     valid = [_checked(f"data.valid[{i}]", source.path, tokenizer, full_scan) for i, source in enumerate(config.valid)]
     every, _ = _distinct(config.training_sources, opened)
     labels = {source.content: source.label for source in every}
@@ -408,7 +429,7 @@ def _validation(reader: IndexedReader, seq_length: int, sequences: int, padding:
 
 
 def open_validation(
-    prefix: str, tokenizer: Tokenizer, *, seq_length: int, sequences: int, key: str, padding: str | None = None
+    prefix: str, tokenizer: Tokenizer, *, seq_length: int, sequences: int, key: str, padding: Padding | None = None
 ) -> ValidationSequences:
     """Open one validation source, for a command without a run's configuration.
 
@@ -418,14 +439,14 @@ def open_validation(
         seq_length: L.
         sequences: maximal number of sequences.
         key: name of the option that gave the prefix, for messages.
-        padding: `data.padding` of the model's run.
+        padding: what fills conversations up, as in the model's run.
 
     Raises:
         DataError: as for `open_data`.
     """
     remedy = "give data made with the model's tokenizer"
     reader = _checked(key, prefix, tokenizer, full_scan=False, owner="the model's", remedy=remedy)
-    return _validation(reader, seq_length, sequences, padding_of(padding, tokenizer))
+    return _validation(reader, seq_length, sequences, padding)
 
 
 def _checked(

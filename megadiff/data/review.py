@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megadiff.data.config import DataConfig
-from megadiff.data.division import Conversations
+from megadiff.data.division import Conversations, PackedConversations, content_of
 from megadiff.data.facts import SourceFacts, ValidationFacts
 from megadiff.data.mixture import Mixture, Position
 from megadiff.data.open import OpenData, TrainingSource, occurring_passages
@@ -56,6 +56,13 @@ def describe_sources(data: OpenData, *, now: int, end: int) -> list[str]:
             lines.append(
                 f"  {found.key:<15} {found.source}: {found.tokens:,} tokens, {found.sequences:,} sequences, "
                 f"share {found.share:.2%}, {so_far}{found.epochs_at_end:.2f} epochs {when}"
+            )
+    for source in {source.content: source for phase in phases for source in phase.sources}.values():
+        if isinstance(found := source.division, PackedConversations):
+            lines.append(
+                f"packing           {source.keys[0]} ({source.label}): {found.conversations:,} conversations in "
+                f"{len(found):,} sequences, {found.conversations / len(found):.2f} in each; {1 - found.filled:.2%} of "
+                "their tokens fill up"
             )
     return lines
 
@@ -222,6 +229,7 @@ def advice(data: OpenData, config: DataConfig, *, end: int, length: str, eval_se
         *_weights_advice(data, config),
         *_conversations_advice(data),
         *_templates_advice(data),
+        *_packing_advice(data, config),
         *_repeats_advice(data, end, length),
         *_validation_advice(data, config, eval_sequences),
     ]
@@ -272,6 +280,19 @@ def _conversations_advice(data: OpenData) -> list[Advice]:
             )
         )
     return found
+
+
+def _packing_advice(data: OpenData, config: DataConfig) -> list[Advice]:
+    """Return a warning about packing where there is nothing to pack."""
+    if not config.packing or data.packed_key is not None or any(source.reader.has_spans for source in data.valid):
+        return []
+    return [
+        Advice(
+            "data.packing is true, but no source holds conversations: text is one stream, cut at every "
+            "model.seq_length tokens",
+            "leave data.packing out",
+        )
+    ]
 
 
 def _templates_advice(data: OpenData) -> list[Advice]:
@@ -364,7 +385,7 @@ def _shared_text(data: OpenData, place: int) -> str | None:
     """Return a phrase on how a validation source shares text with a training source; None if none is found."""
     valid = data.valid[place].reader
     sources = list({source.content: source for phase in data.phases for source in phase.sources}.values())
-    same = [source for source in sources if source.content == valid.content_fingerprint()]
+    same = [source for source in sources if source.content == content_of(valid, source.division)]
     if same:
         return f"is the same text as {same[0].keys[0]} ({same[0].label})"
     for source in sources:

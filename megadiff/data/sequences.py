@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadiff.data.division import Division, Padding, division_of, joined_masks
+from megadiff.data.division import Division, Padding, division_of, joined_documents, joined_masks
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.mixture import (
     Blend,
@@ -80,6 +80,14 @@ class PackedSequences:
     def predicted(self, number: int) -> np.ndarray | None:
         """Return which tokens of sequence `number` are to be predicted, [L] bool; None for all."""
         return self._division.predicted(self._place(number))
+
+    def documents(self, number: int) -> np.ndarray | None:
+        """Return the documents of the tokens of sequence `number`, [L] int64 (`Division.documents`); None for one."""
+        return self._division.documents(self._place(number))
+
+    def held(self, number: int) -> list[tuple[int, int]] | None:
+        """Return where each document of sequence `number` begins, and which it is (`Division.held`); None for one."""
+        return self._division.held(self._place(number))
 
     def origin(self, number: int) -> Origin:
         """Return the position of the first token of sequence `number`."""
@@ -149,6 +157,16 @@ class GrownSequences:
         """Return which tokens of sequence `number` are to be predicted, [L] bool; None for all."""
         sequences, index = self._found(number)
         return sequences.predicted(index)
+
+    def documents(self, number: int) -> np.ndarray | None:
+        """Return the documents of the tokens of sequence `number`, [L] int64 (`Division.documents`); None for one."""
+        sequences, index = self._found(number)
+        return sequences.documents(index)
+
+    def held(self, number: int) -> list[tuple[int, int]] | None:
+        """Return where each document of sequence `number` begins, and which it is (`Division.held`); None for one."""
+        sequences, index = self._found(number)
+        return sequences.held(index)
 
     def origin(self, number: int) -> Origin:
         """Return the position of the first token of sequence `number`."""
@@ -230,6 +248,16 @@ class TrainingSequences:
         places = [self.place(sample) for sample in samples]
         return joined_masks([self.sources[place.source].predicted(place.index) for place in places], self.seq_length)
 
+    def documents(self, samples: Sequence[int]) -> np.ndarray | None:
+        """Return the documents of these samples' tokens, [B, L] int64; None if every sequence is one document."""
+        places = [self.place(sample) for sample in samples]
+        return joined_documents([self.sources[one.source].documents(one.index) for one in places], self.seq_length)
+
+    def held(self, sample: int) -> list[tuple[int, int]] | None:
+        """Return where each document of a sample's sequence begins, and which it is; None for a single document."""
+        place = self.place(sample)
+        return self.sources[place.source].held(place.index)
+
     def origin(self, sample: int) -> Origin:
         """Return the position of the first token of a sample's sequence."""
         place = self.place(sample)
@@ -290,6 +318,10 @@ class ValidationSequences:
     def predicted(self, indices: Sequence[int]) -> np.ndarray | None:
         """Return which tokens of these sequences are to be predicted, [B, L] bool; None for all."""
         return joined_masks([self._division.predicted(place) for place in self._places(indices)], self.seq_length)
+
+    def documents(self, indices: Sequence[int]) -> np.ndarray | None:
+        """Return the documents of these sequences' tokens, [B, L] int64; None if every sequence is one document."""
+        return joined_documents([self._division.documents(place) for place in self._places(indices)], self.seq_length)
 
     def _places(self, indices: Sequence[int]) -> list[int]:
         if any(not 0 <= index < self._num_sequences for index in indices):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from megadiff.diffusion.noising import NoisedBatch, isotropic_batch
-from megadiff.diffusion.shapes import Bool, Integer
+from megadiff.diffusion.shapes import Bool, Int, Integer
 
 
 @runtime_checkable
@@ -35,13 +35,17 @@ def next_token_batch(
     *,
     start_id: int,
     predicted: Bool[npt.NDArray[np.bool_], "B L"] | None = None,
+    documents: Int[npt.NDArray[np.int64], "B L"] | None = None,
 ) -> NoisedBatch:
     """Shift sequences right behind `start_id`; no noise, and the whole sequence is a causal prompt.
+
+    Where sequences consist of documents, each of them is shifted behind a `start_id` of its own.
 
     Args:
         clean: the ids.
         start_id: what stands before a sequence (bos, or another special token).
         predicted: targets that count; None for all.
+        documents: number of the document of each target; None if every sequence is one document.
 
     Returns:
         `noised` is the input, `clean` the targets; `is_noisy` marks those that count, `log_snr` is 0 and without
@@ -50,6 +54,9 @@ def next_token_batch(
     targets = torch.from_numpy(np.asarray(clean).astype(np.int64))
     count, length = targets.shape
     inputs = torch.cat([torch.full((count, 1), start_id), targets[:, :-1]], dim=1)
+    numbers = None if documents is None else torch.from_numpy(documents)
+    if numbers is not None:
+        inputs[:, 1:].masked_fill_(numbers.diff(dim=1) != 0, start_id)
     batch = isotropic_batch(inputs, targets, log_snr=np.zeros(count))
     counted = batch.is_noisy if predicted is None else torch.from_numpy(predicted)
-    return batch._replace(prompt_length=torch.full((count,), length), is_noisy=counted)
+    return batch._replace(prompt_length=torch.full((count,), length), is_noisy=counted, documents=numbers)

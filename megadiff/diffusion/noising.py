@@ -23,9 +23,9 @@ A coin of probability P is word < rint(P 2^32), so P is met to within 2^-33. `pr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,26 @@ class NoisedBatch(NamedTuple):
     """`conditioning.NoisePattern` of each sequence, in int8."""
     source: Int[Tensor, "B L"]
     """Original position of each token (see `conditioning.insert_empties`); to be read, not written."""
+    documents: Int[Tensor, "B L"] | None = None
+    """Number of each token's document, which ascends along a sequence; None if every sequence is one document."""
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return the tensors by name; `documents` only where there are several."""
+        return {name: column for name, column in self._asdict().items() if column is not None}
+
+    def part(self, which: Any) -> NoisedBatch:
+        """Return some sequences: of an index without the batch axis, of a slice or of indices with it."""
+        return NoisedBatch(**{name: column[which] for name, column in self.columns().items()})
+
+
+def joined_batches(batches: Sequence[NoisedBatch]) -> NoisedBatch:
+    """Return the sequences of several batches as one."""
+    columns = list(zip(*(batch[:-1] for batch in batches), strict=True))
+    documents = None
+    if any(batch.documents is not None for batch in batches):
+        found = (torch.zeros_like(one.source) if one.documents is None else one.documents for one in batches)
+        documents = torch.cat([*found])
+    return NoisedBatch(*map(torch.cat, columns), documents=documents)
 
 
 def noise_batch(
@@ -175,6 +195,16 @@ def with_given(batch: NoisedBatch, predicted: Bool[npt.NDArray[np.bool_], "B L"]
         log_snr=batch.log_snr.masked_fill(~is_noisy, process.schedule.max_log_snr),
         is_noisy=is_noisy,
     )
+
+
+def with_documents(batch: NoisedBatch, documents: Int[npt.NDArray[np.int64], "B L"]) -> NoisedBatch:
+    """Return a batch whose sequences consist of documents; a pad that was inserted before a token is in its document.
+
+    Args:
+        batch: the noised sequences.
+        documents: number of the document of each token of the sequences, before pads were inserted.
+    """
+    return batch._replace(documents=torch.from_numpy(documents).gather(1, batch.source))
 
 
 def stratified_quantiles(

@@ -99,6 +99,10 @@ class Sequences(Protocol):
         """Return which of their tokens are to be predicted, [B, L]; None for all."""
         ...
 
+    def documents(self, indices: Sequence[int]) -> npt.NDArray[np.int64] | None:
+        """Return the documents of their tokens, [B, L]; None if every sequence is one document."""
+        ...
+
 
 @dataclass(frozen=True)
 class EvalTask:
@@ -107,7 +111,8 @@ class EvalTask:
     objective: Objective
     batch: Callable[..., NoisedBatch]
     """Function of (clean [B, L], sequence indices [B], level) that returns the sequences. On data of conversations it
-    is also given which tokens are to be predicted, [B, L]; the others are noise-free and do not count."""
+    is also given which tokens are to be predicted, [B, L]; the others are noise-free and do not count. Where sequences
+    hold several conversations it is then given each token's document, [B, L] (`Method.batch`)."""
     num_noise_levels: int
     """K: number of noise levels; 1 if there is no noise."""
     log_snr_range: tuple[float, float] | None = None
@@ -139,8 +144,9 @@ class ValidationEvaluator:
             self.sequences.shape[1],
             [len(source) for source in sources],
         )
+        self._documents = _documents_of(sources, self.sequences.shape[1])
         if self._predicted is not None:
-            _refuse_text_only(task)
+            _refuse_text_only(task, knows_documents=self._documents is not None)
         self.task = task
         self._objective = ShardedObjective(task.objective, topology)
         self.chunks = chunks
@@ -228,8 +234,8 @@ class ValidationEvaluator:
         index = np.arange(first, first + self.micro_batch_size)
         index = np.where(index < len(self.sequences), index, -1)
         taken = np.maximum(index, 0)
-        predicted = () if self._predicted is None else (self._predicted[taken],)
-        placed = self._objective.place(self.task.batch(self.sequences[taken], taken, level, *predicted), self.device)
+        more = [facts[taken] for facts in (self._predicted, self._documents) if facts is not None]
+        placed = self._objective.place(self.task.batch(self.sequences[taken], taken, level, *more), self.device)
         return (level, torch.from_numpy(index).to(self.device)), placed
 
     def _report(self, output: LossOutput, item: tuple[tuple[int, Tensor], DeviceBatch]) -> tuple[Tensor, Tensor, Any]:
@@ -255,11 +261,30 @@ def _evaluating(chunks: Sequence[ModelChunk]) -> Iterator[None]:
             chunk.train(training)
 
 
-def _refuse_text_only(task: EvalTask) -> None:
-    """Refuse to measure a task of a user's own method on conversations if its sequences know only text."""
+def _documents_of(sources: Sequence[Sequences], length: int) -> npt.NDArray[np.int64] | None:
+    """Return the documents of all sequences' tokens, [R, L]; None if every sequence is one document."""
+    found = [source.documents(range(len(source))) for source in sources]
+    if all(one is None for one in found):
+        return None
+    pairs = zip(sources, found, strict=True)
+    return np.concatenate([np.zeros((len(of), length), dtype=np.int64) if one is None else one for of, one in pairs])
+
+
+def _refuse_text_only(task: EvalTask, *, knows_documents: bool) -> None:
+    """Refuse to measure a task of a user's own method on conversations if its sequences know only text.
+
+    Args:
+        task: the task.
+        knows_documents: whether sequences hold several conversations.
+    """
     try:
-        signature(task.batch).bind(*range(4))
+        signature(task.batch).bind(*range(5 if knows_documents else 4))
     except TypeError:
+        if knows_documents:
+            raise ConfigError(
+                "validation data hold several conversations in a sequence (data.packing), but `batch` of the method's "
+                "validation takes no fifth argument, each token's document; add it, or set data.packing to false"
+            ) from None
         raise ConfigError(
             "validation data hold conversations, but `batch` of the method's validation takes no fourth argument, the "
             "tokens to predict; add it, or validate on text"

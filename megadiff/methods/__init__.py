@@ -109,6 +109,7 @@ class Method(ABC):
         sample_index: list[int],
         step_batch: StepBatch,
         predicted: npt.NDArray[np.bool_] | None = None,
+        documents: npt.NDArray[np.int64] | None = None,
     ) -> NoisedBatch:
         """Return a microbatch as the model and the loss see it, on the CPU.
 
@@ -121,6 +122,9 @@ class Method(ABC):
             step_batch: the global batch that the samples belong to.
             predicted: tokens that are to be predicted, [B, L], where data hold conversations: the others are given
                 to the model and have no loss. None for all, as for text; the argument is left out then.
+            documents: number of each token's document, [B, L], ascending along a sequence, where sequences hold several
+                conversations (`data.packing`); the batch hands it on as its `documents`, by which `attention` keeps
+                them apart. None if every sequence is one document; the argument is left out then.
         """
 
     @abstractmethod
@@ -212,6 +216,24 @@ def refuse_conversations(method: Method, key: str) -> None:
             f"{key} holds conversations, but the method {type(method).__name__} has no argument `predicted` in its "
             "`batch`, which names the tokens to predict; train on text, fine-tune with method.name=gidd, or add it to "
             "a method of your own"
+        )
+
+
+def refuse_packing(method: Method, key: str) -> None:
+    """Refuse to train a method on several conversations in a sequence if its batches do not know documents.
+
+    Args:
+        method: the run's method.
+        key: entry of the configuration that names a source of packed conversations.
+
+    Raises:
+        ConfigError: its `batch` has no argument `documents`.
+    """
+    if "documents" not in signature(method.batch).parameters:
+        raise ConfigError(
+            f"data.packing puts several conversations of {key} in a sequence, but the method {type(method).__name__} "
+            "has no argument `documents` in its `batch`, by which it would keep them apart; set data.packing to false, "
+            "or add it to a method of your own"
         )
 
 

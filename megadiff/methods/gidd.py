@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from megadiff.diffusion.config import check_weighting_module
+from megadiff.errors import ConfigError
 from megadiff.methods import Method, MethodConfig, MethodContext
 
 if TYPE_CHECKING:
@@ -29,12 +30,19 @@ if TYPE_CHECKING:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a weighting without a loss, which would be found in the first step only.
+    """Refuse a weighting without a loss, which would be found in the first step only, and prompts in packed sequences.
 
     Raises:
         ConfigError: with what is missing.
     """
     check_weighting_module(config.objective)
+    attention = config.conditioning.trained_prompt_attention
+    if config.data.packing and attention != "full":
+        raise ConfigError(
+            f"conditioning.prompt is {config.conditioning.prompt:g} with prompt_attention {attention}, but "
+            "data.packing puts several conversations in a sequence, whose prompts cannot attend to "
+            "themselves alone; set conditioning.prompt to 0, or data.packing to false"
+        )
 
 
 def build(settings: MethodConfig, context: MethodContext) -> Gidd:
@@ -66,10 +74,12 @@ class Gidd(Method):
         sample_index: list[int],
         step_batch: StepBatch,
         predicted: npt.NDArray[np.bool_] | None = None,
+        documents: npt.NDArray[np.int64] | None = None,
     ) -> NoisedBatch:
         """Condition and noise the sequences (`diffusion.noising.noise_batch`); what is not predicted stays clean.
 
-        If the model is one whose prompts attend to themselves, what precedes the first predicted token is a prompt.
+        If the model is one whose prompts attend to themselves, what precedes the first predicted token is a prompt. All
+        documents of a sequence have its noise level.
         """
         from megadiff.diffusion.noising import noise_batch
 
@@ -84,7 +94,7 @@ class Gidd(Method):
             batch_origin=step_batch.first_sample,
             pad_id=self.context.tokenizer.pad_id,
         )
-        return batch if predicted is None else _conversations(batch, predicted, self.process, self.context.conditioning)
+        return _conversations(batch, predicted, documents, self.process, self.context.conditioning)
 
     @cached_property
     def _objective(self) -> DiffusionObjective:
@@ -158,15 +168,24 @@ class Gidd(Method):
 
 
 def _conversations(
-    batch: NoisedBatch, predicted: npt.NDArray[np.bool_], process: NoiseProcess, conditioning: ConditioningConfig | None
+    batch: NoisedBatch,
+    predicted: npt.NDArray[np.bool_] | None,
+    documents: npt.NDArray[np.int64] | None,
+    process: NoiseProcess,
+    conditioning: ConditioningConfig | None,
 ) -> NoisedBatch:
     """Return a batch in which what is not predicted is clean, and a prompt up to the first token that is predicted.
 
-    It is a prompt only where training has prompts, which then attend to themselves alone.
+    It is a prompt only where training has prompts, which then attend to themselves alone. Text, whose tokens are all
+    predicted, is returned as it is.
     """
-    from megadiff.diffusion.noising import with_given
+    from megadiff.diffusion.noising import with_documents, with_given
 
+    if predicted is None:
+        return batch
     batch = with_given(batch, predicted, process)
+    if documents is not None:
+        return with_documents(batch, documents)
     if conditioning is None or conditioning.trained_prompt_attention == "full":
         return batch
     return batch._replace(prompt_length=batch.is_noisy.cumsum(1).eq(0).sum(1))
@@ -206,11 +225,12 @@ def diffusion_bound(
         index: npt.NDArray[np.int64],
         level: int,
         predicted: npt.NDArray[np.bool_] | None = None,
+        documents: npt.NDArray[np.int64] | None = None,
     ) -> NoisedBatch:
         noised = evaluation_noise(
             clean, seed=SEED, sequence_index=index, level=level, num_levels=num_noise_levels, process=measured
         )
-        return noised if predicted is None else _conversations(noised, predicted, measured, conditioning)
+        return _conversations(noised, predicted, documents, measured, conditioning)
 
     return EvalTask(
         objective=DiffusionObjective(

@@ -82,19 +82,20 @@ class NextToken(Method):
         sample_index: list[int],
         step_batch: StepBatch,
         predicted: npt.NDArray[np.bool_] | None = None,
+        documents: npt.NDArray[np.int64] | None = None,
     ) -> NoisedBatch:
-        """Shift the sequences by one token (`diffusion.next_token`)."""
+        """Shift the sequences, or each of their documents, by one token (`diffusion.next_token`)."""
         del sample_index, step_batch
         from megadiff.diffusion.next_token import next_token_batch
 
-        return next_token_batch(clean, start_id=self._start_id, predicted=predicted)
+        return next_token_batch(clean, start_id=self._start_id, predicted=predicted, documents=documents)
 
     def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:
         """Return the tokens that are predicted, or None for all."""
         return self._objective.loss_tokens(batch)
 
     def attention(self, batch: NoisedBatch) -> AttentionPattern:
-        """Return causal attention."""
+        """Return causal attention, within documents where sequences consist of several."""
         return self._objective.attention(batch)
 
     def loss_weights(self, batch: NoisedBatch) -> Tensor:
@@ -122,9 +123,10 @@ class NextToken(Method):
             index: npt.NDArray[np.int64],
             level: int,
             predicted: npt.NDArray[np.bool_] | None = None,
+            documents: npt.NDArray[np.int64] | None = None,
         ) -> NoisedBatch:
             del index, level
-            return next_token_batch(clean, start_id=self._start_id, predicted=predicted)
+            return next_token_batch(clean, start_id=self._start_id, predicted=predicted, documents=documents)
 
         return EvalTask(objective=self._objective, batch=batch, num_noise_levels=1)
 

@@ -30,7 +30,7 @@ class BidirectionalAttention(MegatronModule):
 
     A sequence whose first P tokens are a clean prompt takes two calls instead of one with an [S, S] mask: the prompt's
     queries over the prompt alone (all of it, or causally), the rest over everything. Causal attention over the whole
-    sequence is the case P = S.
+    sequence is the case P = S. A sequence of several documents takes a call for each of them.
 
     Source: arXiv:2512.10858's model; s = D^-1/2 q.k, then softcap * tanh(s / softcap), then softmax.
     """
@@ -73,13 +73,15 @@ class BidirectionalAttention(MegatronModule):
         Args:
             query: [S, B, H, D].
             key, value: [S, B, G, D].
-            attention_mask: None where every token sees every token; else [B] int64 on the CPU (reading it must not
-                wait for the device), the pattern's codes (`parallel.attention_pattern.AttentionPattern.codes`).
+            attention_mask: None where every token sees every token; else [B] or [B, K] int64 on the CPU (reading it
+                must not wait for the device), the codes of a `parallel.attention_pattern.AttentionPattern`.
 
         Returns:
             [S, B, H * D].
         """
         codes = [] if attention_mask is None else attention_mask.tolist()
+        if attention_mask is not None and attention_mask.dim() > 1:
+            return self._within_documents(query, key, value, codes)
         is_causal = common_attention(codes, length=query.shape[0])
         if is_causal is not None:
             return self.attend(query, key, value, is_causal=is_causal)
@@ -94,11 +96,26 @@ class BidirectionalAttention(MegatronModule):
     def _heads_first(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values [B, heads, S, D], the sink before keys and values."""
         q, k, v = query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        return q, *self._with_sink(k, v)
+
+    def _with_sink(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, heads, S, D] as `_attend` takes them, repeated if need be, behind the sink."""
         if self.queries_per_key > 1 and (self.sink_key is not None or self.softcap is not None):
             k, v = k.repeat_interleave(self.queries_per_key, 1), v.repeat_interleave(self.queries_per_key, 1)
         if self.sink_key is not None and self.sink_value is not None:
             k, v = _with_sink(k, self.sink_key), _with_sink(v, self.sink_value)
-        return q, k, v
+        return k, v
+
+    def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, codes: list[list[int]]) -> Tensor:
+        """Attend document by document; axes as in `forward`, and the codes of every sequence's documents."""
+        q, k, v = (x.permute(1, 2, 0, 3).split(1) for x in (query, key, value))
+        found = []
+        for sequence, own in zip(zip(q, k, v, strict=True), codes, strict=True):
+            lengths = [abs(code) for code in own if code]
+            parts = zip(*(x.split(lengths, dim=2) for x in sequence), strict=True)  # its gradient is one concatenation
+            attended = [self._attend(q, *self._with_sink(k, v), is_causal=own[0] < 0) for q, k, v in parts]
+            found.append(torch.cat(attended, dim=2))
+        return torch.cat(found).permute(2, 0, 1, 3).flatten(2)
 
     def _with_prompts(self, q: Tensor, k: Tensor, v: Tensor, codes: list[int]) -> Tensor:
         """Attend sequence by sequence, or all at once if every sequence has the same prompt; k and v hold the sink, if
@@ -137,7 +154,7 @@ class BidirectionalAttention(MegatronModule):
         return make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), sharded_offsets)
 
 
-def common_attention(codes: Sequence[int], *, length: int) -> bool | None:
+def common_attention(codes: Sequence[int] | Sequence[list[int]], *, length: int) -> bool | None:
     """Return whether attention is causal, if all sequences have the same: full or causal over all tokens.
 
     Args:

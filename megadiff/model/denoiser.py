@@ -57,15 +57,20 @@ class LMHead(ColumnParallelLinear):
     position, what predicts the token there."""
 
     def forward(  # type: ignore[override]
-        self, input_: Tensor, loss_fn: LossFn | None = None, embedding: Tensor | None = None
+        self,
+        input_: Tensor,
+        loss_fn: LossFn | None = None,
+        embedding: Tensor | None = None,
+        is_first: Tensor | None = None,
     ) -> Any:
         """Return (logits [sequence, batch, V / tp], None) as the parent class does, or the result of `loss_fn`.
 
-        A head without a weight of its own takes the `embedding`.
+        A head without a weight of its own takes the `embedding`. A head that is shifted needs to know which tokens
+        begin a document, [sequence, batch, 1] bool; None if only the first of a sequence does.
         """
         if loss_fn is None:
             logits, bias = super().forward(input_, weight=embedding)
-            return (_at_targets(logits) if self.is_shifted else logits), bias
+            return (_at_targets(logits, is_first) if self.is_shifted else logits), bias
         if runs_alone(self):
             whole = input_
         elif self.sequence_parallel:
@@ -74,12 +79,21 @@ class LMHead(ColumnParallelLinear):
             whole = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         weight = self.weight if embedding is None else embedding
         assert weight is not None
-        return loss_fn(_at_targets(whole) if self.is_shifted else whole, weight)
+        return loss_fn(_at_targets(whole, is_first) if self.is_shifted else whole, weight)
 
 
-def _at_targets(states: Tensor) -> Tensor:
-    """Move states [sequence, ...] by one position to the tokens that they predict; the first also stays."""
-    return torch.cat((states[:1], states[:-1]))
+def _at_targets(states: Tensor, is_first: Tensor | None) -> Tensor:
+    """Move states [sequence, ...] by one position to the tokens that they predict; the first ones also stay."""
+    moved = torch.cat((states[:1], states[:-1]))
+    return moved if is_first is None else torch.where(is_first, states, moved)
+
+
+def _first_tokens(attention: Tensor, length: int) -> Tensor:
+    """Return which tokens begin a document, [length, batch, 1] bool, from the codes of documents, [batch, K]."""
+    lengths = attention.abs()
+    starts = lengths.cumsum(1) - lengths  # of what fills a row of codes up, `length`
+    is_first = torch.zeros(len(lengths), length + 1, dtype=torch.bool).scatter_(1, starts, True)
+    return is_first[:, :length].t().unsqueeze(-1)
 
 
 class Denoiser(MegatronModule):
@@ -205,8 +219,8 @@ class Denoiser(MegatronModule):
         Args:
             input_ids: [batch, sequence] int64 on the first stage; elsewhere None is fine (hidden states arrive by
                 `set_input_tensor`) and the sequence length is the model's.
-            attention: [batch] int64 on the CPU, the codes of an `AttentionPattern`, or None if every token sees every
-                token.
+            attention: [batch] or [batch, K] int64 on the CPU, the codes of an `AttentionPattern`, or None if every
+                token sees every token.
             loss_fn: what to apply to the last hidden states and the LM head's weight instead of computing logits.
 
         Returns:
@@ -224,9 +238,12 @@ class Denoiser(MegatronModule):
         # A view, as the fused objective adds to the gradient buffer of a parameter, and returns the gradient of others;
         # in bf16 that gradient is rounded before it joins the embedding's.
         embedding = None if self.output_layer.weight is not None else self.head_weight.view_as(self.head_weight)
+        is_first = None
+        if self.output_layer.is_shifted and attention is not None and attention.dim() > 1:
+            is_first = _first_tokens(attention, length).to(hidden.device, non_blocking=True)
         if loss_fn is not None:
-            return self.output_layer(hidden, loss_fn, embedding)
-        logits, _ = self.output_layer(hidden, embedding=embedding)
+            return self.output_layer(hidden, loss_fn, embedding, is_first)
+        logits, _ = self.output_layer(hidden, embedding=embedding, is_first=is_first)
         return logits
 
     def _run_block(self, hidden: Tensor | None, attention: Tensor | None, rotation: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class DeviceBatch(NamedTuple):
     """A microbatch on its device."""
 
     sequences: NoisedBatch
-    """Sequences on the device, except the prompt lengths, which stay on the CPU."""
+    """Sequences on the device, except prompt lengths and documents, which stay on the CPU."""
     active_indices: Tensor | None
     """Positions, sequence first, of the tokens that can have a loss (`Objective.loss_tokens`); None for all."""
     attention: AttentionPattern
@@ -81,10 +81,11 @@ class ShardedObjective:
     def place(self, sequences: NoisedBatch, device: torch.device) -> DeviceBatch:
         """Move a microbatch to the device, after determining on the host which of its tokens count."""
         active_indices = self.objective.loss_tokens(sequences)
-        moved = NoisedBatch(*(_moved(field, device) for field in sequences))
+        host = sequences._replace(documents=None)
+        moved = NoisedBatch(**{name: _moved(column, device) for name, column in host.columns().items()})
         if active_indices is not None:
             active_indices = _moved(active_indices, device)
-        moved = moved._replace(prompt_length=sequences.prompt_length)
+        moved = moved._replace(prompt_length=sequences.prompt_length, documents=sequences.documents)
         return DeviceBatch(moved, active_indices, self.objective.attention(sequences))
 
     def forward(self, chunk: ModelChunk, placed: DeviceBatch) -> Any:
@@ -120,7 +121,9 @@ class DiffusionObjective:
     """Whether tokens of a clean prompt attend only to themselves and those before them."""
 
     def attention(self, batch: NoisedBatch) -> AttentionPattern:
-        """Return full attention, except that a clean prompt attends to itself alone."""
+        """Return full attention, except that a clean prompt, and each of several documents, attends to itself alone."""
+        if batch.documents is not None:
+            return AttentionPattern.within(batch.documents)
         return AttentionPattern.prefix(batch.prompt_length, is_causal=self.is_causal_prompt)
 
     def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:
@@ -163,7 +166,9 @@ class NextTokenObjective:
     loss_kernel: LossKernel = fused_objective
 
     def attention(self, batch: NoisedBatch) -> AttentionPattern:
-        """Return causal attention over whole sequences."""
+        """Return causal attention over whole sequences, or within each of their documents."""
+        if batch.documents is not None:
+            return AttentionPattern.within(batch.documents, is_causal=True)
         return AttentionPattern.causal(*batch.noised.shape)
 
     def loss_tokens(self, batch: NoisedBatch) -> Tensor | None:

@@ -83,8 +83,9 @@ def _tokens(tokens: Sequence[ShownToken], *, is_input: bool, is_shifted: bool) -
 
 def _about(place: int, token: ShownToken) -> str:
     weight = "unknown" if token.weight is None else f"{token.weight:.6g}"
+    where = "behind the last document" if token.document is None else f"document {token.document}"
     return (
-        f"position {place}, document {token.document}: target {token.clean} {one_line(token.clean_text)!r}, input "
+        f"position {place}, {where}: target {token.clean} {one_line(token.clean_text)!r}, input "
         f"{token.noised} {one_line(token.noised_text)!r}, {token.state}{', inserted pad' * token.is_inserted}, log-SNR "
         f"{token.log_snr:+.4f}, loss weight {weight if token.state != 'given' else '0 (noise-free)'}"
     )

@@ -153,7 +153,7 @@ def sequence_facts(found: ShownSequence, *, is_shifted: bool) -> list[tuple[str,
             "first token",
             f"{origin.prefix}: token {origin.token:,}, document {origin.document:,}, position {origin.within:,}",
         ),
-        ("documents", f"{len({token.document for token in tokens}):,}, of which {begun:,} begin here"),
+        ("documents", f"{len({token.document for token in tokens} - {None}):,}, of which {begun:,} begin here"),
     ]
     if not is_shifted:
         facts.append(("noise", _noise(found)))
@@ -220,7 +220,7 @@ def _table(tokens: Sequence[ShownToken]) -> list[str]:
     head = "position document    target text         input text         state    log-SNR     weight"
     lines = [f"  {head}"]
     for place, token in enumerate(tokens):
-        document = f"{'¶' if token.begins_document else ''}{token.document}"
+        document = f"{'¶' if token.begins_document else ''}{'' if token.document is None else token.document}"
         texts = [repr(one_line(text)) if text else "" for text in (token.clean_text, token.noised_text)]
         weight = f"{token.weight:.6g}" if token.weight is not None else "?"
         state = f"{token.state}{'+pad' if token.is_inserted else ''}"

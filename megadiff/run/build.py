@@ -290,4 +290,5 @@ def sequence_loader(
         shard=DataShard(batch.micro_batch_size, dp_rank=topology.data_rank, dp_size=topology.layout.data),
         first_step=first_step,
         predicted=prepared.data.predicted,
+        documents=prepared.data.documents,
     )

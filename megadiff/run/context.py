@@ -24,7 +24,7 @@ from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import ShortageError
 from megadiff.loss.choice import LossKernel
-from megadiff.methods import Method, MethodContext, build_method, refuse_conversations
+from megadiff.methods import Method, MethodContext, build_method, refuse_conversations, refuse_packing
 from megadiff.model import cost
 from megadiff.model.kernels import check_kernels
 from megadiff.parallel.config import Layout
@@ -74,6 +74,8 @@ class RunContext:
         method = build_method(config.method, context)
         if (key := self.data.conversations_key) is not None:
             refuse_conversations(method, key)
+        if (key := self.data.packed_key) is not None:
+            refuse_packing(method, key)
         return method
 
     def epochs_after(self, step: int) -> dict[str, float]:

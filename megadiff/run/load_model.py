@@ -14,6 +14,7 @@ from torch import Tensor
 from megadiff.checkpoint.folder import chosen
 from megadiff.checkpoint.load import load
 from megadiff.checkpoint.manifest import Manifest, read_manifest
+from megadiff.data.division import Padding, padding_of
 from megadiff.data.open import open_validation
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess
@@ -69,12 +70,14 @@ class InferenceModel:
         return self.manifest.prepended_bos
 
     @property
-    def _padding(self) -> str | None:
-        """The value of `data.padding`: as in training, or for a model trained on text a noise-free token, if any."""
-        if trained := self.manifest.config.get("data", {}).get("padding"):
-            return trained
+    def _padding(self) -> Padding | None:
+        """What fills conversations up: as in training, or for a model trained on text a noise-free token, if any."""
+        data = self.manifest.config.get("data", {})
+        if trained := data.get("padding"):
+            return padding_of(trained, self.tokenizer, packing=data.get("packing", False))
         tokens = {"eos": self.tokenizer.eos_id, "pad": self.tokenizer.pad_id}
-        return next((name for name, token in tokens.items() if token is not None), None)
+        policy = next((name for name, token in tokens.items() if token is not None), None)
+        return padding_of(policy, self.tokenizer)
 
     def denoise(self, ids: Tensor, prompt_length: int = 0) -> Tensor:
         """Map token ids [B, L] to logits [B, L, V], float32 or bf16 as loaded.

@@ -25,7 +25,7 @@ from megadiff.config.load import load_config
 from megadiff.data.loader import Microbatch
 from megadiff.data.sequences import Origin
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.diffusion.noising import NoisedBatch
+from megadiff.diffusion.noising import NoisedBatch, joined_batches
 from megadiff.diffusion.objective import Terms
 from megadiff.errors import CheckpointError, ConfigError
 from megadiff.loss.inputs import LossOutput, VocabShard
@@ -108,7 +108,7 @@ class Replayed:
 
     def save(self, path: Path) -> None:
         """Write the batch and its per-token figures as a compressed `.npz`."""
-        arrays: dict[str, Any] = {name: value.numpy() for name, value in self.batch._asdict().items()}
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in self.batch.columns().items()}
         arrays |= {"loss": self.loss_of_tokens.numpy(), "elbo": self.elbo_of_tokens.numpy()}
         with path.open("wb") as file:
             np.savez_compressed(file, samples=np.array([sequence.sample for sequence in self.sequences]), **arrays)
@@ -212,7 +212,7 @@ class _Opened:
         return self.train_step([microbatch.content for microbatch in microbatches], lr)
 
     def _described(self, step: int, microbatches: Sequence[Microbatch[NoisedBatch]], output: StepOutput) -> Replayed:
-        batch = NoisedBatch(*(torch.cat(column) for column in zip(*(m.content for m in microbatches), strict=True)))
+        batch = joined_batches([microbatch.content for microbatch in microbatches])
         loss, elbo = (torch.cat([getattr(terms, name) for terms in self.recorded.found]) for name in ("loss", "elbo"))
         samples = [sample for microbatch in microbatches for sample in microbatch.samples]
         sequences = [self._sequence(place, sample, batch, loss, elbo) for place, sample in enumerate(samples)]
@@ -253,7 +253,7 @@ class _Opened:
             self.train_step, micro_batch_size=1, check=lambda loss, norm: StepDecision("spike")
         )  # no update
         for place, sample in enumerate(samples):
-            sequence = NoisedBatch(*(column[place : place + 1] for column in batch))
+            sequence = batch.part(slice(place, place + 1))
             if not math.isfinite(alone([sequence], 0.0).grad_norm):
                 return sample
         return None

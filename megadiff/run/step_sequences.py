@@ -49,8 +49,9 @@ class ShownToken(NamedTuple):
     log_snr: float
     weight: float | None
     """Loss weight (`Method.loss_weights`); None if the method has none."""
-    document: int
-    """Index of the target's document in its source; of an inserted pad, that of the next token."""
+    document: int | None
+    """Index of the target's document in its source; of an inserted pad, that of the next token; None behind the last of
+    several conversations in a sequence."""
     begins_document: bool
     """Whether it is the first token of its document."""
     is_inserted: bool
@@ -151,6 +152,7 @@ def step_sequences(
         shard=DataShard(micro),
         first_step=step - 1,
         predicted=prepared.data.predicted,
+        documents=prepared.data.documents,
         prefetch=1,
     )
     with loader:
@@ -207,7 +209,7 @@ def _shown(microbatch: Microbatch[NoisedBatch], prepared: RunContext, method: Me
         _shown_sequence(
             prepared,
             sample,
-            NoisedBatch(*(column[place] for column in microbatch.content)),
+            microbatch.content.part(place),
             weights[place].tolist() if weights is not None else None,
             is_shifted=method.adds_start_token,
         )
@@ -224,14 +226,17 @@ def _shown_sequence(
     source, stream = data.sources[place.source], data.train.sources[place.source]
     clean, noised, noisy = batch.clean.tolist(), batch.noised.tolist(), batch.is_noisy.tolist()
     at = batch.source.tolist()
-    borders = [(0, origin.document)]  # a conversation with what fills it up
+    borders: Sequence[tuple[int, int | None]] = [(0, origin.document)]  # a conversation with what fills it up
     if not source.reader.has_spans:
         borders = document_borders(source.reader, origin.token, len(clean))
+    elif (numbers := data.train.documents([sample])) is not None:
+        held = data.train.held(sample) or []
+        borders = [*held, (int((numbers[0] < len(held)).sum()), None)]
     starts = [start for start, _ in borders]
     documents = [borders[bisect_right(starts, position) - 1][1] for position in at]
     inserted = [after == here for here, after in pairwise(at)]
     inserted.append(clean[-1] == tokenizer.pad_id and prepared.config.conditioning.pad_insertion > 0 and not is_shifted)
-    first = {start for start in starts if start or not origin.within}
+    first = {start for start, document in borders if document is not None and (start or not origin.within)}
     states: list[State] = [
         _state(*token, is_noisy=is_noisy, mask_id=tokenizer.mask_id, is_shifted=is_shifted)
         for *token, is_noisy in zip(clean, noised, noisy, strict=True)

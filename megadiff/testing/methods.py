@@ -131,7 +131,7 @@ def check_batches(method: Method, *, length: int = 16) -> None:
     order = np.random.default_rng(1).permutation(_SEQUENCES)
     mixed = method.batch(clean[order], [samples[i] for i in order], step)
     alone = [method.batch(clean[i : i + 1], [samples[i]], step) for i in range(_SEQUENCES)]
-    for name, value in whole._asdict().items():
+    for name, value in whole.columns().items():
         assert torch.equal(value[order], getattr(mixed, name)), f"batch: {name} depends on the order of the sequences"
         parts = torch.cat([getattr(one, name) for one in alone])
         assert torch.equal(value, parts), f"batch: {name} of a sequence depends on its microbatch"
@@ -146,6 +146,8 @@ def check_batches(method: Method, *, length: int = 16) -> None:
     _check_weights(method, whole, counted)
     if "predicted" in signature(method.batch).parameters:
         _check_predicted(method, clean, samples, step)
+    if "documents" in signature(method.batch).parameters:
+        _check_documents(method, clean, samples, step)
 
 
 def _check_predicted(method: Method, clean: npt.NDArray[np.int64], samples: list[int], step: StepBatch) -> None:
@@ -162,8 +164,28 @@ def _check_predicted(method: Method, clean: npt.NDArray[np.int64], samples: list
         assert torch.equal(found.noised[given], found.clean[given]), "batch: a given token is changed"
     _check_weights(method, found, method.loss_tokens(found))
     mine = method.batch(clean[3:4], samples[3:4], step, predicted[3:4])
-    for name, value in found._asdict().items():
+    for name, value in found.columns().items():
         assert torch.equal(value[3:4], getattr(mine, name)), f"batch: {name} of a conversation depends on others"
+
+
+def _check_documents(method: Method, clean: npt.NDArray[np.int64], samples: list[int], step: StepBatch) -> None:
+    """Check that several conversations in a sequence are kept apart, with the noise of one."""
+    predicted = np.random.default_rng(3).random(clean.shape) < 0.7
+    documents = (np.arange(clean.shape[1]) >= np.arange(clean.shape[0])[:, None]).astype(np.int64)
+    one, found = (method.batch(clean, samples, step, predicted, *more) for more in ((), (documents,)))
+    assert torch.equal(one.is_noisy, found.is_noisy), "batch: is_noisy depends on documents"
+    assert torch.equal(one.log_snr, found.log_snr), "batch: log_snr depends on documents"
+    wanted = torch.from_numpy(documents).gather(1, found.source)
+    assert found.documents is not None, "batch: it does not hand on documents"
+    assert torch.equal(found.documents, wanted), "batch: documents do not follow the tokens"
+    lengths = method.attention(found).documents
+    assert lengths is not None, "attention: it does not keep documents apart"
+    for row, own in zip(wanted, lengths.tolist(), strict=True):
+        counts = row.unique_consecutive(return_counts=True)[1].tolist()
+        assert [length for length in own if length] == counts, "attention: documents have other lengths"
+    mine = method.batch(clean[3:4], samples[3:4], step, predicted[3:4], documents[3:4])
+    for name, value in found.columns().items():
+        assert torch.equal(value[3:4], getattr(mine, name)), f"batch: {name} of documents depends on other sequences"
 
 
 def _check_weights(method: Method, batch: NoisedBatch, counted: Tensor | None) -> None:

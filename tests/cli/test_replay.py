@@ -66,7 +66,7 @@ def replayed(run: Path, step: int, overrides=(), *, save: Path | None = None):
         digests = {}
         for place, sequence in enumerate(values.sequences):
             digest = hashlib.sha256()
-            for column in values.batch:
+            for column in values.batch.columns().values():
                 digest.update(column[place].numpy().tobytes())
             digests[sequence.sample] = digest.hexdigest()
         return digests

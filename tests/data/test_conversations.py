@@ -420,7 +420,8 @@ def test_given_tokens_are_clean_and_the_others_noised_as_in_text(shift):
 def test_padding_needs_its_token():
     byte = ByteTokenizer()
     assert padding_of(None, byte) is None
-    assert [padding_of(name, byte) for name in ("predicted_eos", "eos", "pad")] == [(1, True), (1, False), (2, False)]
+    found = [padding_of(name, byte) for name in ("predicted_eos", "eos", "pad")]
+    assert found == [(1, True, False), (1, False, False), (2, False, False)]
     byte.pad_id = None
     with pytest.raises(DataError, match=r"data.padding is pad, but the tokenizer byte has no pad token; set it to eos"):
         padding_of("pad", byte)

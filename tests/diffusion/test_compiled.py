@@ -66,7 +66,7 @@ def both(monkeypatch, machine_code: ModuleType, *arguments: Any, **options: Any)
 
 
 def assert_same(one: NoisedBatch, other: NoisedBatch) -> None:
-    for name, values in one._asdict().items():
+    for name, values in one.columns().items():
         found = getattr(other, name)
         assert (values.dtype, values.shape) == (found.dtype, found.shape), name
         assert torch.equal(values, found), name

@@ -50,7 +50,7 @@ def test_a_sequence_depends_on_its_index_alone(global_batch):
     pieces = [order[:1], order[1:6], order[6:]]
     for piece in pieces:
         part = noised(clean[piece], index[piece], conditioning=EVERYTHING, global_batch=global_batch)
-        for name, values in part._asdict().items():
+        for name, values in part.columns().items():
             assert torch.equal(values, getattr(whole, name)[torch.from_numpy(piece)]), name
 
 
@@ -65,7 +65,7 @@ def test_sequences_may_be_worked_on_in_blocks_of_any_size(tokens, monkeypatch):
     want = made()
     monkeypatch.setattr(noising, "_BLOCK_TOKENS", tokens)
     for one, other in zip(want, made(), strict=True):
-        for name, values in one._asdict().items():
+        for name, values in one.columns().items():
             assert torch.equal(values, getattr(other, name)), name
 
 

@@ -91,8 +91,8 @@ def test_a_share_of_sequences_predicts_next_tokens(corpus, tmp_path):
     assert weights is not None
     assert weights[chosen].unique().tolist() == [0.0, 0.25]
     _, plain = batch_of(adaptation(corpus, tmp_path), 2000)
-    for one, other in zip(batch, plain, strict=True):
-        assert torch.equal(one[~chosen], other[~chosen])
+    for name, one in batch.columns().items():
+        assert torch.equal(one[~chosen], getattr(plain, name)[~chosen])
     _, longer = batch_of(method, 2500)
     assert torch.equal((longer.pattern == NoisePattern.NEXT_TOKEN)[:2000], chosen)
 
@@ -146,7 +146,7 @@ def test_a_microbatch_of_one_kind_alone_has_its_loss(corpus, tmp_path):
     chosen = batch.pattern == NoisePattern.NEXT_TOKEN
 
     def loss(which: Any) -> float:
-        part = type(batch)(*(column[which] for column in batch))
+        part = batch.part(which)
         placed = DeviceBatch(part, method.loss_tokens(part), method.attention(part))
         return float(method.loss(hidden[:, which], head, placed, VocabShard.of(head, method.process)).loss)
 

@@ -109,7 +109,7 @@ def test_reports_of_two_halves_add_up_to_that_of_the_whole():
     sequences = noised(CONDITIONING)
     terms = drawn_terms(sequences)
     halves = [
-        report_sums(Terms(*(term[:, part] for term in terms)), NoisedBatch(*(field[part] for field in sequences)))
+        report_sums(Terms(*(term[:, part] for term in terms)), sequences.part(part))
         for part in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))
     ]
     whole = report_sums(terms, sequences)

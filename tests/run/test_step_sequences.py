@@ -57,7 +57,7 @@ def _taken(config, world_size, options):
     found = {}
 
     def record(sample, sequence):
-        found[sample] = {name: column.tolist() for name, column in sequence._asdict().items()}
+        found[sample] = {name: column.tolist() for name, column in sequence.columns().items()}
 
     run.microbatches = watched(run.microbatches, run, config.batch.micro_batch_size, record)
     run.train()

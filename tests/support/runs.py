@@ -141,7 +141,7 @@ def _hashed(
 
     def add(sample: int, sequence: NoisedBatch) -> None:
         digest = hashlib.sha256()
-        for field in sequence:
+        for field in sequence.columns().values():
             digest.update(field.numpy().tobytes())
         hashes[sample] = digest.hexdigest()
 
@@ -164,7 +164,7 @@ def watched(
                 microbatch=microbatch,
             )
             for place, sample in enumerate(samples):
-                see(sample, NoisedBatch(*(column[place] for column in sequences)))
+                see(sample, sequences.part(place))
             yield sequences
 
 
