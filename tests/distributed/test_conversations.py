@@ -20,12 +20,14 @@ from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.run.load_model import load_model
 from megadiff.testing.toy_run import SAVED, STEPS, copy_as_killed, figures, toy_config, wire_on_rank
 from tests.support.ranks import on_ranks
+from tests.support.runs import GIDD_BLOCK
 
 TOLERANCE = 5e-5
 LAYOUTS = {
     "tensor and data parallel": (4, {"parallel__tensor": 2, "parallel__sequence": True}),
     "pipeline parallel": (2, {"parallel__pipeline": 2}),
 }
+PACKED = {"data__padding": "eos", "data__packing": True, "model__seq_length": 20}
 RUNS = {
     "masked": {"noise__shift": "masked", "data__padding": "predicted_eos"},
     "mixed noise, prompts and empty tokens": {
@@ -34,6 +36,20 @@ RUNS = {
         "conditioning": {"prompt": 0.2, "infilling": 0.2, "pad_insertion": 0.2, "prompt_attention": "causal"},
     },
     "next token": {"method__name": "next_token", "data__padding": "eos"},
+    "packed, with empty tokens": {
+        **PACKED,
+        "noise__shift": "balanced",
+        "model__alignment": "shifted",
+        "conditioning": {"infilling": 0.2, "pad_insertion": 0.2},
+    },
+    "packed, next token, recomputed": {**PACKED, "method__name": "next_token", "parallel__recompute": "full"},
+    "packed, gidd's block": {
+        **PACKED,
+        **{f"model__{key}": value for key, value in GIDD_BLOCK.items()},
+        "noise__shift": "masked",
+        "parallel__recompute": "selective",
+        "parallel__recompute_modules": ["core_attn", "layernorm", "mlp"],
+    },
 }
 
 
@@ -85,6 +101,7 @@ def test_every_layout_and_a_resume_give_one_curve(name, tmp_path):
         wanted = wanted or found
         for one, other in zip(found, wanted, strict=True):
             assert one.get("noisy_tokens") == other.get("noisy_tokens"), layout
+            assert one.get("flops") == other.get("flops"), layout
             for key in {"loss", "elbo", "grad_norm", "eval_elbo"} & one.keys():
                 assert one[key] == pytest.approx(other[key], rel=TOLERANCE, abs=TOLERANCE), (layout, one["step"], key)
 

@@ -31,7 +31,7 @@ def seen_by(prompt, is_causal):
     return seen
 
 
-def dense(q, k, v, *, softcap=None, sink=None, prompts=(0,) * B, is_causal=False):
+def dense(q, k, v, *, softcap=None, sink=None, prompts=(0,) * B, is_causal=False, documents=None):
     """softmax(cap(q.k / sqrt D)) v for [S, B, H, D], the sink merged as out = (e^lse o + e^s v_b) / (e^lse + e^s).
 
     Head h of queries meets head h // (H / G) of G heads of keys and values.
@@ -44,6 +44,9 @@ def dense(q, k, v, *, softcap=None, sink=None, prompts=(0,) * B, is_causal=False
     out = torch.empty(S, B, H, D, dtype=torch.float64)
     for b, prompt in enumerate(prompts):
         seen = seen_by(prompt, is_causal)[:, 1:]
+        if documents is not None:
+            seen = documents[b][:, None] == documents[b]
+            seen = seen.tril() if is_causal else seen
         for h in range(H):
             scores = cap(q[:, b, h] @ k[:, b, h // together].T / math.sqrt(D)).masked_fill(~seen, -math.inf)
             lse = scores.logsumexp(-1, keepdim=True)
@@ -91,6 +94,25 @@ def test_attention_is_the_dense_softmax(groups, sink, softcap, prompts, is_causa
     values = (built.sink_key.detach(), built.sink_value.detach()) if sink else None
     wanted = dense(q, k, v, softcap=softcap, sink=values, prompts=prompts, is_causal=is_causal)
     torch.testing.assert_close(built(q, k, v, codes).detach(), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [H, 1])
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_documents_attend_to_themselves_alone(groups, sink, softcap, is_causal):
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0] * S, [0, 1, 1, 1, 1, 1, 2]])
+    leaves = [(3 * drawn(S, B, heads, D, seed=i)).requires_grad_() for i, heads in enumerate((H, groups, groups))]
+    built = module(softcap, sink, groups)
+    codes = AttentionPattern.within(documents, is_causal=is_causal).codes()
+    values = (built.sink_key, built.sink_value) if sink else None
+    leaves += values or []
+    found = built(*leaves[:3], codes)
+    wanted = dense(*leaves[:3], softcap=softcap, sink=values, is_causal=is_causal, documents=documents)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    weights = drawn(S, B, H * D, seed=7)
+    for one, other in zip(*(torch.autograd.grad((x * weights).sum(), leaves) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_a_sequence_without_a_prompt_needs_no_code():

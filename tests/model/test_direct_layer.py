@@ -20,6 +20,8 @@ PATTERNS = {
     "causal": [-LENGTH, -LENGTH, -LENGTH],
     "prompts": [0, 5, 7],
     "causal prompts": [-3, -LENGTH, -3],
+    "documents": [[LENGTH, 0, 0], [3, 5, 8], [15, 1, 0]],
+    "causal documents": [[-LENGTH, 0, 0], [-3, -5, -8], [-15, -1, 0]],
 }
 BLOCKS = {
     "plain": {"hidden": 64, "heads": 2},
@@ -113,7 +115,7 @@ def _compiled():
     eager, compiled = _chunk(model, "fp32"), _chunk(model, "fp32", compile=True)
     ids = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(2))
     graphs, differences = {}, {}
-    for name in ("prompts", "causal"):
+    for name in ("prompts", "documents", "causal"):
         codes = torch.tensor(PATTERNS[name])
         for chunk in (eager, compiled):
             chunk.zero_grad()
@@ -131,9 +133,9 @@ def _compiled():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_blocks_have_the_gradients_of_plain_ones():
-    """Sequences with prompts of their own and evaluation are not compiled: they agree in every bit."""
+    """Sequences with prompts or documents of their own and evaluation are not compiled: they agree in every bit."""
     differences, graphs, same = on_ranks(1, _compiled)[0]
-    assert graphs == {"prompts": 0, "causal": 1}
-    assert max(differences["prompts"]) == 0.0
+    assert graphs == {"prompts": 0, "documents": 0, "causal": 1}
+    assert max(differences["prompts"]) == max(differences["documents"]) == 0.0
     assert 0.0 < max(differences["causal"]) < 2e-6
     assert same
