@@ -71,7 +71,7 @@ class InferenceModel:
 
     @property
     def _padding(self) -> Padding | None:
-        """What fills conversations up: as in training, or for a model trained on text a noise-free token, if any."""
+        """The token that fills conversations up: as in training, or one without noise for a model trained on text."""
         data = self.manifest.config.get("data", {})
         if trained := data.get("padding"):
             return padding_of(trained, self.tokenizer, packing=data.get("packing", False))

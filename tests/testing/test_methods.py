@@ -26,7 +26,7 @@ HALVES = {name: LAYOUTS[name] for name in ("one rank", "tensor parallel")}
 @pytest.fixture(scope="module")
 def context(tmp_path_factory):
     folder = tmp_path_factory.mktemp("context")
-    conditioning = {"prompt": 0.5, "per_token_noise": 0.3, "infilling": 0.2}
+    conditioning = {"prompt": 0.5, "per_token_noise": 0.3, "infilling": 0.2, "pad_insertion": 0.3}
     config = toy_config(write_corpus(folder / "corpus", tokens=500), folder, conditioning=conditioning)
     return method_of(config).context
 
@@ -115,6 +115,26 @@ class Beyond(Gidd):
         return torch.tensor([3, batch.noised.numel()])
 
 
+class Together(Gidd):
+    """Attention across the documents of a sequence."""
+
+    def attention(self, batch):
+        return super().attention(batch._replace(documents=None))
+
+
+class Forgetful(Gidd):
+    def batch(self, clean, sample_index, step_batch, predicted=None, documents=None):
+        return super().batch(clean, sample_index, step_batch, predicted)
+
+
+class Unmoved(Gidd):
+    """Documents that do not follow the tokens behind an inserted pad."""
+
+    def batch(self, clean, sample_index, step_batch, predicted=None, documents=None):
+        batch = super().batch(clean, sample_index, step_batch, predicted)
+        return batch if documents is None else batch._replace(documents=torch.from_numpy(documents))
+
+
 class Twice(Gidd):
     def loss_tokens(self, batch):
         return torch.tensor([3, 3, 5])
@@ -133,6 +153,9 @@ class Twice(Gidd):
         (OnePrompt, r"prompt_length must have shape \[B\]"),
         (Beyond, "a position is too large"),
         (Twice, "a position comes twice"),
+        (Together, "attention: it does not keep documents apart"),
+        (Forgetful, "batch: it does not hand on documents"),
+        (Unmoved, "batch: documents do not follow the tokens"),
     ],
 )
 def test_a_wrong_batch_is_found(context, wrong, message):
