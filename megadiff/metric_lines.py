@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from megadiff.errors import StorageError
-from megadiff.untrusted_files import MAX_DEPTH, UnreadableFileError, is_deeper, lines, why
+from megadiff.files import MAX_DEPTH, UnreadableFileError, is_deeper, lines, why
 
 Line = dict[str, Any]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megadiff.config.load import load_config
-from megadiff.data.remote_files import corpus_path
+from megadiff.data.corpus_streams import corpus_path
 from megadiff.errors import ConfigError
 from megadiff.run.config import RunConfig
 

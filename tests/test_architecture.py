@@ -63,7 +63,7 @@ def cuda_words(path: Path) -> list[str]:
 
 
 WORDS_OF_THE_CONFIGURATION = {
-    "megadiff/config/other_names.py": 1,
+    "megadiff/config/suggestions.py": 1,
     "megadiff/run/config.py": 1,
     "megadiff/run/load_model.py": 1,
     "megadiff/export/opened.py": 1,

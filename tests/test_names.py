@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megadiff.config.load import load_config
-from megadiff.config.other_names import KEY_BY_OTHER_NAME
+from megadiff.config.suggestions import KEY_BY_OTHER_NAME
 from megadiff.errors import ConfigError
 from megadiff.run.config import RunConfig
 

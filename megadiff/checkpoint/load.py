@@ -14,8 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megadiff.checkpoint.folder import damaged, lost_since, newest_complete, set_aside, step_of, verify_files
 from megadiff.checkpoint.safe_metadata import read_index, unpickle_plain_objects_only
-from megadiff.checkpoint.save import library_failures, main_rank_reports
-from megadiff.checkpoint.snapshot import SavableOptimizer, model_key, sharded_state
+from megadiff.checkpoint.save import SavableOptimizer, library_failures, main_rank_reports, model_key, sharded_state
 from megadiff.errors import CheckpointError, StorageError
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology

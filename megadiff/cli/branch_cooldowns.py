@@ -76,8 +76,7 @@ def _trunk(path: Path) -> tuple[Path, Manifest]:
         CheckpointError: there is none, or it is not in the stable phase; the message names those that are.
     """
     from megadiff.checkpoint.folder import step_folders
-    from megadiff.checkpoint.manifest import read_manifest
-    from megadiff.checkpoint.path_kinds import no_checkpoint
+    from megadiff.checkpoint.manifest import no_checkpoint, read_manifest
 
     is_run = (path / "checkpoints").is_dir()
     if not is_run and path.absolute().parent.name != "checkpoints":

@@ -9,8 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megadiff.config.command_line import CommandParser
-from megadiff.data.indexed_format import bin_path, shard_folder, shard_prefixes, without_suffix
-from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
+from megadiff.data.indexed_format import (
+    TokenizerFacts,
+    bin_path,
+    shard_folder,
+    shard_prefixes,
+    tokenizer_facts,
+    without_suffix,
+)
 from megadiff.data.preprocess import ProgressReport
 from megadiff.data.scan import Scan, scan
 from megadiff.data.tokenizer_files import load_tokenizer

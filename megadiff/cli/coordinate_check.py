@@ -47,8 +47,7 @@ from megadiff.config.command_line import SettingsParser, refuse_unknown
 from megadiff.errors import ConfigError
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
-from megadiff.scaling.coordinates import HEAD_DIM, RULES, STEPS, bands_of, sizes
-from megadiff.scaling.optimum import Size, Verdict, judge
+from megadiff.scaling.optimum import HEAD_DIM, RULES, STEPS, Size, Verdict, bands_of, judge, sizes
 
 PRESET = Path(__file__).resolve().parents[2] / "examples" / "presets" / "gidd.yaml"
 

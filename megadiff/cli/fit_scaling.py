@@ -40,7 +40,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     _check(arguments)
 
-    from megadiff.scaling.fit_output import write_points
+    from megadiff.scaling.fit_record import write_points
     from megadiff.scaling.resampling import FitError
 
     output: Path = arguments.output
@@ -66,14 +66,14 @@ def main() -> None:
 
 def _gathered(arguments: argparse.Namespace) -> Gathered:
     """Return the points of the runs or of the CSV file."""
-    from megadiff.scaling import csv_points, points
+    from megadiff.scaling import points
 
     unknown = [reason for reason in arguments.keep if reason not in points.REASONS]
     if unknown:
         raise ConfigError(f"--keep {unknown[0]}: the reasons are {', '.join(points.REASONS)}")
     if arguments.csv is not None:
         names = _columns(arguments.columns)
-        gathered = csv_points.from_csv(arguments.csv, names, flop_count=arguments.flop_count)
+        gathered = points.from_csv(arguments.csv, names, flop_count=arguments.flop_count)
     else:
         found = [_run_folders(given) for given in arguments.runs]
         gathered = points.from_runs(
@@ -217,7 +217,7 @@ def _write(
     """Write the laws, tables, figures and the page."""
     from megadiff.files import write_atomically
     from megadiff.report.fit_page import fit_page
-    from megadiff.scaling.fit_output import write_fit
+    from megadiff.scaling.fit_record import write_fit
 
     found = write_fit(results, folder)
     drawn = []

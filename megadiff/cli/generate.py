@@ -120,7 +120,7 @@ def _sample(
 ) -> None:
     import torch
 
-    from megadiff.data.token_texts import token_text
+    from megadiff.data.tokenizers import token_text
     from megadiff.sampling.trace import LiveDenoising, Trace, printable, trace_page
 
     look = token_text(trained.tokenizer)

@@ -121,8 +121,7 @@ def _report(trained: InferenceModel, model: HarnessModel, results: dict[str, Any
 
 
 def _settings(arguments: argparse.Namespace) -> HarnessSettings:
-    from megadiff.eval.continuation import GenerationConfig
-    from megadiff.eval.harness import HarnessSettings
+    from megadiff.eval.harness import GenerationConfig, HarnessSettings
     from megadiff.eval.likelihood import BoundSettings
 
     sequences, seed = arguments.batch_size, arguments.seed

@@ -107,13 +107,13 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise ConfigError(f"--{option} must be at least {least}, got {value}")
     if arguments.html is not None:
-        from megadiff.report.page_file import check_page_file
+        from megadiff.report.markup import check_page_file
 
         check_page_file("--html", arguments.html)
 
 
 def _show_step(config: RunConfig, arguments: argparse.Namespace) -> None:
-    from megadiff.report.data_text import LEGEND, describe_sequence, describe_step
+    from megadiff.report.data_page import LEGEND, describe_sequence, describe_step
     from megadiff.run.resume import ResumeOptions
     from megadiff.run.step_sequences import step_sequences
 
@@ -131,12 +131,12 @@ def _show_step(config: RunConfig, arguments: argparse.Namespace) -> None:
 
 
 def _show_sources(config: RunConfig | None, arguments: argparse.Namespace) -> None:
-    from megadiff.data.indexed_manifest import tokenizer_facts
+    from megadiff.data.indexed_format import tokenizer_facts
     from megadiff.data.indexed_reader import IndexedReader
     from megadiff.data.preprocess import ProgressReport
     from megadiff.data.source_statistics import evenly, excerpts, statistics_of
-    from megadiff.data.token_texts import token_text
-    from megadiff.report.data_text import describe_source
+    from megadiff.data.tokenizers import token_text
+    from megadiff.report.data_page import describe_source
 
     prefixes = arguments.overrides
     if config is not None:
@@ -200,7 +200,7 @@ def _tokenizers(readers: list[IndexedReader], config: RunConfig | None, given: s
 
 
 def _write(path: Path, page: str) -> None:
-    from megadiff.report.page_file import write_page
+    from megadiff.report.markup import write_page
 
     write_page("--html", path, page)
     print(f"\n{path}: {len(page.encode()) / 1e6:.1f} MB")

@@ -214,8 +214,8 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 def _goal(arguments: argparse.Namespace, noise: str) -> Goal:
     from megadiff.platform.gpus import gpu
+    from megadiff.scaling.frontier import ModelSize
     from megadiff.scaling.goal import Goal, Hardware, check_goal
-    from megadiff.scaling.model_sizes import ModelSize
 
     hardware = Hardware(gpu(arguments.gpu), arguments.gpus or 1, arguments.mfu, arguments.hours)
     size = None if arguments.layers is None else ModelSize(arguments.layers, arguments.hidden)

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from megadiff.config.command_line import CommandParser
 from megadiff.errors import DataError
+from megadiff.files import UnreadableFileError, why
+from megadiff.files import lines as lines_of
 from megadiff.metric_lines import MAX_LINE_BYTES, number, parsed
-from megadiff.untrusted_files import UnreadableFileError, why
-from megadiff.untrusted_files import lines as lines_of
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

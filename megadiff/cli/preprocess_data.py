@@ -16,7 +16,7 @@ from megadiff.data.corpus_options import (
     describe_skipped,
 )
 from megadiff.data.documents import Corpus, sample
-from megadiff.data.indexed_manifest import IndexedManifest
+from megadiff.data.indexed_format import IndexedManifest
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.data.tokenizer_files import BACKENDS, chosen_backend
 from megadiff.errors import ConfigError
@@ -162,7 +162,7 @@ def _backend(args: argparse.Namespace, corpus: Corpus) -> str:
 def _make_shards(args: argparse.Namespace) -> None:
     from megadiff.data.shards.finish import finish, report_of
     from megadiff.data.shards.plan import UNIT_BYTES
-    from megadiff.data.shards.pool import make_shards
+    from megadiff.data.shards.work import make_shards
 
     started_s = time.monotonic()
     framing = _framing(args)

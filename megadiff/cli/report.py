@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--x", choices=("tokens", "steps"), default="tokens", help="x axis of the curves")
     arguments = parser.parse_args()
     output: Path = arguments.output
-    from megadiff.report.page_file import check_page_file, write_page
+    from megadiff.report.markup import check_page_file, write_page
 
     check_page_file("--output", output)
     from megadiff.report.page import report_page

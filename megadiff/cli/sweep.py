@@ -21,9 +21,8 @@ from megadiff.errors import ConfigError
 from megadiff.platform.gpus import DEFAULT_GPU, DEFAULT_MFU, check_mfu
 
 if TYPE_CHECKING:
-    from megadiff.run.sweep_folder import SweepPlan
-    from megadiff.run.sweep_status import RunState
-    from megadiff.scaling.sweep_power import SweepPower
+    from megadiff.run.sweep_folder import RunState, SweepPlan
+    from megadiff.scaling.power import SweepPower
 
 _EPILOG = """examples:
   megadiff sweep write examples/scaling/paper.yaml --dry-run --gpu h100 --run-noise 0.001
@@ -183,8 +182,8 @@ def _check_local(arguments: argparse.Namespace) -> None:
 
 def _train(folder: Path, jobs: int | None) -> None:
     """Train what is left of a written sweep in the local pool."""
+    from megadiff.run.sweep_folder import counts, states
     from megadiff.run.sweep_pool import WORKER_LOG, Pool, PoolError, start_worker
-    from megadiff.run.sweep_status import counts, states
 
     jobs = jobs or len(os.sched_getaffinity(0))
     print(f"{folder}: {counts(states(folder))}; {jobs} at a time", flush=True)
@@ -199,7 +198,7 @@ def _train(folder: Path, jobs: int | None) -> None:
 
 
 def _status(folder: Path, *, shows_all: bool) -> None:
-    from megadiff.run.sweep_status import counts, states
+    from megadiff.run.sweep_folder import counts, states
 
     found = states(folder)
     for noise in dict.fromkeys(each.noise for each in found):
@@ -221,7 +220,7 @@ def _table(shown: list[RunState]) -> Iterator[str]:
 def _dry_run(arguments: argparse.Namespace, plan: SweepPlan) -> Iterator[str]:
     """Yield runs, cost and power."""
     from megadiff.platform.gpus import gpu
-    from megadiff.scaling.sweep_power import sweep_power
+    from megadiff.scaling.power import sweep_power
 
     kind, runs, count = gpu(arguments.gpu), plan.runs, plan.sweep.budgets.flop_count
     per_hour = kind.peak_flops * arguments.mfu * 3600

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megadiff.config.nodes import COMMAND_LINE
-from megadiff.config.other_names import answer_elsewhere, key_elsewhere
 from megadiff.config.schema import dotted_keys
 from megadiff.config.section import Section
+from megadiff.config.suggestions import answer_elsewhere, key_elsewhere
 from megadiff.errors import ConfigError
 
 _WRONG_VALUE = re.compile(r"argument (?P<option>.*?): invalid (?P<type>float|int|_\w+) value: (?P<found>.*)", re.DOTALL)

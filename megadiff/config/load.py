@@ -21,7 +21,7 @@ from megadiff.config.nodes import COMMAND_LINE, Node, Place, merge, parse_yaml
 from megadiff.config.section import Section
 from megadiff.config.suggestions import similar_path
 from megadiff.errors import ConfigError
-from megadiff.untrusted_files import UnreadableFileError, read_text, why
+from megadiff.files import UnreadableFileError, read_text, why
 
 T = TypeVar("T", bound=Section)
 

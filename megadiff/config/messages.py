@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from megadiff.config import nodes, other_names, schema
+from megadiff.config import nodes, schema, suggestions
 from megadiff.config.command_line import similar_key
 from megadiff.config.nodes import COMMAND_LINE, Node, Place
 from megadiff.config.section import Section
@@ -166,7 +166,7 @@ def _wrong_type(mistake: Mistake, node: Node, kinds: Sequence[Any]) -> str:
         hint = near.replace("`", f"`{mistake.key}.{families[0].key}=", 1)
     elif isinstance(node.value, str) and not node.is_null and list(map(schema.is_list, kinds)) == [True]:
         hint = f"; a list of one item is written [{node.value}]"
-    elif isinstance(node.value, str) and (meant := other_names.MEANT_BY_VALUE.get(node.value.lower())) is not None:
+    elif isinstance(node.value, str) and (meant := suggestions.MEANT_BY_VALUE.get(node.value.lower())) is not None:
         hint = did_you_mean(meant, [str(choice) for kind in kinds for choice in schema.choices(kind)])
     elif isinstance(node.value, str):
         texts = [str(choice) for kind in kinds for choice in schema.choices(kind) if choice is not None]
@@ -217,12 +217,12 @@ def _meant(name: str, node: Node, full: str, keys: list[str], model: type[Sectio
     """Return the words between an unknown key and the keys of its section."""
     if isinstance(node.value, dict) and (inner := _meant_inside(node.value, full, model)):
         return f"; {inner} "
-    if (answer := other_names.answer_elsewhere(full)) is not None:
+    if (answer := suggestions.answer_elsewhere(full)) is not None:
         return f": {answer}; "
     elsewhere = [path for path in schema.dotted_keys(model) if path.split(".")[-1] == name]
     if len(elsewhere) == 1:  # the right name on the wrong level
         return f"; did you mean `{elsewhere[0]}`? "
-    if other_names.key_elsewhere(full) is None and (near := did_you_mean(name, keys)):
+    if suggestions.key_elsewhere(full) is None and (near := did_you_mean(name, keys)):
         section = full[: len(full) - len(name)]
         return f"{near.replace('`', f'`{section}', 1)} "
     similar = similar_key(full, model)

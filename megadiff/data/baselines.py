@@ -28,8 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.files import write_atomically
-from megadiff.untrusted_files import UnreadableFileError, read_json_object
+from megadiff.files import UnreadableFileError, read_json_object, write_atomically
 
 TRAINING_TOKENS = 2**22
 """Maximal number of training tokens to count, over all sources."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from megadiff.errors import DataError
-from megadiff.untrusted_files import UnreadableFileError, read_json_object, read_text, why
+from megadiff.files import UnreadableFileError, read_json_object, read_text, why
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of messages."""

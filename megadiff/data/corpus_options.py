@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 
 from megadiff.data.corpus_files import TextFields
-from megadiff.data.corpus_streams import expanded, kind_of
-from megadiff.data.document_filters import SPLITS, DocumentFilters
-from megadiff.data.documents import MAX_DOCUMENT_BYTES, TEXT_SPLITS, Corpus
-from megadiff.data.remote_files import CorpusPath
+from megadiff.data.corpus_streams import CorpusPath, expanded, kind_of
+from megadiff.data.documents import MAX_DOCUMENT_BYTES, SPLITS, TEXT_SPLITS, Corpus, DocumentFilters
 
 _MAX_LISTED_FILES = 20
 _INPUT_HELP = (

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadiff.data.document_filters import DIGEST_BYTES, digest
-from megadiff.data.documents import Corpus
+from megadiff.data.documents import DIGEST_BYTES, Corpus, digest
 from megadiff.data.indexed_format import StoredFile
 from megadiff.errors import DataError
 from megadiff.files import write_atomically

@@ -26,11 +26,11 @@ from megadiff.data.indexed_format import (
     bin_path,
     idx_path,
     manifest_path,
+    read_manifest,
     shard_folder,
     shard_prefixes,
     without_suffix,
 )
-from megadiff.data.indexed_manifest import read_manifest
 from megadiff.data.tokenizer_files import wrong_ids
 from megadiff.errors import DataError
 

@@ -17,7 +17,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from megadiff.data.batch_sizes import BatchSizes, StepBatch
+from megadiff.data.config import BatchSizes, StepBatch
 
 T = TypeVar("T")
 

@@ -10,25 +10,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadiff.data.budgets import Budgets, sample_counts, target_of
 from megadiff.data.config import DataConfig, SourceConfig, given_weights
-from megadiff.data.division import (
+from megadiff.data.indexed_reader import IndexedReader
+from megadiff.data.mixture import Budgets, Mixture, Position, Source, next_mixture, sample_counts, target_of
+from megadiff.data.sequences import (
     Division,
+    GrownSequences,
     PackedConversations,
+    PackedSequences,
     Padding,
+    TrainingSequences,
+    ValidationSequences,
     content_of,
     division_of,
     joined_documents,
     joined_masks,
     padding_of,
-)
-from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.mixture import Mixture, Position, Source, next_mixture
-from megadiff.data.sequences import (
-    GrownSequences,
-    PackedSequences,
-    TrainingSequences,
-    ValidationSequences,
 )
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, DataError

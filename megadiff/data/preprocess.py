@@ -7,14 +7,18 @@ text.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +31,50 @@ from megadiff.data.conversations import ConversationOptions, encoder_of
 from megadiff.data.corpus_streams import STDIN
 from megadiff.data.documents import Corpus, CorpusReport, Document, InputFile, utf8_length
 from megadiff.data.duplicates import find_repeats
-from megadiff.data.indexed_format import bin_path, idx_path, manifest_path, token_dtype
-from megadiff.data.indexed_manifest import IndexedManifest, InputFacts, tokenizer_facts
+from megadiff.data.indexed_format import (
+    IndexedManifest,
+    InputFacts,
+    bin_path,
+    idx_path,
+    manifest_path,
+    token_dtype,
+    tokenizer_facts,
+)
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizer_files import load_for_batches, wrong_ids
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.data.worker_processes import CONTEXT, begin_worker, interrupts_held_back
 from megadiff.errors import DataError
+
+CONTEXT = multiprocessing.get_context("spawn")
+"""Way of starting them: forked children would share the locks of the tokenizer library's threads and of open files."""
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Start processes without SIGINT: they never see Ctrl-C, not even during imports; this process sees it afterwards.
+
+    Ctrl-C reaches all processes of a terminal, but only the first process should end the others.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_worker() -> None:
+    """Set a worker process up: it uses one thread of the tokenizer library, and ends when its parent does."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are already parallel
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Exit when the parent exits: a worker holds both ends of its queue and would otherwise wait forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
 
 _LINE_EVERY_S = 10.0
 

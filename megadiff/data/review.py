@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megadiff.data.config import DataConfig
-from megadiff.data.division import Conversations, PackedConversations, content_of
 from megadiff.data.facts import SourceFacts, ValidationFacts
 from megadiff.data.mixture import Mixture, Position
 from megadiff.data.open import OpenData, TrainingSource, occurring_passages
-from megadiff.data.sequences import ValidationSequences
+from megadiff.data.sequences import Conversations, PackedConversations, ValidationSequences, content_of
 from megadiff.errors import SHOWN_DIGITS
 
 MOST_EPOCHS = 4

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadiff.data.indexed_format import StoredFile
-from megadiff.data.indexed_manifest import TokenizerFacts
+from megadiff.data.indexed_format import StoredFile, TokenizerFacts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.tokenizer_files import wrong_ids
 from megadiff.errors import SHOWN_DIGITS, DataError

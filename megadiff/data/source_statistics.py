@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megadiff.data.baselines import bigram_entropy, entropy
-from megadiff.data.indexed_manifest import TokenizerFacts
+from megadiff.data.indexed_format import TokenizerFacts
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.token_texts import token_texts
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers import Tokenizer, token_texts
 from megadiff.errors import DataError
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)

@@ -15,7 +15,7 @@ import tokenizers
 from megadiff.data.chat_template import TEMPLATE_FILE
 from megadiff.data.tokenizers._special import MASK_ID, MAX_CONFIG_BYTES, SENTENCEPIECE_KEY, SPECIAL_TOKENS
 from megadiff.errors import DataError
-from megadiff.untrusted_files import UnreadableFileError, read_json_object, read_text, why
+from megadiff.files import UnreadableFileError, read_json_object, read_text, why
 
 T = TypeVar("T")
 

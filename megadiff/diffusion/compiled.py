@@ -80,7 +80,6 @@ def load() -> Any:
 
         if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
             return None
-        from megadiff.diffusion import noise_plan
     except Exception as error:  # anything that numba, LLVM or the linker raise: numpy does the same work
         warnings.warn(f"training sequences are noised by numpy, since numba fails: {error}", stacklevel=2)
         return None

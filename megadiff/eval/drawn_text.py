@@ -10,8 +10,7 @@ from torch import Tensor
 
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.parallel.attention_pattern import AttentionPattern
-from megadiff.parallel.distributed_forward import DistributedForward
-from megadiff.parallel.pipeline import ModelChunk
+from megadiff.parallel.pipeline import DistributedForward, ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.sampling.sampler import Sampler
 from megadiff.sampling.trace import printable

@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.data.division import joined_masks
+from megadiff.data.sequences import joined_masks
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.errors import ConfigError
-from megadiff.loss.inputs import LossOutput
+from megadiff.loss.lm_head import LossOutput
 from megadiff.parallel.objective import DeviceBatch, Objective, ShardedObjective
 from megadiff.parallel.pipeline import ModelChunk, run_microbatches
 from megadiff.parallel.step_metrics import BIN_EDGES

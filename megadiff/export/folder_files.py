@@ -10,12 +10,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from megadiff.checkpoint.durable import entry_of
-from megadiff.checkpoint.manifest import FileEntry
-from megadiff.checkpoint.path_kinds import what_it_is
+from megadiff.checkpoint.folder import entry_of
+from megadiff.checkpoint.manifest import FileEntry, what_it_is
 from megadiff.errors import CheckpointError, shown
-from megadiff.files import write_atomically
-from megadiff.untrusted_files import UnreadableFileError, open_plain, read_text, why
+from megadiff.files import UnreadableFileError, open_plain, read_text, why, write_atomically
 
 CONFIG = "config.json"
 TRAINING = "training.json"

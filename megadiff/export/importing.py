@@ -2,11 +2,16 @@
 
 It reads GIDD folders (this package's or the released `dvruette/gidd-*`) and those of the public models described in
 `architectures`. Only safetensors are read, and no code of the folder is run.
+
+The torch_dist format is independent of the layout: each tensor's index records the location of its parts, so one file
+written here can be loaded by any number of ranks. It holds no optimizer state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +20,20 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 import megadiff
+from megadiff.checkpoint.folder import entry_of
 from megadiff.checkpoint.manifest import FORMAT, Manifest
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
@@ -42,11 +59,115 @@ from megadiff.export.released_config import (
     noise_from,
     read_released,
 )
-from megadiff.export.training_checkpoint import write_training_checkpoint
-from megadiff.export.weight_files import TrainingTensor, WeightFiles, released_shapes, training_tensors
+from megadiff.export.weight_files import (
+    MODULES_WITH_EXTRA_STATE,
+    TrainingTensor,
+    WeightFiles,
+    released_shapes,
+    training_tensors,
+)
+from megadiff.files import UnreadableFileError, read_json_object, sync, why
 from megadiff.methods import METHODS, MethodConfig
 from megadiff.model.config import ModelConfig
-from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
+
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""Content of `metadata.json` as written by megatron-core 0.16."""
+
+Fetch = Callable[[TrainingTensor], Tensor]
+
+
+def write_training_checkpoint(
+    folder: Path,
+    tensors: Sequence[TrainingTensor],
+    fetch: Fetch,
+    *,
+    dtypes: dict[str, torch.dtype],
+    layers: int,
+    manifest: Manifest,
+) -> None:
+    """Write a complete checkpoint, its manifest last, into the empty `folder`.
+
+    Args:
+        folder: an empty folder.
+        tensors: tensors of the whole model, each block's separately.
+        fetch: returns one of them, of its shape; called once for each, in any order; the result is freed once written.
+        dtypes: type of each tensor, by key.
+        layers: number of blocks.
+        manifest: the manifest, whose `files` are filled in here.
+    """
+    parts = {(tensor.key, tensor.offset): tensor for tensor in tensors}
+    items = [_tensor_item(tensor, dtypes[tensor.key], layers) for tensor in tensors]
+    objects = [
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for module in MODULES_WITH_EXTRA_STATE
+        for layer in range(layers)
+    ]
+    items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
+    writer = _Writer(folder, single_file_per_rank=True, thread_count=1)
+    writer.set_up_storage_writer(True)
+    plan = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(items))])[0]
+    results = writer.write_data(plan, _Lazy(parts, fetch)).value()
+    writer.finish(Metadata(_index(tensors, dtypes, layers, objects)), [results])
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+    files = {path.name: entry_of(path) for path in sorted(folder.iterdir())}
+    manifest.model_copy(update={"files": files}).write(folder)
+    for path in folder.iterdir():
+        sync(path)
+
+
+def _tensor_item(tensor: TrainingTensor, dtype: torch.dtype, layers: int) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(tensor.offset), torch.Size(_stacked(tensor, 1)))
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(_stacked(tensor, layers)))
+    return WriteItem(MetadataIndex(tensor.key, chunk.offsets, tensor.layer or 0), WriteItemType.SHARD, tensor_data=data)
+
+
+def _stacked(tensor: TrainingTensor, layers: int) -> tuple[int, ...]:
+    return tensor.shape if tensor.layer is None else (layers, *tensor.shape)
+
+
+def _index(
+    tensors: Sequence[TrainingTensor], dtypes: dict[str, torch.dtype], layers: int, objects: Sequence[str]
+) -> dict[str, Any]:
+    index: dict[str, Any] = {}
+    for tensor in tensors:
+        item = _tensor_item(tensor, dtypes[tensor.key], layers)
+        assert item.tensor_data is not None
+        found = index.setdefault(
+            tensor.key, TensorStorageMetadata(item.tensor_data.properties, item.tensor_data.size, [])
+        )
+        found.chunks.append(item.tensor_data.chunk)
+    return index | {name: BytesStorageMetadata() for name in objects}
+
+
+class _Writer(FileSystemWriter):
+    """Writer that omits the folder's path from the index: no index may name that class, and the folder is temporary."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
+class _Lazy(DefaultSavePlanner):
+    """Planner that fetches each tensor only when torch's writer reaches it."""
+
+    def __init__(self, parts: dict[tuple[str, tuple[int, ...]], TrainingTensor], fetch: Fetch) -> None:
+        super().__init__()
+        self._parts, self._fetch = parts, fetch
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            nothing = io.BytesIO()
+            torch.save([None], nothing)  # one object of one rank, as megatron-core lists them
+            return nothing
+        assert write_item.tensor_data is not None
+        tensor = self._parts[write_item.index.fqn, tuple(write_item.tensor_data.chunk.offsets)]
+        return self._fetch(tensor).view(write_item.tensor_data.chunk.sizes)
+
 
 _MAX_BYTES = 2**23
 """Maximal size of a `config.json` or `training.json`; such files have a few thousand bytes."""

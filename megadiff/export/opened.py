@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megadiff.checkpoint.folder import chosen
-from megadiff.checkpoint.manifest import read_manifest
-from megadiff.checkpoint.path_kinds import what_it_is
+from megadiff.checkpoint.manifest import read_manifest, what_it_is
 from megadiff.platform.quiet import quiet
 
 if TYPE_CHECKING:

@@ -32,14 +32,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megadiff.checkpoint.durable import HashingFile, hashed_file
-from megadiff.checkpoint.manifest import FileEntry
-from megadiff.checkpoint.path_kinds import what_it_is
+from megadiff.checkpoint.folder import HashingFile, hashed_file
+from megadiff.checkpoint.manifest import FileEntry, what_it_is
 from megadiff.checkpoint.safe_metadata import read_index, unpickle_plain_objects_only
 from megadiff.errors import CheckpointError, shown
 from megadiff.export.folder_files import INDEX, WEIGHTS, WHOLE, plain_file
+from megadiff.files import UnreadableFileError, read_json_object, why
 from megadiff.model.config import ModelConfig
-from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
 
 MODULES_WITH_EXTRA_STATE = (
     "self_attention.linear_proj",

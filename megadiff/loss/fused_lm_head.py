@@ -31,13 +31,17 @@ The gradient needs none: each rank fills its own columns.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megadiff import loss
 from megadiff.diffusion.objective import (
     LOG_RHO_LIMIT,
     Terms,
@@ -46,9 +50,9 @@ from megadiff.diffusion.objective import (
     terms_from_sums,
 )
 from megadiff.diffusion.shapes import Bool, Float, Int
-from megadiff.loss import chunk_size
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard
-from megadiff.platform import float32_products
+from megadiff.errors import ConfigError
+from megadiff.loss.lm_head import LossInputs, LossOutput, LossSpec, VocabShard, plain_objective
+from megadiff.platform import matrix_products
 
 _CACHE_ELEMENTS = 2**17
 """Number of elements per block on the CPU, so that a pass's operations find them in the second-level cache."""
@@ -65,8 +69,8 @@ def add_product(
     """
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if is_first else 1, out=total)
-    elif total.is_cuda and not float32_products.problem_of(total.device):
-        float32_products.add_product(total, a, b, beta=0 if is_first else 1)
+    elif total.is_cuda and not matrix_products.problem_of(total.device):
+        matrix_products.add_product(total, a, b, beta=0 if is_first else 1)
     elif is_first:
         total.copy_(a @ b)
     else:
@@ -266,12 +270,12 @@ class _Job:
         """Return as few chunks as memory allows, of about equal size: each reads and writes dW once, however short."""
         count = self.tokens.log_snr.numel()
         even = -(-count // max(1, -(-count // self.chunk_tokens)))
-        size = max(1, min(self.chunk_tokens, -(-even // chunk_size.ROWS) * chunk_size.ROWS))
+        size = max(1, min(self.chunk_tokens, -(-even // loss.ROWS) * loss.ROWS))
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _chunk_tokens(weight: Float[Tensor, "V D"]) -> int:
-    logits = chunk_size.LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
+    logits = loss.LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
     return max(64, logits // max(1, weight.shape[0]))
 
 
@@ -441,3 +445,44 @@ def _gradient_arguments(
     if rho is not None:
         slope = slope * (total / rho)  # slope in y rather than in e
     return slope, g_t, g_z * is_kept - g_odds - through_total * e_clean, g_z
+
+
+LossKernelName = Literal["auto", "plain", "chunked", "triton"]
+LossKernel = Callable[..., LossOutput]
+"""Function (hidden, weight, tokens, spec, *, shard) -> `LossOutput`; see `fused_lm_head.fused_objective`."""
+
+
+def choose_loss_kernel(wanted: LossKernelName, *, is_cpu: bool) -> tuple[str, LossKernel]:
+    """Return the implementation's description, for the log, and the implementation.
+
+    Args:
+        wanted: auto takes triton on GPUs if it is installed, else chunked.
+        is_cpu: whether ranks run on the CPU, for which Triton has no compiler.
+
+    Raises:
+        ConfigError: triton was requested and cannot run here.
+    """
+    problem = _what_keeps_triton_away(is_cpu=is_cpu)
+    if wanted == "triton" and problem is not None:
+        raise ConfigError(
+            f"objective.loss_kernel is triton, but {problem}; set objective.loss_kernel to auto or chunked"
+        )
+    name, why = wanted, ""
+    if wanted == "auto":
+        name, why = ("triton", "") if problem is None else ("chunked", f", since {problem}")
+    kernels: dict[str, LossKernel] = {"plain": plain_objective, "chunked": fused_objective}
+    return name + why, _triton_kernel() if name == "triton" else kernels[name]
+
+
+def _what_keeps_triton_away(*, is_cpu: bool) -> str | None:
+    if is_cpu:
+        return "this run is on CPU ranks and Triton compiles for GPUs alone"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (a CUDA build of torch brings it; pip install triton)"
+    return None
+
+
+def _triton_kernel() -> LossKernel:
+    from megadiff.loss.triton_passes import TritonPasses
+
+    return partial(fused_objective, passes=TritonPasses)

@@ -26,7 +26,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from megadiff.loss.fused_lm_head import LogitSums
-from megadiff.loss.inputs import VocabShard
+from megadiff.loss.lm_head import VocabShard
 
 _CONSTANTS: dict[str, Any] = {"TILES": 4, "TILE": 1024, "num_warps": 4, "enable_fp_fusion": True}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from megadiff.data.batch_sizes import StepBatch
+    from megadiff.data.config import StepBatch
     from megadiff.data.tokenizers import Tokenizer
     from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
     from megadiff.diffusion.noise_process import NoiseProcess
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from megadiff.eval.estimators import Estimator
     from megadiff.eval.likelihood import BoundSettings
     from megadiff.eval.validation import EvalTask
-    from megadiff.loss.choice import LossKernel
-    from megadiff.loss.inputs import LossOutput, VocabShard
+    from megadiff.loss.fused_lm_head import LossKernel
+    from megadiff.loss.lm_head import LossOutput, VocabShard
     from megadiff.parallel.attention_pattern import AttentionPattern
     from megadiff.parallel.objective import DeviceBatch
     from megadiff.run.config import RunConfig

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from megadiff.data.batch_sizes import StepBatch
+    from megadiff.data.config import StepBatch
     from megadiff.diffusion.noising import NoisedBatch
-    from megadiff.loss.inputs import LossOutput, VocabShard
+    from megadiff.loss.lm_head import LossOutput, VocabShard
     from megadiff.parallel.attention_pattern import AttentionPattern
     from megadiff.parallel.objective import DeviceBatch, NextTokenObjective
     from megadiff.run.config import RunConfig

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from megadiff.data.batch_sizes import StepBatch
+    from megadiff.data.config import StepBatch
     from megadiff.diffusion.noising import NoisedBatch
     from megadiff.eval.estimators import Estimator
     from megadiff.eval.likelihood import BoundSettings
     from megadiff.eval.validation import EvalTask
-    from megadiff.loss.inputs import LossOutput, VocabShard
+    from megadiff.loss.lm_head import LossOutput, VocabShard
     from megadiff.parallel.attention_pattern import AttentionPattern
     from megadiff.parallel.objective import DeviceBatch, NextTokenObjective
     from megadiff.run.config import RunConfig

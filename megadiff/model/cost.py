@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from megadiff import loss
 from megadiff.errors import ConfigError
-from megadiff.loss import chunk_size
 from megadiff.scaling import flops
 from megadiff.scaling.flops import FlopCount
 
@@ -340,7 +340,7 @@ def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidde
     """Return the bytes of a microbatch's logits and of the tensors made from them."""
     size, elements = _size(precision.compute), tokens * columns
     if layout.fused_loss:  # a chunk of them, and the head's gradient until it joins the others
-        return min(elements, chunk_size.LOGITS[precision.compute]) * size + 4 * columns * hidden
+        return min(elements, loss.LOGITS[precision.compute]) * size + 4 * columns * hidden
     return elements * (size + 8)  # in compute precision, once more as float32, and their float32 gradient
 
 

@@ -34,9 +34,8 @@ from torch import Tensor
 
 from megadiff.model.attention import common_attention
 from megadiff.model.config import ModelConfig, PrecisionConfig, RopeScaling
-from megadiff.model.direct_layer import CompiledBlock
 from megadiff.model.implementation import keep, modules_for, transformer_config
-from megadiff.model.layers import block_spec, runs_alone
+from megadiff.model.layers import CompiledBlock, block_spec, runs_alone
 from megadiff.model.rope import scaled_frequencies
 from megadiff.parallel.config import ParallelConfig
 from megadiff.parallel.pipeline import LossFn

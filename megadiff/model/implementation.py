@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megadiff.model import fp8
+from megadiff.model import config
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.kernels import fuses_weight_gradients, layers_for
 from megadiff.model.layers import LayerModules, local_parts
@@ -71,7 +71,7 @@ def transformer_config(
         tp_comm_overlap=parallel.tp_comm_overlap,
         apply_rope_fusion=layers_for(precision, platform) == "transformer_engine",
         **_recomputation(parallel, chunk_layers=model.layers // (parallel.pipeline * parallel.virtual_pipeline)),
-        **fp8.megatron_settings(precision),
+        **config.megatron_settings(precision),
     )
 
 

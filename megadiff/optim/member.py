@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megadiff.config.registry import call, check_arguments
 from megadiff.errors import ConfigError
-from megadiff.optim.config import OPTIMIZERS, OptimizerConfig
-from megadiff.optim.rules import ROLES
+from megadiff.optim.config import OPTIMIZERS, ROLES, OptimizerConfig
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""The pieces of weights that ranks hold, for optimizers that update a matrix as a whole.
+"""Parameter groups by role, and the pieces of weights that ranks hold, for optimizers that update a matrix as a whole.
 
 Tensor parallelism cuts a matrix along its rows or its columns. The distributed optimizer flattens what a tensor rank
 holds and cuts it again, over data-parallel ranks and wherever their equal shares of a gradient buffer end, so that a
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megadiff.optim.config import OptimizerConfig, Rule, Scale, effective_eps, rules
 from megadiff.parallel.topology import Topology
 
 _count: ContextVar[Callable[[Sequence[dist.P2POp]], None] | None] = ContextVar("count", default=None)
@@ -244,3 +245,36 @@ def _holders(wrapped: Any, topology: Topology) -> dict[Any, tuple[tuple[int, ran
                     parts.append((rank, elements))
             found[parameter] = tuple(parts)
     return found
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizerConfig, scale: Scale
+) -> list[dict[str, Any]]:
+    """Return parameter groups, the same list of groups on every rank even where a group is empty.
+
+    Groups are distinguished by (lr_mult, wd_mult), which is how megatron-core matches them to a checkpoint
+    (`param_group_identifier_keys` in optimizer/optimizer.py): roles with equal rules share a group. A group has an
+    `eps` if the optimizer has such a setting. Each parameter is marked with its role (`megadiff.optim.pieces`).
+
+    Args:
+        parameters: (role, parameter) pairs of this rank.
+    """
+    table = rules(settings, hidden=scale.hidden)
+    by_rule: dict[Rule, list[torch.nn.Parameter]] = {rule: [] for rule in table.values()}
+    eps = effective_eps(settings, scale)
+    for role, parameter in parameters:
+        mark_whole(role, parameter)
+        by_rule[table[role]].append(parameter)
+    return [
+        {
+            "params": members,
+            "lr": settings.lr * rule.lr_mult,
+            "weight_decay": settings.weight_decay * rule.wd_mult,
+            **({} if eps is None else {"eps": eps}),
+            "lr_mult": rule.lr_mult,
+            "wd_mult": rule.wd_mult,
+            "is_expert_parallel": False,
+            "is_decoupled_lr": False,
+        }
+        for rule, members in by_rule.items()
+    ]

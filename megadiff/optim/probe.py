@@ -15,10 +15,9 @@ import torch
 
 from megadiff.config.registry import naming
 from megadiff.errors import ConfigError
-from megadiff.optim.config import OptimizerConfig
-from megadiff.optim.groups import parameter_groups
+from megadiff.optim.config import OptimizerConfig, Scale
 from megadiff.optim.member import Member
-from megadiff.optim.rules import Scale
+from megadiff.optim.pieces import parameter_groups
 
 STEPS, SAVED_AFTER = 4, 2
 """Number of steps that are taken, and after how many of them the state is carried into a second optimizer."""

@@ -19,9 +19,8 @@ from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.diffusion.objective import SURROGATE, Weighting
 from megadiff.diffusion.schedules import LINEAR, LinearSchedule
-from megadiff.loss.choice import LossKernel
-from megadiff.loss.fused_lm_head import fused_objective
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard, loss_token_indices
+from megadiff.loss.fused_lm_head import LossKernel, fused_objective
+from megadiff.loss.lm_head import LossInputs, LossOutput, LossSpec, VocabShard, loss_token_indices
 from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.step_metrics import report_sums

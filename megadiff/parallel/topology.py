@@ -1,4 +1,4 @@
-"""The process groups of a run: created once, then read from one frozen object.
+"""The process groups of a run: created once, then read from one frozen object; collectives, counted.
 
 This module alone reads megatron-core's `parallel_state`.
 """
@@ -15,7 +15,10 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megadiff.parallel.config import Layout
 from megadiff.platform.machine import Platform
@@ -199,3 +202,19 @@ def open_topology(layout: Layout, *, timeout_s: float = 1800.0) -> Topology:
 
 def _open_host_group(timeout_s: float) -> ProcessGroup:
     return cast(ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives inside it, and the bytes of the larger side of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.calls += 1
+            self.bytes += max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
+        return func(*args, **(kwargs or {}))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from megadiff.errors import PlatformError
-from megadiff.platform import megatron_on_cpu, transformer_engine, weight_gradients, without_compiler
+from megadiff.platform import matrix_products, megatron_on_cpu, transformer_engine, without_compiler
 from megadiff.platform.gpus import peak_of_device
 from megadiff.platform.quiet import silence_libraries
 
@@ -104,7 +104,7 @@ class Platform:
             without_compiler.release_optimizers()
             megatron_on_cpu.install()
         elif self.weight_gradients is not None:
-            weight_gradients.install()
+            matrix_products.install()
         megatron_on_cpu.fix()
 
     @contextmanager
@@ -193,7 +193,7 @@ def _cuda_platform(layers: Literal["auto", "local", "transformer_engine"]) -> Pl
             f"kernels is `transformer_engine`, but {found.problem}; install `transformer-engine[pytorch]>=2.9,<2.12` "
             "for this torch, or set `transformer_impl=auto`"
         )
-    adds_up, problem = weight_gradients.kernel(device)
+    adds_up, problem = matrix_products.kernel(device)
     return Platform(
         "cuda",
         device,

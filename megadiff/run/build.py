@@ -11,7 +11,7 @@ from typing import Any
 from megadiff.checkpoint.save import AsyncCheckpointer
 from megadiff.data.loader import DataShard, SequenceLoader
 from megadiff.diffusion.noising import NoisedBatch
-from megadiff.loss.choice import choose_loss_kernel
+from megadiff.loss.fused_lm_head import choose_loss_kernel
 from megadiff.methods import Method
 from megadiff.model.denoiser import Denoiser, build_chunks, gathered_weights, wrap_data_parallel
 from megadiff.model.initialisation import global_parameters, initialise, role_of
@@ -57,9 +57,8 @@ from megadiff.supervision.watchdog import Watchdog
 from megadiff.train.health import Health, StepDecision
 from megadiff.train.hooks._listed import restore, states
 from megadiff.train.hooks.checkpoint import CheckpointHook
-from megadiff.train.hooks.console import LOG_FIELDS
-from megadiff.train.loop import AgreedStop, Trainer
-from megadiff.train.step import TrainStep
+from megadiff.train.hooks.log import LOG_FIELDS
+from megadiff.train.loop import AgreedStop, Trainer, TrainStep
 
 log = logging.getLogger("megadiff")
 

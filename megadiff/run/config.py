@@ -11,8 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.config.section import Section
-from megadiff.data.batch_sizes import BatchSizes
-from megadiff.data.config import BatchConfig, DataConfig
+from megadiff.data.config import BatchConfig, BatchSizes, DataConfig
 from megadiff.diffusion.config import (
     PROCESSES,
     WEIGHTINGS,
@@ -25,10 +24,8 @@ from megadiff.errors import ConfigError, shown
 from megadiff.eval.config import EvalConfig
 from megadiff.methods import METHODS, MethodConfig, check_method_of
 from megadiff.model import cost
-from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.fp8 import check_shapes
-from megadiff.optim.config import OPTIMIZERS, OptimizerConfig, ScheduleConfig
-from megadiff.optim.rules import Scale
+from megadiff.model.config import ModelConfig, PrecisionConfig, check_shapes
+from megadiff.optim.config import OPTIMIZERS, OptimizerConfig, Scale, ScheduleConfig
 from megadiff.optim.schedule import WarmupStableDecay, resolve_decay_steps
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
 from megadiff.supervision.config import StopConfig, WatchdogConfig

@@ -23,7 +23,7 @@ from megadiff.data.tokenizer_files import tokenizer_of
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import ShortageError
-from megadiff.loss.choice import LossKernel
+from megadiff.loss.fused_lm_head import LossKernel
 from megadiff.methods import Method, MethodContext, build_method, refuse_conversations, refuse_packing
 from megadiff.model import cost
 from megadiff.model.kernels import check_kernels

@@ -8,7 +8,7 @@ exchange is counted and not estimated. Layers are the local ones, since Transfor
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,15 +23,40 @@ from megadiff.data.tokenizer_files import NoTokenizerError, tokenizer_of
 from megadiff.errors import ConfigError
 from megadiff.model import cost
 from megadiff.model.kernels import check_compilation
-from megadiff.model.saved_tensors import saved_bytes
 from megadiff.optim.optimizer import UpdateTraffic
-from megadiff.parallel.collectives import Collectives
 from megadiff.parallel.config import Layout
-from megadiff.parallel.topology import imagined_process_group, open_topology
+from megadiff.parallel.topology import Collectives, imagined_process_group, open_topology
 from megadiff.platform.machine import Platform, detect
 from megadiff.run.build import build_trainables
 from megadiff.run.config import RunConfig
 from megadiff.run.summary import gib, lay_out_run, memory_of_stage
+
+
+def saved_bytes(forward: Callable[[], Any], *, apart_from: Iterable[Tensor]) -> int:
+    """Return the bytes of all tensors saved for the backward pass of `forward`, each storage once.
+
+    Storages are looked at after the forward pass, so that what was freed meanwhile (a norm's output that is computed
+    again, for example) counts as nothing. They may be on the meta device, where no two share an address either.
+
+    Args:
+        apart_from: tensors that are there anyway, such as parameters.
+    """
+    known = {tensor.untyped_storage()._cdata for tensor in apart_from}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    storages = {}
+    for tensor in saved:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage._cdata not in known:
+            storages[storage._cdata] = storage.nbytes()
+    del result
+    return sum(storages.values())
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,12 @@ from megadiff.train.goodput import Goodput
 from megadiff.train.gradients import SequenceGradients
 from megadiff.train.hooks import Hook, HookContext, MetricSinks
 from megadiff.train.hooks._listed import build_listed
-from megadiff.train.hooks.console import Console
-from megadiff.train.hooks.log import LogHook
-from megadiff.train.hooks.metrics_file import MetricsFile
-from megadiff.train.hooks.per_sequence_file import PerSequenceFile
+from megadiff.train.hooks.log import Console, LogHook
+from megadiff.train.hooks.metrics_file import MetricsFile, PerSequenceFile
 from megadiff.train.hooks.replicas import ReplicaCheck
-from megadiff.train.hooks.samples import SampleHook
 from megadiff.train.hooks.stragglers import StragglerHook, shared_cores, time_computation
 from megadiff.train.hooks.tensorboard import TensorBoard
-from megadiff.train.hooks.validation import ValidationHook
+from megadiff.train.hooks.validation import SampleHook, ValidationHook
 
 log = logging.getLogger("megadiff")
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from megadiff.checkpoint.folder import chosen
 from megadiff.checkpoint.load import load
 from megadiff.checkpoint.manifest import Manifest, read_manifest
-from megadiff.data.division import Padding, padding_of
 from megadiff.data.open import open_validation
+from megadiff.data.sequences import Padding, padding_of
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.eval.estimators import Estimator

@@ -15,11 +15,9 @@ import yaml
 
 from megadiff.errors import ConfigError
 from megadiff.model import cost
-from megadiff.scaling.frontier import wasted_by_batch
+from megadiff.scaling.frontier import ModelSize, wasted_by_batch
 from megadiff.scaling.goal import Goal, aim, laws_for, sizes
-from megadiff.scaling.law_format import NEXT_TOKEN
-from megadiff.scaling.laws import LawBook
-from megadiff.scaling.model_sizes import ModelSize
+from megadiff.scaling.laws import NEXT_TOKEN, LawBook
 from megadiff.scaling.planner import Plan, efficiency_law, plan
 from megadiff.train.goodput import best_interval
 

@@ -19,10 +19,10 @@ from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.config import PROCESSES, ConditioningConfig, ObjectiveConfig, noise_config
 from megadiff.diffusion.noise_process import build_process
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, DataError
-from megadiff.loss.choice import choose_loss_kernel
+from megadiff.files import first_fault
+from megadiff.loss.fused_lm_head import choose_loss_kernel
 from megadiff.methods import METHODS, Method, MethodConfig, MethodContext, build_method
 from megadiff.platform.machine import Platform
-from megadiff.untrusted_files import first_fault
 
 
 def tokenizer_of(manifest: Manifest, given: str | None, *, where: Path) -> Tokenizer:

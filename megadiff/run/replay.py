@@ -28,7 +28,7 @@ from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.noising import NoisedBatch, joined_batches
 from megadiff.diffusion.objective import Terms
 from megadiff.errors import CheckpointError, ConfigError
-from megadiff.loss.inputs import LossOutput, VocabShard
+from megadiff.loss.lm_head import LossOutput, VocabShard
 from megadiff.methods import Method
 from megadiff.metric_lines import read_metrics
 from megadiff.parallel.attention_pattern import AttentionPattern
@@ -40,9 +40,9 @@ from megadiff.platform.machine import Platform, detect
 from megadiff.run.build import build_loss, build_trainables, sequence_loader, training_step
 from megadiff.run.config import RunConfig
 from megadiff.run.context import RunContext, validate_run
-from megadiff.run.step_data import trained_with, with_data_of_step
+from megadiff.run.step_sequences import trained_with, with_data_of_step
 from megadiff.train.health import Health, StepDecision
-from megadiff.train.step import StepOutput, TrainStep
+from megadiff.train.loop import StepOutput, TrainStep
 
 log = logging.getLogger("megadiff")
 

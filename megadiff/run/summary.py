@@ -10,8 +10,8 @@ from typing import Protocol
 from megadiff.errors import ConfigError, ShortageError
 from megadiff.methods import method_advice
 from megadiff.model import cost
+from megadiff.optim.config import effective
 from megadiff.optim.member import load_member
-from megadiff.optim.rules import effective
 from megadiff.parallel.config import Layout
 from megadiff.run.config import RunConfig
 from megadiff.scaling.flops import FLOP_COUNTS

@@ -1,4 +1,4 @@
-"""A sweep's folder: its manifest, a run description for each run, and rows for `slurm/submit sweep`. No torch.
+"""A sweep's folder: its manifest, a description and the state of each run, rows for `slurm/submit sweep`. No torch.
 
     FOLDER/sweep.json             the runs, with the budgets that each serves
     FOLDER/base.yaml              the settings that all runs share
@@ -8,30 +8,37 @@
     FOLDER/runs/RUN/              the run folder
 
 All but the run folders follow from the description of the sweep, to the byte.
+
+A run is `finished`, `running`, `stopped` (on request), `interrupted` (its process is gone), `failed`, `diverged` (it
+ended itself because of its loss), or `missing` (it never began).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megadiff.config.load import dump_config, load_config
 from megadiff.config.section import Section
-from megadiff.data import indexed_manifest
+from megadiff.data import indexed_format
 from megadiff.data.config import SourceConfig, given_weights
-from megadiff.errors import ConfigError, StorageError
-from megadiff.files import write_atomically
+from megadiff.errors import ConfigError, StorageError, TrainingError
+from megadiff.files import UnreadableFileError, open_plain, read_json_object, why, write_atomically
+from megadiff.metric_lines import number, parsed
 from megadiff.model import cost
 from megadiff.run.config import RunConfig
 from megadiff.scaling.flops import FlopCount
 from megadiff.scaling.laws import LawBook, law_book
 from megadiff.scaling.sweep import Shape, Sweep, read_sweep
 from megadiff.scaling.sweep_runs import BaseRun, Expansion, SweepRun, expand
-from megadiff.untrusted_files import UnreadableFileError, read_json_object, why
+from megadiff.supervision.launch import Holder
+from megadiff.supervision.status import FINISHED, RUNNING, STOPPED, read_status
 
 FORMAT = 1
 """Version of the manifest's format."""
@@ -114,7 +121,7 @@ def _facts(base: RunConfig, path: str) -> BaseRun:
 
 def _different_tokens(sources: Sequence[SourceConfig]) -> Callable[[float], float] | None:
     """Return the number of different tokens among the first ones of a mixture; None if a source lacks a manifest."""
-    found = [indexed_manifest.read_manifest(Path(f"{source.path}.json")) for source in sources]
+    found = [indexed_format.read_manifest(Path(f"{source.path}.json")) for source in sources]
     held = [manifest.tokens for manifest in found if manifest is not None]
     if len(held) < len(sources) or not all(held) or any(source.has_budget for source in sources):
         return None
@@ -308,3 +315,81 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _is_run(entry: Any) -> bool:
     is_named = isinstance(entry, dict) and isinstance(entry.get("name"), str) and "/" not in entry["name"]
     return is_named and isinstance(entry.get("steps"), int) and isinstance(entry.get("trunk"), str | None)
+
+
+STATES = ("finished", "running", "stopped", "interrupted", "failed", "diverged", "missing")
+_TAIL_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run of a sweep."""
+
+    name: str
+    noise: str
+    state: str
+    """State, one of `STATES`."""
+    step: int
+    steps: int
+    loss: float | None
+    """Newest validation ELBO in nats per token; of a run without one, the newest training ELBO."""
+    reason: str
+    """Reason why the run failed or stopped."""
+    trunk: str | None = None
+    """Name of the run that this one branches from."""
+
+
+def states(folder: Path) -> list[RunState]:
+    """Return the states of all runs of a sweep's folder, in the order of its manifest.
+
+    Raises:
+        ConfigError: it is no folder of a sweep.
+    """
+    return [state_of(folder, entry) for entry in read_manifest(folder)["runs"]]
+
+
+def state_of(folder: Path, entry: dict[str, Any]) -> RunState:
+    """Return the state of the run that an entry of the manifest describes."""
+    run = folder / "runs" / entry["name"]
+    name, steps, noise, trunk = entry["name"], entry["steps"], str(entry.get("noise", "")), entry.get("trunk")
+    status, holder = read_status(run), Holder.read(run)
+    is_alive = holder is not None and holder.is_here and not holder.is_leaving
+    if status is None:
+        begun = "interrupted" if (run / "config.yaml").exists() else "missing"
+        return RunState(name, noise, "running" if is_alive else begun, 0, steps, None, "", trunk)
+    state = status.state
+    if state == FINISHED:
+        state = "finished" if status.step >= steps else "stopped"
+    elif is_alive:
+        state = "running"
+    elif state == RUNNING:
+        state = "interrupted" if holder is None or holder.is_leaving else "running"  # perhaps on another machine
+    elif state != STOPPED:
+        state = "diverged" if status.exit_code == TrainingError.exit_code else "failed"
+    step, loss = _newest(run)
+    step = max(step, status.step) if state == "running" else status.step
+    return RunState(name, noise, state, step, steps, loss, status.reason, trunk)
+
+
+def _newest(run: Path) -> tuple[int, float | None]:
+    """Return the last step in the metrics, and the newest loss, from the end of the file alone."""
+    try:
+        with open_plain(run / "metrics.jsonl") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _TAIL_BYTES))
+            tail = file.read(_TAIL_BYTES)
+    except (OSError, UnreadableFileError):
+        return 0, None
+    lines = [line for raw in tail.splitlines() if (line := parsed(raw)) is not None]
+    step = max((line["step"] for line in lines), default=0)
+    for key in ("eval_elbo", "elbo"):
+        found = [value for line in lines if (value := number(line, key)) is not None]
+        if found:
+            return step, found[-1]
+    return step, None
+
+
+def counts(found: Iterable[RunState]) -> str:
+    """Return the number of runs in each state, such as `3 finished, 1 missing`."""
+    number_of = Counter(each.state for each in found)
+    return ", ".join(f"{number_of[state]} {state}" for state in STATES if number_of[state])

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megadiff.errors import ConfigError, MegadiffError, StorageError
-from megadiff.run.sweep_folder import read_manifest
-from megadiff.run.sweep_status import RunState, state_of
+from megadiff.run.sweep_folder import RunState, read_manifest, state_of
 from megadiff.supervision.launch import Holder
 from megadiff.supervision.status import FAILED, RUNNING, read_status, write_status
 

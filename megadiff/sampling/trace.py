@@ -22,7 +22,7 @@ from rich.rule import Rule
 from rich.text import Text
 from torch import Tensor
 
-from megadiff.data.token_texts import MASK
+from megadiff.data.tokenizers import MASK
 from megadiff.sampling.standalone import Step
 
 _KEY = (("given", "prompt"), ("kept", "kept"), ("revised", "written in this step"), ("noisy", "noise, not written"))

@@ -15,11 +15,10 @@ from statistics import fmean
 
 import numpy as np
 
-from megadiff.scaling.cells import budget_codes, cell_codes, size_codes
 from megadiff.scaling.fit import Hyperbola, PowerLaw, SlopesByGroup, hyperbola, power_law, slopes_by
 from megadiff.scaling.optimum import optimum
 from megadiff.scaling.points import Point, size_name
-from megadiff.scaling.resampling import LEVEL, FitError
+from megadiff.scaling.resampling import LEVEL, FitError, budget_codes, cell_codes, size_codes
 
 _MIN_BATCHES, _MOST_LOSSES, _HYPERBOLA_DRAWS = 4, 5, 200
 _Setting = tuple[float, float | None]

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 
 from megadiff.scaling.batch_laws import BatchLaws, batch_laws
-from megadiff.scaling.comparisons import Crossing, SpeedUp, annealing_ratio, crossing, repeats, speed_up
+from megadiff.scaling.comparisons import (
+    Crossing,
+    PairedRuns,
+    SpeedUp,
+    annealing_ratio,
+    crossing,
+    paired_runs,
+    repeats,
+    speed_up,
+)
 from megadiff.scaling.fit import PowerLaw, Surface, power_law, surface
 from megadiff.scaling.isoflop import IsoFlop, isoflop
-from megadiff.scaling.paired_runs import PairedRuns, paired_runs
 from megadiff.scaling.points import REPEATED, Branch, Gathered, Point
 from megadiff.scaling.resampling import LEVEL, Fit, FitError
 from megadiff.scaling.run_curves import NoiseScale

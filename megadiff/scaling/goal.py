@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from megadiff.errors import ConfigError
 from megadiff.platform.gpus import Gpu
 from megadiff.scaling.flops import FlopCount
-from megadiff.scaling.frontier import Frontier, effective_tokens, frontier
+from megadiff.scaling.frontier import Frontier, ModelSize, effective_tokens, frontier, model_sizes
 from megadiff.scaling.laws import LawBook
-from megadiff.scaling.model_sizes import ModelSize, model_sizes
 
 _FAR = 1e4
 """Factor outside the laws' range of FLOPs beyond which nothing is planned."""

@@ -13,9 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megadiff.scaling.cells import SAME_SIZE, budget_codes
 from megadiff.scaling.fit import PowerLaw, power_law_from_draws
-from megadiff.scaling.resampling import LEVEL, FitError, Floats, as_points, group_codes, spread_interval, t_width
+from megadiff.scaling.resampling import (
+    LEVEL,
+    SAME_SIZE,
+    FitError,
+    Floats,
+    as_points,
+    budget_codes,
+    group_codes,
+    spread_interval,
+    t_width,
+)
 
 _NEAR_SIZE = 0.05
 """Relative difference up to which FLOPs per token are one size of a bowl."""

@@ -24,8 +24,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from megadiff.errors import DataError, StorageError
+from megadiff.files import UnreadableFileError, lines, why
 from megadiff.metric_lines import finite, parsed
-from megadiff.untrusted_files import UnreadableFileError, lines, why
 
 FILE_NAME = "validation.jsonl"
 """Name of the file in a run folder."""

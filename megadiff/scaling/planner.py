@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from megadiff.errors import ConfigError
 from megadiff.scaling.flops import FlopCount
-from megadiff.scaling.frontier import Frontier, effective_tokens, wasted_by_batch
+from megadiff.scaling.frontier import Frontier, ModelSize, effective_tokens, wasted_by_batch
 from megadiff.scaling.goal import Aim, Bound, Goal, aim, annealing_ratio, laws_for, shape_flops, size_cost, sizes
 from megadiff.scaling.laws import (
     Law,
@@ -22,7 +22,6 @@ from megadiff.scaling.laws import (
     optimal_learning_rate,
     published,
 )
-from megadiff.scaling.model_sizes import ModelSize
 
 MIN_STEPS = 5000
 """Number of steps below which the laws have no runs."""

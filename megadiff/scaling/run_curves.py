@@ -16,12 +16,12 @@ import numpy as np
 import yaml
 
 from megadiff.errors import DataError
+from megadiff.files import UnreadableFileError, read_bytes, read_json_object, why
 from megadiff.metric_lines import Line, number, read_lines
 from megadiff.scaling.flops import FlopCount, flops_per_token
-from megadiff.scaling.law_format import NEXT_TOKEN
+from megadiff.scaling.laws import NEXT_TOKEN
 from megadiff.scaling.noise_scale import MEASURED, Components, noise_share_of, scale_of, step_windows
 from megadiff.scaling.resampling import Floats
-from megadiff.untrusted_files import UnreadableFileError, read_bytes, read_json_object, why
 
 HARMLESS = (
     "platform", "transformer_impl", "parallel", "checkpoint", "eval", "log", "hooks", "health", "stop", "watchdog",

@@ -31,7 +31,7 @@ from megadiff.config.section import Section
 from megadiff.config.suggestions import did_you_mean
 from megadiff.diffusion.processes.gidd_snr import SHIFTS
 from megadiff.scaling.flops import FlopCount
-from megadiff.scaling.law_format import NEXT_TOKEN
+from megadiff.scaling.laws import NEXT_TOKEN
 
 _SHAPE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,5})x([1-9]\d{0,4})")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 from megadiff.errors import ConfigError
 from megadiff.scaling.flops import FlopCount
-from megadiff.scaling.law_format import NEXT_TOKEN
-from megadiff.scaling.laws import LawBook, optimal_batch_tokens, optimal_learning_rate
-from megadiff.scaling.model_sizes import model_sizes
+from megadiff.scaling.frontier import model_sizes
+from megadiff.scaling.laws import NEXT_TOKEN, LawBook, optimal_batch_tokens, optimal_learning_rate
 from megadiff.scaling.sweep import Neighbourhood, Shape, Sweep, SweptNoise, parse_shape
 
 WARMUPS = 3

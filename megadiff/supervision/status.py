@@ -13,8 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megadiff.files import is_storage_failure, write_atomically
-from megadiff.untrusted_files import read_json_object
+from megadiff.files import is_storage_failure, read_json_object, write_atomically
 
 RUNNING, STOPPED, FINISHED, FAILED, NO_RESTART = "running", "stopped", "finished", "failed", "no_restart"
 STATES = (RUNNING, STOPPED, FINISHED, FAILED, NO_RESTART)

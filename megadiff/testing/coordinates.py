@@ -1,6 +1,6 @@
 """Coordinate check: models of many sizes take a few optimizer steps, and their activations and updates are measured.
 
-`megadiff.scaling.coordinates` holds what is expected, and `megadiff coordinate_check` explains and prints it.
+`megadiff.scaling.optimum` holds what is expected, and `megadiff coordinate_check` explains and prints it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.noising import NoisedBatch, noise_batch
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.errors import ConfigError
-from megadiff.optim.groups import parameter_groups
+from megadiff.optim.config import Scale
 from megadiff.optim.member import load_member
-from megadiff.optim.rules import Scale
+from megadiff.optim.pieces import parameter_groups
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
-from megadiff.scaling.coordinates import EDITS, HEAD_DIM, OVERRIDES, STEPS, bands_of
-from megadiff.scaling.optimum import Size, judge
+from megadiff.scaling.optimum import EDITS, HEAD_DIM, OVERRIDES, STEPS, Size, bands_of, judge
 
 with quiet():
     from megadiff.model.denoiser import Denoiser, build_chunks

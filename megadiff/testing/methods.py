@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadiff.data.batch_sizes import StepBatch
+from megadiff.data.config import StepBatch
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import NoisedBatch

@@ -11,9 +11,8 @@ from tempfile import TemporaryDirectory
 
 import tokenizers
 
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizer_files import WrongIdsError, load_tokenizer
 from megadiff.data.tokenizers import Tokenizer
-from megadiff.data.tokenizers._outside import WrongIdsError
 from megadiff.errors import DataError
 
 TEXTS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.metric_lines import read_metrics

@@ -13,7 +13,7 @@ from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.objective import SURROGATE, Weighting, build_weighting, gidd_objective
 from megadiff.diffusion.weightings import TokenTerms
 from megadiff.loss.fused_lm_head import fused_objective
-from megadiff.loss.inputs import LossInputs, LossSpec, VocabShard
+from megadiff.loss.lm_head import LossInputs, LossSpec, VocabShard
 
 VOCAB_SIZE, MASK_ID, TOKENS, HIDDEN = 13, 5, 48, 6
 

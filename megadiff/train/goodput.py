@@ -22,9 +22,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from megadiff.files import write_atomically
+from megadiff.files import read_bytes, write_atomically
 from megadiff.train.config import GoodputConfig
-from megadiff.untrusted_files import read_bytes
 
 log = logging.getLogger("megadiff")
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.data.batch_sizes import StepBatch
-from megadiff.data.division import joined_masks
+from megadiff.data.config import StepBatch
+from megadiff.data.sequences import joined_masks
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.model.denoiser import gathered_weights
 from megadiff.parallel.objective import DeviceBatch, ShardedObjective

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadiff.data.batch_sizes import BatchSizes
+from megadiff.data.config import BatchSizes
 from megadiff.data.loader import microbatch_samples
 from megadiff.errors import TrainingError
 from megadiff.parallel.step_metrics import has_finite_loss

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from megadiff.checkpoint import folder as folders
 from megadiff.checkpoint.config import CheckpointConfig
-from megadiff.checkpoint.durable import entry_of
+from megadiff.checkpoint.folder import entry_of
 from megadiff.checkpoint.manifest import FileEntry, Manifest, read_manifest
 from megadiff.config.load import dump_config
 from megadiff.errors import CheckpointError, StorageError

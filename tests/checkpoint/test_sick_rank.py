@@ -11,7 +11,7 @@ import pytest
 
 from megadiff.checkpoint import folder as folders
 from megadiff.checkpoint.manifest import FileEntry
-from megadiff.checkpoint.snapshot import HostBuffers
+from megadiff.checkpoint.save import HostBuffers
 from megadiff.errors import MegadiffError
 from tests.support.ranks import on_ranks
 from tests.support.runs import read_metrics, toy_config, train_on_rank, wire_on_rank
@@ -132,7 +132,7 @@ def test_a_last_save_without_space_may_be_tried_again(toy_corpus, tmp_path):
     def no_space(self):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with patch("megadiff.checkpoint.snapshot.Snapshot.write", no_space):
+    with patch("megadiff.checkpoint.save.Snapshot.write", no_space):
         said = _status_of(config, 2, [1, 1])
     assert (said["state"], said["exit_code"], said["step"]) == ("failed", 1, 2)
     assert "No space left on device" in said["reason"]

@@ -15,9 +15,8 @@ import pytest
 from megadiff.cli.fit_scaling import main
 from megadiff.cli.plan import main as plan_command
 from megadiff.errors import MegadiffError
-from megadiff.scaling.csv_points import from_csv
 from megadiff.scaling.laws import LawBook, read_law_file
-from megadiff.scaling.points import from_runs
+from megadiff.scaling.points import from_csv, from_runs
 from megadiff.scaling.run_curves import flops_per_token_of, loss_at
 from tests.scaling.planted import MASKED, UNIFORM, sweep
 from tests.scaling.run_folders import FLOPS_A_STEP, clean_sweep, write_run

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megadiff.eval.continuation import GenerationConfig
+from megadiff.eval.harness import GenerationConfig
 from tests.support.commands import REPOSITORY, write_yaml
 from tests.support.forked_command import Ended, call_forked
 from tests.support.ranks import on_ranks

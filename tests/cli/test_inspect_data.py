@@ -9,7 +9,7 @@ import re
 import pytest
 import yaml
 
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.run.config import RunConfig

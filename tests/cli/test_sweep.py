@@ -122,7 +122,7 @@ def test_mistakes_have_one_sentence(description, words, said):
 def test_a_plan_and_a_status_load_nothing_that_trains(description, tmp_path):
     code = (
         "import sys; from pathlib import Path; from megadiff.run.sweep_folder import plan_sweep, write_sweep;"
-        "from megadiff.run.sweep_status import states; import megadiff.run.sweep_pool;"
+        "from megadiff.run.sweep_folder import states; import megadiff.run.sweep_pool;"
         f"plan = plan_sweep(Path({str(description)!r})); write_sweep(plan); states(plan.folder);"
         "print(*{'torch', 'megatron'} & set(sys.modules))"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megadiff.config import other_names
+from megadiff.config import suggestions
 from megadiff.config.command_line import SettingsParser, refuse_unknown, setting_without_equals, similar_key
 from megadiff.config.schema import dotted_keys
 from megadiff.errors import ConfigError
@@ -28,14 +28,14 @@ def refused(*words: str) -> str:
 
 
 def test_every_suggested_key_exists():
-    assert {key.partition("=")[0] for key in other_names.KEY_BY_OTHER_NAME.values()} <= KEYS
+    assert {key.partition("=")[0] for key in suggestions.KEY_BY_OTHER_NAME.values()} <= KEYS
 
 
 def test_a_name_used_elsewhere_has_one_meaning_and_is_no_key_here():
-    named = [name for names in other_names._NAMES_BY_KEY.values() for name in names.split()]
+    named = [name for names in suggestions._NAMES_BY_KEY.values() for name in names.split()]
     assert len(named) == len(set(named))
-    assert not set(named) & set(other_names.NOT_A_KEY)
-    assert not (set(named) | set(other_names.NOT_A_KEY)) & KEYS
+    assert not set(named) & set(suggestions.NOT_A_KEY)
+    assert not (set(named) | set(suggestions.NOT_A_KEY)) & KEYS
 
 
 @pytest.mark.parametrize(

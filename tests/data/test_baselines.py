@@ -11,7 +11,7 @@ import pytest
 
 from megadiff.data import baselines
 from megadiff.data.baselines import SmoothedBigrams, count_baselines, unigram_entropy
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizers.byte import ByteTokenizer

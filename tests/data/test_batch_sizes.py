@@ -3,8 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megadiff.data.batch_sizes import BatchSizes, StepBatch
-from megadiff.data.config import BatchConfig, RampupConfig
+from megadiff.data.config import BatchConfig, BatchSizes, RampupConfig, StepBatch
 from megadiff.errors import ConfigError
 
 

@@ -11,15 +11,15 @@ import pytest
 
 from megadiff.data.config import DataConfig
 from megadiff.data.conversations import ConversationOptions, chat_options, chat_prompt, encoder_of
-from megadiff.data.division import Padding, division_of, padding_of
 from megadiff.data.documents import Corpus
-from megadiff.data.indexed_manifest import read_manifest, tokenizer_facts
+from megadiff.data.indexed_format import read_manifest, tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.mixture import next_mixture
 from megadiff.data.open import open_data
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.data.review import advice, validation_facts
+from megadiff.data.sequences import Padding, division_of, padding_of
 from megadiff.data.source_statistics import excerpts, statistics_of
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizers.byte import ByteTokenizer

@@ -2,8 +2,7 @@
 
 import pytest
 
-from megadiff.data.document_filters import DocumentFilters, digest
-from megadiff.data.documents import Corpus
+from megadiff.data.documents import Corpus, DocumentFilters, digest
 from megadiff.errors import DataError
 from tests.support.forked_command import call_forked
 

@@ -11,13 +11,12 @@ import pytest
 
 from megadiff.data import duplicates as module
 from megadiff.data import preprocess as preprocess_module
-from megadiff.data.document_filters import DocumentFilters
-from megadiff.data.documents import Corpus
+from megadiff.data.documents import Corpus, DocumentFilters
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.preprocess import preprocess
 from megadiff.data.shards.finish import finish, merge, report_of
 from megadiff.data.shards.ledger import Ledger
-from megadiff.data.shards.pool import make_shards
+from megadiff.data.shards.work import make_shards
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import DataError
 from tests.data.shards.corpus import contents

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizers.byte import ByteTokenizer
@@ -167,7 +167,7 @@ def replace(a, b):
     real(a, b)
 os.replace = replace
 sys.path.insert(0, os.getcwd())
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizers.byte import ByteTokenizer
 with IndexedWriter(sys.argv[1], vocab_size=260, overwrite=True) as writer:

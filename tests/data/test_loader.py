@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.data.batch_sizes import BatchSizes, StepBatch
-from megadiff.data.config import RampupConfig
+from megadiff.data.config import BatchSizes, RampupConfig, StepBatch
 from megadiff.data.loader import DataShard, SequenceLoader, clean_sequences, microbatch_samples
 from megadiff.data.sequences import PackedSequences, TrainingSequences
 from megadiff.errors import ConfigError

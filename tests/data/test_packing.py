@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megadiff.data.config import DataConfig
-from megadiff.data.division import OPEN_SEQUENCES, Padding, division_of, packed_sequences, padding_of
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.mixture import next_mixture
 from megadiff.data.open import open_data
 from megadiff.data.review import advice, describe_sources
+from megadiff.data.sequences import OPEN_SEQUENCES, Padding, division_of, packed_sequences, padding_of
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.next_token import next_token_batch
 from megadiff.errors import ConfigError
@@ -22,7 +22,7 @@ from megadiff.methods import refuse_packing
 from megadiff.methods.gidd import Gidd
 from megadiff.methods.next_token import NextToken
 from megadiff.platform.quiet import quiet
-from megadiff.report.data_text import describe_sequence
+from megadiff.report.data_page import describe_sequence
 from megadiff.run.step_sequences import step_sequences
 from tests.data.test_conversations import write_conversations
 from tests.support.runs import toy_config

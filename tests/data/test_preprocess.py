@@ -19,7 +19,7 @@ from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
-from megadiff.data.tokenizers import _pipeline, _windows, byte
+from megadiff.data.tokenizers import _pipeline, byte
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import DataError
 from tests.data.corpora import end_process

@@ -13,14 +13,13 @@ import pytest
 import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 
-from megadiff.data import remote_files as module
-from megadiff.data.corpus_streams import expanded
+from megadiff.data import corpus_streams as module
+from megadiff.data.corpus_streams import RemotePath, corpus_path, expanded
 from megadiff.data.documents import Corpus, sample
 from megadiff.data.preprocess import preprocess
-from megadiff.data.remote_files import RemotePath, corpus_path
 from megadiff.data.shards.finish import merge, report_of
 from megadiff.data.shards.ledger import Ledger
-from megadiff.data.shards.pool import make_shards
+from megadiff.data.shards.work import make_shards
 from megadiff.errors import DataError
 from tests.data.shards.corpus import FRAMING, UNIT_BYTES, contents, write_files, write_serial
 from tests.support.forked_command import call_forked

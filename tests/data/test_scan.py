@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from megadiff.data import indexed_format
-from megadiff.data.indexed_format import HEADER
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import HEADER, tokenizer_facts
 from megadiff.data.scan import MAX_LISTED, scan
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from tests.data.corpora import random_documents, write_indexed

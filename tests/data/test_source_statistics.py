@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megadiff.data import source_statistics
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.source_statistics import PERCENTILES, evenly, excerpts, statistics_of
 from megadiff.data.tokenizers.byte import ByteTokenizer

@@ -10,7 +10,7 @@ import pytest
 from megadiff.data.config import DataConfig
 from megadiff.data.conversations import chat_options
 from megadiff.data.documents import Corpus
-from megadiff.data.indexed_manifest import read_manifest
+from megadiff.data.indexed_format import read_manifest
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.open import open_data
 from megadiff.data.preprocess import DocumentMarkers, preprocess

@@ -170,8 +170,8 @@ def test_machine_code_is_loaded_once_and_after_enough_tokens(monkeypatch):
 def test_without_a_working_numba_numpy_noises(monkeypatch):
     numba = pytest.importorskip("numba")
     with monkeypatch.context() as broken:
-        broken.setitem(sys.modules, "megadiff.diffusion.noise_plan", None)
-        broken.delattr("megadiff.diffusion.noise_plan", raising=False)
+        broken.setitem(sys.modules, "megadiff.diffusion.noise_kernel", None)
+        broken.delattr("megadiff.diffusion.noise_kernel", raising=False)
         with pytest.warns(UserWarning, match="noised by numpy, since numba fails"):
             assert compiled.load() is None
     with monkeypatch.context() as switched_off:

@@ -21,7 +21,7 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, read_metrics, toy_config, toy_tree, train_on_rank, wire_on_rank
 
 with quiet():
-    from megadiff.parallel.distributed_forward import DistributedForward
+    from megadiff.parallel.pipeline import DistributedForward
     from megadiff.run.load_model import load_model
 
 STEPS, ROWS, DENOISING = 4, 2, 6

@@ -43,7 +43,7 @@ def _error_of(call, *args, **kwargs):
 
 def _default_sharding(config):
     """What saving says under the sharding type megatron-core takes by default."""
-    with patch("megadiff.checkpoint.snapshot._SHARDING", {"chained_optim_avoid_prefix": True}):
+    with patch("megadiff.checkpoint.save._SHARDING", {"chained_optim_avoid_prefix": True}):
         return _error_of(train_on_rank, config, 2, save=True)
 
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from megadiff.config.load import load_config
-from megadiff.config.other_names import key_elsewhere
+from megadiff.config.suggestions import key_elsewhere
 from megadiff.run.config import RunConfig
 from megadiff.scaling.laws import read_law_file
 from megadiff.scaling.sweep import read_sweep

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from megadiff.doctor.checks import disk, versions
+from megadiff.doctor import machine
 from megadiff.doctor.examination import Subject
 from tests.support.commands import REPOSITORY
 
@@ -57,8 +57,8 @@ def test_a_version_that_is_installed_is_judged(findings_of, packages, project, v
 
 
 def test_a_missing_library_is_named_with_its_requirement(findings_of, monkeypatch):
-    nowhere = versions.Range("no-such-project", (1, 2), (2,), "untried")
-    monkeypatch.setattr(versions, "_RANGES", (nowhere,))
+    nowhere = machine.Range("no-such-project", (1, 2), (2,), "untried")
+    monkeypatch.setattr(machine, "_RANGES", (nowhere,))
     assert findings_of("versions", MACHINE)[1] == (
         "FAIL",
         "no-such-project is not installed",
@@ -120,7 +120,7 @@ def test_an_address_nobody_knows_and_ports_that_are_none(findings_of):
 
 
 def test_this_node_is_known_by_its_own_address():
-    from megadiff.doctor.checks.ports import _is_this_node
+    from megadiff.doctor.machine import _is_this_node
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -168,7 +168,7 @@ def test_checkpoints_that_the_disk_cannot_hold(findings_of, subject_of):
 
 
 def test_a_slow_disk_is_a_warning(findings_of, subject_of, monkeypatch):
-    monkeypatch.setattr(disk, "_SLOW_BYTES_PER_S", 1e15)
+    monkeypatch.setattr(machine, "_SLOW_BYTES_PER_S", 1e15)
     assert findings_of("disk", subject_of())[0][0] == "WARN"
 
 
@@ -181,7 +181,7 @@ def test_what_one_node_cannot_tell_of_several_is_said(findings_of, subject_of):
 
 
 def test_the_file_system_is_the_innermost_mount():
-    assert disk.file_system_of(disk.Path("/proc/self")) == "proc"
+    assert machine.file_system_of(machine.Path("/proc/self")) == "proc"
 
 
 @pytest.mark.parametrize(("shift", "words"), [(100.0, "behind"), (-3600.0, "ahead of")])
@@ -214,7 +214,7 @@ def test_shared_memory_that_is_small(tmp_path):
     """A real file system of one MiB, in a mount namespace of its own."""
     code = (
         "from pathlib import Path; from megadiff.doctor.examination import Subject;"
-        "from megadiff.doctor.checks.shared_memory import check;"
+        "from megadiff.doctor.machine import check;"
         f"print(*check(Subject({{}}, shared_memory=Path({str(tmp_path)!r}))))"
     )
     script = 'mount -t tmpfs -o size=1m small "$1" && exec "$2" -c "$3"'

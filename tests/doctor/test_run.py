@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from megadiff.doctor.checks import memory
+from megadiff.doctor import run
 from megadiff.doctor.examination import Subject
 from tests.support.runs import write_corpus
 
@@ -145,24 +145,24 @@ def test_the_settings_that_are_suggested_do_fit(subject_of):
         model={"layers": 32, "hidden": 4096, "heads": 32, "seq_length": 2048},
         batch={"global_batch_size": 64, "micro_batch_size": 8},
     ).config
-    as_it_is = memory.estimate(config, 8, 32000)
+    as_it_is = run.estimate(config, 8, 32000)
     seen = set()
     for share in (0.9, 0.5, 0.2, 0.12):
         held = int(share * as_it_is)
-        said = memory._remedy(config, 8, 32000, held, time.monotonic() - 1)
+        said = run._remedy(config, 8, 32000, held, time.monotonic() - 1)
         assert said.endswith(" by the closed form")
         changes = dict(word.split("=") for word in said.split() if "=" in word)
         assert changes, said
         values = {key: value == "true" if value in ("true", "false") else int(value) for key, value in changes.items()}
-        assert memory.estimate(memory.changed(config, values), 8, 32000) <= held
+        assert run.estimate(run.changed(config, values), 8, 32000) <= held
         seen |= set(changes)
     assert len(seen) > 1
-    assert memory._remedy(config, 8, 32000, 1000, math.inf).startswith("no layout")
+    assert run._remedy(config, 8, 32000, 1000, math.inf).startswith("no layout")
 
 
 def test_memory_that_is_nearly_full_is_a_warning(one_finding, subject_of, monkeypatch):
     subject = subject_of(model__hidden=512, model__heads=4)
-    needed = memory.estimate(subject.config, 1, 260)
+    needed = run.estimate(subject.config, 1, 260)
     monkeypatch.setattr(type(subject.platform), "memory_bytes", lambda platform: int(needed / 0.9))
     level, text, _ = one_finding("memory", subject)
     assert (level, "; dry run of rank 0)" in text) == ("WARN", True)
@@ -171,13 +171,11 @@ def test_memory_that_is_nearly_full_is_a_warning(one_finding, subject_of, monkey
 def test_a_suggestion_is_built_before_it_is_made(one_finding, subject_of, monkeypatch):
     """The closed form is made to think that everything fits but the run as it is, which a dry run corrects."""
     subject = subject_of(model={"layers": 2, "hidden": 256, "heads": 4, "seq_length": 128})
-    whole = memory.estimate(subject.config, 1, 260)
-    halved = memory.changed(subject.config, {"batch.micro_batch_size": 1})
-    half = memory.estimate(halved, 1, 260)
+    whole = run.estimate(subject.config, 1, 260)
+    halved = run.changed(subject.config, {"batch.micro_batch_size": 1})
+    half = run.estimate(halved, 1, 260)
     assert half < 0.9 * whole
-    monkeypatch.setattr(
-        type(subject.platform), "memory_bytes", lambda platform: int((half + whole) / 2 / memory._CLOSE)
-    )
+    monkeypatch.setattr(type(subject.platform), "memory_bytes", lambda platform: int((half + whole) / 2 / run._CLOSE))
     level, _, remedy = one_finding("memory", subject)
     assert level == "WARN"
     assert re.fullmatch(r"batch\.micro_batch_size=1 would take \S+ GiB by a dry run", remedy)
@@ -192,6 +190,6 @@ def test_a_run_that_a_dry_run_refuses_fails_with_its_sentence(one_finding, subje
 
 
 def test_a_dry_run_without_an_answer_leaves_the_closed_form(one_finding, subject_of, monkeypatch):
-    monkeypatch.setattr(memory, "dry_runs", lambda runs, limit_s: None)
+    monkeypatch.setattr(run, "dry_runs", lambda runs, limit_s: None)
     level, text, _ = one_finding("memory", subject_of())
     assert (level, text.endswith("; closed form)")) == ("OK", True)

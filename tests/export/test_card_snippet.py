@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megadiff.checkpoint.manifest import read_manifest
-from megadiff.export.model_card import markdown_text, model_card, python_text
+from megadiff.export.export import markdown_text, model_card, python_text
 
 NAMES = [
     "demo-hf",

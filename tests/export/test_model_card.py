@@ -7,8 +7,7 @@ import os
 
 import pytest
 
-from megadiff.export.export import export
-from megadiff.export.model_card import _scores
+from megadiff.export.export import _scores, export
 from tests.report.folders import evaluation_line, training_line
 
 NOT_FINITE = {"ELBO of the last training step logged": "not a finite number"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from megadiff.checkpoint.path_kinds import what_it_is
+from megadiff.checkpoint.manifest import what_it_is
 from megadiff.errors import CheckpointError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder

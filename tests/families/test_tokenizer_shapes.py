@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.data.tokenizers import _pipeline, _windows
+from megadiff.data.tokenizers import _pipeline
 from tests.fixtures.tokenizers.shapes import CHAT, CORPUS, NAMES, SHAPES, TEXTS
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")
@@ -151,9 +151,9 @@ def test_a_long_text_is_encoded_in_windows_as_it_is_whole(shape, monkeypatch):
     parts = [*NAMES, *TEXTS, *CORPUS[:20], " ", "\n", "e\u0301", "\U0001f600", "x" * 50]
     text = "".join(draw.choice(parts) for _ in range(400))
     whole = shape.ours.encode(text)
-    monkeypatch.setattr(_windows, "OVERLAP_CHARACTERS", 300)
+    monkeypatch.setattr(_pipeline, "OVERLAP_CHARACTERS", 300)
     for window in (700, 1500):
-        monkeypatch.setattr(_windows, "WINDOW_CHARACTERS", window)
+        monkeypatch.setattr(_pipeline, "WINDOW_CHARACTERS", window)
         monkeypatch.setattr(_pipeline, "WINDOW_CHARACTERS", window)
         pieces = list(shape.ours.encode_pieces(text))
         assert [i for piece in pieces for i in piece] == whole == shape.ours.encode_batch(["", text])[1]

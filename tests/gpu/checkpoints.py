@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 
 from megadiff.checkpoint.safe_metadata import unpickle_plain_objects_only
-from megadiff.checkpoint.snapshot import HostBuffers, model_key, sharded_state, take_snapshot
+from megadiff.checkpoint.save import HostBuffers, model_key, sharded_state, take_snapshot
 from tests.gpu.one_gpu import Trainee
 
 

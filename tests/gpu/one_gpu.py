@@ -23,9 +23,8 @@ with quiet():
     from megadiff.model.config import ModelConfig, PrecisionConfig
     from megadiff.model.denoiser import build_chunks, wrap_data_parallel
     from megadiff.model.initialisation import initialise, role_of
-    from megadiff.optim.config import OPTIMIZERS, OptimizerConfig
+    from megadiff.optim.config import OPTIMIZERS, OptimizerConfig, Scale
     from megadiff.optim.optimizer import Optimizer, build_optimizer
-    from megadiff.optim.rules import Scale
     from megadiff.parallel.config import Layout, ParallelConfig
     from megadiff.parallel.pipeline import run_microbatches, set_loss_reduction
     from megadiff.parallel.topology import Topology, open_topology

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megadiff.loss.fused_lm_head import TorchPasses, fused_objective
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard
-from megadiff.loss.plain_lm_head import plain_objective
+from megadiff.loss.lm_head import LossInputs, LossOutput, LossSpec, VocabShard, plain_objective
 from tests.gpu import needs
 from tests.loss.head_cases import MIXES, TOKENS, Case, asked, case, close
 

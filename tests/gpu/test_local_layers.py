@@ -42,15 +42,15 @@ def test_attention_without_a_mask_is_fused_and_equals_the_plain_product():
 
 @needs.only_on_a_gpu
 def test_the_product_with_a_float32_output_adds_exactly():
-    from megadiff.platform import weight_gradients
+    from megadiff.platform import matrix_products
 
     draw = torch.Generator("cuda").manual_seed(0)
     inputs = torch.randn(1024, 256, generator=draw, device="cuda").bfloat16()
     grad = torch.randn(1024, 384, generator=draw, device="cuda").bfloat16()
     main = torch.randn(384, 256, generator=draw, device="cuda")
     expected = main.double() + grad.double().t() @ inputs.double()
-    assert weight_gradients.kernel(torch.device("cuda"))[0] is not None
-    weight_gradients.accumulate_in_float32(inputs, grad, main)
+    assert matrix_products.kernel(torch.device("cuda"))[0] is not None
+    matrix_products.accumulate_in_float32(inputs, grad, main)
     assert ((main.double() - expected).norm() / expected.norm()).item() < 1e-6
 
 

@@ -13,7 +13,7 @@ from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.objective import Terms
 from megadiff.diffusion.processes.gidd_time import GiddTime
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, loss_token_indices
+from megadiff.loss.lm_head import LossInputs, LossOutput, LossSpec, loss_token_indices
 
 VOCAB, MASK, TOKENS, HIDDEN = 61, 5, 70, 24
 MIXES: dict[str, NoiseProcess] = {

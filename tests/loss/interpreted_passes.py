@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megadiff.loss.fused_lm_head import LogitSums, MakePasses, TorchPasses, fused_objective
-from megadiff.loss.inputs import LossSpec, VocabShard
-from megadiff.loss.plain_lm_head import plain_objective
+from megadiff.loss.lm_head import LossSpec, VocabShard, plain_objective
 from megadiff.loss.triton_passes import TritonPasses
 from tests.loss.head_cases import MASK, MIXES, ONLY_MASKS, TOKENS, VOCAB, asked, case
 from tests.loss.test_fused_lm_head import close

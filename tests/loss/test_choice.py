@@ -5,9 +5,8 @@ import importlib.util
 import pytest
 
 from megadiff.errors import ConfigError
-from megadiff.loss.choice import choose_loss_kernel
-from megadiff.loss.fused_lm_head import fused_objective
-from megadiff.loss.plain_lm_head import plain_objective
+from megadiff.loss.fused_lm_head import choose_loss_kernel, fused_objective
+from megadiff.loss.lm_head import plain_objective
 
 
 def is_installed(monkeypatch, answer: bool) -> None:
@@ -36,10 +35,10 @@ def test_on_a_gpu_without_triton_auto_is_chunked_and_says_why(monkeypatch):
 
 @pytest.mark.parametrize("wanted", ["auto", "triton"])
 def test_on_a_gpu_with_triton_auto_takes_it(monkeypatch, wanted):
-    from megadiff.loss import choice
+    from megadiff.loss import fused_lm_head
 
     is_installed(monkeypatch, True)
-    monkeypatch.setattr(choice, "_triton_kernel", lambda: "the head")
+    monkeypatch.setattr(fused_lm_head, "_triton_kernel", lambda: "the head")
     assert choose_loss_kernel(wanted, is_cpu=False) == ("triton", "the head")
 
 

@@ -19,8 +19,7 @@ from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
 from megadiff.diffusion.schedules import UniformSchedule
 from megadiff.errors import ConfigError
 from megadiff.loss.fused_lm_head import TorchPasses, fused_objective
-from megadiff.loss.inputs import LossInputs, LossOutput, LossSpec, VocabShard, loss_token_indices
-from megadiff.loss.plain_lm_head import plain_objective
+from megadiff.loss.lm_head import LossInputs, LossOutput, LossSpec, VocabShard, loss_token_indices, plain_objective
 from tests.loss.head_cases import HIDDEN, MASK, MIXES, TOKENS, VOCAB, Case, asked, case, close
 from tests.support.ranks import on_ranks
 

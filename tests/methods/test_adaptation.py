@@ -14,11 +14,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from megadiff.data.batch_sizes import StepBatch
+from megadiff.data.config import StepBatch
 from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.export.export import export
-from megadiff.loss.inputs import VocabShard
+from megadiff.loss.lm_head import VocabShard
 from megadiff.parallel.step_metrics import metrics_of, report_sums
 from megadiff.platform.quiet import quiet
 from megadiff.run.check import check

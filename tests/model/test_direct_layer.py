@@ -83,7 +83,7 @@ def _outputs(chunk):
 
 def _against_megatron(blocks):
     """Names of the tensors that differ, by block and dtype."""
-    from megadiff.model.direct_layer import DirectLayer
+    from megadiff.model.layers import DirectLayer
 
     differing = {}
     for name, block in blocks.items():

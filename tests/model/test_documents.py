@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadiff.data.batch_sizes import StepBatch
+from megadiff.data.config import StepBatch
 from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, MODERN_BLOCK, toy_config

@@ -6,14 +6,13 @@ import pytest
 from pydantic import ValidationError
 
 from megadiff.errors import ConfigError
-from megadiff.model import fp8
+from megadiff.model import config
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.direct_layer import DirectLayer
 from megadiff.model.implementation import (
     modules_for,
     transformer_config,
 )
-from megadiff.model.layers import ColumnLinear
+from megadiff.model.layers import ColumnLinear, DirectLayer
 from megadiff.parallel.config import ParallelConfig
 from megadiff.platform.machine import detect
 from tests.support.runs import toy_config
@@ -45,7 +44,7 @@ def test_a_recipe_becomes_megatrons_settings(recipe, form):
 
 
 def test_without_fp8_megatron_hears_of_none():
-    assert fp8.megatron_settings(BF16) == {}
+    assert config.megatron_settings(BF16) == {}
     settings = transformer_config(MODEL, parallel=ParallelConfig(), precision=BF16, platform=CPU)
     assert settings.fp8 is None
     assert settings.recompute_granularity is None
@@ -175,23 +174,23 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path, keys, message
 def test_shapes_fp8_cannot_multiply_are_refused_with_what_would_do(model, parallel, recipe, micro, message):
     shape = ModelConfig.model_validate({**MODEL.model_dump(), **model})
     with pytest.raises(ConfigError, match=message):
-        fp8.check_shapes(
+        config.check_shapes(
             PrecisionConfig(fp8=recipe), shape, ParallelConfig.model_validate(parallel), micro_batch_size=micro
         )
 
 
 def test_shapes_fp8_can_multiply_pass_and_without_fp8_all_do():
     odd = ModelConfig(layers=2, hidden=20, heads=2, seq_length=7)
-    fp8.check_shapes(BF16, odd, ParallelConfig(), micro_batch_size=1)
+    config.check_shapes(BF16, odd, ParallelConfig(), micro_batch_size=1)
     for recipe in ("delayed", "tensorwise", "blockwise"):
         layout = ParallelConfig(tensor=2, sequence=True)
-        fp8.check_shapes(PrecisionConfig(fp8=recipe), MODEL, layout, micro_batch_size=2)
+        config.check_shapes(PrecisionConfig(fp8=recipe), MODEL, layout, micro_batch_size=2)
 
 
 def test_more_bf16_blocks_at_an_end_than_a_stage_has_are_refused():
     precision = PrecisionConfig(fp8="tensorwise", fp8_first_last_bf16=3)
     with pytest.raises(ConfigError, match=r"fp8_first_last_bf16 is 3, but a pipeline stage has 2 blocks"):
-        fp8.check_shapes(precision, MODEL, ParallelConfig(pipeline=4), micro_batch_size=1)
+        config.check_shapes(precision, MODEL, ParallelConfig(pipeline=4), micro_batch_size=1)
 
 
 def test_a_run_checks_its_fp8_shapes_with_its_layout(tmp_path):

@@ -11,9 +11,9 @@ import torch
 
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.saved_tensors import saved_bytes
 from megadiff.parallel.config import Layout, ParallelConfig
 from megadiff.platform.quiet import quiet
+from megadiff.run.dry_run import saved_bytes
 from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megadiff.model.config import ModelConfig
-from megadiff.optim.groups import parameter_groups
+from megadiff.optim.config import Scale, effective_eps
 from megadiff.optim.members import laprop
-from megadiff.optim.rules import Scale, effective_eps
+from megadiff.optim.pieces import parameter_groups
 from megadiff.platform.quiet import quiet
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK

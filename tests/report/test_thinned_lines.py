@@ -9,8 +9,7 @@ import pytest
 
 from megadiff.metric_lines import Line
 from megadiff.report.line_chart import Point, downsample
-from megadiff.report.run_record import read_metric_lines
-from megadiff.report.thinned_lines import CHARTED, ThinnedLines
+from megadiff.report.run_record import CHARTED, ThinnedLines, read_metric_lines
 from tests.report.folders import training_line, write_run
 
 LINES = 60_000

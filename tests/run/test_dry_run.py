@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megadiff.model.saved_tensors import saved_bytes
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
+from megadiff.run.dry_run import saved_bytes
 from tests.support.commands import REPOSITORY, write_yaml
 from tests.support.forked_command import Ended, call_forked
 from tests.support.ranks import on_ranks

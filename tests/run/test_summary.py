@@ -25,7 +25,7 @@ from tests.support.runs import GIDD_BLOCK, toy_config
 
 with quiet():
     from megadiff.model.initialisation import role_of
-    from megadiff.optim.groups import parameter_groups
+    from megadiff.optim.pieces import parameter_groups
     from megadiff.run.check import check
     from megadiff.run.resume import ResumeOptions
     from tests.support.toy_model import build_on_rank

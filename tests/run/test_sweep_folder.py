@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from megadiff.config.load import load_config
-from megadiff.data import indexed_manifest
+from megadiff.data import indexed_format
 from megadiff.errors import ConfigError
 from megadiff.run.config import RunConfig
-from megadiff.run.sweep_folder import plan_sweep, read_manifest, write_sweep
-from megadiff.run.sweep_status import counts, states
+from megadiff.run.sweep_folder import counts, plan_sweep, read_manifest, states, write_sweep
 from megadiff.supervision.launch import Holder
 from megadiff.supervision.status import FAILED, FINISHED, NO_RESTART, RUNNING, STOPPED, Status, write_status
 from tests.support.sweeps import write_description
@@ -93,7 +92,7 @@ def test_runs_may_be_added_but_not_changed(plan, toy_corpus, tmp_path):
 
 
 def test_the_data_at_hand_are_counted_once_they_exist(plan, toy_corpus, tmp_path):
-    size = indexed_manifest.read_manifest(Path(f"{toy_corpus}.json")).tokens
+    size = indexed_format.read_manifest(Path(f"{toy_corpus}.json")).tokens
     many = [f"budgets.flops=[4e7, {2 * size * 1e5:g}]", "noises=[masked]", "cooldowns=[]"]
     (said,) = [text for text in plan_sweep(plan.path, many).expansion.remarks if "data.train" in text]
     assert said.endswith(f" times, {2 * size * 1e5:.3g} FLOPs in 3 runs")

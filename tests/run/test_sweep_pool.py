@@ -13,8 +13,7 @@ import psutil
 import pytest
 
 from megadiff.run import sweep_pool
-from megadiff.run.sweep_folder import plan_sweep, write_sweep
-from megadiff.run.sweep_status import RunState, states
+from megadiff.run.sweep_folder import RunState, plan_sweep, states, write_sweep
 from tests.support.runs import read_metrics
 from tests.support.sweeps import ForkedProcess, content_of, fork_worker, run_pool, said, start_pool, write_description
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from megadiff.data.token_texts import token_text
+from megadiff.data.tokenizers import token_text
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.sampling.standalone import Settings, Step, generate

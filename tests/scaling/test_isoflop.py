@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megadiff.scaling.cells import budget_codes
 from megadiff.scaling.isoflop import isoflop
-from megadiff.scaling.resampling import FitError
+from megadiff.scaling.resampling import FitError, budget_codes
 from tests.scaling.planted import BUDGETS, MASKED, SIZES, coverage, sweep
 
 TRUTH = {"flops_per_token": 0.56629, "tokens": 0.43371, "loss": -0.04961}

@@ -9,10 +9,9 @@ import pytest
 from megadiff.errors import ConfigError
 from megadiff.platform.gpus import gpu
 from megadiff.scaling.flops import flops_per_token
-from megadiff.scaling.frontier import effective_tokens, frontier, wasted_by_batch
+from megadiff.scaling.frontier import ModelSize, effective_tokens, frontier, model_sizes, wasted_by_batch
 from megadiff.scaling.goal import Goal, Hardware, aim, laws_for, size_range, sizes
 from megadiff.scaling.laws import Estimate, Law, LawBook, LawFile, compute_optimal, published
-from megadiff.scaling.model_sizes import ModelSize, model_sizes
 from megadiff.scaling.planner import efficiency_law, plan
 
 BOOK = published()

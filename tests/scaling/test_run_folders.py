@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from megadiff.report.fit_page import fit_page
+from megadiff.scaling.comparisons import paired_runs
 from megadiff.scaling.fit import power_law
 from megadiff.scaling.fit_record import law_file, record, summary, written_laws
 from megadiff.scaling.fit_results import fit_points
-from megadiff.scaling.paired_runs import paired_runs
 from megadiff.scaling.points import REPEATED, from_runs
 from megadiff.scaling.run_curves import flops_per_token_of
 from tests.scaling.planted import MASKED, UNIFORM

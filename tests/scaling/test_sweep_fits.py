@@ -12,15 +12,23 @@ import pytest
 from matplotlib.figure import Figure
 
 from megadiff.report.fit_page import fit_page
-from megadiff.scaling import law_figures
+from megadiff.scaling import figures
 from megadiff.scaling.batch_laws import batch_laws, steps_to
-from megadiff.scaling.csv_points import from_csv
 from megadiff.scaling.figures import draw_all
 from megadiff.scaling.fit_record import law_file, record, summary, written_laws
 from megadiff.scaling.fit_results import fit_points
 from megadiff.scaling.laws import LawBook, published, read_law_file, write_law_file
 from megadiff.scaling.planner import Goal, plan
-from megadiff.scaling.points import BEATEN, Branch, Gathered, Point, best_of_settings, without_highest, without_repeats
+from megadiff.scaling.points import (
+    BEATEN,
+    Branch,
+    Gathered,
+    Point,
+    best_of_settings,
+    from_csv,
+    without_highest,
+    without_repeats,
+)
 from megadiff.scaling.run_curves import NoiseScale
 from tests.scaling.planted import BUDGETS, MASKED, SIZES
 
@@ -186,7 +194,7 @@ def test_a_sweep_with_everything_becomes_a_law_file_that_plans_alone(tmp_path):
     assert len(found["noise_scales"]) == 12
     drawn = [sketch for sketch in draw_all(results, tmp_path / "figures") if sketch.section in ("batch", "cooldowns")]
     assert [sketch.name for sketch in drawn] == ["hyperbolas-masked", "batch-masked", "noise-scale", "cooldowns"]
-    law_figures.laws(figure := Figure(), list(results.noises), "deepseek", published())
+    figures.laws(figure := Figure(), list(results.noises), "deepseek", published())
     labels = [line.get_label() for axes in figure.axes for line in axes.lines if line.get_linestyle() == ":"]
     assert labels == ["gidd: C^0.566", "gidd: C^0.434", "gidd: C^-0.050"]
     page = fit_page(found, drawn, lines.split("\n"), now=datetime.now(timezone.utc))

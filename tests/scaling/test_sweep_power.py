@@ -9,8 +9,7 @@ import pytest
 
 from megadiff.scaling.isoflop import isoflop
 from megadiff.scaling.laws import published
-from megadiff.scaling.power import Power, predict
-from megadiff.scaling.sweep_power import design_of, surface_of, sweep_power
+from megadiff.scaling.power import Power, design_of, predict, surface_of, sweep_power
 from megadiff.scaling.sweep_runs import expand
 from tests.scaling.test_sweep import BASE, described
 

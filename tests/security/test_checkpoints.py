@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 
-from megadiff.checkpoint.durable import entry_of
+from megadiff.checkpoint.folder import entry_of
 from megadiff.checkpoint.manifest import read_manifest
 from tests.security.places import pickled, torch_saved
 from tests.support.commands import write_yaml

@@ -11,17 +11,16 @@ import socket
 import pytest
 import yaml
 
-from megadiff.checkpoint.durable import entry_of
-from megadiff.checkpoint.folder import newest_complete
+from megadiff.checkpoint.folder import entry_of, newest_complete
 from megadiff.checkpoint.manifest import FILE_NAME, read_manifest
 from megadiff.config.load import load_config
 from megadiff.errors import CheckpointError, ConfigError, DataError, MegadiffError
+from megadiff.files import UnreadableFileError, lines, parse_json, read_bytes, read_json_object
 from megadiff.metric_lines import read_metrics
 from megadiff.report.line_chart import scale_of
 from megadiff.run.config import RunConfig
 from megadiff.supervision.status import RUNNING, Status, read_status, write_status
 from megadiff.train.goodput import read_attempts
-from megadiff.untrusted_files import UnreadableFileError, lines, parse_json, read_bytes, read_json_object
 from tests.checkpoint.test_manifest import manifest
 from tests.report.folders import evaluation_line, training_line, write_run
 from tests.support.forked_command import call_forked

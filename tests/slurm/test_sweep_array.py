@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megadiff.metric_lines import read_metrics
-from megadiff.run.sweep_folder import plan_sweep, write_sweep
-from megadiff.run.sweep_status import states
+from megadiff.run.sweep_folder import plan_sweep, states, write_sweep
 from tests.slurm.local_cluster import wait_for
 from tests.slurm.training import START_S, copy_of_the_commands, submit
 from tests.support.sweeps import content_of, run_pool, write_description

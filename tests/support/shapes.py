@@ -26,8 +26,8 @@ CHECKED = (
     "megadiff.diffusion.schedules",
     "megadiff.diffusion.weightings",
     "megadiff.loss.fused_lm_head",
-    "megadiff.loss.inputs",
-    "megadiff.loss.plain_lm_head",
+    "megadiff.loss.lm_head",
+    "megadiff.loss.lm_head",
     "megadiff.sampling.ancestral",
     "megadiff.sampling.sampler",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megadiff.scaling.coordinates import BANDS, RULES, sizes
+from megadiff.scaling.optimum import BANDS, RULES, sizes
 from tests.support.commands import REPOSITORY
 from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from megadiff.data.batch_sizes import BatchSizes
+from megadiff.data.config import BatchSizes
 from megadiff.errors import TrainingError
 from megadiff.train.config import HealthConfig
 from megadiff.train.health import Health, NonFiniteSource, StepDecision

@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 import torch
 
-from megadiff.data.batch_sizes import BatchSizes
+from megadiff.data.config import BatchSizes
 from megadiff.errors import TrainingError
 from megadiff.optim.schedule import WarmupStableDecay
 from megadiff.parallel.topology import Topology
@@ -18,8 +18,7 @@ from megadiff.train.goodput import Goodput, GoodputConfig
 from megadiff.train.health import Health
 from megadiff.train.hooks import Hook
 from megadiff.train.hooks.checkpoint import CheckpointHook
-from megadiff.train.loop import AgreedStop, Trainer, TrainResult
-from megadiff.train.step import StepOutput
+from megadiff.train.loop import AgreedStop, StepOutput, Trainer, TrainResult
 
 
 class Recorder(Hook):

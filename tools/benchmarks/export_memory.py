@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megadiff.checkpoint.durable import entry_of
+from megadiff.checkpoint.folder import entry_of
 from megadiff.checkpoint.manifest import FORMAT, Manifest, read_manifest
 from megadiff.checkpoint.safe_metadata import read_index
 from megadiff.config.command_line import CommandParser
@@ -29,7 +29,7 @@ from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.config import ConditioningConfig, noise_config
 from megadiff.errors import run_command
 from megadiff.export.export import export
-from megadiff.export.training_checkpoint import write_training_checkpoint
+from megadiff.export.importing import write_training_checkpoint
 from megadiff.export.weight_files import TrainingTensor, released_shapes, training_tensors
 from megadiff.model.config import ModelConfig
 

@@ -18,9 +18,8 @@ from torch.nn import functional
 from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import MegadiffError, run_command
-from megadiff.loss.choice import choose_loss_kernel
-from megadiff.loss.fused_lm_head import add_product
-from megadiff.loss.inputs import LossInputs, LossSpec, VocabShard, loss_token_indices
+from megadiff.loss.fused_lm_head import add_product, choose_loss_kernel
+from megadiff.loss.lm_head import LossInputs, LossSpec, VocabShard, loss_token_indices
 
 _EPILOG = """example:
   python tools/benchmarks/gpu_head.py --output results

@@ -24,7 +24,7 @@ from megadiff.config.command_line import CommandParser
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import run_command
 from megadiff.loss.fused_lm_head import add_product, fused_objective
-from megadiff.loss.inputs import LossInputs, LossSpec, loss_token_indices
+from megadiff.loss.lm_head import LossInputs, LossSpec, loss_token_indices
 
 _EPILOG = """example:
   python tools/benchmarks/head.py

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import tokenizer_facts
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.open import open_data
 from megadiff.platform.quiet import quiet

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from processor import processor
 
 from megadiff.config.command_line import CommandParser
-from megadiff.data.indexed_manifest import tokenizer_facts
+from megadiff.data.indexed_format import tokenizer_facts
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.sequences import ValidationSequences

@@ -38,8 +38,7 @@ with quiet():
     from megadiff.parallel.topology import process_group
     from megadiff.run import build
     from megadiff.run.context import RunContext
-    from megadiff.train.loop import Trainer
-    from megadiff.train.step import TrainStep
+    from megadiff.train.loop import Trainer, TrainStep
 
 _EPILOG = """examples:
   OMP_NUM_THREADS=1 python tools/benchmarks/training_step.py

@@ -17,26 +17,28 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megadiff.data.corpus_streams import corpus_path
 from megadiff.data.documents import MAX_LISTED, SKIPPED, CorpusReport, InputFile
 from megadiff.data.indexed_format import (
     CHUNK,
     HEADER,
+    MANIFEST_VERSION,
     TOKENS,
+    IndexedManifest,
+    InputFacts,
     StoredFile,
     StoredIntegers,
     bin_path,
     idx_path,
     index_parts,
+    manifest_bytes,
     manifest_path,
+    read_manifest,
     token_dtype,
 )
-from megadiff.data.indexed_manifest import MANIFEST_VERSION, IndexedManifest, InputFacts, manifest_bytes, read_manifest
-from megadiff.data.indexed_output import IndexedOutput
-from megadiff.data.indexed_writer import no_documents
+from megadiff.data.indexed_writer import IndexedOutput, no_documents
 from megadiff.data.preprocess import ProgressReport
-from megadiff.data.remote_files import corpus_path
-from megadiff.data.shards.claims import Claims
-from megadiff.data.shards.ledger import Ledger, UnitRecord
+from megadiff.data.shards.ledger import Claims, Ledger, UnitRecord
 from megadiff.data.shards.plan import ShardPlan
 from megadiff.errors import DataError
 

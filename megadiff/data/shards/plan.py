@@ -17,15 +17,13 @@ from pydantic import Field, ValidationError
 
 from megadiff.config.section import Section
 from megadiff.data.conversations import ConversationOptions
-from megadiff.data.corpus_streams import JSON_SUFFIXES, STDIN, line_start
-from megadiff.data.document_filters import DocumentFilters
-from megadiff.data.documents import Corpus
-from megadiff.data.indexed_manifest import TokenizerFacts, tokenizer_facts
+from megadiff.data.corpus_streams import JSON_SUFFIXES, STDIN, CorpusPath, RemotePath, corpus_path, line_start
+from megadiff.data.documents import Corpus, DocumentFilters
+from megadiff.data.indexed_format import TokenizerFacts, tokenizer_facts
 from megadiff.data.preprocess import DocumentMarkers
-from megadiff.data.remote_files import CorpusPath, RemotePath, corpus_path
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import SHOWN_DIGITS, DataError
-from megadiff.untrusted_files import UnreadableFileError, first_fault, read_bytes, why
+from megadiff.files import UnreadableFileError, first_fault, read_bytes, why
 
 PLAN_VERSION = 1
 """Version of the plan's layout."""

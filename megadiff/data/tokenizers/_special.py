@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megadiff.errors import DataError
-from megadiff.untrusted_files import UnreadableFileError, read_json_object
+from megadiff.files import UnreadableFileError, read_json_object
 
 BOS_ID, EOS_ID, PAD_ID, MASK_ID = 0, 1, 2, 3
 """Ids of every tokenizer trained here and of the byte tokenizer, as in the released GIDD checkpoints."""

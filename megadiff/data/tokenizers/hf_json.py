@@ -14,7 +14,7 @@ from megadiff.data.tokenizers._pipeline import Pipeline, applied, unknown_id, wi
 from megadiff.data.tokenizers._special import SpecialIds, find_special_ids, model_behind
 from megadiff.data.transformers_tokenizer import write_transformers_tokenizer
 from megadiff.errors import DataError, shown
-from megadiff.untrusted_files import UnreadableFileError, parse_json, read_json_object, read_text, type_name, why
+from megadiff.files import UnreadableFileError, parse_json, read_json_object, read_text, type_name, why
 
 _FILE = "tokenizer.json"
 _MAX_BYTES = 2**28

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a JSON object a line. A step has at most one training line, one evaluation line, and hooks' own."""
+"""`metrics.jsonl` and `validation.jsonl`: figures of steps and of validation sequences, a JSON object a line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megadiff.files import AppendedFile, sync, write_atomically
+from megadiff.files import AppendedFile, UnreadableFileError, open_plain, sync, write_atomically
 from megadiff.metric_lines import parsed
+from megadiff.scaling.paired import PerSequence
 from megadiff.train.hooks import MetricSink
-from megadiff.untrusted_files import UnreadableFileError, open_plain
 
 log = logging.getLogger("megadiff")
 
@@ -151,3 +151,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class PerSequenceFile(MetricsFile):
+    """A file beside `metrics.jsonl` that outlives kills and resumes as that one does.
+
+    It is one of the run's sinks, so that checkpoints rely on its lines, but keeps no line of figures: evaluations give
+    it theirs.
+    """
+
+    def write(self, line: dict[str, Any], step: int) -> None:
+        """Leave a line of figures to the other sinks."""
+
+    def add(self, step: int, figures: PerSequence) -> None:
+        """Append the line of an evaluation."""
+        super().write({"step": step, **figures.as_entries()}, step)

@@ -1,16 +1,56 @@
-"""Validation: the fixed-noise bound on held-out sequences."""
+"""Hooks that measure the model every few steps: the bound on held-out sequences, and sampled text."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
+from megadiff.files import write_atomically
 from megadiff.scaling.paired import PerSequence
-from megadiff.train.hooks import MetricSinks
-from megadiff.train.hooks._periodic import PeriodicHook
-from megadiff.train.hooks.per_sequence_file import PerSequenceFile
+from megadiff.train.goodput import Goodput
+from megadiff.train.hooks import Hook, MetricSinks, Part, StepInfo
+from megadiff.train.hooks.metrics_file import PerSequenceFile
+
+
+@dataclass(kw_only=True)
+class PeriodicHook(Hook, ABC):
+    """A hook that runs before the first step, every `every` steps, at some more, and after the last.
+
+    It is collective over the run.
+    """
+
+    section: ClassVar[Part] = "eval"
+    collectives: ClassVar[bool] = True
+    every: int
+    """Number of steps between calls of `run`; 0 for no regular ones."""
+    at_steps: frozenset[int] = frozenset()
+    """Further steps after which `run` is called."""
+    steps: int
+    """Number of steps of the whole run."""
+    first_step: int
+    """Number of steps taken before this process began."""
+    goodput: Goodput
+    """RankReport of where the run's time goes."""
+
+    @abstractmethod
+    def run(self, step: int) -> None:
+        """Do the hook's work on the model after `step` steps."""
+
+    def open(self) -> None:
+        """Run on the first weights, unless the run resumes."""
+        if self.first_step == 0:
+            self.run(0)
+
+    def __call__(self, info: StepInfo) -> None:
+        """Run if due."""
+        is_regular = self.every > 0 and info.step % self.every == 0
+        if is_regular or info.step in self.at_steps or info.step == self.steps:
+            self.run(info.step)
+
 
 log = logging.getLogger("megadiff")
 
@@ -59,3 +99,26 @@ class ValidationHook(PeriodicHook):
             if self.per_sequence is not None:
                 self.per_sequence.add(step, found.per_sequence)
             log.info(f"step {step:>7}/{self.steps} | {found.describe()}")
+
+
+@dataclass(kw_only=True)
+class SampleHook(PeriodicHook):
+    """A file of sampled text before the first step, every `every` steps (0: never between), and after the last."""
+
+    sample: Callable[[], str]
+    """Function that samples text; collective over the run."""
+    folder: Path | None
+    """The run folder; None on ranks other than the main one."""
+
+    def run(self, step: int) -> None:
+        """Write the file of this step; a disk that refuses costs the file and not the run."""
+        with self.goodput.during("evaluate"):
+            text = self.sample()
+        if self.folder is None:
+            return
+        path = self.folder / "samples" / f"step_{step:08d}.txt"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, text.encode(errors="replace"), is_durable=False)
+        except OSError as error:
+            log.warning(f"step {step:>7}/{self.steps} | {path} was not written: {error.strerror or error}")

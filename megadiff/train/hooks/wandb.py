@@ -24,9 +24,8 @@ from pydantic import Field, model_validator
 
 from megadiff.config.section import Section
 from megadiff.errors import PlatformError
-from megadiff.files import write_atomically
+from megadiff.files import UnreadableFileError, parse_json, read_bytes, write_atomically
 from megadiff.train.hooks import HookContext, MetricSink, curves
-from megadiff.untrusted_files import UnreadableFileError, parse_json, read_bytes
 
 log = logging.getLogger("megadiff")
 

@@ -8,8 +8,8 @@ import signal
 import orjson
 import pytest
 
-from megadiff.data.shards import claims as module
-from megadiff.data.shards.claims import Claims
+from megadiff.data.shards import ledger as module
+from megadiff.data.shards.ledger import Claims
 from megadiff.errors import DataError
 
 FORK = multiprocessing.get_context("fork")

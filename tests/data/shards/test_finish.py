@@ -13,7 +13,7 @@ from megadiff.data.scan import scan
 from megadiff.data.shards import finish as module
 from megadiff.data.shards.finish import finish, merge, report_of
 from megadiff.data.shards.ledger import Ledger
-from megadiff.data.shards.pool import make_shards
+from megadiff.data.shards.work import make_shards
 from megadiff.data.tokenizer_training import train_tokenizer
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import DataError

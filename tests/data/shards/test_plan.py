@@ -7,7 +7,7 @@ import pytest
 from megadiff.data.documents import Corpus
 from megadiff.data.preprocess import DocumentMarkers
 from megadiff.data.shards.plan import make_plan
-from megadiff.data.shards.pool import make_shards
+from megadiff.data.shards.work import make_shards
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import DataError
 from tests.data.shards.corpus import FRAMING, UNIT_BYTES, write_files

@@ -18,10 +18,10 @@ import time
 import pytest
 
 from megadiff.data.documents import Corpus
-from megadiff.data.shards import pool as module
+from megadiff.data.shards import work as module
 from megadiff.data.shards.finish import finish, merge, report_of
 from megadiff.data.shards.ledger import Ledger
-from megadiff.data.shards.pool import make_shards
+from megadiff.data.shards.work import make_shards
 from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
 from tests.data.shards.corpus import FRAMING, UNIT_BYTES, contents, end_by_kill, write_files, write_serial

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megadiff.data.batch_sizes import BatchSizes
+from megadiff.data.config import BatchSizes
 from megadiff.errors import ConfigError
 from megadiff.platform.quiet import quiet
 from megadiff.scaling.noise_scale import Components

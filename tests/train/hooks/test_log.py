@@ -13,8 +13,7 @@ from megadiff.metric_lines import read_metrics
 from megadiff.parallel.step_metrics import SIZE
 from megadiff.platform.machine import detect
 from megadiff.train.hooks import MetricSinks, StepInfo
-from megadiff.train.hooks.console import Console
-from megadiff.train.hooks.log import LogHook
+from megadiff.train.hooks.log import Console, LogHook
 from megadiff.train.hooks.metrics_file import MetricsFile
 
 

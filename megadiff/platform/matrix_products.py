@@ -1,4 +1,4 @@
-"""Accumulation of weight gradients inside the matrix product that computes them, without Apex.
+"""Products of low-precision matrices added to a float32 matrix, also as weight gradients, without Apex.
 
 With `gradient_accumulation_fusion` megatron-core's linear layers call Apex's `fused_weight_gradient_mlp_cuda`: one
 matrix product that adds to the float32 gradient buffer, instead of a bf16 product, a cast and an addition. cuBLAS can
@@ -12,12 +12,43 @@ import importlib
 import importlib.util
 import sys
 import types
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megadiff.platform import float32_products
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> None:
+    """total = beta total + a @ b, in place: without intermediate rounding, and without an extra pass over `total`.
+
+    Args:
+        total: [m, k] float32.
+        a, b: [m, n] and [n, k] bf16 or fp16.
+        beta: 0 overwrites whatever `total` held.
+    """
+    torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
+
+
+@cache
+def problem_of(device: torch.device) -> str:
+    """Return why `add_product` cannot be used on a device, or "" if it can.
+
+    It is tried once on a tiny tensor, with numbers that bf16 represents exactly.
+    """
+    try:
+        b = torch.arange(256, device=device).remainder(7).view(16, 16).bfloat16()
+        a = torch.arange(256, device=device).remainder(5).view(16, 16).bfloat16().t()
+        found = torch.full((16, 16), 0.001, device=device)
+        expected = found.double() + a.double() @ b.double()
+        add_product(found, a, b)
+    except (RuntimeError, TypeError) as error:  # no such kernel, or a torch without this argument
+        reason = str(error).split(". ")[0]
+        return f"torch.addmm does not add bf16 products to a float32 tensor here ({reason})"
+    if not torch.allclose(found.double(), expected, rtol=1e-6, atol=0.0):
+        return "torch.addmm with a float32 output gives wrong sums here"
+    return ""
+
 
 NAME = "fused_weight_gradient_mlp_cuda"
 """Name of the module that megatron-core imports."""
@@ -31,7 +62,7 @@ def accumulate_in_float32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor
         grad_output: [tokens, out], of the same dtype.
         main_grad: [out, in] float32, changed in place.
     """
-    float32_products.add_product(main_grad, grad_output.t(), inputs)
+    add_product(main_grad, grad_output.t(), inputs)
 
 
 def accumulate(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
@@ -46,7 +77,7 @@ def kernel(device: torch.device) -> tuple[str | None, str]:
     """
     if _apex_has_it():
         return "Apex", ""
-    problem = float32_products.problem_of(device)
+    problem = problem_of(device)
     return (None, problem) if problem else ("torch addmm", "")
 
 

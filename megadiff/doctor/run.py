@@ -1,4 +1,4 @@
-"""Memory per rank, by a dry run, against the memory available, and settings that would make it fit.
+"""Checks of a run description on this machine: each function `check_...` is one, as in `machine`.
 
 Settings are searched by the closed form, and those suggested are built in a dry run too. Where a dry run gives no
 answer in time, and where the closed form is far beyond the memory, the closed form is the answer.
@@ -11,10 +11,85 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 
 from megadiff.doctor.examination import Finding, Subject, fail, ok, warn
-from megadiff.errors import ConfigError
+from megadiff.errors import ConfigError, DataError
 from megadiff.run.config import RunConfig
 from megadiff.run.dry_runs import Fullest, Refused, dry_runs
-from megadiff.run.summary import memory_per_rank
+from megadiff.run.summary import lay_out_run, memory_per_rank
+
+
+def check_description(subject: Subject) -> Iterable[Finding]:
+    """Check whether the description can be read; yield nothing if none was given."""
+    if subject.problem is not None:
+        yield from (fail(line, "correct the file or the override named there") for line in subject.problem.splitlines())
+    elif subject.config is not None:
+        config = subject.config
+        yield ok(f"{config.name}: {config.steps:,} steps of {config.tokens_per_step:,} tokens into {config.folder}")
+
+
+def check_data(subject: Subject) -> Iterable[Finding]:
+    """Check everything that a start would, and look for likely mistakes; needs the tokenizer."""
+    config = subject.config
+    if config is None:
+        return
+    from megadiff.data.open import open_data
+    from megadiff.data.review import advice, describe_sources, describe_validation
+
+    try:
+        tokenizer = subject.tokenizer
+    except DataError:
+        yield fail("not checked: the data need the tokenizer, which cannot be loaded", "fix data.tokenizer first")
+        return
+    assert tokenizer is not None
+    try:
+        opened = open_data(
+            config.data,
+            tokenizer,
+            seq_length=config.model.seq_length,
+            seed=config.seed,
+            valid_sequences=config.eval.sequences,
+            samples_before=config.sizes.samples_before,
+            samples=config.samples,
+        )
+    except DataError as error:
+        yield fail(str(error), "`megadiff preprocess_data` makes data; data.train and data.valid name their prefixes")
+        return
+    yield ok(f"{len(opened.drawn_at(config.samples))} source(s) to train on, fingerprint {opened.fingerprint[:16]}")
+    for line in (*describe_sources(opened, now=0, end=config.samples), *describe_validation(opened)):
+        yield ok(" ".join(line.removeprefix("data ").split()))
+    found = advice(
+        opened, config.data, end=config.samples, length=config.length_setting, eval_sequences=config.eval.sequences
+    )
+    yield from (warn(doubt.text, doubt.remedy) for doubt in found)
+
+
+def check_layout(subject: Subject) -> Iterable[Finding]:
+    """Check the divisibility that a start requires, then compare the number of devices with that of ranks."""
+    config, vocab_size = subject.config, subject.vocab_size
+    if config is None:
+        return
+    if vocab_size is None:
+        yield warn("not checked: the vocabulary is unknown", "fix data.tokenizer, or set data.vocab_size")
+        return
+    try:
+        layout = lay_out_run(config, world_size=subject.ranks, vocab_size=vocab_size)
+    except ConfigError as error:
+        yield fail(
+            f"{subject.ranks} rank(s): {error}",
+            "change the layout, or give the run's number of ranks with --ranks",
+        )
+        return
+    yield ok(
+        f"{layout.world_size} rank(s): tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, "
+        f"{layout.num_microbatches} microbatch(es) a step"
+    )
+    here, devices, platform = subject.local_ranks, subject.platform.local_devices(), subject.platform
+    if here <= devices:
+        return
+    if platform.is_cpu:
+        yield warn(f"{here} ranks share {devices} core(s)", "fine for a trial, but the ranks take turns")
+    else:
+        yield fail(f"{here} ranks on this node, which has {devices} GPU(s)", f"start at most {devices} ranks a node")
+
 
 _CLOSE = 0.85
 """Fraction of the memory above which parts missing from the estimate (context, buffers, fragmentation) may not fit."""
@@ -29,7 +104,7 @@ _TRIED = 3
 _POWERS = (1, 2, 4, 8, 16)
 
 
-def check(subject: Subject) -> Iterable[Finding]:
+def check_memory(subject: Subject) -> Iterable[Finding]:
     """Compare what a rank needs with the memory; yields nothing if there is no valid layout, which its own check
     reports."""
     config, vocab_size = subject.config, subject.vocab_size
@@ -125,3 +200,52 @@ def _value(config: RunConfig, key: str) -> int | bool:
 
 def _word(value: int | bool) -> str:
     return str(value).lower()
+
+
+_SPANS, _SPAN_TOKENS = 16, 4096
+
+
+def check_tokenizer(subject: Subject) -> Iterable[Finding]:
+    """Load the tokenizer and look for the largest id in spans spread over each source."""
+    config = subject.config
+    if config is None:
+        return
+    try:
+        tokenizer = subject.tokenizer
+    except DataError as error:
+        yield fail(str(error), "set data.tokenizer to what `megadiff train_tokenizer` wrote, or to `byte`")
+        return
+    assert tokenizer is not None
+    size = tokenizer.vocab_size
+    yield ok(f"{tokenizer.name}: {size:,} ids, mask id {tokenizer.mask_id}")
+    if config.data.vocab_size not in (None, size):
+        yield fail(
+            f"data.vocab_size is {config.data.vocab_size}, but the tokenizer has {size} ids", f"set it to {size}"
+        )
+    for source in (*config.data.training_sources.values(), *config.data.valid):
+        try:
+            largest = largest_sampled_id(source.path)
+        except DataError:
+            continue  # reported by the check of the data
+        message = f"{source.path}: the largest sampled id is {largest:,} of {size:,}"
+        if largest >= size:
+            yield fail(message, "the data were made with another tokenizer: preprocess the corpus with this one")
+        elif largest < size // 8:
+            yield warn(message, "most ids never occur: check that the corpus was preprocessed with this tokenizer")
+        else:
+            yield ok(message)
+
+
+def largest_sampled_id(prefix: str) -> int:
+    """Return the largest token id in 16 spans spread over a source.
+
+    Raises:
+        DataError: the data cannot be opened.
+    """
+    from megadiff.data.indexed_reader import IndexedReader
+
+    reader = IndexedReader(prefix)
+    span = min(_SPAN_TOKENS, reader.num_tokens)
+    last = reader.num_tokens - span
+    starts = {last * i // (_SPANS - 1) for i in range(_SPANS)}
+    return max(int(reader.tokens(start, span).max()) for start in starts)
