@@ -2,5 +2,5 @@
 
 `load` lays the `nodes` of files and overrides upon each other, pydantic types them, and `messages` words what
 pydantic refuses, with file and line. `registry` finds the members of families and joins their settings to a
-section; `schema` and `reference` list the keys; `other_names` and `command_line` serve suggestions.
+section; `schema` and `reference` list the keys; `suggestions` and `command_line` serve suggestions.
 """

@@ -1,6 +1,6 @@
 """Loader of this data-parallel rank's microbatches, prepared one step ahead in a thread.
 
-The global batch of a step is the samples first .. first + sequences - 1 (`batch_sizes`). Microbatch m of rank r takes
+The global batch of a step is the samples first .. first + sequences - 1 (`BatchSizes`). Microbatch m of rank r takes
 the `micro_batch_size` samples from first + (m * dp_size + r) * micro_batch_size on: the set of samples in a step
 depends on neither `dp_size` nor `micro_batch_size`. The only resumable state is the number of steps taken so far.
 """

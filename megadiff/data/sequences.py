@@ -1,7 +1,7 @@
 """Sequences of L tokens: a source divided into them, and their order, shuffled again in each epoch.
 
-A sequence is a pure function of (seed, source name, sequence number): no generator, no state, no index files. How a
-source is divided into sequences is in `division`. B sequences, L positions.
+A sequence is a pure function of (seed, source name, sequence number): no generator, no state, no index files.
+B sequences, L positions.
 
 Text is one stream: documents are joined end to end and cut at every L tokens, and the rest at the end, less than one
 sequence, is never used. Conversations are sequences of their own: each is cut at L tokens or filled up, and one whose

@@ -43,12 +43,12 @@ class Kernel:
 
     tokens: int = 0
     module: Any = None
-    """`noise_plan`, or None as long as numpy noises."""
+    """`noise_kernel`, or None as long as numpy noises."""
     is_settled: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def for_tokens(self, tokens: int, process: NoiseProcess) -> Any:
-        """Count tokens that are to be noised; return `noise_plan`, or None if numpy is to noise them."""
+        """Count tokens that are to be noised; return `noise_kernel`, or None if numpy is to noise them."""
         if not _is_known(process):
             return None
         if not self.is_settled:
@@ -72,7 +72,7 @@ def _is_known(process: NoiseProcess) -> bool:
 
 
 def load() -> Any:
-    """Return `noise_plan` with its kernel compiled; None without numba, and with a warning where numba fails."""
+    """Return `noise_kernel`, compiled; None without numba, and with a warning where numba fails."""
     if importlib.util.find_spec("numba") is None:
         return None
     try:
@@ -80,7 +80,8 @@ def load() -> Any:
 
         if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
             return None
+        from megadiff.diffusion import noise_kernel
     except Exception as error:  # anything that numba, LLVM or the linker raise: numpy does the same work
         warnings.warn(f"training sequences are noised by numpy, since numba fails: {error}", stacklevel=2)
         return None
-    return noise_plan
+    return noise_kernel

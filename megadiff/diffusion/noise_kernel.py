@@ -29,14 +29,14 @@ from megadiff.diffusion.processes.gidd_snr import GiddSnr
 from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
 from megadiff.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSchedule, UniformSchedule
 
-# Numbers of a `noise_plan.Plan`, float64.
+# Numbers of a `Plan`, float64.
 PER_TOKEN, LINEAR, PROMPT, INFILLING, MAX_FRACTION, PAD_INSERTION = range(6)
 LOW_SNR, HIGH_SNR, SCHEDULE_0, SCHEDULE_1, SCHEDULE_2, SCHEDULE_3, LAW_0, LAW_1 = range(6, 14)
 
-# Numbers of a `noise_plan.Plan`, int64.
+# Numbers of a `Plan`, int64.
 VOCAB_SIZE, MASK_ID, PAD_ID, NOISE_KIND, SCHEDULE, RELEASED_LAW = range(6)
 
-# Keys of a `noise_plan.Plan`, by stream.
+# Keys of a `Plan`, by stream.
 ROW, EMPTY, INFILL, LOG_SNR, BATCH, NOISE = range(6)
 
 MASKS, TOKENS, HYBRID_SNR, HYBRID_TIME_1, HYBRID_TIME = range(5)

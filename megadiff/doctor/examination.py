@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megadiff.config import registry
 from megadiff.errors import MegadiffError
 from megadiff.run.config import RunConfig
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 
 Level = Literal["OK", "WARN", "FAIL"]
-
-CHECKS = "megadiff.doctor.checks"
-"""Package with the family of checks."""
 
 LIMIT_S = 60.0
 """Timeout per check in seconds; a hung network file system never returns."""
@@ -140,12 +136,26 @@ class Subject:
         return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
-def examine(subject: Subject, *, package: str = CHECKS, limit_s: float = LIMIT_S) -> Iterator[Finding]:
-    """Yield all findings, check by check in the order of the checks' names."""
-    for name in registry.names(package):
+Check = Callable[[Subject], Iterable[Finding]]
+"""A check of a subject. What it raises becomes a finding: a `MegadiffError` its own, anything else a failure of it."""
+
+
+def all_checks() -> dict[str, Check]:
+    """Return the checks of the machine and of a run by name, in the order of their names."""
+    from megadiff.doctor import machine, run
+
+    functions = {**vars(machine), **vars(run)}
+    return {name.removeprefix("check_"): functions[name] for name in sorted(functions) if name.startswith("check_")}
+
+
+def examine(
+    subject: Subject, *, checks: Mapping[str, Check] | None = None, limit_s: float = LIMIT_S
+) -> Iterator[Finding]:
+    """Yield all findings, check by check; by default of all checks."""
+    for name, check in (all_checks() if checks is None else checks).items():
         found: list[Finding] = []
         # A daemon thread, because a system call that never returns must not keep the process alive.
-        thread = threading.Thread(target=_gather, args=(package, name, subject, found), daemon=True)
+        thread = threading.Thread(target=_gather, args=(check, subject, found), daemon=True)
         thread.start()
         thread.join(limit_s)
         if thread.is_alive():
@@ -159,9 +169,9 @@ def examine(subject: Subject, *, package: str = CHECKS, limit_s: float = LIMIT_S
         yield from (replace(finding, check=name) for finding in found)
 
 
-def _gather(package: str, name: str, subject: Subject, found: list[Finding]) -> None:
+def _gather(check: Check, subject: Subject, found: list[Finding]) -> None:
     try:
-        for finding in registry.member(package, name).check(subject):
+        for finding in check(subject):
             found.append(finding)
     except MegadiffError as error:
         found.append(fail(_one_line(str(error)), "correct the setting that the message names"))

@@ -1,4 +1,4 @@
-"""Checks of this machine: each function `check_...` is one, and yields findings; none if there is nothing to examine."""
+"""Checks of this machine: each function `check_...` is one, and yields findings; none if nothing is to be examined."""
 
 from __future__ import annotations
 

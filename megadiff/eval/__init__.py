@@ -2,5 +2,5 @@
 
 `validation` evaluates the bound during training with fixed noise. `estimators` has the estimators of likelihoods that
 training methods offer, over the sums of `likelihood` and `effective_count`; `texts_likelihood` applies them to files of
-texts, and `harness` serves them and continuations (`continuation`) to the harness.
+texts, and `harness` serves them and continuations to the harness.
 """

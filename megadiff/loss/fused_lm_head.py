@@ -270,12 +270,12 @@ class _Job:
         """Return as few chunks as memory allows, of about equal size: each reads and writes dW once, however short."""
         count = self.tokens.log_snr.numel()
         even = -(-count // max(1, -(-count // self.chunk_tokens)))
-        size = max(1, min(self.chunk_tokens, -(-even // loss.ROWS) * loss.ROWS))
+        size = max(1, min(self.chunk_tokens, -(-even // loss.CHUNK_ROWS) * loss.CHUNK_ROWS))
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _chunk_tokens(weight: Float[Tensor, "V D"]) -> int:
-    logits = loss.LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
+    logits = loss.CHUNK_LOGITS["bf16" if weight.is_cuda and weight.element_size() == 2 else "fp32"]
     return max(64, logits // max(1, weight.shape[0]))
 
 

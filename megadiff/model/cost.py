@@ -340,7 +340,7 @@ def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidde
     """Return the bytes of a microbatch's logits and of the tensors made from them."""
     size, elements = _size(precision.compute), tokens * columns
     if layout.fused_loss:  # a chunk of them, and the head's gradient until it joins the others
-        return min(elements, loss.LOGITS[precision.compute]) * size + 4 * columns * hidden
+        return min(elements, loss.CHUNK_LOGITS[precision.compute]) * size + 4 * columns * hidden
     return elements * (size + 8)  # in compute precision, once more as float32, and their float32 gradient
 
 

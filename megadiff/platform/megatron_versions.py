@@ -13,11 +13,11 @@ place                                          difference
                                                unless this is set while it builds; both versions then add up the
                                                gradients of these norms over tensor ranks, which is wrong for a gain
                                                that is cut (`model/denoiser.py`, `build_chunks`, sets it back)
-`model/direct_layer.py`                        0.19 has None where 0.16 has an identity for an absent norm
+`model/layers.py`                              0.19 has None where 0.16 has an identity for an absent norm
 `optim/optimizer.py`, `_identity`              0.19 identifies parameter groups by keys that groups may lack
 `platform/without_compiler.py`                 0.19 loads torch's compiler while it is imported
 `platform/quiet.py`                            0.19 logs advice to its developers once a rank and build
-`optim/optimizer.py`, `optim/resharding.py`    replace parts of the distributed optimizer by name
+`optim/optimizer.py`                           replaces parts of the distributed optimizer by name
 `checkpoint/`                                  replaces parts of `dist_checkpointing` by name
 `platform/megatron_on_cpu.py`                  replaces functions by name, and fails loudly where one is missing
 =============================================  =====================================================================

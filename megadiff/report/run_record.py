@@ -165,7 +165,7 @@ class MetricLines:
     kind per step."""
 
     training: list[Line]
-    """Training lines; of a long run those that its charts need (`thinned_lines`)."""
+    """Training lines; of a long run those that its charts need (`ThinnedLines`)."""
     evaluations: list[Line]
     gradient_noise: list[Line]
     unreadable: int

@@ -4,6 +4,6 @@
 `planner` turns a budget and the laws into a run. `points` gathers the losses of a sweep, `fit`, `isoflop` and
 `comparisons` fit laws to them with intervals that resample whole runs, `fit_results` puts them together and `figures`
 draws them; `power` simulates a sweep before it is trained, and `paired` compares two runs over the same validation
-sequences. `optimum` and `coordinates` serve the sweeps that measure optimal learning rates and slopes of activation
+sequences. `optimum` serves the sweeps that measure optimal learning rates and slopes of activation
 sizes. Nothing here imports torch.
 """

@@ -164,7 +164,7 @@ class Suggestion:
 
 
 class Goodput:
-    """RankReport of where the time of this attempt goes, beside the records of the attempts before it.
+    """Record of where the time of this attempt goes, beside the records of the attempts before it.
 
     Args:
         path: `RUN/goodput.json`; None on ranks other than the main one, where nothing is read or written.

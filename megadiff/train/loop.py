@@ -197,7 +197,7 @@ class Trainer:
     watchdog: Watchdog
     """Time limits of the parts of a run."""
     goodput: Goodput
-    """RankReport of where the run's time goes."""
+    """Record of where the run's time goes."""
     closing: Sequence[Callable[[], None]] = ()
     """Functions that end the loader and close files, called after the hooks are closed."""
     failing: Callable[[BaseException, int], None] = lambda error, step: None

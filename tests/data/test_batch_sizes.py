@@ -1,3 +1,5 @@
+"""Numbers of sequences in each step: constant, and ramped up in stages."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

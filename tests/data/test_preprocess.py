@@ -174,7 +174,7 @@ def test_a_document_of_too_many_tokens_is_a_fault_and_not_the_end(monkeypatch):
 def test_a_long_document_takes_memory_in_proportion_to_its_text(tmp_path, kind, monkeypatch):
     """Lists of Python integers, and the library's own tokens, take tens of bytes for each token."""
     pieces = [(module, "_BATCH_CHARACTERS"), (byte, "_PIECE_CHARACTERS"), (indexed_writer, "_WRITE_CHUNK")]
-    pieces += [(_windows, "WINDOW_CHARACTERS"), (_pipeline, "WINDOW_CHARACTERS"), (documents, "CHUNK_BYTES")]
+    pieces += [(_pipeline, "WINDOW_CHARACTERS"), (documents, "CHUNK_BYTES")]
     for owner, name in [*pieces, (corpus_files, "CHUNK_BYTES"), (corpus_streams, "CHUNK_BYTES")]:
         monkeypatch.setattr(owner, name, 2**14)
     tokenizer = "byte" if kind == "byte" else tmp_path / "tok"

@@ -189,18 +189,18 @@ def test_code_is_compiled_where_no_cache_can_be_written(machine_code, tmp_path, 
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     cache, signature = tmp_path / "__pycache__", "int64(int64)"
-    assert machine_code.noise_kernel.compiled(module.twice, signature)(4) == 8
+    assert machine_code.compiled(module.twice, signature)(4) == 8
     assert any(path.suffix == ".nbi" for path in cache.iterdir())
     for path in cache.iterdir():
         path.write_bytes(b"")  # as a full disk may leave it
-    assert machine_code.noise_kernel.compiled(module.twice, signature)(4) == 8
+    assert machine_code.compiled(module.twice, signature)(4) == 8
     for path in cache.iterdir():
         path.unlink()
     cache.rmdir()
     cache.touch()
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "/dev/null")
-    assert machine_code.noise_kernel.compiled(module.twice, signature)(4) == 8
+    assert machine_code.compiled(module.twice, signature)(4) == 8
 
 
 @pytest.mark.usefixtures("by_machine_code")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
 
-from megadiff.doctor.examination import Subject
+from megadiff.doctor.examination import Subject, all_checks
 from megadiff.platform.quiet import quiet
 from megadiff.run import dry_runs
 from tests.support.forked_command import call_forked
@@ -39,7 +38,7 @@ def findings_of():
     """All findings of one check: [(level, text, remedy)]; every one but OK says what to do."""
 
     def examine(name, subject):
-        found = list(importlib.import_module(f"megadiff.doctor.checks.{name}").check(subject))
+        found = list(all_checks()[name](subject))
         assert all(bool(finding.remedy) == (finding.level != "OK") for finding in found)
         assert not any("\n" in finding.text + finding.remedy for finding in found)
         return [(finding.level, finding.text, finding.remedy) for finding in found]

@@ -214,8 +214,8 @@ def test_shared_memory_that_is_small(tmp_path):
     """A real file system of one MiB, in a mount namespace of its own."""
     code = (
         "from pathlib import Path; from megadiff.doctor.examination import Subject;"
-        "from megadiff.doctor.machine import check;"
-        f"print(*check(Subject({{}}, shared_memory=Path({str(tmp_path)!r}))))"
+        "from megadiff.doctor.machine import check_shared_memory;"
+        f"print(*check_shared_memory(Subject({{}}, shared_memory=Path({str(tmp_path)!r}))))"
     )
     script = 'mount -t tmpfs -o size=1m small "$1" && exec "$2" -c "$3"'
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:

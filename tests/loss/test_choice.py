@@ -1,3 +1,5 @@
+"""The choice of a loss kernel by setting, platform and what is installed."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -38,8 +40,8 @@ def test_on_a_gpu_with_triton_auto_takes_it(monkeypatch, wanted):
     from megadiff.loss import fused_lm_head
 
     is_installed(monkeypatch, True)
-    monkeypatch.setattr(fused_lm_head, "_triton_kernel", lambda: "the head")
-    assert choose_loss_kernel(wanted, is_cpu=False) == ("triton", "the head")
+    monkeypatch.setattr(fused_lm_head, "_triton_kernel", lambda: plain_objective)
+    assert choose_loss_kernel(wanted, is_cpu=False) == ("triton", plain_objective)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""Weight gradients added up inside the matrix product, and the fallback where cuBLAS has none."""
+
 from __future__ import annotations
 
 import sys

@@ -23,8 +23,7 @@ from filelock import FileLock
 from megadiff.errors import ConfigError, PlatformError
 from megadiff.run.config import RunConfig
 from megadiff.run.folder import run_folder
-from megadiff.supervision import launch
-from megadiff.supervision.launch import Holder, Launch, Launcher
+from megadiff.supervision.launch import Holder, Launch, Launcher, start_ticks
 from tests.support.commands import REPOSITORY
 from tests.support.runs import toy_config
 
@@ -161,7 +160,7 @@ def test_a_holder_whose_launcher_is_gone_is_leaving(gone):
     holder = Holder.this_process()
     assert not holder.is_leaving
     assert replace(holder, launcher_pid=gone, launcher_ticks=1).is_leaving
-    assert not replace(holder, launcher_pid=os.getpid(), launcher_ticks=launch.start_ticks(os.getpid())).is_leaving
+    assert not replace(holder, launcher_pid=os.getpid(), launcher_ticks=start_ticks(os.getpid())).is_leaving
     assert replace(holder, ticks=holder.ticks + 1).is_leaving, "another process of the same number"
 
 
@@ -231,7 +230,7 @@ def _is_gone(process: psutil.Process, *, within_s: float = GONE_S) -> bool:
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         try:
-            if launch.status() == "zombie":
+            if process.status() == "zombie":
                 return True
         except psutil.NoSuchProcess:
             return True
@@ -282,7 +281,7 @@ def test_a_process_without_a_launcher_outlives_its_shell(tmp_path):
     shell.kill()
     shell.wait()
     assert not _is_gone(process, within_s=2.0)
-    launch.kill()
+    process.kill()
 
 
 def test_one_process_by_hand_has_no_launcher(tmp_path):
@@ -292,7 +291,7 @@ def test_one_process_by_hand_has_no_launcher(tmp_path):
     shell.kill()
     shell.wait()
     assert not _is_gone(process, within_s=2.0)
-    launch.kill()
+    process.kill()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="a process namespace needs root")

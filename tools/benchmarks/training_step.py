@@ -333,7 +333,7 @@ class Wired:
     """One model trainer by `megadiff.run.build`, to be trained with several objectives in turn."""
 
     prepared: RunContext
-    """RunContext description of the next-token run."""
+    """Context of the next-token run."""
     run: Trainer
     opened: list[Any]
     """Loaders that have to be closed."""

@@ -3,7 +3,7 @@
 A module here offers `accepts(path) -> bool` and `build(path) -> Tokenizer`, and `data.tokenizer` is a path that one of
 them accepts, or its name and a path (`hf_json:path`). A module of the user's own is named by its dotted path, with an
 argument behind a colon if it wants one (`mypkg.words:vocabulary.txt`), and offers `build(argument) -> Tokenizer`; what
-its tokenizer may leave out is in `_outside.py`. Files that begin with `_` are no members. `megadiff.data.
+its tokenizer may leave out is in `tokenizer_files`. Files that begin with `_` are no members. `megadiff.data.
 tokenizer_files` decides which member is meant; `megadiff.testing.check_tokenizer` is the contract as a test.
 """
 

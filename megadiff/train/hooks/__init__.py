@@ -2,8 +2,8 @@
 
 A *hook* is called after every step on every rank, in the order of the run's list. A *metric sink* gets every line of
 figures on the main rank. Lines come from hooks: `log` makes the training line, `validation` the evaluation line, and a
-hook of your own writes lines with `context.write`. The modules of this package that a run always has (`log`, `console`,
-`metrics_file`, `per_sequence_file`, `tensorboard`, `stragglers`, `replicas`, `validation`, `samples`, `checkpoint`) are
+hook of your own writes lines with `context.write`. The modules of this package that a run always has (`log`,
+`metrics_file`, `tensorboard`, `stragglers`, `replicas`, `validation`, `checkpoint`) are
 configured by the sections of their own; the others, and modules of your own by dotted path, are listed in the YAML:
 
     hooks:

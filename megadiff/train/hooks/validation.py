@@ -34,7 +34,7 @@ class PeriodicHook(Hook, ABC):
     first_step: int
     """Number of steps taken before this process began."""
     goodput: Goodput
-    """RankReport of where the run's time goes."""
+    """Record of where the run's time goes."""
 
     @abstractmethod
     def run(self, step: int) -> None:
