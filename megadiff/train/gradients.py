@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megadiff.data.config import StepBatch
-from megadiff.data.sequences import joined_masks
+from megadiff.data.sequences import joined_documents, joined_masks
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.model.denoiser import gathered_weights
 from megadiff.parallel.objective import DeviceBatch, ShardedObjective
@@ -40,6 +40,10 @@ class ValidationSource(Protocol):
         """Return which of their tokens are to be predicted, [B, L]; None for all."""
         ...
 
+    def documents(self, indices: Sequence[int]) -> npt.NDArray[np.int64] | None:
+        """Return the documents of their tokens, [B, L]; None if every sequence is one document."""
+        ...
+
 
 class TrainingSource(Protocol):
     """Sequences of the run by sample index."""
@@ -50,6 +54,10 @@ class TrainingSource(Protocol):
 
     def predicted(self, samples: Sequence[int]) -> npt.NDArray[np.bool_] | None:
         """Return which of their tokens are to be predicted, [B, L]; None for all."""
+        ...
+
+    def documents(self, samples: Sequence[int]) -> npt.NDArray[np.int64] | None:
+        """Return the documents of their tokens, [B, L]; None if every sequence is one document."""
         ...
 
 
@@ -86,6 +94,13 @@ class SequenceGradients:
             return self.train.predicted(list(range(first, first + count)))
         return joined_masks([kind.predicted([index]) for kind, index in self._chosen(first, count)], self.seq_length)
 
+    def documents(self, source: Source, first: int, count: int) -> npt.NDArray[np.int64] | None:
+        """Return the documents of the tokens of `clean`, [count, L]; None if every sequence is one document."""
+        if source == "train":
+            return self.train.documents(list(range(first, first + count)))
+        found = [kind.documents([index]) for kind, index in self._chosen(first, count)]
+        return joined_documents([None if one is None else one[0] for one in found], self.seq_length)
+
     def _chosen(self, first: int, count: int) -> list[tuple[ValidationSource, int]]:
         places = [(kind, index) for kind in self.validation for index in range(len(kind))]
         return [places[(first + index) % len(places)] for index in range(count)]
@@ -95,6 +110,7 @@ class SequenceGradients:
         clean: npt.NDArray[np.int64],
         first_draw: int,
         predicted: npt.NDArray[np.bool_] | None = None,
+        documents: npt.NDArray[np.int64] | None = None,
         *,
         step: int = 0,
     ) -> NoisedBatch:
@@ -105,10 +121,11 @@ class SequenceGradients:
             first_draw: number of the first sequence's draw; equal numbers give equal noise. Levels are not stratified
                 over the sequences, so that draws are independent.
             predicted: tokens that are to be predicted, [B, L]; None for all.
+            documents: documents of the tokens, [B, L]; None if every sequence is one document.
             step: number of steps taken, by which some methods change (`method.anneal_steps`).
         """
         index = [_FIRST_DRAW + first_draw + place for place in range(len(clean))]
-        more = () if predicted is None else (predicted,)
+        more = [facts for facts in (predicted, documents) if facts is not None]
         return self.batch(clean, index, StepBatch(step=step, first_sample=0, sequences=1), *more)
 
     @contextmanager

@@ -42,6 +42,9 @@ class RandomRows:
     def predicted(self, indices):
         del indices
 
+    def documents(self, indices):
+        del indices
+
 
 class RandomAnswers(RandomRows):
     """Random bytes of which the last few of each sequence are an answer."""

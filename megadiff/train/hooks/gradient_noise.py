@@ -192,9 +192,12 @@ class GradientNoise(Hook):
                 for row in range(group * settings.microbatches, (group + 1) * settings.microbatches):
                     rows = settings.source, first + row * size, size
                     clean, predicted = gradients.clean(*rows), gradients.predicted(*rows)
+                    documents = gradients.documents(*rows)
                     draw = ((start + row * size) * settings.draws, size)
                     draws = [draw[0] + k * size for k in range(settings.draws)]
-                    microbatches.append([gradients.noised(clean, number, predicted, step=step) for number in draws])
+                    microbatches.append(
+                        [gradients.noised(clean, number, predicted, documents, step=step) for number in draws]
+                    )
                 sums[group] = sums_of_squares(microbatches, gradient_of, device=gradients.device)
         return topology.sum_over_ranks(sums).tolist()
 
