@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # These run with the shapes and dtypes of every call checked (tests/support/shapes.py).
 MATHEMATICS := tests/diffusion tests/loss tests/sampling
 
-.PHONY: demo test test-versions check docs bench clean help  # and test-python-3.12, test-python-3.13
+.PHONY: demo test test-others test-slurm test-versions check docs bench clean help  # and test-python-3.12, test-python-3.13
 
 help:
 	@echo "make demo   real text -> tokenizer -> training on 8 CPU ranks, resumed on 2 -> held-out ELBO -> samples ->"
@@ -30,10 +30,18 @@ $(STAMP): setup.py requirements/cpu.txt requirements/hf.txt
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
+# The tests of Slurm wait for the scheduler most of the time, so they run beside the others; their output comes when they
+# have ended. If either part fails, the other one still runs to its end, and the exit status is that of a failure.
 test: $(STAMP)
+	$(MAKE) --no-print-directory --keep-going --jobs 2 test-slurm test-others
+
+test-others: $(STAMP)
 	MEGADIFF_CHECK_SHAPES=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(MATHEMATICS)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm $(MATHEMATICS:%=--ignore=%)
-	$(BIN)/python -m pytest tests/slurm  # alone: a real scheduler loses patience on a busy machine
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm $(MATHEMATICS:%=--ignore=%)
+
+test-slurm: $(STAMP)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/slurm > $(VENV)/slurm-tests.log 2>&1; \
+	    status=$$?; cat $(VENV)/slurm-tests.log; exit $$status
 
 # Other versions of libraries, unpacked beside the environment: the newest megatron-core supported, whose metadata wants
 # Python 3.12 and whose code does not, and Transformer Engine without its compiled part.

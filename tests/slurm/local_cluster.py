@@ -9,6 +9,7 @@ configuration, state and logs lie in a folder of its own, found through the envi
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -183,8 +184,7 @@ class LocalCluster:
                 grace_s=GRACE_S,
             )
         )
-        _forget_hosts(self.nodes)
-        with HOSTS.open("a") as hosts:
+        with _alone(), HOSTS.open("a") as hosts:
             hosts.writelines(f"127.0.0.1 {node}\n" for node in self.nodes)
 
 
@@ -215,7 +215,20 @@ def _path() -> str:
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other clusters of this machine from its list of hosts and its munge."""
+    with HOSTS.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _start_munge() -> None:
+    with _alone():
+        _start_munge_alone()
+
+
+def _start_munge_alone() -> None:
     if subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
         return
     subprocess.run(["install", "-d", "-o", "munge", "-g", "munge", "-m", "755", "/run/munge"], check=True)
@@ -233,10 +246,11 @@ def _free_ports(count: int) -> list[int]:
 
 def _forget_hosts(nodes: list[str]) -> None:
     """Written in place: in a container the file is a mount and cannot be replaced."""
-    lines = HOSTS.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not set(line.split()) & set(nodes)]
-    if kept != lines:
-        HOSTS.write_text("".join(kept))
+    with _alone():
+        lines = HOSTS.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if not set(line.split()) & set(nodes)]
+        if kept != lines:
+            HOSTS.write_text("".join(kept))
 
 
 if __name__ == "__main__":
