@@ -329,7 +329,8 @@ def _joined(lengths: np.ndarray, seq_length: int) -> Iterator[int]:
                 begun += 1
             if room > length:
                 insort(rooms, (room - length, sequence))
-                del rooms[: len(rooms) - OPEN_SEQUENCES]
+                if len(rooms) > OPEN_SEQUENCES:
+                    del rooms[0]
             yield sequence
 
 

@@ -69,6 +69,18 @@ def test_every_conversation_joins_the_sequence_that_it_fills_best(lengths):
     assert np.array_equal(half, found[: half.size])  # so a file may grow
 
 
+@pytest.mark.parametrize("count", [33, 63, 64, 65, 200])
+def test_no_more_sequences_than_allowed_wait_and_no_fewer(count):
+    long = 1025 + np.random.default_rng(count).permutation(count)  # no two of them share a sequence
+    short = np.random.default_rng(1).integers(1, 1000, 300)
+    lengths = np.concatenate([long, short])
+    found = packed_sequences(lengths, 2048)
+    assert found[:count].tolist() == list(range(count))
+    assert found.tolist() == slow(lengths.tolist(), 2048)
+    fillers = packed_sequences(np.concatenate([long, 2048 - long]), 2048)[count:]
+    assert (fillers < count).sum() >= min(count, OPEN_SEQUENCES)
+
+
 def test_sequences_are_mostly_full_where_those_of_next_fit_are_not():
     lengths = np.random.default_rng(0).integers(1, 2049, 20_000)
     found = packed_sequences(lengths, 2048)
