@@ -6,7 +6,7 @@ checkpoints.
 
 megadiff's subclass of megatron-core's `FileSystemWriterAsync` plans as the parent does, but writes in a thread of its
 own instead of in forked or spawned processes: those survive a killed trainer, and forking after CUDA or gloo have
-started their threads is not safe. All names here belong to megatron-core 0.16.1, `dist_checkpointing/strategies`.
+started their threads is not safe. Its names are those of megatron-core 0.16.1, `dist_checkpointing/strategies`.
 """
 
 from __future__ import annotations

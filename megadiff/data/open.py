@@ -21,6 +21,7 @@ from megadiff.data.sequences import (
     Padding,
     TrainingSequences,
     ValidationSequences,
+    as_divided,
     content_of,
     division_of,
     joined_documents,
@@ -401,7 +402,8 @@ def _stream(source: TrainingSource, seq_length: int, position: Position, seed: i
 
 def _identities(sources: Sequence[TrainingSource]) -> list[Source]:
     def opening(source: TrainingSource, sequences: int) -> str:
-        return opening_fingerprint(source.reader, source.division.extent(sequences))
+        found = opening_fingerprint(source.reader, source.division.extent(sequences))
+        return as_divided(found, source.division)
 
     return [Source(found.reader.prefix, found.content, found.sequences, partial(opening, found)) for found in sources]
 

@@ -292,13 +292,17 @@ class PackedConversations(Conversations):
 
 
 def content_of(reader: IndexedReader, division: Division) -> str:
-    """Return a SHA-256 (hex) of a source's content.
+    """Return a SHA-256 (hex) of a source's content, as it is divided (`as_divided`)."""
+    return as_divided(reader.content_fingerprint(), division)
 
-    Packed, it is another one: sequences are others, so a run that begins to pack goes on from none that it has read.
+
+def as_divided(fingerprint: str, division: Division) -> str:
+    """Return a SHA-256 (hex) for that of tokens: itself, and another where they are packed.
+
+    Packed sequences are others, so a run that begins to pack, or ends it, goes on from none that it has read.
     """
-    found = reader.content_fingerprint()
     is_packed = isinstance(division, PackedConversations)
-    return hashlib.sha256(f"packed {found}".encode()).hexdigest() if is_packed else found
+    return hashlib.sha256(f"packed {fingerprint}".encode()).hexdigest() if is_packed else fingerprint
 
 
 def packed_sequences(lengths: np.ndarray, seq_length: int) -> np.ndarray:

@@ -165,6 +165,16 @@ def test_packing_is_another_mixture_and_begins_anew(tmp_path):
     assert sorted(conversations_in(after, range(10, 10 + epoch))) == list(range(4, 34))
 
 
+def test_a_run_that_ends_packing_begins_anew_too(tmp_path):
+    spans = [[[4 + i], [200] * 7] for i in range(3)] + [[[7], [201] * 3], [[8], [202] * 3]]  # the last two share one
+    write_conversations(tmp_path / "p", spans)
+    packed, plain = opened(tmp_path / "p"), opened(tmp_path / "p", packing=False)
+    assert (len(packed.sources[0].division), len(plain.sources[0].division)) == (4, 5)
+    mixture = next_mixture(packed.mixture_at(3), plain.identities, first_sample=3)
+    assert not mixture.sources[0].parts
+    assert sorted(row[0] for row in plain.continued(mixture).sequences(range(3, 8))) == [4, 5, 6, 7, 8]
+
+
 def test_a_file_that_has_grown_goes_on_with_what_is_new(tmp_path):
     spans = many(120)
     write_conversations(tmp_path / "old", spans[:60])
