@@ -60,6 +60,8 @@ from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
 
+log = logging.getLogger("megadiff")
+
 COMMON_FILE = "common.pt"
 """Name, given by megatron-core, of the file with unsharded state such as the optimizer's parameter groups."""
 
@@ -256,8 +258,6 @@ def _serialised(common: dict[str, Any]) -> bytes:
 
 _OF_DAMAGED_FILES = (ValueError, TypeError, KeyError, ArithmeticError)
 """Exceptions that the library passes on when a small file does not contain what it should."""
-
-log = logging.getLogger("megadiff")
 
 
 @contextmanager

@@ -384,7 +384,7 @@ class Origin(NamedTuple):
     """Index of the token within that document."""
 
 
-class PackedSequences:
+class ShuffledSequences:
     """An endless stream of sequences of one source: epoch after epoch, each a new permutation of the same sequences.
 
     Args:
@@ -478,9 +478,9 @@ class GrownSequences:
         division = division or division_of(reader, seq_length)
         self.name, self.seq_length, self.len_epoch = position.name, seq_length, position.sequences
         self._unfinished, self._whole_from = Unfinished(position), position.whole_from
-        self._whole = PackedSequences(reader, seq_length, seed=seed, name=position.name, division=division)
+        self._whole = ShuffledSequences(reader, seq_length, seed=seed, name=position.name, division=division)
         self._parts = [
-            PackedSequences(
+            ShuffledSequences(
                 reader,
                 seq_length,
                 seed=seed,
@@ -524,7 +524,7 @@ class GrownSequences:
         parts = zip(self._parts, self._are_seen, reached, strict=True)
         return sum(part.unseen(drawn) for part, is_seen, drawn in parts if not is_seen)
 
-    def _found(self, number: int) -> tuple[PackedSequences, int]:
+    def _found(self, number: int) -> tuple[ShuffledSequences, int]:
         place = self._unfinished.place(number)
         return (self._whole, number - self._whole_from) if place is None else (self._parts[place[0]], place[1])
 
@@ -548,7 +548,7 @@ class TrainingSequences:
 
     def __init__(
         self,
-        sources: Sequence[PackedSequences | GrownSequences],
+        sources: Sequence[ShuffledSequences | GrownSequences],
         weights: Sequence[float] | None,
         *,
         seed: int,
