@@ -6,7 +6,7 @@ checkpoints.
 
 megadiff's subclass of megatron-core's `FileSystemWriterAsync` plans as the parent does, but writes in a thread of its
 own instead of in forked or spawned processes: those survive a killed trainer, and forking after CUDA or gloo have
-started their threads is not safe. All names here belong to megatron-core 0.16.1, `dist_checkpointing/strategies`.
+started their threads is not safe. Its names are those of megatron-core 0.16.1, `dist_checkpointing/strategies`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ from megadiff.parallel.pipeline import ModelChunk
 from megadiff.parallel.topology import Topology
 from megadiff.platform.machine import Platform
 from megadiff.platform.quiet import quiet
+
+log = logging.getLogger("megadiff")
 
 COMMON_FILE = "common.pt"
 """Name, given by megatron-core, of the file with unsharded state such as the optimizer's parameter groups."""
@@ -256,8 +258,6 @@ def _serialised(common: dict[str, Any]) -> bytes:
 
 _OF_DAMAGED_FILES = (ValueError, TypeError, KeyError, ArithmeticError)
 """Exceptions that the library passes on when a small file does not contain what it should."""
-
-log = logging.getLogger("megadiff")
 
 
 @contextmanager

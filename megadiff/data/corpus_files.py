@@ -29,7 +29,7 @@ except ImportError:  # pragma: no cover - tests set the name to None instead
     orjson = None
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_MAX_SHOWN_KEYS = 8
+_MAX_SHOWN = 8
 _PLAIN = json.JSONDecoder(parse_int=lambda digits: 0, parse_float=lambda digits: 0.0)
 
 LONG_LINE_BYTES = 2**20
@@ -130,7 +130,7 @@ def text_of(line: Line, fields: TextFields) -> Text | Bad:
     values = []
     for key in fields.names:
         if key not in found:
-            keys = ", ".join(shown(name) for name in list(found)[:_MAX_SHOWN_KEYS]) or "none"
+            keys = ", ".join(shown(name) for name in list(found)[:_MAX_SHOWN]) or "none"
             return Bad(f"no key `{key}` (keys here: {keys}; choose with {fields.option})")
         if (fault := fields.fault_of(key, found[key])) is not None:
             return Bad(fault)
@@ -392,7 +392,6 @@ class TopLevel:
 
 
 _MAX_BATCH_ROWS, _BATCH_BYTES = 256, 2**23
-_MAX_SHOWN = 8
 
 
 def table_rows(path: CorpusPath, fields: TextFields) -> Iterator[list[Any]]:

@@ -9,7 +9,7 @@ A UTF-8 byte-order mark at the start of a file is dropped, Windows line ends bet
 lines are ignored, and a document with empty text is skipped and counted. Any other fault makes a bad line: counted,
 listed, and refused beyond `max_bad_lines`. A damaged or truncated compressed stream is always refused.
 
-All depend on the text alone, so the same text is treated the same wherever it occurs.
+Filters (`DocumentFilters`) depend on the text alone, so the same text is treated the same wherever it occurs.
 """
 
 from __future__ import annotations

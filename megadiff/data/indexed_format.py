@@ -13,7 +13,8 @@ A folder of shards holds one `tokens.idx` and `tokens.json` of all its tokens, a
 Nothing is mapped: a file that shrinks while it is read causes an error, where a mapping would cause a signal, and no
 array is a view of a closed file.
 
-Megatron's own format has no room for these facts and its readers ignore the file; data without one can be read too.
+The manifest `P.json` holds what Megatron's own format has no room for. Megatron's readers ignore it, and data without
+one can be read too.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class IndexedReader:
         Both are [documents] int64.
         """
         boundaries = np.concatenate([part for _, part in self._documents.chunks()])[:-1].astype(np.int64)
-        prompts = np.empty(boundaries.size, dtype=np.int64)
+        prompts = np.zeros(boundaries.size, dtype=np.int64)  # 0 in a document of no sequence
         for start, lengths in self._lengths.chunks():
             low, high = np.searchsorted(boundaries, (start, start + lengths.size))
             prompts[low:high] = lengths[boundaries[low:high] - start]

@@ -17,10 +17,11 @@ from megadiff.data.sequences import (
     Division,
     GrownSequences,
     PackedConversations,
-    PackedSequences,
     Padding,
+    ShuffledSequences,
     TrainingSequences,
     ValidationSequences,
+    as_divided,
     content_of,
     division_of,
     joined_documents,
@@ -393,15 +394,18 @@ def _budgets(
     return None if all(target is None for target in targets) else Budgets(targets, ends_at)
 
 
-def _stream(source: TrainingSource, seq_length: int, position: Position, seed: int) -> PackedSequences | GrownSequences:
+def _stream(
+    source: TrainingSource, seq_length: int, position: Position, seed: int
+) -> ShuffledSequences | GrownSequences:
     if position.parts:
         return GrownSequences(source.reader, seq_length, seed=seed, position=position, division=source.division)
-    return PackedSequences(source.reader, seq_length, seed=seed, name=position.name, division=source.division)
+    return ShuffledSequences(source.reader, seq_length, seed=seed, name=position.name, division=source.division)
 
 
 def _identities(sources: Sequence[TrainingSource]) -> list[Source]:
     def opening(source: TrainingSource, sequences: int) -> str:
-        return opening_fingerprint(source.reader, source.division.extent(sequences))
+        found = opening_fingerprint(source.reader, source.division.extent(sequences))
+        return as_divided(found, source.division)
 
     return [Source(found.reader.prefix, found.content, found.sequences, partial(opening, found)) for found in sources]
 

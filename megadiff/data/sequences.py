@@ -292,13 +292,17 @@ class PackedConversations(Conversations):
 
 
 def content_of(reader: IndexedReader, division: Division) -> str:
-    """Return a SHA-256 (hex) of a source's content.
+    """Return a SHA-256 (hex) of a source's content, as it is divided (`as_divided`)."""
+    return as_divided(reader.content_fingerprint(), division)
 
-    Packed, it is another one: sequences are others, so a run that begins to pack goes on from none that it has read.
+
+def as_divided(fingerprint: str, division: Division) -> str:
+    """Return a SHA-256 (hex) for that of tokens: itself, and another where they are packed.
+
+    Packed sequences are others, so a run that begins to pack, or ends it, goes on from none that it has read.
     """
-    found = reader.content_fingerprint()
     is_packed = isinstance(division, PackedConversations)
-    return hashlib.sha256(f"packed {found}".encode()).hexdigest() if is_packed else found
+    return hashlib.sha256(f"packed {fingerprint}".encode()).hexdigest() if is_packed else fingerprint
 
 
 def packed_sequences(lengths: np.ndarray, seq_length: int) -> np.ndarray:
@@ -329,7 +333,8 @@ def _joined(lengths: np.ndarray, seq_length: int) -> Iterator[int]:
                 begun += 1
             if room > length:
                 insort(rooms, (room - length, sequence))
-                del rooms[: len(rooms) - OPEN_SEQUENCES]
+                if len(rooms) > OPEN_SEQUENCES:
+                    del rooms[0]
             yield sequence
 
 
@@ -379,7 +384,7 @@ class Origin(NamedTuple):
     """Index of the token within that document."""
 
 
-class PackedSequences:
+class ShuffledSequences:
     """An endless stream of sequences of one source: epoch after epoch, each a new permutation of the same sequences.
 
     Args:
@@ -473,9 +478,9 @@ class GrownSequences:
         division = division or division_of(reader, seq_length)
         self.name, self.seq_length, self.len_epoch = position.name, seq_length, position.sequences
         self._unfinished, self._whole_from = Unfinished(position), position.whole_from
-        self._whole = PackedSequences(reader, seq_length, seed=seed, name=position.name, division=division)
+        self._whole = ShuffledSequences(reader, seq_length, seed=seed, name=position.name, division=division)
         self._parts = [
-            PackedSequences(
+            ShuffledSequences(
                 reader,
                 seq_length,
                 seed=seed,
@@ -519,7 +524,7 @@ class GrownSequences:
         parts = zip(self._parts, self._are_seen, reached, strict=True)
         return sum(part.unseen(drawn) for part, is_seen, drawn in parts if not is_seen)
 
-    def _found(self, number: int) -> tuple[PackedSequences, int]:
+    def _found(self, number: int) -> tuple[ShuffledSequences, int]:
         place = self._unfinished.place(number)
         return (self._whole, number - self._whole_from) if place is None else (self._parts[place[0]], place[1])
 
@@ -543,7 +548,7 @@ class TrainingSequences:
 
     def __init__(
         self,
-        sources: Sequence[PackedSequences | GrownSequences],
+        sources: Sequence[ShuffledSequences | GrownSequences],
         weights: Sequence[float] | None,
         *,
         seed: int,

@@ -1,10 +1,10 @@
 """Tokenizers by the path that a run description gives: members of the family, or a module of the user's own.
 
-What it returns needs `vocab_size`, `mask_id`, `fingerprint`, `encode(text)` and `decode(ids)`. It may leave out:
-`bos_id`, `eos_id` and `pad_id` (there is none), `unknown_id` (id of unknown text, where that is a special id as well),
-`name` (the dotted path), `special_names` (none), `encode_batch` and `encode_pieces` (`encode` is called), and `export`
-(the tokenizer then cannot be exported). The ids of every text are checked, since one that is special or out of range
-would spoil training without a sign.
+A tokenizer of the user's own needs `vocab_size`, `mask_id`, `fingerprint`, `encode(text)` and `decode(ids)`. It may
+leave out: `bos_id`, `eos_id` and `pad_id` (there is none), `unknown_id` (id of unknown text, where that is a special id
+as well), `name` (the dotted path), `special_names` (none), `encode_batch` and `encode_pieces` (`encode` is called), and
+`export` (the tokenizer then cannot be exported). The ids of every text are checked, since one that is special or out of
+range would spoil training without a sign.
 """
 
 from __future__ import annotations

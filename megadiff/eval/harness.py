@@ -29,6 +29,8 @@ from megadiff.eval.texts_likelihood import SpecialTokens, is_cut, item_of, rolli
 from megadiff.sampling.sampler import Sampler
 from megadiff.sampling.standalone import Settings
 
+log = logging.getLogger("megadiff")
+
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _KNOWN = {*_LENGTH_NAMES, "until", "temperature", "do_sample", "top_k", "top_p"}
 _DEFAULT_LENGTH = 256
@@ -221,9 +223,6 @@ def _behind(model: EvaluatedModel, sequence: list[int], prompt_length: int) -> s
     """Return the text of the new tokens as it follows the prompt's, including the space between them."""
     before, whole = model.tokenizer.decode(sequence[:prompt_length]), model.tokenizer.decode(sequence)
     return whole[len(before) :] if whole.startswith(before) else model.tokenizer.decode(sequence[prompt_length:])
-
-
-log = logging.getLogger("megadiff")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Export of a training checkpoint of any layout to a Hugging Face folder, tensor by tensor in one CPU process."""
+"""Export of a training checkpoint of any layout to a Hugging Face folder, tensor by tensor in one CPU process.
+
+The folder's `README.md` is a card of the model: its training data, its scores, and how to load it.
+"""
 
 from __future__ import annotations
 

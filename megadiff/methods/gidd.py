@@ -41,7 +41,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"conditioning.prompt is {config.conditioning.prompt:g} with prompt_attention {attention}, but "
             "data.packing puts several conversations in a sequence, whose prompts cannot attend to "
-            "themselves alone; set conditioning.prompt to 0, or data.packing to false"
+            "themselves alone; set conditioning.prompt to 0, prompt_attention to full, or data.packing to false"
         )
 
 

@@ -2,8 +2,9 @@
 
 The norms take megatron-core's norm constructor arguments, so a layer spec can name them.
 
-megatron-core's layer checks in every call for inference caches, packed sequences, offloading, quantisation, cross
-attention and CUDA graphs. In a small model the checks take longer than the arithmetic.
+`DirectLayer` computes what megatron-core's layer does, which checks in every call for inference caches, packed
+sequences, offloading, quantisation, cross attention and CUDA graphs. In a small model the checks take longer than the
+arithmetic.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ Adam alone: it looks for `exp_avg`, `exp_avg_sq` and `step` by name. The subclas
 a member declares, in the same format (`fully_reshardable`: each tensor of its parameter's shape). Line numbers are of
 megatron-core 0.16.1, `optimizer/distrib_optimizer.py`.
 
-The tensors of both are the same, each of its parameter's shape (`distrib_optim_sharding_type` is
-`fully_reshardable`); what surrounds them differs, and is brought here into the form that a wrapper loads. Names are of
-megatron-core 0.16.1, `optimizer/optimizer.py` and `optimizer/distrib_optimizer.py`.
+State that was saved cut over data-parallel ranks can be loaded whole, and the other way round: its tensors are the
+same, each of its parameter's shape. What surrounds them differs, and `in_the_form_of` brings it into the form that a
+wrapper of megatron-core loads (`optimizer/optimizer.py` and `optimizer/distrib_optimizer.py` of 0.16.1).
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def training_step(
     *,
     check: Callable[[float, float], StepDecision],
 ) -> TrainStep:
-    """Return the optimizer step of this run; `check` decides on its update (`train.step.TrainStep`)."""
+    """Return the optimizer step of this run; `check` decides on its update (`train.loop.TrainStep`)."""
     config = prepared.config
     return TrainStep(
         chunks=wrapped,

@@ -1,6 +1,6 @@
 """Scaling laws as data: the format of law files, their reader and writer, and the optima that their laws predict.
 
-A law file is YAML. `published/` holds those of arXiv:2512.10858; `laws.write_law_file` writes one of a user's own.
+A law file is YAML. `published/` holds those of arXiv:2512.10858; `write_law_file` writes one of a user's own.
 
     format: 1
     name: my-sweep                       # a word for messages

@@ -1,10 +1,10 @@
 """Power before cost: a sweep simulated under a stated run-to-run noise, before anything is trained.
 
-The design is fitted as `fit_scaling` fits it. The simulation gives the standard error and bias of each exponent that
+The simulation gives the standard error and bias of each exponent that
 the sweep can hope for, how many budgets have a vertex that counts, and the chance to tell two noise processes apart.
 
-The runs of the description are simulated with the losses of the laws and a stated run-to-run noise, and fitted as
-`fit_scaling` fits them. Of the batches and learning rates of one size and seed a single run counts: the best one.
+The losses are those of the laws, and the runs are fitted as `fit_scaling` fits them. Of the batches and learning rates
+of one size and seed a single run counts: the best one.
 """
 
 from __future__ import annotations

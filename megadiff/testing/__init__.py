@@ -4,8 +4,7 @@ One module a family: `check_optimizer` in `optimizers.py`, `check_tokenizer` in 
 `processes.py`, `check_weighting` in `weightings.py`, `check_method` in `methods.py`, `check_hook` and `check_sink` in
 `hooks.py`. A check takes a member's name or dotted path, raises an AssertionError or a sentence of `megadiff.errors`
 at the first thing that is wrong, and needs no pytest. `ranks.py` and `toy_run.py` are the real training at toy size
-that checks run. `coordinates.py` checks a parametrisation over model sizes, for
-`megadiff coordinate_check`.
+that checks run. `coordinates.py` checks a parametrisation over model sizes, for `megadiff coordinate_check`.
 """
 
 from __future__ import annotations

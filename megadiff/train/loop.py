@@ -27,6 +27,8 @@ from megadiff.train.health import Health, NonFiniteSource, StepDecision, non_fin
 from megadiff.train.hooks import Hook, StepInfo
 from megadiff.train.hooks.checkpoint import CheckpointHook
 
+log = logging.getLogger("megadiff")
+
 
 class StepOutput(NamedTuple):
     """The result of one optimizer step."""
@@ -112,9 +114,6 @@ class TrainStep:
         """
         loss, tokens, report = self.objective.report(output, placed)
         return loss * (1.0 + 0.0 * loss.detach()), tokens, report
-
-
-log = logging.getLogger("megadiff")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megadiff.data.config import BatchSizes, RampupConfig, StepBatch
 from megadiff.data.loader import DataShard, SequenceLoader, clean_sequences, microbatch_samples
-from megadiff.data.sequences import PackedSequences, TrainingSequences
+from megadiff.data.sequences import ShuffledSequences, TrainingSequences
 from megadiff.errors import ConfigError
 from tests.data.corpora import counting_reader
 
@@ -17,7 +17,7 @@ from tests.data.corpora import counting_reader
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory):
     reader = counting_reader(tmp_path_factory.mktemp("loader") / "p", 100 * 4)
-    return TrainingSequences([PackedSequences(reader, 4, seed=1, name="a")], [1.0], seed=1)
+    return TrainingSequences([ShuffledSequences(reader, 4, seed=1, name="a")], [1.0], seed=1)
 
 
 RAMPED = BatchSizes(12, RampupConfig(start=4, increment=4, every_steps=3))

@@ -69,6 +69,18 @@ def test_every_conversation_joins_the_sequence_that_it_fills_best(lengths):
     assert np.array_equal(half, found[: half.size])  # so a file may grow
 
 
+@pytest.mark.parametrize("count", [33, 63, 64, 65, 200])
+def test_no_more_sequences_than_allowed_wait_and_no_fewer(count):
+    long = 1025 + np.random.default_rng(count).permutation(count)  # no two of them share a sequence
+    short = np.random.default_rng(1).integers(1, 1000, 300)
+    lengths = np.concatenate([long, short])
+    found = packed_sequences(lengths, 2048)
+    assert found[:count].tolist() == list(range(count))
+    assert found.tolist() == slow(lengths.tolist(), 2048)
+    fillers = packed_sequences(np.concatenate([long, 2048 - long]), 2048)[count:]
+    assert (fillers < count).sum() >= min(count, OPEN_SEQUENCES)
+
+
 def test_sequences_are_mostly_full_where_those_of_next_fit_are_not():
     lengths = np.random.default_rng(0).integers(1, 2049, 20_000)
     found = packed_sequences(lengths, 2048)
@@ -151,6 +163,16 @@ def test_packing_is_another_mixture_and_begins_anew(tmp_path):
     after = packed.continued(mixture)
     epoch = packed.sources[0].sequences
     assert sorted(conversations_in(after, range(10, 10 + epoch))) == list(range(4, 34))
+
+
+def test_a_run_that_ends_packing_begins_anew_too(tmp_path):
+    spans = [[[4 + i], [200] * 7] for i in range(3)] + [[[7], [201] * 3], [[8], [202] * 3]]  # the last two share one
+    write_conversations(tmp_path / "p", spans)
+    packed, plain = opened(tmp_path / "p"), opened(tmp_path / "p", packing=False)
+    assert (len(packed.sources[0].division), len(plain.sources[0].division)) == (4, 5)
+    mixture = next_mixture(packed.mixture_at(3), plain.identities, first_sample=3)
+    assert not mixture.sources[0].parts
+    assert sorted(row[0] for row in plain.continued(mixture).sequences(range(3, 8))) == [4, 5, 6, 7, 8]
 
 
 def test_a_file_that_has_grown_goes_on_with_what_is_new(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from megadiff.data.sequences import PackedSequences, TrainingSequences, ValidationSequences
+from megadiff.data.sequences import ShuffledSequences, TrainingSequences, ValidationSequences
 from megadiff.errors import DataError
 from tests.data.corpora import counting_reader
 
@@ -13,7 +13,7 @@ def reader(tmp_path_factory):
 
 
 def test_an_epoch_holds_every_sequence_once_and_the_next_in_another_order(reader):
-    sequences = PackedSequences(reader, L, seed=1, name="a")
+    sequences = ShuffledSequences(reader, L, seed=1, name="a")
     assert sequences.len_epoch == 43
     epochs = [[sequences.sequence(epoch * 43 + k).tolist() for k in range(43)] for epoch in range(2)]
     in_file_order = [list(range(10 + k * L, 10 + (k + 1) * L)) for k in range(43)]
@@ -23,11 +23,11 @@ def test_an_epoch_holds_every_sequence_once_and_the_next_in_another_order(reader
 
 
 def test_a_sequence_is_a_function_of_seed_name_and_number(reader):
-    sequences = PackedSequences(reader, L, seed=1, name="a")
+    sequences = ShuffledSequences(reader, L, seed=1, name="a")
     forward = [sequences.sequence(k).tolist() for k in range(200)]
-    again = PackedSequences(reader, L, seed=1, name="a")
+    again = ShuffledSequences(reader, L, seed=1, name="a")
     assert [again.sequence(k).tolist() for k in reversed(range(200))][::-1] == forward
-    for other in (PackedSequences(reader, L, seed=2, name="a"), PackedSequences(reader, L, seed=1, name="b")):
+    for other in (ShuffledSequences(reader, L, seed=2, name="a"), ShuffledSequences(reader, L, seed=1, name="b")):
         assert [other.sequence(k).tolist() for k in range(43)] != forward[:43]
 
 
@@ -35,13 +35,13 @@ def test_less_than_a_sequence_is_refused_and_exactly_one_is_enough(tmp_path):
     with pytest.raises(
         DataError, match=r"wanted at least one sequence of 8 tokens, found 7 in all; give more text or lower"
     ):
-        PackedSequences(counting_reader(tmp_path / "short", 7), 8, seed=0, name="a")
-    one = PackedSequences(counting_reader(tmp_path / "one", 8), 8, seed=0, name="a")
+        ShuffledSequences(counting_reader(tmp_path / "short", 7), 8, seed=0, name="a")
+    one = ShuffledSequences(counting_reader(tmp_path / "one", 8), 8, seed=0, name="a")
     assert one.sequence(0).tolist() == one.sequence(5).tolist() == list(range(10, 18))
 
 
 def test_training_sequences_follow_the_blend(reader, tmp_path):
-    sources = [PackedSequences(reader, L, seed=1, name="a"), PackedSequences(reader, L, seed=1, name="b")]
+    sources = [ShuffledSequences(reader, L, seed=1, name="a"), ShuffledSequences(reader, L, seed=1, name="b")]
     training = TrainingSequences(sources, [3, 1], seed=1)
     samples = [0, 1, 17, 5000, 123_456]
     sequences = training.sequences(samples)
@@ -53,7 +53,7 @@ def test_training_sequences_follow_the_blend(reader, tmp_path):
 
 
 def test_sources_of_one_name_are_our_mistake(reader):
-    same = PackedSequences(reader, L, seed=1, name="a")
+    same = ShuffledSequences(reader, L, seed=1, name="a")
     with pytest.raises(ValueError, match="different names"):
         TrainingSequences([same, same], [1, 1], seed=1)
 
@@ -75,7 +75,7 @@ def test_more_validation_sequences_than_there_are_means_all(reader):
 def test_the_order_of_a_weighted_blend_is_what_it_was(tmp_path):
     """Sequence numbers by sample, those of the second source with 1000 added, as of before sources had positions."""
     readers = [counting_reader(tmp_path / "a", 43 * L + 5), counting_reader(tmp_path / "b", 17 * L)]
-    sources = [PackedSequences(reader, L, seed=4, name=f"train.{i}") for i, reader in enumerate(readers)]
+    sources = [ShuffledSequences(reader, L, seed=4, name=f"train.{i}") for i, reader in enumerate(readers)]
     training = TrainingSequences(sources, [2, 1], seed=4)
 
     def numbers(samples):
@@ -89,7 +89,7 @@ def test_the_order_of_a_weighted_blend_is_what_it_was(tmp_path):
 
 
 def test_epochs_are_counted_sequence_by_sequence(reader):
-    sources = [PackedSequences(reader, L, seed=1, name="a"), PackedSequences(reader, L, seed=1, name="b")]
+    sources = [ShuffledSequences(reader, L, seed=1, name="a"), ShuffledSequences(reader, L, seed=1, name="b")]
     training = TrainingSequences(sources, [3, 1], seed=1, first_sample=100, starts=[60, 5])
     places = [training.place(sample) for sample in range(100, 321)]
     for source, start in enumerate((60, 5)):

@@ -250,7 +250,9 @@ def _forget_hosts(nodes: list[str]) -> None:
         lines = HOSTS.read_text().splitlines(keepends=True)
         kept = [line for line in lines if not set(line.split()) & set(nodes)]
         if kept != lines:
-            HOSTS.write_text("".join(kept))
+            with HOSTS.open("r+") as hosts:  # never empty, since daemons of other clusters read it
+                hosts.write("".join(kept))
+                hosts.truncate()
 
 
 if __name__ == "__main__":

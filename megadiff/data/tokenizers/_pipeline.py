@@ -5,9 +5,9 @@ a text is text: the library leaves special tokens alone when it is asked to (`sp
 `tokenizer_config.json`), and where the model's own vocabulary would still find the name, a split inside the name, put
 behind the file's own pre-tokenizers, keeps the whole name from it.
 
-Two windows are joined where they agree: inside their overlap, amid a stretch of tokens that both have with the same
-ids at the same characters. A token depends on the text near it, so there the ids are those of the whole text; where
-no such stretch is found, the overlap grows until it is.
+A long text is tokenized in overlapping windows. Two of them are joined where they agree: inside their overlap, amid a
+stretch of tokens that both have with the same ids at the same characters. A token depends on the text near it, so there
+the ids are those of the whole text; where no such stretch is found, the overlap grows until it is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A SentencePiece `*.model` file, alone or the only one in its folder, and as a `tokenizer.json`.
 
-Follows the model's own settings: character map, extra white space, dummy prefix, byte fallback, user-defined pieces.
-Source: `SpmConverter.build_tokenizer_from_spm_proto` of transformers 5.24. Where several segmentations of a text are
-equally good (runs of one character), the two libraries may choose differently.
+The `tokenizer.json` follows the model's own settings: character map, extra white space, dummy prefix, byte fallback,
+user-defined pieces. Source: `SpmConverter.build_tokenizer_from_spm_proto` of transformers 5.24. Where several
+segmentations of a text are equally good (runs of one character), the two libraries may choose differently.
 """
 
 from __future__ import annotations

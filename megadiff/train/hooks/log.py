@@ -1,4 +1,4 @@
-"""The training line: figures of a step, its speed, and the totals of the run, for every metric sink."""
+"""The training line: figures of a step, its speed, and the totals of the run, for every metric sink and the log."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from megadiff.parallel.step_metrics import metrics_of
 from megadiff.platform.machine import Platform
 from megadiff.train.hooks import Hook, MetricSink, MetricSinks, Part, StepInfo
+
+log = logging.getLogger("megadiff")
 
 
 @dataclass
@@ -89,8 +91,6 @@ class LogHook(Hook):
             **{key: value for extra in self.extras for key, value in extra().items()},
         }
 
-
-log = logging.getLogger("megadiff")
 
 LOG_FIELDS = (
     "loss is what is minimised, elbo the bound (negative evidence lower bound) in nats per noisy token, mean weight "

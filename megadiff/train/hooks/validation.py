@@ -15,6 +15,8 @@ from megadiff.train.goodput import Goodput
 from megadiff.train.hooks import Hook, MetricSinks, Part, StepInfo
 from megadiff.train.hooks.metrics_file import PerSequenceFile
 
+log = logging.getLogger("megadiff")
+
 
 @dataclass(kw_only=True)
 class PeriodicHook(Hook, ABC):
@@ -50,9 +52,6 @@ class PeriodicHook(Hook, ABC):
         is_regular = self.every > 0 and info.step % self.every == 0
         if is_regular or info.step in self.at_steps or info.step == self.steps:
             self.run(info.step)
-
-
-log = logging.getLogger("megadiff")
 
 
 class Measurement(Protocol):
