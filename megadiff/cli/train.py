@@ -93,6 +93,6 @@ def main() -> None:
         return
     with quiet():
         from megadiff.run import build
-    from megadiff.supervision.launch import age_s
+    from megadiff.supervision.process import age_s
 
     build.run(config, resume_options, before_s=age_s(os.getpid()))

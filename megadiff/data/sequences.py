@@ -124,7 +124,7 @@ def division_of(reader: IndexedReader, seq_length: int, padding: Padding | None 
     if padding is None:
         raise DataError(
             f"{reader.prefix}: the source holds conversations, and data.padding, which fills them up to "
-            "model.seq_length, is not set; set it to predicted_eos, eos or pad"
+            "model.seq_length, is not set; set it to predicted_eos, eos or pad (eos or pad with data.packing)"
         )
     kind = PackedConversations if padding.is_behind_several else Conversations
     return kind(reader, seq_length, padding)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megadiff.files import write_atomically
-from megadiff.supervision import launch
+from megadiff.supervision import process
 from megadiff.supervision.heartbeat import Heartbeat
 
 STACKS_SIGNAL = signal.SIGUSR1
@@ -64,14 +64,14 @@ def read_stacks(dump: Path) -> str:
 
 def kill(pid: int, ticks: int) -> None:
     """Kill the process and its descendants, except watchers, and wait up to five seconds until it is gone."""
-    if not launch.is_alive(pid, ticks):
+    if not process.is_alive(pid, ticks):
         return
-    doomed = [pid, *(child for child in launch.descendants(pid) if child != os.getpid() and not _is_watcher(child))]
+    doomed = [pid, *(child for child in process.descendants(pid) if child != os.getpid() and not _is_watcher(child))]
     for each in doomed:
         with contextlib.suppress(OSError):
             os.kill(each, signal.SIGKILL)
     end = time.monotonic() + _GONE_S
-    while launch.is_alive(pid, ticks) and time.monotonic() < end:
+    while process.is_alive(pid, ticks) and time.monotonic() < end:
         time.sleep(0.01)
 
 
@@ -128,7 +128,7 @@ class RankReport:
             index=place.index,
             age_s=round(now - place.started, 1) if place.section else 0.0,
             limit_s=place.limit_s,
-            state=launch.state(beat.pid),
+            state=process.state(beat.pid),
         )
 
     @property
@@ -141,7 +141,7 @@ class RankReport:
         """Sentence about this rank alone."""
         return (
             f"{self.name} stalled: in {self.place} for {self.age_s:.1f} s (limit {self.limit_s:g} s); "
-            f"state {launch.describe_state(self.state)}"
+            f"state {process.describe_state(self.state)}"
         )
 
 
@@ -175,7 +175,7 @@ def _states(known: list[RankReport]) -> str:
     for account in known:
         ranks.setdefault(account.state, []).append(account.rank)
     parts = [
-        f"{launch.describe_state(letter)} of rank{'s' if len(of) > 1 else ''} {', '.join(map(str, of[:8]))}"
+        f"{process.describe_state(letter)} of rank{'s' if len(of) > 1 else ''} {', '.join(map(str, of[:8]))}"
         + (f" and {len(of) - 8} more" if len(of) > 8 else "")
         for letter, of in sorted(ranks.items(), key=lambda item: len(item[1]))
     ]

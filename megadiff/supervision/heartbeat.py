@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megadiff.supervision import launch
+from megadiff.supervision import process
 
 RUNNING, ENDED, FAILED = 0, 1, 2
 """States of a rank: still at work; ended normally; raised an exception and about to exit."""
@@ -80,7 +80,7 @@ class Heartbeat:
             os.truncate(handle, _BYTES)
             memory = mmap.mmap(handle, _BYTES)
             pid = os.getpid()
-            _IDENTITY.pack_into(memory, 0, _MAGIC, pid, launch.start_ticks(pid), rank, time.monotonic())
+            _IDENTITY.pack_into(memory, 0, _MAGIC, pid, process.start_ticks(pid), rank, time.monotonic())
             os.replace(temporary, path)
         finally:
             os.close(handle)

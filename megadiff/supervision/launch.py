@@ -1,4 +1,4 @@
-"""The launch of a run: its launcher's death, the run folder's holder, the ranks on this machine, their processes.
+"""The launch of a run: its launcher's death, the run folder's holder, the ranks on this machine.
 
 A rank whose launcher is gone would train on unnoticed and lock the run folder against the next start. Three mechanisms
 end it, and each covers cases that the others miss: the kernel's parent-death signal, which acts at once whatever the
@@ -20,155 +20,13 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 from megadiff.errors import PlatformError
 from megadiff.files import UnreadableFileError, read_json_object, write_atomically
-
-_STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "T": "stopped", "t": "traced", "Z": "zombie"}
-_PF_EXITING = 0x4
-GONE = ("", "Z", "X", "x")
-
-
-def _fields(pid: int) -> list[str]:
-    """Return the fields of `/proc/PID/stat` from the third on; the second, a name in brackets, may contain anything."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def start_ticks(pid: int) -> int:
-    """Return when the process started, in clock ticks since boot; 0 if unknown.
-
-    Together with the pid this identifies the process.
-    """
-    fields = _fields(pid)
-    return int(fields[19]) if len(fields) > 19 else 0
-
-
-def age_s(pid: int) -> float:
-    """Return the seconds since the process started, or 0 if that is not known."""
-    ticks = start_ticks(pid)
-    try:
-        uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return max(0.0, uptime_s - ticks / os.sysconf("SC_CLK_TCK")) if ticks else 0.0
-
-
-def state(pid: int) -> str:
-    """Return the kernel's letter for the state of a process, such as R, S, D, T (stopped) or Z.
-
-    "" if there is no such process, "?" if it exists but there is no /proc.
-    """
-    if fields := _fields(pid):
-        return fields[0]
-    if Path("/proc/self/stat").exists():
-        return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "?"
-
-
-def describe_state(letter: str) -> str:
-    """Return a state with its meaning, such as `T (stopped)`."""
-    return f"{letter} ({_STATES[letter]})" if letter in _STATES else letter or "gone"
-
-
-def is_alive(pid: int, ticks: int) -> bool:
-    """Return whether the process with this pid and start time still runs; a zombie does not."""
-    return state(pid) not in GONE and start_ticks(pid) == ticks
-
-
-def how_it_ended(pid: int, ticks: int) -> str:
-    """Return how a process ended that nobody has waited for yet: `killed by SIGKILL`, `exit code 1` or the like.
-
-    "" if that cannot be seen.
-    """
-    fields = _fields(pid)
-    if len(fields) < 50 or fields[0] not in GONE or int(fields[19]) != ticks:
-        return ""
-    status = int(fields[49])
-    number = status & 0x7F
-    if not number:
-        return f"exit code {status >> 8}"
-    try:
-        return f"killed by {signal.Signals(number).name}"
-    except ValueError:
-        return f"killed by signal {number}"
-
-
-def parent(pid: int) -> int:
-    """Return the process that started this one, or that has adopted it; 0 if unknown."""
-    fields = _fields(pid)
-    return int(fields[1]) if len(fields) > 1 else 0
-
-
-def threads(pid: int) -> int:
-    """Return the number of threads of a process; 0 if unknown."""
-    fields = _fields(pid)
-    return int(fields[17]) if len(fields) > 17 else 0
-
-
-def is_leaving(pid: int) -> bool:
-    """Return whether the kernel is tearing the process down; its connections may be closed while it seems to run."""
-    fields = _fields(pid)
-    return len(fields) > 6 and bool(int(fields[6]) & _PF_EXITING)
-
-
-@cache
-def machine() -> str:
-    """Return the identity of the space of process numbers: this boot of this machine, and the process namespace.
-
-    Ranks in separate containers cannot see each other's processes.
-    """
-    found: list[str] = []
-    with contextlib.suppress(OSError):
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with contextlib.suppress(OSError):
-        found.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(found)
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the current children, grandchildren and so on of a process."""
-    children: dict[int, list[int]] = {}
-    for child in _pids():
-        if fields := _fields(child):
-            children.setdefault(int(fields[1]), []).append(child)
-    found, waiting = [], [pid]
-    while waiting:
-        more = children.get(waiting.pop(), [])
-        found += more
-        waiting += more
-    return found
-
-
-def _pids() -> Iterator[int]:
-    try:
-        names = os.listdir("/proc")
-    except OSError:
-        return
-    yield from (int(name) for name in names if name.isdecimal())
-
-
-def open_pidfd(pid: int) -> int | None:
-    """Return a descriptor that becomes readable when the process ends; None if the kernel does not offer one."""
-    if not hasattr(os, "pidfd_open"):
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return None
-
+from megadiff.supervision import process
 
 _NAME = ".lock.holder"
 _MAX_BYTES, _MAX_NUMBER = 4096, 2**62
@@ -209,7 +67,7 @@ class Holder:
     def this_process(cls) -> Holder:
         """Return this process and its launcher."""
         pid, launcher = os.getpid(), launcher_of_this_process() or Launcher(0, 0)
-        return cls(socket.gethostname(), machine(), pid, start_ticks(pid), launcher.pid, launcher.ticks)
+        return cls(socket.gethostname(), process.machine(), pid, process.start_ticks(pid), launcher.pid, launcher.ticks)
 
     @classmethod
     def read(cls, run_folder: Path) -> Holder | None:
@@ -236,19 +94,19 @@ class Holder:
     @property
     def is_here(self) -> bool:
         """Whether its process numbers are valid for this process."""
-        return self.machine == machine()
+        return self.machine == process.machine()
 
     @property
     def is_leaving(self) -> bool:
         """Whether the holder is known to be gone, or about to end because its launcher is gone."""
         if not self.is_here:
             return False
-        has_lost_launcher = self.launcher_pid != 0 and not is_alive(self.launcher_pid, self.launcher_ticks)
-        return has_lost_launcher or not is_alive(self.pid, self.ticks)
+        has_lost_launcher = self.launcher_pid != 0 and not process.is_alive(self.launcher_pid, self.launcher_ticks)
+        return has_lost_launcher or not process.is_alive(self.pid, self.ticks)
 
     def describe(self) -> str:
         """Return for example `pid 4711 on node7`, with a remark if that process is gone."""
-        if self.is_here and not is_alive(self.pid, self.ticks):
+        if self.is_here and not process.is_alive(self.pid, self.ticks):
             return f"pid {self.pid} on {self.host}, which is gone, left it to a process that it had started"
         return f"pid {self.pid} on {self.host}"
 
@@ -264,7 +122,7 @@ class Launcher:
     @property
     def is_alive(self) -> bool:
         """Whether the process still runs."""
-        return is_alive(self.pid, self.ticks)
+        return process.is_alive(self.pid, self.ticks)
 
     @classmethod
     def find(cls, environ: Mapping[str, str] = os.environ) -> Launcher | None:
@@ -283,8 +141,8 @@ class Launcher:
             if pid <= 0:
                 return None
             if not _has_variable(pid, mark):
-                return cls(pid, start_ticks(pid))
-            pid = parent(pid)
+                return cls(pid, process.start_ticks(pid))
+            pid = process.parent(pid)
         return None
 
     def open_pidfd(self) -> int | None:
@@ -292,7 +150,7 @@ class Launcher:
 
         None if the kernel does not offer one, or if the launcher has ended already.
         """
-        descriptor = open_pidfd(self.pid)
+        descriptor = process.open_pidfd(self.pid)
         if descriptor is not None and not self.is_alive:
             os.close(descriptor)
             return None
@@ -322,7 +180,7 @@ def end_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
     _found = os.getpid(), launcher
     if launcher is None:
         return
-    if launcher.pid == os.getppid() and (_is_elastic(environ) or threads(launcher.pid) == 1):
+    if launcher.pid == os.getppid() and (_is_elastic(environ) or process.threads(launcher.pid) == 1):
         # The signal comes when the *thread* that started this process ends, so it is used only if that is the main one.
         _ask_for_parent_death_signal()
     if not launcher.is_alive or (_is_elastic(environ) and not _may_be_an_agent(launcher.pid)):
@@ -455,7 +313,7 @@ class Launch:
         """
         memory = Path("/dev/shm")
         root = memory if os.access(memory, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-        folder = root / f"megadiff-{os.getuid()}-{_digest([self.key, machine()])}"
+        folder = root / f"megadiff-{os.getuid()}-{_digest([self.key, process.machine()])}"
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             found = os.lstat(folder)

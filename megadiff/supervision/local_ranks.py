@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megadiff.supervision import launch
+from megadiff.supervision import process
 from megadiff.supervision.first_cause import VERDICT
 from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
 
@@ -67,8 +67,8 @@ class Watched:
     @classmethod
     def of(cls, beat: Heartbeat) -> Watched:
         """Return a record for the rank of this heartbeat."""
-        found = cls(beat, launch.open_pidfd(beat.pid))
-        if not launch.is_alive(beat.pid, beat.ticks):  # the descriptor may belong to a later process of the same pid
+        found = cls(beat, process.open_pidfd(beat.pid))
+        if not process.is_alive(beat.pid, beat.ticks):  # the descriptor may belong to a later process of the same pid
             found.close()
         return found
 
@@ -76,7 +76,7 @@ class Watched:
     def is_running(self) -> bool:
         """Whether the process exists; its descriptor answers more cheaply than /proc."""
         if self.pidfd is None:
-            return launch.is_alive(self.beat.pid, self.beat.ticks)
+            return process.is_alive(self.beat.pid, self.beat.ticks)
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
@@ -100,7 +100,7 @@ class Watched:
     def _death(self, sentence: str, now: float) -> Event:
         if verdict := self.beat.verdict():
             return Event(self.beat.rank, now, now, verdict, False, True)
-        how = launch.how_it_ended(self.beat.pid, self.beat.ticks)
+        how = process.how_it_ended(self.beat.pid, self.beat.ticks)
         hint = " (possibly by the kernel's out-of-memory killer)" if how.endswith("SIGKILL") else ""
         is_asked = how.endswith(("SIGTERM", "SIGINT"))
         when = now if is_asked else now - DEATH_FIRST_S
@@ -171,7 +171,7 @@ class LocalRanks:
     def is_somebody_leaving(self) -> bool:
         """Whether the kernel is tearing down a rank whose end is not visible yet."""
         return any(
-            not watched.is_gone and watched.event is None and launch.is_leaving(watched.beat.pid)
+            not watched.is_gone and watched.event is None and process.is_leaving(watched.beat.pid)
             for watched in (self.own, *self.others.values())
         )
 
@@ -185,7 +185,7 @@ class LocalRanks:
                 found = Watched.of(Heartbeat.open(self.folder / name))
             except (OSError, ValueError):
                 continue
-            if launch.is_alive(found.beat.pid, found.beat.ticks) or found.beat.registered >= self.since:
+            if process.is_alive(found.beat.pid, found.beat.ticks) or found.beat.registered >= self.since:
                 self.others[name] = found
             else:
                 found.close()
@@ -220,4 +220,4 @@ def _is_somebody(path: Path) -> bool:
         beat = Heartbeat.open(path)
     except (OSError, ValueError):
         return False
-    return launch.is_alive(beat.pid, beat.ticks)
+    return process.is_alive(beat.pid, beat.ticks)

@@ -15,6 +15,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from megadiff.supervision import process
 from megadiff.supervision.first_cause import (
     RankReport,
     Records,
@@ -25,7 +26,7 @@ from megadiff.supervision.first_cause import (
     within,
 )
 from megadiff.supervision.heartbeat import ENDED, FAILED, RUNNING, Heartbeat
-from megadiff.supervision.launch import Launch, Launcher, describe_loss, heartbeat_path, is_leaving
+from megadiff.supervision.launch import Launch, Launcher, describe_loss, heartbeat_path
 from megadiff.supervision.local_ranks import Event, LocalRanks, Watched, leave_node
 from megadiff.supervision.status import record_failure
 
@@ -153,7 +154,7 @@ class Watcher:
             self._end(f"rank {self._launch.rank} raised and did not leave within {LEAVING_S:g} s")
             return True
         grace = GRACE_AFTER_EFFECT_S if event.is_effect else GRACE_AFTER_ECHO_S if event.is_echo else GRACE_S
-        if life == RUNNING and now - event.seen > grace and not is_leaving(self._beat.pid):
+        if life == RUNNING and now - event.seen > grace and not process.is_leaving(self._beat.pid):
             self._speak_of(event)
             self._end(event.cause)
             return True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadiff.supervision import launch
+from megadiff.supervision import process
 from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.heartbeat import FAILED, NOWHERE, Heartbeat, Place
 from megadiff.supervision.launch import Launch
@@ -20,7 +20,7 @@ def test_a_place_is_read_as_it_was_written(tmp_path):
     mine = Heartbeat.create(tmp_path / "rank-00003.beat", 3)
     seen = Heartbeat.open(tmp_path / "rank-00003.beat")
 
-    assert (seen.rank, seen.pid, seen.ticks) == (3, os.getpid(), launch.start_ticks(os.getpid()))
+    assert (seen.rank, seen.pid, seen.ticks) == (3, os.getpid(), process.start_ticks(os.getpid()))
     assert seen.place() == Place("", "", 0, 0, 0.0, 0.0)
     mine.write(12.5, 30.0, 17, 4, b"step", b"reduce")
     assert seen.place() == Place("step", "reduce", 17, 4, 12.5, 30.0)
@@ -73,19 +73,19 @@ def test_marks_are_counted_anew_in_every_step(tmp_path):
 
 def test_a_process_is_known_by_pid_and_start():
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read(); sys.exit(3)"], stdin=subprocess.PIPE)
-    ticks = launch.start_ticks(child.pid)
-    assert launch.is_alive(child.pid, ticks)
-    assert not launch.is_alive(child.pid, ticks + 1)
-    assert child.pid in launch.descendants(os.getpid())
-    fd = launch.open_pidfd(child.pid)
+    ticks = process.start_ticks(child.pid)
+    assert process.is_alive(child.pid, ticks)
+    assert not process.is_alive(child.pid, ticks + 1)
+    assert child.pid in process.descendants(os.getpid())
+    fd = process.open_pidfd(child.pid)
     assert child.stdin is not None
     child.stdin.close()
     if fd is not None:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         os.close(fd)
-    assert not launch.is_alive(child.pid, ticks)
-    assert launch.how_it_ended(child.pid, ticks) == "exit code 3"
+    assert not process.is_alive(child.pid, ticks)
+    assert process.how_it_ended(child.pid, ticks) == "exit code 3"
     child.wait()
-    assert launch.state(child.pid) == ""
-    assert launch.how_it_ended(child.pid, ticks) == ""
+    assert process.state(child.pid) == ""
+    assert process.how_it_ended(child.pid, ticks) == ""
     assert not Path(f"/proc/{child.pid}").exists()

@@ -23,7 +23,8 @@ from filelock import FileLock
 from megadiff.errors import ConfigError, PlatformError
 from megadiff.run.config import RunConfig
 from megadiff.run.folder import run_folder
-from megadiff.supervision.launch import Holder, Launch, Launcher, start_ticks
+from megadiff.supervision import process
+from megadiff.supervision.launch import Holder, Launch, Launcher
 from tests.support.commands import REPOSITORY
 from tests.support.runs import toy_config
 
@@ -160,7 +161,7 @@ def test_a_holder_whose_launcher_is_gone_is_leaving(gone):
     holder = Holder.this_process()
     assert not holder.is_leaving
     assert replace(holder, launcher_pid=gone, launcher_ticks=1).is_leaving
-    assert not replace(holder, launcher_pid=os.getpid(), launcher_ticks=start_ticks(os.getpid())).is_leaving
+    assert not replace(holder, launcher_pid=os.getpid(), launcher_ticks=process.start_ticks(os.getpid())).is_leaving
     assert replace(holder, ticks=holder.ticks + 1).is_leaving, "another process of the same number"
 
 
