@@ -40,7 +40,7 @@ test-others: $(STAMP)
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm $(MATHEMATICS:%=--ignore=%)
 
 test-slurm: $(STAMP)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/slurm > $(VENV)/slurm-tests.log 2>&1; \
+	@$(BIN)/python -m pytest tests/slurm > $(VENV)/slurm-tests.log 2>&1; \
 	    status=$$?; cat $(VENV)/slurm-tests.log; exit $$status
 
 # Other versions of libraries, unpacked beside the environment: the newest megatron-core supported, whose metadata wants

@@ -8,6 +8,8 @@ import sys
 import types
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megadiff.data.documents import Corpus, sample
 from megadiff.data.preprocess import preprocess
@@ -105,7 +107,7 @@ def test_normal_forms_of_unicode_are_those_of_tokenizers(library, trained):
     library.seen.clear()
     moved_by_newer_unicode = "a\u0483\u1aca"
     tokenizer.encode_batch(["plain", "e\u0301", moved_by_newer_unicode])
-    assert library.seen == ["plain", "é", moved_by_newer_unicode]
+    assert library.seen == ["plain", "é"]  # what is newer goes to `tokenizers` as it is
 
 
 def test_texts_with_newer_characters_are_encoded_by_tokenizers(library, trained):
@@ -114,6 +116,47 @@ def test_texts_with_newer_characters_are_encoded_by_tokenizers(library, trained)
     library.wrong = set(texts[1:3])
     assert fast.encode_batch(texts) == load_tokenizer(trained).encode_batch(texts)
     assert [bool(module.unsettled().search(text)) for text in texts] == [False, True, True, False]
+
+
+def test_only_lines_with_newer_characters_are_encoded_by_tokenizers(library, trained):
+    fast, plain = load_for_batches(trained, "gigatoken", parallel=False), load_tokenizer(trained)
+    text = "old é;\nnew \U0001fae8\n  indented\nold\n\nolder\nnew 🤍 \nend\n'll"
+    library.seen.clear()
+    assert fast._encoded([text, "ascii"]) == plain.encode_batch([text, "ascii"])
+    assert library.seen == ["old é;\n", "old\n\nolder\n", "'ll", "ascii"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda definition: definition["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda definition: definition["pre_tokenizer"]["pretokenizers"][0].update(pattern={"String": "x"}),
+        lambda definition: definition.update(pre_tokenizer=None),
+        lambda definition: definition["added_tokens"].append(
+            {"id": 400, "content": "x", "special": False, "lstrip": True, "rstrip": False, "normalized": False}
+            | {"single_word": False}
+        ),
+    ],
+)
+def test_texts_stay_whole_where_a_cut_might_change_them(library, trained, change):
+    definition = json.loads((trained / "tokenizer.json").read_text())
+    plain = module._plain(definition)
+    module._normal_form(plain)
+    assert module._has_cuts(plain)
+    change(definition)
+    plain = module._plain(definition)
+    module._normal_form(plain)
+    assert not module._has_cuts(plain)
+
+
+@given(st.text(alphabet="ab;#' \n\r\t1é\U0001fae8", max_size=60))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parts_of_a_text_have_its_ids(library, trained, text):
+    fast, plain = load_for_batches(trained, "gigatoken", parallel=False), load_tokenizer(trained)
+    parts = fast._parts(text)
+    assert "".join(part for part, _ in parts) == text
+    assert all(module.unsettled().search(part) is None for part, is_settled in parts if is_settled)
+    assert fast._encoded([text]) == plain.encode_batch([text])
 
 
 def test_a_normal_form_between_other_steps_leaves_the_library_out(library, trained, tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.slurm.training import Training, copy_of_the_commands, job_facts, submit, wait_for_end
+from tests.slurm.training import Training, copy_of_the_commands, job_facts, submit, submit_all, wait_for_end
 from tests.support.commands import REPOSITORY, write_yaml
 from tests.support.runs import toy_tree
 
@@ -120,12 +120,12 @@ def test_preprocessing_makes_shards_and_merges_them(cluster, home, tmp_path):
     files = [tmp_path / "-a.jsonl", tmp_path / "b $(touch CANARY).jsonl"]
     for file in files:
         file.write_text(json.dumps({"text": file.name}) + "\n")
-    job = submit(
+    _, merging = submit_all(
         cluster, home, "preprocess", "--output-prefix", tmp_path / "data/a $(touch CANARY)", "--tokenizer=byte",
         "--time=5", "--tasks=2", "--input", *files, "--", "--append-eod",
     )  # fmt: skip
 
-    facts = wait_for_end(cluster, str(int(job) + 1))
+    facts = wait_for_end(cluster, merging)
 
     logs = "\n".join(path.read_text() for path in (tmp_path / "data").glob("slurm/*/*.out"))
     assert facts["JobState"] == "COMPLETED", logs

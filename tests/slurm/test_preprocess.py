@@ -13,7 +13,7 @@ import pytest
 
 from tests.data.shards.corpus import contents, write_serial
 from tests.slurm.local_cluster import LocalCluster, wait_for
-from tests.slurm.training import START_S, copy_of_the_commands, job_facts, submit, wait_for_end
+from tests.slurm.training import START_S, copy_of_the_commands, job_facts, submit, submit_all, wait_for_end
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -49,11 +49,10 @@ def test_killed_and_requeued_tasks_end_in_the_bytes_of_one_process(cluster, tmp_
     file = write_corpus(tmp_path, 6000)
     home = copy_of_the_commands(tmp_path / "home", site="")
     shards = tmp_path / "out/all-shards"
-    job = submit(
+    job, merging = submit_all(
         cluster, home, "preprocess", "--input", file, "--output-prefix", tmp_path / "out/all", "--tokenizer=byte",
         "--tasks=3", "--time=30", "--", "--append-eod", "--unit-mb=0.01",
     )  # fmt: skip
-    merging = str(int(job) + 1)
     wait_for(lambda: shards_done(shards) > 20, "shards", timeout_s=START_S)
     cluster.call("scontrol", "requeue", f"{job}_0")
     cluster.call("scancel", "--batch", "--signal=USR2", f"{job}_1")

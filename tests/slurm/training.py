@@ -42,7 +42,22 @@ def submit(
     cwd: Path | None = None,
     env: dict[str, str] | None = None,
 ) -> str:
-    """Id of the job that `slurm/submit ARGUMENTS` made.
+    """Id of the job that `slurm/submit ARGUMENTS` made, the first if there are two.
+
+    Raises:
+        AssertionError: it was refused.
+    """
+    return submit_all(cluster, home, *arguments, cwd=cwd, env=env)[0]
+
+
+def submit_all(
+    cluster: LocalCluster,
+    home: Path,
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> list[str]:
+    """Ids of all jobs that `slurm/submit ARGUMENTS` made; they need not follow each other, as tasks get ids too.
 
     Raises:
         AssertionError: it was refused.
@@ -50,9 +65,9 @@ def submit(
     command = [sys.executable, str(home / "slurm/submit"), *map(str, arguments)]
     environment = {**cluster.environment, **(env or {})}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
-    found = re.match(r"submitted job (\d+); logs in ", done.stdout)
-    assert found is not None, done.stderr
-    return found.group(1)
+    found = re.findall(r"^submitted job (\d+)[;,] ", done.stdout, flags=re.MULTILINE)
+    assert found, done.stderr
+    return found
 
 
 def job_facts(cluster: LocalCluster, job: str) -> dict[str, str]:

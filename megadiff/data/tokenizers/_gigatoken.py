@@ -6,12 +6,14 @@ are hard to split and on a sample of the corpus. While a corpus is tokenized, on
 
 Unicode's normal forms depend on the version of Unicode that a library knows: combining marks that are newer than the
 version of `tokenizers` stay where they are there, and are moved here. So texts get their normal form from `tokenizers`.
-What is a letter, where texts are split, depends on it too: a text with a character whose category is not as old as
-Unicode 3.2 (an emoji, a letter of a rare script) is encoded by `tokenizers`.
+What is a letter, where texts are split, depends on it too: lines with a character whose category is not as old as
+Unicode 3.2 (an emoji, a letter of a rare script) are encoded by `tokenizers`. Texts are cut there at single line ends
+between visible ASCII characters, which the known patterns never split otherwise; texts of other tokenizers stay whole.
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
 import functools
 import json
@@ -19,6 +21,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, cast
 
 from tokenizers import normalizers
@@ -34,6 +37,9 @@ _SPLITS = {
     )
 }
 """Patterns with the spelling of the same pattern that the library knows."""
+
+_CUT = re.compile(r"[!-~]\n(?=[!-~])")
+"""Line ends at which a text can be cut, if its tokenizer has one of those patterns or GPT-2's."""
 
 _RENEW_CHARACTERS = 2**27
 """Number of characters after which the library is loaded again: it keeps every word that it has seen."""
@@ -60,6 +66,7 @@ _HARD = (
     "a" * 3000,
     " " * 3000,
     "é" * 1000 + "\n" * 500 + "1" * 500,
+    "one;\ntwo 👩\n'll three\n#4 \n five\n\nsix\n7\n8🤍\n\t9\r\nten\n",
 )
 _POOL = "aZéß'’ \t\n\r.,-_/<|>09٣½中ア가\u0301\u1161\u00a0\u3000\u2028\u200dſK𝔘👩\x00\x85sStTmMdDlLrReEvV"
 
@@ -89,6 +96,7 @@ class GigatokenTokenizer:
         self._tokenizer, self._parallel = tokenizer, parallel
         plain = _plain(tokenizer.definition)
         self._normal_form = _normal_form(plain)
+        self._has_cuts = _has_cuts(plain)
         self._names = [token["content"] for token in plain["added_tokens"]]
         self._definition = json.dumps(plain)
         self._forbidden = tokenizer.never_text
@@ -133,18 +141,48 @@ class GigatokenTokenizer:
                 raise UnfitError(f"it gives other ids for {text[:40]!r}")
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text: by the library, but for texts that `tokenizers` alone is sure to encode."""
+        """Return the ids of each text: by the library, but for lines that `tokenizers` alone is sure to encode."""
         form = self._normal_form
-        normal = [text if form is None or text.isascii() else form(text) for text in texts]
-        found = self._library.encode_batch_list(normal, parallel=self._parallel)
-        for place, (text, other) in enumerate(zip(texts, normal, strict=True)):
-            if not text.isascii() and (unsettled().search(text) or self._has_name(text, other)):
-                found[place] = self._tokenizer.encode(text)
+        parts = [self._parts(text) for text in texts]
+        settled = [part for part, is_settled in chain.from_iterable(parts) if is_settled]
+        normal = [part if form is None or part.isascii() else form(part) for part in settled]
+        by_library = iter(self._library.encode_batch_list(normal, parallel=self._parallel))
+        newer = [part for part, is_settled in chain.from_iterable(parts) if not is_settled]
+        by_tokenizers = iter(self._tokenizer.encode_batch(newer))
+        found: list[list[int]] = []
+        for of_text in parts:
+            ids = [next(by_library if is_settled else by_tokenizers) for _, is_settled in of_text]
+            found.append(ids[0] if len(ids) == 1 else list(chain.from_iterable(ids)))
         return found
 
-    def _has_name(self, text: str, normal: str) -> bool:
+    def _parts(self, text: str) -> list[tuple[str, bool]]:
+        """Return a text in parts whose ids are those of the text, each with whether the library may encode it."""
+        if text.isascii():
+            return [(text, True)]
+        if self._has_name(text):
+            return [(text, False)]
+        newer = [found.start() for found in unsettled().finditer(text)]
+        if not newer or not self._has_cuts:
+            return [(text, not newer)]
+        cuts = [0, *(found.end() for found in _CUT.finditer(text)), len(text)]
+        parts: list[tuple[str, bool]] = []
+        end = 0
+        for place in newer:
+            if place < end:
+                continue
+            after = bisect.bisect_right(cuts, place)
+            if cuts[after - 1] > end:
+                parts.append((text[end : cuts[after - 1]], True))
+            end = cuts[after]
+            parts.append((text[cuts[after - 1] : end], False))
+        return parts if end == len(text) else [*parts, (text[end:], True)]
+
+    def _has_name(self, text: str) -> bool:
         """Return whether a text has a name that was added to the vocabulary, found before or after its normal form."""
-        return self._normal_form is not None and any(name in text or name in normal for name in self._names)
+        if self._normal_form is None or not self._names:
+            return False
+        normal = self._normal_form(text)
+        return any(name in text or name in normal for name in self._names)
 
     def _compare(self, text: str, found: list[int]) -> None:
         if self._tokenizer.encode(text) != found:
@@ -224,6 +262,31 @@ def _normal_form(plain: dict[str, Any]) -> Callable[[str], str] | None:
     if any(f'"{form}"' in json.dumps(normalizer) for form in _FORMS):
         raise UnfitError("its normal form of Unicode is one of several steps")
     return None
+
+
+def _has_cuts(plain: dict[str, Any]) -> bool:
+    """Return whether the ids of a text are those of its parts between `_CUT`, by what `_plain` returned.
+
+    Text has to be split by a known pattern, under which a single line end between visible ASCII characters ends a word
+    or is one, whatever follows. Nothing else may depend on where a text begins, or take white space beside a name.
+    """
+    if plain.get("normalizer") is not None:
+        return False
+    if any(token.get("lstrip") or "\n" in token["content"] for token in plain["added_tokens"]):
+        return False
+    before = plain.get("pre_tokenizer") or {}
+    is_split = False
+    for step in before.get("pretokenizers", [before]):
+        if step.get("type") == "ByteLevel" and not step.get("add_prefix_space", True):
+            is_split |= step.get("use_regex", True)
+        elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            pattern = step.get("pattern")
+            if not isinstance(pattern, dict) or pattern.get("Regex") not in _SPLITS.values():
+                return False
+            is_split = True
+        else:
+            return False
+    return is_split
 
 
 def _plain(definition: dict[str, Any]) -> dict[str, Any]:
