@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megadiff.config.load import load_config
-from megadiff.supervision import launch
+from megadiff.supervision import process
 from megadiff.train.config import GoodputConfig
 from megadiff.train.goodput import Goodput, best_interval, daly, expected_loss, read_attempts, young
 from tests.support.ranks import on_ranks
@@ -385,8 +385,8 @@ def test_the_age_of_a_process_is_its_own():
     begun = time.monotonic()
     child = subprocess.Popen(["sleep", "5"])
     time.sleep(0.3)
-    age, most = launch.age_s(child.pid), time.monotonic() - begun
+    age, most = process.age_s(child.pid), time.monotonic() - begun
     child.kill()
     child.wait()
     assert most - 0.2 <= age <= most + 0.02
-    assert launch.age_s(2**22 + 1) == 0.0
+    assert process.age_s(2**22 + 1) == 0.0
