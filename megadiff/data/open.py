@@ -205,8 +205,9 @@ class OpenData:
         """Return the documents of these samples' tokens, [B, L] int64; None if every sequence is one document."""
         if self.packed_key is None:
             return None
-        found = [self.at(sample).train.documents([sample]) for sample in samples]
-        return joined_documents([None if one is None else one[0] for one in found], self.train.seq_length)
+        return joined_documents(
+            [self.at(sample).train.documents([sample]) for sample in samples], self.train.seq_length
+        )
 
     @cached_property
     def packed_key(self) -> str | None:

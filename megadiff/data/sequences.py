@@ -71,7 +71,7 @@ def padding_of(policy: str | None, tokenizer: Tokenizer, *, packing: bool = Fals
 
 
 class Division(Protocol):
-    """The sequences of a source."""
+    """The sequences of a source. By default all tokens are predicted, and all attend to each other."""
 
     def __len__(self) -> int: ...
 
@@ -81,21 +81,21 @@ class Division(Protocol):
 
     def predicted(self, place: int) -> np.ndarray | None:
         """Return which of its tokens are to be predicted, [L] bool; None for all."""
-        ...
+        del place
 
     def documents(self, place: int) -> np.ndarray | None:
         """Return the number, from 0, of the document of each of its tokens, [L] int64; None if all belong together.
 
         Tokens of one document do not attend to those of another. What fills a sequence up is a document too.
         """
-        ...
+        del place
 
     def held(self, place: int) -> list[tuple[int, int]] | None:
         """Return the place of each document's first token in the sequence, and its index in the source; None as above.
 
         What fills the sequence up is none of them.
         """
-        ...
+        del place
 
     def first_token(self, place: int) -> int:
         """Return the index of its first token in the source's stream."""
@@ -130,7 +130,7 @@ def division_of(reader: IndexedReader, seq_length: int, padding: Padding | None 
     return kind(reader, seq_length, padding)
 
 
-class _Stream:
+class _Stream(Division):
     """Documents joined end to end."""
 
     def __init__(self, reader: IndexedReader, seq_length: int) -> None:
@@ -148,18 +148,6 @@ class _Stream:
         """Return a sequence: [L] int64."""
         return self._reader.tokens(place * self._length, self._length)
 
-    def predicted(self, place: int) -> None:
-        """Return None: all tokens are predicted."""
-        del place
-
-    def documents(self, place: int) -> None:
-        """Return None: documents attend to each other."""
-        del place
-
-    def held(self, place: int) -> None:
-        """Return None: documents attend to each other."""
-        del place
-
     def first_token(self, place: int) -> int:
         """Return the index of its first token in the source's stream."""
         return place * self._length
@@ -169,7 +157,7 @@ class _Stream:
         return sequences * self._length
 
 
-class Conversations:
+class Conversations(Division):
     """Conversations, each of which is a sequence."""
 
     def __init__(self, reader: IndexedReader, seq_length: int, padding: Padding) -> None:
@@ -199,16 +187,6 @@ class Conversations:
     def predicted(self, place: int) -> np.ndarray:
         """Return which of its tokens belong to an answer or are predicted padding: [L] bool."""
         return self._filled_up([self._answers(place)], self._padding.is_predicted)
-
-    def documents(self, place: int) -> np.ndarray | None:
-        """Return None: a conversation attends to all of itself, and to what fills it up."""
-        del place
-        return None
-
-    def held(self, place: int) -> list[tuple[int, int]] | None:
-        """Return None, as for `documents`."""
-        del place
-        return None
 
     def first_token(self, place: int) -> int:
         """Return the index of its first token in the source's stream."""
@@ -317,10 +295,10 @@ def packed_sequences(lengths: np.ndarray, seq_length: int) -> np.ndarray:
         lengths: number of tokens of each conversation, [n], from 1 to L.
         seq_length: L.
     """
-    return np.fromiter(_joined(lengths, seq_length), dtype=np.int64, count=lengths.size)
+    return np.fromiter(_best_fits(lengths, seq_length), dtype=np.int64, count=lengths.size)
 
 
-def _joined(lengths: np.ndarray, seq_length: int) -> Iterator[int]:
+def _best_fits(lengths: np.ndarray, seq_length: int) -> Iterator[int]:
     rooms: list[tuple[int, int]] = []  # open sequences in ascending order: tokens left, and the sequence
     begun = 0
     for start in range(0, lengths.size, 2**16):  # as Python's integers a part at a time
@@ -338,16 +316,20 @@ def _joined(lengths: np.ndarray, seq_length: int) -> Iterator[int]:
             yield sequence
 
 
-def joined_documents(documents: Sequence[np.ndarray | None], seq_length: int) -> np.ndarray | None:
-    """Return the documents of several sequences' tokens as one array: [B, L] int64; None if every one is None.
+def joined_documents(
+    documents: Sequence[np.ndarray | None], seq_length: int, counts: Sequence[int] = ()
+) -> np.ndarray | None:
+    """Return the documents of the tokens of several groups of sequences, as one array.
 
     Args:
-        documents: of each sequence [L], or None for a single document.
+        documents: of each group [B, L] int64, or [L] of a single sequence; None if every sequence is one document.
         seq_length: L.
+        counts: B of each group; by default 1.
+
+    Returns:
+        [sum of B, L] int64; None if every entry is None.
     """
-    if all(found is None for found in documents):
-        return None
-    return np.stack([np.zeros(seq_length, dtype=np.int64) if found is None else found for found in documents])
+    return _joined(documents, seq_length, counts, np.int64(0))
 
 
 def joined_masks(masks: Sequence[np.ndarray | None], seq_length: int, counts: Sequence[int] = ()) -> np.ndarray | None:
@@ -361,14 +343,18 @@ def joined_masks(masks: Sequence[np.ndarray | None], seq_length: int, counts: Se
     Returns:
         [sum of B, L] bool; None if every mask is None.
     """
-    if all(mask is None for mask in masks):
+    return _joined(masks, seq_length, counts, np.bool_(True))
+
+
+def _joined(
+    groups: Sequence[np.ndarray | None], seq_length: int, counts: Sequence[int], absent: np.generic
+) -> np.ndarray | None:
+    """Return the arrays of all groups, with `absent` for each token of a group without one."""
+    if all(group is None for group in groups):
         return None
-    groups = zip(masks, counts or [1] * len(masks), strict=True)
+    pairs = zip(groups, counts or [1] * len(groups), strict=True)
     return np.concatenate(
-        [
-            np.ones((count, seq_length), dtype=np.bool_) if mask is None else np.atleast_2d(mask)
-            for mask, count in groups
-        ]
+        [np.full((count, seq_length), absent) if group is None else np.atleast_2d(group) for group, count in pairs]
     )
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.data.sequences import joined_masks
+from megadiff.data.sequences import joined_documents, joined_masks
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.errors import ConfigError
 from megadiff.loss.lm_head import LossOutput
@@ -139,12 +139,9 @@ class ValidationEvaluator:
         micro_batch_size: int,
     ) -> None:
         self.sequences = np.concatenate([source.sequences(range(len(source))) for source in sources])
-        self._predicted = joined_masks(
-            [source.predicted(range(len(source))) for source in sources],
-            self.sequences.shape[1],
-            [len(source) for source in sources],
-        )
-        self._documents = _documents_of(sources, self.sequences.shape[1])
+        length, counts = self.sequences.shape[1], [len(source) for source in sources]
+        self._predicted = joined_masks([one.predicted(range(len(one))) for one in sources], length, counts)
+        self._documents = joined_documents([one.documents(range(len(one))) for one in sources], length, counts)
         if self._predicted is not None:
             _refuse_text_only(task, knows_documents=self._documents is not None)
         self.task = task
@@ -259,15 +256,6 @@ def _evaluating(chunks: Sequence[ModelChunk]) -> Iterator[None]:
     finally:
         for chunk, training in zip(chunks, was_training, strict=True):
             chunk.train(training)
-
-
-def _documents_of(sources: Sequence[Sequences], length: int) -> npt.NDArray[np.int64] | None:
-    """Return the documents of all sequences' tokens, [R, L]; None if every sequence is one document."""
-    found = [source.documents(range(len(source))) for source in sources]
-    if all(one is None for one in found):
-        return None
-    pairs = zip(sources, found, strict=True)
-    return np.concatenate([np.zeros((len(of), length), dtype=np.int64) if one is None else one for of, one in pairs])
 
 
 def _refuse_text_only(task: EvalTask, *, knows_documents: bool) -> None:

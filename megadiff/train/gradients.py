@@ -98,8 +98,9 @@ class SequenceGradients:
         """Return the documents of the tokens of `clean`, [count, L]; None if every sequence is one document."""
         if source == "train":
             return self.train.documents(list(range(first, first + count)))
-        found = [kind.documents([index]) for kind, index in self._chosen(first, count)]
-        return joined_documents([None if one is None else one[0] for one in found], self.seq_length)
+        return joined_documents(
+            [kind.documents([index]) for kind, index in self._chosen(first, count)], self.seq_length
+        )
 
     def _chosen(self, first: int, count: int) -> list[tuple[ValidationSource, int]]:
         places = [(kind, index) for kind in self.validation for index in range(len(kind))]
