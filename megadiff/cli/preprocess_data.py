@@ -19,6 +19,7 @@ from megadiff.data.documents import Corpus, sample
 from megadiff.data.indexed_format import IndexedManifest
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.data.tokenizer_files import BACKENDS, chosen_backend
+from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import ConfigError
 
 _EXAMPLE = """examples:
@@ -49,13 +50,15 @@ def main() -> None:
     else:
         framing = _framing(args)
         corpus = _corpus(args, framing)
+        backend, tokenizer = _backend(args, corpus)
         done = preprocess(
             corpus,
             args.output_prefix,
             args.tokenizer,
             framing=framing,
             workers=args.workers,
-            backend=_backend(args, corpus),
+            backend=backend,
+            tokenizer=tokenizer,
             drop_duplicates=args.drop_duplicates,
             overwrite=args.overwrite,
         )
@@ -147,16 +150,14 @@ def _corpus(args: argparse.Namespace, framing: DocumentMarkers) -> Corpus:
     return corpus_from(args, None if framing.conversations is None else framing.conversations.fields)
 
 
-def _backend(args: argparse.Namespace, corpus: Corpus) -> str:
-    """Return the library to use, and say why it is not the faster one."""
-    if args.chat_key is not None or args.prompt_key is not None:
-        return BACKENDS[0]
-    backend, reason = chosen_backend(
-        args.backend, args.tokenizer, [] if args.backend == BACKENDS[0] else sample(corpus)
-    )
-    if reason is not None:
-        print(f"note: the library tokenizers is used instead of gigatoken: {reason}", file=sys.stderr)
-    return backend
+def _backend(args: argparse.Namespace, corpus: Corpus) -> tuple[str, Tokenizer | None]:
+    """Return the library to use and, if it was chosen, the tokenizer with it; say why it is not the faster one."""
+    if args.backend == BACKENDS[0] or args.chat_key is not None or args.prompt_key is not None:
+        return BACKENDS[0], None
+    chosen = chosen_backend(args.backend, args.tokenizer, sample(corpus))
+    if chosen.reason is not None:
+        print(f"note: the library tokenizers is used instead of gigatoken: {chosen.reason}", file=sys.stderr)
+    return chosen.name, chosen.tokenizer
 
 
 def _make_shards(args: argparse.Namespace) -> None:
@@ -167,6 +168,7 @@ def _make_shards(args: argparse.Namespace) -> None:
     started_s = time.monotonic()
     framing = _framing(args)
     corpus = _corpus(args, framing)
+    backend, tokenizer = _backend(args, corpus)
     unit_bytes = UNIT_BYTES if args.unit_mb is None else int(args.unit_mb * 2**20)
     tokens = make_shards(
         corpus,
@@ -174,7 +176,8 @@ def _make_shards(args: argparse.Namespace) -> None:
         args.tokenizer,
         framing=framing,
         workers=args.workers,
-        backend=_backend(args, corpus),
+        backend=backend,
+        tokenizer=tokenizer,
         unit_bytes=unit_bytes,
         drop_duplicates=args.drop_duplicates,
     )

@@ -22,10 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from megadiff.data.conversations import ConversationOptions, encoder_of
 from megadiff.data.corpus_streams import STDIN
@@ -44,6 +43,9 @@ from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.tokenizer_files import load_for_batches, wrong_ids
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 CONTEXT = multiprocessing.get_context("spawn")
 """Way of starting them: forked children would share the locks of the tokenizer library's threads and of open files."""
@@ -91,30 +93,38 @@ class ProgressReport:
         self._what = what
         self._total = max(1, total)
         self._next_line_s = time.monotonic() + _LINE_EVERY_S
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
-        self._task = self._bar.add_task(what, total=self._total, note="")
-        self._is_terminal = sys.stderr.isatty()
+        self._bar = _bar(what, self._total) if sys.stderr.isatty() else None
 
     def update(self, done: int, note: str) -> None:
         """Report the completed part of the total, and a note such as a speed."""
-        if self._is_terminal:
-            self._bar.update(self._task, completed=done, note=note)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
         elif time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _LINE_EVERY_S
             sys.stderr.write(f"{self._what}: {100 * min(1, done / self._total):.0f}% {note}\n")
             sys.stderr.flush()
 
     def __enter__(self) -> ProgressReport:
-        if self._is_terminal:
+        if self._bar is not None:
             self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_terminal:
+        if self._bar is not None:
             self._bar.stop()
+
+
+def _bar(what: str, total: int) -> Progress:
+    """Return a bar on a terminal; the library of bars is imported for those alone."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+    bar.add_task(what, total=total, note="")
+    return bar
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,7 @@ def preprocess(
     framing: DocumentMarkers | None = None,
     workers: int = 1,
     backend: str = "tokenizers",
+    tokenizer: Tokenizer | None = None,
     drop_duplicates: bool = False,
     overwrite: bool = False,
 ) -> PreprocessSummary:
@@ -168,8 +179,9 @@ def preprocess(
         prefix: P.
         tokenizer_path: as for `load_tokenizer`; each worker loads its own copy.
         framing: put bos before or eos after each document; nothing by default.
-        workers: processes that tokenize; with 1, this process does, using the library's own threads.
+        workers: processes that tokenize; with 1, this process does, using the own threads of `tokenizers`.
         backend: library that encodes batches, `tokenizers` or `gigatoken`.
+        tokenizer: the tokenizer as `chosen_backend` returned it, for this process; loaded by default.
         drop_duplicates: leave out documents whose text an earlier document has; reads the corpus twice.
         overwrite: replace finished data of the same prefix.
 
@@ -181,7 +193,7 @@ def preprocess(
     if workers < 1:
         raise DataError(f"--workers must be at least 1, found {workers}")
     framing = framing or DocumentMarkers()
-    tokenizer = load_for_batches(tokenizer_path, backend, parallel=True)
+    tokenizer = tokenizer or load_for_batches(tokenizer_path, backend)
     refuse_framing(tokenizer, framing)
     _refuse_own_input(corpus, prefix)
     if drop_duplicates:
@@ -394,6 +406,8 @@ def _tokenize(tokenizer: Tokenizer, framing: DocumentMarkers, texts: Sequence[st
     """Tokenize a batch; a document whose text yields no token (all of it normalised away) is left out."""
     if framing.conversations is not None:
         return _tokenize_conversations(tokenizer, framing, framing.conversations, texts)
+    if (together := _tokenize_together(tokenizer, framing, texts)) is not None:
+        return together
     ids = _Ids(tokenizer, framing)
     faults: list[tuple[int, str]] = []
     source_bytes = num_empty = 0
@@ -406,6 +420,28 @@ def _tokenize(tokenizer: Tokenizer, framing: DocumentMarkers, texts: Sequence[st
         except DataError as error:
             faults.append((place, str(error)))
     return _Tokenized(*ids.taken(), None, source_bytes, num_empty, faults)
+
+
+def _tokenize_together(tokenizer: Tokenizer, framing: DocumentMarkers, texts: Sequence[str]) -> _Tokenized | None:
+    """Tokenize a batch by a tokenizer that gives arrays; None where a text is long or at fault, and for another one."""
+    encode_arrays = getattr(tokenizer, "encode_arrays", None)
+    if encode_arrays is None or any(len(text) >= _BATCH_CHARACTERS for text in texts):
+        return None
+    try:
+        found: list[np.ndarray] = encode_arrays(texts)
+    except DataError:
+        return None  # the text at fault is found when each is encoded alone
+    kept = [ids for ids in found if ids.size]
+    before = [np.array([tokenizer.bos_id], dtype=np.uint32)] if framing.prepend_bos else []
+    after = [np.array([tokenizer.eos_id], dtype=np.uint32)] if framing.append_eod else []
+    parts = [part for ids in kept for part in (*before, ids, *after)] if before or after else kept
+    together = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+    if wrong_ids(together, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id).size:
+        return None
+    lengths = np.array([ids.size for ids in kept], dtype=np.int64) + len(before) + len(after)
+    source_bytes = sum(utf8_length(text) for text, ids in zip(texts, found, strict=True) if ids.size)
+    stored = together.astype(token_dtype(tokenizer.vocab_size))
+    return _Tokenized(stored, lengths, None, source_bytes, len(texts) - len(kept), [])
 
 
 def _tokenize_conversations(
@@ -512,7 +548,7 @@ _worker_setup: tuple[Tokenizer, DocumentMarkers] | None = None
 def _start_worker(tokenizer_path: str, backend: str, framing: DocumentMarkers) -> None:
     global _worker_setup
     begin_worker()
-    _worker_setup = (load_for_batches(tokenizer_path, backend, parallel=False), framing)
+    _worker_setup = (load_for_batches(tokenizer_path, backend), framing)
 
 
 def _tokenize_in_worker(texts: list[str]) -> _Tokenized:

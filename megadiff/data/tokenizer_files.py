@@ -12,15 +12,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from megadiff.config import registry
 from megadiff.config.suggestions import similar_path
-from megadiff.data.config import DataConfig
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megadiff.data.config import DataConfig
 
 _NEEDED = ("vocab_size", "mask_id", "fingerprint", "encode", "decode")
 
@@ -205,8 +207,21 @@ BACKENDS = ("tokenizers", "gigatoken", "auto")
 """Libraries that encode batches; the first is the default, and `auto` means the second where it fits."""
 
 
-def chosen_backend(backend: str, path: str | Path, sample: Sequence[str]) -> tuple[str, str | None]:
-    """Return the library to use for a tokenizer, and why it is not `gigatoken` although that would be preferred.
+class Backend(NamedTuple):
+    """A library that encodes batches."""
+
+    name: str
+    """`tokenizers` or `gigatoken`."""
+
+    reason: str | None
+    """Reason why it is not `gigatoken` although that would be preferred."""
+
+    tokenizer: Tokenizer
+    """The tokenizer that uses it."""
+
+
+def chosen_backend(backend: str, path: str | Path, sample: Sequence[str]) -> Backend:
+    """Return the library to use for a tokenizer, with the tokenizer.
 
     Args:
         backend: one of `BACKENDS`.
@@ -214,39 +229,33 @@ def chosen_backend(backend: str, path: str | Path, sample: Sequence[str]) -> tup
         sample: texts of the corpus.
 
     Raises:
-        DataError: `gigatoken` was requested, and cannot be used or gives other ids.
+        DataError: as for `load_tokenizer`; or `gigatoken` was requested, and cannot be used or gives other ids.
     """
+    tokenizer = load_tokenizer(path)
     if backend == "tokenizers":
-        return backend, None
+        return Backend(backend, None, tokenizer)
     from megadiff.data.tokenizers._gigatoken import UnfitError, with_gigatoken
 
     try:
-        with_gigatoken(load_tokenizer(path), parallel=False, sample=sample)
+        return Backend("gigatoken", None, with_gigatoken(tokenizer, sample=sample))
     except UnfitError as error:
         if backend == "gigatoken":
             remedy = "use --backend auto or tokenizers"
             raise DataError(f"--backend gigatoken cannot be used for {path}: {error}; {remedy}") from error
-        return "tokenizers", str(error)
-    return "gigatoken", None
+        return Backend("tokenizers", str(error), tokenizer)
 
 
-def load_for_batches(path: str | Path, backend: str, *, parallel: bool) -> Tokenizer:
-    """Return a tokenizer that encodes batches by the library that `chosen_backend` returned.
+def load_for_batches(path: str | Path, backend: str) -> Tokenizer:
+    """Return a tokenizer that encodes batches by the library that `chosen_backend` returned, in a process of its own.
 
     Args:
         path: as for `load_tokenizer`.
         backend: `tokenizers` or `gigatoken`.
-        parallel: whether a batch may use all cores.
 
     Raises:
-        DataError: as for `load_tokenizer` and `chosen_backend`.
+        DataError: as for `chosen_backend`.
     """
-    tokenizer = load_tokenizer(path)
-    if backend == "tokenizers":
-        return tokenizer
-    from megadiff.data.tokenizers._gigatoken import with_gigatoken
-
-    return with_gigatoken(tokenizer, parallel=parallel)
+    return chosen_backend(backend, path, ()).tokenizer
 
 
 def _could_hold_one(path: Path) -> bool:

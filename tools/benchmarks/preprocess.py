@@ -77,11 +77,11 @@ def _commands(folder: Path, file: str, tokenizer: str, texts: list[str]) -> dict
         "shards, two processes": [*shards, "--shards", str(folder / "shards"), "--workers", "2"],
         "merging": [*base, "--merge", str(folder / "shards"), "--overwrite", "--output-prefix", str(folder / "merged")],
     }
-    backend, reason = chosen_backend("auto", tokenizer, texts[:1000])
-    if backend == "gigatoken":
+    chosen = chosen_backend("auto", tokenizer, texts[:1000])
+    if chosen.name == "gigatoken":
         found["one process, gigatoken"] = [*plain, str(folder / "fast"), "--backend", "gigatoken"]
     else:
-        print(f"without gigatoken: {reason}")
+        print(f"without gigatoken: {chosen.reason}")
     return found
 
 

@@ -246,6 +246,7 @@ def make_shards(
     framing: DocumentMarkers | None = None,
     workers: int = 1,
     backend: str = "tokenizers",
+    tokenizer: Tokenizer | None = None,
     unit_bytes: int = UNIT_BYTES,
     drop_duplicates: bool = False,
 ) -> int:
@@ -258,8 +259,9 @@ def make_shards(
         folder: the folder of shards.
         tokenizer_path: as for `load_tokenizer`; each worker loads its own copy.
         framing: tokens put around each document; none by default.
-        workers: processes on this machine; with 1, this process works, using the tokenizer library's own threads.
+        workers: processes on this machine; with 1, this process works, using the own threads of `tokenizers`.
         backend: library that encodes batches, `tokenizers` or `gigatoken`.
+        tokenizer: the tokenizer as `chosen_backend` returned it, for this process; loaded by default.
         unit_bytes: size of a unit, in bytes of the inputs as stored.
         drop_duplicates: leave out documents whose text an earlier document of the corpus has.
 
@@ -273,7 +275,7 @@ def make_shards(
     if workers < 1:
         raise DataError(f"--workers must be at least 1, found {workers}")
     framing = framing or DocumentMarkers()
-    tokenizer = load_for_batches(tokenizer_path, backend, parallel=True)
+    tokenizer = tokenizer or load_for_batches(tokenizer_path, backend)
     refuse_framing(tokenizer, framing)
     ledger = Ledger(folder)
     plan = ledger.begin(make_plan(corpus, tokenizer, framing, unit_bytes=unit_bytes, drop_duplicates=drop_duplicates))
@@ -405,7 +407,7 @@ def _work(folder: str, tokenizer_path: str, backend: str, max_bad_lines: int, co
     begin_worker()
     try:
         ledger = Ledger(folder)
-        tokenizer = load_for_batches(tokenizer_path, backend, parallel=False)
+        tokenizer = load_for_batches(tokenizer_path, backend)
         Worker(ledger, ledger.plan(), tokenizer, max_bad_lines=max_bad_lines, show=connection.send).run()
     except MegadiffError as error:
         connection.send(_Refused(str(error)))

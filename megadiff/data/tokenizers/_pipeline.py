@@ -16,6 +16,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,8 +143,11 @@ class Pipeline:
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # `<|mask|>` in a text is eight characters of text, not the mask
-        self._live = frozenset(self._inner.get_vocab(with_added_tokens=True).values())
         self._specials, self.never_text = ids.all, ids.never_text
+
+    @cached_property
+    def _live(self) -> frozenset[int]:
+        return frozenset(self._inner.get_vocab(with_added_tokens=True).values())
 
     @property
     def special_names(self) -> list[str]:
@@ -223,7 +227,7 @@ def applied(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_specials_in_text(
-    definition: dict[str, Any], inner: tokenizers.Tokenizer, ids: SpecialIds
+    definition: dict[str, Any], inner: tokenizers.Tokenizer, ids: SpecialIds, vocabulary: Mapping[str, int]
 ) -> dict[str, Any]:
     """Return a definition with the same ids whose text never yields a special one, and whose ids have no holes.
 
@@ -233,27 +237,29 @@ def without_specials_in_text(
         definition: content of a `tokenizer.json`.
         inner: the library's reading of it.
         ids: special ids that belong to it.
+        vocabulary: ids of all its tokens, those of added tokens among them.
     """
     changed = {**definition, "model": dict(definition["model"])}
     changed["added_tokens"] = [dict(token) for token in definition.get("added_tokens", [])]
     if changed["model"].get("dropout"):
         changed["model"]["dropout"] = None  # it would draw other ids for the same text each time
     changed["pre_tokenizer"] = copy.deepcopy(definition.get("pre_tokenizer"))
-    unused = _fill_holes(changed, inner)
+    unused = _fill_holes(changed, vocabulary)
     names = [name for i in sorted(ids.never_text) if (name := inner.id_to_token(i)) is not None]
     for token in changed["added_tokens"]:
         if token["content"] in names:
             token["special"] = True
-    found = [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names if _is_findable(changed, name)]
+    names = _findable(changed, names)
+    found = [re.escape(name[0]) + f"(?={re.escape(name[1:])})" for name in names]
     if unused:
         found.append(_UNUSED_PATTERN)
     _split_inside(changed, found)
     return definition if changed == definition else changed
 
 
-def _fill_holes(definition: dict[str, Any], inner: tokenizers.Tokenizer) -> bool:
+def _fill_holes(definition: dict[str, Any], found: Mapping[str, int]) -> bool:
     """Give every id a token, since readers count tokens where ids end; return whether there are such tokens."""
-    model, found = definition["model"], inner.get_vocab(with_added_tokens=True)
+    model = definition["model"]
     if not isinstance(model.get("vocab"), dict):
         return False  # a list of pieces has no holes
     holes = sorted(set(range(max(found.values()) + 1)) - set(found.values()))
@@ -268,15 +274,17 @@ def _special_token(name: str, token: int) -> dict[str, Any]:
     return {"id": token, "content": name, **flags, "special": True}
 
 
-def _is_findable(definition: Mapping[str, Any], name: str) -> bool:
-    """Return whether the model may yield the token of this name for a piece of text that holds the name."""
+def _findable(definition: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the names of which the model may yield the token for a piece of text that holds the name."""
     model = definition["model"]
     vocabulary = model.get("vocab", {})
-    if len(name) < 2 or not (name in vocabulary if isinstance(vocabulary, dict) else name in _pieces(vocabulary)):
-        return False  # a name of one character cannot be split; `Pipeline` refuses texts that hold it
-    if model.get("type") != "BPE" and "merges" not in model:
-        return True
-    return bool(model.get("ignore_merges")) or any(_merged(merge) == name for merge in model["merges"])
+    known = vocabulary if isinstance(vocabulary, dict) else _pieces(vocabulary)
+    # A name of one character cannot be split; `Pipeline` refuses texts that hold it.
+    names = [name for name in names if len(name) > 1 and name in known]
+    if not names or (model.get("type") != "BPE" and "merges" not in model) or model.get("ignore_merges"):
+        return names
+    merged = set(names).intersection(map(_merged, model["merges"]))
+    return [name for name in names if name in merged]
 
 
 def _pieces(vocabulary: Sequence[Sequence[Any]]) -> set[str]:

@@ -56,7 +56,7 @@ class HfJsonTokenizer(Pipeline):
                 f"{path}: two tokens have one id, so no mask can be added behind them; give each an id of its own"
             )
         try:
-            plain = without_specials_in_text(definition, inner, ids)
+            plain = without_specials_in_text(definition, inner, ids, vocabulary)
             super().__init__(plain, ids, inner=inner if plain is definition else None)
         except Exception as error:  # of a file that the library reads and that is put together in some other way
             reason = str(error)[:300]
