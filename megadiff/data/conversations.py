@@ -32,7 +32,7 @@ TURNS: tuple[Literal["together"], Literal["apart"]] = ("together", "apart")
 _OTHER_KEYS = {"from": "role", "value": "content"}
 
 
-class ConversationOptions(Section):
+class ConversationOptions(Section, use_attribute_docstrings=False):
     """The options that decide which tokens a record becomes, and which of them are predicted."""
 
     chat_key: str | None = None

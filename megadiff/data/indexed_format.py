@@ -308,7 +308,8 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hexadecimal."""
 
 
-class TokenizerFacts(Section):
+# Docstrings of the fields of these sections are no descriptions of settings, and pydantic would read this file for them.
+class TokenizerFacts(Section, use_attribute_docstrings=False):
     """The tokenizer that made the ids."""
 
     name: str
@@ -333,7 +334,7 @@ class TokenizerFacts(Section):
     """Id of padding, if any."""
 
 
-class InputFacts(Section):
+class InputFacts(Section, use_attribute_docstrings=False):
     """One corpus file."""
 
     name: str
@@ -353,7 +354,7 @@ class InputFacts(Section):
         return name
 
 
-class IndexedManifest(Section):
+class IndexedManifest(Section, use_attribute_docstrings=False):
     """The content of `P.json`."""
 
     version: int = Field(default=_VERSION_WITHOUT_SPANS, ge=1)

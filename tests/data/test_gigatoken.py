@@ -282,6 +282,16 @@ def test_the_sample_comes_from_files_all_over_the_corpus(tmp_path):
     assert sample(Corpus([tmp_path / "bad.jsonl"])) == ["fine"]
 
 
+def test_the_sample_of_many_files_is_no_larger_than_that_of_one(tmp_path):
+    files = [tmp_path / f"{number}.txt" for number in range(20)]
+    for number, file in enumerate(files):
+        file.write_text(f"{number} " * 20_000)
+    found = sample(Corpus(files))
+    assert len(found) == 16
+    assert {len(text) for text in found} == {2**17 // 16}
+    assert [len(text) for text in sample(Corpus(files[:1]))] == [40_000]
+
+
 @pytest.mark.parametrize(
     "shape", ["own_bpe", "llama3", "qwen", "gpt2", "roberta", "bert", "t5", "gemma", "llama2_json"]
 )
