@@ -308,7 +308,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """A SHA-256 in hexadecimal."""
 
 
-# Docstrings of the fields of these sections are no descriptions of settings, and pydantic would read this file for them.
+# The docstrings of these sections describe no settings, so pydantic need not read this file to find them.
 class TokenizerFacts(Section, use_attribute_docstrings=False):
     """The tokenizer that made the ids."""
 
