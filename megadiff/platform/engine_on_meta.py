@@ -3,8 +3,8 @@
 The layers' own autograd functions run, so what they save for the backward pass, and which FP8 copies they keep, is the
 library's decision. Its pure-Python wheel is enough; a compiled part that is installed is not loaded. An H100 (compute
 capability 9.0) is imagined: FP8 products there need both operands along their rows, so that quantised tensors have a
-transposed copy. What each compiled function returns was read in the library's C++ sources (release 2.11,
-`transformer_engine/pytorch/csrc`).
+transposed copy. What each compiled function returns was read in the library's C++ sources, in `pytorch/csrc`:
+`quantizer.cpp`, and in `extensions` `cast.cpp`, `normalization.cpp`, `gemm.cpp`, `apply_rope.cpp`.
 
 It changes the process for good: torch's functions about a GPU give that of the imagined one.
 """
@@ -67,9 +67,13 @@ def problem() -> str | None:
 
 
 def is_needed() -> bool:
-    """Return whether megatron-core cannot be imported without `install`: the library raises without its compiled
-    part."""
-    return find_spec("transformer_engine") is not None and not _is_installed() and find_spec(_COMPILED) is None
+    """Return whether megatron-core cannot be imported without `install`: the library raises without its compiled part,
+    which lies beside it or in its folder `wheel_lib`."""
+    spec = find_spec("transformer_engine")
+    if spec is None or _is_installed() or find_spec(_COMPILED) is not None:
+        return False
+    folders = [Path(folder, "wheel_lib") for folder in spec.submodule_search_locations or ()]
+    return not any(list(folder.glob(f"{_COMPILED}*")) for folder in folders)
 
 
 def _is_installed() -> bool:
@@ -326,12 +330,13 @@ def generic_gemm(*args: Any, **kwargs: Any) -> tuple[Any, Tensor | None, None, A
     Operands are written as by cuBLAS: with flags `transa`, `transb` the product is B A^T, B A or B^T A. Axes before the
     last of B remain if B is not transposed.
     """
-    a, transa, b, transb, out, quantizer, dtype, bias, bias_dtype, _, _, grad = args[:12]
+    a, transa, b, transb, out, quantizer, dtype, bias, _, _, _, grad = args[:12]
     device = tensors_in(b)[0].device
     (rows_a, columns_a), (rows_b, columns_b) = _matrix(a), _matrix(b)
-    kept = (columns_b,) if transb else (tuple(b.size()[:-1]) if isinstance(b, Tensor) else (rows_b,))
-    if not transb and not isinstance(b, Tensor) and b.get_data_tensors()[0] is not None:
-        kept = tuple(b.get_data_tensors()[0].shape[:-1])
+    if (columns_a if transa else rows_a) != (rows_b if transb else columns_b):
+        raise ValueError(f"a product of {rows_b, columns_b} and {rows_a, columns_a}, transposed: {transb}, {transa}")
+    whole = b if isinstance(b, Tensor) else b.get_data_tensors()[0]
+    kept = (columns_b,) if transb else (rows_b,) if whole is None else whole.shape[:-1]
     if out is None:
         shape, kind = (*kept, rows_a if transa else columns_a), _TORCH_TYPES[dtype]
         if quantizer is None:
@@ -340,7 +345,7 @@ def generic_gemm(*args: Any, **kwargs: Any) -> tuple[Any, Tensor | None, None, A
             out = _like(quantizer, shape, dtype=kind, device=device)
     bias_gradient = None
     if grad and bias is not None:
-        bias_gradient = torch.empty(columns_b, dtype=_TORCH_TYPES[bias_dtype], device=device)
+        bias_gradient = torch.empty(columns_b, dtype=_TORCH_TYPES[dtype], device=device)
     return out, bias_gradient, None, kwargs.get("extra_output")
 
 
