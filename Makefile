@@ -56,13 +56,15 @@ $(VERSIONS)/.installed: $(STAMP) Makefile
 test-versions: export MEGADIFF_OTHER_CORE := $(CURDIR)/$(VERSIONS)/core
 test-versions: export MEGADIFF_TRANSFORMER_ENGINE := $(CURDIR)/$(VERSIONS)/engine
 test-versions: $(VERSIONS)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/checkpoint/test_other_core.py tests/model/test_fused_layers.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/checkpoint/test_other_core.py tests/model/test_fused_layers.py \
+	    tests/run/test_engine_dry_run.py
 	MEGADIFF_CORE_VERSION=$(CORE) PYTHONPATH=$(MEGADIFF_OTHER_CORE) \
 	    $(BIN)/python -m pytest -n 2 --dist loadfile tests/platform tests/optim \
 	    tests/checkpoint/test_extra_state.py tests/checkpoint/test_safe_metadata.py tests/model/test_fused_layers.py \
 	    tests/model/test_direct_layer.py tests/model/test_layers.py tests/model/test_initialisation.py \
 	    tests/distributed/test_layouts.py tests/distributed/test_resume.py \
-	    tests/distributed/test_wrong_on_purpose.py tests/run/test_dry_run.py
+	    tests/distributed/test_wrong_on_purpose.py tests/run/test_dry_run.py \
+	    tests/run/test_engine_dry_run.py
 
 # An environment with another Python (`make test-python-3.12 OTHER_PYTHON=python3.12`), which gets the newest megatron-core:
 # what depends on versions, in a few minutes.

@@ -47,8 +47,10 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides, RunConfig)
 
     from megadiff.platform.quiet import quiet
+    from megadiff.run.dry_runs import load_engine
 
     with quiet():
+        load_engine([config])
         from megadiff.run.dry_run import as_json, describe, dry_run
 
         found = dry_run(config, world_size=arguments.ranks, chosen=arguments.rank, all_stages=arguments.all_stages)

@@ -202,7 +202,7 @@ class PrecisionConfig(Section):
     master_weights: bool = True
     """Keep float32 copies of bf16 weights. Without them weights and gradients are bf16 alone, as in the released code;
     only `laprop` without the distributed optimizer and without clipping does that."""
-    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    fp8: cost.Fp8 = "none"
     """Compute the blocks' matrix products in FP8 (Transformer Engine, `compute: bf16`, an H100 or newer), scaled by the
     largest values of past steps (`delayed`), of each tensor (`tensorwise`), or of blocks of 128 (`blockwise`). Weights,
     attention, norms, the embedding, the head and held-out evaluation stay in bf16."""

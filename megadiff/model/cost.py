@@ -6,7 +6,7 @@ Symbols: L layers, d hidden width, f MLP multiple, V vocabulary entries with the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from megadiff import loss
@@ -16,6 +16,7 @@ from megadiff.scaling.flops import FlopCount
 
 QkNorm = Literal["full", "head", "none"]
 Mlp = Literal["relu2", "gelu", "swiglu", "geglu"]
+Fp8 = Literal["none", "delayed", "tensorwise", "blockwise"]
 
 GATED: tuple[Mlp, ...] = ("swiglu", "geglu")
 """Kinds of MLP with a gate beside the first matrix."""
@@ -264,8 +265,11 @@ class Precision:
     """Number of fp32 values that the optimizer keeps for each parameter beside the master copy."""
     role_moments: Mapping[str, int] = field(default_factory=dict)
     """Number for the parameters of a role (`hidden`, `embedding`, `head`, `norm`, `bias`) that has another one."""
-    fp8: bool = False
-    """The layers' matrices also as FP8, once each way they are multiplied, from a step's first microbatch on."""
+    fp8: Fp8 = "none"
+    """Recipe by which the layers compute in FP8; their matrices are then also held as FP8, once each way they are
+    multiplied, from a step's first microbatch on."""
+    bf16_ends: int = 0
+    """Number of layers at either end of the model that compute in bf16 all the same."""
 
 
 @dataclass(frozen=True)
@@ -318,22 +322,35 @@ def stage_memory(
     state_bytes = 4 * moments + 4 * held * (precision.master_weights and precision.params == "bf16")
     tokens = layout.micro_batch_size * shape.seq_length // layout.context
     inputs_only = layout.recompute_layers * layout.virtual_pipeline
-    per_token = (layers - inputs_only) * _layer_bytes(shape, layout, precision)
+    in_fp8 = _fp8_layers(shape, layout, precision, stage=stage, after=layout.recompute_layers)
+    per_token = in_fp8 * _layer_bytes(shape, layout, precision)
+    per_token += (layers - inputs_only - in_fp8) * _layer_bytes(shape, layout, replace(precision, fp8="none"))
     per_token += inputs_only * _stream(shape, layout) * _size(precision.compute)
-    if inputs_only:  # an input of every recomputed layer of a chunk: angles, or their cosines and sines
+    if inputs_only or layout.fused_layers:
+        # An input of all fused or recomputed layers of a chunk: angles, or their cosines and sines.
         rotation = (1 if layout.fused_layers else 2) * 4 * shape.head_width
         per_token += rotation * layout.virtual_pipeline / layout.micro_batch_size
     per_token += last * _final_norm_bytes(shape, layout, precision)
     kept = tokens * per_token
-    fp8_copies = 2 * layers * shape.layer_matrices // layout.tensor
+    fp8_copies = 2 * _fp8_layers(shape, layout, precision, stage=stage) * shape.layer_matrices // layout.tensor
     return Memory(
-        parameters=held * _size(precision.params) + fp8_copies * precision.fp8,
+        parameters=held * _size(precision.params) + fp8_copies,
         gradients=held * (4 if precision.fp32_gradients else _size(precision.params)),
         optimizer=-(-state_bytes // replicas),
         activations_per_microbatch=round(kept),
         activations=round(kept * layout.in_flight(stage)),
         logits=_head(layout, precision, tokens, sequences // layout.tensor, shape.hidden) if last else 0,
     )
+
+
+def _fp8_layers(shape: Shape, layout: Layout, precision: Precision, *, stage: int, after: int = 0) -> int:
+    """Return the number of a stage's layers that compute in FP8, the first `after` of each chunk left out."""
+    if precision.fp8 == "none":
+        return 0
+    chunk = -(-shape.layers // (layout.pipeline * layout.virtual_pipeline))
+    first = [(index * layout.pipeline + stage) * chunk for index in range(layout.virtual_pipeline)]
+    numbers = [number for start in first for number in range(start + after, start + chunk)]
+    return sum(precision.bf16_ends <= number < shape.layers - precision.bf16_ends for number in numbers)
 
 
 def _head(layout: Layout, precision: Precision, tokens: int, columns: int, hidden: int) -> int:
@@ -362,22 +379,33 @@ def _layer_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
     """Return the bytes that one layer keeps for its backward pass, per token.
 
     The parts are those that autograd was seen to save in real builds on the CPU (`tests/model/test_saved_tensors.py`);
-    for Transformer Engine's layers they follow from what its modules save by their source (release 2.11), which has not
-    been measured. Compare Korthikanti et al., arXiv:2205.05198, section 4, which counts fused layers without dropout.
+    for Transformer Engine's layers, those that its own autograd functions save on the meta device
+    (`tests/run/test_engine_dry_run.py`). Compare Korthikanti et al., arXiv:2205.05198, section 4, which counts fused
+    layers without dropout.
     """
     stream, cut = _stream(shape, layout), layout.tensor
-    branches = 2 * stream * _branch_norm_bytes(layout, precision) + 8 * stream / shape.hidden  # with 1 / rms in float32
+    norm = stream * _branch_norm_bytes(layout, precision) + 4 * stream / shape.hidden  # with 1 / rms in float32
+    is_recomputed = layout.fused_layers and "mlp" in layout.recompute_modules  # the norm is part of the first matrix
+    branches = norm + (stream * _size(precision.compute) if is_recomputed else norm)
     return branches + (_attention_bytes(shape, layout, precision) + _mlp_bytes(shape, layout, precision)) / cut
 
 
-def _branch_norm_bytes(layout: Layout, precision: Precision) -> int:
+def _operand_bytes(precision: Precision) -> float:
+    """Return the bytes of an element of what a matrix of Transformer Engine's reads, as kept for its gradient.
+
+    By blocks there is a float32 scale for every 128 elements.
+    """
+    return {"none": _size(precision.compute), "delayed": 1, "tensorwise": 1, "blockwise": 1 + 4 / 128}[precision.fp8]
+
+
+def _branch_norm_bytes(layout: Layout, precision: Precision) -> float:
     """Return the bytes per feature of the norm before a branch: its input and what the matrix behind it reads.
 
     The local norm keeps its input and the normalised input in float32; recomputed, it keeps its input alone.
     """
     size = _size(precision.compute)
     if layout.fused_layers:
-        return size + (1 if precision.fp8 else size)
+        return size + _operand_bytes(precision)
     return size if "layernorm" in layout.recompute_modules else 8 + size
 
 
@@ -391,7 +419,7 @@ def _attention_bytes(shape: Shape, layout: Layout, precision: Precision) -> floa
     queries, keys, size = shape.query_width, shape.key_width, _size(precision.compute)
     is_fused, is_bf16 = layout.fused_layers, precision.compute == "bf16"
     is_grouped = keys != queries
-    copies = shape.sink or (is_grouped and shape.softcap)
+    copies = (shape.sink or (is_grouped and shape.softcap)) and "core_attn" not in layout.recompute_modules
     reads_views = shape.qk_norm == "head" and not is_fused and not is_bf16  # float32 needs no copy to normalise
     packed = (queries + 2 * keys) * size if not copies or reads_views else 0
     seen = queries if copies else keys  # of keys, and of values if they are not views of the common array
@@ -401,8 +429,13 @@ def _attention_bytes(shape: Shape, layout: Layout, precision: Precision) -> floa
         norm = size * (queries + keys)
     if reads_views and is_grouped and keys > shape.head_width * layout.tensor:  # queries that lie apart are copied
         norm += queries * size
-    out = queries * (size + (1 if is_fused and precision.fp8 else 0))
     small = 4.0 * shape.heads  # the log of each softmax's sum
+    out = queries * size
+    if is_fused:
+        is_kept = not shape.softcap and "core_attn" not in layout.recompute_modules  # by attention itself
+        is_quantised = precision.fp8 == "delayed"  # with the other recipes the matrix keeps its input as it is
+        out = queries * (size * (is_kept or not is_quantised) + is_quantised)
+        small *= is_kept
     heads = shape.heads + (shape.kv_heads or shape.heads)
     small += {"none": 0, "head": 4 * heads, "full": 8 * layout.tensor}[shape.qk_norm]
     small += 0 if is_fused else 4.0 * shape.head_width * size * layout.tensor / layout.micro_batch_size
@@ -432,7 +465,7 @@ def _mlp_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:
         return 0.0
     size = _size(precision.compute)
     middle = (3 if shape.is_gated else 1) * size
-    return shape.mlp_width * (middle + (1 if layout.fused_layers and precision.fp8 else size))
+    return shape.mlp_width * (middle + (_operand_bytes(precision) if layout.fused_layers else size))
 
 
 def _final_norm_bytes(shape: Shape, layout: Layout, precision: Precision) -> float:

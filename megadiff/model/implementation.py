@@ -32,6 +32,7 @@ def transformer_config(
     """
     dtype = torch.bfloat16 if precision.compute == "bf16" else torch.float32
     interleaved = parallel.virtual_pipeline > 1
+    layers = layers_for(precision, platform)
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -58,7 +59,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision.compute == "bf16",
-        use_cpu_initialization=platform.is_cpu,
+        use_cpu_initialization=platform.is_cpu and (platform.has_values or layers == "local"),
         gradient_accumulation_fusion=fuses_weight_gradients(parallel, precision, platform),
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
@@ -69,7 +70,7 @@ def transformer_config(
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=not platform.is_cpu,
         tp_comm_overlap=parallel.tp_comm_overlap,
-        apply_rope_fusion=layers_for(precision, platform) == "transformer_engine",
+        apply_rope_fusion=layers == "transformer_engine",
         **_recomputation(parallel, chunk_layers=model.layers // (parallel.pipeline * parallel.virtual_pipeline)),
         **config.megatron_settings(precision),
     )

@@ -205,16 +205,23 @@ def _open_host_group(timeout_s: float) -> ProcessGroup:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives inside it, and the bytes of the larger side of each."""
+    """Counts the collectives inside it, of a group or of all, and the bytes of the larger side of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: ProcessGroup | None = None) -> None:
         super().__init__()
+        self._name = None if group is None else group.group_name
         self.calls = 0
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
+        if func.namespace == "c10d" and self._name in (None, *_groups_in(args)):
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             self.calls += 1
             self.bytes += max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
         return func(*args, **(kwargs or {}))
+
+
+def _groups_in(args: Any) -> list[str]:
+    """Return the names of the process groups among the arguments of a collective."""
+    boxed = (leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject))
+    return [dist.ProcessGroup.unbox(leaf).group_name for leaf in boxed if "ProcessGroup" in str(leaf._type())]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from megadiff.errors import PlatformError
-from megadiff.platform import matrix_products, megatron_on_cpu, transformer_engine, without_compiler
+from megadiff.platform import engine_on_meta, matrix_products, megatron_on_cpu, transformer_engine, without_compiler
 from megadiff.platform.gpus import peak_of_device
 from megadiff.platform.quiet import silence_libraries
 
@@ -108,10 +108,19 @@ class Platform:
         megatron_on_cpu.fix()
 
     @contextmanager
-    def on_meta(self) -> Iterator[Platform]:
-        """Give this platform with tensors that have shapes and types but no values and no memory, for a dry run."""
+    def on_meta(self, *, layers: Layers = "local") -> Iterator[Platform]:
+        """Give this platform with tensors that have shapes and types but no values and no memory, for a dry run.
+
+        Args:
+            layers: layers of bf16 models; Transformer Engine's need `engine_on_meta.install`.
+        """
+        meta = replace(self, device=torch.device("meta"), layers=layers)
         with megatron_on_cpu.on_meta():
-            yield replace(self, device=torch.device("meta"))
+            if layers == "local":
+                yield meta
+            else:
+                with engine_on_meta.scope():
+                    yield meta
 
     def default_device(self) -> AbstractContextManager[Any]:
         """Return a context for code that names no device; it does nothing but on the meta device."""

@@ -37,10 +37,14 @@ def find() -> Found:
         installed = str(getattr(importlib.import_module("transformer_engine"), "__version__", "0.0"))
     except Exception as error:  # a library that does not load raises whatever its loader raises
         return Found(None, f"`import transformer_engine.pytorch` fails ({type(error).__name__}: {error})")
-    number = tuple(int(part) for part in installed.split(".")[:2])
-    if not SUPPORTED[0] <= number < SUPPORTED[1]:
+    if not is_supported(installed):
         return Found(None, f"version {installed} is installed and 2.9 to 2.11 are supported")
     return Found(installed)
+
+
+def is_supported(installed: str) -> bool:
+    """Return whether a version of the library is one of those in `SUPPORTED`."""
+    return SUPPORTED[0] <= tuple(int(part) for part in installed.split(".")[:2]) < SUPPORTED[1]
 
 
 def fp8_problem(recipe: str) -> str | None:

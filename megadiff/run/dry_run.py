@@ -2,7 +2,9 @@
 
 The parts are the run's own (`run.build.build_trainables`), on torch's fake process group and meta device. One
 microbatch passes the layers of the rank's stage forward and backward, so what autograd saves and what tensor ranks
-exchange is counted and not estimated. Layers are the local ones, since Transformer Engine's need their GPU kernels.
+exchange is counted and not estimated. Transformer Engine's layers are built where its Python package is there and
+megatron-core has been imported after `dry_runs.load_engine`, with their compiled functions by shapes alone
+(`platform.engine_on_meta`); else local layers take their place.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,10 +29,11 @@ from megadiff.model.kernels import check_compilation
 from megadiff.optim.optimizer import UpdateTraffic
 from megadiff.parallel.config import Layout
 from megadiff.parallel.topology import Collectives, imagined_process_group, open_topology
+from megadiff.platform import engine_on_meta
 from megadiff.platform.machine import Platform, detect
 from megadiff.run.build import build_trainables
 from megadiff.run.config import RunConfig
-from megadiff.run.summary import gib, lay_out_run, memory_of_stage
+from megadiff.run.summary import gib, has_fused_layers, lay_out_run, memory_of_stage
 
 
 def saved_bytes(forward: Callable[[], Any], *, apart_from: Iterable[Tensor]) -> int:
@@ -39,9 +43,8 @@ def saved_bytes(forward: Callable[[], Any], *, apart_from: Iterable[Tensor]) -> 
     again, for example) counts as nothing. They may be on the meta device, where no two share an address either.
 
     Args:
-        apart_from: tensors that are there anyway, such as parameters.
+        apart_from: tensors that are there anyway, such as parameters; an iterator is read after the forward pass.
     """
-    known = {tensor.untyped_storage()._cdata for tensor in apart_from}
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -50,8 +53,9 @@ def saved_bytes(forward: Callable[[], Any], *, apart_from: Iterable[Tensor]) -> 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
+    known = {tensor.untyped_storage()._cdata for tensor in apart_from}
     storages = {}
-    for tensor in saved:
+    for tensor in (part for whole in saved for part in engine_on_meta.tensors_in(whole)):
         storage = tensor.untyped_storage()
         if storage.nbytes() and storage._cdata not in known:
             storages[storage._cdata] = storage.nbytes()
@@ -70,9 +74,10 @@ class RankReport:
     layers: tuple[int, ...]
     """Numbers of its blocks, from 0."""
     built: cost.Memory
-    """Bytes of the parts built; the logits are the estimate's, since the output head is not run."""
+    """Bytes of the parts built, FP8 copies of weights among the parameters; the logits are the estimate's, since the
+    output head is not run."""
     estimated: cost.Memory
-    """Bytes by `model.cost`, for the local layers without FP8 that were built."""
+    """Bytes by `model.cost` for the layers that were built."""
     configured: cost.Memory
     """Bytes by `model.cost` for the run as configured: what `--check` reports for its fullest rank."""
     tensor_calls: int
@@ -125,13 +130,17 @@ class DryRun:
     """Share of a step in which a pipeline stage waits, for stages of equal time."""
     first_batch: int
     """Number of microbatches of step 1: fewer than the layout's under `batch.rampup`."""
+    layers: str
+    """The layers that were built, in words."""
+    engine_problem: str
+    """Reason why Transformer Engine's layers, which the run has, were not built; empty if they were."""
 
 
 def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None, all_stages: bool = False) -> DryRun:
     """Build ranks of a run on `world_size` ranks.
 
     Args:
-        config: the run; its platform and its choice of kernels make no difference.
+        config: the run; its platform and its choice of kernels matter for the kind of layers alone.
         chosen: ranks to build; None for the first tensor rank of the first and the last stage.
         all_stages: build the first and the last tensor rank of every stage instead.
 
@@ -153,11 +162,14 @@ def dry_run(config: RunConfig, *, world_size: int, chosen: Sequence[int] | None,
             raise ConfigError(f"there is no rank {rank} among {world_size}; give --rank a number below {world_size}")
     platform = detect("cpu")
     platform.prepare_megatron()
-    with platform.on_meta() as imagined:
+    is_fused = has_fused_layers(config)
+    problem = engine_on_meta.problem() if is_fused else None
+    with platform.on_meta(layers="transformer_engine" if is_fused and problem is None else "local") as imagined:
         reports = tuple(_build(config, layout, rank, vocab_size, imagined) for rank in chosen)
     chunks = layout.virtual_pipeline * layout.num_microbatches
     bubble = (layout.pipeline - 1) / (chunks + layout.pipeline - 1)
-    return DryRun(layout, reports, bubble, _first_batch(config, layout))
+    first_batch = _first_batch(config, layout)
+    return DryRun(layout, reports, bubble, first_batch, _layers_in_words(config, imagined), problem or "")
 
 
 def describe(found: DryRun) -> list[str]:
@@ -168,8 +180,10 @@ def describe(found: DryRun) -> list[str]:
         f"{layout.data}, {layout.num_microbatches} microbatch(es) a step"
         + (f", {found.first_batch} in step 1" if found.first_batch != layout.num_microbatches else ""),
         f"pipeline bubble   {found.bubble:.1%} of a step, for stages of equal time",
-        "built             local layers without FP8, on the meta device; `estimate` is the closed form for the same",
+        f"built             {found.layers}, on the meta device; `estimate` is the closed form for the same",
     ]
+    if found.engine_problem:
+        lines.append(f"not built         Transformer Engine's layers: {found.engine_problem}")
     for report in found.ranks:
         lines += ["", *_describe_rank(report, layout)]
     return lines
@@ -233,7 +247,9 @@ def _describe_rank(report: RankReport, layout: Layout) -> list[str]:
 
 
 def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platform: Platform) -> RankReport:
-    config = _buildable(asked)
+    config = _buildable(asked, platform)
+    if platform.layers != "local":
+        engine_on_meta.forget()
     with imagined_process_group(rank, layout.world_size):
         topology = open_topology(layout)
         chunks, wrapped, optimizer = build_trainables(config, platform, topology, vocab_size=vocab_size)
@@ -242,10 +258,13 @@ def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platfor
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         gradients = {p.main_grad.untyped_storage()._cdata: p.main_grad for p in parameters}  # type: ignore[attr-defined]
         gradient_bytes = sum(gradient.untyped_storage().nbytes() for gradient in gradients.values())
-        saved, counted = _microbatch(config, layout, wrapped, chunks, topology.is_first_stage)
+        counted = Collectives(topology.tensor_group)
+        saved = _microbatch(config, layout, wrapped, chunks, topology.is_first_stage, counted)
         in_flight = estimated.activations / max(1, estimated.activations_per_microbatch)
+        modules = (module for chunk in chunks for module in chunk.modules())
+        copies = [copy for module in modules for copy in engine_on_meta.quantised_weights(module)]
         built = cost.Memory(
-            parameters=_bytes(parameters),
+            parameters=_bytes(parameters) + _bytes(copies),
             gradients=gradient_bytes,
             optimizer=optimizer.state_bytes(),
             activations_per_microbatch=saved,
@@ -276,6 +295,13 @@ def _build(asked: RunConfig, layout: Layout, rank: int, vocab_size: int, platfor
             samples=_samples(config, layout, topology.data_rank),
             vocabulary=range(first, first + entries) if has_table else range(0),
         )
+
+
+def _layers_in_words(config: RunConfig, platform: Platform) -> str:
+    if platform.layers == "local":
+        return "local layers without FP8"
+    precision = "bf16" if config.precision.fp8 == "none" else f"FP8 {config.precision.fp8}"
+    return f"Transformer Engine's layers in {precision}, their compiled functions by shapes alone"
 
 
 def _layers(chunks: Sequence[Any]) -> tuple[int, ...]:
@@ -310,25 +336,30 @@ def _samples(config: RunConfig, layout: Layout, data_rank: int) -> tuple[range, 
     return tuple(found)
 
 
-def _buildable(config: RunConfig) -> RunConfig:
-    """Return the run with local layers on the CPU, without FP8, compiled blocks and overlapped communication.
-
-    FP8 copies of the weights are therefore not counted.
-    """
+def _buildable(config: RunConfig, platform: Platform) -> RunConfig:
+    """Return the run without compiled blocks and overlapped communication, and on local layers without FP8 too."""
     kernels = {"overlap_grad_reduce": False, "overlap_param_gather": False, "tp_comm_overlap": False}
     parallel = config.parallel.model_copy(update={**kernels, "gradient_accumulation_fusion": False})
-    precision = config.precision.model_copy(update={"fp8": "none", "compile": False})
-    changed = {"parallel": parallel, "precision": precision, "platform": "cpu"}
+    changed: dict[str, Any] = {"parallel": parallel, "precision": {"compile": False}}
+    if platform.layers == "local":
+        changed["precision"].update(fp8="none", fp8_first_last_bf16=0)
+        changed["platform"] = "cpu"
+    changed["precision"] = config.precision.model_copy(update=changed["precision"])
     return config.model_copy(update=changed)
 
 
 def _microbatch(
-    config: RunConfig, layout: Layout, wrapped: Sequence[Any], chunks: Sequence[Any], has_ids: bool
-) -> tuple[int, Collectives]:
-    """Run every chunk of this rank once, forward and backward: bytes saved, and the collectives."""
+    config: RunConfig,
+    layout: Layout,
+    wrapped: Sequence[Any],
+    chunks: Sequence[Any],
+    has_ids: bool,
+    counted: Collectives,
+) -> int:
+    """Run every chunk of this rank once, forward and backward, and return the bytes saved."""
     model, batch = config.model, config.batch.micro_batch_size
     length = len(_tokens(config, layout, 0))
-    saved, counted = 0, Collectives()
+    saved = 0
     for index, (chunk, inner) in enumerate(zip(wrapped, chunks, strict=True)):
         ids = torch.zeros(batch, model.seq_length, dtype=torch.int64, device="meta")
         if not (has_ids and index == 0):
@@ -342,11 +373,13 @@ def _microbatch(
             return results[-1]
 
         with _WithoutScores(), counted, torch.device("meta"):
-            saved += saved_bytes(forward, apart_from=there)
+            # FP8 copies of weights are made by the forward pass, behind which this looks for them.
+            copies = chain.from_iterable(engine_on_meta.quantised_weights(module) for module in inner.modules())
+            saved += saved_bytes(forward, apart_from=chain(there, copies))
             (result,) = results
             with chunk.no_sync():
                 result.backward(torch.zeros_like(result))
-    return saved, counted
+    return saved
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -369,9 +402,14 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _WithoutScores(TorchFunctionMode):
-    """A mode that replaces attention, which on the meta device would save all scores as no fused kernel does."""
+    """A mode that replaces attention, which on the meta device would save all scores as no fused kernel does.
+
+    Tensors of literal numbers stay on the CPU, since megatron-core reads one where it recomputes attention.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor:
+            return func(*args, **{**(kwargs or {}), "device": "cpu"})
         if func is F.scaled_dot_product_attention:
             return _FusedAttention.apply(*args[:3])
         return func(*args, **(kwargs or {}))

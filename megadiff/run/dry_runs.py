@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from megadiff.config.load import dump_config, load_config
 from megadiff.errors import MegadiffError
 from megadiff.run.config import RunConfig
+from megadiff.run.summary import has_fused_layers
 
 if TYPE_CHECKING:
     from megadiff.run.dry_run import RankReport
@@ -56,6 +57,18 @@ def fullest_rank(config: RunConfig, *, ranks: int) -> Fullest:
     return Fullest(report.rank, report.needed, report.not_built)
 
 
+def load_engine(configs: Iterable[RunConfig]) -> None:
+    """Load Transformer Engine's Python part in this process, if one of the runs has its layers and it is there.
+
+    To be called before megatron-core is imported, and so before `megadiff.run.dry_run`.
+    """
+    from megadiff.platform import engine_on_meta
+
+    is_wanted = any(has_fused_layers(config) for config in configs) or engine_on_meta.is_needed()
+    if is_wanted and engine_on_meta.problem() is None:
+        engine_on_meta.install()
+
+
 def dry_runs(runs: Sequence[tuple[RunConfig, int]], *, limit_s: float) -> list[Fullest | Refused] | None:
     """Return the fullest rank of each run on its number of ranks; None if there is no answer within the limit.
 
@@ -87,9 +100,10 @@ def _main(folder: str, *ranks: str) -> None:
 
     answers: list[Fullest | Refused] = []
     with quiet():
-        for number, world_size in enumerate(ranks):
+        configs = [load_config(Path(folder, f"{number}.yaml"), [], RunConfig) for number in range(len(ranks))]
+        load_engine(configs)
+        for config, world_size in zip(configs, ranks, strict=True):
             try:
-                config = load_config(Path(folder, f"{number}.yaml"), [], RunConfig)
                 answers.append(fullest_rank(config, ranks=int(world_size)))
             except MegadiffError as error:
                 answers.append(Refused(str(error)))

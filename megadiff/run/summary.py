@@ -257,7 +257,7 @@ def memory_shortage(error: BaseException, config: RunConfig, layout: Layout, sha
 def checkpoint_bytes(config: RunConfig, shape: cost.Shape) -> int:
     """Return the estimated bytes of one checkpoint, for any layout: weights and optimizer state, once each."""
     entries = config.model.padded_vocab_size(shape.vocab_size)
-    precision = replace(_cost_precision(config), fp8=False)
+    precision = replace(_cost_precision(config), fp8="none")
     whole = cost.bytes_per_rank(shape, cost.Layout(), precision, vocab_entries=entries)
     return whole.parameters + whole.optimizer
 
@@ -306,7 +306,8 @@ def _cost_precision(config: RunConfig) -> cost.Precision:
         fp32_gradients=masters or compute == "fp32",
         moments=len(member.state_keys),
         role_moments={role: len(keys) for role, keys in member.role_state_keys.items()},
-        fp8=config.precision.fp8 != "none",
+        fp8=config.precision.fp8,
+        bf16_ends=config.precision.fp8_first_last_bf16,
     )
 
 

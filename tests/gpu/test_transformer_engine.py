@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -125,6 +126,32 @@ def test_blocks_kept_in_bf16_at_both_ends_do_not_compute_in_fp8(recipe):
     trained.train(range(1))
     used = [layer.mlp.linear_fc1.fp8 for layer in trained.chunks[0].decoder.layers]
     assert used == [False, True, True, False]
+
+
+@pytest.mark.parametrize("fp8", ["none", *RECIPES])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_layers_save_what_the_estimate_counts(block, fp8):
+    """The estimate is held to the library's own Python code on the meta device; here its kernels run."""
+    dry_run = pytest.importorskip("megadiff.run.dry_run", exc_type=ImportError)
+    from megadiff.model import cost
+    from megadiff.platform import engine_on_meta
+    from tests.gpu import one_gpu
+
+    trained = _built(block, "transformer_engine", precision={"fp8": fp8})
+    (chunk,) = trained.chunks
+    ids = one_gpu.sequences_of(0, trained.model.seq_length, trained.platform.device)[0][0]
+    known = [*chunk.parameters(), *chunk.buffers(), ids, *(parameter.main_grad for parameter in chunk.parameters())]
+    copies = (part for module in chunk.modules() for part in engine_on_meta.quantised_weights(module))
+    saved = dry_run.saved_bytes(
+        lambda: trained.wrapped[0](ids, loss_fn=lambda hidden, _: hidden), apart_from=itertools.chain(known, copies)
+    )
+    estimated = cost.stage_memory(
+        trained.model.shape(vocab_size=one_gpu.VOCAB),
+        cost.Layout(fused_layers=True, micro_batch_size=one_gpu.ROWS),
+        cost.Precision(params="bf16", compute="bf16", fp8=fp8),
+        stage=0,
+    )
+    assert saved == pytest.approx(estimated.activations_per_microbatch, rel=0.1)
 
 
 @pytest.mark.parametrize("precision", [{}, {"fp8": "delayed"}, {"fp8": "tensorwise"}])

@@ -111,9 +111,13 @@ def test_bf16_with_a_master_copy_takes_eighteen_bytes_a_parameter():
 
 def test_fp8_holds_every_matrix_of_the_layers_twice_more_in_a_byte():
     shape = Shape(4, 64, 4, 256, 32)
-    plain, fp8 = (bytes_per_rank(shape, Layout(tensor=2), Precision("bf16", "bf16", fp8=on)) for on in (False, True))
+    plain, fp8 = (
+        bytes_per_rank(shape, Layout(tensor=2), Precision("bf16", "bf16", fp8=fp8)) for fp8 in ("none", "delayed")
+    )
     assert fp8.parameters - plain.parameters == 2 * parameters(shape).hidden_matrices // 2
     assert fp8.total - plain.total == parameters(shape).hidden_matrices
+    ends = bytes_per_rank(shape, Layout(tensor=2), Precision("bf16", "bf16", fp8="tensorwise", bf16_ends=1))
+    assert ends.parameters - plain.parameters == parameters(shape).hidden_matrices // 2
 
 
 def test_the_distributed_optimizer_shards_over_data_and_context_ranks():
@@ -142,32 +146,42 @@ def test_activations_shrink_with_sequence_context_and_recomputation():
     """
     shape, precision = Shape(4, 64, 4, 256, 32, qk_norm="none"), Precision(compute="bf16")
 
-    def kept(**layout: object) -> int:
-        last = layout.pop("last", 1)
+    def kept(*, last: float = 1, angles: float = 1, **layout: object) -> int:
+        """Return the bytes without those of the last norm and the rotary angles."""
         whole = Layout(fused_layers=True, **layout)  # type: ignore[arg-type]
-        return bytes_per_rank(shape, whole, precision).activations_per_microbatch - int(32 * last * (2 * 64 + 4))
+        others = int(32 * last * (2 * 64 + 4) + 32 * angles * 4 * 16)
+        return bytes_per_rank(shape, whole, precision).activations_per_microbatch - others
 
     streams, inner = 8 * 64 + 8, 12 * 64 + 4 * 4
     middle = 16 * 64
     assert kept() == 4 * 32 * (streams + inner + middle)
     assert kept(tensor=2, sequence=True, last=0.5) == 4 * 32 * (streams + inner + middle) / 2
     assert kept(tensor=2) == 4 * 32 * (streams + (inner + middle) / 2)
-    assert kept(context=2, last=0.5) == 4 * 16 * (streams + inner + middle)
+    assert kept(context=2, last=0.5, angles=0.5) == 4 * 16 * (streams + inner + middle)
     assert kept(micro_batch_size=3, last=3) == 3 * kept()
-    assert kept(recompute_layers=4) == 32 * (4 * 128 + 4 * 16)
-    assert kept(recompute_layers=1) == 32 * (3 * (streams + inner + middle) + 128 + 4 * 16)
-    assert kept(recompute_modules=("mlp",)) == 4 * 32 * (streams + inner)
-    assert kept(recompute_modules=("mlp", "layernorm", "core_attn")) == kept(recompute_modules=("mlp",))
+    assert kept(recompute_layers=4) == 32 * 4 * 128
+    assert kept(recompute_layers=1) == 32 * (3 * (streams + inner + middle) + 128)
+    assert kept(recompute_modules=("mlp",)) == 4 * 32 * (streams - (128 + 4) + inner), "its norm is recomputed with it"
+    attention = 4 * 32 * 4 * 4  # the float for each head
+    assert kept(recompute_modules=("mlp", "layernorm", "core_attn")) == kept(recompute_modules=("mlp",)) - attention
 
 
 def test_fp8_keeps_a_byte_of_what_its_matrices_read():
-    shape = Shape(1, 64, 4, 256, 32, qk_norm="none")
-    bf16, fp8 = (
-        bytes_per_rank(shape, Layout(fused_layers=True), Precision("bf16", "bf16", fp8=on)).activations
-        for on in (False, True)
-    )
-    # Both norms' outputs and the squared middle in one byte instead of two; the attention's output in both.
-    assert bf16 - fp8 == 32 * (2 * 64 + 4 * 64 - 64)
+    """Both norms' outputs and the squared middle take one byte instead of two, by blocks with their scales.
+
+    The attention's output is kept in both under `delayed`, and in bf16 alone by the other recipes.
+    """
+    shape = Shape(3, 64, 4, 256, 32, qk_norm="none")
+
+    def kept(fp8: str, ends: int = 0) -> int:
+        precision = Precision("bf16", "bf16", fp8=fp8, bf16_ends=ends)  # type: ignore[arg-type]
+        return bytes_per_rank(shape, Layout(fused_layers=True), precision).activations
+
+    read = 2 * 64 + 4 * 64
+    assert kept("none") - kept("delayed") == 3 * 32 * (read - 64)
+    assert kept("none") - kept("tensorwise") == 3 * 32 * read
+    assert kept("none") - kept("blockwise") == 3 * 32 * (read - read * 4 // 128)
+    assert kept("none") - kept("tensorwise", ends=1) == 32 * read
 
 
 def test_model_and_executed_flops_differ_by_skipped_and_repeated_work():

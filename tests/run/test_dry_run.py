@@ -248,6 +248,7 @@ def test_what_was_configured_and_not_built_is_named(toy_corpus: Path, tmp_path: 
     assert rank["needed"] == rank["built"]["total"] + rank["configured"]["total"] - rank["estimated"]["total"]
     assert rank["needed"] != rank["built"]["total"]
     assert "by the closed form (FP8 copies of the weights, Transformer Engine's layers)" in ended.out
+    assert "not built         Transformer Engine's layers: its Python package is not there (`pip install" in ended.out
 
 
 SELECTIVE = {"parallel__recompute": "selective", "parallel__recompute_modules": ["mlp", "layernorm"]}
@@ -259,6 +260,10 @@ SINGLE: dict[str, tuple[int, dict[str, Any]]] = {
     "no master weights": (
         1,
         {"precision__master_weights": False, "optimizer__name": "laprop", "optimizer__clip_grad": 0},
+    ),
+    "attention recomputed": (
+        1,
+        {"parallel__recompute": "selective", "parallel__recompute_modules": ["core_attn"], "model__sink": True},
     ),
     "muon": (1, {"optimizer__name": "muon"}),
     "interleaved": (2, INTERLEAVED),

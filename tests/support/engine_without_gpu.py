@@ -1,20 +1,16 @@
-"""Transformer Engine's Python part on a machine without a GPU, its compiled part replaced by names without content.
+"""Transformer Engine's layers built on a machine without a GPU, its compiled part replaced (`platform.engine_on_meta`).
 
-Layers can be built, and nothing can be computed. `python -m tests.support.engine_without_gpu FOLDER` does so in a
+They are built, and nothing is computed. `python -m tests.support.engine_without_gpu FOLDER` does so in a
 process of its own, since the replacement cannot be taken back, and prints what it found as JSON.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import inspect
 import json
-import os
 import sys
-import types
 import warnings
-import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -28,73 +24,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 RECIPES = ("none", "delayed", "tensorwise", "blockwise")
 
 
-class _Name:
-    """A substitute for anything that a compiled module has: an attribute, a function, a base class, a number."""
-
-    __members__: dict[str, Any] = {}  # noqa: RUF012  an enumeration of the compiled part has members
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        found = _Name(f"{self._name}.{name}")
-        setattr(self, name, found)
-        return found
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        is_decorator = len(args) == 1 and not kwargs and isinstance(args[0], types.FunctionType)
-        return args[0] if is_decorator else _Name(f"{self._name}()")
-
-    def __int__(self) -> int:
-        return zlib.crc32(self._name.encode()) & 0x7FFFFFFF
-
-    __index__ = __int__
-
-    def __mro_entries__(self, bases: Any) -> tuple[type, ...]:
-        return (object,)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self
-
-    def __or__(self, other: Any) -> Any:
-        return self
-
-    __ror__ = __or__
-
-
-class _Module(types.ModuleType):
-    """A module that has every name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        self.__path__ = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        found = _Name(name)
-        setattr(self, name, found)
-        return found
-
-
 def install(folder: str) -> None:
     """Make `import transformer_engine.pytorch` work with the package unpacked in `folder`."""
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # the package then looks for no shared library of its own
     sys.path.insert(0, folder)
-    import torch
-    import torch._dynamo  # looks at onnx itself, before there is a substitute
+    from megadiff.platform import engine_on_meta
 
-    for name in ("transformer_engine_torch", "onnx", "onnxscript", "onnxscript.onnx_opset", "einops"):
-        if name not in sys.modules:
-            sys.modules[name] = _Module(name)
-    common: Any = importlib.import_module("transformer_engine.common")
-    common.load_framework_extension = lambda framework: None
-    importlib.import_module("transformer_engine.pytorch")
-    torch.cuda.is_available = lambda: True  # `module/base.py` asks before it builds FP8 parts
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    engine_on_meta.install()
 
 
 def used_names() -> list[str]:
