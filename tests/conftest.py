@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -30,6 +31,8 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     if CHECKS_SHAPES:
         shapes.check_named_tuples()
+    gc.collect()
+    gc.freeze()  # modules and tests stay; no collection here or in a forked rank has to walk through them again
 
 
 @pytest.fixture(scope="session")
