@@ -15,6 +15,8 @@ from tests.support import shapes
 from tests.support.cuda_build import imitate_where_asked
 
 imitate_where_asked()
+LONG = ("distributed", "docs", "end_to_end", "testing", "tools")
+"""Folders with files that take a minute or more each."""
 CHECKS_SHAPES = os.environ.get("MEGADIFF_CHECK_SHAPES") == "1"
 if CHECKS_SHAPES:  # before anything imports the modules, so for whole runs of pytest
     shapes.install()
@@ -24,8 +26,8 @@ torch.set_num_threads(1)  # ranks are forked from here; a thread pool would not 
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the folders whose files take minutes each, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.parent.name not in ("distributed", "end_to_end"))
+    """Begin with the folders whose files take longest, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 def pytest_collection_finish():
