@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# Compiled modules are kept even where the environment forbids it: else each worker of the tests, and each command that
+# they start, compiles all of them again.
+unexport PYTHONDONTWRITEBYTECODE
 # These run with the shapes and dtypes of every call checked (tests/support/shapes.py).
 MATHEMATICS := tests/diffusion tests/loss tests/sampling
 
@@ -111,3 +114,4 @@ bench: $(STAMP)
 
 clean:
 	rm -rf $(VENV) $(DOCS) $(VERSIONS) site build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+

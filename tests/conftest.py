@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -14,6 +15,8 @@ from tests.support import shapes
 from tests.support.cuda_build import imitate_where_asked
 
 imitate_where_asked()
+LONG = ("distributed", "docs", "end_to_end", "testing", "tools")
+"""Folders with files that take a minute or more each."""
 CHECKS_SHAPES = os.environ.get("MEGADIFF_CHECK_SHAPES") == "1"
 if CHECKS_SHAPES:  # before anything imports the modules, so for whole runs of pytest
     shapes.install()
@@ -23,13 +26,15 @@ torch.set_num_threads(1)  # ranks are forked from here; a thread pool would not 
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the folders whose files take minutes each, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.parent.name not in ("distributed", "end_to_end"))
+    """Begin with the folders whose files take longest, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 def pytest_collection_finish():
     if CHECKS_SHAPES:
         shapes.check_named_tuples()
+    gc.collect()
+    gc.freeze()  # modules and tests stay; no collection here or in a forked rank has to walk through them again
 
 
 @pytest.fixture(scope="session")

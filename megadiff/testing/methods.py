@@ -66,7 +66,7 @@ def check_method(
     refused in one sentence.
 
     Processes are forked, so nothing may have opened a process group, and torch should use one thread
-    (`torch.set_num_threads(1)`). Takes about 20 CPU seconds after importing torch and megatron-core.
+    (`torch.set_num_threads(1)`). Takes about ten CPU seconds after importing torch and megatron-core.
 
     Args:
         entry: the section `method`, or its `name`.

@@ -83,7 +83,7 @@ def check_optimizer(
     on one rank: every stored tensor, and the losses and gradient norms to the last step, must be the same bits. This
     is done in float32, in bf16 with master weights, and with `parallel.distributed_optimizer`.
 
-    Takes about four CPU seconds for each member and kind, after importing torch and megatron-core. Processes are
+    Takes about two CPU seconds for each member and kind, after importing torch and megatron-core. Processes are
     forked, so nothing may have opened a process group, and torch should use one thread (`torch.set_num_threads(1)`).
 
     Args:

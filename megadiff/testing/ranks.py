@@ -6,6 +6,7 @@ about two seconds instead of thirty. The parent must not have opened a process g
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -37,6 +38,7 @@ def _rank_main(
 ) -> None:
     import torch
 
+    gc.freeze()  # what the parent has imported; megatron-core collects garbage at every save and load
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:

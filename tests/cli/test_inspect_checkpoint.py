@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.support.commands import call
+from tests.support.forked_command import call_forked
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_on_rank
 
@@ -32,7 +33,7 @@ def test_a_whole_one_is_described(run):
     assert "step 4, 32 sequences, 512 tokens" in out
     assert "tensor 2, pipeline 1" in out
     assert "  embedding.word_embeddings.weight  384x32  float32\n" in out
-    code, out, _ = call("tools/inspect_checkpoint.py", run / "checkpoints/step_00000002", "--json")
+    code, out, _ = call_forked("tools/inspect_checkpoint.py", run / "checkpoints/step_00000002", "--json")
     assert code == 0
     found = json.loads(out)
     assert found["step"] == 2
@@ -44,13 +45,13 @@ def test_a_flipped_bit_is_named(run):
     data = bytearray(shard.read_bytes())
     data[1000] ^= 4
     shard.write_bytes(data)
-    code, out, err = call("tools/inspect_checkpoint.py", shard.parent)
+    code, out, err = call_forked("tools/inspect_checkpoint.py", shard.parent)
     assert (code, out) == (2, "")
     assert err == f"error: {shard} is damaged: its content has changed since it was written; take another one\n"
-    assert call("tools/inspect_checkpoint.py", shard.parent, "--no-hashes")[0] == 0
+    assert call_forked("tools/inspect_checkpoint.py", shard.parent, "--no-hashes")[0] == 0
 
 
 def test_a_folder_without_any_is_said(tmp_path):
-    code, _, err = call("tools/inspect_checkpoint.py", tmp_path)
+    code, _, err = call_forked("tools/inspect_checkpoint.py", tmp_path)
     assert code == 2
     assert err.startswith(f"error: {tmp_path}: no complete checkpoint in it; give a run folder")

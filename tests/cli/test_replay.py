@@ -17,6 +17,7 @@ from megadiff.checkpoint.manifest import read_manifest
 from megadiff.errors import CheckpointError, ConfigError, DataError
 from megadiff.metric_lines import read_metrics
 from tests.support.commands import REPOSITORY, call
+from tests.support.forked_command import call_forked
 from tests.support.ranks import on_ranks
 from tests.support.runs import merged_sequences, toy_config, train_all, write_corpus
 
@@ -246,7 +247,7 @@ def test_the_command_prints_a_table_and_refuses_to_write_into_the_run(trained, t
     assert all("was logged, relative difference" in line for line in lines[8:11])
     assert (tmp_path / "s.npz").is_file()
     inside = config.folder / "s.npz"
-    code, _, err = call(tool, "--run", config.folder, "--step", 7, "--save", inside)
+    code, _, err = call_forked(tool, "--run", config.folder, "--step", 7, "--save", inside)
     assert (code, err) == (
         2,
         f"error: --save {inside}: that is inside the run folder, which is only read; give another place\n",

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.browser import browse, needs_chromium, title_of
 from tests.support.commands import REPOSITORY, call
+from tests.support.forked_command import call_forked
 from tests.support.ranks import on_ranks
 from tests.support.runs import toy_config, train_all
 
@@ -85,7 +86,7 @@ def test_real_runs_are_told_in_full(page):
 )
 def test_mistakes_get_one_sentence(runs, tmp_path, arguments, said):
     places = {"tmp": tmp_path, "run": runs[0]}
-    code, out, err = call("tools/report.py", *(word.format(**places) for word in arguments))
+    code, out, err = call_forked("tools/report.py", *(word.format(**places) for word in arguments))
     assert (code, out) == (2, "")
     assert said.format(**places) in err
     assert len(err.splitlines()) == 1

@@ -16,6 +16,7 @@ from megadiff.data.tokenizers.byte import ByteTokenizer
 from tests.data.corpora import random_documents, write_indexed
 from tests.data.test_indexed_reader import patched
 from tests.support.commands import call
+from tests.support.forked_command import call_forked
 
 BYTE = tokenizer_facts(ByteTokenizer())
 DOCUMENTS = [[5, 6], [7], [8, 9, 10], [11, 12]]
@@ -125,7 +126,7 @@ def test_the_command_prints_a_table_findings_and_a_verdict(tmp_path):
     assert out.splitlines()[-1] == "ok: 1 prefix(es), 8 tokens, no errors, 0 note(s)"
 
     patched(tmp_path / "bad.bin", 0, b"\x03\x00" * 100)
-    code, out, err = call("tools/check_data.py", good, bad)
+    code, out, err = call_forked("tools/check_data.py", good, bad)
     assert code == 2
     assert "error: " + str(bad) + ".bin: document 0, position 0, byte 0: the token id 3 (the mask id)" in out
     assert f"error: {bad}.bin: 90 more wrong tokens are not listed" in out
@@ -133,9 +134,9 @@ def test_the_command_prints_a_table_findings_and_a_verdict(tmp_path):
 
 
 def test_the_command_refuses_what_it_cannot_read_in_a_sentence(tmp_path):
-    code, out, err = call("tools/check_data.py", tmp_path / "nothing")
+    code, out, err = call_forked("tools/check_data.py", tmp_path / "nothing")
     assert code == 2
     assert "nothing: no indexed data; wanted" in out
     assert len(err.splitlines()) == 1
-    code, out, err = call("tools/check_data.py", "x", "--tokenizer", tmp_path / "no")
+    code, out, err = call_forked("tools/check_data.py", "x", "--tokenizer", tmp_path / "no")
     assert (code, out, len(err.splitlines())) == (2, "", 1)

@@ -24,6 +24,7 @@ from tests.support.runs import GIDD_BLOCK
 
 TOLERANCE = 5e-5
 LAYOUTS = {
+    "one rank": (1, {}),
     "tensor and data parallel": (4, {"parallel__tensor": 2, "parallel__sequence": True}),
     "pipeline parallel": (2, {"parallel__pipeline": 2}),
 }
@@ -74,36 +75,49 @@ def sums(*, held_out: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]
     return every[held_out:], every[:held_out]
 
 
-def _train_both(whole, resumed):
-    """Train on this rank from the beginning, and from the checkpoint in the middle."""
-    wire_on_rank(whole, dist.get_world_size()).train()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        copy_as_killed(whole.folder, resumed.folder)
-    dist.barrier()
-    wire_on_rank(resumed, dist.get_world_size()).train()
+def _train_all(pairs):
+    """Train on this rank from the beginning, and from the checkpoint in the middle, for each pair of runs."""
+    for whole, resumed in pairs:
+        wire_on_rank(whole, dist.get_world_size()).train()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            copy_as_killed(whole.folder, resumed.folder)
+        dist.barrier()
+        wire_on_rank(resumed, dist.get_world_size()).train()
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_layout_and_a_resume_give_one_curve(name, tmp_path):
-    write_sums(tmp_path / "sums", [(1, 2), (3,) * 12, *sums(held_out=100)[0], (1,) * 6])
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """`{(name, layout): (figures, those of the resumed run)}`; each layout's ranks are started once for all runs."""
+    folder = tmp_path_factory.mktemp("conversations")
+    write_sums(folder / "sums", [(1, 2), (3,) * 12, *sums(held_out=100)[0], (1,) * 6])
     shared = {"schedule__steps": STEPS, "checkpoint__every": SAVED, "eval__every": SAVED, "model__layers": 2}
-    shared |= {"model__seq_length": 12, **RUNS[name]}
-    wanted = None
-    for place, (layout, (world_size, own)) in enumerate({"one rank": (1, {}), **LAYOUTS}.items()):
-        whole, resumed = (
-            toy_config(tmp_path / "sums", tmp_path / str(place), **{**shared, **own}, name=run)
-            for run in ("whole", "resumed")
-        )
-        on_ranks(world_size, _train_both, whole, resumed)
-        found = figures(whole)
-        assert found == figures(resumed), layout
-        wanted = wanted or found
-        for one, other in zip(found, wanted, strict=True):
-            assert one.get("noisy_tokens") == other.get("noisy_tokens"), layout
-            assert one.get("flops") == other.get("flops"), layout
-            for key in {"loss", "elbo", "grad_norm", "eval_elbo"} & one.keys():
-                assert one[key] == pytest.approx(other[key], rel=TOLERANCE, abs=TOLERANCE), (layout, one["step"], key)
+    found = {}
+    for place, (layout, (world_size, own)) in enumerate(LAYOUTS.items()):
+        pairs = {}
+        for number, (name, settings) in enumerate(RUNS.items()):
+            settings = {**shared, "model__seq_length": 12, **settings, **own}
+            pairs[name] = tuple(
+                toy_config(folder / "sums", folder / f"{place}-{number}", **settings, name=run)
+                for run in ("whole", "resumed")
+            )
+        on_ranks(world_size, _train_all, list(pairs.values()))
+        found |= {(name, layout): tuple(map(figures, pair)) for name, pair in pairs.items()}
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RUNS)
+def test_every_layout_and_a_resume_give_one_curve(trained, name, layout):
+    found, resumed = trained[name, layout]
+    wanted, _ = trained[name, "one rank"]
+    assert found == resumed
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, STEPS + 1))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.get("noisy_tokens") == other.get("noisy_tokens")
+        assert one.get("flops") == other.get("flops")
+        for key in {"loss", "elbo", "grad_norm", "eval_elbo"} & one.keys():
+            assert one[key] == pytest.approx(other[key], rel=TOLERANCE, abs=TOLERANCE), (one["step"], key)
 
 
 def _train(config):
@@ -127,14 +141,14 @@ def test_a_model_learns_to_answer(tmp_path):
     config = toy_config(
         tmp_path / "sums",
         tmp_path,
-        model={"layers": 2, "hidden": 64, "heads": 4, "seq_length": 9},
+        model={"layers": 1, "hidden": 64, "heads": 4, "seq_length": 9},
         noise__shift="masked",
         data__padding="predicted_eos",
         data__valid=[],
         batch={"global_batch_size": 32, "micro_batch_size": 32},
         optimizer__lr=5e-3,
         optimizer__weight_decay=1.0,
-        schedule={"steps": 1000, "warmup_steps": 20, "decay_steps": 0.3},
+        schedule={"steps": 600, "warmup_steps": 20, "decay_steps": 0.3},
         log__every=100,
     )
     on_ranks(1, _train, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from megadiff.run.config import RunConfig
 from tests.support.ranks import on_ranks
-from tests.support.runs import GIDD_BLOCK, Trained, toy_config, train_all, train_on_rank, write_corpus
+from tests.support.runs import GIDD_BLOCK, Trained, toy_config, train_all, write_corpus
 
 STEPS = 5
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -58,28 +59,51 @@ def test_the_whole_block_trains_alike_on_every_layout(
         assert trained.curve("grad_norm") == pytest.approx(alone[name].curve("grad_norm"), rel=1e-4)
 
 
-@pytest.mark.parametrize("is_sharded", [False, True])
-def test_laprop_goes_on_bit_for_bit_and_on_another_layout(corpus: Path, tmp_path: Path, is_sharded: bool) -> None:
-    def curve(name: str, steps: int, ranks: int, **parallel: Any) -> list[tuple[float, float]]:
-        config = _config(
-            corpus,
-            tmp_path,
-            "laprop",
-            {**parallel, "distributed_optimizer": is_sharded},
-            name=name,
-            schedule__steps=steps,
-            schedule__decay_steps=0,
-            checkpoint__every=4,
-            checkpoint__keep=0,
-        )
-        trained = on_ranks(ranks, train_on_rank, config, ranks, save=True)[0]
-        return list(zip(trained.curve("loss"), trained.curve("grad_norm"), strict=True))
+HALF, WHOLE = 3, 5
 
-    whole = curve("whole", 7, 4, tensor=2)
-    curve("halves", 4, 4, tensor=2)
-    assert curve("halves", 7, 4, tensor=2) == whole
-    curve("moved", 4, 4, tensor=2)
-    moved = curve("moved", 7, 2, pipeline=2)
+
+@pytest.fixture(scope="module")
+def laprop(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], list[tuple[float, float]]]:
+    """`{(name, is_sharded): (loss, gradient norm) by step}`; each number of ranks is started once for both kinds."""
+    found = {}
+    folders = {is_sharded: tmp_path_factory.mktemp("laprop") for is_sharded in (False, True)}
+
+    def train(ranks: int, jobs: list[tuple[str, int]], **parallel: Any) -> None:
+        cases = [(*job, is_sharded) for job in jobs for is_sharded in folders]
+        configs = [
+            _config(
+                corpus,
+                folders[is_sharded],
+                "laprop",
+                {**parallel, "distributed_optimizer": is_sharded},
+                name=name,
+                schedule__steps=steps,
+                schedule__decay_steps=0,
+                checkpoint__every=HALF,
+                checkpoint__keep=0,
+            )
+            for name, steps, is_sharded in cases
+        ]
+        for (name, _, is_sharded), trained in zip(
+            cases, on_ranks(ranks, train_all, configs, ranks, save=True)[0], strict=True
+        ):
+            found[name, is_sharded] = list(zip(trained.curve("loss"), trained.curve("grad_norm"), strict=True))
+
+    train(4, [("whole", WHOLE), ("halves", HALF)], tensor=2)
+    for folder in folders.values():
+        shutil.copytree(folder / "halves", folder / "moved")
+    train(4, [("halves", WHOLE)], tensor=2)
+    train(2, [("moved", WHOLE)], pipeline=2)
+    return found
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_laprop_goes_on_bit_for_bit_and_on_another_layout(
+    laprop: dict[tuple[str, bool], list[tuple[float, float]]], is_sharded: bool
+) -> None:
+    whole, moved = laprop["whole", is_sharded], laprop["moved", is_sharded]
+    assert len(whole) == WHOLE
+    assert laprop["halves", is_sharded] == whole
     for (loss, norm), (loss_there, norm_there) in zip(whole, moved, strict=True):
         assert loss_there == pytest.approx(loss, rel=1e-5)
         assert norm_there == pytest.approx(norm, rel=1e-4)

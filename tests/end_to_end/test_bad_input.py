@@ -230,7 +230,9 @@ def test_the_command_itself_ends_with_2_and_no_trace(description):
 
 @pytest.mark.end_to_end
 def test_the_command_says_what_it_would_do_and_exits_with_0(description):
-    code, out, err = call("pretrain_dlm.py", "--config", description, "--check", "--ranks", "4", "parallel.tensor=2")
+    code, out, err = call_forked(
+        "pretrain_dlm.py", "--config", description, "--check", "--ranks", "4", "parallel.tensor=2"
+    )
     assert code == 0, err
     assert "layout            4 rank(s): tensor 2 x pipeline 1 x data 2" in out
     assert "tokens per step   128 (8 sequences of 16, 2 microbatch(es) of 2 per replica)" in out

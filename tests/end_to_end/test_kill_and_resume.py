@@ -1,4 +1,7 @@
-"""`pretrain_dlm.py` as a user runs it, killed without warning, started again with the same command."""
+"""`pretrain_dlm.py` as a user runs it, killed without warning, started again with the same command.
+
+The command that is killed is a process of its own; the one that follows is forked, which saves its imports.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import signal
 import psutil
 import pytest
 
-from tests.support.commands import call, finish, start, wait_for_step, write_yaml
+from tests.support.commands import finish, start, wait_for_step, write_yaml
+from tests.support.forked_command import call_forked
 from tests.support.ranks import on_ranks
 from tests.support.runs import RunConfig, largest_relative_difference, read_metrics, toy_tree, train_on_rank
 
@@ -49,7 +53,7 @@ def test_a_run_killed_between_two_checkpoints_goes_on_to_the_same_curve(descript
     assert finish(first)[0] == -signal.SIGKILL
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{EVERY:08d}"]
 
-    code, out, err = call(*command)
+    code, out, err = call_forked(*command)
 
     assert code == 0, err
     assert f"resuming from {folder}/checkpoints/step_{EVERY:08d} after step {EVERY} of {STEPS}" in out
@@ -72,7 +76,7 @@ def test_a_tensor_rank_killed_under_torchrun_goes_on_as_one_process(description,
     next(p for p in workers if p.environ().get("RANK") == "1").kill()
     assert finish(first)[0] != 0
 
-    code, out, err = call("pretrain_dlm.py", "--config", path, f"output_dir={tmp_path}")
+    code, out, err = call_forked("pretrain_dlm.py", "--config", path, f"output_dir={tmp_path}")
 
     assert code == 0, err
     assert f"after step {EVERY} of {STEPS}" in out
@@ -87,7 +91,7 @@ def test_a_folder_in_use_is_refused_and_ctrl_c_saves(description, tmp_path):
     command = ("pretrain_dlm.py", "--config", path, f"output_dir={tmp_path}", "schedule.steps=1000000")
     first = start(*command)
     wait_for_step(tmp_path / "toy", 1, first)
-    code, _, err = call(*command)
+    code, _, err = call_forked(*command)
     assert code == 2
     holder = f"(it holds {tmp_path}/toy/.lock): pid {first.pid} on {os.uname().nodename}; stop it or wait for its end"
     assert err.startswith(f"error: another process trains in {tmp_path}/toy {holder}")

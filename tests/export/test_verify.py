@@ -15,7 +15,7 @@ from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import CheckpointError
 from megadiff.export.export import export
 from megadiff.export.verify import LEVELS, Trainer, noised_cases, sample_ids, verify
-from tests.support.commands import call
+from tests.support.forked_command import call_forked
 
 MIXING = HybridMixing(260, 3, 0.0)
 
@@ -30,16 +30,16 @@ def test_the_command_exports_verifies_and_imports(folder, checkpoints, tmp_path)
     tool = "tools/convert_checkpoint.py"
     made = tmp_path / "made"
     source = ("--checkpoint", checkpoints["tp1"])
-    code, out, err = call(tool, "export", *source, "--output", made, "--dtype", "bf16", "--verify")
+    code, out, err = call_forked(tool, "export", *source, "--output", made, "--dtype", "bf16", "--verify")
     assert code == 0, err
     assert "verified fp32: equal" in out
     assert "verified bf16: equal" in out
     assert re.search(r"verified tokenizer: equal ids of \d\d sample texts in transformers", out)
     assert not list(made.glob("__pycache__"))
-    code, out, err = call(tool, "import", "--input", made, "--output", tmp_path / "back")
+    code, out, err = call_forked(tool, "import", "--input", made, "--output", tmp_path / "back")
     assert code == 0, err
     assert "ready for checkpoint.start_from" in out
-    code, _, err = call(tool, "export", "--checkpoint", tmp_path / "back", "--output", made)
+    code, _, err = call_forked(tool, "export", "--checkpoint", tmp_path / "back", "--output", made)
     assert code == 2
     assert err == f"error: {made} exists and is not an empty folder; give another --output, or move it away\n"
 

@@ -16,5 +16,7 @@ def kind_of(tree: Any, path: Path | None = None) -> str:
 
 
 def kind_of_file(path: Path) -> str:
-    """The same of a file."""
-    return kind_of(yaml.safe_load(path.read_text(encoding="utf-8")), path)
+    """The same of a file; libyaml's parser, since some hold thousands of numbers and are read at every collection."""
+    text = path.read_text(encoding="utf-8")
+    tree = yaml.load(text, yaml.CSafeLoader) if yaml.__with_libyaml__ else yaml.safe_load(text)
+    return kind_of(tree, path)

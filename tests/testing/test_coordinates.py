@@ -10,6 +10,9 @@ from tests.support.ranks import on_ranks
 from tests.support.runs import platform_on_rank
 
 GRID = sizes([128, 256, 512], [2, 4, 8], "cross")
+WIDTHS, DEPTHS = sizes([64, 128, 256], [2], "cross"), sizes([64], [2, 4, 8], "cross")
+"""Small sizes along one axis, which show the absence of a rule at a fifth of the cost."""
+SMALLEST = (64, 2)
 
 TELLS = {
     # rule: a statistic and the axis along which it gives the rule's absence away
@@ -30,7 +33,7 @@ TELLS = {
 
 @pytest.fixture(scope="module")
 def checked():
-    """`{rule removed or None: (statistics, sentences)}`, all in one process."""
+    """`{rule removed, or sizes with all rules: (statistics, sentences)}`, all in one process."""
     return on_ranks(1, _check_on_rank, timeout_s=1200)[0]
 
 
@@ -39,15 +42,26 @@ def _check_on_rank():
 
     platform_on_rank()
     preset = REPOSITORY / "examples/presets/gidd.yaml"
-    return {rule: check(GRID, preset, without=rule) for rule in (None, *RULES)}
+    found = {"whole": check(GRID, preset), "widths": check(WIDTHS, preset), "depths": check(DEPTHS, preset)}
+    return {**found, **{rule: check(_sizes(rule), preset, without=rule) for rule in RULES}}
+
+
+def _sizes(rule):
+    """Return the sizes along the axis that gives the absence of a rule away."""
+    return DEPTHS if "depth^" in TELLS[rule] else WIDTHS
 
 
 def test_completep_keeps_every_promise(checked):
-    measured, broken = checked[None]
+    measured, broken = checked["whole"]
     assert broken == []
     assert list(measured) == GRID
     assert {band.statistic for band in BANDS} <= set(measured[128, 2])
     assert all(found["logits, start"] == 0 for found in measured.values())
+
+
+@pytest.mark.parametrize("sizes", ["widths", "depths"])
+def test_the_small_sizes_break_nothing_with_all_rules(checked, sizes):
+    assert checked[sizes][1] == []
 
 
 def test_every_rule_has_a_tell():
@@ -66,7 +80,7 @@ def test_the_smallest_model_is_the_same_without_a_rule(checked, rule):
 
     A head that starts at random differs at every size.
     """
-    assert checked[rule][0][128, 2] == pytest.approx(checked[None][0][128, 2], rel=1e-3)
+    assert checked[rule][0][SMALLEST] == pytest.approx(checked["widths"][0][SMALLEST], rel=1e-3)
 
 
 MODERN = ["model.kv_heads=1", "model.mlp=swiglu", "model.ffn_hidden=null", "model.qkv_bias=true"]
@@ -77,14 +91,16 @@ def _check_modern_on_rank():
 
     platform_on_rank()
     preset = REPOSITORY / "examples/presets/gidd.yaml"
-    rules = (None, "residual", "hidden_init", "hidden_lr")
-    return {rule: check(GRID, preset, overrides=MODERN, without=rule)[1] for rule in rules}
+    found = {"whole": check(GRID, preset, overrides=MODERN)[1]}
+    found |= {axis: check(sizes, preset, overrides=MODERN)[1] for axis, sizes in (("w", WIDTHS), ("d", DEPTHS))}
+    rules = ("residual", "hidden_init", "hidden_lr")
+    return found, {rule: check(_sizes(rule), preset, overrides=MODERN, without=rule)[1] for rule in rules}
 
 
 def test_shared_keys_and_gates_follow_the_rules_of_block_matrices():
-    found = on_ranks(1, _check_modern_on_rank, timeout_s=1200)[0]
-    assert found.pop(None) == []
-    for rule, broken in found.items():
+    kept, removed = on_ranks(1, _check_modern_on_rank, timeout_s=1200)[0]
+    assert kept == {"whole": [], "w": [], "d": []}
+    for rule, broken in removed.items():
         assert any(sentence.startswith(TELLS[rule]) for sentence in broken), broken
 
 
@@ -95,14 +111,15 @@ def _check_muon_on_rank():
     platform_on_rank()
     grid, preset = sizes([128, 256, 512], [2], "cross"), REPOSITORY / "examples/presets/gidd.yaml"
     overrides = ["optimizer.name=muon", "optimizer.update_scale=2"]  # so that the blocks outweigh the embedding
-    found = [check(grid, preset, overrides=overrides)[1]]
+    found = [check(sizes, preset, overrides=overrides)[1] for sizes in (grid, WIDTHS)]
     Muon._scale = lambda _, rows, columns: 30.0 * max(rows, columns) ** 0.5  # type: ignore[method-assign]
-    return [*found, check(grid, preset, overrides=overrides)[1]]
+    return [*found, check(WIDTHS, preset, overrides=overrides)[1]]
 
 
 def test_muon_keeps_them_too_and_not_with_updates_of_one_size():
-    whole, sized = on_ranks(1, _check_muon_on_rank, timeout_s=1200)[0]
+    whole, small, sized = on_ranks(1, _check_muon_on_rank, timeout_s=1200)[0]
     assert whole == []
+    assert small == []
     assert any(sentence.startswith("change of stream goes with width^-") for sentence in sized), sized
 
 

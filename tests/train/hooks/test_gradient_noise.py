@@ -156,9 +156,9 @@ def test_measurements_that_share_sequences_are_warned_of(source, every, steps, v
     assert bool(found) == bool(sentence)
 
 
-ENTRY = {"name": "gradient_noise", "every": 2, "groups": 4, "microbatches": 4, "window": 2}
+ENTRY = {"name": "gradient_noise", "every": 2, "groups": 4, "microbatches": 2, "window": 2}
 MODEL = {f"model__{key}": value for key, value in GIDD_BLOCK.items()} | {"model__layers": 4}
-TIED = {f"model__{key}": value for key, value in MODERN_BLOCK.items()}
+MODELS = {"gidd": MODEL, "tied tables": {f"model__{key}": value for key, value in MODERN_BLOCK.items()}}
 SHARED = {"schedule": {"steps": 1, "warmup_steps": 1}, "data__valid": [], "hooks": [ENTRY]}
 """A step of rate 0, so that every layout measures the same weights."""
 SPLITS = {
@@ -176,18 +176,37 @@ def _measured(config, world_size):
     run.train()
 
 
-@pytest.mark.parametrize("model", [MODEL, TIED], ids=["gidd", "tied tables"])
-def test_the_figures_are_equal_on_one_two_and_four_ranks(toy_corpus, tmp_path, model):
-    found = {}
-    for name, (ranks, settings) in SPLITS.items():
-        config = toy_config(toy_corpus, tmp_path, name=name, **SHARED, **model, **settings)
-        on_ranks(ranks, _measured, config, ranks)
-        lines = [line for line in read_metrics(config.folder / "metrics.jsonl") if "gradient_noise/scale" in line]
-        found[name] = {key: value for line in lines for key, value in line.items()}
-    assert found["one"]["step"] == 1
-    assert found["one"]["gradient_noise/trace_noise"] > 0
-    for name in SPLITS:
-        assert found[name] == pytest.approx(found["one"], rel=1e-5), name
+def _all_measured(configs, world_size):
+    for config in configs:
+        _measured(config, world_size)
+
+
+@pytest.fixture(scope="module")
+def measured(toy_corpus, tmp_path_factory):
+    """`{(model, split): figures}`; each number of ranks is started once for all its runs."""
+    folder, found = tmp_path_factory.mktemp("splits"), {}
+    for ranks in (1, 2, 4):
+        configs = {
+            (model, split): toy_config(toy_corpus, folder / model, name=split, **SHARED, **MODELS[model], **settings)
+            for model in MODELS
+            for split, (count, settings) in SPLITS.items()
+            if count == ranks
+        }
+        on_ranks(ranks, _all_measured, list(configs.values()), ranks)
+        for case, config in configs.items():
+            lines = [line for line in read_metrics(config.folder / "metrics.jsonl") if "gradient_noise/scale" in line]
+            found[case] = {key: value for line in lines for key, value in line.items()}
+    return found
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_figures_are_equal_on_one_two_and_four_ranks(measured, model, split):
+    one = measured[model, "one"]
+    assert one["step"] == 1
+    assert one["gradient_noise/trace_noise"] > 0
+    assert one["gradient_noise/norm_squared"] != 0
+    assert measured[model, split] == pytest.approx(one, rel=1e-5)
 
 
 def _state_around(config):
