@@ -179,12 +179,8 @@ class NextTokenObjective:
         """Return loss and terms; `loss`, `elbo` and `kl` are the exact negative log-likelihood in nats."""
         clean = batch.sequences.clean.t()
         process = HybridMixing(self.process.vocab_size, self.process.mask_id, shift=-1000.0)
-        tokens = LossInputs(
-            clean,
-            torch.full_like(clean, process.mask_id),
-            torch.full(clean.shape, _ALL_KEPT, device=clean.device),
-            batch.active_indices,
-        )
+        noised = torch.full_like(clean, process.mask_id)
+        tokens = LossInputs(clean, noised, torch.full_like(clean, _ALL_KEPT, dtype=torch.float32), batch.active_indices)
         output = self.loss_kernel(hidden, lm_head_weight, tokens, LossSpec(process), shard=shard)
         return output._replace(terms=output.terms._replace(elbo=output.terms.kl))
 
