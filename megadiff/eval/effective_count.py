@@ -152,7 +152,7 @@ def _read(table: Tensor, kind: Tensor, logits: Tensor, log_total: Tensor) -> Ten
     for row in table.flip(0):  # index_select is three times as fast as indexing or `take`
         found = row.flatten().index_select(0, place).view_as(offset)
         value = found.addcmul_(value, offset) if value.dim() else found
-    if is_below is not None:
+    if is_below is not None and factor is not None:
         value[is_below] *= factor
     return value.sum()
 
