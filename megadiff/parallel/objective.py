@@ -40,7 +40,7 @@ class DeviceBatch(NamedTuple):
     attention: AttentionPattern
     """The attention of the sequences, on the CPU: attention reads it without waiting for the device."""
     counts: SequenceCounts | None = None
-    """What the report counts of the sequences, on the device; None where there is no report."""
+    """The report's counts of the sequences, on the device; None where there is no report."""
 
 
 class Objective(Protocol):

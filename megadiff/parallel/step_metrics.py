@@ -57,9 +57,9 @@ class SequenceCounts(NamedTuple):
     totals: Tensor
     """The report, [SIZE] float64, with 0 where the loss is needed."""
     kinds: Tensor
-    """1 for the kind of each sequence (`_KINDS`), [4, b] float64."""
+    """Indicator of each sequence's kind among `_KINDS`, [4, b] float64 of 0 and 1."""
     has_level: Tensor | None
-    """Whether each sequence has noise levels, [b]; None if all have."""
+    """Mask of the sequences that have noise levels, [b] bool; None if all have."""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> SequenceCounts:
         """Return the counts with `move` applied to their tensors."""
