@@ -151,12 +151,13 @@ class NoiseProcess:
         Source: arXiv:2512.10858, proposition 1.
         """
         dtype = log_snr.dtype
+        if self.is_masked_limit:  # the formulas keep (1 - a) where z is real, but no token can be uniform noise
+            shape = torch.broadcast_shapes(log_snr.shape, clean.shape, noised.shape)
+            return (noised == self.mask_id).to(dtype).expand(shape)
         if self.law.in_float64:
             log_snr = log_snr.double()
         u, slope = self.uniform_prob(log_snr), self.dlogit_u(log_snr)
         uniform = (1.0 - slope) + slope * u
-        if self.is_masked_limit:  # (1 - a) stays here for a < 1, but no token can be uniform noise
-            uniform = torch.zeros_like(u)
         kept = u * uniform / (u + self.num_real * torch.exp(log_snr))
         real = torch.where(noised == clean, kept, uniform)
         return torch.where(noised == self.mask_id, 1.0 + slope * u, real).to(dtype)

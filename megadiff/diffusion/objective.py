@@ -27,7 +27,7 @@ from torch.nn import functional
 from megadiff.diffusion import schedules
 from megadiff.diffusion.config import WEIGHTINGS, ObjectiveConfig, check_weighting_module, objective_config
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.diffusion.shapes import Float, Int
+from megadiff.diffusion.shapes import Bool, Float, Int
 from megadiff.diffusion.weightings import TokenTerms
 
 LOG_RHO_LIMIT = 69.0
@@ -155,15 +155,15 @@ def terms_from_sums(
     Where log rho passes LOG_RHO_LIMIT: KL = -alpha log p_x, and only masks weigh.
     """
     alpha = schedules.alpha(log_snr)
-    is_mask, is_kept = noised == process.mask_id, noised == clean
-    zero = torch.zeros_like(alpha)
+    is_kept = noised == clean
     weight = process.weight(log_snr, clean, noised)
     nll = log1p_exp(sums.log_odds)
     masked_kl = alpha * nll
-    masked_is = torch.where(is_kept, torch.expm1(nll.clamp(max=80.0)) - nll, zero)
-    if sums.log1p_sum is None:
-        kl, itakura_saito = masked_kl, masked_is
+    if sums.log1p_sum is None:  # kept tokens weigh nothing here, so their divergence is made without a gradient
+        kl, itakura_saito = masked_kl, _masked_divergence(nll.detach(), is_kept)
     else:
+        masked_is = _masked_divergence(nll, is_kept)
+        is_mask, zero = noised == process.mask_id, torch.zeros_like(alpha)
         log_rho = process.log_rho(log_snr)
         log_rho_held = log_rho.clamp(max=LOG_RHO_LIMIT)
         c = alpha * torch.exp(-log_rho_held)
@@ -175,7 +175,7 @@ def terms_from_sums(
         is_limit = log_rho > LOG_RHO_LIMIT
         kl = torch.where(is_limit, masked_kl, (alpha + c) * delta - c * sums.log1p_sum)
         itakura_saito = torch.where(is_limit, masked_is, torch.where(is_kept, at_kept, at_other))
-    itakura_saito = torch.where(is_mask, zero, itakura_saito)
+        itakura_saito = torch.where(is_mask, zero, itakura_saito)
     density = process.schedule.density(log_snr)
     terms = TokenTerms(process, clean, noised, log_snr, weight, density, kl, itakura_saito, cross_entropy=nll)
     minimised = weighting.loss(terms, weighting.settings)
@@ -252,6 +252,11 @@ def _vocabulary_sums(
 
 def _at(values: Float[Tensor, "*axes V"], ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return values.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _masked_divergence(nll: Float[Tensor, "*axes"], is_kept: Bool[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Return the Itakura-Saito term of the masked limit, which only kept tokens have."""
+    return torch.where(is_kept, torch.expm1(nll.clamp(max=80.0)) - nll, torch.zeros_like(nll))
 
 
 def _minus_log1p(e: Float[Tensor, "*axes"], log1p_e: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:

@@ -9,7 +9,8 @@ enters a token's integrand through T = sum over v != x of log(1 + rho p_v) alone
     F(l) = sum over nodes s of a_s c_s w_s log(1 + rho_s e^l)
 
 F is one smooth function for each kind of token. It is tabulated once for each triple of counts and then read at every
-vocabulary entry, so that a copy costs about one pass over its logits, however many nodes the integral takes.
+vocabulary entry, so that a copy costs about one pass over its logits, however many nodes the integral takes. Each term
+of the table is one more read: long series at few points, which are cheap to make, are turned into short ones at many.
 
 With alpha = 1 - t and t uniform, the number m of noised tokens among n is uniform on 0..n, and given m the level's
 t has the law Beta(m + 1, n - m + 1). So a copy can be drawn by its count, stratified over 0..n, and the level then be
@@ -29,7 +30,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,13 @@ _PANEL = 4.0  # longest stretch of log-SNR for one Gauss-Legendre rule; the inte
 _RULE = tuple(torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(20))
 
 _KINDS = ("mask", "kept", "changed")
-_SPACING = 0.125  # grid spacing of the table, in log p
-_ORDER = 6  # terms of the Taylor series around a point of the table: the rest is below (0.0625 / pi)^6 = 6e-11
+_SPACING = 0.125  # grid spacing of the integrals' table, in log p
+_ORDER = 6  # terms of its Taylor series around a point: the rest is below (0.0625 / pi)^6 = 6e-11
+_FINENESS = 8  # points of the table that is read for each of the integrals'
+_FINE_SPACING = _SPACING / _FINENESS
+_FINE_ORDER = 4  # terms of its series: the rest is below (0.0078 / pi)^4 = 4e-11
 _LINEAR = 18.0  # below log p = -log rho - this, log(1 + rho p) is rho p
-_CHUNK = 2**16  # vocabulary entries read together on the CPU, to fit its cache; 2**6 times more on a GPU
+_CHUNK = 2**17  # vocabulary entries read together on the CPU, to fit its cache; 2**6 times more on a GPU
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -76,7 +80,8 @@ class _Levels:
     weights: Tensor
     """Quadrature weights times q(z | x), divided by the integral of p(lambda) q(z | x): [S]."""
     table: Tensor
-    """Taylor coefficients of F around log p = -_SPACING g, in units of _SPACING, for each of _KINDS: [_ORDER, 3, G]."""
+    """Taylor coefficients of F around log p = -_FINE_SPACING g, in units of _FINE_SPACING, for each of _KINDS:
+    [_FINE_ORDER, 3, G]."""
 
 
 def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, process: NoiseProcess) -> float:
@@ -97,7 +102,7 @@ def integrated_bound(logits: Tensor, clean: Tensor, noised: Tensor, *, process: 
     for part in _parts(len(clean), size // process.vocab_size):
         others, log_total, log_odds[part], log_p_noised[part] = _sums(logits[part], clean[part], noised[part], process)
         # The clean token and the mask have no part in the sum: they are read at the table's end, and taken off below.
-        end = log_total - _SPACING * (table.shape[-1] - 1)
+        end = log_total - _FINE_SPACING * (table.shape[-1] - 1)
         others.scatter_(-1, clean[part, None], end)
         others[:, process.mask_id, None] = end
         for entries in _parts(process.vocab_size, size // len(others)):
@@ -131,19 +136,23 @@ def _sums(logits: Tensor, x: Tensor, z: Tensor, process: NoiseProcess) -> tuple[
 
 def _read(table: Tensor, kind: Tensor, logits: Tensor, log_total: Tensor) -> Tensor:
     """Return the sum of F(log p), with log p = logits - log_total, by the table of each token's kind."""
-    points = table.shape[-1]
-    depth = torch.add(log_total / _SPACING, logits, alpha=-1.0 / _SPACING)  # of log p below 0, in points of the table
-    index = depth.round().clamp_(max=points - 1)
-    place = index.int().add_(kind.unsqueeze(-1), alpha=points).flatten()
+    first = kind.unsqueeze(-1) * table.shape[-1]
+    last = first + (table.shape[-1] - 1)
+    # Depth of log p below 0 in points of the table, counted from the first point of the first kind.
+    depth = torch.add(log_total / _FINE_SPACING + first, logits, alpha=-1.0 / _FINE_SPACING)
+    index = depth.round()
+    is_below, factor = None, None
+    if bool((index.amax(dim=-1, keepdim=True) > last).any()):  # below the table, F is proportional to p
+        is_below = index > last
+        factor = torch.exp(_FINE_SPACING * (last - depth)[is_below])
+        depth, index = torch.minimum(depth, last), torch.minimum(index, last.to(index.dtype))
+    place = index.int().flatten()
     offset = index.sub_(depth)
-    is_below = offset < -1.0 if bool(offset.amin() < -1.0) else None  # below the table, F is proportional to p
-    if is_below is not None:
-        factor = torch.exp(_SPACING * offset[is_below])
-        offset[is_below] = 0.0
     value = offset.new_zeros(())
     for row in table.flip(0):  # index_select is three times as fast as indexing or `take`
-        value = torch.addcmul(row.flatten().index_select(0, place).view_as(offset), value, offset)
-    if is_below is not None:
+        found = row.flatten().index_select(0, place).view_as(offset)
+        value = found.addcmul_(value, offset) if value.dim() else found
+    if is_below is not None and factor is not None:
         value[is_below] *= factor
     return value.sum()
 
@@ -224,7 +233,28 @@ def _table(nodes: Tensor, weights: Tensor, process: NoiseProcess) -> Tensor:
     for order in range(1, _ORDER):
         found.append(_SPACING**order * factor @ _value(polynomial / math.factorial(order), s))
         polynomial = np.polynomial.polynomial.polymul(np.polynomial.polynomial.polyder(polynomial), [0.0, 1.0, -1.0])
-    return torch.stack(found)
+    return _refined(torch.stack(found))
+
+
+def _refined(table: Tensor) -> Tensor:
+    """Return the first `_FINE_ORDER` coefficients at `_FINE_SPACING`, in units of it, of a table at `_SPACING`.
+
+    Both begin at log p = 0 and end at the same point. A point's polynomial is expanded around the finer ones near it.
+    """
+    found = torch.einsum("ops,pkg->okgs", _expansion(), table).flatten(-2)
+    first = _FINENESS // 2  # as many finer points lie before a point as after it, but for the last one
+    return found[..., first : first + (table.shape[-1] - 1) * _FINENESS + 1].contiguous()
+
+
+@cache
+def _expansion() -> Tensor:
+    """Return the share of each coefficient in those of the finer points around a point, [_FINE_ORDER, _ORDER,
+    _FINENESS]."""
+    order, power = torch.arange(_FINE_ORDER).reshape(-1, 1, 1), torch.arange(_ORDER).reshape(-1, 1)
+    step = torch.arange(_FINENESS, dtype=torch.float64) - _FINENESS // 2
+    binomial = torch.tensor([[math.comb(p, o) for p in range(_ORDER)] for o in range(_FINE_ORDER)])
+    moved = (-step / _FINENESS) ** (power - order).clamp(min=0)
+    return binomial.unsqueeze(-1) * moved / float(_FINENESS) ** order
 
 
 def _value(polynomial: npt.NDArray[np.float64], s: Tensor) -> Tensor:

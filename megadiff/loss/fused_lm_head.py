@@ -138,7 +138,9 @@ class TorchPasses:
         self._dtype = logits.dtype
         self._values = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         self._shard = shard
-        self._clean, self._noised = shard.local_index(clean), shard.local_index(noised)
+        self._noised = shard.local_index(noised)
+        # Clean ids hold no mask, so all of them are in a whole vocabulary.
+        self._clean = (clean.unsqueeze(-1), None) if shard.is_whole else shard.local_index(clean)
 
     def sums(self) -> LogitSums:
         """Run the first pass; see the module's docstring."""
@@ -195,15 +197,19 @@ class TorchPasses:
         return [None] if step >= count else [slice(first, first + step) for first in range(0, count, step)]
 
     @staticmethod
-    def _read(values: Tensor, place: tuple[Tensor, Tensor], rows: slice | None) -> Tensor:
-        column, here = (_part(found, rows) for found in place)
-        return values.gather(-1, column).masked_fill_(~here, 0.0).squeeze(-1)
+    def _read(values: Tensor, place: tuple[Tensor, Tensor | None], rows: slice | None) -> Tensor:
+        column, here = _part(place[0], rows), place[1]
+        found = values.gather(-1, column)
+        return (found if here is None else found.masked_fill_(~_part(here, rows), 0.0)).squeeze(-1)
 
     @staticmethod
-    def _put(values: Tensor, place: tuple[Tensor, Tensor], rows: slice | None, new: Tensor) -> None:
+    def _put(values: Tensor, place: tuple[Tensor, Tensor | None], rows: slice | None, new: Tensor) -> None:
         """Write one local entry per row without a device-to-host sync."""
-        column, here = (_part(found, rows) for found in place)
-        values.scatter_(-1, column, torch.where(here, new.unsqueeze(-1), values.gather(-1, column)))
+        column, here = _part(place[0], rows), place[1]
+        written = new.unsqueeze(-1)
+        if here is not None:
+            written = torch.where(_part(here, rows), written, values.gather(-1, column))
+        values.scatter_(-1, column, written)
 
 
 def _part(values: Tensor, rows: slice | None) -> Tensor:
@@ -389,9 +395,12 @@ class _Sums(NamedTuple):
 def _whole(
     own: LogitSums, clean: Int[Tensor, " N"], noised: Int[Tensor, " N"], shard: VocabShard, dtype: torch.dtype
 ) -> _Sums:
-    """Combine this rank's sums with the others', in two collectives."""
+    """Combine this rank's sums with the others', in two collectives; a rank that holds the vocabulary has them all."""
     if own.max_logit.dtype != dtype:
         own = LogitSums(*(value.to(dtype) for value in own))
+    if shard.group is None:
+        noised_logit = torch.where(shard.is_here(noised), own.noised_logit - own.max_logit, 0.0)
+        return _Sums(torch.ones_like(own.max_logit), own.other, own.clean_logit - own.max_logit, noised_logit)
     (max_logit,) = shard.reduce(own.max_logit, op=torch.distributed.ReduceOp.MAX)
     shift = torch.exp(own.max_logit - max_logit)
     clean_logit = torch.where(shard.is_here(clean), own.clean_logit - max_logit, 0.0)

@@ -23,7 +23,7 @@ from megadiff.loss.fused_lm_head import LossKernel, fused_objective
 from megadiff.loss.lm_head import LossInputs, LossOutput, LossSpec, VocabShard, loss_token_indices
 from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.parallel.pipeline import ModelChunk
-from megadiff.parallel.step_metrics import report_sums
+from megadiff.parallel.step_metrics import SequenceCounts, report_sums, sequence_counts
 from megadiff.parallel.topology import Topology
 
 _ALL_KEPT = 40.0
@@ -39,6 +39,8 @@ class DeviceBatch(NamedTuple):
     """Positions, sequence first, of the tokens that can have a loss (`Objective.loss_tokens`); None for all."""
     attention: AttentionPattern
     """The attention of the sequences, on the CPU: attention reads it without waiting for the device."""
+    counts: SequenceCounts | None = None
+    """The report's counts of the sequences, on the device; None where there is no report."""
 
 
 class Objective(Protocol):
@@ -85,7 +87,11 @@ class ShardedObjective:
         if active_indices is not None:
             active_indices = _moved(active_indices, device)
         moved = moved._replace(prompt_length=sequences.prompt_length, documents=sequences.documents)
-        return DeviceBatch(moved, active_indices, self.objective.attention(sequences))
+        attention, counts = self.objective.attention(sequences), None
+        if self.topology.is_last_stage:
+            pairs = attention.pairs(sequences.noised.shape[1])
+            counts = sequence_counts(sequences, pairs=pairs).moved(lambda tensor: _moved(tensor, device))
+        return DeviceBatch(moved, active_indices, attention, counts)
 
     def forward(self, chunk: ModelChunk, placed: DeviceBatch) -> Any:
         """Run a model chunk on a microbatch; on the last stage the result is its `LossOutput`."""
@@ -103,10 +109,9 @@ class ShardedObjective:
 
     def report(self, output: LossOutput, placed: DeviceBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed loss over noisy tokens, their number, and the sums of `step_metrics`."""
-        sequences = placed.sequences
-        pairs = placed.attention.pairs(sequences.noised.shape[1])
-        sums = report_sums(output.terms, sequences, pairs=pairs, head_tokens=output.head_tokens)
-        return output.loss, sequences.is_noisy.sum().int(), sums
+        assert placed.counts is not None
+        sums = report_sums(output.terms, placed.sequences, placed.counts, head_tokens=output.head_tokens)
+        return output.loss, placed.sequences.is_noisy.sum().int(), sums
 
 
 @dataclass(frozen=True)
@@ -179,12 +184,8 @@ class NextTokenObjective:
         """Return loss and terms; `loss`, `elbo` and `kl` are the exact negative log-likelihood in nats."""
         clean = batch.sequences.clean.t()
         process = HybridMixing(self.process.vocab_size, self.process.mask_id, shift=-1000.0)
-        tokens = LossInputs(
-            clean,
-            torch.full_like(clean, process.mask_id),
-            torch.full(clean.shape, _ALL_KEPT, device=clean.device),
-            batch.active_indices,
-        )
+        noised = torch.full_like(clean, process.mask_id)
+        tokens = LossInputs(clean, noised, torch.full_like(clean, _ALL_KEPT, dtype=torch.float32), batch.active_indices)
         output = self.loss_kernel(hidden, lm_head_weight, tokens, LossSpec(process), shard=shard)
         return output._replace(terms=output.terms._replace(elbo=output.terms.kl))
 

@@ -4,9 +4,11 @@ them."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,8 @@ _LAYOUT = (
 )
 SIZE = len(_LAYOUT)
 """Length of the vector that `report_sums` returns."""
+_PLACES = {name: place for place, name in enumerate(_LAYOUT)}
+_INNER_EDGES = np.array(BIN_EDGES[1:-1], dtype=np.float32)
 
 
 class Work(NamedTuple):
@@ -47,8 +51,64 @@ class Work(NamedTuple):
     """Number of (query, key) pairs whose attention score was computed in one layer, without a sink's."""
 
 
+class SequenceCounts(NamedTuple):
+    """The part of a microbatch's report that its sequences alone determine, counted on the host they come from."""
+
+    totals: Tensor
+    """The report, [SIZE] float64, with 0 where the loss is needed."""
+    kinds: Tensor
+    """Indicator of each sequence's kind among `_KINDS`, [4, b] float64 of 0 and 1."""
+    has_level: Tensor | None
+    """Mask of the sequences that have noise levels, [b] bool; None if all have."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> SequenceCounts:
+        """Return the counts with `move` applied to their tensors."""
+        has_level = None if self.has_level is None else move(self.has_level)
+        return SequenceCounts(move(self.totals), move(self.kinds), has_level)
+
+
+def sequence_counts(sequences: NoisedBatch, *, pairs: int | None = None) -> SequenceCounts:
+    """Count what a report needs of a microbatch on the CPU.
+
+    Args:
+        sequences: the microbatch, [b, L].
+        pairs: number of (query, key) pairs of one layer (`AttentionPattern.pairs`); None for all.
+    """
+    is_noisy, pattern, source = (tensor.numpy() for tensor in (sequences.is_noisy, sequences.pattern, sequences.source))
+    rows, length = is_noisy.shape
+    noisy, is_next_token = is_noisy.sum(axis=1), pattern == NoisePattern.NEXT_TOKEN
+    is_unconditioned, is_isotropic = noisy == length, pattern == NoisePattern.ISOTROPIC
+    is_kept = ~(is_unconditioned | is_next_token)
+    is_prompted = (sequences.prompt_length.numpy() > 0) & is_kept
+    counts = {
+        "noisy_tokens": noisy.sum(),
+        "sequences": rows,
+        "tokens": rows * length,
+        "per_token_noise": (pattern == NoisePattern.PER_TOKEN).sum(),
+        "linear_noise": (pattern == NoisePattern.LINEAR).sum(),
+        "prompt": is_prompted.sum(),
+        "infilling": (is_kept & ~is_prompted).sum(),
+        "pad_insertion": (source[:, 1:] == source[:, :-1]).sum(),
+        "pairs": rows * length * length if pairs is None else pairs,
+    }
+    kinds = np.stack((is_isotropic & is_unconditioned, ~is_isotropic & is_unconditioned, is_kept, is_next_token))
+    counts |= {f"{kind}/tokens": count for kind, count in zip(_KINDS, (kinds @ noisy).tolist(), strict=True)}
+    has_level = None if not is_next_token.any() else ~is_next_token
+    counted = is_noisy if has_level is None else is_noisy & has_level[:, None]
+    which = np.searchsorted(_INNER_EDGES, sequences.log_snr.numpy()[counted], side="right")
+    for index, count in enumerate(np.bincount(which, minlength=len(BIN_EDGES) - 1).tolist()):
+        counts[f"bin{index}/tokens"] = count
+    totals = np.zeros(SIZE)
+    totals[[_PLACES[name] for name in counts]] = list(counts.values())
+    return SequenceCounts(
+        torch.from_numpy(totals),
+        torch.from_numpy(kinds.astype(np.float64)),
+        None if has_level is None else torch.from_numpy(has_level),
+    )
+
+
 def report_sums(
-    terms: Terms, sequences: NoisedBatch, *, pairs: int | None = None, head_tokens: int | None = None
+    terms: Terms, sequences: NoisedBatch, counts: SequenceCounts, *, head_tokens: int | None = None
 ) -> Tensor:
     """Return sums over one microbatch, [SIZE] float64 on its device; the host does not wait for them.
 
@@ -56,48 +116,37 @@ def report_sums(
 
     Args:
         terms: sequence first, [L, b]; 0 at noise-free positions.
-        sequences: the microbatch, [b, L]; prompt lengths may be on the CPU.
-        pairs: number of (query, key) pairs of one layer (`AttentionPattern.pairs`); None for all.
+        sequences: the microbatch, [b, L].
+        counts: its counts, on the same device.
         head_tokens: number of tokens whose logits were computed; None for all.
     """
-    noisy = sequences.is_noisy.t()
-    plain = terms.weight * (terms.kl + terms.itakura_saito)
-    means = (terms.loss, terms.elbo, terms.weight * terms.kl, terms.weight * terms.itakura_saito, terms.weight)
-    of_sequences = torch.stack((*means, noisy.to(plain.dtype))).detach().sum(dim=1, dtype=torch.float64)  # [6, b]
-    facts = _sequence_facts(sequences)
-    shared, kinds = facts.split((facts.shape[0] - len(_KINDS), len(_KINDS)))
-    by_kind = kinds @ of_sequences[1::4].t()  # elbo and tokens
-    which = torch.bucketize(sequences.log_snr, _inner_edges(noisy.device), right=True).t()
-    has_level = noisy & (sequences.pattern != NoisePattern.NEXT_TOKEN)
-    inside = (which == torch.arange(len(BIN_EDGES) - 1, device=noisy.device)[:, None, None]) & has_level  # [bins, L, b]
-    by_bin = torch.stack(((inside * plain.detach()).flatten(1).sum(1, dtype=torch.float64), inside.flatten(1).sum(1)))
-    tokens, length = noisy.numel(), noisy.shape[0]
-    head = by_kind.new_full((1,), tokens if head_tokens is None else head_tokens)
-    attended = by_kind.new_full((1,), tokens * length if pairs is None else pairs)
-    return torch.cat((of_sequences.sum(1), shared.sum(1), by_kind.flatten(), by_bin.t().flatten(), head, attended))
-
-
-def _sequence_facts(sequences: NoisedBatch) -> Tensor:
-    """Return each sequence's contribution to the counts from `sequences` to `pad_insertion`, then 1 for its kind,
-    float64."""
-    length = sequences.is_noisy.shape[1]
-    pattern, is_unconditioned = sequences.pattern, sequences.is_noisy.all(dim=1)
-    is_next_token = pattern == NoisePattern.NEXT_TOKEN
-    is_kept = ~(is_unconditioned | is_next_token)
-    is_prompted = (sequences.prompt_length.to(is_kept.device, non_blocking=True) > 0) & is_kept
-    is_isotropic = pattern == NoisePattern.ISOTROPIC
-    facts = (pattern == NoisePattern.PER_TOKEN, pattern == NoisePattern.LINEAR, is_prompted, is_kept & ~is_prompted)
-    kinds = (is_isotropic & is_unconditioned, ~is_isotropic & is_unconditioned, is_kept, is_next_token)
-    drawn, kind = torch.stack((*facts, *kinds)).double().split((len(facts), len(kinds)))
-    empty = (length - 1 - sequences.source.diff(dim=1).count_nonzero(dim=1)).double()
-    one = torch.ones_like(empty)
-    return torch.cat((torch.stack((one, one * length)), drawn, empty.unsqueeze(0), kind))
+    kl, itakura_saito = terms.weight * terms.kl, terms.weight * terms.itakura_saito
+    means = torch.stack((terms.loss, terms.elbo, kl, itakura_saito, terms.weight)).detach()
+    of_sequences = means.sum(dim=1, dtype=torch.float64)  # [5, b]
+    plain = (terms.weight * (terms.kl + terms.itakura_saito)).detach()
+    edges, bins, places = _on_device(plain.device)
+    inside = torch.bucketize(sequences.log_snr, edges, right=True).t() == bins  # [bins, L, b]
+    if counts.has_level is not None:
+        inside = inside & counts.has_level
+    by_bin = (inside * plain).flatten(1).sum(1, dtype=torch.float64)
+    head = by_bin.new_full((1,), plain.numel() if head_tokens is None else head_tokens)
+    of_loss = torch.cat((of_sequences.sum(1), counts.kinds @ of_sequences[1], by_bin, head))
+    return counts.totals.index_copy(0, places, of_loss)
 
 
 @cache
-def _inner_edges(device: torch.device) -> Tensor:
-    """Return the bin edges, cached per device: creating a tensor from numbers waits for the device."""
-    return torch.tensor(BIN_EDGES[1:-1], device=device)
+def _on_device(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the inner bin edges, the bins' numbers [bins, 1, 1], and the places of what the loss determines.
+
+    They are cached per device: creating a tensor from numbers waits for the device.
+    """
+    bins = len(BIN_EDGES) - 1
+    names = (*_MEANS, *(f"{kind}/elbo" for kind in _KINDS), *(f"bin{index}/loss" for index in range(bins)))
+    return (
+        torch.tensor(BIN_EDGES[1:-1], device=device),
+        torch.arange(bins, device=device).reshape(-1, 1, 1),
+        torch.tensor([_PLACES[name] for name in (*names, "head_tokens")], device=device),
+    )
 
 
 def work_of(total: list[float]) -> Work:

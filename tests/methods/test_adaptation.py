@@ -19,7 +19,7 @@ from megadiff.diffusion.conditioning import NoisePattern
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.export.export import export
 from megadiff.loss.lm_head import VocabShard
-from megadiff.parallel.step_metrics import metrics_of, report_sums
+from megadiff.parallel.step_metrics import metrics_of, report_sums, sequence_counts
 from megadiff.platform.quiet import quiet
 from megadiff.run.check import check
 from tests.support.ranks import on_ranks
@@ -123,7 +123,7 @@ def test_both_losses_add_up_as_computed_from_whole_logits(corpus, tmp_path, shif
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
-    line = metrics_of(report_sums(output.terms, batch).tolist())
+    line = metrics_of(report_sums(output.terms, batch, sequence_counts(batch)).tolist())
     nll = (-log_p[chosen] * batch.is_noisy[chosen]).sum() / batch.is_noisy[chosen].sum()
     assert line["elbo_next_token"] == pytest.approx(float(nll.detach()), rel=1e-6)
     with_level = sum(share[2] for share in line["loss_by_log_snr"])

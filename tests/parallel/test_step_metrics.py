@@ -13,7 +13,15 @@ from megadiff.diffusion.config import ConditioningConfig, noise_config
 from megadiff.diffusion.noise_process import build_process
 from megadiff.diffusion.noising import NoisedBatch, noise_batch
 from megadiff.diffusion.objective import Terms
-from megadiff.parallel.step_metrics import BIN_EDGES, SIZE, has_finite_loss, mean_loss, metrics_of, report_sums
+from megadiff.parallel.step_metrics import (
+    BIN_EDGES,
+    SIZE,
+    has_finite_loss,
+    mean_loss,
+    metrics_of,
+    report_sums,
+    sequence_counts,
+)
 
 ROWS, LENGTH = 24, 40
 CONDITIONING = ConditioningConfig(per_token_noise=0.3, linear_noise=0.2, prompt=0.3, infilling=0.3, pad_insertion=0.4)
@@ -31,6 +39,10 @@ def noised(conditioning: ConditioningConfig) -> NoisedBatch:
         batch_origin=0,
         pad_id=2,
     )
+
+
+def reported(terms: Terms, sequences: NoisedBatch) -> torch.Tensor:
+    return report_sums(terms, sequences, sequence_counts(sequences))
 
 
 FRACTIONS = ("per_token_noise", "linear_noise", "prompt", "infilling", "pad_insertion")
@@ -84,7 +96,7 @@ def one_by_one(terms: Terms, sequences: NoisedBatch) -> dict[str, float]:
 def test_metrics_are_those_of_tokens_summed_one_by_one(conditioning):
     sequences = noised(conditioning)
     terms = drawn_terms(sequences)
-    sums, found = one_by_one(terms, sequences), metrics_of(report_sums(terms, sequences).tolist())
+    sums, found = one_by_one(terms, sequences), metrics_of(reported(terms, sequences).tolist())
     for name in ("loss", "elbo", "kl", "itakura_saito", "weight"):
         assert found[name] == pytest.approx(sums[name] / sums["noisy"], rel=1e-6)
     assert found["noisy_tokens"] == sums["noisy"]
@@ -109,10 +121,10 @@ def test_reports_of_two_halves_add_up_to_that_of_the_whole():
     sequences = noised(CONDITIONING)
     terms = drawn_terms(sequences)
     halves = [
-        report_sums(Terms(*(term[:, part] for term in terms)), sequences.part(part))
+        reported(Terms(*(term[:, part] for term in terms)), sequences.part(part))
         for part in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))
     ]
-    whole = report_sums(terms, sequences)
+    whole = reported(terms, sequences)
     assert whole.shape == (SIZE,)
     assert whole.dtype == torch.float64
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-12, atol=0)
@@ -124,12 +136,12 @@ def test_a_level_on_an_edge_belongs_to_the_bin_above():
     terms = Terms(*(torch.ones(LENGTH, ROWS) for _ in Terms._fields))
     for level, low in ((-6.0, -6.0), (-6.0001, -9.0), (0.0, 0.0), (8.9, 6.0), (12.0, 6.0), (-20.0, -9.0)):
         moved = sequences._replace(log_snr=torch.full_like(sequences.log_snr, level))
-        assert [entry[0] for entry in metrics_of(report_sums(terms, moved).tolist())["loss_by_log_snr"]] == [low]
+        assert [entry[0] for entry in metrics_of(reported(terms, moved).tolist())["loss_by_log_snr"]] == [low]
 
 
 def test_a_loss_that_is_no_number_is_seen_in_its_microbatch():
     sequences = noised(ConditioningConfig())
     terms = drawn_terms(sequences)
     broken = terms._replace(loss=torch.full_like(terms.loss, torch.nan))
-    reports = torch.stack([report_sums(terms, sequences), report_sums(broken, sequences)])
+    reports = torch.stack([reported(terms, sequences), reported(broken, sequences)])
     assert has_finite_loss(reports).tolist() == [True, False]
