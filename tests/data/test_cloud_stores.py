@@ -95,6 +95,7 @@ def test_a_store_gives_the_bytes_of_local_files(tmp_path, server, package):
     serial = write_serial(files, tmp_path / "serial")
     Store.files = {f"train/{file.name}": file.read_bytes() for file in files}
     environment = {**os.environ, variable: server, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    environment.pop("HF_HUB_OFFLINE", None)  # other tests set it
 
     def preprocess(*words):
         command = [sys.executable, "-m", "megadiff", "preprocess_data", *map(str, words)]
