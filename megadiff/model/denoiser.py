@@ -163,7 +163,7 @@ class Denoiser(MegatronModule):
             pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
-        self._compiled = CompiledBlock(self.decoder) if is_compiled else None
+        self.compiled_block = CompiledBlock(self.decoder) if is_compiled else None
         if post_process:
             self.output_layer = LMHead(
                 config.hidden_size,
@@ -247,13 +247,13 @@ class Denoiser(MegatronModule):
 
     def _run_block(self, hidden: Tensor | None, attention: Tensor | None, rotation: Tensor) -> Tensor:
         """Run the layers and the last norm, compiled if all sequences of a training step attend alike."""
-        if self._compiled is not None and self.training and torch.is_grad_enabled():
+        if self.compiled_block is not None and self.training and torch.is_grad_enabled():
             codes = [] if attention is None else attention.tolist()
             is_causal = common_attention(codes, length=rotation.shape[1])
             if is_causal is not None:
                 states = hidden if self.pre_process else self.decoder.input_tensor
                 assert states is not None
-                return self._compiled(states, rotation, is_causal=is_causal)
+                return self.compiled_block(states, rotation, is_causal=is_causal)
         return self.decoder(hidden_states=hidden, attention_mask=attention, rotary_pos_emb=rotation)
 
     def sharded_state_dict(

@@ -35,6 +35,8 @@ from megadiff.platform.machine import detect
 from megadiff.platform.quiet import quiet
 
 with quiet():
+    from megadiff.model.denoiser import Denoiser
+    from megadiff.model.layers import CompiledBlock
     from megadiff.parallel.topology import process_group
     from megadiff.run import build
     from megadiff.run.context import RunContext
@@ -193,14 +195,15 @@ class MegadiffTraining:
         self, step: TrainStep, sequences: Iterator[Any], microbatches: int, *, is_compiled: bool = False
     ) -> None:
         self._step, self._sequences, self._microbatches = step, sequences, microbatches
-        self._is_compiled = is_compiled
+        model = step.chunks[0].module
+        assert isinstance(model, Denoiser)
+        self._model, self._block = model, CompiledBlock(model.decoder) if is_compiled else None
         self.waited_s = 0.0
         """Wall time that the last step waited for its sequences."""
 
     def __call__(self) -> float:
         """Take a step and return its loss."""
-        model: Any = self._step.chunks[0].module
-        model.is_compiled = self._is_compiled
+        self._model.compiled_block = self._block
         began = time.perf_counter()
         sequences = [next(self._sequences) for _ in range(self._microbatches)]
         self.waited_s = time.perf_counter() - began
