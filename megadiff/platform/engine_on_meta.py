@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from megadiff.errors import PlatformError
@@ -165,6 +164,8 @@ class _OnImaginedGpu(TorchFunctionMode):
 
 def _run_backward(tensors: Any, *, gradient: Any = None, grad_tensors: Any = None, **_: Any) -> None:
     """Run the backward pass, as `Tensor.backward` and `torch.autograd.backward` do if gradients are given."""
+    from torch.autograd.graph import _engine_run_backward  # torch's own, so looked up only where it is used
+
     gradients = gradient if gradient is not None else grad_tensors
     _engine_run_backward(
         (tensors,) if isinstance(tensors, Tensor) else tuple(tensors),
