@@ -111,7 +111,7 @@ class GigatokenTokenizer:
         self._form, self._normal_form = _normal_form(self._definition)
         self._has_cuts = _has_cuts(self._definition)
         self._names = [token["content"] for token in self._definition["added_tokens"]]
-        self._forbidden = tokenizer.never_text
+        self._forbidden = np.array(sorted(tokenizer.never_text), dtype=np.uint32)
         self._since_renewal = self._batches = 0
         self._library = self._loaded()
 
@@ -139,8 +139,7 @@ class GigatokenTokenizer:
             found = self._encoded(texts)
         except Exception:  # whatever is wrong with a text is named by the tokenizer itself
             return self._by_tokenizers(texts)
-        together = np.concatenate(found)
-        if any((together == token).any() for token in self._forbidden):
+        if np.isin(np.concatenate(found), self._forbidden).any():
             return self._by_tokenizers(texts)
         self._batches += 1
         place = self._batches % len(texts)
