@@ -34,7 +34,7 @@ from megadiff.errors import PlatformError
 from megadiff.platform import megatron_on_cpu, transformer_engine
 
 _COMPILED = "transformer_engine_torch"
-_IS_CUDA: Any = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  as modes see a look at this attribute
+_IS_CUDA: Any = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  what a mode gets where it is read
 _CAPABILITY = (9, 0)
 _MULTIPROCESSORS = 132
 """An H100's or H200's number; the sizes of no tensor depend on it."""
@@ -149,8 +149,8 @@ def scope() -> Iterator[None]:
 class _OnImaginedGpu(TorchFunctionMode):
     """A mode in which every tensor reports to be on a GPU, in the backward pass too.
 
-    A function that sees a mode is called outside it, and `Tensor.backward` calls the layers' Python functions, so the
-    backward pass is started here, inside new modes.
+    A mode is off while it handles a function, and `Tensor.backward` calls the layers' Python functions, so the backward
+    pass is started here, inside new modes.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
