@@ -114,4 +114,3 @@ bench: $(STAMP)
 
 clean:
 	rm -rf $(VENV) $(DOCS) $(VERSIONS) site build *.egg-info .pytest_cache .ruff_cache .import_linter_cache
-

@@ -159,10 +159,10 @@ def terms_from_sums(
     weight = process.weight(log_snr, clean, noised)
     nll = log1p_exp(sums.log_odds)
     masked_kl = alpha * nll
-    if sums.log1p_sum is None:  # kept tokens weigh nothing here, so their divergence is made without a gradient
-        kl, itakura_saito = masked_kl, _masked_divergence(nll.detach(), is_kept)
+    masked_is = _masked_divergence(nll, is_kept)
+    if sums.log1p_sum is None:
+        kl, itakura_saito = masked_kl, masked_is
     else:
-        masked_is = _masked_divergence(nll, is_kept)
         is_mask, zero = noised == process.mask_id, torch.zeros_like(alpha)
         log_rho = process.log_rho(log_snr)
         log_rho_held = log_rho.clamp(max=LOG_RHO_LIMIT)

@@ -232,7 +232,7 @@ class Layout:
     recompute_layers: int = 0
     """Number of layers of each chunk whose input alone is kept, under full recomputation."""
     recompute_modules: tuple[str, ...] = ()
-    """Selective recomputation: `mlp`, `layernorm`; `core_attn` changes nothing here, no scores being counted."""
+    """Selective recomputation: `mlp`, `layernorm`, `core_attn`; scores are counted only where they are capped."""
     fused_loss: bool = False
     """The logits of a microbatch never exist as a whole (`loss.fused_lm_head`)."""
     fused_layers: bool = False

@@ -40,7 +40,7 @@ class DeviceBatch(NamedTuple):
     attention: AttentionPattern
     """The attention of the sequences, on the CPU: attention reads it without waiting for the device."""
     counts: SequenceCounts | None = None
-    """The report's counts of the sequences, on the device; None where there is no report."""
+    """The report's counts of the sequences, on the device; None on stages other than the last."""
 
 
 class Objective(Protocol):

@@ -75,21 +75,21 @@ def sequence_counts(sequences: NoisedBatch, *, pairs: int | None = None) -> Sequ
         pairs: number of (query, key) pairs of one layer (`AttentionPattern.pairs`); None for all.
     """
     is_noisy, pattern, source = (tensor.numpy() for tensor in (sequences.is_noisy, sequences.pattern, sequences.source))
-    rows, length = is_noisy.shape
+    num_sequences, length = is_noisy.shape
     noisy, is_next_token = is_noisy.sum(axis=1), pattern == NoisePattern.NEXT_TOKEN
     is_unconditioned, is_isotropic = noisy == length, pattern == NoisePattern.ISOTROPIC
     is_kept = ~(is_unconditioned | is_next_token)
     is_prompted = (sequences.prompt_length.numpy() > 0) & is_kept
     counts = {
         "noisy_tokens": noisy.sum(),
-        "sequences": rows,
-        "tokens": rows * length,
+        "sequences": num_sequences,
+        "tokens": num_sequences * length,
         "per_token_noise": (pattern == NoisePattern.PER_TOKEN).sum(),
         "linear_noise": (pattern == NoisePattern.LINEAR).sum(),
         "prompt": is_prompted.sum(),
         "infilling": (is_kept & ~is_prompted).sum(),
         "pad_insertion": (source[:, 1:] == source[:, :-1]).sum(),
-        "pairs": rows * length * length if pairs is None else pairs,
+        "pairs": num_sequences * length * length if pairs is None else pairs,
     }
     kinds = np.stack((is_isotropic & is_unconditioned, ~is_isotropic & is_unconditioned, is_kept, is_next_token))
     counts |= {f"{kind}/tokens": count for kind, count in zip(_KINDS, (kinds @ noisy).tolist(), strict=True)}

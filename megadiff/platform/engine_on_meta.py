@@ -28,14 +28,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from megadiff.errors import PlatformError
 from megadiff.platform import megatron_on_cpu, transformer_engine
 
 _COMPILED = "transformer_engine_torch"
-_IS_CUDA: Any = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  as modes see a look at this attribute
+_IS_CUDA: Any = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]  what a mode gets where it is read
 _CAPABILITY = (9, 0)
 _MULTIPROCESSORS = 132
 """An H100's or H200's number; the sizes of no tensor depend on it."""
@@ -150,8 +149,8 @@ def scope() -> Iterator[None]:
 class _OnImaginedGpu(TorchFunctionMode):
     """A mode in which every tensor reports to be on a GPU, in the backward pass too.
 
-    A function that sees a mode is called outside it, and `Tensor.backward` calls the layers' Python functions, so the
-    backward pass is started here, inside new modes.
+    A mode is off while it handles a function, and `Tensor.backward` calls the layers' Python functions, so the backward
+    pass is started here, inside new modes.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,6 +164,8 @@ class _OnImaginedGpu(TorchFunctionMode):
 
 def _run_backward(tensors: Any, *, gradient: Any = None, grad_tensors: Any = None, **_: Any) -> None:
     """Run the backward pass, as `Tensor.backward` and `torch.autograd.backward` do if gradients are given."""
+    from torch.autograd.graph import _engine_run_backward  # torch's own, so looked up only where it is used
+
     gradients = gradient if gradient is not None else grad_tensors
     _engine_run_backward(
         (tensors,) if isinstance(tensors, Tensor) else tuple(tensors),

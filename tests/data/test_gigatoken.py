@@ -165,7 +165,7 @@ def test_a_long_text_is_encoded_in_parts(library, trained, monkeypatch):
         pieces = list(fast.encode_pieces(text))
         assert [token for piece in pieces for token in piece] == plain.encode(text)
         assert max(map(len, library.seen), default=0) < 2000
-        assert len(pieces) > 10 or text.isspace() or not text.isascii() or not text
+        assert (len(pieces) > 10) == text.startswith(TEXTS[0])
 
 
 def test_a_stretch_of_a_long_text_is_compared(library, trained):
@@ -180,10 +180,33 @@ def test_a_stretch_of_a_long_text_is_compared(library, trained):
         other.encode_batch([text])
 
 
+def with_pad(trained, folder, letter):
+    """Return a copy of the tokenizer with a letter for padding, so that no text may have the token of this letter."""
+    shutil.copytree(trained, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": letter}))
+    return folder
+
+
+def test_a_stretch_that_ends_inside_a_word_puts_no_text_at_fault(library, trained, tmp_path):
+    tokenizer = with_pad(trained, tmp_path / "tokenizer", "T")
+    fast, plain = load_for_batches(tokenizer, "gigatoken"), load_tokenizer(tokenizer)
+    text = "so " + "old " * 2047 + "The cat" + " old" * 10
+    end = 2 * module._COMPARED_CHARACTERS  # of the stretch of the first batch
+    assert text[end - 1 : end + 1] == "Th"
+    with pytest.raises(DataError, match="the special token 'T'"):
+        plain.encode(text[:end])
+    assert fast.encode_batch([text]) == plain.encode_batch([text])
+
+
+def test_a_text_at_fault_in_the_sample_does_not_leave_the_library_out(library, trained, tmp_path):
+    tokenizer = with_pad(trained, tmp_path / "tokenizer", "Q")
+    assert chosen_backend("auto", tokenizer, ["née", "née Q"])[:2] == ("gigatoken", None)
+    library.wrong = {"née"}
+    assert chosen_backend("auto", tokenizer, ["née", "née Q"]).name == "tokenizers"
+
+
 def test_texts_of_which_one_is_at_fault_are_tokenized_alone(library, trained, tmp_path):
-    tokenizer = tmp_path / "tokenizer"
-    shutil.copytree(trained, tokenizer)
-    (tokenizer / "tokenizer_config.json").write_text('{"pad_token": "Q"}')  # so no text may hold this letter
+    tokenizer = with_pad(trained, tmp_path / "tokenizer", "Q")
     file = tmp_path / "a.txt"
     file.write_text("fine\nnée Q\nnée\n")
     corpora = {name: Corpus([file], text_split="line", max_bad_lines=1) for name in ("tokenizers", "gigatoken")}

@@ -41,3 +41,13 @@ def test_a_wrong_weighting_is_found(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(AssertionError, match=message):
         check_weighting(f"wrong_weighting_{name}.weighting")
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_loss_that_weighs_kept_tokens_has_their_gradient(noise, tmp_path, monkeypatch):
+    (tmp_path / "own_weighting").mkdir()
+    (tmp_path / "own_weighting/divergence.py").write_text(
+        "def loss(terms, settings):\n    return terms.itakura_saito\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    check_weighting("own_weighting.divergence", noise=NOISES[noise])

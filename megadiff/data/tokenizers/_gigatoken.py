@@ -22,6 +22,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any, cast
 
@@ -110,7 +111,7 @@ class GigatokenTokenizer:
         self._form, self._normal_form = _normal_form(self._definition)
         self._has_cuts = _has_cuts(self._definition)
         self._names = [token["content"] for token in self._definition["added_tokens"]]
-        self._forbidden = tokenizer.never_text
+        self._forbidden = np.array(sorted(tokenizer.never_text), dtype=np.uint32)
         self._since_renewal = self._batches = 0
         self._library = self._loaded()
 
@@ -138,8 +139,7 @@ class GigatokenTokenizer:
             found = self._encoded(texts)
         except Exception:  # whatever is wrong with a text is named by the tokenizer itself
             return self._by_tokenizers(texts)
-        together = np.concatenate(found)
-        if any((together == token).any() for token in self._forbidden):
+        if np.isin(np.concatenate(found), self._forbidden).any():
             return self._by_tokenizers(texts)
         self._batches += 1
         place = self._batches % len(texts)
@@ -172,7 +172,11 @@ class GigatokenTokenizer:
             UnfitError: the ids of a text differ.
         """
         texts = [*hard_strings(), *sample]
-        wanted = self._tokenizer.encode_batch(texts)
+        try:
+            wanted = self._tokenizer.encode_batch(texts)
+        except DataError:  # a document at fault is reported where the corpus is read
+            texts = list(filter(self._is_taken, texts))
+            wanted = self._tokenizer.encode_batch(texts)
         found = self._encoded(texts)
         for text, ids, other in zip(texts, wanted, found, strict=True):
             if ids != other.tolist():
@@ -188,6 +192,14 @@ class GigatokenTokenizer:
             ids = [self._by_library(part) if is_settled else next(by_tokenizers) for part, is_settled in of_text]
             found.append(ids[0] if len(ids) == 1 else np.concatenate(ids))
         return found
+
+    def _is_taken(self, text: str) -> bool:
+        """Return whether `tokenizers` gives ids for a text."""
+        try:
+            self._tokenizer.encode(text)
+        except DataError:
+            return False
+        return True
 
     def _by_library(self, text: str) -> np.ndarray:
         form = self._normal_form
@@ -227,10 +239,15 @@ class GigatokenTokenizer:
 
     def _compare(self, text: str, found: np.ndarray) -> None:
         """Compare the ids of a text, or those of a stretch of a long one, with those of `tokenizers`."""
-        if len(text) > _COMPARED_CHARACTERS:
-            start = self._batches * _COMPARED_CHARACTERS % (len(text) - _COMPARED_CHARACTERS)
-            text = text[start : start + _COMPARED_CHARACTERS]
-            (found,) = self._encoded([text])
+        if len(text) <= _COMPARED_CHARACTERS:
+            self._refuse_others(text, found)
+            return
+        start = self._batches * _COMPARED_CHARACTERS % (len(text) - _COMPARED_CHARACTERS)
+        stretch = text[start : start + _COMPARED_CHARACTERS]
+        with suppress(DataError):  # its ends may cut words, and so leave a name that no text may hold
+            self._refuse_others(stretch, *self._encoded([stretch]))
+
+    def _refuse_others(self, text: str, found: np.ndarray) -> None:
         if self._tokenizer.encode_batch([text]) != [found.tolist()]:
             raise OtherIdsError(
                 f"--backend: gigatoken gives other ids than tokenizers for {text[:40]!r}; repeat the command with "
