@@ -106,6 +106,9 @@ _NOT_OF_THE_WEIGHTS = tuple(
 )
 """Settings of the model that may differ when a run begins with the weights of another."""
 
+_OF_THE_SEQUENCES = ("data.padding", "data.packing")
+"""Settings by which the same files become other sequences, if they hold conversations."""
+
 _NOT_WORTH_RECORDING = ("name", "output_dir", "checkpoint.start_from")
 
 
@@ -262,13 +265,12 @@ def check_same_run(
 
 
 def _describe_data(change: Change, changes: Sequence[Change]) -> str:
-    """Return the description of other training data: of their list if it changed, else of their contents."""
+    """Return the description of other training data: of their list if it changed, else of what else decides them."""
     named = [other.describe() for other in changes if _is_at_or_below(other.key, "data.train")]
-    return (
-        "; ".join(named)
-        if named
-        else f"{change.describe()} (the contents of data.train, or the end by which budgets are spent)"
-    )
+    if named:
+        return "; ".join(named)
+    cut = [f"{other.describe()}, " for other in changes if other.key in _OF_THE_SEQUENCES]
+    return f"{change.describe()} ({''.join(cut)}the contents of data.train, or the end by which budgets are spent)"
 
 
 def check_allowed(allowed: Sequence[str]) -> None:

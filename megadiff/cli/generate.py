@@ -93,7 +93,7 @@ def _chat_prompt(arguments: argparse.Namespace, trained: InferenceModel) -> list
     from megadiff.data.conversations import chat_options, chat_prompt
 
     path = arguments.tokenizer or trained.manifest.config["data"]["tokenizer"]
-    options = chat_options(path, "messages", template=arguments.chat_template)
+    options = chat_options(path, "messages", template=arguments.chat_template, instead="a text with --prompt")
     if (doubt := template_doubt(options.template_sha256, trained.manifest.chat_templates)) is not None:
         print(f"warning: {doubt}", file=sys.stderr)
     return chat_prompt(trained.tokenizer, options, arguments.message)

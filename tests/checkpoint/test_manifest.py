@@ -80,6 +80,17 @@ def test_every_difference_that_matters_is_listed(tmp_path):
     ) in text
 
 
+def test_packing_and_padding_are_named_where_the_data_differ(tmp_path):
+    before = manifest(config={**CONFIG, "data": {"padding": "predicted_eos", "packing": False}})
+    after = {**CONFIG, "data": {"padding": "eos", "packing": True}}
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(before, manifest(config=after, data_fingerprint="e"), tmp_path)
+    assert (
+        'data_fingerprint: "d" -> "e" (data.packing: false -> true, data.padding: "predicted_eos" -> "eos", the '
+        "contents of data.train, or the end by which budgets are spent)"
+    ) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "change",
     [
