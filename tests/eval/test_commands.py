@@ -182,6 +182,7 @@ def test_mistakes_are_named(models, pairs, tmp_path):
             [*likelihood, pairs, "--text-key", "text", "--context", "16"],
             "--context 16: the context (16 tokens) must be",
         ),
+        ([*likelihood, pairs, "--text-key", "text", "--prompt-key", "prompt"], "give one or the other"),
         ([*likelihood, pairs, "--draws", "5"], "--draws: must be even and at least 4, got 5"),
     ]:
         code, _, err = call(*command)
