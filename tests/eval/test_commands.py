@@ -209,6 +209,14 @@ def test_a_hugging_face_folder_gives_its_runs_text_and_likelihoods(models, expor
     assert said[models["hybrid"]] == said[exported]
 
 
+def test_a_message_to_a_model_of_text_is_warned_of_if_its_data_are_known(models, exported, tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    options = ("--message", "ab", "--chat-template", tmp_path / "t.jinja", "--num-tokens", "2", "--steps", "2")
+    for model, is_warned in ((models["hybrid"], True), (exported, False)):
+        ended = call("tools/generate.py", "--model", model, *options)
+        assert (ended.code, "training data name no chat template" in ended.err) == (0, is_warned), ended.err
+
+
 def test_a_folder_that_is_neither_is_refused_in_one_sentence(exported, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     ended = call("tools/generate.py", "--model", tmp_path)
