@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megadiff.config.suggestions import similar_path
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, StorageError
 from megadiff.files import UnreadableFileError, read_bytes
 
@@ -52,7 +53,9 @@ def no_checkpoint(path: Path) -> str:
     if kind == "a run folder":
         kind += f", so one of {path / 'checkpoints'}/step_* is meant"
     if kind.startswith("no "):
-        return f"{path}: there is {kind}; give a step_* folder written by a run"
+        near = similar_path(path, Path.is_dir)
+        hint = f"; did you mean {near}?" if near is not None else ""
+        return f"{path}: there is {kind}{hint}; give a step_* folder written by a run"
     return (
         f"{path} is not a complete checkpoint: it has no {MANIFEST_NAME}; give a step_* folder written by a run "
         f"(it is {kind})"

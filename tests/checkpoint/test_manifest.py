@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megadiff.checkpoint import manifest as manifests
-from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, read_manifest
+from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, no_checkpoint, read_manifest
 from megadiff.errors import CheckpointError, ConfigError, StorageError
 
 CONFIG = {
@@ -55,6 +55,13 @@ def test_a_damaged_one_is_said_in_a_line(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json is damaged \(.*\); take another checkpoint of the run$"):
         read_manifest(tmp_path)
+
+
+def test_a_missing_step_is_answered_with_the_nearest_one(tmp_path):
+    (tmp_path / "step_00000400").mkdir()
+    for name, hint in (("step_00000500", f"; did you mean {tmp_path}/step_00000400?"), ("best", "")):
+        wanted = f"{tmp_path}/{name}: there is no such folder{hint}; give a step_* folder written by a run"
+        assert no_checkpoint(tmp_path / name) == wanted
 
 
 def test_a_format_of_the_future_is_refused(tmp_path):
