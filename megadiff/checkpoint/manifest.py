@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megadiff.config.suggestions import similar_path
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, StorageError
 from megadiff.files import UnreadableFileError, read_bytes
 
@@ -52,7 +53,9 @@ def no_checkpoint(path: Path) -> str:
     if kind == "a run folder":
         kind += f", so one of {path / 'checkpoints'}/step_* is meant"
     if kind.startswith("no "):
-        return f"{path}: there is {kind}; give a step_* folder written by a run"
+        near = similar_path(path, Path.is_dir)
+        hint = f"; did you mean {near}?" if near is not None else ""
+        return f"{path}: there is {kind}{hint}; give a step_* folder written by a run"
     return (
         f"{path} is not a complete checkpoint: it has no {MANIFEST_NAME}; give a step_* folder written by a run "
         f"(it is {kind})"
@@ -105,6 +108,9 @@ _NOT_OF_THE_WEIGHTS = tuple(
     for key in ("init_scale", "embed_init", "head_init", "seq_length", "rope_base", "rope_scaling", "alignment")
 )
 """Settings of the model that may differ when a run begins with the weights of another."""
+
+_OF_THE_SEQUENCES = ("data.padding", "data.packing")
+"""Settings by which the same files become other sequences, if they hold conversations."""
 
 _NOT_WORTH_RECORDING = ("name", "output_dir", "checkpoint.start_from")
 
@@ -262,13 +268,12 @@ def check_same_run(
 
 
 def _describe_data(change: Change, changes: Sequence[Change]) -> str:
-    """Return the description of other training data: of their list if it changed, else of their contents."""
+    """Return the description of other training data: of their list if it changed, else of what else decides them."""
     named = [other.describe() for other in changes if _is_at_or_below(other.key, "data.train")]
-    return (
-        "; ".join(named)
-        if named
-        else f"{change.describe()} (the contents of data.train, or the end by which budgets are spent)"
-    )
+    if named:
+        return "; ".join(named)
+    cut = [f"{other.describe()}, " for other in changes if other.key in _OF_THE_SEQUENCES]
+    return f"{change.describe()} ({''.join(cut)}the contents of data.train, or the end by which budgets are spent)"
 
 
 def check_allowed(allowed: Sequence[str]) -> None:

@@ -24,6 +24,11 @@ def main() -> None:
         raise ConfigError(f"--output {arguments.output}: there is no folder {arguments.output.parent}; make it first")
     if arguments.output and arguments.output.is_dir():
         raise ConfigError(f"--output {arguments.output} is a folder; give the name of a file in it")
+    if arguments.text_key and (arguments.prompt_key or arguments.completion_key):
+        raise ConfigError(
+            "--text-key names whole documents, --prompt-key and --completion-key two parts of a text; give one or the "
+            "other"
+        )
 
     from megadiff.export.opened import open_model
 
@@ -76,7 +81,7 @@ def _likelihood(trained: Any, arguments: argparse.Namespace) -> dict[str, Any]:
             trained, data, text_key=arguments.text_key, context=arguments.context, settings=settings, framing=framing
         )
     else:
-        keys = arguments.prompt_key, arguments.completion_key
+        keys = arguments.prompt_key or "prompt", arguments.completion_key or "completion"
         found = pairs_likelihood(trained, data, keys=keys, settings=settings, framing=framing)
     print(f"{trained.folder}: {found['summary']}")
     return found
@@ -102,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     elbo.add_argument("--sequences", type=_at_least_two, default=256, help="held-out sequences (default 256)")
     elbo.add_argument("--noise-levels", type=_positive, default=8, help="noise levels per sequence (default 8)")
     texts = parser.add_argument_group("likelihood")
-    texts.add_argument("--prompt-key", default="prompt", help="key of the given text (default prompt)")
-    texts.add_argument("--completion-key", default="completion", help="key of the scored text (default completion)")
+    texts.add_argument("--prompt-key", help="key of the given text (default prompt)")
+    texts.add_argument("--completion-key", help="key of the scored text (default completion)")
     texts.add_argument("--text-key", help="score whole documents under this key instead, window by window")
     texts.add_argument("--context", type=int, default=0, help="tokens of context before each window (default 0)")
     texts.add_argument("--draws", type=_draws, default=128, help="noised copies of each text; even (default 128)")

@@ -93,21 +93,29 @@ def _chat_prompt(arguments: argparse.Namespace, trained: InferenceModel) -> list
     from megadiff.data.conversations import chat_options, chat_prompt
 
     path = arguments.tokenizer or trained.manifest.config["data"]["tokenizer"]
-    options = chat_options(path, "messages", template=arguments.chat_template)
-    if (doubt := template_doubt(options.template_sha256, trained.manifest.chat_templates)) is not None:
+    options = chat_options(path, "messages", template=arguments.chat_template, instead="a text with --prompt")
+    is_from_data = trained.manifest.data_fingerprint != ""  # an imported model's data are unknown
+    doubt = template_doubt(options.template_sha256, trained.manifest.chat_templates, is_from_data=is_from_data)
+    if doubt is not None:
         print(f"warning: {doubt}", file=sys.stderr)
     return chat_prompt(trained.tokenizer, options, arguments.message)
 
 
-def template_doubt(given: str | None, trained: Sequence[str]) -> str | None:
-    """Return a warning if a model was trained on messages of other chat templates; None if not, or if it is unknown.
+def template_doubt(given: str | None, trained: Sequence[str], *, is_from_data: bool) -> str | None:
+    """Return a warning if a model may not have been trained on messages of a chat template; None if it may.
 
     Args:
         given: SHA-256 (hex) of the template of the message.
         trained: those of the templates of the training data that are known.
+        is_from_data: whether the model's training data are known, so that they would name their templates.
     """
-    if given is None or not trained or given in trained:
+    if given is None or given in trained or not (trained or is_from_data):
         return None
+    if not trained:
+        return (
+            "the model's training data name no chat template, so the prompt may be of a form that the model has not "
+            "seen; --prompt takes a text as it is"
+        )
     known = ", ".join(template[:SHOWN_DIGITS] for template in trained)
     return (
         f"the chat template {given[:SHOWN_DIGITS]} is not that of the training data ({known}), so the prompt is of a "

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.errors import DataError
 from megadiff.files import UnreadableFileError, read_json_object, read_text, why
 
@@ -150,11 +151,18 @@ def _shared(one: str, other: str) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def find_template(tokenizer_path: str | Path, given: str | Path | None) -> str:
+def find_template(
+    tokenizer_path: str | Path, given: str | Path | None, *, instead: str = "prompts and completions with --prompt-key"
+) -> str:
     """Return the chat template of a tokenizer, or that of the file that is given in its place.
 
+    Args:
+        tokenizer_path: the tokenizer, beside whose files its template lies.
+        given: file of a template, which is taken instead.
+        instead: what a command takes that needs no template; the refusal names it.
+
     Raises:
-        DataError: there is none, or a file cannot be read.
+        DataError: there is no template or no tokenizer, or a file cannot be read.
     """
     if given is not None:
         return _read(Path(given))
@@ -166,9 +174,10 @@ def find_template(tokenizer_path: str | Path, given: str | Path | None) -> str:
         named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = named.get("default")
     if not isinstance(found, str):
+        load_tokenizer(tokenizer_path)  # where there is no tokenizer at all, this says so
         raise DataError(
             f"{tokenizer_path}: wanted a tokenizer with a chat template ({TEMPLATE_FILE}, or chat_template in "
-            f"{_CONFIG}), found none; give one with --chat-template FILE, or prompts and completions with --prompt-key"
+            f"{_CONFIG}), found none; give one with --chat-template FILE, or {instead}"
         )
     return found
 

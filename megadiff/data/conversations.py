@@ -359,6 +359,7 @@ def chat_options(
     *,
     template: str | Path | None = None,
     turns: Literal["together", "apart"] = TURNS[0],
+    instead: str = "prompts and completions with --prompt-key",
 ) -> ConversationOptions:
     """Return the options for chat messages.
 
@@ -367,12 +368,14 @@ def chat_options(
         key: key or column of the messages.
         template: file of a template in the place of the tokenizer's.
         turns: one of `TURNS`.
+        instead: what the command takes that needs no template; a refusal names it.
 
     Raises:
         DataError: there is no template, or a file cannot be read.
     """
     names = tuple(special_names(tokenizer_path).items())
-    return ConversationOptions(chat_key=key, template=find_template(tokenizer_path, template), names=names, turns=turns)
+    found = find_template(tokenizer_path, template, instead=instead)
+    return ConversationOptions(chat_key=key, template=found, names=names, turns=turns)
 
 
 def _option(name: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megadiff.config.suggestions import similar_path
 from megadiff.data.conversations import split_completion
 from megadiff.data.corpus_files import NotJson, parse_json_line, without_lone_surrogates
 from megadiff.data.preprocess import ProgressReport
@@ -57,7 +58,9 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[tuple[str, ...]]:
         DataError: there is no such file, it is empty, or a line is not an object with strings under these keys.
     """
     if not path.is_file():
-        raise DataError(f"{path}: wanted a .jsonl file, found {'a folder' if path.is_dir() else 'nothing'}")
+        near = similar_path(path, Path.is_file) if not path.exists() else None
+        hint = f"; did you mean {near}?" if near is not None else ""
+        raise DataError(f"{path}: wanted a .jsonl file, found {'a folder' if path.is_dir() else 'nothing'}{hint}")
     found = []
     for number, line in enumerate(path.read_bytes().removeprefix(_BYTE_ORDER_MARK).split(b"\n"), start=1):
         if line.strip():
@@ -98,7 +101,10 @@ def _strings(value: dict[str, Any], keys: Sequence[str], where: str) -> tuple[st
     for key in keys:
         if not isinstance(value.get(key), str):
             found = "nothing" if key not in value else shown(value[key])
-            raise DataError(f"{where}: wanted a string under {key!r}, found {found}; the keys here are {sorted(value)}")
+            raise DataError(
+                f"{where}: wanted a string under {key!r}, found {found}; the keys here are {sorted(value)}; choose "
+                "with --prompt-key and --completion-key, or --text-key for whole documents"
+            )
     return tuple(without_lone_surrogates(value[key]) for key in keys)
 
 

@@ -115,8 +115,7 @@ def lay_out(
     if world_size % replica:
         raise ConfigError(
             f"the run has {world_size} rank(s), but parallel.tensor={tensor} x parallel.pipeline={pipeline} needs a "
-            f"multiple of {replica}; start {replica * max(1, world_size // replica)} ranks (torchrun "
-            f"--nproc-per-node) or change the layout"
+            f"multiple of {replica}; start another number of ranks (torchrun --nproc-per-node) or change the layout"
         )
     data = world_size // replica
     widths = {

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from megadiff.checkpoint import manifest as manifests
-from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, read_manifest
+from megadiff.checkpoint.manifest import FORMAT, Manifest, check_same_run, no_checkpoint, read_manifest
 from megadiff.errors import CheckpointError, ConfigError, StorageError
 
 CONFIG = {
@@ -57,6 +57,13 @@ def test_a_damaged_one_is_said_in_a_line(tmp_path, content):
         read_manifest(tmp_path)
 
 
+def test_a_missing_step_is_answered_with_the_nearest_one(tmp_path):
+    (tmp_path / "step_00000400").mkdir()
+    for name, hint in (("step_00000500", f"; did you mean {tmp_path}/step_00000400?"), ("best", "")):
+        wanted = f"{tmp_path}/{name}: there is no such folder{hint}; give a step_* folder written by a run"
+        assert no_checkpoint(tmp_path / name) == wanted
+
+
 def test_a_format_of_the_future_is_refused(tmp_path):
     manifest(format=FORMAT + 1).write(tmp_path)
     with pytest.raises(CheckpointError, match=rf"has format {FORMAT + 1}, this version reads {FORMAT}"):
@@ -78,6 +85,17 @@ def test_every_difference_that_matters_is_listed(tmp_path):
         'data_fingerprint: "d" -> "e" (the contents of data.train, or the end '
         "by which budgets are spent). Give the run another `name`"
     ) in text
+
+
+def test_packing_and_padding_are_named_where_the_data_differ(tmp_path):
+    before = manifest(config={**CONFIG, "data": {"padding": "predicted_eos", "packing": False}})
+    after = {**CONFIG, "data": {"padding": "eos", "packing": True}}
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(before, manifest(config=after, data_fingerprint="e"), tmp_path)
+    assert (
+        'data_fingerprint: "d" -> "e" (data.packing: false -> true, data.padding: "predicted_eos" -> "eos", the '
+        "contents of data.train, or the end by which budgets are spent)"
+    ) in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,12 @@ def test_bos_and_eos_are_added_where_the_template_has_none(tmp_path):
     assert (found.ids, found.predicted) == by_hand(CASES["llama 2"].one, CASES["llama 2"].names)
 
 
+def test_a_missing_tokenizer_is_not_blamed_on_its_template(tmp_path):
+    folder = write_tokenizer(tmp_path / "tokenizer", CASES["chatml"])
+    with pytest.raises(DataError, match=rf"found nothing; did you mean {folder}\?"):
+        find_template(tmp_path / "tokeniser", None)
+
+
 def test_a_named_template_and_a_file_are_found(tmp_path, monkeypatch):
     case = CASES["chatml"]
     folder = write_tokenizer(tmp_path / "tokenizer", case)
@@ -334,6 +340,10 @@ def test_a_named_template_and_a_file_are_found(tmp_path, monkeypatch):
         here.chdir(folder)
         with pytest.raises(DataError, match="wanted a tokenizer with a chat template"):
             find_template("byte", None)
+        with pytest.raises(
+            DataError, match=r"found none; give one with --chat-template FILE, or a text with --prompt$"
+        ):
+            find_template("byte", None, instead="a text with --prompt")
     for damaged in ([{"name": "default"}], ["?"]):
         (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": damaged}))
         with pytest.raises(DataError, match="wanted a tokenizer with a chat template"):

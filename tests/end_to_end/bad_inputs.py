@@ -64,7 +64,7 @@ DESCRIPTIONS = [
     (
         "parallel.tensor=2",
         3,
-        r"the run has 3 rank\(s\), but parallel\.tensor=2 .* needs a multiple of 2; start 2 ranks",
+        r"the run has 3 rank\(s\), but parallel\.tensor=2 .* needs a multiple of 2; .* ranks that fit: 2",
     ),
     # settings that do not go together
     ("parallel.sequence=true", 1, r"parallel\.sequence is true but parallel\.tensor is 1"),

@@ -182,6 +182,7 @@ def test_mistakes_are_named(models, pairs, tmp_path):
             [*likelihood, pairs, "--text-key", "text", "--context", "16"],
             "--context 16: the context (16 tokens) must be",
         ),
+        ([*likelihood, pairs, "--text-key", "text", "--prompt-key", "prompt"], "give one or the other"),
         ([*likelihood, pairs, "--draws", "5"], "--draws: must be even and at least 4, got 5"),
     ]:
         code, _, err = call(*command)
@@ -206,6 +207,14 @@ def test_a_hugging_face_folder_gives_its_runs_text_and_likelihoods(models, expor
         said[model] = text.out, json.loads((tmp_path / "out.json").read_text())["items"]
         assert str(model) in found.out
     assert said[models["hybrid"]] == said[exported]
+
+
+def test_a_message_to_a_model_of_text_is_warned_of_if_its_data_are_known(models, exported, tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    options = ("--message", "ab", "--chat-template", tmp_path / "t.jinja", "--num-tokens", "2", "--steps", "2")
+    for model, is_warned in ((models["hybrid"], True), (exported, False)):
+        ended = call("tools/generate.py", "--model", model, *options)
+        assert (ended.code, "training data name no chat template" in ended.err) == (0, is_warned), ended.err
 
 
 def test_a_folder_that_is_neither_is_refused_in_one_sentence(exported, tmp_path):

@@ -78,7 +78,7 @@ def test_lines_are_read_and_mistakes_are_named(tmp_path):
     assert read_lines(path, ["prompt", "completion"]) == [("a", "b"), ("", "c")]
     for text, message in [
         ('{"prompt": 3}\n', r"texts.jsonl:1: wanted a string under 'prompt', found 3; .*\['prompt'\]"),
-        ('{"a": "b"}\n', "wanted a string under 'prompt', found nothing"),
+        ('{"a": "b"}\n', r"wanted a string under 'prompt', found nothing; .*; choose with --prompt-key"),
         ("[]\n", "wanted a JSON object, found a list"),
         ('{"prompt": "a"}\n{"prompt"\n', "texts.jsonl:2: wanted a JSON object, found text that is none"),
         ("\n", "found an empty file"),
@@ -86,8 +86,10 @@ def test_lines_are_read_and_mistakes_are_named(tmp_path):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             read_lines(path, ["prompt"])
-    with pytest.raises(DataError, match="found nothing"):
+    with pytest.raises(DataError, match=r"found nothing$"):
         read_lines(tmp_path / "none.jsonl", ["prompt"])
+    with pytest.raises(DataError, match=rf"found nothing; did you mean {path}\?$"):
+        read_lines(tmp_path / "texts.json", ["prompt"])
 
 
 def test_texts_are_read_as_python_and_pandas_write_them(tmp_path):
