@@ -94,17 +94,26 @@ def _answer(line: Mapping[str, Any]) -> Fullest | Refused:
     return Refused(**line) if "sentence" in line else Fullest(**line)
 
 
+def loaded(path: Path) -> RunConfig | Refused:
+    """Return a description, or why it cannot be read."""
+    try:
+        return load_config(path, [], RunConfig)
+    except MegadiffError as error:
+        return Refused(str(error))
+
+
 def _main(folder: str, *ranks: str) -> None:
     """Write one line of JSON with an answer for every description in a folder."""
     from megadiff.platform.quiet import quiet
 
     answers: list[Fullest | Refused] = []
     with quiet():
-        configs = [load_config(Path(folder, f"{number}.yaml"), [], RunConfig) for number in range(len(ranks))]
-        load_engine(configs)
+        configs = [loaded(Path(folder, f"{number}.yaml")) for number in range(len(ranks))]
+        load_engine([config for config in configs if isinstance(config, RunConfig)])
         for config, world_size in zip(configs, ranks, strict=True):
             try:
-                answers.append(fullest_rank(config, ranks=int(world_size)))
+                is_read = isinstance(config, RunConfig)
+                answers.append(fullest_rank(config, ranks=int(world_size)) if is_read else config)
             except MegadiffError as error:
                 answers.append(Refused(str(error)))
     sys.stdout.write(json.dumps([asdict(answer) for answer in answers]) + "\n")

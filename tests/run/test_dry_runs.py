@@ -49,3 +49,12 @@ def test_answers_are_those_of_the_command(toy_corpus: Path, tmp_path: Path) -> N
 def test_no_answer_in_time_is_none(toy_corpus: Path, tmp_path: Path) -> None:
     run = RunConfig.model_validate(toy_tree(toy_corpus, tmp_path))
     assert dry_runs.dry_runs([(run, 1)], limit_s=0.01) is None
+
+
+def test_a_description_that_cannot_be_read_is_refused_beside_the_others(toy_corpus: Path, tmp_path: Path) -> None:
+    read = write_yaml(tmp_path / "0.yaml", toy_tree(toy_corpus, tmp_path))
+    unread = write_yaml(tmp_path / "1.yaml", {**toy_tree(toy_corpus, tmp_path), "unheard": 1})
+    assert isinstance(dry_runs.loaded(read), RunConfig)
+    refused = dry_runs.loaded(unread)
+    assert isinstance(refused, dry_runs.Refused)
+    assert "unheard" in refused.sentence
