@@ -1,7 +1,8 @@
 """One training run on a real two-node Slurm, interrupted in seven ways, ends on the curve of an undisturbed run.
 
 Each test waits until the run has taken some steps, disturbs it, and waits for the attempt that follows. They share the
-run, so that each costs one start and not two; any one of them can be run alone.
+run, so that each costs one start and not two; any interruption can be tested alone. Every name in it is hostile, so
+that no other run has to be trained for that.
 """
 
 from __future__ import annotations
@@ -11,14 +12,23 @@ import signal
 import pytest
 
 from tests.slurm.local_cluster import wait_for
-from tests.slurm.training import Training, copy_of_the_commands, curve_of, job_facts, wait_for_end
+from tests.slurm.training import (
+    HOSTILE,
+    Training,
+    canaries,
+    copy_of_the_commands,
+    curve_of,
+    job_facts,
+    wait_for_end,
+    wait_for_state,
+)
 from tests.support.commands import write_yaml
 from tests.support.ranks import on_ranks
 from tests.support.runs import RunConfig, toy_tree, train_on_rank
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
-EVERY, LEAD_S = 5, 100
+EVERY, LEAD_S = 3, 100
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +52,26 @@ def tree(toy_corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def training(cluster, tree, tmp_path_factory):
-    home = copy_of_the_commands(tmp_path_factory.mktemp("home") / "megadiff", site="MEGADIFF_RANKS_PER_NODE=1\n")
-    config = write_yaml(tmp_path_factory.mktemp("config") / "run.yaml", tree)
-    command = ("pretrain", "--config", config, "--nodes=2", "--time=30", f"--lead={LEAD_S}")
-    training = Training(cluster, RunConfig.model_validate(tree).folder, command, home)
-    training.submit()
+def home(tmp_path_factory):
+    return copy_of_the_commands(tmp_path_factory.mktemp("home") / f"a {HOSTILE}", site="MEGADIFF_RANKS_PER_NODE=1\n")
+
+
+@pytest.fixture(scope="module")
+def launch_folder(tmp_path_factory):
+    """Where the user is and the description lies; the runs are below it."""
+    return tmp_path_factory.mktemp("launch")
+
+
+@pytest.fixture(scope="module")
+def training(cluster, tree, home, launch_folder):
+    output = launch_folder / "out\n$(touch CANARY) 100% %j"
+    config = write_yaml(launch_folder / f"- {HOSTILE}.yaml", tree).name
+    command = (
+        "pretrain", "--config", config, "--nodes=2", "--time=30", f"--lead={LEAD_S}", f"name={HOSTILE}",
+        f"output_dir={output}",
+    )  # fmt: skip
+    training = Training(cluster, output / HOSTILE, command, home)
+    training.submit(cwd=launch_folder)
     yield training
     cluster.call("scancel", training.job, check=False)
 
@@ -72,7 +96,7 @@ def test_the_time_limit_is_near(training, cluster):
     wait_for(lambda: training.status["state"] == "stopped", f"the stop: {training.log()}", timeout_s=500)
     stopped = training.status
     assert "USR2" in stopped["reason"], stopped
-    wait_for(lambda: job_facts(cluster, training.job)["JobState"] == "PENDING", "the queue", timeout_s=300)
+    wait_for_state(cluster, training.job, "PENDING", timeout_s=300)
     cluster.call("scontrol", "update", f"JobId={training.job}", "TimeLimit=30")
 
     training.wait_for_restart()
@@ -126,7 +150,7 @@ def test_a_node_is_lost(training, cluster):
     """The job waits in the queue until the node is back."""
     step = training.wait_for_steps(EVERY)
     cluster.lose_node(cluster.nodes[1])
-    wait_for(lambda: job_facts(cluster, training.job)["JobState"] == "PENDING", "the queue", timeout_s=450)
+    wait_for_state(cluster, training.job, "PENDING", timeout_s=450)
     cluster.start_node(cluster.nodes[1])
 
     training.wait_for_restart()
@@ -134,7 +158,7 @@ def test_a_node_is_lost(training, cluster):
     check_resumed(training, after=last_complete(step))
 
 
-def test_the_user_cancels(training, cluster):
+def test_the_user_cancels(training, cluster, launch_folder):
     """A cancelled job stays cancelled; the same command goes on where it was saved."""
     training.wait_for_steps(EVERY)
     restarts = job_facts(cluster, training.job)["Restarts"]
@@ -145,7 +169,7 @@ def test_the_user_cancels(training, cluster):
     stopped = training.status
     assert stopped["state"] == "stopped", stopped
 
-    training.submit(f"schedule.steps={stopped['step'] + 3 * EVERY}")
+    training.submit(f"schedule.steps={stopped['step'] + 3 * EVERY}", cwd=launch_folder)
     training.wait_until_running()
 
     check_resumed(training, after=stopped["step"])
@@ -162,3 +186,20 @@ def test_the_run_ends_on_the_undisturbed_curve(training, tree, cluster):
     assert status["state"] == "finished"
     assert "the run is finished" in training.batch_log()
     assert curve_of(training.lines) == curve_of(undisturbed.lines)
+
+
+def test_hostile_names_stay_names(training, home, launch_folder, cluster):
+    """Quotes, substitutions, newlines and the patterns of sbatch in every name there is: trained, nothing executed."""
+    facts = wait_for_end(cluster, training.job)
+
+    assert facts["ExitCode"] == "0:0", training.log()
+    names = {path.name for path in (training.folder / "slurm").iterdir()}
+    attempts = [f"{training.job}.{number}" for number in range(int(facts["Restarts"]) + 1)]
+    assert {name for name in names if name.startswith(f"{training.job}.")} == {
+        f"{training.job}.out",
+        f"{training.job}.attempts.jsonl",
+        f"{attempts[0]}.preflight.log",
+        *(f"{attempt}.node{node}.log" for attempt in attempts for node in (0, 1)),
+    }
+    assert {name.split(".")[0] for name in names} == set(training.jobs)
+    assert not canaries(cluster, launch_folder, home)

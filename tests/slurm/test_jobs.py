@@ -6,14 +6,34 @@ import json
 
 import pytest
 
-from tests.slurm.training import Training, copy_of_the_commands, job_facts, submit, submit_all, wait_for_end
-from tests.support.commands import REPOSITORY, write_yaml
+from megadiff.metric_lines import read_metrics
+from megadiff.run.sweep_folder import plan_sweep, states, write_sweep
+from tests.slurm.local_cluster import wait_for
+from tests.slurm.training import (
+    HOSTILE,
+    START_S,
+    canaries,
+    copy_of_the_commands,
+    job_facts,
+    submit,
+    wait_for_end,
+    wait_until_gone,
+)
+from tests.support.commands import write_yaml
 from tests.support.runs import toy_tree
+from tests.support.sweeps import content_of, run_pool, write_description
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
-HOSTILE = 'it\'s a "$(touch CANARY)" `touch CANARY` ${HOME} %j;touch CANARY& -x é'
 CPU = "MEGADIFF_RANKS_PER_NODE=1\n"
+NAME = "the folder's $(touch CANARY) %j"
+REQUEUED, SECOND, DIVERGED = (
+    "masked-L1-D16-b8-lr0.002-s0", "masked-L1-D32-b8-lr0.002-s0", "masked-L1-D32-b8-lr1e+30-s0",
+)  # fmt: skip
+GRID = [
+    {"sequences": [8], "learning_rates": [0.002], "shapes": ["1x16x2", "1x32x2"]},
+    {"sequences": [8], "learning_rates": [1e30], "shapes": ["1x32x2"]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +55,15 @@ def doomed(cluster, tree, tmp_path_factory):
     home = copy_of_the_commands(folder / "home", site=CPU + "MEGADIFF_CONTAINER=(false)\n")
     config = write_yaml(folder / "run.yaml", {**tree, "output_dir": str(folder)})
     return folder / "toy", submit(cluster, home, "pretrain", "--config", config, "--nodes=2", "--time=30")
+
+
+def written(folder, corpus):
+    """The folder of a sweep of three runs, two of which can finish."""
+    base = {"checkpoint": {"every": 50}, "optimizer__clip_grad": 0.0, "stop__grace_period_s": 20}
+    description = write_description(folder, corpus, base=base, budgets={"flops": [4e7, 7e8]}, grid=GRID)
+    plan = plan_sweep(description)
+    write_sweep(plan)
+    return plan.folder
 
 
 def test_a_users_mistake_ends_the_job_before_it_trains(cluster, home, tree, tmp_path):
@@ -62,41 +91,6 @@ def test_a_users_mistake_ends_the_job_before_it_trains(cluster, home, tree, tmp_
     assert not list(logs.glob("*.node*.log")), "no rank was started"
 
 
-def test_hostile_names_stay_names(cluster, home, tree, tmp_path):
-    """Quotes, substitutions, newlines and the patterns of sbatch in every name there is: trained, nothing executed."""
-    output = tmp_path / "out\n$(touch CANARY) 100% %j"
-    config = tmp_path / f"- {HOSTILE}.yaml"
-    write_yaml(config, {**tree, "schedule": {"steps": 6, "warmup_steps": 1}})
-    training = Training(
-        cluster,
-        output / HOSTILE,
-        ("pretrain", "--config", config.name, "--nodes=2", "--time=30", f"name={HOSTILE}", f"output_dir={output}"),
-        home,
-    )
-    training.submit(cwd=tmp_path)
-
-    facts = wait_for_end(cluster, training.job)
-
-    assert facts["ExitCode"] == "0:0", training.log()
-    assert training.status["state"] == "finished"
-    assert [line["step"] for line in training.lines] == list(range(1, 7))
-    names = {path.name for path in (output / HOSTILE / "slurm").iterdir()}
-    attempt = f"{training.job}.0"
-    assert names == {
-        f"{training.job}.out",
-        f"{training.job}.attempts.jsonl",
-        f"{attempt}.preflight.log",
-        f"{attempt}.node0.log",
-        f"{attempt}.node1.log",
-    }
-    assert not [
-        *tmp_path.rglob("CANARY"),
-        *home.rglob("CANARY"),
-        *REPOSITORY.glob("CANARY"),
-        *cluster.folder.rglob("CANARY"),
-    ]
-
-
 def test_a_node_has_as_many_ranks_as_it_has_gpus(cluster, tree, tmp_path):
     """What would be run in a container is printed by `echo` in its place."""
     home = copy_of_the_commands(tmp_path / "home", site="MEGADIFF_CONTAINER=(echo)\n")
@@ -116,44 +110,45 @@ def test_a_node_has_as_many_ranks_as_it_has_gpus(cluster, tree, tmp_path):
     assert log.count(f"bash {home}/slurm/node.sh {home} {logs}/{job}.0 --config={config}") == 2
 
 
-def test_preprocessing_makes_shards_and_merges_them(cluster, home, tmp_path):
-    files = [tmp_path / "-a.jsonl", tmp_path / "b $(touch CANARY).jsonl"]
-    for file in files:
-        file.write_text(json.dumps({"text": file.name}) + "\n")
-    _, merging = submit_all(
-        cluster, home, "preprocess", "--output-prefix", tmp_path / "data/a $(touch CANARY)", "--tokenizer=byte",
-        "--time=5", "--tasks=2", "--input", *files, "--", "--append-eod",
+def test_a_sweep_with_a_failed_and_a_requeued_task(cluster, home, toy_corpus, tmp_path):
+    """Each row trains its run, whatever happens to another one, and a job may wait for one of them."""
+    folder = written(tmp_path / NAME, toy_corpus)
+    rows = folder / "rows.txt"
+    assert "'eval.at_flops=[" in rows.read_text(), "one setting has a space"
+    job = submit(cluster, home, "sweep", "--config", folder / "base.yaml", "--rows", rows, "--time=30", "--at-once=3")
+    (folder / "runs" / SECOND).mkdir(parents=True, exist_ok=True)  # its task may have begun, or not yet
+    evaluation = submit(
+        cluster, home, "evaluate", "--model", folder / "runs" / SECOND, "--data", toy_corpus, "--time=10",
+        f"--dependency=afterok:{job}_1", "--", "--sequences=4", "--noise-levels=2", "--output", tmp_path / "elbo.json",
     )  # fmt: skip
+    run = folder / "runs" / REQUEUED
 
-    facts = wait_for_end(cluster, merging)
+    def has_begun() -> bool:
+        return any(line["step"] > 75 for line in read_metrics(run / "metrics.jsonl"))
 
-    logs = "\n".join(path.read_text() for path in (tmp_path / "data").glob("slurm/*/*.out"))
-    assert facts["JobState"] == "COMPLETED", logs
-    manifest = json.loads((tmp_path / "data/a $(touch CANARY).json").read_text())
-    assert manifest["tokens"] == sum(len(file.name) + 1 for file in files)
-    assert not list(tmp_path.rglob("CANARY"))
+    wait_for(has_begun, f"the steps of {REQUEUED}", timeout_s=START_S)
+    cluster.call("scontrol", "requeue", f"{job}_0")
+    wait_until_gone(cluster, job, evaluation, timeout_s=2 * START_S)
 
+    found = {each.name: each for each in states(folder)}
+    logs = "\n".join(path.read_text()[-2000:] for path in folder.glob("runs/*/slurm/*.out"))
+    assert {name: each.state for name, each in found.items()} == {
+        REQUEUED: "finished", SECOND: "finished", DIVERGED: "diverged",
+    }, logs  # fmt: skip
+    assert all(found[name].step == found[name].steps for name in (REQUEUED, SECOND)), found
+    assert found[REQUEUED].steps != found[SECOND].steps
+    assert len(list((run / "slurm").glob("*.attempts.jsonl"))) == 1
+    assert {path.name.split(".")[1] for path in (run / "slurm").glob("*.node0.log")} == {"0", "1"}, "two attempts"
+    assert job_facts(cluster, evaluation)["JobState"] == "COMPLETED", logs
+    assert json.loads((tmp_path / "elbo.json").read_text())["step"] == found[SECOND].steps
+    assert not canaries(cluster, tmp_path, home)
 
-def test_a_sweep_trains_a_run_for_each_row_and_a_run_can_be_evaluated(cluster, home, tree, toy_corpus, tmp_path):
-    config = write_yaml(tmp_path / "run.yaml", {**tree, "output_dir": str(tmp_path / "runs")})
-    rows = tmp_path / "rows.txt"
-    rows.write_text("name='first one' schedule.steps=4\nname=second schedule.steps=5\n")
-    sweep = submit(cluster, home, "sweep", "--config", config, "--rows", rows, "--time=30")
-    measure = (
-        "evaluate", "--model", tmp_path / "runs/second", "--data", toy_corpus, "--time=10",
-        f"--dependency=afterok:{sweep}", "--", "--sequences=4", "--noise-levels=2", "--output", tmp_path / "elbo.json",
-    )  # fmt: skip
-    (tmp_path / "runs/second").mkdir(exist_ok=True)  # the sweep may have begun
-    evaluation = submit(cluster, home, *measure)
-
-    facts = wait_for_end(cluster, evaluation, timeout_s=1000)
-
-    logs = "\n".join(path.read_text() for path in tmp_path.glob("runs/*/slurm/*.out"))
-    assert facts["JobState"] == "COMPLETED", logs
-    for name, steps in (("first one", 4), ("second", 5)):
-        status = json.loads((tmp_path / "runs" / name / "status.json").read_text())
-        assert (status["state"], status["step"]) == ("finished", steps)
-    assert json.loads((tmp_path / "elbo.json").read_text())["step"] == 5
+    here = written(tmp_path / "here", toy_corpus)
+    for name in (SECOND, DIVERGED):
+        (here / "runs" / name).mkdir(parents=True)
+        (here / "runs" / name / "status.json").write_text((run.parent / name / "status.json").read_text())
+    run_pool(here)
+    assert content_of(run)["figures"] == content_of(here / "runs" / REQUEUED)["figures"]
 
 
 def test_converting_says_when_this_version_cannot(cluster, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
+import io
 import os
 import re
 import shlex
@@ -55,17 +57,29 @@ def refused(arguments: list, said: str) -> None:
         slurm_job.submit(slurm_job.build_job(asked, home=REPOSITORY), dry_run=True)
 
 
-def planned(*arguments: str | Path, **options) -> list[list[str]]:
+def words_of(text: str) -> list[list[str]]:
     """The words of the printed command, then those of each array task."""
-    job, *rest = arguments
-    done = call(job, "--dry-run", *rest, **options)
+    command, *tasks = text.split("\n# task ")
+    return [shlex.split(command), *(shlex.split(line.split(": ", 1)[1]) for line in tasks)]
+
+
+def printed(job: str, *arguments: str | Path, **options) -> list[list[str]]:
+    """What the command prints in a dry run."""
+    done = call(job, "--dry-run", *arguments, **options)
     assert done.returncode == 0, done.stderr
-    text, *tasks = done.stdout.split("\n# task ")
-    return [shlex.split(text), *(shlex.split(line.split(": ", 1)[1]) for line in tasks)]
+    return words_of(done.stdout)
+
+
+def planned(job: str, *arguments: str | Path) -> list[list[str]]:
+    """What the command prints in a dry run, without a process for it."""
+    asked = command_line.read_command_line([job, *map(str, arguments)])
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        slurm_job.submit(slurm_job.build_job(asked, home=REPOSITORY), dry_run=True)
+    return words_of(text.getvalue())
 
 
 def test_a_training_run(config, tmp_path):
-    [words] = planned(
+    [words] = printed(
         "pretrain", "--config", config, "--nodes=16", "--gpus-per-node=8", "--time=1-00:00:00", "seed=5", "--lead=600",
         "--partition=gpu", "--account=me", "--dependency=afterok:12", "--sbatch=--qos=high", "noise.shift=masked",
     )  # fmt: skip
@@ -81,7 +95,7 @@ def test_a_training_run(config, tmp_path):
 
 def test_a_hostile_name_stays_one_word(config, tmp_path):
     folder = tmp_path / "a\nb 100% $(touch CANARY)"
-    [words] = planned(
+    [words] = printed(
         "pretrain", "--config", config, "--time=9", "--lead=60", f"name={HOSTILE}", f"output_dir={folder}", cwd=tmp_path
     )
     run = folder / HOSTILE

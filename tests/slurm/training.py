@@ -13,26 +13,36 @@ import psutil
 
 from megadiff.metric_lines import read_metrics
 from tests.slurm.local_cluster import LocalCluster, wait_for
+from tests.support.commands import REPOSITORY
 
+HOSTILE = 'it\'s a "$(touch CANARY)" `touch CANARY` ${HOME} %j;touch CANARY& -x é'
+"""A name of quotes, substitutions and a pattern of sbatch, which would make a file if any of it were executed."""
 COMPARED = ("loss", "elbo", "grad_norm", "lr")
 START_S = 240.0
 """Queue, check, torchrun and the imports of two ranks on two busy cores."""
+ASK_S = 0.5
+"""Seconds between two questions to the scheduler: each one starts a process, which the jobs would have to wait for."""
 
 
 def copy_of_the_commands(home: Path, *, site: str) -> Path:
     """The repository's commands under another path, with a `slurm/site.env` of its own."""
-    repository = Path(__file__).resolve().parents[2]
     (home / "slurm").mkdir(parents=True)
-    for source in (repository / "slurm").iterdir():
+    for source in (REPOSITORY / "slurm").iterdir():
         if source.is_file() and source.name != "site.env":
             (home / "slurm" / source.name).write_bytes(source.read_bytes())
             (home / "slurm" / source.name).chmod(source.stat().st_mode)
     for name in ("megadiff", "tools", "pretrain_dlm.py"):
-        (home / name).symlink_to(repository / name)
+        (home / name).symlink_to(REPOSITORY / name)
     (home / "slurm/site.env").write_text(
         f"MEGADIFF_PYTHON={sys.executable}\nMEGADIFF_HOST_PYTHON={sys.executable}\n{site}"
     )
     return home
+
+
+def canaries(cluster: LocalCluster, *folders: Path) -> list[Path]:
+    """Files that a name has made which was executed, where the commands were started or in these folders."""
+    found = [path for folder in (*folders, cluster.folder) for path in folder.rglob("CANARY*")]
+    return [*found, *REPOSITORY.glob("CANARY*")]
 
 
 def submit(
@@ -78,9 +88,28 @@ def job_facts(cluster: LocalCluster, job: str) -> dict[str, str]:
 
 def wait_for_end(cluster: LocalCluster, job: str, *, timeout_s: float = START_S) -> dict[str, str]:
     """The facts of a job that has ended for good."""
-    ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
-    wait_for(lambda: job_facts(cluster, job)["JobState"] in ended, f"the end of job {job}", timeout_s=timeout_s)
+    wait_for_state(cluster, job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=timeout_s)
     return job_facts(cluster, job)
+
+
+def wait_for_state(cluster: LocalCluster, job: str, *states: str, timeout_s: float) -> None:
+    """Until the job is in one of these states."""
+    wait_for(
+        lambda: job_facts(cluster, job)["JobState"] in states,
+        f"job {job} to be {' or '.join(states)}",
+        timeout_s=timeout_s,
+        every_s=ASK_S,
+    )
+
+
+def wait_until_gone(cluster: LocalCluster, *jobs: str, timeout_s: float) -> None:
+    """Until none of the jobs, by the id of the array where it is one, is in the queue or runs."""
+    wait_for(
+        lambda: not set(jobs) & set(cluster.call("squeue", "-h", "-o", "%F").split()),
+        f"the end of jobs {', '.join(jobs)}",
+        timeout_s=timeout_s,
+        every_s=ASK_S,
+    )
 
 
 class Training:
@@ -88,11 +117,13 @@ class Training:
 
     def __init__(self, cluster: LocalCluster, folder: Path, command: tuple[str | Path, ...], home: Path) -> None:
         self.cluster, self.folder, self.job, self.attempt = cluster, folder, "", 0
+        self.jobs: list[str] = []
         self._command, self._home = command, home
 
-    def submit(self, *overrides: str, cwd: Path | None = None) -> None:
+    def submit(self, *overrides: str, cwd: Path) -> None:
         """Submit it, for the first time or again."""
         self.job, self.attempt = submit(self.cluster, self._home, *self._command, *overrides, cwd=cwd), 0
+        self.jobs.append(self.job)
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -158,7 +189,7 @@ class Training:
     def resumed_after(self) -> int:
         """The step after which the present attempt went on."""
         log = (self.folder / "slurm" / f"{self.job}.{self.attempt}.node0.log").read_text()
-        found = re.search(r"resuming from .* after step (\d+) of", log)
+        found = re.search(r"resuming from .*? after step (\d+) of", log, flags=re.DOTALL)  # of a path with newlines
         assert found is not None, log
         return int(found.group(1))
 
