@@ -60,7 +60,7 @@ def doomed(cluster, tree, tmp_path_factory):
 def written(folder, corpus):
     """The folder of a sweep of three runs, two of which can finish."""
     base = {"checkpoint": {"every": 50}, "optimizer__clip_grad": 0.0, "stop__grace_period_s": 20}
-    description = write_description(folder, corpus, base=base, budgets={"flops": [4e7, 7e8]}, grid=GRID)
+    description = write_description(folder, corpus, base=base, budgets={"flops": [4e7, 1.2e9]}, grid=GRID)
     plan = plan_sweep(description)
     write_sweep(plan)
     return plan.folder
