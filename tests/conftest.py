@@ -18,6 +18,7 @@ imitate_where_asked()
 LONG = ("distributed", "docs", "end_to_end", "testing", "tools")
 """Folders with files that take a minute or more each."""
 CHECKS_SHAPES = os.environ.get("MEGADIFF_CHECK_SHAPES") == "1"
+gc.disable()  # until the tests are collected: what is imported stays, and the collector would walk through it again
 if CHECKS_SHAPES:  # before anything imports the modules, so for whole runs of pytest
     shapes.install()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` and nohup make all children ignore Ctrl-C
@@ -34,6 +35,7 @@ def pytest_collection_finish():
     if CHECKS_SHAPES:
         shapes.check_named_tuples()
     gc.collect()
+    gc.enable()
     gc.freeze()  # modules and tests stay; no collection here or in a forked rank has to walk through them again
 
 

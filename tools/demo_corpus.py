@@ -143,9 +143,10 @@ def main() -> None:
     """Parse the command line and write the corpus."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="output folder, created if missing")
+    parser.add_argument("--part", default="", metavar="FOLDER", help="read this folder of the library alone: asyncio")
     parser.add_argument("--packages", action="store_true", help="read the installed packages too (some minutes)")
     arguments = parser.parse_args()
-    output, library = arguments.output, Path(sysconfig.get_path("stdlib"))
+    output, library = arguments.output, Path(sysconfig.get_path("stdlib"), arguments.part)
     packages = Path(sysconfig.get_path("purelib")) if arguments.packages else None
     print(f"reading the documentation in {library} (some seconds)", flush=True)
     try:

@@ -73,6 +73,11 @@ def _copy_or_link(source, target):
     return os.link(source, target) if Path(source).parent.name.startswith("step_") else shutil.copy2(source, target)
 
 
+def _inodes(folder: Path) -> tuple[tuple[str, int], ...]:
+    """Names and inodes: in states with the same ones the files are the same."""
+    return tuple(sorted((path.name, path.stat().st_ino) for path in folder.iterdir()))
+
+
 def _same_files(one: Path, other: Path) -> bool:
     names = sorted(path.name for path in one.iterdir())
     return names == sorted(path.name for path in other.iterdir()) and all(
@@ -90,13 +95,15 @@ def test_a_kill_before_any_disk_change_leaves_a_whole_checkpoint(toy_corpus, tmp
     counts = on_ranks(ranks, _states_of_a_save, config, ranks, states)
     new = tmp_path / "toy/checkpoints/step_00000003"
     found = {"old": 0, "new": 0}
-    told = set()
+    told, verified = set(), set()
     for state in sorted(states.iterdir()):
         told.add((state / "what").read_text().split()[0])
         newest = newest_complete(state)
         assert newest is not None, state
-        verify_files(newest, hashes=True)
-        assert _same_files(newest, {"step_00000002": old, "step_00000003": new}[newest.name]), state
+        if (inodes := _inodes(newest)) not in verified:  # links to the same files in most states
+            verify_files(newest, hashes=True)
+            assert _same_files(newest, {"step_00000002": old, "step_00000003": new}[newest.name]), state
+            verified.add(inodes)
         complete = [path for path in (state / "checkpoints").glob("step_*") if (path / "manifest.json").is_file()]
         assert len(complete) >= 2, f"{state}: two whole ones stay at every moment"
         found["new" if newest.name == new.name else "old"] += 1

@@ -8,20 +8,38 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
 import pytest
 import yaml
 
-from megadiff.errors import ConfigError
+from megadiff.errors import ConfigError, MegadiffError
+from megadiff.run.config import RunConfig
 from megadiff.run.dry_runs import Fullest, Refused
 from megadiff.scaling.laws import Estimate, Excluded, Law, LawFile, write_law_file
 from tests.support.commands import REPOSITORY
 from tests.support.forked_command import call_forked
 
 
-def plan(*words: str) -> str:
+def _dry_run_in_this_process() -> None:
+    """Have dry runs made here: the process that the command starts for them imports for eight CPU seconds."""
+    from megadiff.run import dry_runs
+
+    def answered(runs: Sequence[tuple[RunConfig, int]], limit_s: float) -> list[Fullest | Refused]:
+        answers: list[Fullest | Refused] = []
+        for config, ranks in runs:
+            try:
+                answers.append(dry_runs.fullest_rank(config, ranks=ranks))
+            except MegadiffError as error:
+                answers.append(Refused(str(error)))
+        return answers
+
+    dry_runs.dry_runs = answered
+
+
+def plan(*words: str, before: Callable[[], None] | None = None) -> str:
     """Return what the command prints that ends well."""
-    ended = call_forked("tools/plan.py", *words)
+    ended = call_forked("tools/plan.py", *words, before=before)
     assert ended.code == 0, ended.out + ended.err
     return ended.out
 
@@ -99,12 +117,13 @@ def test_a_plan_builds_on_a_base_file(tmp_path):
     )
     output = tmp_path / "plan.yaml"
     base = str(tmp_path / "own/base.yaml")
-    plan("--flops", "1e18", "--noise", "masked", "--vocab-size", "260", "--output", str(output), "--base", base)
+    goal = ("--flops", "1e18", "--noise", "masked")
+    plan(*goal, "--vocab-size", "260", "--output", str(output), "--base", base, before=_dry_run_in_this_process)
     found = yaml.safe_load(output.read_text())
     assert found["base"] == "own/base.yaml"
     assert found["data"] == {"vocab_size": 260}
-    words = ("--flops", "1e18", "--noise", "masked", "--output", tmp_path / "other.yaml", "--base", base)
-    other = call_forked("tools/plan.py", *words)
+    words = (*goal, "--output", tmp_path / "other.yaml", "--base", base)
+    other = call_forked("tools/plan.py", *words, before=_dry_run_in_this_process)
     assert other.code == 2
     assert "the tokenizer byte has 260 ids with its mask; set it to that" in other.err
     assert other.err.endswith("(here with --vocab-size)\n")

@@ -31,7 +31,8 @@ with quiet():
 
 DEVICE: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, ROWS, MICROBATCHES = 512, 2, 2
-PLAIN: dict[str, Any] = {"layers": 4, "hidden": 256, "heads": 4, "seq_length": 128, "head_init": 0.02}
+WIDTH, LENGTH = (256, 128) if DEVICE == "cuda" else (128, 32)
+PLAIN: dict[str, Any] = {"layers": 4, "hidden": WIDTH, "heads": 4, "seq_length": LENGTH, "head_init": 0.02}
 GIDD: dict[str, Any] = {
     **PLAIN,
     "qk_norm": "full",

@@ -74,9 +74,9 @@ environment=() training=(--seconds LEFT) head=() fp8=()
 if [[ ${GPU_REHEARSAL:-} ]]; then
   export MEGADIFF_REHEARSE_GPU=1 CUDA_VISIBLE_DEVICES=
   environment=(--platform cpu)
-  training=(--seconds LEFT --platform cpu --models tiny --steps 1)
+  training=(--seconds LEFT --platform cpu --models tiny --steps 1 --seq-length 256)
   head=(--platform cpu --hidden 64 --vocab-size 512 --tokens 64 --plain-tokens 32 --rounds 1)
-  fp8=(--platform cpu --steps 10 model.layers=1 model.hidden=32 model.heads=2 model.seq_length=32
+  fp8=(--platform cpu --steps 10 --part asyncio model.layers=1 model.hidden=32 model.heads=2 model.seq_length=32
     batch.global_batch_size=4 batch.micro_batch_size=2 eval.sequences=8)
 fi
 part environment 40 "$python" tools/benchmarks/gpu_environment.py --output "$out" "${environment[@]}"

@@ -37,6 +37,7 @@ def main() -> None:
         "--recipes", nargs="+", default=["tensorwise"], help="values of precision.fp8 (default tensorwise)"
     )
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--part", default="", metavar="FOLDER", help="read this folder of the library alone: asyncio")
     add_platform(parser)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for fp8_quality.json (default: here)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _compared(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    _run("tools/demo_corpus.py", "--output", folder / "corpus")
+    _run("tools/demo_corpus.py", "--output", folder / "corpus", "--part", arguments.part)
     for split in ("train", "valid"):
         _run(
             "tools/preprocess_data.py", "--input", folder / f"corpus/{split}.jsonl", "--output-prefix", folder / split,

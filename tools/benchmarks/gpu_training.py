@@ -35,8 +35,8 @@ _EPILOG = """examples:
   python tools/benchmarks/gpu_training.py --output results
   python tools/benchmarks/gpu_training.py --models 1.7b --precisions bf16 tensorwise --noise masked --seconds 60
 
-Each line is a separate run, wired as in training, on random sequences: AdamW, master weights in float32, sequences of
-2048 tokens, no recomputation if it fits. Model FLOPs are counted in full: a token's attention over its whole sequence,
+Each line is a separate run, wired as in training, on random sequences: AdamW, master weights in float32, no
+recomputation if it fits. Model FLOPs are counted in full: a token's attention over its whole sequence,
 and the head at every position, even where masked noise does not compute it (`cost.matrix_flops_per_token`).
 Recomputation never counts. MFU is relative to the datasheet's 989 TFLOP/s (dense bf16, also for FP8), "of ceiling" to
 a large bf16 product measured in the same run. A microbatch that does not fit in memory is halved. The last column
@@ -45,7 +45,6 @@ no failure, and neither is FP8 without Transformer Engine.
 """
 
 _DATASHEET = 989.0
-_SEQ_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--noise", default="balanced", help="noise.shift (default balanced)")
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed (default 8)")
+    parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a sequence (default 2048)")
     parser.add_argument("--accumulation", type=int, default=2, help="microbatches of a step (default 2)")
     parser.add_argument(
         "--seconds", type=float, default=240.0, help="leave out runs that would end later (default 240)"
@@ -222,7 +222,7 @@ def _description(folder: Path, model: Model, precision: str, micro: int, argumen
     tree = {
         "platform": arguments.platform,
         "model": {
-            "layers": model.layers, "hidden": model.hidden, "heads": model.heads, "seq_length": _SEQ_LENGTH,
+            "layers": model.layers, "hidden": model.hidden, "heads": model.heads, "seq_length": arguments.seq_length,
             "qk_norm": "head",
         },
         "noise": {"shift": arguments.noise},
