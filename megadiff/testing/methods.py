@@ -88,7 +88,7 @@ def check_method(
             root = folder / layout.replace(" ", "_")
             whole, resumed = (_config(corpus, root, run, {**settings, **own}) for run in ("whole", "resumed"))
             try:
-                on_ranks(world_size, _train_both, whole, resumed)
+                on_ranks(world_size, train_both, whole, resumed)
             except AssertionError as error:
                 raise AssertionError(f"{layout}: {error}") from None
             found = figures(whole)
@@ -218,7 +218,7 @@ def _config(corpus: Path, root: Path, name: str, settings: Mapping[str, Any]) ->
     return toy_config(corpus, root, **{**shared, **settings, "name": name})
 
 
-def _train_both(whole: RunConfig, resumed: RunConfig) -> None:
+def train_both(whole: RunConfig, resumed: RunConfig) -> None:
     """Train on this rank from the beginning, and from the checkpoint in the middle."""
     wire_on_rank(whole, dist.get_world_size()).train()
     dist.barrier()

@@ -18,7 +18,8 @@ from megadiff.data.conversations import ConversationOptions
 from megadiff.data.documents import Corpus
 from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.run.load_model import load_model
-from megadiff.testing.toy_run import SAVED, STEPS, copy_as_killed, figures, toy_config, wire_on_rank
+from megadiff.testing.methods import train_both
+from megadiff.testing.toy_run import SAVED, STEPS, figures, toy_config, wire_on_rank
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK
 
@@ -78,12 +79,7 @@ def sums(*, held_out: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]
 def _train_all(pairs):
     """Train on this rank from the beginning, and from the checkpoint in the middle, for each pair of runs."""
     for whole, resumed in pairs:
-        wire_on_rank(whole, dist.get_world_size()).train()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            copy_as_killed(whole.folder, resumed.folder)
-        dist.barrier()
-        wire_on_rank(resumed, dist.get_world_size()).train()
+        train_both(whole, resumed)
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,10 @@ from typing import Any
 import pytest
 
 from tests.support.commands import REPOSITORY
+from tests.support.engine_folder import FOLDER, NEEDS_ENGINE
 from tests.support.engine_without_gpu import LAYOUTS, RECIPES
 
-FOLDER = os.environ.get("MEGADIFF_TRANSFORMER_ENGINE", "")
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not FOLDER, reason="no Transformer Engine: set MEGADIFF_TRANSFORMER_ENGINE, as `make test-versions` does"
-    ),
-]
+pytestmark = NEEDS_ENGINE
 
 
 def _look(folder: str) -> dict[str, Any]:

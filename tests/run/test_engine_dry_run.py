@@ -17,15 +17,10 @@ import pytest
 from megadiff.run.config import RunConfig
 from megadiff.run.dry_runs import Fullest, dry_runs
 from tests.support.commands import REPOSITORY, write_yaml
+from tests.support.engine_folder import FOLDER, NEEDS_ENGINE
 from tests.support.forked_command import call_forked
 
-FOLDER = os.environ.get("MEGADIFF_TRANSFORMER_ENGINE", "")
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not FOLDER, reason="no Transformer Engine: set MEGADIFF_TRANSFORMER_ENGINE, as `make test-versions` does"
-    ),
-]
+pytestmark = NEEDS_ENGINE
 
 RECIPES = ("none", "delayed", "tensorwise", "blockwise")
 S, BATCH, D, F, HEADS, LAYERS = 256, 2, 256, 1024, 4, 4

@@ -58,7 +58,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def launch_folder(tmp_path_factory):
-    """Where the user is and the description lies; the runs are below it."""
+    """Return the folder of the user and the description; the runs are below it."""
     return tmp_path_factory.mktemp("launch")
 
 

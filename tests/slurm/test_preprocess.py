@@ -55,7 +55,7 @@ def restarts(cluster: LocalCluster, task: str) -> int:
 
 
 def test_killed_and_requeued_tasks_end_in_the_bytes_of_one_process(cluster, tmp_path):
-    """With names that a shell would execute."""
+    """A shell would execute the names of the files and folders."""
     files = [tmp_path / "-a.jsonl", tmp_path / "b $(touch CANARY).jsonl"]
     write_corpus(tmp_path, 6000).rename(files[0])
     files[1].write_text(json.dumps({"text": files[1].name}) + "\n")

@@ -64,14 +64,14 @@ def words_of(text: str) -> list[list[str]]:
 
 
 def printed(job: str, *arguments: str | Path, **options) -> list[list[str]]:
-    """What the command prints in a dry run."""
+    """Return what the command prints in a dry run."""
     done = call(job, "--dry-run", *arguments, **options)
     assert done.returncode == 0, done.stderr
     return words_of(done.stdout)
 
 
 def planned(job: str, *arguments: str | Path) -> list[list[str]]:
-    """What the command prints in a dry run, without a process for it."""
+    """Return what the command prints in a dry run, without a process for it."""
     asked = command_line.read_command_line([job, *map(str, arguments)])
     with contextlib.redirect_stdout(io.StringIO()) as text:
         slurm_job.submit(slurm_job.build_job(asked, home=REPOSITORY), dry_run=True)
