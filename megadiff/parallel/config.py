@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -83,7 +84,7 @@ class Layout:
     num_microbatches: int
     """Number of microbatches that each data-parallel rank runs per optimizer step."""
 
-    @property
+    @cached_property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.tensor * self.pipeline * self.data

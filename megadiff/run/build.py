@@ -30,6 +30,7 @@ from megadiff.model.kernels import describe_kernels, open_tensor_overlap
 from megadiff.optim.optimizer import Optimizer, build_optimizer
 from megadiff.parallel.objective import Objective, ShardedObjective
 from megadiff.parallel.pipeline import ModelChunk, set_loss_reduction
+from megadiff.parallel.step_metrics import work_of
 from megadiff.parallel.topology import (
     Topology,
     is_main_process,
@@ -61,7 +62,7 @@ from megadiff.run.folder import (
     write_facts,
 )
 from megadiff.run.resume import ResumeOptions, ResumeState, manifest_of, resume
-from megadiff.run.summary import description_advice, run_summary
+from megadiff.run.summary import description_advice, executed_flops, run_summary
 from megadiff.scaling.flops import FLOP_COUNTS
 from megadiff.scaling.paired import FILE_NAME
 from megadiff.supervision.launch import Launch, end_with_launcher
@@ -402,7 +403,8 @@ def build_hooks(
 
 
 def _log_hook(prepared: RunContext, context: HookContext, goodput: Goodput) -> LogHook:
-    config = prepared.config
+    config, sizes, data = prepared.config, prepared.config.sizes, prepared.data
+    flops_of = executed_flops(config, prepared.shape)
     log_snr_range = context.method.log_snr_range
     covered = None if log_snr_range is None else list(log_snr_range)
     return LogHook(
@@ -411,12 +413,12 @@ def _log_hook(prepared: RunContext, context: HookContext, goodput: Goodput) -> L
         tokens_before=config.tokens_before,
         flops_per_token=cost.matrix_flops_per_token(prepared.shape),
         flops_by_count={count: cost.flops_per_token(prepared.shape, count) for count in FLOP_COUNTS},
-        executed_flops=prepared.executed_flops,
+        executed_flops=lambda sums: flops_of(**work_of(sums)._asdict()),
         world_size=prepared.layout.world_size,
         platform=context.platform,
         sinks=context.sinks,
         extras=[goodput.record, lambda: {"log_snr_range": covered}],
-        epochs=prepared.epochs_after,
+        epochs=lambda step: data.epochs_at(sizes.samples_before(step)),
     )
 
 

@@ -28,10 +28,9 @@ from megadiff.methods import Method, MethodContext, build_method, refuse_convers
 from megadiff.model import cost
 from megadiff.model.kernels import check_kernels
 from megadiff.parallel.config import Layout
-from megadiff.parallel.step_metrics import work_of
 from megadiff.platform.machine import Platform, detect, order_launches
 from megadiff.run.config import RunConfig
-from megadiff.run.summary import executed_flops, lay_out_run, memory_shortage
+from megadiff.run.summary import lay_out_run, memory_shortage
 
 log = logging.getLogger("megadiff")
 
@@ -77,14 +76,6 @@ class RunContext:
         if (key := self.data.packed_key) is not None:
             refuse_packing(method, key)
         return method
-
-    def epochs_after(self, step: int) -> dict[str, float]:
-        """Return the number of passes through each training source in the first `step` steps."""
-        return self.data.epochs_at(self.config.sizes.samples_before(step))
-
-    def executed_flops(self, sums: list[float]) -> float:
-        """Return the FLOPs executed over all ranks, from the sums of one or several steps (`step_metrics`)."""
-        return executed_flops(self.config, self.shape, work_of(sums))
 
     def shortage(self, error: BaseException) -> ShortageError | None:
         """Return the error to raise for a failed allocation (`summary.memory_shortage`); None for any other error."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
-from typing import Protocol
 
 from megadiff.errors import ConfigError, ShortageError
 from megadiff.methods import method_advice
@@ -155,37 +155,17 @@ def ranks_to_check(config: RunConfig, wanted: int | None, *, launched: int | Non
     return fewest, [f"ranks             {fewest}, the fewest that fit; --ranks N lays the run out on N{others}"]
 
 
-def executed_flops(config: RunConfig, shape: cost.Shape, work: Work) -> float:
-    """Return the FLOPs executed for this work, over all ranks (`cost.executed_flops`)."""
+def executed_flops(config: RunConfig, shape: cost.Shape) -> Callable[..., float]:
+    """Return a function from the counts of `parallel.step_metrics.Work` to the FLOPs executed for them, over all ranks
+    (`cost.executed_flops`)."""
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
-    return cost.executed_flops(
+    return partial(
+        cost.executed_flops,
         shape,
-        tokens=work.tokens,
-        head_tokens=work.head_tokens,
-        pairs=work.pairs,
         vocab_entries=config.model.padded_vocab_size(shape.vocab_size),
         recompute_layers=_fully_recomputed(config) * chunks,
         recompute_modules=config.parallel.recomputed_modules,
     )
-
-
-class Work(Protocol):
-    """Counts of the computation that was done (`parallel.step_metrics.Work`)."""
-
-    @property
-    def tokens(self) -> float:
-        """Number of tokens that passed through the layers."""
-        ...
-
-    @property
-    def head_tokens(self) -> float:
-        """Number of tokens whose logits were computed."""
-        ...
-
-    @property
-    def pairs(self) -> float:
-        """Number of (query, key) pairs whose attention score was computed in one layer."""
-        ...
 
 
 def learning_rates(config: RunConfig, counted: cost.Parameters) -> list[str]:

@@ -47,7 +47,7 @@ def _counted(configs: dict[str, Any]) -> dict[str, tuple[int, float, float, floa
             total = run.step(sequences, 0.0).sums.tolist()
         run.close()
         work = work_of(total)
-        said = executed_flops(config, config.shape(vocab_size=260), work._replace(pairs=0.0))
+        said = executed_flops(config, config.shape(vocab_size=260))(**work._replace(pairs=0.0)._asdict())
         lengths = [length for part in sequences for length in part.prompt_length.tolist()]
         is_causal = config.method.name == "next_token" or config.conditioning.prompt_attention == "causal"
         pairs = sum(_seen(q, length, is_causal=is_causal) for length in lengths for q in range(16))
