@@ -30,8 +30,8 @@ from megadiff.data.indexed_format import (
     shard_folder,
     shard_prefixes,
     without_suffix,
+    wrong_ids,
 )
-from megadiff.data.tokenizer_files import wrong_ids
 from megadiff.errors import DataError
 
 _EVEN_SPANS, _EVEN_SPAN_TOKENS = 64, 2**14

@@ -29,8 +29,8 @@ from megadiff.data.indexed_format import (
     manifest_bytes,
     manifest_path,
     token_dtype,
+    wrong_ids,
 )
-from megadiff.data.tokenizer_files import wrong_ids
 from megadiff.errors import DataError
 from megadiff.files import sync
 

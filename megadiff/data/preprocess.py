@@ -38,9 +38,10 @@ from megadiff.data.indexed_format import (
     manifest_path,
     token_dtype,
     tokenizer_facts,
+    wrong_ids,
 )
 from megadiff.data.indexed_writer import IndexedWriter
-from megadiff.data.tokenizer_files import load_for_batches, wrong_ids
+from megadiff.data.tokenizer_files import load_for_batches
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import DataError
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megadiff.data.indexed_format import StoredFile, TokenizerFacts
+from megadiff.data.indexed_format import StoredFile, TokenizerFacts, wrong_ids
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.tokenizer_files import wrong_ids
 from megadiff.errors import SHOWN_DIGITS, DataError
 
 MAX_LISTED = 10

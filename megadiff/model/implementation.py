@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -16,7 +14,7 @@ from torch import Tensor
 from megadiff.model import config
 from megadiff.model.config import ModelConfig, PrecisionConfig
 from megadiff.model.kernels import fuses_weight_gradients, layers_for
-from megadiff.model.layers import LayerModules, local_parts
+from megadiff.model.layers import ACTIVATIONS, LayerModules, local_parts
 from megadiff.parallel.config import ParallelConfig
 from megadiff.platform.machine import Platform
 
@@ -87,32 +85,6 @@ def _recomputation(parallel: ParallelConfig, *, chunk_layers: int) -> dict[str, 
         "recompute_method": "block",  # each block's input is kept, of as many blocks of a chunk as are named
         "recompute_num_layers": parallel.recompute_layers or chunk_layers,
     }
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2."""
-    return F.relu(x).square()
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """Map [..., 2 F], gates and values in turn, to silu(gate) * value, [..., F]."""
-    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return F.silu(gate) * value
-
-
-def geglu(x: Tensor) -> Tensor:
-    """Map [..., 2 F], gates and values in turn, to gelu(gate) * value, [..., F]."""
-    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return F.gelu(gate) * value
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu2": squared_relu,
-    "gelu": F.gelu,
-    "swiglu": swiglu,
-    "geglu": geglu,
-}
-"""Function between the MLP's matrices, by the name in `model.mlp`."""
 
 
 def keep(weight: Tensor) -> Tensor:

@@ -290,6 +290,32 @@ def gated_mlp(matrices: MLPSubmodules) -> Any:
     return GatedMLP
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2."""
+    return F.relu(x).square()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Map [..., 2 F], gates and values in turn, to silu(gate) * value, [..., F]."""
+    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gate) * value
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Map [..., 2 F], gates and values in turn, to gelu(gate) * value, [..., F]."""
+    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.gelu(gate) * value
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": squared_relu,
+    "gelu": F.gelu,
+    "swiglu": swiglu,
+    "geglu": geglu,
+}
+"""Function between the MLP's matrices, by the name in `model.mlp`."""
+
+
 def runs_alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
     """Return whether a matrix is whole on this rank and its weight gradient is accumulated by autograd."""
     config = linear.config
