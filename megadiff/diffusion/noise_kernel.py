@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from megadiff.diffusion import conditioning as conditions
 from megadiff.diffusion import exact
-from megadiff.diffusion.compiled import NoiseOfRun
 from megadiff.diffusion.noise_process import NoiseProcess
+from megadiff.diffusion.noising import NoiseOfRun
 from megadiff.diffusion.philox import Stream
 from megadiff.diffusion.processes.gidd_snr import GiddSnr
 from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule

@@ -18,12 +18,21 @@ Streams, each keyed by (seed, prefix/name) and counted by (sequence, position), 
 The streams' names are part of the contract: another name gives other bits.
 
 A coin of probability P is word < rint(P 2^32), so P is met to within 2^-33. `prefix` is `train` for training.
+
+Training sequences are noised by numpy, here, or by numba's machine code (`noise_kernel`), with the same bits. Machine
+code is taken where numba is installed and the noise is the package's own, as soon as the process has noised enough
+tokens to earn back the time of loading it, so a short run never loads numba. numba's own switch,
+`NUMBA_DISABLE_JIT=1`, leaves everything to numpy.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -32,13 +41,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megadiff.diffusion import compiled, exact
 from megadiff.diffusion import conditioning as conditions
+from megadiff.diffusion import exact
 from megadiff.diffusion.conditioning import BoolArray, FloatArray, IntArray, NoisePattern, SequenceDraws
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.philox import Stream, UintArray, below, philox4x32, threshold
-from megadiff.diffusion.schedules import NoiseSchedule
+from megadiff.diffusion.processes.gidd_snr import GiddSnr
+from megadiff.diffusion.processes.gidd_time import GiddTime, TimeSchedule
+from megadiff.diffusion.schedules import CosineSchedule, LinearSchedule, NoiseSchedule, UniformSchedule
 from megadiff.diffusion.shapes import Bool, Float, Int, Integer
 from megadiff.errors import ConfigError, DataError
 
@@ -47,6 +58,11 @@ from megadiff.errors import ConfigError, DataError
 # arithmetic).
 _BLOCK_TOKENS = 8192
 _GOLDEN_RATIO = 0.6180339887498949
+KERNEL_WORTH_TOKENS = 2**22
+"""Number of tokens that a process noises by numpy first. That takes about as long as loading numba."""
+
+_LAWS = frozenset((GiddSnr, GiddTime))
+_SCHEDULES = frozenset((LinearSchedule, CosineSchedule, UniformSchedule))
 
 
 class NoisedBatch(NamedTuple):
@@ -127,9 +143,7 @@ def noise_batch(
         strata = global_batch, batch_origin, _stride(global_batch) if global_batch > 0 else 0
     else:
         strata = None
-    batch = _noise_compiled(
-        clean, sample_index, compiled.NoiseOfRun(seed, prefix, process, conditioning, pad_id), strata
-    )
+    batch = _noise_compiled(clean, sample_index, NoiseOfRun(seed, prefix, process, conditioning, pad_id), strata)
     if batch is not None:
         return batch
     tokens, sequences = _token_sequences(clean, sample_index, process)
@@ -156,22 +170,33 @@ def noise_batch(
     return NoisedBatch(*(torch.from_numpy(array) for array in arrays), source=source)
 
 
+class NoiseOfRun(NamedTuple):
+    """Settings of the noise that stay the same throughout a run."""
+
+    seed: int
+    prefix: str
+    """Prefix of the names of the random streams."""
+    process: NoiseProcess
+    conditioning: ConditioningConfig
+    pad_id: int | None
+
+
 def _noise_compiled(
     clean: npt.NDArray[np.integer] | Tensor,
     sample_index: npt.ArrayLike | Tensor,
-    run: compiled.NoiseOfRun,
+    run: NoiseOfRun,
     strata: tuple[int, int, int] | None,
 ) -> NoisedBatch | None:
     """Return what the rest of `noise_batch` returns, by machine code.
 
     None where that is not loaded or does not know the noise, and for wrong input, which numpy's code refuses.
     """
-    kernel = compiled.kernel.for_tokens(math.prod(clean.shape), run.process)
-    if kernel is None:
+    machine_code = kernel.for_tokens(math.prod(clean.shape), run.process)
+    if machine_code is None:
         return None
     tokens = _int64(clean)
     index = np.asarray(sample_index.numpy() if isinstance(sample_index, Tensor) else sample_index)
-    found = kernel.noise(tokens, index.astype(np.int64), run, strata)
+    found = machine_code.noise(tokens, index.astype(np.int64), run, strata)
     if found is None:
         return None
     *arrays, source = found
@@ -465,3 +490,53 @@ def _stride(global_batch: int) -> int:
     target = global_batch * _GOLDEN_RATIO
     near = range(max(1, int(target) - 64), min(global_batch, int(target) + 64) + 1)
     return min((step for step in near if math.gcd(step, global_batch) == 1), key=lambda step: abs(step - target))
+
+
+@dataclass
+class Kernel:
+    """Machine code of this process, loaded when enough tokens have been noised."""
+
+    tokens: int = 0
+    module: Any = None
+    """`noise_kernel`, or None as long as numpy noises."""
+    is_settled: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def for_tokens(self, tokens: int, process: NoiseProcess) -> Any:
+        """Count tokens that are to be noised; return `noise_kernel`, or None if numpy is to noise them."""
+        if not _is_known(process):
+            return None
+        if not self.is_settled:
+            self.tokens += tokens
+            if self.tokens >= KERNEL_WORTH_TOKENS:
+                with self._lock:
+                    if not self.is_settled:
+                        self.module, self.is_settled = load_kernel(), True
+        return self.module
+
+
+kernel = Kernel()
+
+
+def _is_known(process: NoiseProcess) -> bool:
+    """Return whether the kernel computes this noise; classes derived from those it knows may compute otherwise."""
+    schedule = process.schedule
+    if type(schedule) is TimeSchedule:
+        return type(process.law) in _LAWS and type(schedule.law) is GiddTime
+    return type(process.law) in _LAWS and type(schedule) in _SCHEDULES
+
+
+def load_kernel() -> Any:
+    """Return `noise_kernel`, compiled; None without numba, and with a warning where numba fails."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    try:
+        import numba
+
+        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+            return None
+        from megadiff.diffusion import noise_kernel
+    except Exception as error:  # anything that numba, LLVM or the linker raise: numpy does the same work
+        warnings.warn(f"training sequences are noised by numpy, since numba fails: {error}", stacklevel=2)
+        return None
+    return noise_kernel

@@ -23,7 +23,7 @@ from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.indexed_writer import IndexedWriter
 from megadiff.data.sequences import ValidationSequences
 from megadiff.data.tokenizers.byte import ByteTokenizer
-from megadiff.diffusion import compiled
+from megadiff.diffusion import noising
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
@@ -77,7 +77,7 @@ def _measured(reader: IndexedReader, sequences: int, arguments: argparse.Namespa
     length, calls = arguments.length, max(1, arguments.tokens // (sequences * arguments.length))
     source = ValidationSequences(reader, length, num_sequences=sequences * calls, name="words")
     clean = source.sequences([number % len(source) for number in range(sequences)])
-    million, code = sequences * calls * length / 1e6, compiled.load()
+    million, code = sequences * calls * length / 1e6, noising.load_kernel()
 
     def read(call: int) -> None:
         source.sequences([(call * sequences + sequence) % len(source) for sequence in range(sequences)])
@@ -88,9 +88,9 @@ def _measured(reader: IndexedReader, sequences: int, arguments: argparse.Namespa
             noise = _noising(clean, process, ConditioningConfig(preset=preset))
             found: list[tuple[float, float, float, float]] = []
             for number in range(arguments.repeats + 1):
-                compiled.kernel = compiled.Kernel(module=code, is_settled=True)
+                noising.kernel = noising.Kernel(module=code, is_settled=True)
                 fast, reading = _cpu_s(noise, calls) / million, _cpu_s(read, calls) / million
-                compiled.kernel = compiled.Kernel(is_settled=True)
+                noising.kernel = noising.Kernel(is_settled=True)
                 numpy = _cpu_s(noise, calls) / million
                 with _plain_words():
                     plain = _cpu_s(noise, calls) / million

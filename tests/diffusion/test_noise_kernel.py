@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadiff.diffusion import compiled, noising
+from megadiff.diffusion import noising
 from megadiff.diffusion.config import ConditioningConfig
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.diffusion.noise_process import NoiseProcess
@@ -38,14 +38,14 @@ CONDITIONINGS = (
 @pytest.fixture(scope="module")
 def machine_code() -> ModuleType:
     pytest.importorskip("numba")
-    code = compiled.load()
+    code = noising.load_kernel()
     assert code is not None
     return code
 
 
 @pytest.fixture
 def by_machine_code(machine_code, monkeypatch) -> None:
-    monkeypatch.setattr(compiled, "kernel", compiled.Kernel(module=machine_code, is_settled=True))
+    monkeypatch.setattr(noising, "kernel", noising.Kernel(module=machine_code, is_settled=True))
 
 
 def processes(vocab: int, mask: int) -> list[NoiseProcess]:
@@ -57,9 +57,9 @@ def processes(vocab: int, mask: int) -> list[NoiseProcess]:
 
 def both(monkeypatch, machine_code: ModuleType, *arguments: Any, **options: Any) -> tuple[NoisedBatch, NoisedBatch]:
     """Return a batch by numpy and by machine code, the latter made by no other."""
-    monkeypatch.setattr(compiled, "kernel", compiled.Kernel(is_settled=True))
+    monkeypatch.setattr(noising, "kernel", noising.Kernel(is_settled=True))
     plain = noise_batch(*arguments, **options)
-    monkeypatch.setattr(compiled, "kernel", compiled.Kernel(module=machine_code, is_settled=True))
+    monkeypatch.setattr(noising, "kernel", noising.Kernel(module=machine_code, is_settled=True))
     with monkeypatch.context() as only:
         only.setattr(noising, "_noise_part", None)
         return plain, noise_batch(*arguments, **options)
@@ -151,7 +151,7 @@ def test_noise_of_a_user_s_own_is_left_to_numpy():
     process = NoiseProcess(11, 3, OwnLaw(0.0))
     own_schedule = NoiseProcess(11, 3, GiddSnr(0.0), TimeSchedule(OwnTime(0.2)))
     for unknown in (process, own_schedule, NoiseProcess(11, 3, OwnTime(0.2))):
-        assert compiled.kernel.for_tokens(10, unknown) is None
+        assert noising.kernel.for_tokens(10, unknown) is None
     options = {"seed": 0, "sample_index": range(4)}
     own = noise_batch(np.zeros((4, 500), dtype=np.int64), process=process, **options)
     same = noise_batch(np.zeros((4, 500), dtype=np.int64), process=HybridMixing(11, 3, -1.0), **options)
@@ -160,9 +160,9 @@ def test_noise_of_a_user_s_own_is_left_to_numpy():
 
 def test_machine_code_is_loaded_once_and_after_enough_tokens(monkeypatch):
     loaded = []
-    monkeypatch.setattr(compiled, "load", lambda: loaded.append("code") or "code")
-    kernel, process = compiled.Kernel(), HybridMixing(11, 3, 0.0)
-    assert kernel.for_tokens(compiled.WORTH_TOKENS - 1, process) is None
+    monkeypatch.setattr(noising, "load_kernel", lambda: loaded.append("code") or "code")
+    kernel, process = noising.Kernel(), HybridMixing(11, 3, 0.0)
+    assert kernel.for_tokens(noising.KERNEL_WORTH_TOKENS - 1, process) is None
     assert [kernel.for_tokens(1, process), kernel.for_tokens(1, process)] == ["code", "code"]
     assert loaded == ["code"]
 
@@ -173,12 +173,12 @@ def test_without_a_working_numba_numpy_noises(monkeypatch):
         broken.setitem(sys.modules, "megadiff.diffusion.noise_kernel", None)
         broken.delattr("megadiff.diffusion.noise_kernel", raising=False)
         with pytest.warns(UserWarning, match="noised by numpy, since numba fails"):
-            assert compiled.load() is None
+            assert noising.load_kernel() is None
     with monkeypatch.context() as switched_off:
         switched_off.setattr(numba.config, "DISABLE_JIT", 1)
-        assert compiled.load() is None
+        assert noising.load_kernel() is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert compiled.load() is None
+    assert noising.load_kernel() is None
 
 
 def test_code_is_compiled_where_no_cache_can_be_written(machine_code, tmp_path, monkeypatch):
