@@ -19,7 +19,7 @@ from megadiff.data.indexed_format import (
 )
 from megadiff.data.preprocess import ProgressReport
 from megadiff.data.scan import Scan, scan
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.errors import DataError
 
 _EPILOG = """example:

@@ -96,7 +96,7 @@ def _verify(arguments: argparse.Namespace, checkpoint: Path) -> None:
     import torch
 
     from megadiff.checkpoint.manifest import read_manifest
-    from megadiff.data.tokenizer_files import load_tokenizer
+    from megadiff.data.tokenizers import load_tokenizer
     from megadiff.diffusion.config import noise_config
     from megadiff.diffusion.noise_process import build_process
     from megadiff.export import verify

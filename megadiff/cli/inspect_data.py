@@ -175,7 +175,7 @@ def _tokenizers(readers: list[IndexedReader], config: RunConfig | None, given: s
     Raises:
         DataError: a source was made with another tokenizer, or holds ids that it does not have.
     """
-    from megadiff.data.tokenizer_files import load_tokenizer, tokenizer_of
+    from megadiff.data.tokenizers import load_tokenizer, tokenizer_of
     from megadiff.data.tokenizers.byte import ByteTokenizer
 
     byte = ByteTokenizer()

@@ -18,8 +18,7 @@ from megadiff.data.corpus_options import (
 from megadiff.data.documents import Corpus, sample
 from megadiff.data.indexed_format import IndexedManifest
 from megadiff.data.preprocess import DocumentMarkers, preprocess
-from megadiff.data.tokenizer_files import BACKENDS, chosen_backend
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers import BACKENDS, Tokenizer, chosen_backend
 from megadiff.errors import ConfigError
 
 _EXAMPLE = """examples:

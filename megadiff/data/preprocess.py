@@ -41,8 +41,7 @@ from megadiff.data.indexed_format import (
     wrong_ids,
 )
 from megadiff.data.indexed_writer import IndexedWriter
-from megadiff.data.tokenizer_files import load_for_batches
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers import Tokenizer, load_for_batches
 from megadiff.errors import DataError
 
 if TYPE_CHECKING:

@@ -104,7 +104,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The run's tokenizer, None without a run; reading it raises `DataError` if it cannot be loaded."""
-        from megadiff.data.tokenizer_files import load_tokenizer
+        from megadiff.data.tokenizers import load_tokenizer
 
         return load_tokenizer(self.config.data.tokenizer) if self.config is not None else None
 

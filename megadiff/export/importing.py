@@ -35,8 +35,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 import megadiff
 from megadiff.checkpoint.folder import entry_of
 from megadiff.checkpoint.manifest import FORMAT, Manifest
-from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers import Tokenizer, load_tokenizer
 from megadiff.diffusion.config import (
     PROCESSES,
     WEIGHTINGS,

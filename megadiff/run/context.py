@@ -19,8 +19,7 @@ from megadiff.data.review import (
     source_facts,
     validation_facts,
 )
-from megadiff.data.tokenizer_files import tokenizer_of
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers import Tokenizer, tokenizer_of
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.errors import ShortageError
 from megadiff.loss.fused_lm_head import LossKernel

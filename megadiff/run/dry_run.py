@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megadiff.data.loader import microbatch_samples
-from megadiff.data.tokenizer_files import NoTokenizerError, tokenizer_of
+from megadiff.data.tokenizers import NoTokenizerError, tokenizer_of
 from megadiff.errors import ConfigError
 from megadiff.model import cost
 from megadiff.model.kernels import check_compilation

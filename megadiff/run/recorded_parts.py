@@ -14,8 +14,7 @@ from pydantic import ValidationError
 
 from megadiff.checkpoint.manifest import Manifest
 from megadiff.config.registry import Family
-from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers import Tokenizer, load_tokenizer
 from megadiff.diffusion.config import PROCESSES, ConditioningConfig, ObjectiveConfig, noise_config
 from megadiff.diffusion.noise_process import build_process
 from megadiff.errors import SHOWN_DIGITS, CheckpointError, ConfigError, DataError

@@ -97,7 +97,7 @@ def _fixed(sweep: Sweep, output_dir: str) -> list[str]:
 def _facts(base: RunConfig, path: str) -> BaseRun:
     vocab_size = base.data.vocab_size
     if vocab_size is None:
-        from megadiff.data.tokenizer_files import load_tokenizer
+        from megadiff.data.tokenizers import load_tokenizer
         from megadiff.errors import DataError
 
         try:

@@ -11,8 +11,7 @@ from tempfile import TemporaryDirectory
 
 import tokenizers
 
-from megadiff.data.tokenizer_files import WrongIdsError, load_tokenizer
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers import Tokenizer, WrongIdsError, load_tokenizer
 from megadiff.errors import DataError
 
 TEXTS = (

@@ -12,8 +12,8 @@ import pytest
 from megadiff.data.config import DataConfig
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.open import open_data
-from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from tests.data.corpora import random_documents, write_indexed
 from tests.support.commands import write_yaml

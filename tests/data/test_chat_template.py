@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megadiff.data.chat_template import ChatTemplate, find_template
 from megadiff.data.conversations import chat_options, encoder_of
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -21,7 +21,7 @@ from megadiff.data.preprocess import DocumentMarkers, preprocess
 from megadiff.data.review import advice, validation_facts
 from megadiff.data.sequences import Padding, division_of, padding_of
 from megadiff.data.source_statistics import excerpts, statistics_of
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.diffusion.config import ConditioningConfig, noise_config
 from megadiff.diffusion.noise_process import build_process

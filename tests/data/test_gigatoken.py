@@ -17,9 +17,9 @@ from tokenizers import normalizers
 
 from megadiff.data.documents import Corpus, sample
 from megadiff.data.preprocess import preprocess
-from megadiff.data.tokenizer_files import chosen_backend, load_for_batches, load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
 from megadiff.data.tokenizers import _gigatoken as module
+from megadiff.data.tokenizers import chosen_backend, load_for_batches, load_tokenizer
 from megadiff.errors import DataError
 from tests.data.hard_documents import hard_documents
 from tests.data.shards.corpus import FRAMING, contents, write_files

@@ -17,9 +17,8 @@ from megadiff.data import preprocess as module
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.preprocess import DocumentMarkers, preprocess
-from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
-from megadiff.data.tokenizers import _pipeline, byte
+from megadiff.data.tokenizers import _pipeline, byte, load_tokenizer
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import DataError
 from tests.data.corpora import end_process

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.data.tokenizers import MASK, token_text, token_texts
+from megadiff.data.tokenizers import MASK, load_tokenizer, token_text, token_texts
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from tests.support.commands import REPOSITORY
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from tests.end_to_end.bad_inputs import CHECKPOINTS, CONTINUED, DATA, DESCRIPTIONS, FILES, NATURAL, TOOLS
 from tests.support.commands import call, write_yaml
 from tests.support.forked_command import Ended, call_forked

@@ -10,7 +10,7 @@ import pytest
 
 from megadiff.checkpoint.manifest import read_manifest
 from megadiff.data.indexed_reader import IndexedReader
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.eval.texts_likelihood import SpecialTokens
 from megadiff.export.verify import sample_ids
 from tests.fixtures.tokenizers.shapes import CORPUS, SHAPES, TEXTS

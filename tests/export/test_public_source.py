@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.errors import CheckpointError, ConfigError
 from megadiff.export.export import export
 from megadiff.export.importing import import_folder

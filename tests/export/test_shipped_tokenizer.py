@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 
 WORDS = {"<s>": 0, "</s>": 1, "a": 2, "list": 3, "is": 4, "<unk>": 5}
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.diffusion.mixing import HybridMixing
 from megadiff.errors import CheckpointError
 from megadiff.export.export import export

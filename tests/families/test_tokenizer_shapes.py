@@ -13,8 +13,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megadiff.data.tokenizer_files import load_tokenizer
-from megadiff.data.tokenizers import _pipeline
+from megadiff.data.tokenizers import _pipeline, load_tokenizer
 from tests.fixtures.tokenizers.shapes import CHAT, CORPUS, NAMES, SHAPES, TEXTS
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install '.[hf]')")

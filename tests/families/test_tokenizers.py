@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megadiff.config import registry
-from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.data.tokenizers._special import SPECIAL_TOKENS
 from megadiff.errors import DataError
 from megadiff.testing import check_tokenizer

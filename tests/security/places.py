@@ -20,8 +20,8 @@ from megadiff.config.load import load_config
 from megadiff.data.documents import Corpus
 from megadiff.data.indexed_reader import IndexedReader
 from megadiff.data.scan import scan
-from megadiff.data.tokenizer_files import load_tokenizer
 from megadiff.data.tokenizer_training import train_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.errors import DataError
 from megadiff.run.config import RunConfig
 from tests.data.corpora import write_indexed

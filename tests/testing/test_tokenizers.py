@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.errors import DataError
 from megadiff.platform.quiet import quiet
 from megadiff.testing import check_tokenizer

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megadiff.config.command_line import CommandParser
 from megadiff.data.documents import Corpus
-from megadiff.data.tokenizer_files import chosen_backend, load_tokenizer
+from megadiff.data.tokenizers import chosen_backend, load_tokenizer
 from megadiff.errors import run_command
 
 _KINDS = (

@@ -30,8 +30,7 @@ from megadiff.data.preprocess import (
 )
 from megadiff.data.shards.ledger import Claims, Ledger, UnitInput, UnitRecord
 from megadiff.data.shards.plan import UNIT_BYTES, PlannedUnit, ShardPlan, make_plan
-from megadiff.data.tokenizer_files import load_for_batches
-from megadiff.data.tokenizers import Tokenizer
+from megadiff.data.tokenizers import Tokenizer, load_for_batches
 from megadiff.errors import DataError, MegadiffError
 
 _LOOK_EVERY_S = 0.5

@@ -1,18 +1,33 @@
-"""The tokenizer family: text to token ids and back, one module a member; texts of single tokens.
+"""The tokenizer family: text to token ids and back, one module a member; finding a tokenizer by the path that a run
+description gives; texts of single tokens.
 
 A module here offers `accepts(path) -> bool` and `build(path) -> Tokenizer`, and `data.tokenizer` is a path that one of
 them accepts, or its name and a path (`hf_json:path`). A module of the user's own is named by its dotted path, with an
-argument behind a colon if it wants one (`mypkg.words:vocabulary.txt`), and offers `build(argument) -> Tokenizer`; what
-its tokenizer may leave out is in `tokenizer_files`. Files that begin with `_` are no members. `megadiff.data.
-tokenizer_files` decides which member is meant; `megadiff.testing.check_tokenizer` is the contract as a test.
+argument behind a colon if it wants one (`mypkg.words:vocabulary.txt`), and offers `build(argument) -> Tokenizer`.
+Files that begin with `_` are no members. `load_tokenizer` decides which member is meant;
+`megadiff.testing.check_tokenizer` is the contract as a test.
+
+A tokenizer of the user's own needs `vocab_size`, `mask_id`, `fingerprint`, `encode(text)` and `decode(ids)`. It may
+leave out: `bos_id`, `eos_id` and `pad_id` (there is none), `unknown_id` (id of unknown text, where that is a special id
+as well), `name` (the dotted path), `special_names` (none), `encode_batch` and `encode_pieces` (`encode` is called), and
+`export` (the tokenizer then cannot be exported). The ids of every text are checked, since one that is special or out of
+range would spoil training without a sign.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from megadiff.config import registry
+from megadiff.config.suggestions import similar_path
+from megadiff.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megadiff.data.config import DataConfig
 
 
 class Tokenizer(Protocol):
@@ -139,3 +154,241 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
         texts[place] = after[len(before) :] if after.startswith(before) else tokenizer.decode(ids[done : place + 1])
         start, done = done, place + 1
     return texts
+
+
+_NEEDED = ("vocab_size", "mask_id", "fingerprint", "encode", "decode")
+
+
+class WrongIdsError(DataError):
+    """The tokenizer gives a text ids that no text may have."""
+
+
+class OutsideTokenizer:
+    """A tokenizer of the user's own as a `megadiff.data.tokenizers.Tokenizer`.
+
+    Raises:
+        DataError: it lacks what it needs, or its special ids are none of its ids.
+    """
+
+    def __init__(self, inner: Any, path: str) -> None:
+        missing = [name for name in _NEEDED if not hasattr(inner, name)]
+        if missing:
+            listed = ", ".join(f"`{name}`" for name in missing)
+            raise DataError(f"{path}: a tokenizer needs {listed}; add what is missing to what `build` returns")
+        self._inner = inner
+        self.name = str(getattr(inner, "name", path))
+        self.fingerprint = str(inner.fingerprint)
+        self.vocab_size = int(inner.vocab_size)
+        self.mask_id = int(inner.mask_id)
+        self.bos_id, self.eos_id, self.pad_id = (_optional(inner, kind) for kind in ("bos_id", "eos_id", "pad_id"))
+        self.special_names: Sequence[str] = tuple(getattr(inner, "special_names", ()))
+        self._specials = {i for i in (self.mask_id, self.bos_id, self.eos_id, self.pad_id) if i is not None}
+        self._forbidden = self._specials - {getattr(inner, "unknown_id", None)}
+        if wrong := sorted(i for i in self._specials if not 0 <= i < self.vocab_size):
+            raise DataError(f"{path}: the special id {wrong[0]} is not below vocab_size {self.vocab_size}; correct it")
+
+    @property
+    def export_limits(self) -> str | None:
+        """Reason why it cannot be exported; None where it exports itself."""
+        limits = getattr(self._inner, "export_limits", None)
+        return limits if hasattr(self._inner, "export") else "it has no `export`, so its model cannot be exported"
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text.
+
+        Raises:
+            WrongIdsError: an id is special, or none of the vocabulary's.
+        """
+        return self._checked(self._inner.encode(text), text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return `encode` of each text."""
+        if not hasattr(self._inner, "encode_batch"):
+            return [self.encode(text) for text in texts]
+        return [self._checked(ids, text) for ids, text in zip(self._inner.encode_batch(texts), texts, strict=True)]
+
+    def encode_pieces(self, text: str) -> Iterator[list[int]]:
+        """Yield the ids of a text in pieces, or in one where the tokenizer knows no pieces."""
+        if not hasattr(self._inner, "encode_pieces"):
+            yield self.encode(text)
+            return
+        for piece in self._inner.encode_pieces(text):
+            yield self._checked(piece, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of any ids, without special ones."""
+        return self._inner.decode([int(i) for i in ids if int(i) not in self._specials])
+
+    def export(self, folder: Path, *, seq_length: int | None = None, prepend_bos: bool = False) -> list[str]:
+        """Write the files of the tokenizer, by its own `export`.
+
+        Raises:
+            DataError: it has no `export`.
+        """
+        if not hasattr(self._inner, "export"):
+            raise DataError(
+                f"the tokenizer {self.name} cannot be exported, for it has no method "
+                "`export(folder, *, seq_length, prepend_bos)`; add one, such as a call of "
+                "megadiff.data.transformers_tokenizer.write_transformers_tokenizer"
+            )
+        return list(self._inner.export(folder, seq_length=seq_length, prepend_bos=prepend_bos))
+
+    def _checked(self, ids: Sequence[int], text: str) -> list[int]:
+        found = [int(i) for i in ids]
+        if not self._forbidden.isdisjoint(found):
+            token = next(i for i in found if i in self._forbidden)
+            raise WrongIdsError(
+                f"the tokenizer {self.name} turns the text {text[:40]!r} into the special id {token}; a model cannot "
+                "tell it from a real one"
+            )
+        if found and not (min(found) >= 0 and max(found) < self.vocab_size):
+            token = next(i for i in found if not 0 <= i < self.vocab_size)
+            raise WrongIdsError(
+                f"the tokenizer {self.name} turns the text {text[:40]!r} into the id {token}, which is not below its "
+                f"vocab_size {self.vocab_size}"
+            )
+        return found
+
+
+def _optional(inner: Any, kind: str) -> int | None:
+    found = getattr(inner, kind, None)
+    return None if found is None else int(found)
+
+
+_FAMILY = "megadiff.data.tokenizers"
+_ENDINGS = (".json", ".model")
+
+
+class NoTokenizerError(DataError):
+    """There is nothing where a tokenizer should be."""
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """Return a run's tokenizer.
+
+    Raises:
+        NoTokenizerError: there is none.
+        DataError: it cannot be loaded.
+        ConfigError: `data.vocab_size` is set and differs from its number of ids.
+    """
+    try:
+        tokenizer = load_tokenizer(config.tokenizer)
+    except DataError as error:
+        raise type(error)(f"data.tokenizer: {error}") from error
+    if config.vocab_size not in (None, tokenizer.vocab_size):
+        raise ConfigError(
+            f"data.vocab_size is {config.vocab_size}, but the tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size} ids with its mask; set it to that or leave it out"
+        )
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Return the tokenizer that a path or a name refers to.
+
+    Args:
+        path: the word `byte`; a `tokenizer.json` or its folder; a SentencePiece `.model` or its folder; a member of the
+            family with its path (`hf_json:folder`); or a module of the user's own with or without an argument
+            (`mypkg.words`, `mypkg.words:vocabulary.txt`). A file or folder of that name takes precedence over a module.
+
+    Raises:
+        DataError: there is nothing, no member accepts it, the file is damaged, or the module cannot be used.
+    """
+    given = str(path)
+    if not os.path.lexists(given):
+        name, colon, argument = given.partition(":")
+        try:
+            if _is_module(name):
+                return _from_outside(given, name, argument)
+            if colon and name in registry.names(_FAMILY):
+                return registry.member(_FAMILY, name).build(argument)
+        except ConfigError as error:
+            raise DataError(str(error)) from error
+    for name in registry.names(_FAMILY):
+        module = registry.member(_FAMILY, name)
+        if module.accepts(given):
+            return module.build(given)
+    wanted = (
+        "the word `byte`, a tokenizer.json, a SentencePiece .model file, a folder with one of them, or a module of "
+        "your own (mypkg.words)"
+    )
+    found = "a folder without them" if Path(given).is_dir() else "another file" if Path(given).exists() else "nothing"
+    near = similar_path(given, _could_hold_one) if found == "nothing" else None
+    remedy = f"did you mean {near}?" if near else "check the path or run `megadiff train_tokenizer`"
+    kind = NoTokenizerError if found == "nothing" else DataError
+    raise kind(f"{given}: wanted {wanted}, found {found}; {remedy}")
+
+
+BACKENDS = ("tokenizers", "gigatoken", "auto")
+"""Libraries that encode batches; the first is the default, and `auto` means the second where it fits."""
+
+
+class Backend(NamedTuple):
+    """A library that encodes batches."""
+
+    name: str
+    """`tokenizers` or `gigatoken`."""
+
+    reason: str | None
+    """Reason why it is not `gigatoken` although that would be preferred."""
+
+    tokenizer: Tokenizer
+    """The tokenizer that uses it."""
+
+
+def chosen_backend(backend: str, path: str | Path, sample: Sequence[str]) -> Backend:
+    """Return the library to use for a tokenizer, with the tokenizer.
+
+    Args:
+        backend: one of `BACKENDS`.
+        path: as for `load_tokenizer`.
+        sample: texts of the corpus.
+
+    Raises:
+        DataError: as for `load_tokenizer`; or `gigatoken` was requested, and cannot be used or gives other ids.
+    """
+    tokenizer = load_tokenizer(path)
+    if backend == "tokenizers":
+        return Backend(backend, None, tokenizer)
+    from megadiff.data.tokenizers._gigatoken import UnfitError, with_gigatoken
+
+    try:
+        return Backend("gigatoken", None, with_gigatoken(tokenizer, sample=sample))
+    except UnfitError as error:
+        if backend == "gigatoken":
+            remedy = "use --backend auto or tokenizers"
+            raise DataError(f"--backend gigatoken cannot be used for {path}: {error}; {remedy}") from error
+        return Backend("tokenizers", str(error), tokenizer)
+
+
+def load_for_batches(path: str | Path, backend: str) -> Tokenizer:
+    """Return a tokenizer that encodes batches by the library that `chosen_backend` returned, in a process of its own.
+
+    Args:
+        path: as for `load_tokenizer`.
+        backend: `tokenizers` or `gigatoken`.
+
+    Raises:
+        DataError: as for `chosen_backend`.
+    """
+    return chosen_backend(backend, path, ()).tokenizer
+
+
+def _could_hold_one(path: Path) -> bool:
+    """Return whether a path has the looks of a tokenizer's."""
+    return path.is_dir() or path.suffix in _ENDINGS
+
+
+def _is_module(name: str) -> bool:
+    """Return whether a name is a dotted path of Python names rather than the path of a file."""
+    parts = name.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts) and not name.endswith(_ENDINGS)
+
+
+def _from_outside(given: str, name: str, argument: str) -> Tokenizer:
+    module = registry.member(_FAMILY, name)
+    if not callable(getattr(module, "build", None)):
+        raise DataError(
+            f"{given}: the module {name} has no function `build(argument)`; add one that returns a tokenizer"
+        )
+    return OutsideTokenizer(registry.call(module, "build", argument), given)

@@ -22,7 +22,7 @@ from megadiff.data.shards import work as module
 from megadiff.data.shards.finish import finish, merge, report_of
 from megadiff.data.shards.ledger import Ledger
 from megadiff.data.shards.work import make_shards
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.errors import DataError
 from tests.data.shards.corpus import FRAMING, UNIT_BYTES, contents, end_by_kill, write_files, write_serial
 from tests.support.disk import watched_disk

@@ -6,7 +6,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from megadiff.data.tokenizer_files import load_tokenizer
+from megadiff.data.tokenizers import load_tokenizer
 from megadiff.errors import DataError
 
 
