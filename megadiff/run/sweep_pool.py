@@ -1,29 +1,42 @@
-"""The local pool of a sweep: warm worker processes that take one run after the other. No torch in this process.
+"""The local pool of a sweep: warm worker processes that take one run after the other. No torch in the pool's process.
 
 A worker that is killed, or whose run fails, is replaced, and the other runs go on. Killed itself, the pool takes its
 workers with it, and the next one goes on from the runs' checkpoints: what is trained depends on neither. The folder's
 lock is held by the workers too, so a second pool cannot begin while a worker of the first one is left.
+
+This module is both sides. A worker is a process of this file:
+
+    python -m megadiff.run.sweep_pool COMMANDS REPLIES       # two open descriptors
+
+Every line of COMMANDS is the path of a run description; every line of REPLIES is an object: first `{"ready": true}`,
+then how each run ended. The worker ends at once when COMMANDS ends, which also happens when the pool is killed, and
+after a run that failed, since the parts that look after a failing run stay until its process is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
+import queue
 import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from megadiff.errors import ConfigError, MegadiffError, StorageError
+from megadiff.platform.quiet import quiet
 from megadiff.run.sweep_folder import RunState, read_manifest, state_of
 from megadiff.supervision.launch import Holder
 from megadiff.supervision.status import FAILED, RUNNING, read_status, write_status
@@ -96,7 +109,7 @@ def start_worker(number: int, commands: int, replies: int, lock: int, *, log: Pa
         environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
     with log.open("ab") as errors:
         return subprocess.Popen(
-            [sys.executable, "-m", "megadiff.run.sweep_worker", str(commands), str(replies)],
+            [sys.executable, "-m", "megadiff.run.sweep_pool", str(commands), str(replies)],
             pass_fds=(commands, replies, lock),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -381,3 +394,66 @@ class Pool:
 def _cost(entry: dict[str, Any]) -> float:
     """Return the FLOPs of a run: the longest begin first, so that no worker is left alone with one at the end."""
     return (entry["steps"] - entry["first_step"]) * entry["batch_tokens"] * entry["full_flops_per_token"]
+
+
+def serve(commands: BinaryIO, replies: BinaryIO) -> None:
+    """Train the runs that are named until one fails or no more come; called in the main thread of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # between runs there is nothing to save, so it ends as by TERM
+    import torch
+
+    torch.set_num_threads(1)
+    with quiet():
+        from megadiff.run import build  # noqa: F401  imported now, before the first run
+    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(commands, waiting), name="commands", daemon=True).start()
+    _reply(replies, {"ready": True})
+    while True:
+        path = waiting.get().rstrip(b"\n").decode("utf-8", "surrogateescape")
+        found = train(Path(path))
+        _reply(replies, found)
+        if found["error"] is not None:
+            return
+
+
+def train(description: Path) -> dict[str, Any]:
+    """Train the run of a description; return `error`, a sentence or None, and the `code` that a process would end with.
+
+    A run that was asked to stop, and has saved itself, has no error.
+    """
+    from megadiff.config.load import load_config
+    from megadiff.run import build
+    from megadiff.run.config import RunConfig
+
+    try:
+        build.run(load_config(description, [], RunConfig))
+    except MegadiffError as error:
+        return {"error": str(error), "code": error.exit_code}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}", "code": 1}
+    finally:
+        gc.collect()  # models and process groups are parts of cycles, and keep memory, files and sockets
+    return {"error": None, "code": 0}
+
+
+def _listen(commands: BinaryIO, waiting: queue.SimpleQueue[bytes]) -> None:
+    while line := commands.readline():
+        waiting.put(line)
+    os.kill(os.getpid(), signal.SIGKILL)  # whatever the main thread does: the pool is gone, or needs no more workers
+
+
+def _reply(replies: BinaryIO, content: dict[str, Any]) -> None:
+    replies.write(json.dumps(content).encode() + b"\n")
+    replies.flush()
+
+
+def _main() -> None:
+    """Train on behalf of the pool that the descriptors of the command line lead to."""
+    commands, replies = (int(word) for word in sys.argv[1:3])
+    serve(os.fdopen(commands, "rb"), os.fdopen(replies, "wb"))
+    sys.stderr.flush()
+    os._exit(1)  # whatever a failed run has left behind
+
+
+if __name__ == "__main__":
+    _main()

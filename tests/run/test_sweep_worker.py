@@ -37,7 +37,7 @@ def _train_all(descriptions: list[Path], results: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    from megadiff.run.sweep_worker import train
+    from megadiff.run.sweep_pool import train
 
     found = []
     for description in descriptions:

@@ -82,7 +82,7 @@ def fork_worker(number: int, commands: int, replies: int, lock: int) -> ForkedPr
                 with contextlib.suppress(OSError):
                     if stat.S_ISFIFO(os.fstat(int(name)).st_mode):  # others may be those of gloo's own threads
                         os.close(int(name))
-        from megadiff.run.sweep_worker import serve
+        from megadiff.run.sweep_pool import serve
 
         serve(os.fdopen(commands, "rb"), os.fdopen(replies, "wb"))
     finally:
