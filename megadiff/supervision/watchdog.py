@@ -20,8 +20,7 @@ from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.first_cause import STACKS_SIGNAL, Records
 from megadiff.supervision.heartbeat import ENDED, FAILED, NO_STEP, Heartbeat
 from megadiff.supervision.launch import Launch, heartbeat_path, launcher_of_this_process
-from megadiff.supervision.local_ranks import leave_node
-from megadiff.supervision.watcher import BOOTSTRAP
+from megadiff.supervision.watcher import BOOTSTRAP, leave_node
 
 log = logging.getLogger("megadiff")
 
