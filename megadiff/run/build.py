@@ -39,8 +39,7 @@ from megadiff.parallel.topology import (
     rank_from_environment,
     world_size_from_environment,
 )
-from megadiff.platform.machine import Platform
-from megadiff.platform.stopwatch import stopwatch
+from megadiff.platform.machine import Platform, stopwatch
 from megadiff.run.config import RunConfig
 from megadiff.run.context import (
     RunContext,

@@ -5,8 +5,7 @@ import time
 import pytest
 import torch
 
-from megadiff.platform.machine import detect
-from megadiff.platform.stopwatch import stopwatch
+from megadiff.platform.machine import detect, stopwatch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,8 +19,7 @@ import torch
 
 from megadiff.parallel.pipeline import DataParallelChunk
 from megadiff.parallel.topology import Topology
-from megadiff.platform.machine import Platform
-from megadiff.platform.stopwatch import Stopwatch
+from megadiff.platform.machine import Platform, Stopwatch
 from megadiff.train.hooks import Hook, Part, StepInfo
 
 log = logging.getLogger("megadiff")

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megadiff.platform.machine import detect
-from megadiff.platform.stopwatch import stopwatch
+from megadiff.platform.machine import detect, stopwatch
 from megadiff.train.hooks.stragglers import ComputeTimers, StragglerHook, has_contended_cores, shared_cores, slow_ranks
 
 
