@@ -25,8 +25,14 @@ from megadiff.eval.config import EvalConfig
 from megadiff.methods import METHODS, MethodConfig, check_method_of
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig, check_shapes
-from megadiff.optim.config import OPTIMIZERS, OptimizerConfig, Scale, ScheduleConfig
-from megadiff.optim.schedule import WarmupStableDecay, resolve_decay_steps
+from megadiff.optim.config import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    Scale,
+    ScheduleConfig,
+    WarmupStableDecay,
+    resolve_decay_steps,
+)
 from megadiff.parallel.config import Layout, ParallelConfig, lay_out
 from megadiff.supervision.config import StopConfig, WatchdogConfig
 from megadiff.train.config import HOOKS, GoodputConfig, HealthConfig, HookConfig, LogConfig

@@ -14,8 +14,8 @@ from torch import Tensor
 from megadiff.data.config import BatchSizes
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.loss.lm_head import LossOutput
+from megadiff.optim.config import WarmupStableDecay
 from megadiff.optim.optimizer import Optimizer
-from megadiff.optim.schedule import WarmupStableDecay
 from megadiff.parallel.objective import DeviceBatch, ShardedObjective
 from megadiff.parallel.pipeline import DataParallelChunk, run_microbatches
 from megadiff.parallel.step_metrics import SIZE, mean_loss

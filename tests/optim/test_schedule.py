@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megadiff.errors import ConfigError
-from megadiff.optim.schedule import WarmupStableDecay, resolve_decay_steps
+from megadiff.optim.config import WarmupStableDecay, resolve_decay_steps
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from megadiff.data.config import BatchSizes
 from megadiff.errors import TrainingError
-from megadiff.optim.schedule import WarmupStableDecay
+from megadiff.optim.config import WarmupStableDecay
 from megadiff.parallel.topology import Topology
 from megadiff.supervision.config import WatchdogConfig
 from megadiff.supervision.launch import Launch
