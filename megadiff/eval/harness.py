@@ -23,8 +23,17 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from megadiff.errors import ConfigError
-from megadiff.eval.estimators import Estimator, EvaluatedModel, batches, greedy
-from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, seed_of, summed
+from megadiff.eval.likelihood import (
+    BoundSettings,
+    Estimator,
+    EvaluatedModel,
+    Item,
+    Likelihood,
+    batches,
+    greedy,
+    seed_of,
+    summed,
+)
 from megadiff.eval.texts_likelihood import SpecialTokens, is_cut, item_of, rolling_items, split_to_fit
 from megadiff.sampling.sampler import Sampler
 from megadiff.sampling.standalone import Settings

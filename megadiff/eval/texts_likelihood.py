@@ -16,8 +16,7 @@ from megadiff.data.corpus_files import NotJson, parse_json_line, without_lone_su
 from megadiff.data.preprocess import ProgressReport
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.errors import ConfigError, DataError, shown
-from megadiff.eval.estimators import Estimator, EvaluatedModel
-from megadiff.eval.likelihood import BoundSettings, Item, Likelihood, sequences_read, summed
+from megadiff.eval.likelihood import BoundSettings, Estimator, EvaluatedModel, Item, Likelihood, sequences_read, summed
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

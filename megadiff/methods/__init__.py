@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from megadiff.diffusion.config import ConditioningConfig, NoiseConfig, ObjectiveConfig
     from megadiff.diffusion.noise_process import NoiseProcess
     from megadiff.diffusion.noising import NoisedBatch
-    from megadiff.eval.estimators import Estimator
-    from megadiff.eval.likelihood import BoundSettings
+    from megadiff.eval.likelihood import BoundSettings, Estimator
     from megadiff.eval.validation import EvalTask
     from megadiff.loss.fused_lm_head import LossKernel
     from megadiff.loss.lm_head import LossOutput, VocabShard

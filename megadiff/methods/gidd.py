@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from megadiff.diffusion.config import ConditioningConfig
     from megadiff.diffusion.noise_process import NoiseProcess
     from megadiff.diffusion.noising import NoisedBatch
-    from megadiff.eval.estimators import Estimator
-    from megadiff.eval.likelihood import BoundSettings
+    from megadiff.eval.likelihood import BoundSettings, Estimator
     from megadiff.eval.validation import EvalTask
     from megadiff.loss.fused_lm_head import LossKernel
     from megadiff.loss.lm_head import LossOutput, VocabShard
@@ -152,7 +151,7 @@ class Gidd(Method):
 
     def estimator(self, settings: BoundSettings) -> Estimator:
         """Return the estimator of the diffusion bound."""
-        from megadiff.eval.estimators import BoundEstimator
+        from megadiff.eval.likelihood import BoundEstimator
 
         return BoundEstimator(settings, self.process)
 

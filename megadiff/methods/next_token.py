@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from megadiff.data.config import StepBatch
     from megadiff.diffusion.noising import NoisedBatch
-    from megadiff.eval.estimators import Estimator
-    from megadiff.eval.likelihood import BoundSettings
+    from megadiff.eval.likelihood import BoundSettings, Estimator
     from megadiff.eval.validation import EvalTask
     from megadiff.loss.lm_head import LossOutput, VocabShard
     from megadiff.parallel.attention_pattern import AttentionPattern
@@ -132,7 +131,7 @@ class NextToken(Method):
 
     def estimator(self, settings: BoundSettings) -> Estimator:
         """Return the exact likelihood of texts."""
-        from megadiff.eval.estimators import ExactEstimator
+        from megadiff.eval.likelihood import ExactEstimator
 
         return ExactEstimator(settings, self.process, start_id=self._start_id)
 

@@ -18,8 +18,7 @@ from megadiff.data.open import open_validation
 from megadiff.data.sequences import Padding, padding_of
 from megadiff.data.tokenizers import Tokenizer
 from megadiff.diffusion.noise_process import NoiseProcess
-from megadiff.eval.estimators import Estimator
-from megadiff.eval.likelihood import BoundSettings
+from megadiff.eval.likelihood import BoundSettings, Estimator
 from megadiff.eval.validation import ValidationEvaluator, ValidationResult
 from megadiff.methods import Method
 from megadiff.model.config import ModelConfig, PrecisionConfig

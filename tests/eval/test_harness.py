@@ -14,9 +14,8 @@ import pytest
 
 from megadiff.data.tokenizers.byte import ByteTokenizer
 from megadiff.errors import ConfigError
-from megadiff.eval.estimators import greedy
 from megadiff.eval.harness import GenerationConfig, GenerationRequest, continuations, room
-from megadiff.eval.likelihood import BoundSettings, Item
+from megadiff.eval.likelihood import BoundSettings, Item, greedy
 from megadiff.eval.texts_likelihood import is_cut, item_of, split_to_fit
 from megadiff.platform.quiet import quiet
 from tests.support.commands import REPOSITORY
