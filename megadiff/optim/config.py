@@ -18,7 +18,7 @@ from megadiff.errors import ConfigError
 from megadiff.scaling.flops import FlopCount
 
 if TYPE_CHECKING:
-    from megadiff.optim.member import Member
+    from megadiff.optim.members import Member
 
 OPTIMIZERS = Family("megadiff.optim.members", key="name")
 """The optimizer family, whose contract is in the docstring of its package."""

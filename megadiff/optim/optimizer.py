@@ -34,7 +34,7 @@ from torch.distributed import ProcessGroup
 
 from megadiff.config.registry import naming
 from megadiff.optim.config import OptimizerConfig, Scale
-from megadiff.optim.member import STEP, Member, load_member
+from megadiff.optim.members import STEP, Member, load_member
 from megadiff.optim.pieces import mark_pieces, parameter_groups, piece_of, unsent
 from megadiff.optim.probe import refuse_unsavable
 from megadiff.parallel.pipeline import DataParallelChunk

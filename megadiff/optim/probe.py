@@ -16,7 +16,7 @@ import torch
 from megadiff.config.registry import naming
 from megadiff.errors import ConfigError
 from megadiff.optim.config import OptimizerConfig, Scale
-from megadiff.optim.member import Member
+from megadiff.optim.members import Member
 from megadiff.optim.pieces import parameter_groups
 
 STEPS, SAVED_AFTER = 4, 2

@@ -65,7 +65,7 @@ def _try_own_modules(prepared: RunContext) -> None:
     if "." in config.optimizer.name:
         import torch
 
-        from megadiff.optim.member import load_member
+        from megadiff.optim.members import load_member
         from megadiff.optim.probe import refuse_unsavable
 
         refuse_unsavable(

@@ -11,7 +11,7 @@ from megadiff.errors import ConfigError, ShortageError
 from megadiff.methods import method_advice
 from megadiff.model import cost
 from megadiff.optim.config import effective
-from megadiff.optim.member import load_member
+from megadiff.optim.members import load_member
 from megadiff.parallel.config import Layout
 from megadiff.run.config import RunConfig
 from megadiff.scaling.flops import FLOP_COUNTS

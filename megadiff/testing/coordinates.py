@@ -20,7 +20,7 @@ from megadiff.diffusion.noising import NoisedBatch, noise_batch
 from megadiff.diffusion.objective import gidd_objective
 from megadiff.errors import ConfigError
 from megadiff.optim.config import Scale
-from megadiff.optim.member import load_member
+from megadiff.optim.members import load_member
 from megadiff.optim.pieces import parameter_groups
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig

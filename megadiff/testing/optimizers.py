@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from megadiff.metric_lines import read_metrics
 from megadiff.model.initialisation import role_of
 from megadiff.optim.config import OPTIMIZERS, OptimizerConfig, Scale
-from megadiff.optim.member import Member, load_member
+from megadiff.optim.members import Member, load_member
 from megadiff.optim.probe import refuse_unsavable
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig

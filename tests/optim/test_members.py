@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megadiff.errors import ConfigError
-from megadiff.optim.member import Member, member_of
+from megadiff.optim.members import Member, member_of
 from megadiff.optim.pieces import mark_whole
 
 
