@@ -70,8 +70,7 @@ from megadiff.supervision.watchdog import Watchdog
 from megadiff.train.goodput import Goodput
 from megadiff.train.gradients import SequenceGradients
 from megadiff.train.health import Health, StepDecision
-from megadiff.train.hooks import Hook, HookContext, MetricSinks
-from megadiff.train.hooks._listed import build_listed, restore, states
+from megadiff.train.hooks import Hook, HookContext, MetricSinks, build_listed, restore, states
 from megadiff.train.hooks.checkpoint import CheckpointHook
 from megadiff.train.hooks.log import LOG_FIELDS, Console, LogHook
 from megadiff.train.hooks.metrics_file import MetricsFile, PerSequenceFile

@@ -34,8 +34,7 @@ from megadiff.testing.toy_run import (
     wire_on_rank,
     write_corpus,
 )
-from megadiff.train.hooks import Hook
-from megadiff.train.hooks._listed import ListedHook, ListedSink
+from megadiff.train.hooks import Hook, ListedHook, ListedSink
 
 _COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",

@@ -17,8 +17,7 @@ from megadiff.metric_lines import read_metrics
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.train.config import HOOKS, HookConfig
-from megadiff.train.hooks import HookContext, MetricSinks
-from megadiff.train.hooks._listed import build_listed
+from megadiff.train.hooks import HookContext, MetricSinks, build_listed
 from tests.support.runs import toy_config, toy_tree
 from tests.support.whole_runs import Ranks, status
 
