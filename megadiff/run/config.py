@@ -1,4 +1,8 @@
-"""The configuration of a whole run: composes all sections and checks constraints between them."""
+"""The configuration of a whole run: composes all sections and checks constraints between them.
+
+A section whose settings a package works with is in that package's `config`; those that only a run as a whole needs,
+`checkpoint` and `eval`, are here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.config.section import Section
 from megadiff.data.config import BatchConfig, BatchSizes, DataConfig
 from megadiff.diffusion.config import (
@@ -21,7 +24,6 @@ from megadiff.diffusion.config import (
     check_noise_and_objective,
 )
 from megadiff.errors import ConfigError, shown
-from megadiff.eval.config import EvalConfig
 from megadiff.methods import METHODS, MethodConfig, check_method_of
 from megadiff.model import cost
 from megadiff.model.config import ModelConfig, PrecisionConfig, check_shapes
@@ -44,6 +46,63 @@ files need.
 
 _ROUNDING = 1e-12
 """Relative error that is allowed to a budget of FLOPs, since products of large numbers are rounded."""
+
+
+class CheckpointConfig(Section):
+    """Frequency of checkpoints and number of those kept (section `checkpoint:`). The last step is always saved."""
+
+    every: int = Field(default=1000, gt=0)
+    """Number of steps between checkpoints."""
+    start_from: str | None = None
+    """Step folder of another run to begin with, including weights, optimizer state and step count; this is how a
+    cooldown branches from a trunk. Ignored once the run has checkpoints of its own."""
+    weights_only: bool = False
+    """Whether the run takes only the weights of `start_from`, with a new optimizer and schedule, from step 0 on; this
+    is how a model is adapted or fine-tuned. Imported weights are always taken so."""
+    keep: int = Field(default=2, ge=0)
+    """Number of newest complete checkpoints to keep, at least two (1 is refused); 0 keeps all. The last one before the
+    cooldown is kept as well, so that other cooldowns can branch from it."""
+    in_background: bool = Field(default=True, alias="async")
+    """Whether files are written while training continues; training then pauses only for the copy to host memory."""
+
+    @property
+    def branches_from(self) -> str | None:
+        """Step folder whose run this one continues; None for a run from step 0, with the weights of another or not."""
+        return None if self.weights_only else self.start_from
+
+    @field_validator("keep")
+    @classmethod
+    def _one_is_none(cls, keep: int) -> int:
+        if keep == 1:
+            raise ValueError("keep must be 0 (all) or at least 2: a single checkpoint may prove damaged when needed")
+        return keep
+
+    @model_validator(mode="after")
+    def _weights_have_an_origin(self) -> CheckpointConfig:
+        if self.weights_only and self.start_from is None:
+            raise ValueError("weights_only is true, but start_from names no checkpoint to take weights from")
+        return self
+
+
+class EvalConfig(Section):
+    """Section `eval:` the ELBO of fixed validation sequences with fixed noise, and text samples to look at."""
+
+    every: int = Field(default=1000, ge=0)
+    """Number of steps between evaluations; 0 evaluates only before the first step and after the last, and at the steps
+    that `at_steps` and `at_flops` name."""
+    at_steps: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Further steps with an evaluation, at most the run's last."""
+    at_flops: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    """Budgets with an evaluation each: at the first step after which the run's training FLOPs reach them, by
+    `schedule.flop_count` and counted as `flops` in `metrics.jsonl`; at most what the whole run takes."""
+    sequences: int = Field(default=64, gt=1)
+    """Number of validation sequences, spread evenly over the validation data."""
+    num_noise_levels: int = Field(default=4, gt=0)
+    """Number of noise levels per sequence, stratified over the schedule."""
+    samples: int = Field(default=0, ge=0, le=64)
+    """Number of text samples per evaluation, written to `samples/step_XXXXXXXX.txt` of the run folder; 0 for none."""
+    sample_steps: int = Field(default=64, gt=0)
+    """Number of denoising steps of a text sample; each is one pass of `samples` sequences through the model."""
 
 
 class RunConfig(Section):

@@ -14,11 +14,11 @@ import pytest
 from pydantic import ValidationError
 
 from megadiff.checkpoint import folder as folders
-from megadiff.checkpoint.config import CheckpointConfig
 from megadiff.checkpoint.folder import entry_of
 from megadiff.checkpoint.manifest import FileEntry, Manifest, read_manifest
 from megadiff.config.load import dump_config
 from megadiff.errors import CheckpointError, StorageError
+from megadiff.run.config import CheckpointConfig
 from tests.checkpoint.conftest import STEPS, checkpoint, shard_of
 from tests.checkpoint.test_manifest import manifest
 from tests.checkpoint.test_safe_metadata import _Canary
