@@ -19,7 +19,6 @@ from megadiff.data.baselines import Baselines
 from megadiff.data.loader import DataShard, SequenceLoader
 from megadiff.diffusion.noising import NoisedBatch
 from megadiff.errors import ConfigError, StorageError
-from megadiff.eval.drawn_text import DrawnText
 from megadiff.eval.validation import ValidationEvaluator
 from megadiff.loss.fused_lm_head import choose_loss_kernel
 from megadiff.methods import Method
@@ -77,7 +76,7 @@ from megadiff.train.hooks.metrics_file import MetricsFile, PerSequenceFile
 from megadiff.train.hooks.replicas import ReplicaCheck
 from megadiff.train.hooks.stragglers import StragglerHook, shared_cores, time_computation
 from megadiff.train.hooks.tensorboard import TensorBoard
-from megadiff.train.hooks.validation import SampleHook, ValidationHook
+from megadiff.train.hooks.validation import DrawnText, SampleHook, ValidationHook
 from megadiff.train.loop import AgreedStop, Trainer, TrainStep
 
 log = logging.getLogger("megadiff")

@@ -10,12 +10,12 @@ import torch
 
 from megadiff.config.load import load_config
 from megadiff.errors import ConfigError
-from megadiff.eval.drawn_text import SEED
 from megadiff.parallel.attention_pattern import AttentionPattern
 from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.sampling.standalone import Settings, generate
 from megadiff.sampling.trace import printable
+from megadiff.train.hooks.validation import SEED
 from tests.support.commands import write_yaml
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, read_metrics, toy_config, toy_tree, train_on_rank, wire_on_rank

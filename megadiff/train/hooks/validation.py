@@ -1,21 +1,33 @@
-"""Hooks that measure the model every few steps: the bound on held-out sequences, and sampled text."""
+"""Hooks that look at the model every few steps: the bound on held-out sequences, and text drawn from it."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
+from torch import Tensor
+
+from megadiff.data.tokenizers import Tokenizer
 from megadiff.files import write_atomically
+from megadiff.parallel.attention_pattern import AttentionPattern
+from megadiff.parallel.pipeline import DistributedForward, ModelChunk
+from megadiff.parallel.topology import Topology
+from megadiff.sampling.sampler import Sampler
+from megadiff.sampling.trace import printable
 from megadiff.scaling.paired import PerSequence
 from megadiff.train.goodput import Goodput
 from megadiff.train.hooks import Hook, MetricSinks, Part, StepInfo
 from megadiff.train.hooks.metrics_file import PerSequenceFile
 
 log = logging.getLogger("megadiff")
+
+SEED = 0
+"""Seed of the samples, not the run's: the same noise at every step and in every run, so that only the model differs."""
 
 
 @dataclass(kw_only=True)
@@ -121,3 +133,52 @@ class SampleHook(PeriodicHook):
             write_atomically(path, text.encode(errors="replace"), is_durable=False)
         except OSError as error:
             log.warning(f"step {step:>7}/{self.steps} | {path} was not written: {error.strerror or error}")
+
+
+class DrawnText:
+    """Whole sequences of new text by the ancestral sampler, temperature 1, without a prompt.
+
+    Args:
+        sampler: the sampler of the run's training method.
+        attention: the attention after a clean prompt (`Method.prompted_attention`).
+        start: tokens that each sequence begins with (bos, if the training data have it).
+        sequences, steps: number of sequences, and number of denoising steps.
+        chunks: this rank's model chunks.
+    """
+
+    def __init__(
+        self,
+        *,
+        sequences: int,
+        steps: int,
+        seq_length: int,
+        sampler: Sampler,
+        attention: Callable[[Tensor, int], AttentionPattern],
+        tokenizer: Tokenizer,
+        start: Sequence[int] = (),
+        chunks: Sequence[ModelChunk],
+        topology: Topology,
+        device: torch.device,
+    ) -> None:
+        self._sequences, self._sampler, self._tokenizer, self._device = sequences, sampler, tokenizer, device
+        self._model = DistributedForward(
+            chunks,
+            topology=topology,
+            device=device,
+            shape=(sequences, seq_length),
+            attention=attention,
+            vocab_size=sampler.process.vocab_size,
+        )
+        self._start = list(start)
+        self._settings = sampler.settings(seq_length - len(self._start), max_denoising_steps=steps)
+
+    def __call__(self) -> str:
+        """Draw the samples. Collective over the world; every rank returns the text, sequences numbered."""
+        ids = self._model.run(self._drawn)
+        texts = [printable(self._tokenizer.decode(sequence)) for sequence in ids.tolist()]
+        return "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1)) + "\n"
+
+    def _drawn(self, denoise: Any) -> Tensor:
+        prompt = torch.tensor([self._start] * self._sequences, dtype=torch.int64, device=self._device)
+        prompt = prompt.reshape(self._sequences, len(self._start))
+        return self._sampler.generate(denoise, prompt, self._settings, seed=SEED).sequences.cpu()
