@@ -9,10 +9,10 @@ differently, or replace parts of the library by name:
 place                                          difference
 =============================================  =====================================================================
 `gradients_in_norm` below                      0.19 renamed `get_main_grads_for_grad_norm`
-`model/implementation.py`, `qk_layernorm`      0.19 refuses norms of queries and keys in the layer's specification
+`model/denoiser.py`, `qk_layernorm`            0.19 refuses norms of queries and keys in the layer's specification
                                                unless this is set while it builds; both versions then add up the
                                                gradients of these norms over tensor ranks, which is wrong for a gain
-                                               that is cut (`model/denoiser.py`, `build_chunks`, sets it back)
+                                               that is cut (`build_chunks` sets it back)
 `model/layers.py`                              0.19 has None where 0.16 has an identity for an absent norm
 `optim/optimizer.py`, `_identity`              0.19 identifies parameter groups by keys that groups may lack
 `platform/without_compiler.py`                 0.19 loads torch's compiler while it is imported

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from megadiff.errors import ConfigError
 from megadiff.model import config
 from megadiff.model.config import ModelConfig, PrecisionConfig
-from megadiff.model.implementation import (
+from megadiff.model.denoiser import (
     modules_for,
     transformer_config,
 )
