@@ -28,6 +28,8 @@ from megadiff.errors import DataError, run_command
 MIN_CHARS = 80
 VALID_SHARE = 0.05
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+NO_WORDS = re.compile(r"[^A-Za-z\s\x1c-\x1f]+", re.ASCII)
+"""All but the letters and the white space of ASCII."""
 LICENCE_NOTE = """\
 The texts in train.jsonl and valid.jsonl are taken from the Python {version} installation at {library}:
 documentation topics (pydoc_data/topics.py), docstrings, comments and text files of the standard library.
@@ -71,7 +73,8 @@ def library_texts(library: Path) -> Iterator[tuple[str, str]]:
                 found = prose(text) if path.suffix == ".py" else [text]
             except (UnicodeDecodeError, SyntaxError, ValueError, RecursionError):
                 continue  # the library's own tests contain files that are broken on purpose
-            yield from ((path.relative_to(library).as_posix(), part) for part in found)
+            source = path.relative_to(library).as_posix()
+            yield from ((source, part) for part in found)
 
 
 def prose(code: str) -> list[str]:
@@ -80,14 +83,14 @@ def prose(code: str) -> list[str]:
         warnings.simplefilter("ignore", SyntaxWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         tree = ast.parse(code)
-    found, ahead = [], [tree]
+    found: list[str] = []
+    ahead: list[ast.AST] = [tree]
     while ahead:  # only statements: ast.walk would spend most of its time in expressions, without a docstring
         node = ahead.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             found.append(ast.get_docstring(node) or "")
-        ahead += [inner for inner in ast.iter_child_nodes(node) if isinstance(inner, (ast.stmt, ast.excepthandler))][
-            ::-1
-        ]
+        for part in ("finalbody", "orelse", "handlers", "body"):
+            ahead += getattr(node, part, [])[::-1]
     for block in re.findall(r"(?m)(?:^[ \t]*#.*\n){3,}", code):
         found.append(re.sub(r"(?m)^[ \t]*#+ ?", "", block))
     return found
@@ -98,8 +101,7 @@ def is_english(text: str) -> bool:
 
     This excludes tables, data, commented-out code and other alphabets.
     """
-    words = sum(character.isascii() and (character.isalpha() or character.isspace()) for character in text)
-    return len(text) >= MIN_CHARS and words >= 0.75 * len(text)
+    return len(text) >= MIN_CHARS and len(NO_WORDS.sub("", text)) >= 0.75 * len(text)
 
 
 def is_valid(text: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from megadiff.cli.fit_scaling import main
 from megadiff.cli.plan import main as plan_command
 from megadiff.errors import MegadiffError
+from megadiff.scaling import surface_fit
 from megadiff.scaling.laws import LawBook, read_law_file
 from megadiff.scaling.points import from_csv, from_runs
 from megadiff.scaling.run_curves import flops_per_token_of, loss_at
@@ -29,6 +30,12 @@ def fit(monkeypatch, *words):
     main()
 
 
+@pytest.fixture
+def few_starts(monkeypatch):
+    """Descend from every ninth start alone: that the starts find one minimum is for tests of the surface's fit."""
+    monkeypatch.setattr(surface_fit, "_STARTS", surface_fit._STARTS[::9])
+
+
 def rows_of(surface=MASKED, noise="masked", seed=0, luck=0.001):
     columns = zip(*sweep(np.random.default_rng(seed), surface, noise=luck), strict=True)
     return [f"{noise}-{run},{noise},{float(c)!r},{float(m)!r},{float(loss)!r}" for c, m, loss, run in columns]
@@ -39,6 +46,7 @@ def write_csv(path, rows, head=HEAD):
     return path
 
 
+@pytest.mark.usefixtures("few_starts")
 def test_a_comparison_beyond_the_runs_is_marked(tmp_path, monkeypatch, capsys):
     """The second noise reaches in its whole range no loss that the first has."""
     far = [row.rsplit(",", 1) for row in rows_of(UNIFORM, "uniform", 1)]
@@ -115,6 +123,7 @@ def plans_the_planted_optimum(monkeypatch, capsys, laws):
     assert "without differences from run to run" not in lines
 
 
+@pytest.mark.usefixtures("few_starts")
 def test_columns_of_other_names_and_the_count_of_parameters(tmp_path, monkeypatch, capsys):
     rows = [",".join([row.split(",")[2], str(float(row.split(",")[3]) / 6), row.split(",")[4]]) for row in rows_of()]
     table = write_csv(tmp_path / "other.csv", rows, "Training FLOP,Model Size,final")
@@ -258,6 +267,7 @@ def test_without_a_law_the_tables_say_what_was_left_out(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("named", [".", "runs"])
+@pytest.mark.usefixtures("few_starts")
 def test_a_sweeps_folder_stands_for_its_runs(named, tmp_path, monkeypatch, capsys):
     runs = clean_sweep(tmp_path / "runs")
     entries = [{"name": run.name, "steps": 2000, "trunk": None} for run in runs]
@@ -307,6 +317,7 @@ def test_every_kind_of_dirty_run_is_left_out_by_name(tmp_path):
     assert str(dirty["unfinished"]) in {point.run for point in kept.points}
 
 
+@pytest.mark.usefixtures("few_starts")
 def test_points_lie_in_the_stable_stretch_and_give_the_planted_loss(tmp_path, monkeypatch, capsys):
     runs = clean_sweep(tmp_path)
     found = from_runs(runs, min_steps=100)
@@ -328,6 +339,7 @@ def test_points_lie_in_the_stable_stretch_and_give_the_planted_loss(tmp_path, mo
     assert "extrapolated      vocab_size 131,072 is above 260, the end of what was measured" in said
 
 
+@pytest.mark.usefixtures("few_starts")
 def test_a_provisional_law_says_why(tmp_path, monkeypatch, capsys):
     rows = [*rows_of(), "nan-run,masked,1e19,1e9,nan", "late,masked,1e19,2e9,3.0"]
     head = HEAD + ",status"

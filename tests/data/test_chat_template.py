@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from megadiff.data.chat_template import ChatTemplate, find_template
 from megadiff.data.conversations import chat_options, encoder_of
@@ -272,6 +271,8 @@ def test_turns_apart_predict_their_last_answer_alone(name, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_ids_are_those_of_transformers(name, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
     case = CASES[name]
     folder = write_tokenizer(tmp_path / "tokenizer", case)
     messages = TURN if case.two is None else [SYSTEM, *TURN, *SECOND]
@@ -283,6 +284,8 @@ def test_ids_are_those_of_transformers(name, tmp_path):
 
 
 def test_tags_give_the_mask_of_transformers(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
     case = CASES["generation tags"]
     folder = write_tokenizer(tmp_path / "tokenizer", case)
     (found,) = encoded(folder, [SYSTEM, *TURN, *SECOND])

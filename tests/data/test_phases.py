@@ -126,18 +126,29 @@ def whole(paths, tmp_path_factory):
     return config, trained(config, 1)
 
 
-@pytest.mark.parametrize("cut", [2, 3, 4, 6])
-def test_a_run_cut_before_at_and_after_a_border_goes_on_bit_for_bit(paths, whole, tmp_path, cut):
-    """A resumed run has the same curve on its own layout, and reads the same sequences on two others."""
-    config = config_of(paths, tmp_path, name="cut", **planned(paths))
-    taken = trained(config, 1, until=cut)
-    assert sorted(taken) == list(range(cut * BATCH))
-    ranks, layout = LAYOUTS[cut % 2]
-    elsewhere = config_of(paths, tmp_path / "elsewhere", name="cut", **planned(paths), **layout)
-    elsewhere.folder.parent.mkdir()
-    shutil.copytree(config.folder, elsewhere.folder)
-    assert taken | trained(config, 1) == whole[1]
-    assert taken | trained(elsewhere, ranks) == whole[1]
+CUTS = (2, 3, 4, 6)
+
+
+@pytest.fixture(scope="module")
+def cut_runs(paths, tmp_path_factory):
+    """One run on one rank, cut before, at and after each border: the finished run, what each part was, and a copy of
+    the run's folder by cut."""
+    root = tmp_path_factory.mktemp("cut")
+    config = config_of(paths, root, name="cut", **planned(paths))
+    parts, copies = {}, {}
+    for cut in CUTS:
+        parts[cut] = trained(config, 1, until=cut)
+        copies[cut] = shutil.copytree(config.folder, root / f"copies-{cut}" / "cut")
+    parts[STEPS] = trained(config, 1)
+    return config, parts, copies
+
+
+def test_a_run_cut_at_every_border_goes_on_bit_for_bit(whole, cut_runs):
+    config, parts, _ = cut_runs
+    assert {end: sorted(taken) for end, taken in parts.items()} == {
+        end: list(range(start * BATCH, end * BATCH)) for start, end in zip((0, *CUTS), (*CUTS, STEPS), strict=True)
+    }
+    assert {sample: digest for taken in parts.values() for sample, digest in taken.items()} == whole[1]
     lines = [
         [
             [line[key] for key in ("step", "loss", "grad_norm", "epochs")]
@@ -146,6 +157,15 @@ def test_a_run_cut_before_at_and_after_a_border_goes_on_bit_for_bit(paths, whole
         for run in (config, whole[0])
     ]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_run_cut_before_at_and_after_a_border_goes_on_elsewhere(paths, whole, cut_runs, cut):
+    """It reads the same sequences on two other layouts."""
+    _, _, copies = cut_runs
+    ranks, layout = LAYOUTS[cut % 2]
+    elsewhere = config_of(paths, copies[cut].parent, name="cut", **planned(paths), **layout)
+    assert trained(elsewhere, ranks) == {sample: digest for sample, digest in whole[1].items() if sample >= cut * BATCH}
 
 
 def test_a_plan_may_be_added_at_its_border(paths, whole, tmp_path):
@@ -271,13 +291,18 @@ def test_a_budget_of_a_phase_counts_what_was_read_before(paths, tmp_path):
     assert drawn(data) == {"a": 40, "b": 18, "c": 14}
 
 
-@pytest.mark.parametrize("cut", [2, 5])
-def test_a_run_with_budgets_goes_on_bit_for_bit_and_may_be_made_longer(paths, tmp_path, cut):
+@pytest.fixture(scope="module")
+def budgeted(paths, tmp_path_factory):
+    """Settings of a run with budgets, and what each sample of the whole run was."""
     phases = [{"from_step": 5, "train": with_paths(paths, [{"path": "b", "epochs": 2}, "c"])}]
     budgets = {"data__train": with_paths(paths, BUDGETS[:1] + BUDGETS[2:]), "data__phases": phases}
     budgets["data__train"][0]["epochs"] = 1
-    whole = config_of(paths, tmp_path / "whole", name="run", **budgets)
-    wanted = trained(whole, 1)
+    return budgets, trained(config_of(paths, tmp_path_factory.mktemp("budgets"), name="run", **budgets), 1)
+
+
+@pytest.mark.parametrize("cut", [2, 5])
+def test_a_run_with_budgets_goes_on_bit_for_bit_and_may_be_made_longer(paths, budgeted, tmp_path, cut):
+    budgets, wanted = budgeted
     parts = config_of(paths, tmp_path, name="run", **budgets)
     taken = trained(parts, 1, until=cut)
     ranks, layout = LAYOUTS[cut % 2]

@@ -14,7 +14,7 @@ from tests.support.whole_runs import Ranks, curve, last_step, run_to_end, status
 
 pytestmark = pytest.mark.end_to_end
 
-STEPS = 40
+STEPS = 32
 
 
 def _config(corpus, output, name, **changes):
@@ -46,27 +46,35 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_is_asked_to_stop_saves_itself_and_goes_on(toy_corpus, tmp_path, uninterrupted, way):
-    environ, ask, reason = WAYS[way]
+def test_a_run_that_is_asked_to_stop_in_any_way_saves_itself_and_goes_on(
+    toy_corpus, tmp_path, uninterrupted, monkeypatch
+):
+    """One run is asked in one way after the other and resumed after each; if it ends before that, another begins."""
+    monkeypatch.setattr("megadiff.supervision.stopping.FILE_EVERY_S", 0.0)  # the ranks are forked from here
     slow = {"watchdog": {"step_s": 60.0}}
-    config = _config(toy_corpus, tmp_path, "run", **slow)
-    if "SLURM_JOB_END_TIME" in environ:  # two minutes of lead and a little: it stops when a second of it is gone
-        environ = {"SLURM_JOB_END_TIME": str(int(time.time()) + 121)}
-    ranks = Ranks(config, 2, environ)
-    if not environ:
-        ranks.wait_for_step(3)
-    ask(ranks)
-    assert ranks.end(within_s=60) == [0, 0], ranks.said(0)
-    stopped = status(config.folder)
-    at = last_step(config.folder)
-    if at < STEPS:
-        assert (stopped["state"], stopped["step"], stopped["exit_code"]) == ("stopped", at, 0)
-        assert stopped["reason"].startswith(reason)
+    runs = (_config(toy_corpus, tmp_path, f"run-{number}", **slow) for number in range(len(WAYS) + 1))
+    config, at = next(runs), 0
+    for way, (environ, ask, reason) in WAYS.items():
+        if "SLURM_JOB_END_TIME" in environ:  # two minutes of lead and a little: it stops when a second of it is gone
+            environ = {"SLURM_JOB_END_TIME": str(int(time.time()) + 121)}
+        ranks = Ranks(config, 2, environ)
+        if not environ:
+            ranks.wait_for_step(min(at + 2, STEPS))
+        ask(ranks)
+        assert ranks.end(within_s=60) == [0, 0], (way, ranks.said(0))
+        before, at = at, last_step(config.folder)
+        if at == STEPS:
+            assert curve(config.folder) == uninterrupted
+            config, at = next(runs), 0
+            continue
+        stopped = status(config.folder)
+        assert (stopped["state"], stopped["step"], stopped["exit_code"]) == ("stopped", at, 0), way
+        assert at > before
+        assert not (config.folder / "STOP").exists()
+        assert stopped["reason"].startswith(reason), way
         assert (config.folder / "LATEST").read_text() == f"step_{at:08d}\n"
         assert f"stopped after step {at} of {STEPS} ({reason}" in ranks.said(0)
-        assert curve(config.folder) == uninterrupted[:at]
-    assert not (config.folder / "STOP").exists()
+        assert curve(config.folder) == uninterrupted[:at], way
     assert run_to_end(config, 2) == uninterrupted
     assert status(config.folder)["state"] == "finished"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -18,6 +20,31 @@ from megadiff.export.verify import LEVELS, Trainer, noised_cases, sample_ids, ve
 from tests.support.forked_command import call_forked
 
 MIXING = HybridMixing(260, 3, 0.0)
+
+
+def run_forked(command, *, env, **options):
+    """A stand-in for `subprocess.run` that forks this process, where transformers is imported, instead of a new one."""
+    script = command.index("-B") + 1
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "megadiff"]:
+            del sys.modules[name]
+
+    ended = call_forked(*command[script:], env=env, before=forget)
+    return subprocess.CompletedProcess(command, ended.code, ended.out, ended.err)
+
+
+@pytest.fixture
+def warm(folder, monkeypatch):
+    """Let `verify` load folders in forked processes."""
+    import transformers
+
+    assert transformers.PreTrainedModel  # imported now, not in each fork
+    run = subprocess.run
+    monkeypatch.setattr(
+        "megadiff.export.verify.subprocess.run",
+        lambda command, **options: (run_forked if "-B" in command else run)(command, **options),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +91,7 @@ def verified(folder, against):
     return verify(folder, lambda compute: same_code_other_weights(against, compute), cases)
 
 
-def test_a_folder_equals_itself_and_a_zero_head_is_drawn_instead(folder, tmp_path):
+def test_a_folder_equals_itself_and_a_zero_head_is_drawn_instead(folder, warm, tmp_path):
     blank = shutil.copytree(folder, tmp_path / "blank")
     from safetensors.torch import load_file, save_file
 
@@ -78,7 +105,7 @@ def test_a_folder_equals_itself_and_a_zero_head_is_drawn_instead(folder, tmp_pat
 
 
 @pytest.mark.parametrize(("key", "value"), [("rope_theta", 3000.0), ("prompt_attention", "full")])
-def test_another_model_is_noticed(folder, tmp_path, key, value):
+def test_another_model_is_noticed(folder, warm, tmp_path, key, value):
     wrong = shutil.copytree(folder, tmp_path / "wrong")
     config = json.loads((wrong / "config.json").read_text())
     (wrong / "config.json").write_text(json.dumps({**config, key: value}))
@@ -86,7 +113,7 @@ def test_another_model_is_noticed(folder, tmp_path, key, value):
         verified(wrong, folder)
 
 
-def test_other_token_ids_are_noticed(folder):
+def test_other_token_ids_are_noticed(folder, warm):
     cases = noised_cases(MIXING, length=16, knows_prompts=True)[:1]
     texts = sample_ids(load_tokenizer("byte"), prepend_bos=False)
     assert len(texts) > 15

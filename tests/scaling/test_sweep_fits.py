@@ -9,7 +9,6 @@ from datetime import datetime, timezone
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from megadiff.report.fit_page import fit_page
 from megadiff.scaling import figures
@@ -165,6 +164,8 @@ def planted_sweep():
 
 
 def test_a_sweep_with_everything_becomes_a_law_file_that_plans_alone(tmp_path):
+    from matplotlib.figure import Figure
+
     results = fit_points(planted_sweep(), draws=40)
     file = law_file(results, "own", written := written_laws(results))
     write_law_file(tmp_path / "law.yaml", file)
