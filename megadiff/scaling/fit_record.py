@@ -164,10 +164,12 @@ def _surface(law: Surface, method: str) -> tuple[dict[str, Any], dict[str, Any]]
         for name in ("size_exponent", "data_exponent", "loss_exponent")
     }  # fmt: skip
     valid = {"flops_per_token": law.n_range, "tokens": law.d_range}
-    return {"quantity": "loss", "form": "surface", "estimator": method, **fields, "valid": valid}, {
-        **more,
-        "optimum": optimal,
-    }
+    kind = {"quantity": "loss", "form": "surface", "estimator": method}
+    evidence = {**more, "optimum": optimal}
+    if (held := law.held_out) is not None:
+        kind["held_out"] = (UnseenPoint(at=held.product, predicted=held.predicted_loss, measured=held.loss),)
+        evidence["held_out_points"] = held.points
+    return {**kind, **fields, "valid": valid}, evidence
 
 
 def _errors(law: Fit, names: Mapping[str, str], draws: Floats | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -319,6 +321,11 @@ def _surface_lines(fits: NoiseFits, results: Results) -> Iterator[str]:
             f"surface ({method}): {floor_term(law.E)}{law.A:.4g} M^-{law.alpha:.4f} + {law.B:.4g} D^-{law.beta:.4f}; "
             f"M* ~ C^{law.size_exponent:.4f} {_ends(law.intervals['size_exponent'], '.4f')}; {law.convergence.message}"
         )
+        if (held := law.held_out) is not None:
+            yield (
+                f"  held out: {held.points} points at {held.product:.3g} FLOPs, mean loss {held.loss:.4f}, predicted "
+                f"{held.predicted_loss:.4f} ({held.loss_error_percent:+.2f} %)"
+            )
         if results.gathered.flop_count == "chinchilla":
             factor = law.A * 6**-law.alpha
             terms = f"{factor:.4g} P^-{law.alpha:.4f} + {law.B:.4g} D^-{law.beta:.4f}"
