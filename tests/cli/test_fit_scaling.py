@@ -54,6 +54,7 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30, "--baseline", "published")
     said = capsys.readouterr().out
     assert "bowls: 9 of 9 vertices count" in said
+    assert re.search(r"a single bowl: M\* ~ C\^0\.\d+ \[.*; misfit 1\.?\d* \(p = ", said)
     assert "masked and uniform: cross at" in said
     found = read_law_file(tmp_path / "out/law.yaml")
     assert (found.name, found.runs, found.provisional, found.excluded) == ("out", 18, False, ())
@@ -62,7 +63,7 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     assert low < 0.56629 < high
     assert law.valid["flops"] == pytest.approx([5e17, 2e20])
     assert np.quantile(np.array(law.draws)[:, 1], [0.16, 0.84]) == pytest.approx([low, high], abs=(high - low) / 2)
-    assert {law.estimator for law in found.laws} == {"vertex", "best_run", "lse", "varpro"}
+    assert {law.estimator for law in found.laws} == {"vertex", "best_run", "single_bowl", "lse", "varpro"}
     for law in found.laws:
         if law.form == "surface":
             (unseen,) = law.held_out
@@ -74,6 +75,7 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     assert ("extrapolated" in line.split(";")[0]) == is_beyond
     assert record["bowls"]["masked"]["budgets"][0]["excluded"] == ""
     assert record["laws"][0]["convergence"]["converged"]
+    assert set(record["bowls"]["masked"]["single"]) == {"curvature", "p_value", "misfit"}
     with (tmp_path / "out/points.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 162
     drawn = {
