@@ -118,13 +118,21 @@ def _budgets(record: Record) -> str:
 
 def _held_out(record: Record) -> str:
     rows = [
-        (escaped(noise), _number(held["flops"]), _number(held["loss"]), _number(held["predicted_loss"]),
+        (escaped(noise), "vertices", _number(held["flops"]), _number(held["loss"]), _number(held["predicted_loss"]),
          f"{held['loss_error_percent']:+.2f} %", _number(held["size"]), _number(held["predicted_size"]),
          "yes" if held["is_within"] else "no")
         for noise, found in record["bowls"].items()
         if (held := found["held_out"]) is not None and held["loss_error_percent"] is not None
     ]  # fmt: skip
-    heads = ("noise", "C", "L*", "predicted", "off", "M*", "predicted", "within the intervals")
+    rows += [
+        (escaped(law["noise"]), escaped(f"surface ({law['estimator']}), mean of {law['held_out_points']} points"),
+         _number(unseen["at"]), _number(unseen["measured"]), _number(unseen["predicted"]),
+         f"{100 * (unseen['predicted'] / unseen['measured'] - 1):+.2f} %", _NONE, _NONE, _NONE)
+        for law in record["laws"]
+        if law["form"] == "surface"
+        for unseen in law.get("held_out", ())
+    ]  # fmt: skip
+    heads = ("noise", "by", "C", "loss", "predicted", "off", "M*", "predicted", "within the intervals")
     return table(heads, rows, caption="The largest budget, predicted by a fit without it") if rows else ""
 
 

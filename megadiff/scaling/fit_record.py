@@ -18,7 +18,7 @@ from megadiff.files import write_atomically
 from megadiff.scaling.batch_laws import BatchLaws
 from megadiff.scaling.fit import PowerLaw, Surface
 from megadiff.scaling.fit_results import NoiseFits, Results
-from megadiff.scaling.isoflop import IsoFlop
+from megadiff.scaling.isoflop import IsoFlop, SingleBowl
 from megadiff.scaling.laws import Estimate, Excluded, Law, LawFile, UnseenPoint, write_law_file
 from megadiff.scaling.points import Gathered
 from megadiff.scaling.resampling import Fit, FitError, Floats, widening
@@ -93,7 +93,10 @@ def _laws_of(fits: NoiseFits) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
     """Yield the keys of each law of a noise, and its evidence."""
     if fits.isoflop is not None:
         held = _held_out(fits.isoflop)
-        for estimator, laws in (("vertex", fits.isoflop.laws), ("best_run", fits.isoflop.envelope)):
+        by_estimator = {"vertex": fits.isoflop.laws, "best_run": fits.isoflop.envelope}
+        if fits.isoflop.single is not None:
+            by_estimator["single_bowl"] = fits.isoflop.single.laws
+        for estimator, laws in by_estimator.items():
             for quantity, law in laws.items():
                 unseen = held.get(quantity, ()) if estimator == "vertex" else ()
                 fields, more = _power(law, quantity, "flops", estimator)
@@ -164,10 +167,12 @@ def _surface(law: Surface, method: str) -> tuple[dict[str, Any], dict[str, Any]]
         for name in ("size_exponent", "data_exponent", "loss_exponent")
     }  # fmt: skip
     valid = {"flops_per_token": law.n_range, "tokens": law.d_range}
-    return {"quantity": "loss", "form": "surface", "estimator": method, **fields, "valid": valid}, {
-        **more,
-        "optimum": optimal,
-    }
+    kind = {"quantity": "loss", "form": "surface", "estimator": method}
+    evidence = {**more, "optimum": optimal}
+    if (held := law.held_out) is not None:
+        kind["held_out"] = (UnseenPoint(at=held.product, predicted=held.predicted_loss, measured=held.loss),)
+        evidence["held_out_points"] = held.points
+    return {**kind, **fields, "valid": valid}, evidence
 
 
 def _errors(law: Fit, names: Mapping[str, str], draws: Floats | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -225,6 +230,7 @@ def record(results: Results, file: LawFile, written: Sequence[Written]) -> dict[
                     "exponents_add_to": fits.isoflop.exponents_add_to,
                     "coefficients_multiply_to": fits.isoflop.coefficients_multiply_to,
                     "held_out": None if fits.isoflop.held_out is None else asdict(fits.isoflop.held_out),
+                    "single": _fit_of_single(fits.isoflop.single),
                     "budgets": [asdict(budget) for budget in fits.isoflop.budgets],
                 }
                 for fits in results.noises
@@ -243,6 +249,13 @@ def record(results: Results, file: LawFile, written: Sequence[Written]) -> dict[
             ],
         }
     )  # fmt: skip
+
+
+def _fit_of_single(single: SingleBowl | None) -> dict[str, float] | None:
+    """Return how well one bowl fits all budgets; its laws stand among the others."""
+    if single is None:
+        return None
+    return {"curvature": single.curvature, "p_value": single.p_value, "misfit": single.misfit}
 
 
 def plain(value: Any) -> Any:
@@ -302,6 +315,13 @@ def _bowl_lines(fits: NoiseFits) -> Iterator[str]:
     yield f"bowls: {counted} of {len(found.budgets)} vertices count{noise}"
     for name, law in found.laws.items():
         yield f"{name} = {law.coefficient:.4g} C^{law.exponent:.4f} {_ends(law.intervals['exponent'], '.4f')}"
+    if (single := found.single) is not None:
+        law, loss = single.laws["flops_per_token"], single.laws["loss"]
+        misfit = "" if math.isnan(single.p_value) else f"; misfit {single.misfit:.3g} (p = {single.p_value:.2g})"
+        yield (
+            f"a single bowl: M* ~ C^{law.exponent:.4f} {_ends(law.intervals['exponent'], '.4f')}, L* ~ "
+            f"C^{loss.exponent:.4f} {_ends(loss.intervals['exponent'], '.4f')}{misfit}"
+        )
     yield (
         f"exponents of size and tokens add up to {found.exponents_add_to:.4f}, coefficients multiply to "
         f"{found.coefficients_multiply_to:.4f}"
@@ -319,6 +339,11 @@ def _surface_lines(fits: NoiseFits, results: Results) -> Iterator[str]:
             f"surface ({method}): {floor_term(law.E)}{law.A:.4g} M^-{law.alpha:.4f} + {law.B:.4g} D^-{law.beta:.4f}; "
             f"M* ~ C^{law.size_exponent:.4f} {_ends(law.intervals['size_exponent'], '.4f')}; {law.convergence.message}"
         )
+        if (held := law.held_out) is not None:
+            yield (
+                f"  held out: {held.points} points at {held.product:.3g} FLOPs, mean loss {held.loss:.4f}, predicted "
+                f"{held.predicted_loss:.4f} ({held.loss_error_percent:+.2f} %)"
+            )
         if results.gathered.flop_count == "chinchilla":
             factor = law.A * 6**-law.alpha
             terms = f"{factor:.4g} P^-{law.alpha:.4f} + {law.B:.4g} D^-{law.beta:.4f}"

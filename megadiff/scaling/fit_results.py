@@ -97,8 +97,11 @@ class Results:
                 found.append(f"{fits.noise}: the laws rest on {counted} budgets")
             held = fits.isoflop.held_out
             if held is not None and abs(held.loss_error_percent) > HELD_OUT_PERCENT:
+                others = [(name, law.held_out) for name, law in fits.surfaces.items() if law.held_out is not None]
+                by_surfaces = ", ".join(f"{at.loss_error_percent:+.2f} % by {name}" for name, at in others)
                 found.append(
-                    f"{fits.noise}: the largest budget's loss is predicted {held.loss_error_percent:+.2f} % off"
+                    f"{fits.noise}: the largest budget's loss is predicted {held.loss_error_percent:+.2f} % off by the "
+                    f"power law of the others{f'; by their surfaces, {by_surfaces}' if by_surfaces else ''}"
                 )
         return tuple(found)
 
@@ -179,7 +182,10 @@ def _fits_of(
     bowls = tried("IsoFLOP", lambda: isoflop(flops, size, loss, runs, params, run_noise=run_noise, **options))
     surfaces = {}
     for method in ("lse", "varpro"):
-        found = tried(f"surface ({method})", lambda m=method: surface(size, tokens, loss, m, groups=runs, **options))
+        found = tried(
+            f"surface ({method})",
+            lambda m=method: surface(size, tokens, loss, m, groups=runs, hold_out=True, **options),
+        )
         if found is not None:
             surfaces[method] = found
     batches = batch_laws([point for point in points if point.is_candidate], level=level, seed=seed)

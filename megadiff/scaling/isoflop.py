@@ -2,6 +2,14 @@
 
 One run usually serves several budgets, so an unlucky run pulls all bowls the same way. The residuals of the bowls give
 the covariance of a run's luck between budgets; whole runs are redrawn from it, and all bowls and laws fitted again.
+
+The same points are also fitted by a single bowl: one curvature for all budgets, and vertices that lie on a power law.
+With budgets b, x = log size and c_b = log FLOPs,
+
+    log L = h_b + k/2 (x - m_0 - m_1 c_b)^2 = a_b - (u + v c_b) x + k/2 x^2,    m_0 = u/k,  m_1 = v/k
+
+is linear in (a_b, u, v, k), so B budgets need B + 3 parameters instead of 3 B. Where the points allow that form, which
+a test says, its exponents are sharper.
 """
 
 from __future__ import annotations
@@ -77,6 +85,33 @@ class Bowls:
         is_inside = np.isfinite(height) & (np.array(self.sizes) >= MIN_SIZES)
         return Vertices(self.log_size[best], height, np.full_like(height, np.nan), is_inside)
 
+    def single(self, log_loss: Floats) -> tuple[Vertices, Floats]:
+        """Return the vertices of a single bowl that moves with compute, and its residuals [draws, points].
+
+        Budgets with two sizes or more take part, whether or not a bowl of their own would have a vertex. Log losses are
+        [draws, runs, budgets].
+        """
+        run, budget = np.nonzero(self.present & (np.array(self.sizes) > 1))
+        mean_flops, mean_size = self.log_flops.mean(), self.log_size.mean()
+        c, x = self.log_flops - mean_flops, self.log_size[run] - mean_size
+        count = len(c)
+        design = np.zeros((len(run), count + 3))
+        design[np.arange(len(run)), budget] = 1.0
+        design[:, count:] = np.column_stack([-x, -x * c[budget], x**2 / 2])
+        values = log_loss[:, run, budget]
+        found = values @ np.linalg.pinv(design).T
+        u, v, k = (found[:, place, None] for place in range(count, count + 3))
+        with np.errstate(all="ignore"):
+            at = (u + v * c) / k
+        is_used = np.isin(np.arange(count), budget)
+        vertices = Vertices(
+            log_size=np.where(is_used, at + mean_size, np.nan),
+            log_loss=np.where(is_used, found[:, :count] - k * at**2 / 2, np.nan),
+            curvature=np.where(is_used, k, np.nan),
+            is_inside=np.broadcast_to(is_used & (k > 0), at.shape),
+        )
+        return vertices, values - found @ design.T
+
     def residuals(self, log_loss: Floats) -> tuple[Floats, Floats]:
         """Return fitted log losses and residuals, both [runs, budgets]; NaN where a run has no loss or no parabola."""
         fitted = np.full(self.present.shape, np.nan)
@@ -84,6 +119,20 @@ class Bowls:
             if inverse is not None:
                 fitted[rows, column] = X @ (inverse @ log_loss[rows, column])
         return fitted, log_loss - fitted
+
+    @property
+    def freedom(self) -> int:
+        """Number of points that the bowls with a parabola of their own leave beyond its three parameters."""
+        return sum(len(rows) - 3 for rows, inverse in zip(self.rows, self.inverses, strict=True) if inverse is not None)
+
+    def squares(self, log_loss: Floats) -> Floats:
+        """Return the sum of the squared residuals of the bowls, [draws], for log losses [draws, runs, budgets]."""
+        total = np.zeros(len(log_loss))
+        for column, (rows, X, inverse) in enumerate(zip(self.rows, self.designs, self.inverses, strict=True)):
+            if inverse is not None:
+                values = log_loss[:, rows, column]
+                total += ((values - values @ (X @ inverse).T) ** 2).sum(axis=1)
+        return total
 
     def noise(self, residuals: Floats) -> tuple[Floats, float]:
         """Return the covariance of a run's luck between budgets [budgets, budgets], and its degrees of freedom.
@@ -199,6 +248,20 @@ class LargestBudget:
 
 
 @dataclass(frozen=True)
+class SingleBowl:
+    """A bowl of one curvature that moves along a power law of size, fitted to all budgets at once."""
+
+    laws: dict[str, PowerLaw]
+    """Laws over FLOPs of `flops_per_token`, `tokens` and `loss`; intervals are widened by `misfit`."""
+    curvature: float
+    """Second derivative of log loss over log size."""
+    p_value: float
+    """Probability of a misfit at least this large by the luck of runs; NaN without degrees of freedom."""
+    misfit: float
+    """Spread of the residuals over that around the budgets' own bowls, by degrees of freedom; at least 1."""
+
+
+@dataclass(frozen=True)
 class IsoFlop:
     """The optimal laws of a sweep at equal compute."""
 
@@ -207,6 +270,8 @@ class IsoFlop:
     """Laws over FLOPs through the vertices: `flops_per_token`, `tokens`, `loss`, and `params` where they were given."""
     envelope: dict[str, PowerLaw]
     """The same through the best run of each budget."""
+    single: SingleBowl | None
+    """The fit by a single bowl; None if its curvature is not positive."""
     run_noise: float
     """Standard deviation of log loss between runs of one size at one budget; NaN if the data leave none."""
     dof: float
@@ -275,7 +340,8 @@ def isoflop(
         covariance, dof = np.full((len(reasons),) * 2, run_noise**2), np.inf
     elif dof < 1:
         covariance = np.full_like(covariance, np.nan)
-    redrawn = _redrawn(bowls, np.where(np.isnan(fitted), log_loss, fitted), covariance, draws, seed)
+    centre = np.where(np.isnan(fitted), log_loss, fitted)
+    redrawn = _redrawn(bowls, centre, covariance, draws, seed)
     drawn, drawn_raw = bowls.vertices(redrawn), bowls.lowest(redrawn)
     facts = {"dof": dof, "level": level, "runs": int(codes.max()) + 1}
     laws = _laws(bowls, found, drawn, facts)
@@ -300,6 +366,7 @@ def isoflop(
         budgets=budgets,
         laws=laws,
         envelope=_laws(bowls, raw, drawn_raw, facts),
+        single=_single(bowls, log_loss, centre, redrawn, facts),
         run_noise=float(spread),
         dof=dof,
         runs=facts["runs"],
@@ -361,6 +428,34 @@ def _laws(bowls: Bowls, found: Vertices, drawn: Vertices, facts: dict[str, Any])
     }  # fmt: skip
     spread = laws_of(bowls.log_flops, drawn)
     return {name: _law(bowls, found, value, spread[name], facts) for name, value in values.items()}
+
+
+def _single(
+    bowls: Bowls, log_loss: Floats, centre: Floats, redrawn: Floats, facts: dict[str, Any]
+) -> SingleBowl | None:
+    """Return the fit by a single bowl, whose draws are refits of the runs that were redrawn around `centre`."""
+    found, residuals = bowls.single(log_loss[None])
+    is_used = found.is_inside[0]
+    if is_used.sum() < MIN_BUDGETS:
+        return None
+    drawn, luck = bowls.single(redrawn)[0], redrawn - centre
+    free, misfit, p_value = residuals.shape[1] - int(is_used.sum()) - 3, 1.0, np.nan
+    if len(redrawn) and min(free, bowls.freedom) > 0:
+        squares, own_squares = (residuals[0] ** 2).sum(), bowls.squares(log_loss[None])[0]
+        misfit = max(1.0, float(np.sqrt(squares / free / (own_squares / bowls.freedom))))
+        ratios = (bowls.single(luck)[1] ** 2).sum(axis=1) / bowls.squares(luck)
+        p_value = float((ratios >= squares / own_squares).mean())
+
+    def widened(own: Floats, draws: Floats) -> Floats:
+        return own + misfit * (draws - own)
+
+    wider = Vertices(
+        widened(found.log_size, drawn.log_size),
+        widened(found.log_loss, drawn.log_loss),
+        drawn.curvature,
+        drawn.is_inside,
+    )
+    return SingleBowl(_laws(bowls, found, wider, facts), float(found.curvature[0, is_used][0]), p_value, misfit)
 
 
 def _law(bowls: Bowls, found: Vertices, values: Floats, drawn: Floats, facts: dict[str, Any]) -> PowerLaw:

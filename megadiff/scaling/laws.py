@@ -151,8 +151,8 @@ class Law(Section):
     flop_count: FlopCount | None = None
     """Count of FLOPs; needed where FLOPs occur."""
     estimator: str = "vertex"
-    """Way in which the points of the law were found: `vertex` of a parabola, `best_run`, for surfaces `lse` or
-    `varpro`, or a word of one's own."""
+    """Way in which the points of the law were found: `vertex` of a parabola, `best_run`, `single_bowl` for all budgets,
+    for surfaces `lse` or `varpro`, or a word of one's own."""
     parameters: dict[str, Estimate]
     """Parameters by name."""
     confidence: float = Field(default=0.95, gt=0, lt=1)

@@ -41,6 +41,25 @@ _SUBSETS = [list(rows) for count in (2, 1) for rows in itertools.combinations(ra
 
 
 @dataclass(frozen=True)
+class LargestProduct:
+    """Losses of the points with the largest n d, predicted by a surface that was fitted without them."""
+
+    product: float
+    """The largest n d, which is the compute if n is FLOPs per token; points within 10 % of it are left out."""
+    points: int
+    """Number of points left out."""
+    loss: float
+    """Mean of their losses, nats per token."""
+    predicted_loss: float
+    """Mean of the losses that the surface of the other points gives at their sizes and tokens."""
+
+    @property
+    def loss_error_percent(self) -> float:
+        """Return how far the predicted loss lies above the measured one, in per cent."""
+        return 100 * (self.predicted_loss / self.loss - 1)
+
+
+@dataclass(frozen=True)
 class Surface(Fit):
     """Loss over size and data, L = E + A n^-alpha + B d^-beta, with estimates of these names.
 
@@ -51,8 +70,8 @@ class Surface(Fit):
     method: str = "lse"
     n_range: tuple[float, float] = (np.nan, np.nan)
     d_range: tuple[float, float] = (np.nan, np.nan)
-    held_out: tuple[float, float, float] | None = None
-    """The points with the largest n d, left out of a second fit: n d, mean loss, and mean predicted loss."""
+    held_out: LargestProduct | None = None
+    """Prediction of the points with the largest n d; None if it was not wanted or the others determine no surface."""
 
     def __getattr__(self, name: str) -> float:
         """Return an estimate, such as `alpha`."""
@@ -169,15 +188,17 @@ def _check_spread(x: Floats, y: Floats) -> None:
 
 def _surface_hold_out(
     columns: dict[str, Floats], method: Literal["lse", "varpro"], delta: float, tolerance: float
-) -> tuple[float, float, float]:
-    """Return (n d, mean loss, mean predicted loss) of the points with the largest n d, within 10 %."""
+) -> LargestProduct | None:
+    """Return the prediction of the points with the largest n d, or None if the others determine no surface."""
     product = columns["n"] * columns["d"]
     kept = product < product.max() / 1.1
-    rest = surface(
-        columns["n"][kept], columns["d"][kept], columns["loss"][kept], method, delta=delta, tolerance=tolerance, draws=0
-    )
-    predicted = rest(columns["n"][~kept], columns["d"][~kept])
-    return float(product.max()), float(columns["loss"][~kept].mean()), float(predicted.mean())
+    n, d, loss = (columns[name] for name in ("n", "d", "loss"))
+    try:
+        rest = surface(n[kept], d[kept], loss[kept], method, delta=delta, tolerance=tolerance, draws=0)
+    except FitError:
+        return None
+    predicted = rest(n[~kept], d[~kept])
+    return LargestProduct(float(product.max()), int((~kept).sum()), float(loss[~kept].mean()), float(predicted.mean()))
 
 
 def _surface_estimates(theta: Floats, centre: tuple[float, float]) -> dict[str, Floats]:

@@ -62,6 +62,7 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     fit(monkeypatch, "--csv", table, "--output", tmp_path / "out", "--draws", 30, "--baseline", "published")
     said = capsys.readouterr().out
     assert "bowls: 9 of 9 vertices count" in said
+    assert re.search(r"a single bowl: M\* ~ C\^0\.\d+ \[.*; misfit 1\.?\d* \(p = ", said)
     assert "masked and uniform: cross at" in said
     found = read_law_file(tmp_path / "out/law.yaml")
     assert (found.name, found.runs, found.provisional, found.excluded) == ("out", 18, False, ())
@@ -70,13 +71,19 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
     assert low < 0.56629 < high
     assert law.valid["flops"] == pytest.approx([5e17, 2e20])
     assert np.quantile(np.array(law.draws)[:, 1], [0.16, 0.84]) == pytest.approx([low, high], abs=(high - low) / 2)
-    assert {law.estimator for law in found.laws} == {"vertex", "best_run", "lse", "varpro"}
+    assert {law.estimator for law in found.laws} == {"vertex", "best_run", "single_bowl", "lse", "varpro"}
+    for law in found.laws:
+        if law.form == "surface":
+            (unseen,) = law.held_out
+            assert unseen.at == pytest.approx(2e20)
+            assert unseen.predicted == pytest.approx(unseen.measured, rel=0.005)
     record = json.loads((tmp_path / "out/fit.json").read_text())
     is_beyond = record["comparisons"][0]["crossing"]["is_extrapolated"]
     line = next(line for line in said.splitlines() if line.startswith("masked and uniform: cross at"))
     assert ("extrapolated" in line.split(";")[0]) == is_beyond
     assert record["bowls"]["masked"]["budgets"][0]["excluded"] == ""
     assert record["laws"][0]["convergence"]["converged"]
+    assert set(record["bowls"]["masked"]["single"]) == {"curvature", "p_value", "misfit"}
     with (tmp_path / "out/points.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 162
     drawn = {
@@ -87,6 +94,7 @@ def test_a_csv_of_two_noises_gives_laws_tables_figures_and_a_page(tmp_path, monk
         assert {path.stem for path in (tmp_path / "out/figures").glob(f"*.{ending}")} == drawn
     check_page(page := (tmp_path / "out/index.html").read_text(), drawn)
     assert "dotted: the baseline" in page
+    assert page.count("surface (lse), mean of 9 points") == page.count("surface (varpro), mean of 9 points") == 2
     plans_the_planted_optimum(monkeypatch, capsys, tmp_path / "out/law.yaml")
 
 

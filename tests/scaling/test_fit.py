@@ -191,11 +191,23 @@ def test_a_thousand_bootstraps_take_less_than_a_minute():
 
 
 def test_the_largest_points_are_predicted_without_them():
-    found = surface(N, D, planted_loss(np.random.default_rng(0), noise=0.001), draws=0, hold_out=True)
-    assert found.held_out is not None
-    product, loss, predicted = found.held_out
-    assert product == pytest.approx(3e19)
-    assert predicted == pytest.approx(loss, rel=0.01)
+    loss = planted_loss(np.random.default_rng(0), noise=0.0)
+    largest = N * D > 2.9e19
+    held = surface(N, D, loss, draws=0, hold_out=True).held_out
+    assert held is not None
+    assert (held.product, held.points) == (pytest.approx(3e19), largest.sum())
+    assert held.loss == pytest.approx(loss[largest].mean())
+    assert held.predicted_loss == pytest.approx(held.loss, rel=1e-4)
+    bent = surface(N, D, loss * np.where(largest, 1.02, 1.0), draws=0, hold_out=True).held_out
+    assert bent is not None
+    assert bent.loss_error_percent == pytest.approx(100 / 1.02 - 100, abs=0.01)
+
+
+def test_largest_points_without_which_nothing_is_determined_are_not_predicted():
+    n, d = (part.ravel()[1:] for part in np.meshgrid([1e7, 1e8, 1e9], [1e8, 1e9, 1e10]))
+    found = surface(n, d, planted_loss(np.random.default_rng(0), 0.0, n, d), draws=0, hold_out=True)
+    assert found.points == 8  # the others are seven, and a surface needs eight
+    assert found.held_out is None
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 
-from megadiff.scaling.isoflop import isoflop
-from megadiff.scaling.resampling import FitError, budget_codes
+from megadiff.scaling.isoflop import _design, isoflop
+from megadiff.scaling.resampling import FitError, as_points, budget_codes, group_codes
 from tests.scaling.planted import BUDGETS, MASKED, SIZES, coverage, sweep
 
 TRUTH = {"flops_per_token": 0.56629, "tokens": 0.43371, "loss": -0.04961}
@@ -31,6 +32,77 @@ def test_run_level_intervals_hold_the_exponents():
 
     found = coverage(intervals, TRUTH)
     assert min(found.values()) >= 0.9, found
+
+
+def test_a_single_bowl_without_noise_finds_the_laws_with_less_bias_than_bowls_of_their_own():
+    found = isoflop(*sweep(np.random.default_rng(0), noise=0.0), draws=0)
+    for name, exponent in TRUTH.items():
+        assert found.single.laws[name].exponent == pytest.approx(exponent, abs=0.002), name
+    assert found.single.laws["loss"](1e19) == pytest.approx(27.21883 * 1e19**-0.04961, rel=1e-3)
+    assert found.single.laws["flops_per_token"](1e19) == pytest.approx(0.01761 * 1e19**0.56629, rel=0.03)
+    assert found.single.curvature == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_single_bowl_is_the_least_squares_fit_that_its_formula_names():
+    rng = np.random.default_rng(4)
+    flops, size = np.repeat([1e18, 2e18, 8e18, 3e19], [6, 1, 2, 5]), np.exp(rng.uniform(18, 22, 14))
+    loss = np.exp(1 + 0.03 * (np.log(size) - 20 - 0.5 * np.log(flops / 2e18)) ** 2 + 0.01 * rng.standard_normal(14))
+    bowls, log_loss = _design(as_points(flops=flops, size=size, loss=loss), group_codes(None, 14))
+    found, residuals = bowls.single(log_loss[None])
+
+    def misses(theta):
+        h, (m0, m1, k) = theta[:4], theta[4:]
+        budget = np.searchsorted([1e18, 2e18, 8e18, 3e19], flops)
+        x, c = np.log(size) - 20, np.log(flops / 2e18)
+        return (h[budget] + k / 2 * (x - m0 - m1 * c) ** 2 - np.log(loss))[flops != 2e18]  # one size shows no slope
+
+    best = least_squares(misses, [1, 1, 1, 1, 0, 0.5, 0.06], xtol=1e-15, ftol=1e-15, gtol=1e-15)
+    assert (residuals**2).sum() == pytest.approx(2 * best.cost, rel=1e-8)
+    h, (m0, m1, k) = best.x[:4], best.x[4:]
+    at = 20 + m0 + m1 * np.log(np.array([1e18, 2e18, 8e18, 3e19]) / 2e18)
+    used = [0, 2, 3]
+    assert found.log_size[0, used] == pytest.approx(at[used], abs=1e-5)
+    assert found.log_loss[0, used] == pytest.approx(h[used], abs=1e-7)
+    assert found.curvature[0, used] == pytest.approx([k] * 3, rel=1e-5)
+    assert found.is_inside[0].tolist() == [True, False, True, True]
+
+
+def test_run_level_intervals_of_a_single_bowl_hold_the_exponents():
+    def intervals(rng):
+        laws = isoflop(*sweep(rng), draws=200).single.laws
+        return {name: laws[name].intervals["exponent"] for name in TRUTH}
+
+    found = coverage(intervals, TRUTH)
+    assert min(found.values()) >= 0.9, found
+
+
+def test_few_sizes_at_a_budget_are_used_better_by_a_single_bowl():
+    widths = []
+    for seed in range(20):
+        flops, size, loss, run = sweep(np.random.default_rng(seed), budgets=BUDGETS[::2])
+        near = np.abs(np.log(size / (0.01761 * flops**0.56629))) < np.log(6)
+        found = isoflop(flops[near], size[near], loss[near], run[near], draws=100)
+        laws = found.laws, found.single.laws
+        widths.append([law["flops_per_token"].half_width("exponent") for law in laws])
+    own, single = np.median(widths, axis=0)
+    assert single < 0.9 * own
+
+
+def test_bowls_that_change_with_compute_are_not_taken_for_one():
+    rng = np.random.default_rng(2)
+    flops, size = np.tile(BUDGETS, 9), np.repeat(SIZES, 9)
+    centre = np.log(0.01761 * flops**0.56629)
+    luck = 0.001 * rng.standard_normal(81)
+
+    def loss(curvature):
+        return np.exp(1 - 0.05 * np.log(flops / 1e19) + curvature / 2 * (np.log(size) - centre) ** 2 + luck)
+
+    same = isoflop(flops, size, loss(0.01), draws=200).single
+    other = isoflop(flops, size, loss(0.01 * (flops / 1e19) ** 0.3), draws=200).single
+    assert same.p_value > 0.05
+    assert same.misfit < 1.1
+    assert other.p_value < 0.01
+    assert other.misfit > 2
 
 
 def test_intervals_of_points_are_too_narrow_for_whole_runs():

@@ -203,6 +203,26 @@ def test_a_sweep_with_everything_becomes_a_law_file_that_plans_alone(tmp_path):
     assert any("same_slope_p_value" in law for law in found["laws"])
 
 
+def test_a_floor_that_the_power_law_lacks_is_seen_by_the_held_out_budget():
+    def loss(size, tokens):
+        return 2.0 + (2e9 / size) ** 0.6 + (2e9 / tokens) ** 0.6
+
+    points = [
+        Point(f"{size:.3g}", "masked", flops, size, flops / size, loss(size, flops / size))
+        for size in np.geomspace(1e8, 4e10, 12)
+        for flops in np.geomspace(1e18, 1e21, 5)
+        if 0.02 < size**2 / flops < 50
+    ]
+    fitted = fit_points(gathered(points), draws=20)
+    (reason,) = (reason for reason in fitted.reservations if "largest budget" in reason)
+    assert re.search(
+        r"predicted -\d+\.\d\d % off by the power law of the others; by their surfaces, [-+]0\.00 %", reason
+    )
+    assert float(re.search(r"predicted (-\S+) %", reason)[1]) < -1.5
+    lines = [line for line in summary(fitted) if "held out" in line and "mean loss" in line]
+    assert [re.sub("[-+]", "", line.split("(")[1]) for line in lines] == ["0.00 %)", "0.00 %)"]
+
+
 def test_points_of_repeated_data_and_of_the_highest_losses_do_not_count(tmp_path):
     table = tmp_path / "points.csv"
     rows = ["run,flops,tokens,loss,unique_tokens", "a,1e18,1e9,3.0,1e9", "b,1e18,2e9,3.1,1e9", "c,1e18,1.4e9,3.4,1e9"]
