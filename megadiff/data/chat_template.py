@@ -151,9 +151,7 @@ def _shared(one: str, other: str) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def find_template(
-    tokenizer_path: str | Path, given: str | Path | None, *, instead: str = "prompts and completions with --prompt-key"
-) -> str:
+def find_template(tokenizer_path: str | Path, given: str | Path | None, *, instead: str) -> str:
     """Return the chat template of a tokenizer, or that of the file that is given in its place.
 
     Args:

@@ -131,13 +131,20 @@ def text_of(line: Line, fields: TextFields) -> Text | Bad:
     for key in fields.names:
         if key not in found:
             keys = ", ".join(shown(name) for name in list(found)[:_MAX_SHOWN]) or "none"
-            return Bad(f"no key `{key}` (keys here: {keys}; choose with {fields.option})")
+            chat = next((name for name, value in found.items() if is_chat(value) and not fields.are_nested), None)
+            hint = "" if chat is None else f", or for messages --chat-key {shown(chat)}"
+            return Bad(f"no key `{key}` (keys here: {keys}; choose with {fields.option}{hint})")
         if (fault := fields.fault_of(key, found[key])) is not None:
             return Bad(fault)
         values.append(found[key])
     text = fields.text(values)
     whole = without_lone_surrogates(text)
     return Text(whole, is_repaired=whole != text)
+
+
+def is_chat(value: Any) -> bool:
+    """Return whether a value looks like the messages of a conversation: a list of objects with a role."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "role" in value[0]
 
 
 def without_lone_surrogates(text: str) -> str:

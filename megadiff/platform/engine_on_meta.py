@@ -59,7 +59,7 @@ def problem() -> str | None:
     except PackageNotFoundError:
         return "it is installed without its metadata, which name its version"
     if not transformer_engine.is_supported(found):
-        return f"version {found} is installed and 2.9 to 2.11 are supported"
+        return f"version {found} is installed and {transformer_engine.SUPPORTED_VERSIONS} are supported"
     if "megatron.core" in sys.modules:
         return "megatron-core was imported before it in this process"
     return None
@@ -411,7 +411,8 @@ class _Name:
         if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
             raise PlatformError(
                 f"a dry run does not know what Transformer Engine's compiled function {self._name} returns; set "
-                "transformer_impl=local for it, or install one of the versions that it knows, 2.9 to 2.11"
+                "transformer_impl=local for it, or install one of the versions that it knows, "
+                f"{transformer_engine.SUPPORTED_VERSIONS}"
             )
         is_decorator = len(args) == 1 and not kwargs and isinstance(args[0], types.FunctionType)
         return args[0] if is_decorator else _Name(f"{self._name}()")

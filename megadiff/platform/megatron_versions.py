@@ -29,6 +29,7 @@ For a new version: raise `SUPPORTED`, run the tests of `tests/distributed`, `tes
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 from megadiff.errors import PlatformError
@@ -37,6 +38,12 @@ SUPPORTED = ((0, 16), (0, 20))
 """Half-open range of versions (major, minor)."""
 REQUIREMENT = "megatron-core>=0.16,<0.20"
 """The same range as a requirement of pip."""
+
+
+def major_minor(version: str) -> tuple[int, int]:
+    """Return the first two numbers of a version, such as (2, 12) of `2.12rc1`; (0, 0) if it does not begin with two."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (0, 0) if found is None else (int(found[1]), int(found[2]))
 
 
 def check() -> None:
@@ -49,8 +56,7 @@ def check() -> None:
         megatron = importlib.import_module("megatron.core")
     except ImportError as error:
         raise PlatformError(f"megatron-core is not importable ({error}); install `{REQUIREMENT}`") from error
-    version = tuple(int(part) for part in megatron.__version__.split(".")[:2])
-    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+    if not SUPPORTED[0] <= major_minor(megatron.__version__) < SUPPORTED[1]:
         raise PlatformError(
             f"megatron-core {megatron.__version__} is installed, but this package was checked against 0.16 to 0.19 "
             f"only; install `{REQUIREMENT}`, or re-check every place listed in megadiff/platform/megatron_versions.py"

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from megadiff.platform.megatron_versions import major_minor
+
 SUPPORTED = ((2, 9), (2, 12))
 """Half-open range of versions (major, minor) that megatron-core and `model/fused_layers.py` were checked against."""
+SUPPORTED_VERSIONS = "2.9 to 2.11"
+"""The same range for messages."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,13 @@ def find() -> Found:
     except Exception as error:  # a library that does not load raises whatever its loader raises
         return Found(None, f"`import transformer_engine.pytorch` fails ({type(error).__name__}: {error})")
     if not is_supported(installed):
-        return Found(None, f"version {installed} is installed and 2.9 to 2.11 are supported")
+        return Found(None, f"version {installed} is installed and {SUPPORTED_VERSIONS} are supported")
     return Found(installed)
 
 
 def is_supported(installed: str) -> bool:
     """Return whether a version of the library is one of those in `SUPPORTED`."""
-    return SUPPORTED[0] <= tuple(int(part) for part in installed.split(".")[:2]) < SUPPORTED[1]
+    return SUPPORTED[0] <= major_minor(installed) < SUPPORTED[1]
 
 
 def fp8_problem(recipe: str) -> str | None:

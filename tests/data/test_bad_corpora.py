@@ -92,6 +92,10 @@ FILES = {
     "last.jsonl": (lambda: GOOD + b'{"text": "cut he', r":401: not a JSON object \(.*\); correct the line"),
     "list.jsonl": (lambda: b'[{"text": "a"}]', r":1: wanted a JSON object with the key `text`, found a list; write o"),
     "pretty.json": (lambda: b'{\n  "text": "a"\n}\n', r":1: not a JSON object"),
+    "chat.jsonl": (
+        lambda: b'{"id": 1, "talk": [{"role": "user", "content": "a"}]}',
+        r":1: no key `text` \(keys here: id, talk; choose with --json-key, or for messages --chat-key talk\)",
+    ),
     "key.jsonl": (lambda: b'{"body": "a"}', r":1: no key `text` \(keys here: body; choose with --json-key\)"),
     "latin.jsonl": (lambda: '{"text": "n\u00e9e"}'.encode("latin1"), r":1: invalid UTF-8 at byte \d+ .*; convert"),
     "utf16.jsonl": (lambda: '{"text": "a"}'.encode("utf-16"), r":1: invalid UTF-8 .*iconv -f utf-16"),

@@ -329,7 +329,7 @@ def test_bos_and_eos_are_added_where_the_template_has_none(tmp_path):
 def test_a_missing_tokenizer_is_not_blamed_on_its_template(tmp_path):
     folder = write_tokenizer(tmp_path / "tokenizer", CASES["chatml"])
     with pytest.raises(DataError, match=rf"found nothing; did you mean {folder}\?"):
-        find_template(tmp_path / "tokeniser", None)
+        find_template(tmp_path / "tokeniser", None, instead="prompts")
 
 
 def test_a_named_template_and_a_file_are_found(tmp_path, monkeypatch):
@@ -342,7 +342,7 @@ def test_a_named_template_and_a_file_are_found(tmp_path, monkeypatch):
     with monkeypatch.context() as here:
         here.chdir(folder)
         with pytest.raises(DataError, match="wanted a tokenizer with a chat template"):
-            find_template("byte", None)
+            find_template("byte", None, instead="prompts")
         with pytest.raises(
             DataError, match=r"found none; give one with --chat-template FILE, or a text with --prompt$"
         ):

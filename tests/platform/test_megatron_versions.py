@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from megadiff.errors import PlatformError
-from megadiff.platform import megatron_versions
+from megadiff.platform import megatron_versions, transformer_engine
 from tests.support.commands import REPOSITORY
 
 
@@ -39,6 +39,24 @@ def test_setup_and_the_check_name_the_same_range() -> None:
     wanted = Requirement(megatron_versions.REQUIREMENT).specifier
     for (major, minor), is_supported in zip(megatron_versions.SUPPORTED, (True, False), strict=True):
         assert wanted.contains(f"{major}.{minor}.1") == is_supported
+
+
+def test_versions_before_a_release_and_of_builds_are_read_by_their_first_two_numbers() -> None:
+    read = megatron_versions.major_minor
+    assert [read(name) for name in ("2.12rc1", "0.16.1", "2.9.0+cu12", "0.20.dev3")] == [
+        (2, 12),
+        (0, 16),
+        (2, 9),
+        (0, 20),
+    ]
+    assert read("unknown") == (0, 0)
+
+
+def test_the_versions_named_in_messages_are_those_that_are_supported() -> None:
+    first, last = (tuple(map(int, word.split("."))) for word in transformer_engine.SUPPORTED_VERSIONS.split(" to "))
+    assert (first, (last[0], last[1] + 1)) == transformer_engine.SUPPORTED
+    found = [transformer_engine.is_supported(name) for name in ("2.8.1", "2.9", "2.11.0", "2.12rc1", "unknown")]
+    assert found == [False, True, True, False, False]
 
 
 def test_the_version_wanted_is_the_one_under_test() -> None:
