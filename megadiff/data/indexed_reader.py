@@ -246,8 +246,11 @@ class IndexedReader:
         near = megatron if idx_path(megatron).is_file() else None
         if near is None and not idx_path(self.prefix).is_file():
             near = similar_path(self.prefix, Path.is_file, ending=".idx")
+        made = Path(self.prefix).with_suffix("")  # from train.jsonl
+        if Path(self.prefix).is_file() and idx_path(made).is_file():
+            near = str(made)
         hint = f"did you mean {near}?" if near else "run `megadiff preprocess_data` first"
-        if Path(self.prefix).is_file():
+        if near is None and Path(self.prefix).is_file():
             hint = f"{self.prefix} is a file; make indexed data of it with `megadiff preprocess_data`"
         named = f"wanted {wanted[0]} and {wanted[1]}"
         raise DataError(f"{self.prefix}: no indexed data; {named}, found no {' and no '.join(missing)}; {hint}")

@@ -120,6 +120,14 @@ def test_missing_files_are_named_with_what_lies_beside(tmp_path):
         IndexedReader(tmp_path / "p")
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".txt"])
+def test_a_file_beside_its_indexed_data_is_answered_with_their_prefix(tmp_path, ending):
+    for name in (f"train{ending}", "train.bin", "train.idx"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"did you mean {tmp_path}/train\?"):
+        IndexedReader(tmp_path / f"train{ending}")
+
+
 @pytest.mark.parametrize("cut", [1, 2, 7])
 def test_a_cut_bin_is_refused_with_both_sizes(tmp_path, cut):
     write_indexed(tmp_path / "p", DOCUMENTS)
