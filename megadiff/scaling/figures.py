@@ -349,6 +349,10 @@ def exponents(figure: Any, solved: Sequence[NoiseFits]) -> None:
             axes.plot([place], [law.exponent], "o", color="black", ms=4)
             axes.annotate(f"{law.exponent:.4f}", (place, law.exponent), xytext=(6, 0), textcoords="offset points",
                           fontsize="x-small", va="center")  # fmt: skip
+            if (single := fits.isoflop.single) is not None:
+                other = single.laws[name]
+                axes.plot([place - 0.25] * 2, other.intervals["exponent"], color=QUIET, lw=1.2)
+                axes.plot([place - 0.25], [other.exponent], "s", color=QUIET, mfc="white", ms=4)
         axes.set_xticks(range(len(solved)), [fits.noise for fits in solved])
         axes.set_xlim(-0.6, len(solved) - 0.4)
         axes.set(title=f"exponent of {label.split(',', maxsplit=1)[0]}")
@@ -534,7 +538,8 @@ def _sketches(results: Results, baseline: LawBook | None) -> Iterator[_Sketch]:
         )  # fmt: skip
     if solved:
         yield _Sketch(
-            "exponents", "exponents", "Exponents of the laws: violins of the redrawn sweeps, bars of the intervals.",
+            "exponents", "exponents",
+            "Exponents of the laws: violins of the redrawn sweeps, bars of the intervals; squares: by a single bowl.",
             (11, 3.6), lambda figure: exponents(figure, solved),
         )  # fmt: skip
     if results.comparisons:
