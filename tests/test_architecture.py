@@ -111,6 +111,14 @@ def test_files_and_functions_stay_readable(path):
             assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
 
 
+def test_no_tracked_file_is_a_link():
+    """A link that one machine's paths fill leads nowhere in every other clone."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
+
+
 def test_reading_a_run_description_imports_neither_torch_nor_megatron():
     code = "import sys, megadiff.run.config; print(*{'torch', 'megatron', 'numpy'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

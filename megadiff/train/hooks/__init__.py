@@ -62,7 +62,7 @@ if TYPE_CHECKING:  # a run description is checked without torch
     from megadiff.run.config import RunConfig
     from megadiff.train.gradients import SequenceGradients
 
-log = logging.getLogger("megadiff")
+logger = logging.getLogger("megadiff")
 
 Part = Literal["step", "eval", "save"]
 """Parts of a run that have a time limit of their own (section `watchdog`)."""
@@ -375,7 +375,7 @@ class _Caller:
         try:
             part.close()
         except Exception as error:
-            log.warning(f"hook `{self.name}` could not be closed: {type(error).__name__}: {error}")
+            logger.warning(f"hook `{self.name}` could not be closed: {type(error).__name__}: {error}")
 
 
 class ListedHook(Hook):

@@ -189,6 +189,33 @@ def test_an_object_that_is_hook_and_sink_is_opened_and_closed_once(module):
     assert sys.modules["outside.both"].made.calls == ["open", "line 0", "line 2", 2, "line 3", 3, "close"]
 
 
+LATE = """
+from megadiff.train.hooks import Hook
+
+class Late(Hook):
+    def __call__(self, info):
+        pass
+
+    def close(self):
+        raise RuntimeError("too late")
+
+def build(settings, context):
+    return Late()
+"""
+
+
+def test_a_hook_that_cannot_be_closed_is_logged_and_harms_nothing(module, caplog):
+    """The run is over by then. Importing the module `log` of the hooks must not hide the logger."""
+    import megadiff.train.hooks.log  # noqa: F401
+
+    module("late", LATE)
+    config = SimpleNamespace(steps=1)
+    context = HookContext(config, *[None] * 2, SimpleNamespace(is_main=True), *[None] * 3, (), (), MetricSinks(), None)
+    (hook,) = build_listed([HOOKS.build(HookConfig, name="outside.late")], context)
+    hook.close()
+    assert "hook `outside.late` could not be closed: RuntimeError: too late" in caplog.text
+
+
 def test_a_sink_from_outside_keeps_the_contract(module, tmp_path):
     module("lines", SINK)
     entry = {"name": "outside.lines", "path": str(tmp_path / "mine.jsonl")}
