@@ -174,6 +174,7 @@ def _power_law_of(
     low, high = (log_coefficient + side * t_width(level, dof[0]) * stderr[0] for side in (-1, 1))
     slopes = tuple(exponent + side * t_width(level, dof[1]) * stderr[1] for side in (-1, 1))
     floors = np.full(len(drawn), floor) if floors is None else floors
+    spread = float(np.std(floors)) if len(floors) else 0.0
     with np.errstate(over="ignore"):
         ends = float(np.exp(low)), float(np.exp(high))
     return PowerLaw(
@@ -181,12 +182,12 @@ def _power_law_of(
         standard_errors={
             "coefficient": float(np.exp(log_coefficient)) * stderr[0],
             "exponent": stderr[1],
-            "floor": float(np.std(floors)) if len(floors) else 0.0,
+            "floor": spread,
         },
         intervals={
             "coefficient": ends,
             "exponent": (float(slopes[0]), float(slopes[1])),
-            "floor": spread_interval(floor, floors, level=level, dof=dof[0]) if floors.std() > 0 else (floor, floor),
+            "floor": spread_interval(floor, floors, level=level, dof=dof[0]) if spread > 0 else (floor, floor),
         },
         convergence=CLOSED_FORM,
         draws={"log_coefficient": drawn[:, 0], "exponent": drawn[:, 1], "floor": floors},

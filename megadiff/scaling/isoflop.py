@@ -15,7 +15,7 @@ a test says, its exponents are sharper.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ from megadiff.scaling.resampling import (
 
 _NEAR_SIZE = 0.05
 """Relative difference up to which FLOPs per token are one size of a bowl."""
+_ROUNDING = 1e-9
+"""Relative difference up to which ratios of squares are equal: where a run has one luck for all budgets, all are."""
 MIN_SIZES, GOOD_SIZES, MIN_BUDGETS = 3, 5, 3
 
 
@@ -252,13 +254,18 @@ class SingleBowl:
     """A bowl of one curvature that moves along a power law of size, fitted to all budgets at once."""
 
     laws: dict[str, PowerLaw]
-    """Laws over FLOPs of `flops_per_token`, `tokens` and `loss`; intervals are widened by `misfit`."""
+    """Laws over FLOPs of `flops_per_token`, `tokens` and `loss`; intervals are widened by `misfit`. The vertices lie on
+    the laws of size and tokens by construction, so these have no R squared."""
     curvature: float
     """Second derivative of log loss over log size."""
     p_value: float
-    """Probability of a misfit at least this large by the luck of runs; NaN without degrees of freedom."""
+    """Probability of a misfit at least this large by the luck of runs; NaN without draws or degrees of freedom.
+
+    The luck is that which the budgets' own bowls show, also where the noise of runs is stated.
+    """
     misfit: float
-    """Spread of the residuals over that around the budgets' own bowls, by degrees of freedom; at least 1."""
+    """Spread of the residuals over that around the budgets' own bowls, by degrees of freedom; at least 1, and 1 where
+    there are none."""
 
 
 @dataclass(frozen=True)
@@ -336,10 +343,11 @@ def isoflop(
         raise FitError(f"{counted} of {len(reasons)} budgets have a vertex that counts, and a law needs 3 ({named})")
     fitted, residuals = bowls.residuals(log_loss)
     covariance, dof = bowls.noise(residuals)
+    if dof < 1:
+        covariance = np.full_like(covariance, np.nan)
+    luck = _redrawn(bowls, np.zeros_like(fitted), covariance, draws, seed)
     if run_noise is not None:
         covariance, dof = np.full((len(reasons),) * 2, run_noise**2), np.inf
-    elif dof < 1:
-        covariance = np.full_like(covariance, np.nan)
     centre = np.where(np.isnan(fitted), log_loss, fitted)
     redrawn = _redrawn(bowls, centre, covariance, draws, seed)
     drawn, drawn_raw = bowls.vertices(redrawn), bowls.lowest(redrawn)
@@ -366,7 +374,7 @@ def isoflop(
         budgets=budgets,
         laws=laws,
         envelope=_laws(bowls, raw, drawn_raw, facts),
-        single=_single(bowls, log_loss, centre, redrawn, facts),
+        single=_single(bowls, log_loss, redrawn, luck, facts),
         run_noise=float(spread),
         dof=dof,
         runs=facts["runs"],
@@ -430,21 +438,29 @@ def _laws(bowls: Bowls, found: Vertices, drawn: Vertices, facts: dict[str, Any])
     return {name: _law(bowls, found, value, spread[name], facts) for name, value in values.items()}
 
 
-def _single(
-    bowls: Bowls, log_loss: Floats, centre: Floats, redrawn: Floats, facts: dict[str, Any]
-) -> SingleBowl | None:
-    """Return the fit by a single bowl, whose draws are refits of the runs that were redrawn around `centre`."""
+def _single(bowls: Bowls, log_loss: Floats, redrawn: Floats, luck: Floats, facts: dict[str, Any]) -> SingleBowl | None:
+    """Return the fit by a single bowl.
+
+    Args:
+        log_loss: [runs, budgets].
+        redrawn: log losses of redrawn runs, [draws, runs, budgets], which give the intervals.
+        luck: redrawn residuals alone, [draws, runs, budgets], which the misfit is judged by. Only ratios of their
+            squares are used, so how one run's luck differs between budgets is what counts; a stated noise does not
+            tell that.
+    """
     found, residuals = bowls.single(log_loss[None])
     is_used = found.is_inside[0]
     if is_used.sum() < MIN_BUDGETS:
         return None
-    drawn, luck = bowls.single(redrawn)[0], redrawn - centre
+    drawn = bowls.single(redrawn)[0]
     free, misfit, p_value = residuals.shape[1] - int(is_used.sum()) - 3, 1.0, np.nan
-    if len(redrawn) and min(free, bowls.freedom) > 0:
-        squares, own_squares = (residuals[0] ** 2).sum(), bowls.squares(log_loss[None])[0]
-        misfit = max(1.0, float(np.sqrt(squares / free / (own_squares / bowls.freedom))))
-        ratios = (bowls.single(luck)[1] ** 2).sum(axis=1) / bowls.squares(luck)
-        p_value = float((ratios >= squares / own_squares).mean())
+    own_squares = bowls.squares(log_loss[None])[0]
+    if min(free, bowls.freedom) > 0 and own_squares > 0:
+        ratio = (residuals[0] ** 2).sum() / own_squares
+        misfit = max(1.0, float(np.sqrt(ratio * bowls.freedom / free)))
+        if len(luck):
+            ratios = (bowls.single(luck)[1] ** 2).sum(axis=1) / bowls.squares(luck)
+            p_value = float((ratios >= ratio * (1 - _ROUNDING)).mean())
 
     def widened(own: Floats, draws: Floats) -> Floats:
         return own + misfit * (draws - own)
@@ -455,7 +471,10 @@ def _single(
         drawn.curvature,
         drawn.is_inside,
     )
-    return SingleBowl(_laws(bowls, found, wider, facts), float(found.curvature[0, is_used][0]), p_value, misfit)
+    laws = _laws(bowls, found, wider, facts)
+    for name in ("flops_per_token", "tokens"):
+        laws[name] = replace(laws[name], r_squared=np.nan)
+    return SingleBowl(laws, float(found.curvature[0, is_used][0]), p_value, misfit)
 
 
 def _law(bowls: Bowls, found: Vertices, values: Floats, drawn: Floats, facts: dict[str, Any]) -> PowerLaw:

@@ -105,6 +105,61 @@ def test_bowls_that_change_with_compute_are_not_taken_for_one():
     assert other.misfit > 2
 
 
+@pytest.mark.parametrize("stated", [None, 0.001])
+@pytest.mark.parametrize(("of_runs", "of_points"), [(0.001, 0.0), (0.001, 0.0003), (0.0, 0.001)])
+def test_luck_is_not_taken_for_misfit_by_a_single_bowl(of_runs, of_points, stated):
+    """Where each run has one luck at all budgets, a stated noise says nothing about what differs between them."""
+    flops, size, run = np.tile(BUDGETS, 7), np.repeat(np.geomspace(1e8, 1e11, 7), 9), np.repeat(np.arange(7), 9)
+    mean = 1 - 0.05 * np.log(flops / 1e19) + 0.005 * np.log(size / (0.01761 * flops**0.56629)) ** 2
+    found = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        luck = of_runs * rng.standard_normal(7)[run] + of_points * rng.standard_normal(63)
+        found.append(isoflop(flops, size, np.exp(mean + luck), run, run_noise=stated, draws=100).single.p_value)
+    assert np.mean(np.array(found) < 0.1) <= 0.3, found
+    assert np.median(found) > 0.25, found
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("stated", [None, 0.001])
+def test_a_single_bowl_beside_bowls_of_three_sizes_has_no_misfit(stated):
+    flops, size, loss, run = sweep(np.random.default_rng(1), sizes=np.geomspace(3e8, 6e9, 3))
+    single = isoflop(flops, size, loss, run, run_noise=stated, draws=50).single
+    assert np.isnan(single.p_value)
+    assert single.misfit == 1
+    assert np.isfinite(single.laws["flops_per_token"].intervals["exponent"]).all() == (stated is not None)
+
+
+def test_a_single_bowl_has_an_r_squared_for_its_loss_alone():
+    laws = isoflop(*sweep(np.random.default_rng(0)), draws=0).single.laws
+    assert {name: np.isnan(law.r_squared) for name, law in laws.items()} == {
+        "flops_per_token": True,
+        "tokens": True,
+        "loss": False,
+    }
+    assert 0.99 < laws["loss"].r_squared < 1
+
+
+def test_the_intervals_of_a_single_bowl_are_as_much_wider_as_it_misfits():
+    rng = np.random.default_rng(3)
+    flops, size = np.tile(BUDGETS, 9), np.repeat(SIZES, 9)
+    centre = np.log(0.01761 * flops**0.56629)
+    curvature = 0.01 * (flops / 1e19) ** 0.3
+    loss = np.exp(1 + curvature / 2 * (np.log(size) - centre) ** 2 + 0.001 * rng.standard_normal(81))
+    codes = group_codes(None, 81)
+    bowls, log_loss = _design(as_points(flops=flops, size=size, loss=loss), codes)
+    found = isoflop(flops, size, loss, run_noise=0.001, draws=500).single
+    luck = 0.001 * np.random.default_rng(0).standard_normal((500, *log_loss.shape))
+    place = bowls.single(log_loss + luck)[0].log_size
+    slopes = (place[:, -1] - place[:, 0]) / np.log(BUDGETS[-1] / BUDGETS[0])
+    low, high = np.quantile(slopes, [0.025, 0.975])
+    assert found.misfit > 2
+    assert isoflop(flops, size, loss, draws=0).single.misfit == found.misfit
+    assert found.laws["flops_per_token"].half_width("exponent") == pytest.approx(
+        found.misfit * (high - low) / 2, rel=0.15
+    )
+
+
 def test_intervals_of_points_are_too_narrow_for_whole_runs():
     def intervals(rng):
         flops, size, loss, run = sweep(rng)
