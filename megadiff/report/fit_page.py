@@ -116,6 +116,10 @@ def _budgets(record: Record) -> str:
     return table(heads, rows, caption="Vertices; the best run is biased low by luck") if rows else ""
 
 
+def _mean_of(points: int) -> str:
+    return "one point" if points == 1 else f"mean of {points} points"
+
+
 def _held_out(record: Record) -> str:
     rows = [
         (escaped(noise), "vertices", _number(held["flops"]), _number(held["loss"]), _number(held["predicted_loss"]),
@@ -125,7 +129,7 @@ def _held_out(record: Record) -> str:
         if (held := found["held_out"]) is not None and held["loss_error_percent"] is not None
     ]  # fmt: skip
     rows += [
-        (escaped(law["noise"]), escaped(f"surface ({law['estimator']}), mean of {law['held_out_points']} points"),
+        (escaped(law["noise"]), escaped(f"surface ({law['estimator']}), {_mean_of(law['held_out_points'])}"),
          _number(unseen["at"]), _number(unseen["measured"]), _number(unseen["predicted"]),
          f"{100 * (unseen['predicted'] / unseen['measured'] - 1):+.2f} %", _NONE, _NONE, _NONE)
         for law in record["laws"]

@@ -341,8 +341,8 @@ def _surface_lines(fits: NoiseFits, results: Results) -> Iterator[str]:
         )
         if (held := law.held_out) is not None:
             yield (
-                f"  held out: {held.points} points at {held.product:.3g} FLOPs, mean loss {held.loss:.4f}, predicted "
-                f"{held.predicted_loss:.4f} ({held.loss_error_percent:+.2f} %)"
+                f"  held out: {held.points} point{'s' if held.points > 1 else ''} at {held.product:.3g} FLOPs, mean "
+                f"loss {held.loss:.4f}, predicted {held.predicted_loss:.4f} ({held.loss_error_percent:+.2f} %)"
             )
         if results.gathered.flop_count == "chinchilla":
             factor = law.A * 6**-law.alpha
