@@ -130,6 +130,29 @@ def test_a_single_bowl_beside_bowls_of_three_sizes_has_no_misfit(stated):
     assert np.isfinite(single.laws["flops_per_token"].intervals["exponent"]).all() == (stated is not None)
 
 
+def test_the_misfit_of_a_single_bowl_counts_degrees_of_freedom():
+    """Four budgets of four sizes: 16 points, 7 parameters of a single bowl, 12 of bowls of their own."""
+    rng = np.random.default_rng(6)
+    flops, x = np.repeat([1e18, 4e18, 2e19, 1e20], 4), np.tile([-2.0, -0.7, 0.8, 2.1], 4)
+    bent = np.repeat([0.01, 0.03, 0.02, 0.05], 4)
+    log_loss = 1 + bent / 2 * x**2 + 0.005 * rng.standard_normal(16)
+    own = sum(np.polyfit(x[:4], part, 2, full=True)[1][0] for part in log_loss.reshape(4, 4))
+    c = np.log(flops)
+    together = np.column_stack([np.repeat(np.eye(4), 4, axis=0), x, x * c, x**2])
+    squares = np.linalg.lstsq(together, log_loss, rcond=None)[1][0]
+    single = isoflop(flops, np.exp(20 + x), np.exp(log_loss), draws=0).single
+    assert squares / 9 > own / 4
+    assert single.misfit == pytest.approx(np.sqrt(squares / 9 / (own / 4)), rel=1e-6)
+
+
+def test_budgets_that_bend_downwards_together_have_no_single_bowl():
+    flops, x = np.repeat(np.geomspace(1e18, 1e20, 6), 5), np.tile(np.linspace(-2, 2, 5), 6)
+    bent = np.where(flops < 1e19, 0.01, -0.05)
+    found = isoflop(flops, np.exp(20 + x), np.exp(1 + bent / 2 * x**2), draws=20)
+    assert len(found.counted) == 3
+    assert found.single is None
+
+
 def test_a_single_bowl_has_an_r_squared_for_its_loss_alone():
     laws = isoflop(*sweep(np.random.default_rng(0)), draws=0).single.laws
     assert {name: np.isnan(law.r_squared) for name, law in laws.items()} == {
