@@ -117,7 +117,7 @@ class UnseenPoint(Section):
     """A prediction of a law that was fitted without the point it predicts."""
 
     at: float
-    """Value of the law's variable."""
+    """Value of the law's variable; for a surface the largest product of its two, which is the compute."""
     predicted: float
     """Value that the law gave."""
     measured: float
