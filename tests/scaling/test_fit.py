@@ -203,7 +203,7 @@ def test_the_largest_points_are_predicted_without_them():
     assert bent.loss_error_percent == pytest.approx(100 / 1.02 - 100, abs=0.01)
 
 
-def test_largest_points_without_which_nothing_is_determined_are_not_predicted():
+def test_no_prediction_where_the_other_points_determine_nothing():
     n, d = (part.ravel()[1:] for part in np.meshgrid([1e7, 1e8, 1e9], [1e8, 1e9, 1e10]))
     found = surface(n, d, planted_loss(np.random.default_rng(0), 0.0, n, d), draws=0, hold_out=True)
     assert found.points == 8  # the others are seven, and a surface needs eight

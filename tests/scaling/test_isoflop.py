@@ -34,7 +34,7 @@ def test_run_level_intervals_hold_the_exponents():
     assert min(found.values()) >= 0.9, found
 
 
-def test_a_single_bowl_without_noise_finds_the_laws_with_less_bias_than_bowls_of_their_own():
+def test_a_single_bowl_without_noise_finds_the_laws():
     found = isoflop(*sweep(np.random.default_rng(0), noise=0.0), draws=0)
     for name, exponent in TRUTH.items():
         assert found.single.laws[name].exponent == pytest.approx(exponent, abs=0.002), name
