@@ -66,7 +66,7 @@ def try_all_reduce(platform: Platform, ranks: int) -> float:
         answers = context.Queue()
         group = [
             context.Process(
-                target=_rank, args=(platform.kind, rank, ranks, f"file://{folder}/store", answers), daemon=True
+                target=_summing_rank, args=(platform.kind, rank, ranks, f"file://{folder}/store", answers), daemon=True
             )
             for rank in range(ranks)
         ]
@@ -95,7 +95,7 @@ def _first_answer(answers: Any, group: list[Any], end: float) -> str:
     return f"no answer in {_ALL_REDUCE_S:.0f} s"
 
 
-def _rank(kind: Any, rank: int, ranks: int, store: str, answers: Any) -> None:
+def _summing_rank(kind: Any, rank: int, ranks: int, store: str, answers: Any) -> None:
     """Join the group and put "" into the queue if the sum is right, otherwise a description of the error."""
     import torch
     from torch import distributed

@@ -15,7 +15,7 @@ from megadiff.platform.quiet import quiet
 from megadiff.run.config import RunConfig
 from megadiff.sampling.standalone import Settings, generate
 from megadiff.sampling.trace import printable
-from megadiff.train.hooks.validation import SEED
+from megadiff.train.hooks.validation import TEXT_SEED
 from tests.support.commands import write_yaml
 from tests.support.ranks import on_ranks
 from tests.support.runs import GIDD_BLOCK, read_metrics, toy_config, toy_tree, train_on_rank, wire_on_rank
@@ -88,7 +88,7 @@ def _drawn_again(folder):
     with load_model(folder, platform="cpu") as trained:
         settings = Settings(max_new_tokens=trained.model.seq_length, max_denoising_steps=DENOISING)
         prompt = torch.empty(ROWS, 0, dtype=torch.int64)
-        ids = generate(trained.denoise, prompt, settings, trained.process, seed=SEED).sequences
+        ids = generate(trained.denoise, prompt, settings, trained.process, seed=TEXT_SEED).sequences
         return [printable(trained.tokenizer.decode(sequence)) for sequence in ids.tolist()]
 
 

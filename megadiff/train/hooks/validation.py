@@ -26,7 +26,7 @@ from megadiff.train.hooks.metrics_file import PerSequenceFile
 
 log = logging.getLogger("megadiff")
 
-SEED = 0
+TEXT_SEED = 0
 """Seed of the samples, not the run's: the same noise at every step and in every run, so that only the model differs."""
 
 
@@ -181,4 +181,4 @@ class DrawnText:
     def _drawn(self, denoise: Any) -> Tensor:
         prompt = torch.tensor([self._start] * self._sequences, dtype=torch.int64, device=self._device)
         prompt = prompt.reshape(self._sequences, len(self._start))
-        return self._sampler.generate(denoise, prompt, self._settings, seed=SEED).sequences.cpu()
+        return self._sampler.generate(denoise, prompt, self._settings, seed=TEXT_SEED).sequences.cpu()
