@@ -167,7 +167,7 @@ def _surface(law: Surface, method: str) -> tuple[dict[str, Any], dict[str, Any]]
         for name in ("size_exponent", "data_exponent", "loss_exponent")
     }  # fmt: skip
     valid = {"flops_per_token": law.n_range, "tokens": law.d_range}
-    kind = {"quantity": "loss", "form": "surface", "estimator": method}
+    kind: dict[str, Any] = {"quantity": "loss", "form": "surface", "estimator": method}
     evidence = {**more, "optimum": optimal}
     if (held := law.held_out) is not None:
         kind["held_out"] = (UnseenPoint(at=held.product, predicted=held.predicted_loss, measured=held.loss),)
