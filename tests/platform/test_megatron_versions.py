@@ -41,7 +41,7 @@ def test_setup_and_the_check_name_the_same_range() -> None:
         assert wanted.contains(f"{major}.{minor}.1") == is_supported
 
 
-def test_versions_before_a_release_and_of_builds_are_read_by_their_first_two_numbers() -> None:
+def test_versions_are_read_by_their_first_two_numbers() -> None:
     read = megatron_versions.major_minor
     assert [read(name) for name in ("2.12rc1", "0.16.1", "2.9.0+cu12", "0.20.dev3")] == [
         (2, 12),
