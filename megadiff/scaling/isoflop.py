@@ -460,7 +460,7 @@ def _single(bowls: Bowls, log_loss: Floats, redrawn: Floats, luck: Floats, facts
         misfit = max(1.0, float(np.sqrt(ratio * bowls.freedom / free)))
         if len(luck):
             ratios = (bowls.single(luck)[1] ** 2).sum(axis=1) / bowls.squares(luck)
-            p_value = float((ratios >= ratio * (1 - _ROUNDING)).mean())
+            p_value = float((1 + (ratios >= ratio * (1 - _ROUNDING)).sum()) / (1 + len(ratios)))
 
     def widened(own: Floats, draws: Floats) -> Floats:
         return own + misfit * (draws - own)
