@@ -97,7 +97,7 @@ def call(module: ModuleType, function: str, *arguments: Any) -> Any:
     Raises:
         ConfigError: the function of a module from outside cannot be called so, or raises anything.
     """
-    if _is_own(module):
+    if is_own(module):
         return getattr(module, function)(*arguments)
     check_arguments(module, function, *arguments)
     with naming(module, function):
@@ -116,7 +116,7 @@ def naming(module: ModuleType, function: str) -> Iterator[None]:
     except MegadiffError:
         raise
     except Exception as error:
-        if _is_own(module):
+        if is_own(module):
             raise
         raise ConfigError(
             f"`{function}` of the module {module.__name__} failed: {account_of(error, module.__file__ or '')}; correct "
@@ -124,7 +124,7 @@ def naming(module: ModuleType, function: str) -> Iterator[None]:
         ) from error
 
 
-def _is_own(module: ModuleType) -> bool:
+def is_own(module: ModuleType) -> bool:
     """Return whether a module is this package's."""
     return module.__name__.split(".")[0] == __name__.split(".")[0]
 

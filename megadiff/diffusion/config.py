@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megadiff.config.registry import Family
+from megadiff.config.registry import Family, check_arguments
 from megadiff.config.section import Section
 from megadiff.errors import ConfigError
 
@@ -132,16 +132,20 @@ def check_noise_and_objective(noise: NoiseConfig, objective: ObjectiveConfig) ->
 
 
 def check_weighting_module(objective: ObjectiveConfig) -> None:
-    """Refuse a weighting whose module has no loss.
+    """Refuse a weighting whose module has no loss, or one that takes other arguments.
 
     Raises:
         ConfigError: with what is missing.
     """
-    if not callable(getattr(WEIGHTINGS.member(objective.weighting), "loss", None)):
+    member = WEIGHTINGS.member(objective.weighting)
+    if not callable(getattr(member, "loss", None)):
         raise ConfigError(
             f"objective.weighting: `{objective.weighting}` must have a function `loss(terms, settings)` that returns "
             "what is minimised of every token, found none"
         )
+    for function in ("loss", "reported_loss"):
+        if hasattr(member, function):
+            check_arguments(member, function, None, objective)
 
 
 class ConditioningConfig(Section):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megadiff.config.registry import call
+from megadiff.config.registry import call, is_own, naming
 from megadiff.diffusion import exact, schedules
 from megadiff.diffusion.config import PROCESSES, NoiseConfig, ScheduledNoise
 from megadiff.diffusion.processes import NoiseLaw
@@ -192,7 +193,30 @@ def build_process(settings: NoiseConfig, *, vocab_size: int, mask_id: int) -> No
             f"noise.process: `{settings.process}` must have a function `build(settings)` that returns a "
             f"megadiff.diffusion.processes.NoiseLaw, found {'none' if build is None else type(law).__name__}"
         )
-    return NoiseProcess(vocab_size, mask_id, law, build_schedule(settings))
+    process = NoiseProcess(vocab_size, mask_id, law, build_schedule(settings))
+    if not is_own(member):
+        _try_law(member, process)
+    return process
+
+
+def _try_law(member: ModuleType, process: NoiseProcess) -> None:
+    """Refuse a law of the user's own that fails at noise levels of the run, which would be found in a step only.
+
+    Raises:
+        ConfigError: a method raises, or gives something that is not finite or has another shape than the noise levels.
+    """
+    low, high = process.schedule.min_log_snr, process.schedule.max_log_snr
+    levels = np.linspace(low, high, 9)
+    for name, shapes in (("logit_u", [levels.shape]), ("dlogit_u", [levels.shape, ()])):
+        for log_snr, functions in ((torch.from_numpy(levels), torch), (levels, exact)):
+            with naming(member, name):
+                found = np.asarray(getattr(process.law, name)(log_snr, functions), dtype=np.float64)
+            if found.shape not in shapes or not np.isfinite(found).all():
+                shown = f"shape {found.shape}" if found.shape not in shapes else f"{found[~np.isfinite(found)][0]}"
+                raise ConfigError(
+                    f"`{name}` of the module {member.__name__} must return finite numbers in the shape of `log_snr`, "
+                    f"here {levels.shape} from {low:g} to {high:g}, found {shown}; correct it"
+                )
 
 
 def build_schedule(settings: NoiseConfig) -> NoiseSchedule:

@@ -18,17 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megadiff.config.registry import is_own, naming
 from megadiff.diffusion import schedules
 from megadiff.diffusion.config import WEIGHTINGS, ObjectiveConfig, check_weighting_module, objective_config
 from megadiff.diffusion.noise_process import NoiseProcess
 from megadiff.diffusion.shapes import Bool, Float, Int
 from megadiff.diffusion.weightings import TokenTerms
+from megadiff.errors import ConfigError
 
 LOG_RHO_LIMIT = 69.0
 """log 1e30: beyond it noise on real tokens is too small to matter and the masked limit's formulas are used."""
@@ -73,8 +76,39 @@ def build_weighting(settings: ObjectiveConfig) -> Weighting:
     """
     check_weighting_module(settings)
     member = WEIGHTINGS.member(settings.weighting)
-    loss: Callable[[TokenTerms, ObjectiveConfig], Tensor] = member.loss
-    return Weighting(loss, getattr(member, "reported_loss", loss), settings)
+    loss = _loss_function(member, "loss")
+    has_another = hasattr(member, "reported_loss")
+    return Weighting(loss, _loss_function(member, "reported_loss") if has_another else loss, settings)
+
+
+def _loss_function(member: ModuleType, name: str) -> Callable[[TokenTerms, ObjectiveConfig], Tensor]:
+    """Return a function of a weighting; one of the user's own is held to returning a loss for every token.
+
+    Raises:
+        ConfigError: when it is called, if it raises anything or returns something else.
+    """
+    function = getattr(member, name)
+    if is_own(member):
+        return function
+
+    def checked(terms: TokenTerms, settings: ObjectiveConfig) -> Tensor:
+        with naming(member, name):
+            found = function(terms, settings)
+        shape = tuple(terms.kl.shape)
+        if not isinstance(found, Tensor) or found.shape != terms.kl.shape:
+            kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(
+                f"what `{name}` of the module {member.__name__} returns must have the shape of the tokens: wanted a "
+                f"tensor of shape {shape}, found {kind}; correct it"
+            )
+        if name == "loss" and terms.kl.requires_grad and not found.requires_grad:
+            raise ConfigError(
+                f"`loss` of the module {member.__name__} must be a differentiable function of kl, itakura_saito or "
+                "cross_entropy, found one that carries no gradient; correct it"
+            )
+        return found
+
+    return checked
 
 
 SURROGATE = build_weighting(objective_config())

@@ -12,6 +12,7 @@ from megadiff.diffusion.config import check_noise_and_objective, noise_config, o
 from megadiff.diffusion.noise_process import NoiseProcess, build_process
 from megadiff.diffusion.objective import SURROGATE, Weighting, build_weighting, gidd_objective
 from megadiff.diffusion.weightings import TokenTerms
+from megadiff.errors import ConfigError
 from megadiff.loss.fused_lm_head import fused_objective
 from megadiff.loss.lm_head import LossInputs, LossSpec, VocabShard
 
@@ -73,7 +74,10 @@ def _check_terms(
     for dtype in (torch.float32, torch.float64):
         arguments = (hidden @ weight.t()).to(dtype), tokens.clean, tokens.noised, tokens.log_snr
         plain = gidd_objective(*arguments, mixing=process, weighting=SURROGATE)
-        found = gidd_objective(*arguments, mixing=process, weighting=weighting)
+        try:
+            found = gidd_objective(*arguments, mixing=process, weighting=weighting)
+        except ConfigError as error:
+            raise AssertionError(str(error)) from error
         for term in ("elbo", "kl", "itakura_saito", "weight"):
             is_same = torch.equal(getattr(found, term), getattr(plain, term))
             assert is_same, f"`{term}` depends on the weighting; do not write into the terms"

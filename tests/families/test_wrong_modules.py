@@ -24,6 +24,33 @@ def build(argument):
 '''
 FAILS = LION.replace('            beta1, beta2 = group["betas"]\n', '            beta1, beta2 = group["no such key"]\n')
 NOISE = "def build(settings):\n    return 1 / 0\n"
+LAW = """
+from dataclasses import dataclass
+
+from megadiff.diffusion.config import ScheduledNoise as Settings
+from megadiff.diffusion.processes import NoiseLaw
+
+
+@dataclass(frozen=True)
+class Law(NoiseLaw):
+    def logit_u(self, log_snr, functions):
+        return {}
+
+    def dlogit_u(self, log_snr, functions):
+        return 1.0
+
+
+def build(settings):
+    return Law()
+"""
+WEIGHTING = "def loss(terms, settings):\n    return {}\n"
+MODULES = {
+    **{"words": WORDS, "lion": LION, "fails": FAILS, "noise": NOISE, "__init__": ""},
+    **{"raises": LAW.format("1 / 0"), "nan": LAW.format("log_snr * float('nan')"), "flat": LAW.format("0.0")},
+    **{"typo": WEIGHTING.format("terms.klx"), "sums": WEIGHTING.format("terms.kl.sum()")},
+    "detached": WEIGHTING.format("terms.kl.detach()"),
+    "alone": "def loss(terms):\n    return terms.kl\n",
+}
 
 ANOTHER_KEY = "is the module meant for another key?"
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
@@ -40,6 +67,37 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
         ("--check",),
         "`build` of the module wrongs.noise failed: ZeroDivisionError: division by zero (noise.py, line 2)",
     ),
+    "a law that fails": (
+        {"noise": {"process": "wrongs.raises"}},
+        ("--check",),
+        "`logit_u` of the module wrongs.raises failed: ZeroDivisionError: division by zero (raises.py, line 11)",
+    ),
+    "a law that is not finite": (
+        {"noise": {"process": "wrongs.nan"}},
+        ("--check",),
+        "must return finite numbers in the shape of `log_snr`, here (9,) from -9 to 9, found nan; correct it",
+    ),
+    "a law of another shape": ({"noise": {"process": "wrongs.flat"}}, ("--check",), "found shape (); correct it"),
+    "a weighting that takes less": (
+        {"objective": {"weighting": "wrongs.alone"}},
+        ("--check",),
+        "`loss` of the module wrongs.alone is called with 2 argument(s) here, which it does not take",
+    ),
+    "a weighting that fails": (
+        {"objective": {"weighting": "wrongs.typo"}},
+        (),
+        "`loss` of the module wrongs.typo failed: AttributeError: 'TokenTerms' object has no attribute 'klx'",
+    ),
+    "a weighting of another shape": (
+        {"objective": {"weighting": "wrongs.sums"}},
+        (),
+        "what `loss` of the module wrongs.sums returns must have the shape of the tokens: wanted a tensor of shape (",
+    ),
+    "a weighting without a gradient": (
+        {"objective": {"weighting": "wrongs.detached"}},
+        (),
+        "`loss` of the module wrongs.detached must be a differentiable function of kl, itakura_saito or cross_entropy",
+    ),
     "a tokenizer as optimizer": ({"optimizer": {"name": "wrongs.words", "lr": 0.1}}, ("--check",), ANOTHER_KEY),
     "a tokenizer as method": ({"method": {"name": "wrongs.words"}}, ("--check",), ANOTHER_KEY),
     "an optimizer that fails": (
@@ -55,7 +113,7 @@ def test_a_module_that_cannot_be_used_is_named(toy_corpus: Path, tmp_path: Path,
     changes, options, sentence = CASES[case]
     package = tmp_path / "wrongs"
     package.mkdir()
-    for name, text in {"words": WORDS, "lion": LION, "fails": FAILS, "noise": NOISE, "__init__": ""}.items():
+    for name, text in MODULES.items():
         (package / f"{name}.py").write_text(text)
     assert FAILS != LION
     tree = toy_tree(toy_corpus, tmp_path / "runs", **changes)

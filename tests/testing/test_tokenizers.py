@@ -58,6 +58,16 @@ SABOTAGE = {
         DataError,
         r"turns the text 'Once upon.*' into the id 99, which is not below its vocab_size 13",
     ),
+    "yields_words": (
+        changed("self._ids.get(word, 0)", "word"),
+        DataError,
+        r"turns the text 'Once upon.*' into something else than a list of integers",
+    ),
+    "fails": (
+        changed("self._ids.get(word, 0)", "self._ids[word]"),
+        DataError,
+        r"`encode` of the tokenizer theirs\.bad.* failed at the text 'Once upon.*': KeyError: 'Once' \(bad\.py, line ",
+    ),
     "exports_other_ids": (
         changed("WhitespaceSplit", "Whitespace"),
         AssertionError,

@@ -17,14 +17,17 @@ range would spoil training without a sign.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megadiff.config import registry
 from megadiff.config.suggestions import similar_path
-from megadiff.errors import ConfigError, DataError
+from megadiff.errors import ConfigError, DataError, MegadiffError
 
 if TYPE_CHECKING:
     from megadiff.data.config import DataConfig
@@ -197,15 +200,19 @@ class OutsideTokenizer:
         """Return the ids of a text.
 
         Raises:
-            WrongIdsError: an id is special, or none of the vocabulary's.
+            WrongIdsError: an id is special, or none of the vocabulary's, or there are no ids because `encode` failed.
         """
-        return self._checked(self._inner.encode(text), text)
+        with self._telling("encode", text):
+            ids = self._inner.encode(text)
+        return self._checked(ids, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of each text."""
         if not hasattr(self._inner, "encode_batch"):
             return [self.encode(text) for text in texts]
-        return [self._checked(ids, text) for ids, text in zip(self._inner.encode_batch(texts), texts, strict=True)]
+        with self._telling("encode_batch", "".join(texts[:1])):
+            pairs = list(zip(self._inner.encode_batch(texts), texts, strict=True))
+        return [self._checked(ids, text) for ids, text in pairs]
 
     def encode_pieces(self, text: str) -> Iterator[list[int]]:
         """Yield the ids of a text in pieces, or in one where the tokenizer knows no pieces."""
@@ -233,8 +240,27 @@ class OutsideTokenizer:
             )
         return list(self._inner.export(folder, seq_length=seq_length, prepend_bos=prepend_bos))
 
+    @contextmanager
+    def _telling(self, function: str, text: str) -> Iterator[None]:
+        """Turn any exception of the user's code into a sentence with the text and the line that raised it."""
+        try:
+            yield
+        except MegadiffError:
+            raise
+        except Exception as error:
+            file = sys.modules[type(self._inner).__module__].__file__ or ""
+            raise WrongIdsError(
+                f"`{function}` of the tokenizer {self.name} failed at the text {text[:40]!r}: "
+                f"{registry.account_of(error, file)}"
+            ) from error
+
     def _checked(self, ids: Sequence[int], text: str) -> list[int]:
-        found = [int(i) for i in ids]
+        try:
+            found = [index(i) for i in ids]
+        except TypeError:
+            raise WrongIdsError(
+                f"the tokenizer {self.name} turns the text {text[:40]!r} into something else than a list of integers"
+            ) from None
         if not self._forbidden.isdisjoint(found):
             token = next(i for i in found if i in self._forbidden)
             raise WrongIdsError(
