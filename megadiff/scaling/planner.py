@@ -277,7 +277,8 @@ def law_remarks(book: LawBook, laws: Frontier, batch_estimator: str) -> list[str
             reasons = "; ".join(file.provisional_reasons[:3])
             more = len(file.provisional_reasons) - 3
             rest = f" and {more} more" if more > 0 else ""
-            excluded = f"{len(file.excluded)} runs excluded" if file.excluded else ""
+            count = len(file.excluded)
+            excluded = f"{count} run{'s' if count > 1 else ''} excluded" if count else ""
             why = f"{reasons}{rest}" if reasons else excluded
             found.append(f"the laws of {file.name} are provisional" + (f" ({why})" if why else ""))
     first = min(by_file)

@@ -502,14 +502,17 @@ def _named(path: Path, names: Mapping[str, str], head: Sequence[str]) -> tuple[d
         if own not in COLUMNS:
             raise DataError(f"--columns {own}={name}: the columns are {', '.join(COLUMNS)}")
         if name not in head:
-            name, _, factor = name.rpartition("*")
+            column, _, written = name.rpartition("*")
             try:
-                factors[own] = float(factor)
+                factor = float(written)
             except ValueError:
-                name = names[own]
-            name = name.strip()
-            if not 0 < factors.get(own, 1.0) < math.inf or (own in factors and own not in _NUMBERS):
-                raise DataError(f"--columns {own}={names[own]}: a factor is a positive number of a column of numbers")
+                factor = math.nan
+            if column.strip() in head or not math.isnan(factor):
+                name, factors[own] = column.strip(), factor
+                if own not in _NUMBERS or not 0 < factor < math.inf:
+                    raise DataError(
+                        f"--columns {own}={names[own]}: a factor is a positive number of a column of numbers"
+                    )
         if name not in head:
             raise DataError(f"{path} has no column `{name}`; it has {', '.join(head[:12])}")
         known[own] = name
