@@ -166,7 +166,7 @@ def test_laws_of_ones_own_plan_and_say_that_they_are_provisional(tmp_path):
     assert "M* 1e+09 FLOPs per token, D* 1e+11 tokens" in out
     assert f"L* {30 * 1e20**-0.06:.3f}" in out
     assert "extrapolated      flops 1e+20 is above 1e+19" in out
-    assert "remark            the laws of mine are provisional (1 runs excluded)" in out
+    assert "remark            the laws of mine are provisional (1 run excluded)" in out
     assert "by the laws of gidd; mine has none of its own" in out
     assert "second method" not in out
     table = plan("--flops", "1e18", "--laws", str(tmp_path / "laws.yaml")).splitlines()
