@@ -115,11 +115,12 @@ class Bowls:
         return vertices, values - found @ design.T
 
     def residuals(self, log_loss: Floats) -> tuple[Floats, Floats]:
-        """Return fitted log losses and residuals, both [runs, budgets]; NaN where a run has no loss or no parabola."""
-        fitted = np.full(self.present.shape, np.nan)
+        """Return fitted log losses and residuals, both of the shape of `log_loss`, [runs, budgets] or draws of it; NaN
+        where a run has no loss or no parabola."""
+        fitted = np.full(log_loss.shape, np.nan)
         for column, (rows, X, inverse) in enumerate(zip(self.rows, self.designs, self.inverses, strict=True)):
             if inverse is not None:
-                fitted[rows, column] = X @ (inverse @ log_loss[rows, column])
+                fitted[..., rows, column] = log_loss[..., rows, column] @ inverse.T @ X.T
         return fitted, log_loss - fitted
 
     @property
@@ -129,12 +130,7 @@ class Bowls:
 
     def squares(self, log_loss: Floats) -> Floats:
         """Return the sum of the squared residuals of the bowls, [draws], for log losses [draws, runs, budgets]."""
-        total = np.zeros(len(log_loss))
-        for column, (rows, X, inverse) in enumerate(zip(self.rows, self.designs, self.inverses, strict=True)):
-            if inverse is not None:
-                values = log_loss[:, rows, column]
-                total += ((values - values @ (X @ inverse).T) ** 2).sum(axis=1)
-        return total
+        return np.nansum(self.residuals(log_loss)[1] ** 2, axis=(1, 2))
 
     def noise(self, residuals: Floats) -> tuple[Floats, float]:
         """Return the covariance of a run's luck between budgets [budgets, budgets], and its degrees of freedom.
@@ -345,11 +341,11 @@ def isoflop(
     covariance, dof = bowls.noise(residuals)
     if dof < 1:
         covariance = np.full_like(covariance, np.nan)
-    luck = _redrawn(bowls, np.zeros_like(fitted), covariance, draws, seed)
+    shown = luck = _redrawn_luck(bowls, covariance, draws, seed)
     if run_noise is not None:
         covariance, dof = np.full((len(reasons),) * 2, run_noise**2), np.inf
-    centre = np.where(np.isnan(fitted), log_loss, fitted)
-    redrawn = _redrawn(bowls, centre, covariance, draws, seed)
+        luck = _redrawn_luck(bowls, covariance, draws, seed)
+    redrawn = np.where(np.isnan(fitted), log_loss, fitted) + luck
     drawn, drawn_raw = bowls.vertices(redrawn), bowls.lowest(redrawn)
     facts = {"dof": dof, "level": level, "runs": int(codes.max()) + 1}
     laws = _laws(bowls, found, drawn, facts)
@@ -374,7 +370,7 @@ def isoflop(
         budgets=budgets,
         laws=laws,
         envelope=_laws(bowls, raw, drawn_raw, facts),
-        single=_single(bowls, log_loss, redrawn, luck, facts),
+        single=_single(bowls, log_loss, redrawn, shown, facts),
         run_noise=float(spread),
         dof=dof,
         runs=facts["runs"],
@@ -420,14 +416,14 @@ def _reason(bowls: Bowls, found: Vertices, column: int) -> str:
     return ""
 
 
-def _redrawn(bowls: Bowls, centre: Floats, covariance: Floats, draws: int, seed: int) -> Floats:
-    """Return log losses of redrawn runs, [draws, runs, budgets]."""
+def _redrawn_luck(bowls: Bowls, covariance: Floats, draws: int, seed: int) -> Floats:
+    """Return what luck adds to the log losses of redrawn runs, [draws, runs, budgets]; no draw of a NaN covariance."""
     runs, budgets = bowls.present.shape
     if np.isnan(covariance).any():
         return np.empty((0, runs, budgets))
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
-    return centre + np.random.default_rng(seed).standard_normal((draws, runs, budgets)) @ root.T
+    return np.random.default_rng(seed).standard_normal((draws, runs, budgets)) @ root.T
 
 
 def _laws(bowls: Bowls, found: Vertices, drawn: Vertices, facts: dict[str, Any]) -> dict[str, PowerLaw]:

@@ -176,7 +176,7 @@ def test_no_rank_outlives_its_launcher_and_the_same_run_goes_on(wanted, toy_corp
             took.append(_seconds_until_gone(processes))
             assert took[-1] < GONE_S, f"kill {number} in {moment}: a rank lived on for {took[-1]:.1f} s"
             if moment == "step" and LAUNCHER == "forked":
-                _says_why_it_ended(launched)
+                _check_reported_cause(launched)
             newest = newest_complete(config.folder)
             if newest is not None:
                 verify_files(newest, hashes=True)
@@ -188,7 +188,7 @@ def test_no_rank_outlives_its_launcher_and_the_same_run_goes_on(wanted, toy_corp
     )
 
 
-def _says_why_it_ended(launched: Launched) -> None:
+def _check_reported_cause(launched: Launched) -> None:
     """Assert that the status and the log name the launcher that is gone."""
     folder = launched.config.folder
     end = time.monotonic() + 5.0

@@ -66,7 +66,7 @@ def enumerated_bound(name: str) -> float:
 
 @cache
 def copies_known(name: str) -> dict[tuple[Any, ...], Any]:
-    """What each copy of TEXT says under a noise and its denoiser, by copy and level, as far as any test has asked."""
+    """Return the memo of a noise: the bound of each copy of TEXT, by copy and level, that a test has computed."""
     return {}
 
 

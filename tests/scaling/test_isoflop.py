@@ -108,7 +108,7 @@ def test_bowls_that_change_with_compute_are_not_taken_for_one():
 @pytest.mark.parametrize("stated", [None, 0.001])
 @pytest.mark.parametrize(("of_runs", "of_points"), [(0.001, 0.0), (0.001, 0.0003), (0.0, 0.001)])
 def test_luck_is_not_taken_for_misfit_by_a_single_bowl(of_runs, of_points, stated):
-    """Where each run has one luck at all budgets, a stated noise says nothing about what differs between them."""
+    """The misfit is judged by how one run's luck differs between budgets, which a stated noise does not tell."""
     flops, size, run = np.tile(BUDGETS, 7), np.repeat(np.geomspace(1e8, 1e11, 7), 9), np.repeat(np.arange(7), 9)
     mean = 1 - 0.05 * np.log(flops / 1e19) + 0.005 * np.log(size / (0.01761 * flops**0.56629)) ** 2
     found = []

@@ -202,7 +202,7 @@ class OutsideTokenizer:
         Raises:
             WrongIdsError: an id is special, or none of the vocabulary's, or there are no ids because `encode` failed.
         """
-        with self._telling("encode", text):
+        with self._naming("encode", text):
             ids = self._inner.encode(text)
         return self._checked(ids, text)
 
@@ -210,7 +210,7 @@ class OutsideTokenizer:
         """Return `encode` of each text."""
         if not hasattr(self._inner, "encode_batch"):
             return [self.encode(text) for text in texts]
-        with self._telling("encode_batch", "".join(texts[:1])):
+        with self._naming("encode_batch", "".join(texts[:1])):
             pairs = list(zip(self._inner.encode_batch(texts), texts, strict=True))
         return [self._checked(ids, text) for ids, text in pairs]
 
@@ -241,7 +241,7 @@ class OutsideTokenizer:
         return list(self._inner.export(folder, seq_length=seq_length, prepend_bos=prepend_bos))
 
     @contextmanager
-    def _telling(self, function: str, text: str) -> Iterator[None]:
+    def _naming(self, function: str, text: str) -> Iterator[None]:
         """Turn any exception of the user's code into a sentence with the text and the line that raised it."""
         try:
             yield
